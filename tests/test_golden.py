@@ -1,0 +1,168 @@
+"""Equality with PySlowFast and pytorchvideo, through tensors that both computed in double precision."""
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from x3d_tf import X3D, Expansion, build_x3d
+from x3d_tf.modeling.architecture import plan
+from x3d_tf.modeling.checkpoints import WeightName, slowfast_names, to_ours, to_source
+from x3d_tf.training.optimizer import SGD
+
+BOUND = 1e-8  # of the largest entry
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    path = Path(__file__).resolve().parents[2] / "shared" / "data" / "golden" / "x3d_xs_float64.npz"
+    if not path.is_file():
+        pytest.skip("the reference tensors in ../shared/data/golden are absent")
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def rng(name: str) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(name.encode()))
+
+
+def clips(name: str, *shape: int) -> np.ndarray:
+    return rng(name).integers(0, 256, (*shape, 3), dtype=np.int64).astype(np.uint8)
+
+
+def recipe_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weight that both sides make from its name."""
+    draw = rng(name)
+    if name.endswith("running_var"):
+        return 0.5 + draw.random(shape)
+    if name.endswith("running_mean"):
+        return 0.1 * draw.standard_normal(shape)
+    if len(shape) >= 2:
+        return draw.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))
+    if name.endswith("c_bn.weight"):
+        return 0.1 + 0.2 * draw.random(shape)
+    if name.endswith("bn.weight"):
+        return 0.5 + draw.random(shape)
+    return 0.1 * draw.standard_normal(shape)
+
+
+def xs(size: int, **options: Any) -> X3D:
+    """X3D-XS for a crop of `size` pixels, with the weights of the recipe."""
+    expansion = Expansion(12, 5, size / 112, 1, 2.25, 2.2)
+    model = build_x3d(expansion, num_classes=7, dropout=0.0, **options)
+    for name, variable in named_weights(model):
+        shape = to_source(np.zeros(variable.shape), name.kind, name.source).shape
+        variable.assign(to_ours(recipe_weight(name.source, shape), name.kind))
+    return model
+
+
+def named_weights(model: X3D) -> list[tuple[WeightName, keras.Variable]]:
+    names = slowfast_names(plan(model.expansion, model.options))
+    return [(name, getattr(model.get_layer(name.layer), name.weight)) for name in names]
+
+
+def assert_close(actual: Any, expected: np.ndarray, bound: float = BOUND) -> None:
+    actual = np.asarray(actual)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= bound * np.abs(expected).max()
+
+
+def test_the_table_names_every_weight_once() -> None:
+    model = build_x3d(Expansion(gamma_b=2.25), num_classes=7)
+    named = {id(variable) for _, variable in named_weights(model)}
+    weights = [v for v in model.weights if "seed_generator" not in v.path]
+    assert named == {id(variable) for variable in weights}
+    assert len(named_weights(model)) == len(weights)
+
+
+def test_layouts_return() -> None:
+    draw = np.random.default_rng(0)
+    for kind, shape in (("conv", (4, 3, 1, 3, 3)), ("channelwise", (4, 1, 5, 3, 3)), ("pointwise", (4, 3, 1, 1, 1))):
+        array = draw.standard_normal(shape)
+        np.testing.assert_array_equal(to_source(to_ours(array, kind), kind, "a.weight"), array)  # type: ignore[arg-type]
+
+
+def test_recipe_is_read_right() -> None:
+    first = recipe_weight("s1.pathway0_stem.bn.weight", (24,))[:3]
+    np.testing.assert_allclose(first, [0.7223961051, 0.6276789489, 0.9680711783], atol=1e-10)
+    assert clips("clips/eval", 2, 5, 72, 104).ravel()[:3].tolist() == [177, 253, 118]
+
+
+def test_every_stage(golden: dict[str, np.ndarray]) -> None:
+    model = xs(72)
+    stages = ["conv1", "res2", "res3", "res4", "res5", "conv5", "pool5", "fc1"]
+    outputs = [model.get_layer(stage).output for stage in stages] + [model.output]
+    features = keras.Model(model.input, outputs)(clips("clips/eval", 2, 5, 72, 104))
+    for stage, feature in zip([*stages, "logits"], features):
+        assert_close(feature, golden[f"eval/{stage}"])
+    assert_close(model(clips("clips/square", 2, 5, 72, 72)), golden["eval/logits_square"])
+
+
+@pytest.mark.parametrize("pool", ["global", "fixed_probabilities", "fixed_logits"])
+def test_head_poolings(golden: dict[str, np.ndarray], pool: str) -> None:
+    logits = xs(72, head_pool=pool)(clips("clips/large", 1, 5, 104, 104))
+    assert_close(keras.ops.softmax(logits), golden[f"head/{pool}"])
+
+
+def test_pytorchvideo(golden: dict[str, np.ndarray]) -> None:
+    model = xs(72, shortcut_norm="on_width_change", head_pool="fixed_logits")
+    assert_close(model(clips("clips/square", 2, 5, 72, 72)), golden["pytorchvideo/logits"])
+    assert_close(model(clips("clips/large", 1, 5, 104, 104)), golden["pytorchvideo/logits_fixed"])
+
+
+def probes(name: WeightName, array: Any) -> tuple[np.ndarray, int]:
+    """Norm and two random projections of an array in PyTorch's layout, and its number of entries."""
+    array = to_source(np.asarray(array), name.kind, name.source)
+    draws = [rng(f"{name.source}/probe{i}").standard_normal(array.shape) for i in (0, 1)]
+    return np.array([np.linalg.norm(array), *(np.sum(draw * array) for draw in draws)]), array.size
+
+
+def assert_probes(name: WeightName, array: Any, expected: np.ndarray) -> None:
+    actual, entries = probes(name, array)
+    assert np.abs(actual - expected).max() <= BOUND * expected[0] * np.sqrt(entries), name.source
+
+
+def test_two_training_steps(golden: dict[str, np.ndarray]) -> None:
+    model = xs(48)
+    optimizer = SGD(0.05, momentum=0.9, l2=5e-3)
+    optimizer.exclude(w for w in model.trainable_weights if w.name in ("gamma", "beta"))
+    step = training_step(model, optimizer)
+    weights = named_weights(model)
+    before = {name: np.asarray(variable) for name, variable in weights}
+    for number in (0, 1):
+        logits, loss, gradients = step(clips("clips/train", 4, 5, 48, 48), np.array([3, 1, 4, 1]))
+        assert_close(logits, golden[f"train/step{number}/logits"])
+        assert_close(loss, golden[f"train/step{number}/loss"])
+        if number == 0:
+            by_path = dict(zip((v.path for v in model.trainable_variables), gradients))
+            for name, variable in weights:
+                if variable.trainable:
+                    assert_probes(name, by_path[variable.path], golden[f"train/gradient/{name.source}"])
+        optimizer.learning_rate = 0.02
+    for name, variable in weights:
+        if variable.trainable:
+            assert_probes(name, np.asarray(variable) - before[name], golden[f"train/change/{name.source}"])
+        else:
+            assert_close(variable, golden[f"train/after/{name.source}"])
+
+
+def training_step(model: X3D, optimizer: SGD) -> Callable[..., Any]:
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(batch: Any, labels: Any) -> Any:
+        with tf.GradientTape() as tape:
+            logits = model(batch, training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+        return logits, loss, gradients
+
+    return step

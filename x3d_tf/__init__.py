@@ -1,0 +1,52 @@
+"""X3D video networks for Keras and TensorFlow.
+
+The public names are resolved when they are first used, so that counting a network's cost imports no TensorFlow.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from x3d_tf.modeling.architecture import ModelOptions
+    from x3d_tf.modeling.cost import cost
+    from x3d_tf.modeling.expansion import VARIANTS, ClipSpec, Expansion
+    from x3d_tf.modeling.portable import portable
+    from x3d_tf.modeling.saving import load, save
+    from x3d_tf.modeling.x3d import X3D, build_x3d
+
+_ROOMS = {
+    "ClipSpec": "modeling.expansion",
+    "Expansion": "modeling.expansion",
+    "ModelOptions": "modeling.architecture",
+    "VARIANTS": "modeling.expansion",
+    "X3D": "modeling.x3d",
+    "build_x3d": "modeling.x3d",
+    "cost": "modeling.cost",
+    "load": "modeling.saving",
+    "portable": "modeling.portable",
+    "save": "modeling.saving",
+}
+
+__all__ = [
+    "VARIANTS",
+    "X3D",
+    "ClipSpec",
+    "Expansion",
+    "ModelOptions",
+    "build_x3d",
+    "cost",
+    "load",
+    "portable",
+    "save",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'x3d_tf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"x3d_tf.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOMS])

@@ -1,0 +1,60 @@
+"""Checks of values that users write: every error names the setting, the rule and the value received."""
+
+import dataclasses
+import types
+import typing
+from numbers import Integral, Real
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something that whoever called can mend: commands print its message and no traceback."""
+
+
+class SettingTypeError(UserError, TypeError):
+    """A setting of the wrong type."""
+
+
+def require(condition: bool, setting: str, rule: str, value: object) -> None:
+    """Raises `UserError("setting must rule, got value")` unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{setting} must {rule}, got {value!r}")
+
+
+def check_field_types(instance: Any) -> None:
+    """Holds every field of a dataclass instance against its annotation.
+
+    Understands what the settings of this package use: int, float (any real number is accepted), bool, str, other
+    dataclasses, `Literal`, `X | None` and `tuple[...]`. A configuration language gives any field any value, so the
+    types that a static checker guarantees elsewhere are checked here.
+
+    Raises:
+        SettingTypeError: naming the class, the field, the type expected and the value received.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if not _matches(value, hints[field.name]):
+            expected = str(hints[field.name]).replace("typing.", "") if typing.get_origin(hints[field.name]) else None
+            raise SettingTypeError(
+                f"{type(instance).__name__}.{field.name} must be {expected or hints[field.name].__name__}, got {value!r}"
+            )
+
+
+def _matches(value: object, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is Ellipsis:
+            return all(_matches(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_matches, value, arguments))
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,123 @@
+"""From expansion factors to whole layers: every rounding of the package happens here. Imports no TensorFlow."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from x3d_tf._checks import check_field_types, require
+from x3d_tf.modeling.expansion import Expansion
+
+BASE_WIDTHS = (24, 48, 96, 192)  # res2..res5 of X2D, paper Table 1; conv1 is as wide as res2
+BASE_DEPTHS = (1, 2, 5, 3)
+FC1_WIDTH = 2048
+STAGE_NAMES = ("res2", "res3", "res4", "res5")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Choices that the six factors leave open. The defaults are the network of the paper's authors' code.
+
+    Attributes:
+        stem_kernel: frames that conv1's temporal convolution spans, odd. The paper prints 3 and counts with 5.
+        se: squeeze-excitation in every other block from the first of each stage on (`alternate`), in `all`, in `none`.
+        swish: swish after the 3x3x3 convolution; False is ReLU (paper, appendix B).
+        swish_before: swish also before it, the literal reading of the paper's appendix A.3; False is ReLU.
+        separable: channel-wise 3x3x3 convolution; False is the paper's ablation, a dense 3x1x1 before a dense 1x3x3.
+        shortcut_norm: batch norm on the projecting shortcuts: `always` (PySlowFast), or `on_width_change`
+            (pytorchvideo, whose res2 has none).
+        head_pool: what the head does with clips larger than the training crop. `global` averages all positions;
+            `fixed_probabilities` (PySlowFast) and `fixed_logits` (pytorchvideo) average over windows of the
+            training size, classify each and take the mean of the probabilities or of the logits. All agree at the training crop.
+        bn_group: clips that share batch-norm statistics in training.
+        drop_connect: rate at which res5 drops a residual branch in training; linear over the stages below.
+        dropout: rate before the classifier.
+
+    Raises:
+        TypeError, ValueError: naming the option, the rule and the value received.
+    """
+
+    stem_kernel: int = 5
+    se: Literal["alternate", "all", "none"] = "alternate"
+    swish: bool = True
+    swish_before: bool = False
+    separable: bool = True
+    shortcut_norm: Literal["always", "on_width_change"] = "always"
+    head_pool: Literal["global", "fixed_probabilities", "fixed_logits"] = "global"
+    bn_group: int = 8
+    drop_connect: float = 0.0
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        odd = self.stem_kernel >= 1 and self.stem_kernel % 2 == 1
+        require(odd, "ModelOptions.stem_kernel", "be odd and positive", self.stem_kernel)
+        require(self.bn_group >= 1, "ModelOptions.bn_group", "be at least 1", self.bn_group)
+        require(0 <= self.drop_connect < 1, "ModelOptions.drop_connect", "be in [0, 1)", self.drop_connect)
+        require(0 <= self.dropout < 1, "ModelOptions.dropout", "be in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One residual stage: its blocks, outer and inner channels, and the spatial stride of its first block."""
+
+    depth: int
+    width: int
+    inner_width: int
+    stride: int = 2
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network in whole numbers: what the builder builds and the counter counts.
+
+    Attributes:
+        stem_width: channels of conv1.
+        stages: res2 to res5.
+        head_width: channels of conv5.
+        options: the choices that the factors leave open.
+    """
+
+    stem_width: int
+    stages: tuple[StagePlan, ...]
+    head_width: int
+    options: ModelOptions
+
+    def has_se(self, block: int) -> bool:
+        """Whether block number `block` of a stage, from 0, has squeeze-excitation."""
+        return self.options.se == "all" or (self.options.se == "alternate" and block % 2 == 0)
+
+    def drop_connect(self, stage: int) -> float:
+        """Rate of stage number `stage`, from 0: 0.4, 0.6, 0.8 and 1.0 of the option (PySlowFast's rule)."""
+        return self.options.drop_connect * (stage + 2) / 5
+
+
+def plan(expansion: Expansion, options: ModelOptions | None = None) -> Architecture:
+    """The architecture of an expansion: paper Table 1 times the factors, rounded as the published networks are."""
+    widths = [round_width(width, expansion.gamma_w) for width in BASE_WIDTHS]
+    stages = tuple(
+        StagePlan(_depth(depth, expansion.gamma_d), width, _inner_width(width, expansion.gamma_b))
+        for depth, width in zip(BASE_DEPTHS, widths)
+    )
+    return Architecture(widths[0], stages, stages[-1].inner_width, options or ModelOptions())
+
+
+def round_width(width: int, factor: float) -> int:
+    """`width * factor` to the nearest multiple of 8, at least 8, and never below 0.9 of it."""
+    exact = width * factor
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * exact else rounded
+
+
+def se_width(inner_width: int) -> int:
+    """Channels between the two layers of a squeeze-excitation over `inner_width` channels."""
+    return round_width(inner_width, 1 / 16)
+
+
+def _inner_width(width: int, gamma_b: float) -> int:
+    inner = int(gamma_b * width)
+    require(inner >= 1, "Expansion.gamma_b", f"leave a channel of {width}", gamma_b)
+    return inner
+
+
+def _depth(depth: int, gamma_d: float) -> int:
+    return math.ceil(depth * gamma_d - 1e-6)  # a factor that passed through float32 must not add a block

@@ -1,0 +1,140 @@
+"""The six expansion factors of X3D and the networks that the paper publishes. Imports no TensorFlow."""
+
+import math
+from dataclasses import dataclass
+
+from x3d_tf._checks import check_field_types, require
+
+BASE_CROP = 112  # pixels: the crop of X2D, paper Table 1
+BASE_SCALE = (128, 160)  # pixels: short side of X2D's training frames, from the smallest to the largest
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """What a network sees of a video.
+
+    Attributes:
+        frames: frames of a clip, T.
+        stride: source frames from one to the next, τ, counted at 30 frames per second; need not be whole.
+        size: side of the square crop in pixels, S.
+    """
+
+    frames: int
+    stride: float
+    size: int
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        require(self.frames >= 1, "ClipSpec.frames", "be at least 1", self.frames)
+        require(0 < self.stride < math.inf, "ClipSpec.stride", "be positive", self.stride)
+        require(self.size >= 1, "ClipSpec.size", "be at least 1", self.size)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The factors that expand X2D, in the units of the paper's Table 1 (all 1 is X2D itself).
+
+    Attributes:
+        gamma_tau: temporal stride, in source frames.
+        gamma_t: frames of a clip.
+        gamma_s: spatial resolution; the crop is 112 times this.
+        gamma_w: width of all layers. The paper's "2.9" for X3D-XL counts from half the base width: here it is 1.45.
+        gamma_b: inner width of the bottlenecks.
+        gamma_d: blocks in a stage.
+
+    Raises:
+        TypeError, ValueError: naming the factor, the rule and the value received.
+    """
+
+    gamma_tau: float = 1.0
+    gamma_t: int = 1
+    gamma_s: float = 1.0
+    gamma_w: float = 1.0
+    gamma_b: float = 1.0
+    gamma_d: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        for factor in ("gamma_tau", "gamma_t", "gamma_s", "gamma_w", "gamma_b", "gamma_d"):
+            value = getattr(self, factor)
+            require(0 < value < math.inf, f"Expansion.{factor}", "be positive", value)
+
+    @property
+    def clip(self) -> ClipSpec:
+        """The training clip: T = γt frames at stride γτ, cropped to round(112γs) pixels."""
+        return ClipSpec(self.gamma_t, self.gamma_tau, round(BASE_CROP * self.gamma_s))
+
+    @property
+    def test_size(self) -> int:
+        """Short side of test frames in pixels, floor(128γs); also the crop of three-crop testing."""
+        return math.floor(BASE_SCALE[0] * self.gamma_s + 1e-6)
+
+    @property
+    def jitter(self) -> tuple[int, int]:
+        """Smallest and largest short side of training frames in pixels, floor(128γs) and round(160γs)."""
+        if self.clip.size == 160:  # the published recipe of X3D-XS and S rounds 228.57 down
+            return self.test_size, 228
+        return self.test_size, round(BASE_SCALE[1] * self.gamma_s)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published network: its factors and what the paper prints of its cost.
+
+    Attributes:
+        name: as `build_x3d` takes it.
+        expansion: the six factors.
+        published_macs: multiply-adds of one training-size clip, in units of 1e9.
+        published_params: parameters in units of 1e6, in the paper's convention (see `cost`).
+        source: table of the paper that prints both.
+        published_test_macs: multiply-adds of one clip of 30-view testing, in units of 1e9, where Table 4 prints them.
+    """
+
+    name: str
+    expansion: Expansion
+    published_macs: float
+    published_params: float
+    source: str
+    published_test_macs: float | None = None
+
+
+_XS_S, _L_XXL = 160 / 112, 312 / 112  # the published crops are 160 and 312 where 112√2 and 112·2√2 are 158.4 and 316.8
+
+VARIANTS: dict[str, Variant] = {
+    row.name: row
+    for row in (
+        Variant("x2d", Expansion(), 0.02067, 1.63, "Table 1"),
+        Variant("x3d_xs", Expansion(12.0, 4, _XS_S, 1.0, 2.25, 2.2), 0.60, 3.76, "Table 2"),
+        Variant("x3d_s", Expansion(6.0, 13, _XS_S, 1.0, 2.25, 2.2), 1.96, 3.76, "Table 2"),
+        Variant("x3d_m", Expansion(5.0, 16, 2.0, 1.0, 2.25, 2.2), 4.73, 3.76, "Table 2", 6.2),
+        Variant("x3d_l", Expansion(5.0, 16, _L_XXL, 1.0, 2.25, 5.0), 18.37, 6.08, "Table 2", 24.8),
+        Variant("x3d_xl", Expansion(5.0, 16, _L_XXL, 1.45, 2.25, 5.0), 35.84, 10.99, "Table 3", 48.4),
+        # Not printed in the paper: the only factors whose cost is within 0.1 % of both its 143.5 and its 194.1 G.
+        Variant("x3d_xxl", Expansion(2.5, 32, _L_XXL, 1.45, 2.25, 10.1), 143.5, 20.3, "Table 2", 194.1),
+    )
+}
+
+
+def as_expansion(network: "str | Expansion") -> Expansion:
+    """The expansion of a variant's name, or the expansion itself.
+
+    Raises:
+        ValueError: an unknown name; lists the known ones.
+        TypeError: neither a name nor an Expansion.
+    """
+    if isinstance(network, Expansion):
+        return network
+    if not isinstance(network, str):
+        raise TypeError(f"a network is a variant's name or an Expansion, got {network!r}")
+    if network not in VARIANTS:
+        raise ValueError(f"unknown variant {network!r}; known: {', '.join(VARIANTS)}, or any Expansion(...)")
+    return VARIANTS[network].expansion
+
+
+def name_of(expansion: Expansion) -> str:
+    """The variant's name, or one that spells the factors: `x3d(tau=6,t=13,s=1.429,w=1,b=1.5,d=2.2)`."""
+    for variant in VARIANTS.values():
+        if variant.expansion == expansion:
+            return variant.name
+    factors = (f"{key.removeprefix('gamma_')}={value:.4g}" for key, value in vars(expansion).items())
+    return f"x3d({','.join(factors)})"

@@ -1,0 +1,235 @@
+"""The layers that Keras lacks: channel-wise and symmetric 3-D convolution, strided pointwise convolution, ghost batch norm.
+
+All take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side (TensorFlow's "same" padding
+differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form of one backend, in `lowerings`,
+computes the same.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+
+def conv_initializer(filters: int, kernel: Sequence[int] = (1, 1, 1)) -> keras.initializers.Initializer:
+    """He normal over fan-out, not truncated and not divided by groups: the initialisation of the authors' code."""
+    return keras.initializers.RandomNormal(stddev=math.sqrt(2 / (filters * math.prod(kernel))))
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class PointwiseConv3D(keras.layers.Layer):
+    """A 1x1x1 convolution, as a matrix product.
+
+    Args:
+        filters: output channels.
+        stride: of both spatial axes.
+    """
+
+    def __init__(self, filters: int, stride: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.filters, self.stride = filters, stride
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        self.kernel = self.add_weight(
+            name="kernel", shape=(input_shape[-1], self.filters), initializer=conv_initializer(self.filters)
+        )
+
+    def call(self, x: Any) -> Any:
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        return ops.matmul(x, self.kernel)
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        return _output_shape(input_shape, self.stride, self.filters)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "filters": self.filters, "stride": self.stride}
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class Conv3D(keras.layers.Layer):
+    """A dense 3-D convolution over time or over space: a kernel of (kt, 1, 1) or (1, kh, kw), odd.
+
+    Args:
+        filters: output channels.
+        kernel_size: frames, rows, columns.
+        stride: of both spatial axes.
+    """
+
+    def __init__(self, filters: int, kernel_size: Sequence[int], stride: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.filters, self.kernel_size, self.stride = filters, tuple(kernel_size), stride
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(*self.kernel_size, input_shape[-1], self.filters),
+            initializer=conv_initializer(self.filters, self.kernel_size),
+        )
+
+    def call(self, x: Any) -> Any:
+        if self.kernel_size[0] == 1:  # TensorFlow's 2-D convolution is the faster one
+            n, t, h, w, c = ops.shape(x)
+            y = ops.conv(_pad(ops.reshape(x, (-1, h, w, c)), self.kernel_size[1:]), self.kernel[0], self.stride)
+            return ops.reshape(y, (n, t, *ops.shape(y)[1:]))
+        return ops.conv(_pad(x, self.kernel_size), self.kernel, (1, self.stride, self.stride))
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        return _output_shape(input_shape, self.stride, self.filters)
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"filters": self.filters, "kernel_size": self.kernel_size, "stride": self.stride}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class ChannelwiseConv3D(keras.layers.Layer):
+    """A 3-D convolution that keeps each channel to itself. Its kernel is (kt, kh, kw, C).
+
+    Args:
+        kernel_size: frames, rows, columns, all odd.
+        stride: of both spatial axes.
+    """
+
+    def __init__(self, kernel_size: Sequence[int], stride: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kernel_size, self.stride = tuple(kernel_size), stride
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        channels = input_shape[-1]
+        self.kernel = self.add_weight(
+            name="kernel", shape=(*self.kernel_size, channels), initializer=conv_initializer(channels, self.kernel_size)
+        )
+
+    def call(self, x: Any) -> Any:
+        if keras.backend.backend() == "tensorflow":
+            from x3d_tf.modeling.lowerings import tensorflow as lowering
+
+            return lowering.channelwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
+        return channelwise_conv3d(x, self.kernel, self.stride)
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        return _output_shape(input_shape, self.stride, input_shape[-1])
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "kernel_size": self.kernel_size, "stride": self.stride}
+
+
+def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
+    """(N, T, H, W, C) with (kt, kh, kw, C): a depthwise 2-D convolution for each temporal tap, shifted and added."""
+    n, t, h, w, c = ops.shape(x)
+    taps = kernel.shape[0]
+    padded = ops.pad(x, [[0, 0], [taps // 2] * 2, [0, 0], [0, 0], [0, 0]])
+    total = 0.0
+    for tap in range(taps):
+        frames = _pad(ops.reshape(padded[:, tap : tap + t], (-1, h, w, c)), kernel.shape[1:3])
+        total = total + ops.depthwise_conv(frames, kernel[tap][..., None], strides=stride)
+    return ops.reshape(total, (n, t, *ops.shape(total)[1:]))
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class GhostBatchNorm(keras.layers.Layer):
+    """Batch norm whose statistics are of groups of clips, contiguous in the batch.
+
+    The batch size that a recipe was tuned for stays that of its statistics, whatever a device holds (paper, appendix A.3:
+    8 clips). One scale and shift serve all groups. In training a group is normalised by its biased variance; the moving
+    statistics take the mean over groups (and devices) of the means and of the unbiased variances, as PyTorch does.
+
+    Args:
+        group: clips of a group. A smaller batch is one group.
+        momentum: share of the moving statistics that a step keeps.
+        epsilon: added to the variance.
+        gamma_initializer: of the scale; zeros make a residual branch start as nothing.
+
+    Raises:
+        ValueError: in training, a batch larger than `group` that is not a multiple of it.
+    """
+
+    def __init__(
+        self,
+        group: int = 8,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        gamma_initializer: Any = "ones",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.group, self.momentum, self.epsilon = group, momentum, epsilon
+        self.gamma_initializer = keras.initializers.get(gamma_initializer)
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        shape = (input_shape[-1],)
+        self.gamma = self.add_weight(name="gamma", shape=shape, initializer=self.gamma_initializer)
+        self.beta = self.add_weight(name="beta", shape=shape, initializer="zeros")
+        # aggregation: without it each device would keep its own, and only the first's would be saved
+        moving: dict[str, Any] = {"shape": shape, "trainable": False, "aggregation": "mean"}
+        self.moving_mean = self.add_weight(name="moving_mean", initializer="zeros", **moving)
+        self.moving_variance = self.add_weight(name="moving_variance", initializer="ones", **moving)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        gamma, beta = ops.convert_to_tensor(self.gamma), ops.convert_to_tensor(self.beta)
+        if not (training and self.trainable):
+            scale = gamma * ops.rsqrt(self.moving_variance + self.epsilon)
+            return x * scale + (beta - self.moving_mean * scale)
+        shape = ops.shape(x)
+        groups = self.groups(shape[0])
+        rows = ops.reshape(x, (groups, shape[0] // groups * shape[1] * shape[2] * shape[3], shape[4]))
+        y, mean, variance = self._normalize(rows, gamma, beta)
+        self._update(mean, variance, ops.shape(rows)[1])
+        return ops.reshape(y, shape)
+
+    def groups(self, batch: Any) -> Any:
+        """How many groups a batch makes: an int, or a tensor where the batch is one."""
+        if not isinstance(batch, int):
+            return ops.maximum(batch // self.group, 1)
+        if batch > self.group and batch % self.group:
+            raise ValueError(
+                f"the clips on a device must be at most the batch-norm group, or a multiple of it: got {batch} clips "
+                f"and groups of {self.group} (bn_group)"
+            )
+        return max(batch // self.group, 1)
+
+    def _normalize(self, rows: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
+        if keras.backend.backend() == "tensorflow":
+            from x3d_tf.modeling.lowerings import tensorflow as lowering
+
+            return lowering.normalize(rows, gamma, beta, self.epsilon)
+        return normalize(rows, gamma, beta, self.epsilon)
+
+    def _update(self, mean: Any, variance: Any, samples: Any) -> None:
+        samples = ops.cast(samples, variance.dtype)
+        unbiased = variance * (samples / ops.maximum(samples - 1, 1))
+        for moving, new in ((self.moving_mean, mean), (self.moving_variance, unbiased)):
+            moving.assign(self.momentum * moving + (1 - self.momentum) * ops.mean(new, axis=(0, 1)))
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "group": self.group,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
+        }
+
+
+def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, Any, Any]:
+    """Rows (groups, samples, C) normalised, with each group's mean and biased variance, (groups, 1, C)."""
+    mean = ops.mean(rows, axis=1, keepdims=True)
+    variance = ops.mean(ops.square(rows - mean), axis=1, keepdims=True)
+    y = (rows - mean) * (gamma * ops.rsqrt(variance + epsilon)) + beta
+    return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+
+def _pad(x: Any, kernel: Sequence[int]) -> Any:
+    """Half the kernel on both sides of each axis between the first and the last."""
+    return ops.pad(x, [[0, 0], *([size // 2] * 2 for size in kernel), [0, 0]])
+
+
+def _output_shape(shape: Sequence[int | None], stride: int, channels: int | None) -> tuple[int | None, ...]:
+    n, t, *sides, _ = shape
+    return (n, t, *(None if side is None else math.ceil(side / stride) for side in sides), channels)

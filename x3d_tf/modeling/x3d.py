@@ -1,0 +1,209 @@
+"""X3D as one flat Keras graph: `network` writes it down once, whatever layers it is made of."""
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+from keras import layers, ops
+
+from x3d_tf._checks import require
+from x3d_tf.modeling.architecture import FC1_WIDTH, STAGE_NAMES, Architecture, ModelOptions, StagePlan, plan, se_width
+from x3d_tf.modeling.expansion import ClipSpec, Expansion, as_expansion, name_of
+from x3d_tf.modeling.layers import ChannelwiseConv3D, Conv3D, GhostBatchNorm, PointwiseConv3D, conv_initializer
+
+MEAN, STD = 0.45 * 255, 0.225 * 255  # of RGB in 0..255, one value for all channels (PySlowFast)
+
+
+def build_x3d(
+    network: str | Expansion, num_classes: int = 400, *, include_top: bool = True, name: str | None = None, **options: Any
+) -> "X3D":
+    """Builds a network with fresh weights.
+
+    Args:
+        network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
+        num_classes: outputs of the classifier.
+        include_top: False stops before fc1: the output is pool5, (N, channels).
+        name: of the model; the variant's name unless given.
+        **options: the fields of `ModelOptions`: stem_kernel, se, swish, swish_before, separable, shortcut_norm, head_pool,
+            bn_group, drop_connect, dropout.
+
+    Returns:
+        A model from clips (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W, to logits (N, num_classes).
+        The outputs of its layers conv1, res2, ..., res5, conv5, pool5 and fc1 are features.
+
+    Raises:
+        ValueError, TypeError: an unknown variant or option, or a value outside its range.
+
+    Example:
+        >>> model = build_x3d("x3d_m", num_classes=10, drop_connect=0.1)
+    """
+    known = [field.name for field in dataclasses.fields(ModelOptions)]
+    for option in options:
+        require(option in known, "build_x3d's options", f"be among {', '.join(known)}", option)
+    return X3D(as_expansion(network), num_classes, ModelOptions(**options), include_top=include_top, name=name)
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class X3D(keras.Model):
+    """The trainable network. `build_x3d` makes it; its configuration is what that was given."""
+
+    def __init__(
+        self,
+        expansion: Expansion,
+        num_classes: int,
+        options: ModelOptions,
+        *,
+        include_top: bool = True,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
+        clips = keras.Input((None, None, None, 3), name="clip")
+        outputs = graph(
+            clips,
+            plan(expansion, options),
+            TrainableParts(options),
+            train_size=expansion.clip.size,
+            num_classes=num_classes if include_top else None,
+        )
+        name = name or "".join(c if c.isalnum() else "_" for c in name_of(expansion)).strip("_")
+        super().__init__(inputs=clips, outputs=outputs, name=name, **kwargs)
+        self.expansion, self.options = expansion, options
+        self.num_classes, self.include_top = num_classes, include_top
+
+    @property
+    def clip(self) -> ClipSpec:
+        """The clip that the network is made for."""
+        return self.expansion.clip
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "expansion": dataclasses.asdict(self.expansion),
+            "num_classes": self.num_classes,
+            "options": dataclasses.asdict(self.options),
+            "include_top": self.include_top,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "X3D":
+        expansion, options = Expansion(**config.pop("expansion")), ModelOptions(**config.pop("options"))
+        return cls(expansion=expansion, options=options, **config)
+
+
+class TrainableParts:
+    """The layers of the trainable network. Another set with these methods makes the same graph of other layers."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        self.options = options
+
+    def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:
+        return PointwiseConv3D(filters, stride, name=name)(x)
+
+    def conv(self, x: Any, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
+        return Conv3D(filters, kernel, stride, name=name)(x)
+
+    def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
+        return ChannelwiseConv3D(kernel, stride, name=name)(x)
+
+    def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
+        return GhostBatchNorm(self.options.bn_group, gamma_initializer=gamma, name=name)(x)
+
+    def drop_branch(self, x: Any, rate: float, name: str) -> Any:
+        return layers.Dropout(rate, noise_shape=(None, 1, 1, 1, 1), name=name)(x) if rate else x
+
+    def dropout(self, x: Any, name: str) -> Any:
+        return layers.Dropout(self.options.dropout, name=name)(x) if self.options.dropout else x
+
+
+def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int, num_classes: int | None) -> Any:
+    """The whole network, in execution order (paper, Table 1).
+
+    Args:
+        clips: (N, T, H, W, 3), RGB in 0..255.
+        architecture: what to build.
+        parts: makes the layers, as `TrainableParts` does.
+        train_size: side of the training crop in pixels, which the head's fixed poolings need.
+        num_classes: None stops at pool5.
+
+    Returns:
+        Logits (N, num_classes), or pool5 (N, head_width).
+    """
+    x = layers.Normalization(axis=None, mean=MEAN, variance=STD**2, name="normalize")(clips)
+    x = parts.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
+    x = parts.channelwise(x, (architecture.options.stem_kernel, 1, 1), "conv1_t")
+    x = layers.ReLU(name="conv1")(parts.norm(x, "conv1_bn"))
+    for stage_index, (stage_name, stage) in enumerate(zip(STAGE_NAMES, architecture.stages)):
+        for index in range(stage.depth):
+            rate = architecture.drop_connect(stage_index)
+            x = block(x, f"{stage_name}_{index}", architecture, stage, index, rate, parts)
+            last = index == stage.depth - 1  # whose output goes by the stage's own name
+            x = layers.ReLU(name=stage_name if last else f"{stage_name}_{index}")(x)
+    x = parts.pointwise(x, architecture.head_width, "conv5_conv")
+    x = layers.ReLU(name="conv5")(parts.norm(x, "conv5_bn"))
+    return head(x, architecture.options, parts, window=math.ceil(train_size / 32), num_classes=num_classes)
+
+
+def block(
+    x: Any, name: str, architecture: Architecture, stage: StagePlan, index: int, drop_rate: float, parts: Any
+) -> Any:
+    """A residual block up to the sum; the ReLU after it is the caller's (paper, appendix A.3)."""
+    options, inner = architecture.options, stage.inner_width
+    stride = stage.stride if index == 0 else 1
+    shortcut, widens = x, x.shape[-1] != stage.width
+    if stride > 1 or widens:
+        shortcut = parts.pointwise(x, stage.width, f"{name}_shortcut", stride)
+        if widens or options.shortcut_norm == "always":
+            shortcut = parts.norm(shortcut, f"{name}_shortcut_bn")
+    if options.separable:
+        x = parts.pointwise(x, inner, f"{name}_conv_a")
+    else:
+        x = parts.conv(x, inner, (3, 1, 1), f"{name}_conv_a")
+    x = parts.norm(x, f"{name}_conv_a_bn")
+    x = layers.Activation("silu" if options.swish_before else "relu", name=f"{name}_conv_a_act")(x)
+    if options.separable:
+        x = parts.channelwise(x, (3, 3, 3), f"{name}_conv_b", stride)
+    else:
+        x = parts.conv(x, inner, (1, 3, 3), f"{name}_conv_b", stride)
+    x = parts.norm(x, f"{name}_conv_b_bn")
+    if architecture.has_se(index):
+        x = squeeze_excitation(x, f"{name}_se")
+    x = layers.Activation("silu" if options.swish else "relu", name=f"{name}_conv_b_act")(x)
+    x = parts.pointwise(x, stage.width, f"{name}_conv_c")
+    x = parts.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # so that a fresh block is its shortcut
+    x = parts.drop_branch(x, drop_rate, f"{name}_drop")
+    return layers.Add(name=f"{name}_add")([shortcut, x])
+
+
+def squeeze_excitation(x: Any, name: str) -> Any:
+    """Scales each channel by a number in (0, 1) made from the means of all channels."""
+    width = x.shape[-1]
+    scale = layers.GlobalAveragePooling3D(keepdims=True, name=f"{name}_pool")(x)
+    for role, filters, activation in (("reduce", se_width(width), "relu"), ("expand", width, "sigmoid")):
+        scale = layers.Dense(
+            filters, activation, kernel_initializer=conv_initializer(filters), name=f"{name}_{role}"
+        )(scale)
+    return layers.Multiply(name=f"{name}_scale")([x, scale])
+
+
+def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes: int | None) -> Any:
+    """From conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5."""
+    if options.head_pool == "global" or num_classes is None:
+        x = layers.GlobalAveragePooling3D(name="pool5")(x)
+    else:
+        x = ops.mean(x, axis=1)
+        x = layers.AveragePooling2D(window, strides=1, name="pool5")(x)
+    if num_classes is None:
+        return x
+    x = layers.Dense(
+        FC1_WIDTH, "relu", use_bias=False, kernel_initializer=conv_initializer(FC1_WIDTH), name="fc1"
+    )(x)
+    x = parts.dropout(x, "dropout")
+    normal = keras.initializers.RandomNormal(stddev=0.01)
+    x = layers.Dense(num_classes, kernel_initializer=normal, name="fc2")(x)
+    if options.head_pool == "fixed_logits":
+        x = ops.mean(x, axis=(1, 2))
+    elif options.head_pool == "fixed_probabilities":
+        x = ops.log(ops.mean(ops.softmax(x), axis=(1, 2)))
+    return x
