@@ -35,10 +35,9 @@ def check_field_types(instance: Any) -> None:
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if not _matches(value, hints[field.name]):
-            expected = str(hints[field.name]).replace("typing.", "") if typing.get_origin(hints[field.name]) else None
-            raise SettingTypeError(
-                f"{type(instance).__name__}.{field.name} must be {expected or hints[field.name].__name__}, got {value!r}"
-            )
+            hint = hints[field.name]
+            expected = str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
+            raise SettingTypeError(f"{type(instance).__name__}.{field.name} must be {expected}, got {value!r}")
 
 
 def _matches(value: object, hint: Any) -> bool:

@@ -27,7 +27,8 @@ class ModelOptions:
             (pytorchvideo, whose res2 has none).
         head_pool: what the head does with clips larger than the training crop. `global` averages all positions;
             `fixed_probabilities` (PySlowFast) and `fixed_logits` (pytorchvideo) average over windows of the
-            training size, classify each and take the mean of the probabilities or of the logits. All agree at the training crop.
+            training size, classify each and take the mean of the probabilities or of the logits. All agree at the
+            training crop.
         bn_group: clips that share batch-norm statistics in training.
         drop_connect: rate at which res5 drops a residual branch in training; linear over the stages below.
         dropout: rate before the classifier.

@@ -19,8 +19,9 @@ class WeightName:
         source: its name in the PyTorch state dict.
         layer: our layer's name.
         weight: its name in our layer.
-        kind: how the arrays differ. PyTorch's are (out, in / groups, T, H, W); ours are (T, H, W, in, out) for a `conv`,
-            (in, out) for a `pointwise` one or a `dense` layer, (T, H, W, C) for a `channelwise` one; a `vector` is the same.
+        kind: how the arrays differ. PyTorch's are (out, in / groups, T, H, W); ours are (T, H, W, in, out) for a
+            `conv`, (in, out) for a `pointwise` one or a `dense` layer, (T, H, W, C) for a `channelwise` one; a `vector`
+            is the same.
     """
 
     source: str
@@ -43,7 +44,8 @@ def slowfast_names(architecture: Architecture) -> Iterator[WeightName]:
                 yield WeightName(f"{source}.branch1.weight", f"{ours}_shortcut", "kernel", "pointwise")
                 if architecture.options.shortcut_norm == "always" or width != stage.width:
                     yield from _norm(f"{source}.branch1_bn", f"{ours}_shortcut_bn")
-            branch, kinds = f"{source}.branch2", ("pointwise", "channelwise") if separable else ("conv", "conv")
+            branch = f"{source}.branch2"
+            kinds: tuple[Kind, Kind] = ("pointwise", "channelwise") if separable else ("conv", "conv")
             yield WeightName(f"{branch}.a.weight", f"{ours}_conv_a", "kernel", kinds[0])
             yield from _norm(f"{branch}.a_bn", f"{ours}_conv_a_bn")
             yield WeightName(f"{branch}.b.weight", f"{ours}_conv_b", "kernel", kinds[1])

@@ -74,10 +74,12 @@ def layer_costs(
     clip = clip or expansion.clip
     rows = list(_stem(architecture, clip))
     shape, width = rows[-1].shape, architecture.stem_width
-    for stage, (name, stage_plan) in enumerate(zip(STAGE_NAMES, architecture.stages)):
+    for name, stage_plan in zip(STAGE_NAMES, architecture.stages):
         for block in range(stage_plan.depth):
             stride = stage_plan.stride if block == 0 else 1
-            rows += _block(f"{name}_{block}", architecture, stage_plan, shape, width, stride, architecture.has_se(block))
+            rows += _block(
+                f"{name}_{block}", architecture, stage_plan, shape, width, stride, architecture.has_se(block)
+            )
             shape, width = rows[-1].shape, stage_plan.width
     rows += _head(architecture, shape, expansion.clip.size, num_classes)
     return rows
@@ -106,9 +108,7 @@ def _block(
     yield _conv(f"{name}_conv_c", (frames, side, side, stage.width), inner)
 
 
-def _head(
-    architecture: Architecture, shape: tuple[int, ...], train_size: int, num_classes: int
-) -> Iterator[LayerCost]:
+def _head(architecture: Architecture, shape: tuple[int, ...], train_size: int, num_classes: int) -> Iterator[LayerCost]:
     frames, side, width = shape[0], shape[1], architecture.head_width
     yield _conv("conv5", (frames, side, side, width), architecture.stages[-1].width)
     positions = 1
@@ -124,9 +124,7 @@ def _conv(name: str, shape: tuple[int, int, int, int], inputs: int, *, norm: boo
     return LayerCost(name, shape, Cost(outputs * inputs, weights + 2 * shape[-1] * norm, weights, outputs))
 
 
-def _fully_connected(
-    name: str, inputs: int, outputs: int, *, bias: bool, paper_bias: bool, side: int = 1
-) -> LayerCost:
+def _fully_connected(name: str, inputs: int, outputs: int, *, bias: bool, paper_bias: bool, side: int = 1) -> LayerCost:
     positions, weights = side * side, inputs * outputs
     params, params_paper = weights + outputs * bias, weights + outputs * paper_bias
     return LayerCost(

@@ -1,8 +1,9 @@
-"""The layers that Keras lacks: channel-wise and symmetric 3-D convolution, strided pointwise convolution, ghost batch norm.
+"""The layers that Keras lacks: channel-wise and symmetric 3-D convolution, strided pointwise convolution, ghost batch
+norm.
 
-All take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side (TensorFlow's "same" padding
-differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form of one backend, in `lowerings`,
-computes the same.
+All take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side (TensorFlow's "same"
+padding differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form of one backend, in
+`lowerings`, computes the same.
 """
 
 import math
@@ -31,7 +32,7 @@ class PointwiseConv3D(keras.layers.Layer):
         super().__init__(**kwargs)
         self.filters, self.stride = filters, stride
 
-    def build(self, input_shape: Sequence[int | None]) -> None:
+    def build(self, input_shape: Sequence[int]) -> None:
         self.kernel = self.add_weight(
             name="kernel", shape=(input_shape[-1], self.filters), initializer=conv_initializer(self.filters)
         )
@@ -62,7 +63,7 @@ class Conv3D(keras.layers.Layer):
         super().__init__(**kwargs)
         self.filters, self.kernel_size, self.stride = filters, tuple(kernel_size), stride
 
-    def build(self, input_shape: Sequence[int | None]) -> None:
+    def build(self, input_shape: Sequence[int]) -> None:
         self.kernel = self.add_weight(
             name="kernel",
             shape=(*self.kernel_size, input_shape[-1], self.filters),
@@ -97,7 +98,7 @@ class ChannelwiseConv3D(keras.layers.Layer):
         super().__init__(**kwargs)
         self.kernel_size, self.stride = tuple(kernel_size), stride
 
-    def build(self, input_shape: Sequence[int | None]) -> None:
+    def build(self, input_shape: Sequence[int]) -> None:
         channels = input_shape[-1]
         self.kernel = self.add_weight(
             name="kernel", shape=(*self.kernel_size, channels), initializer=conv_initializer(channels, self.kernel_size)
@@ -133,9 +134,10 @@ def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
 class GhostBatchNorm(keras.layers.Layer):
     """Batch norm whose statistics are of groups of clips, contiguous in the batch.
 
-    The batch size that a recipe was tuned for stays that of its statistics, whatever a device holds (paper, appendix A.3:
-    8 clips). One scale and shift serve all groups. In training a group is normalised by its biased variance; the moving
-    statistics take the mean over groups (and devices) of the means and of the unbiased variances, as PyTorch does.
+    The batch size that a recipe was tuned for stays that of its statistics, whatever a device holds (paper, appendix
+    A.3: 8 clips). One scale and shift serve all groups. In training a group is normalised by its biased variance; the
+    moving statistics take the mean over groups (and devices) of the means and of the unbiased variances, as PyTorch
+    does.
 
     Args:
         group: clips of a group. A smaller batch is one group.
@@ -159,7 +161,7 @@ class GhostBatchNorm(keras.layers.Layer):
         self.group, self.momentum, self.epsilon = group, momentum, epsilon
         self.gamma_initializer = keras.initializers.get(gamma_initializer)
 
-    def build(self, input_shape: Sequence[int | None]) -> None:
+    def build(self, input_shape: Sequence[int]) -> None:
         shape = (input_shape[-1],)
         self.gamma = self.add_weight(name="gamma", shape=shape, initializer=self.gamma_initializer)
         self.beta = self.add_weight(name="beta", shape=shape, initializer="zeros")

@@ -16,7 +16,12 @@ MEAN, STD = 0.45 * 255, 0.225 * 255  # of RGB in 0..255, one value for all chann
 
 
 def build_x3d(
-    network: str | Expansion, num_classes: int = 400, *, include_top: bool = True, name: str | None = None, **options: Any
+    network: str | Expansion,
+    num_classes: int = 400,
+    *,
+    include_top: bool = True,
+    name: str | None = None,
+    **options: Any,
 ) -> "X3D":
     """Builds a network with fresh weights.
 
@@ -25,12 +30,12 @@ def build_x3d(
         num_classes: outputs of the classifier.
         include_top: False stops before fc1: the output is pool5, (N, channels).
         name: of the model; the variant's name unless given.
-        **options: the fields of `ModelOptions`: stem_kernel, se, swish, swish_before, separable, shortcut_norm, head_pool,
-            bn_group, drop_connect, dropout.
+        **options: the fields of `ModelOptions`: stem_kernel, se, swish, swish_before, separable, shortcut_norm,
+            head_pool, bn_group, drop_connect, dropout.
 
     Returns:
-        A model from clips (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W, to logits (N, num_classes).
-        The outputs of its layers conv1, res2, ..., res5, conv5, pool5 and fc1 are features.
+        A model from clips (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W, to logits (N,
+        num_classes). The outputs of its layers conv1, res2, ..., res5, conv5, pool5 and fc1 are features.
 
     Raises:
         ValueError, TypeError: an unknown variant or option, or a value outside its range.
@@ -181,9 +186,9 @@ def squeeze_excitation(x: Any, name: str) -> Any:
     width = x.shape[-1]
     scale = layers.GlobalAveragePooling3D(keepdims=True, name=f"{name}_pool")(x)
     for role, filters, activation in (("reduce", se_width(width), "relu"), ("expand", width, "sigmoid")):
-        scale = layers.Dense(
-            filters, activation, kernel_initializer=conv_initializer(filters), name=f"{name}_{role}"
-        )(scale)
+        scale = layers.Dense(filters, activation, kernel_initializer=conv_initializer(filters), name=f"{name}_{role}")(
+            scale
+        )
     return layers.Multiply(name=f"{name}_scale")([x, scale])
 
 
@@ -196,9 +201,7 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
         x = layers.AveragePooling2D(window, strides=1, name="pool5")(x)
     if num_classes is None:
         return x
-    x = layers.Dense(
-        FC1_WIDTH, "relu", use_bias=False, kernel_initializer=conv_initializer(FC1_WIDTH), name="fc1"
-    )(x)
+    x = layers.Dense(FC1_WIDTH, "relu", use_bias=False, kernel_initializer=conv_initializer(FC1_WIDTH), name="fc1")(x)
     x = parts.dropout(x, "dropout")
     normal = keras.initializers.RandomNormal(stddev=0.01)
     x = layers.Dense(num_classes, kernel_initializer=normal, name="fc2")(x)

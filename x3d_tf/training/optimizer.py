@@ -11,8 +11,8 @@ from keras import ops
 class SGD(keras.optimizers.Optimizer):
     """Nesterov momentum with L2 regularisation inside the gradient.
 
-    Keras' own SGD differs twice: its weight decay acts on the weights, not through the momentum, and its velocity holds the
-    learning rate, so that a changed rate reaches past gradients too.
+    Keras' own SGD differs twice: its weight decay acts on the weights, not through the momentum, and its velocity holds
+    the learning rate, so that a changed rate reaches past gradients too.
 
     Args:
         learning_rate: a number or a schedule.

@@ -104,7 +104,8 @@ def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, An
 
         return (output, mean, variance), gradient
 
-    output, mean, variance = run(rows, gamma, beta)
+    # not variables, which a custom gradient refuses
+    output, mean, variance = run(rows, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
     return output, tf.stop_gradient(mean), tf.stop_gradient(variance)
 
 

@@ -1,0 +1,39 @@
+"""Small records for tests: a bright square on black that moves left or right."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.records import Source, write_split
+from x3d_tf.data.video import EncodedVideo
+
+FRAMES, SIDE, SQUARE = 10, 40, 14
+
+
+def write_records(folder: Path, videos: int, classes: Sequence[str] = ("left", "right")) -> None:
+    """Records of `videos` videos, the classes in turn, in one split called train."""
+    folder.mkdir(parents=True)
+    sources = [Source(f"square/{number}", number % len(classes)) for number in range(videos)]
+    encoded = (
+        EncodedVideo(_frames(number, -1 if source.label == 0 else 1), 30.0) for number, source in enumerate(sources)
+    )
+    split = write_split(folder, "train", sources, encoded, classes, lambda _: None)
+    Manifest(folder, tuple(classes), {"train": split}, {"source": "test"}).save()
+
+
+def _frames(seed: int, direction: int) -> list[bytes]:
+    top, left = np.random.default_rng(seed).integers(0, SIDE, 2)
+    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
+    picture[:SQUARE, :SQUARE] = 255
+    shifted = (np.roll(picture, (top, left + 2 * direction * t), (0, 1)) for t in range(FRAMES))
+    return [_jpeg(frame) for frame in shifted]
+
+
+def _jpeg(frame: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()

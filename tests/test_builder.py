@@ -1,0 +1,175 @@
+"""From folders of videos to records: layouts, determinism, files that fail, and the command."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from video_fixtures import die_on_three, numbered_frames, write_video
+
+from x3d_tf.build_records import summary
+from x3d_tf.data import records
+from x3d_tf.data.builder import build_records, encode_all, find_videos
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.video import EncodedVideo, VideoError
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of classes: 4 videos of run, 3 of jump, with a broken and a hidden file among them."""
+    folder = tmp_path_factory.mktemp("videos")
+    for index in range(7):
+        name = f"{'run' if index < 4 else 'jump'}/clip {index}.mp4"
+        write_video(folder / name, numbered_frames(6 + index))
+    (folder / "run" / "broken.mp4").write_text("no video")
+    (folder / "run" / ".hidden").write_text("no video")
+    (folder / "notes.txt").write_text("no video")
+    return folder
+
+
+def names(manifest: Manifest, split: str) -> set[str]:
+    return {record.media_id for record in manifest.split(split).records}
+
+
+def test_a_folder_per_class(clips: Path, tmp_path: Path) -> None:
+    result = build_records(clips, tmp_path / "out", workers=2, progress=False)
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest == result.manifest
+    assert manifest.classes == ("jump", "run")
+    assert list(manifest.splits) == ["train"]
+    for record in manifest.split("train").records:
+        number = int(Path(record.media_id).stem.split()[1])
+        assert record.media_id == f"{'run' if number < 4 else 'jump'}/clip {number}.mp4"
+        assert manifest.classes[record.label] == record.media_id.split("/")[0]
+        assert (record.frames, record.fps) == (6 + number, 30.0)
+    assert len(names(manifest, "train")) == 7
+    with (tmp_path / "out" / "failures.csv").open(newline="") as table:
+        failures = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(table)}
+    assert set(failures) == {"broken.mp4", "notes.txt"}
+    assert failures["broken.mp4"].startswith("cannot be decoded")
+    assert failures["notes.txt"] == "is not in a class folder"
+    assert result.failures == 2
+    assert "build with --split=0.2" in summary(result)[-1]
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "VIDEOS_PER_SHARD", 2)
+    for workers in (1, 3):
+        build_records(clips, tmp_path / str(workers), split=0.4, workers=workers, progress=False)
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len([name for name in files if name.endswith(".tfrecord")]) > 2
+    assert files == sorted(path.name for path in (tmp_path / "3").iterdir())
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+
+
+def test_a_part_of_each_class_is_for_testing(clips: Path) -> None:
+    found, _ = find_videos(clips, split=0.5)
+    for name, count in (("run", 5), ("jump", 3)):
+        parts = [{video.path for video in found[split] if video.class_name == name} for split in ("train", "test")]
+        assert [len(part) for part in parts] == [count - round(count / 2), round(count / 2)]
+        assert len(set.union(*parts)) == count
+    assert found == find_videos(clips, split=0.5)[0]
+    assert found != find_videos(clips, split=0.5, seed=1)[0]
+    tiny, _ = find_videos(clips, split=0.01)
+    assert sorted(video.class_name for video in tiny["test"]) == ["jump", "run"]
+
+
+def touch(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+def test_split_folders(tmp_path: Path) -> None:
+    folder = touch(tmp_path, "train/a/1", "train/b/2", "test/a/3", "val/c/4", "test/.x/5")
+    found, _ = find_videos(folder)
+    media = {split: sorted((video.media_id, video.class_name) for video in videos) for split, videos in found.items()}
+    assert media == {"train": [("train/a/1", "a"), ("train/b/2", "b")], "test": [("test/a/3", "a")]}
+    assert list(find_videos(folder, splits=["train", "val", "test"])[0]) == ["train", "val", "test"]
+
+
+def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "one" / "run").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one" / "run" / "clip 0.mp4").symlink_to(clips / "run" / "clip 0.mp4")
+    (tmp_path / "two" / "jump").symlink_to(clips / "jump")
+    result = build_records(tmp_path, tmp_path / "out", splits=["one", "two"], workers=1, progress=False)
+    assert result.manifest.classes == ("jump", "run")
+    assert names(result.manifest, "one") == {"one/run/clip 0.mp4"}
+    assert {record.label for record in result.manifest.split("two").records} == {0}
+    lines = "\n".join(summary(result))
+    assert "one has no video of 1 classes: jump" in lines
+    assert """--gin_bindings='DatasetSpec.train_split="one"' --gin_bindings='DatasetSpec.eval_split="two"'""" in lines
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "message"),
+    [
+        (["a/1"], {"splits": ["a"], "split": 0.2}, "splits and split must not be given together"),
+        (["a/1"], {"split": 1.0}, "split must be between 0 and 1, got 1.0"),
+        (["a/1"], {"splits": ["a", "a"]}, "splits must be distinct names of folders"),
+        (["a/1"], {"splits": ["../a"]}, "splits must be distinct names of folders"),
+        (["a/b/1"], {"splits": ["a", "b"]}, "b is not a folder"),
+        (["one/a/1", "two/a/1"], {}, "is a folder, but class folders hold video files.*--splits=one,two"),
+        (["notes"], {}, "no class folders with videos"),
+        (["a/1"], {}, "none of the 1 videos can be read; the reasons are in"),
+        (["a/1", "out/1"], {}, "output: .*out is not empty"),
+        (["a/1"], {"quality": 96}, "quality must be in 1..95, got 96"),
+        (["a/1"], {"short_side": 0}, "short_side must be at least 1 pixel, got 0"),
+        (["a/1"], {"workers": 0}, "workers must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_built_says_why(
+    tmp_path: Path, files: list[str], settings: dict[str, object], message: str
+) -> None:
+    touch(tmp_path, *files)
+    with pytest.raises(ValueError, match=message):
+        build_records(tmp_path, tmp_path / "out", progress=False, **settings)  # type: ignore[arg-type]
+    left = {path.name for path in (tmp_path / "out").glob("*")} if (tmp_path / "out").exists() else set()
+    assert left <= {"failures.csv", "1"}
+
+
+def test_a_file_that_kills_its_worker_is_left_out() -> None:
+    results = list(encode_all([Path(str(n)) for n in range(8)], die_on_three, workers=2))
+    for number, result in enumerate(results):
+        if number == 3:
+            assert isinstance(result, VideoError)
+            assert str(result) == "3: kills the process that decodes it"
+        else:
+            assert isinstance(result, EncodedVideo)
+            assert result.frames == [str(number).encode()]
+    assert len(results) == 8
+
+
+def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    line = [sys.executable, "-m", "x3d_tf.build_records", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def test_the_command(clips: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = command(f"--videos={clips}", f"--output={output}", "--split=0.3")
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.load(output)
+    assert {split: len(part.records) for split, part in manifest.splits.items()} == {"train": 4, "test": 3}
+    last = done.stdout.splitlines()[-1]
+    assert last.strip().startswith("python -m x3d_tf.train --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin")
+    assert f"""--gin_bindings='DatasetSpec.records="{output}"'""" in last
+    again = command(f"--videos={clips}", f"--output={output}")
+    assert again.returncode == 1
+    assert again.stderr.strip().splitlines()[-1].startswith(f"error: output: {output} is not empty")
+    assert "Traceback" not in again.stderr
+
+
+def test_real_clips(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("apply_eye_makeup.avi", "deadlifting.mp4"):
+        (tmp_path / "in" / name[:4]).mkdir(parents=True)
+        (tmp_path / "in" / name[:4] / name).symlink_to(shared_data / "clips" / name)
+    result = build_records(tmp_path / "in", tmp_path / "out", short_side=64, workers=2, progress=False)
+    found = {record.media_id: (record.frames, record.fps) for record in result.manifest.split("train").records}
+    assert found == {"appl/apply_eye_makeup.avi": (164, 25.0), "dead/deadlifting.mp4": (360, 30.0)}

@@ -1,0 +1,68 @@
+"""Metrics against counting by hand, and multi-view testing against one view at a time."""
+
+
+import numpy as np
+import pytest
+
+from x3d_tf.evaluation.metrics import confusion_matrix, top_k_accuracy
+
+
+def naive_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    hits = [label in sorted(range(len(row)), key=lambda c: (-row[c], c))[:k] for row, label in zip(scores, labels)]
+    return sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+def test_top_k_counts_like_sorting(k: int) -> None:
+    draw = np.random.default_rng(k)
+    scores = draw.integers(0, 4, (200, 7)) / 4  # many ties
+    labels = draw.integers(0, 7, 200)
+    assert top_k_accuracy(scores, labels, k) == pytest.approx(naive_top_k(scores, labels, k))
+
+
+def test_no_samples_have_no_accuracy() -> None:
+    assert np.isnan(top_k_accuracy(np.zeros((0, 3)), np.zeros(0, int), 1))
+
+
+def test_confusion_counts_pairs() -> None:
+    counts = confusion_matrix(np.array([0, 1, 1, 2]), np.array([0, 0, 0, 2]), 3)
+    assert counts.tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 1]]
+
+
+class FixedLogits:
+    """Stands for a network: the logits of a clip are picked by its brightness."""
+
+    def __init__(self, logits: list[tuple[float, float]], clip: object) -> None:
+        self.logits, self.clip, self.num_classes = np.array(logits, "float32"), clip, 2
+
+    def __call__(self, clips: object, training: bool) -> object:
+        import tensorflow as tf
+
+        level = tf.cast(tf.round(tf.reduce_mean(clips, axis=(1, 2, 3, 4)) / 100), tf.int32)
+        return tf.gather(self.logits, level)
+
+
+def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    from x3d_tf import ClipSpec
+    from x3d_tf.data.clips import ViewSpec
+    from x3d_tf.evaluation import testing
+
+    views = ViewSpec(temporal_views=3, resize=8, crop=8)
+    levels = np.array([[0, 1, 2], [2, 1, 1]])  # of the views of two videos
+    clips = np.ones((2, 3, 1, 8, 8, 3), "float32") * levels[:, :, None, None, None, None] * 100
+
+    def dataset(*_: object) -> tf.data.Dataset:
+        return tf.data.Dataset.from_tensor_slices((clips, [0, 0], [0, 1])).batch(1)
+
+    class TwoVideos:
+        def split(self, _: str) -> object:
+            return type("Split", (), {"records": (1, 2)})
+
+    monkeypatch.setattr(testing, "evaluation_dataset", dataset)
+    model = FixedLogits([(6, 0), (0, 2), (0, 2)], ClipSpec(1, 1, 8))
+    probabilities = testing.predict_split(model, TwoVideos(), "test", views)  # type: ignore[arg-type]
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities[0], [0.412, 0.588], atol=5e-4)  # mean logits would say class 0
+    np.testing.assert_allclose(probabilities[1], [0.119, 0.881], atol=5e-4)

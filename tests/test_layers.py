@@ -1,0 +1,202 @@
+"""The layers against loops over single numbers, and the fast forms against the portable ones."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from x3d_tf.modeling import layers
+from x3d_tf.modeling.lowerings import tensorflow as lowering
+
+BOUND = 1e-5
+
+
+def naive_channelwise(x: np.ndarray, kernel: np.ndarray, stride: int, upstream: np.ndarray | None = None) -> Any:
+    """The convolution, or with `upstream` the gradients of sum(upstream * convolution), one product at a time."""
+    kt, kh, kw, _ = kernel.shape
+    padded = np.pad(x, [(0, 0), (kt // 2,) * 2, (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)])
+    n, t, h, w, c = x.shape
+    y = np.zeros((n, t, -(-h // stride), -(-w // stride), c))
+    x_gradient, kernel_gradient = np.zeros_like(padded), np.zeros_like(kernel)
+    for i, ti, hi, wi in np.ndindex(y.shape[:4]):
+        for a, b, d in np.ndindex(kt, kh, kw):
+            place = (i, ti + a, hi * stride + b, wi * stride + d)
+            y[i, ti, hi, wi] += padded[place] * kernel[a, b, d]
+            if upstream is not None:
+                x_gradient[place] += upstream[i, ti, hi, wi] * kernel[a, b, d]
+                kernel_gradient[a, b, d] += upstream[i, ti, hi, wi] * padded[place]
+    if upstream is None:
+        return y
+    x_gradient = x_gradient[:, kt // 2 : kt // 2 + t, kh // 2 : kh // 2 + h, kw // 2 : kw // 2 + w]
+    return y, x_gradient, kernel_gradient
+
+
+def close(actual: Any, expected: Any, bound: float = BOUND) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= bound * max(1.0, np.abs(expected).max())
+
+
+CASES = [  # T, H, W, kernel, stride
+    (4, 6, 8, (3, 3, 3), 1),
+    (4, 6, 8, (3, 3, 3), 2),
+    (3, 5, 7, (3, 3, 3), 1),
+    (3, 5, 7, (3, 3, 3), 2),
+    (2, 5, 6, (3, 3, 3), 2),
+    (1, 4, 5, (3, 3, 3), 1),
+    (1, 7, 6, (3, 3, 3), 2),
+    (6, 4, 5, (5, 1, 1), 1),
+    (2, 3, 3, (5, 1, 1), 1),
+    (1, 3, 2, (5, 1, 1), 1),
+    (4, 4, 5, (5, 3, 3), 1),
+]
+
+
+@pytest.mark.parametrize(("t", "h", "w", "kernel_size", "stride"), CASES)
+@pytest.mark.parametrize("shapes", ["static", "open"])
+@pytest.mark.parametrize(
+    "form", [lowering.channelwise_conv3d, layers.channelwise_conv3d], ids=["tensorflow", "keras.ops"]
+)
+def test_channelwise_convolution(
+    t: int, h: int, w: int, kernel_size: tuple[int, int, int], stride: int, shapes: str, form: Any
+) -> None:
+    draw = np.random.default_rng(0)
+    x, kernel = draw.standard_normal((2, t, h, w, 3)), draw.standard_normal((*kernel_size, 3))
+    upstream = draw.standard_normal((2, t, -(-h // stride), -(-w // stride), 3))
+    expected, x_gradient, kernel_gradient = naive_channelwise(x, kernel, stride, upstream)
+    signature = tf.TensorSpec(x.shape if shapes == "static" else (None, None, None, None, 3), tf.float32)
+
+    @tf.function(input_signature=[signature, tf.TensorSpec(kernel.shape, tf.float32)])
+    def run(x: Any, kernel: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            y = form(x, kernel, stride)
+            loss = tf.reduce_sum(y * upstream.astype("float32"))
+        return y, *tape.gradient(loss, [x, kernel])
+
+    for actual, wanted in zip(
+        run(x.astype("float32"), kernel.astype("float32")), (expected, x_gradient, kernel_gradient)
+    ):
+        close(actual, wanted)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [((1, 3, 3), 2), ((1, 3, 3), 1), ((3, 1, 1), 1)])
+@pytest.mark.parametrize("side", [6, 7])
+def test_dense_convolution(kernel_size: tuple[int, int, int], stride: int, side: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 4, side, side + 1, 3)).astype("float32")
+    layer = layers.Conv3D(5, kernel_size, stride)
+    actual = layer(x)
+    kernel = np.asarray(layer.kernel)
+    # A dense convolution is the sum over its inputs of channel-wise ones.
+    expected = np.stack(
+        [naive_channelwise(x, kernel[..., output], stride).sum(axis=-1) for output in range(5)],
+        axis=-1,
+    )
+    close(actual, expected)
+    assert layer.compute_output_shape(x.shape) == expected.shape
+
+
+@pytest.mark.parametrize("side", [6, 7])
+def test_pointwise_convolution(side: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, side, side, 4)).astype("float32")
+    layer = layers.PointwiseConv3D(5, stride=2)
+    close(layer(x), x[:, :, ::2, ::2] @ np.asarray(layer.kernel))
+    assert layer.compute_output_shape(x.shape) == (2, 3, -(-side // 2), -(-side // 2), 5)
+
+
+def test_initialisation_counts_the_whole_fan_out() -> None:
+    layer = layers.ChannelwiseConv3D((3, 3, 3))
+    layer.build((None, None, None, None, 54))
+    many = layers.ChannelwiseConv3D((5, 1, 1))
+    many.build((None, None, None, None, 24 * 100))
+    assert np.std(np.asarray(layer.kernel)) == pytest.approx(np.sqrt(2 / (54 * 27)), rel=0.1)  # 0.0370
+    assert np.std(np.asarray(many.kernel)) == pytest.approx(np.sqrt(2 / (2400 * 5)), rel=0.05)
+    assert np.abs(np.asarray(many.kernel)).max() > 2.5 * np.sqrt(2 / (2400 * 5))  # not truncated
+
+
+def naive_batch_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output, mean and unbiased variance of one group."""
+    mean, variance = x.mean(axis=(0, 1, 2, 3)), x.var(axis=(0, 1, 2, 3))
+    samples = x.size // x.shape[-1]
+    return (x - mean) / np.sqrt(variance + 1e-5) * gamma + beta, mean, variance * samples / (samples - 1)
+
+
+def ghost_norm(group: int, x: np.ndarray) -> layers.GhostBatchNorm:
+    layer = layers.GhostBatchNorm(group)
+    layer.build(x.shape)
+    draw = np.random.default_rng(1)
+    layer.gamma.assign(draw.random(x.shape[-1]) + 0.5)
+    layer.beta.assign(draw.standard_normal(x.shape[-1]))
+    return layer
+
+
+@pytest.mark.parametrize(("batch", "group"), [(4, 8), (4, 4), (8, 4), (12, 4)])
+def test_ghost_batch_norm_is_batch_norm_of_each_group(batch: int, group: int) -> None:
+    x = 3 + 2 * np.random.default_rng(0).standard_normal((batch, 2, 3, 4, 5)).astype("float32")
+    layer = ghost_norm(group, x)
+    gamma, beta = np.asarray(layer.gamma), np.asarray(layer.beta)
+    parts = [naive_batch_norm(part, gamma, beta) for part in np.split(x, max(1, batch // group))]
+    close(layer(x, training=True), np.concatenate([part[0] for part in parts]))
+    close(layer.moving_mean, 0.1 * np.mean([part[1] for part in parts], axis=0))
+    close(layer.moving_variance, 0.9 + 0.1 * np.mean([part[2] for part in parts], axis=0))
+    moved = (x - np.asarray(layer.moving_mean)) / np.sqrt(np.asarray(layer.moving_variance) + 1e-5) * gamma + beta
+    close(layer(x), moved)
+
+
+def test_two_groups_are_the_mean_of_two_runs() -> None:
+    x = np.random.default_rng(0).standard_normal((16, 2, 3, 3, 4)).astype("float32")
+    whole, first, second = (ghost_norm(8, x) for _ in range(3))
+    halves = [first(x[:8], training=True), second(x[8:], training=True)]
+    close(whole(x, training=True), np.concatenate(halves))
+    close(whole.moving_variance, (first.moving_variance + second.moving_variance) / 2)
+
+
+def test_an_odd_batch_is_refused_by_both_numbers() -> None:
+    with pytest.raises(ValueError, match="got 12 clips and groups of 8"):
+        layers.GhostBatchNorm(8)(np.zeros((12, 1, 2, 2, 3), "float32"), training=True)
+
+
+def test_an_open_batch_is_grouped_as_it_comes() -> None:
+    x = np.random.default_rng(0).standard_normal((16, 2, 3, 3, 4)).astype("float32")
+    static, open_ = ghost_norm(8, x), ghost_norm(8, x)
+    call = tf.function(lambda x: open_(x, training=True), input_signature=[tf.TensorSpec((None, 2, 3, 3, 4))])
+    close(call(x), static(x, training=True))
+
+
+def test_batch_norm_gradients_equal_automatic_ones(float64: None) -> None:
+    draw = np.random.default_rng(0)
+    rows, upstream = (tf.constant(draw.standard_normal((2, 40, 6)) * 2 + 1) for _ in range(2))
+    gamma, beta = (tf.constant(draw.standard_normal(6)) for _ in range(2))
+    results = []
+    for form in (lowering.normalize, layers.normalize):
+        with tf.GradientTape() as tape:
+            tape.watch([rows, gamma, beta])
+            y, mean, variance = form(rows, gamma, beta, 1e-5)
+            loss = tf.reduce_sum(y * upstream)
+        results.append([y, mean, variance, *tape.gradient(loss, [rows, gamma, beta])])
+    for fast, plain in zip(*results):
+        close(fast, plain, 1e-12)
+
+
+def test_statistics_are_exact_far_from_zero() -> None:
+    rows = (1000 + np.random.default_rng(0).standard_normal((1, 4096, 3))).astype("float32")
+    y, _, variance = lowering.normalize(tf.constant(rows), tf.ones(3), tf.zeros(3), 1e-5)
+    close(variance[0, 0], rows.astype("float64").var(axis=(0, 1)), 1e-3)
+    close(np.std(y, axis=1), np.ones((1, 3)), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.PointwiseConv3D(4, 2),
+        layers.Conv3D(4, (1, 3, 3), 2),
+        layers.ChannelwiseConv3D((3, 3, 3), 2),
+        layers.GhostBatchNorm(4, gamma_initializer="zeros"),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_configurations_return(layer: keras.Layer) -> None:
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert again.get_config() == layer.get_config()

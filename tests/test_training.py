@@ -1,0 +1,273 @@
+"""The training loop on small records: it learns, stops, resumes and spreads over devices."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import x3d_tf
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.evaluation.testing import evaluate_run
+from x3d_tf.training.loop import Trainer, train
+from x3d_tf.training.recipe import Recipe, TrainConfig
+from x3d_tf.training.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
+EIGHT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=60, warmup_steps=5, weight_decay=0)
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen records of two motions: a bright square on black that goes left or right."""
+    from moving_square import write_records
+
+    folder = tmp_path_factory.mktemp("data") / "square"
+    write_records(folder, videos=16)
+    return folder
+
+
+def config_of(records: Path, **changes: object) -> TrainConfig:
+    fields = {
+        "expansion": TINY,
+        "model": x3d_tf.ModelOptions(dropout=0.0),
+        "dataset": DatasetSpec(records=str(records), eval_split="train", flip=False),
+        "recipe": EIGHT,
+        "test_views": 2,
+        "checkpoint_steps": 20,
+    }
+    return TrainConfig(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def finished(records: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A whole run."""
+    return train(config_of(records), tmp_path_factory.mktemp("runs") / "square", texts={"config.gin": "# bindings"})
+
+
+def test_it_learns_sixteen_clips_by_heart(finished: RunFolder) -> None:
+    report = evaluate_run(finished)
+    assert report.results["top1"] == 1.0
+    assert finished.read_history()[-1]["accuracy"] == 1.0
+
+
+def test_the_run_folder_is_complete(finished: RunFolder, records: Path) -> None:
+    assert finished.read_config() == config_of(records)
+    assert (finished.root / "config.gin").read_text() == "# bindings"
+    assert finished.labels.read_text() == "left\nright\n"
+    assert finished.curves.read_bytes().startswith(b"\x89PNG")
+    assert list(finished.tensorboard.glob("events.out.tfevents.*"))
+    rows = finished.read_history()
+    assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
+    assert rows[-1]["epoch"] == 30  # two steps an epoch
+    assert len(list(finished.checkpoints.glob("*.index"))) == 2
+
+
+def test_a_finished_run_is_left_alone(finished: RunFolder, records: Path) -> None:
+    before = finished.model.stat().st_mtime_ns
+    train(config_of(records), finished.root)
+    assert finished.model.stat().st_mtime_ns == before
+
+
+def test_the_report_says_what_was_measured(finished: RunFolder) -> None:
+    report = evaluate_run(finished)
+    rows = list(csv.DictReader((report.folder / "predictions.csv").open()))
+    results = json.loads((report.folder / "results.json").read_text())
+    assert len(rows) == results["videos"] == 16
+    assert all(row["predicted"] == row["label"] for row in rows)
+    assert float(rows[0]["p(left)"]) + float(rows[0]["p(right)"]) == pytest.approx(1, abs=1e-5)
+    macs = x3d_tf.cost(TINY, num_classes=2).macs
+    assert results["gmacs_per_video"] == pytest.approx(2 * macs / 1e9)
+    assert results["views"] == "2-Center"
+    assert (report.folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_number_of_views_gets_a_report_of_its_own(finished: RunFolder) -> None:
+    one = evaluate_run(finished, temporal_views=1)
+    assert one.folder != evaluate_run(finished).folder
+    assert one.results["views"] == "1-Center"
+
+
+def test_the_model_is_the_last_checkpoint(finished: RunFolder) -> None:
+    app, network = keras.models.load_model(finished.model), x3d_tf.load(finished.root)
+    clip = np.random.default_rng(0).integers(0, 256, (1, 4, 32, 32, 3), dtype=np.uint8)
+    np.testing.assert_allclose(app(clip), keras.ops.softmax(network(clip)), atol=1e-6)
+    assert network.class_names == ("left", "right")
+    reader = tf.train.load_checkpoint(str(finished.checkpoints / "ckpt-60"))
+    saved = [reader.get_tensor(key) for key in reader.get_variable_to_shape_map() if key.startswith("variables/")]
+    weights = np.asarray(network.get_layer("fc1").kernel)
+    assert any(array.shape == weights.shape and np.array_equal(array, weights) for array in saved)
+
+
+def test_records_of_unknown_classes_are_refused(finished: RunFolder, tmp_path: Path) -> None:
+    from moving_square import write_records
+
+    write_records(tmp_path / "other", videos=2, classes=("left", "sideways"))
+    with pytest.raises(ValueError, match="does not know: sideways"):
+        evaluate_run(finished, records=str(tmp_path / "other"), split="train")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(records: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    config = config_of(records, recipe=replace(EIGHT, learning_rate=1e30))
+    with pytest.raises(
+        ValueError, match=r"the loss is (nan|inf) at step \d+: lower Recipe\.learning_rate \(it is 1e\+30\)"
+    ):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "model.keras").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "message"),
+    [(12, 8, "multiple of the 8 clips of ModelOptions.bn_group, got 12"), (7, 8, None)],
+)
+def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: int, message: str | None) -> None:
+    recipe = Recipe(batch=batch, reference_batch=batch, steps=2, warmup_steps=0)
+    config = config_of(records, recipe=recipe, model=x3d_tf.ModelOptions(bn_group=group))
+    if message is None:
+        Trainer(config, 2, tf.distribute.get_strategy())
+    else:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Trainer(config, 2, tf.distribute.get_strategy())
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_training import config_of
+from x3d_tf.training.loop import train
+train(config_of(Path({records!r}), model=__import__("x3d_tf").ModelOptions(drop_connect=0.2)), {workdir!r})
+"""
+
+
+def start(records: Path, workdir: Path) -> subprocess.Popen[bytes]:
+    code = COMMAND.format(tests=str(ROOT / "tests"), records=str(records), workdir=str(workdir))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+
+
+def final_weights(workdir: Path) -> dict[str, np.ndarray]:
+    reader = tf.train.load_checkpoint(str(workdir / "checkpoints" / "ckpt-60"))
+    return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map() if key.startswith("variables/")}
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(records: Path, tmp_path: Path) -> None:
+    whole = start(records, tmp_path / "whole")
+    killed = start(records, tmp_path / "killed")
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "killed" / "checkpoints" / "ckpt-20.index").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "model.keras").exists()
+    again = start(records, tmp_path / "killed")
+    assert again.wait(240) == whole.wait(240) == 0
+    expected, actual = final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed")
+    assert len(expected) > 100
+    assert expected.keys() == actual.keys()
+    for key in expected:
+        np.testing.assert_array_equal(actual[key], expected[key])
+    columns = ("step", "epoch", "learning_rate", "loss", "accuracy")
+    histories = [RunFolder(tmp_path / name).read_history() for name in ("whole", "killed")]
+    assert [[row[c] for c in columns] for row in histories[0]] == [[row[c] for c in columns] for row in histories[1]]
+
+
+def test_a_damaged_checkpoint_falls_back(finished: RunFolder, records: Path, tmp_path: Path, capsys: object) -> None:
+    copy = shutil.copytree(finished.root, tmp_path / "copy")
+    (copy / "model.keras").unlink()
+    (copy / "checkpoints" / "ckpt-60.data-00000-of-00001").write_bytes(b"damaged")
+    run = train(config_of(records), copy)
+    assert "ckpt-60.index cannot be read" in capsys.readouterr().err  # type: ignore[attr-defined]
+    assert [row["step"] for row in run.read_history()] == [10, 20, 30, 40, 50, 60]
+    original, repeated = x3d_tf.load(finished.root), x3d_tf.load(run.root)
+    for a, b in zip(original.get_weights(), repeated.get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_only_damaged_checkpoints_are_an_error(finished: RunFolder, records: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished.root, tmp_path / "copy")
+    (copy / "model.keras").unlink()
+    for path in (copy / "checkpoints").glob("*.data*"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+        train(config_of(records), copy)
+
+
+TWO_DEVICES = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import numpy as np
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from test_training import config_of
+from x3d_tf import ModelOptions
+from x3d_tf.training.loop import train
+from x3d_tf.training.recipe import Recipe
+recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=5, warmup_steps=0)
+config = config_of(Path({records!r}), recipe=recipe, model=ModelOptions(dropout=0.0, bn_group=4))
+devices = ["CPU:0", "CPU:1"][: {devices}]
+train(config, {workdir!r}, strategy=tf.distribute.MirroredStrategy(devices))
+"""
+
+
+def test_two_devices_compute_what_one_does(records: Path, tmp_path: Path) -> None:
+    """Batch norm in groups of four on one device of eight clips, or on two devices of four."""
+    histories, weights = [], []
+    for devices in (1, 2):
+        workdir = tmp_path / str(devices)
+        code = TWO_DEVICES.format(
+            tests=str(ROOT / "tests"), records=str(records), workdir=str(workdir), devices=devices
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"on {devices} device" in done.stdout
+        histories.append(RunFolder(workdir).read_history())
+        weights.append(x3d_tf.load(workdir).get_weights())
+    assert histories[0][-1]["loss"] == pytest.approx(histories[1][-1]["loss"], rel=1e-3)
+    for one, two in zip(*weights):
+        np.testing.assert_allclose(two, one, atol=2e-3 * max(1e-2, np.abs(one).max()))
+
+
+def test_real_clips_become_a_model(shared_data: Path, tmp_path: Path) -> None:
+    """Video files to predictions, by the commands alone."""
+    videos = tmp_path / "videos"
+    for split in ("set1", "set2"):
+        for label in ("kick", "point"):
+            (videos / split / label).mkdir(parents=True)
+            for path in sorted((shared_data / "ut_interaction" / split / label).glob("*.avi"))[:4]:
+                shutil.copy(path, videos / split / label)
+    records, run = tmp_path / "records", tmp_path / "run"
+    bindings = [f'DatasetSpec.records="{records}"', 'DatasetSpec.train_split="set1"', 'DatasetSpec.eval_split="set2"']
+    bindings += ["Expansion.gamma_d=0.2", f"Expansion.gamma_s={32 / 112}", "Expansion.gamma_t=4", "Recipe.steps=4"]
+    bindings += ["Recipe.warmup_steps=0", "TrainConfig.test_views=2"]
+    commands = [
+        ["build_records", f"--videos={videos}", f"--output={records}", "--splits=set1,set2"],
+        ["train", "--gin_file=gin/x3d_s.gin", "--gin_file=gin/data/records.gin", f"--workdir={run}"]
+        + [f"--gin_bindings={binding}" for binding in bindings],
+        ["evaluate", f"--run={run}", "--views=1"],
+    ]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", f"x3d_tf.{command[0]}", *command[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "8 videos, 2 classes, 1-Center" in done.stdout
+    assert len(Manifest.load(records).split("set1").records) == 8

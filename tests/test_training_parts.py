@@ -1,0 +1,120 @@
+"""Schedule, optimiser, recipe and run folder, each against numbers worked out elsewhere."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from x3d_tf import Expansion
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.training.optimizer import SGD
+from x3d_tf.training.recipe import Recipe, TrainConfig
+from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.training.schedule import schedule_of
+
+
+def test_the_papers_learning_rates() -> None:
+    schedule = schedule_of(Recipe())
+    expected = {0: 0.16, 4000: 0.845418, 8000: 1.530836, 30_000: 0.8, 60_000: 0.0}
+    for step, rate in expected.items():
+        assert float(schedule(step)) == pytest.approx(rate, abs=1e-6)
+
+
+def test_a_schedule_without_warmup_starts_at_its_peak() -> None:
+    assert float(schedule_of(Recipe(warmup_steps=0))(0)) == pytest.approx(1.6)
+
+
+def test_recipes_scale_with_the_batch() -> None:
+    small = Recipe(batch=64)
+    assert (small.scaled_learning_rate, small.scaled_steps, small.scaled_warmup_steps) == (0.1, 960_000, 128_000)
+    assert Recipe(batch=8, reference_batch=8, steps=400, warmup_steps=40).scaled_steps == 400
+
+
+def test_schedules_return_from_their_configuration() -> None:
+    schedule = schedule_of(Recipe())
+    again = type(schedule).from_config(schedule.get_config())
+    assert float(again(1234)) == float(schedule(1234))
+
+
+@pytest.mark.parametrize(
+    ("l2", "gradients", "rates", "expected"),
+    [
+        # no gradient, only regularisation: what PyTorch's SGD gives
+        (0.1, [0, 0, 0], [0.1, 0.1, 0.1], [0.981, 0.954, 0.921]),
+        # a rate that changes: the velocity holds no rate
+        (0.0, [1, 0], [0.1, 0.01], [0.81, 0.8019]),
+    ],
+)
+def test_optimizer_steps(
+    float64: None, l2: float, gradients: list[float], rates: list[float], expected: list[float]
+) -> None:
+    weight = keras.Variable([1.0], dtype="float64")
+    optimizer = SGD(0.1, momentum=0.9, l2=l2)
+    seen = []
+    for gradient, rate in zip(gradients, rates):
+        optimizer.learning_rate = rate
+        optimizer.apply([keras.ops.array([float(gradient)])], [weight])
+        seen.append(float(np.asarray(weight)[0]))
+    assert seen == pytest.approx(expected, abs=5e-4 if l2 else 1e-12)
+
+
+def test_optimizer_leaves_out_what_it_is_told_to() -> None:
+    decayed, left = keras.Variable([1.0]), keras.Variable([1.0])
+    optimizer = SGD(0.1, l2=0.1)
+    optimizer.exclude([left])
+    optimizer.apply([keras.ops.zeros(1)] * 2, [decayed, left])
+    assert float(np.asarray(left)[0]) == 1 > float(np.asarray(decayed)[0])
+
+
+CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewhere"), seed=3)
+
+
+def test_configurations_return_from_json() -> None:
+    assert TrainConfig.from_json(CONFIG.to_json()) == CONFIG
+    assert CONFIG.settings()["Expansion.gamma_t"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a configuration"),
+        ('{"Expansion.gamma_t": 0}', "gamma_t must be positive"),
+        ('{"DatasetSpec.records": "a", "Nothing.x": 1}', "known settings, got 'Nothing'"),
+        ('{"DatasetSpec.records": "a", "Recipe.x": 1}', "x"),
+        ('{"flat": 1}', "not a configuration"),
+    ],
+)
+def test_a_damaged_configuration_is_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_json(text)
+
+
+def test_fingerprints_tell_settings_apart() -> None:
+    same = TrainConfig(Expansion(gamma_t=4, gamma_b=1), dataset=DatasetSpec(records="somewhere"), seed=3)
+    assert same.fingerprint() == CONFIG.fingerprint()  # 1 and 1.0 are one setting
+    assert TrainConfig(Expansion(gamma_t=5), dataset=CONFIG.dataset, seed=3).fingerprint() != CONFIG.fingerprint()
+
+
+def test_a_run_folder_takes_one_configuration(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.open(CONFIG, {"config.gin": "# text"})
+    assert run.read_config() == CONFIG and (run.root / "config.gin").read_text() == "# text"
+    run.open(CONFIG, {})
+    other = TrainConfig(Expansion(gamma_t=8), dataset=CONFIG.dataset, seed=3)
+    with pytest.raises(ValueError, match=r"Expansion\.gamma_t is 4 there and 8 here.*--workdir"):
+        run.open(other, {})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        RunFolder(tmp_path / "full").open(CONFIG, {})
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        RunFolder(tmp_path / "full").read_config()
+
+
+def test_history_returns(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read_history() == []
+    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 1.5)
+    run.write_history([row])
+    assert run.read_history() == [row]

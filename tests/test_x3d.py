@@ -1,0 +1,153 @@
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from x3d_tf import VARIANTS, X3D, Expansion, build_x3d, cost
+from x3d_tf.modeling.layers import ChannelwiseConv3D
+
+TINY = Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)  # one block a stage
+
+
+def clips(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameters_and_shapes_of_the_variants(name: str) -> None:
+    model = build_x3d(name)
+    assert sum(np.prod(weight.shape) for weight in model.trainable_weights) == cost(name).params
+    clip = VARIANTS[name].expansion.clip
+    sides = {
+        112: [56, 28, 14, 7, 4, 4],
+        160: [80, 40, 20, 10, 5, 5],
+        224: [112, 56, 28, 14, 7, 7],
+        312: [156, 78, 39, 20, 10, 10],
+    }[clip.size]
+    stages = ["conv1", "res2", "res3", "res4", "res5", "conv5"]
+    features = keras.Model(model.input, [model.get_layer(stage).output for stage in stages])
+    shapes = features.compute_output_shape((1, clip.frames, clip.size, clip.size, 3))
+    assert [shape[1:4] for shape in shapes] == [(clip.frames, side, side) for side in sides]
+
+
+def test_moving_statistics_are_counted_by_keras() -> None:
+    assert build_x3d("x3d_m").count_params() == 3_825_786
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stem_kernel": 3},
+        {"se": "all"},
+        {"se": "none"},
+        {"separable": False},
+        {"shortcut_norm": "on_width_change"},
+        {"swish": False, "swish_before": True},
+    ],
+    ids=str,
+)
+def test_options_change_what_is_counted(options: dict[str, Any]) -> None:
+    from x3d_tf import ModelOptions
+
+    expansion = Expansion(gamma_w=1.5, gamma_b=2.25, gamma_d=0.4)
+    model = build_x3d(expansion, num_classes=5, **options)
+    count = cost(expansion, num_classes=5, options=ModelOptions(**options))
+    assert sum(np.prod(weight.shape) for weight in model.trainable_weights) == count.params
+    assert model(clips(1, 2, 33, 40)).shape == (1, 5)
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(ValueError, match=r"be among stem_kernel.*got 'colour'"):
+        build_x3d(TINY, colour="red")
+
+
+def test_a_fresh_block_is_its_shortcut() -> None:
+    model = build_x3d(Expansion(gamma_d=2 / 5), num_classes=3)  # two blocks in res4
+    shortcut = model.get_layer("res4_0_shortcut_bn").output
+    outputs = [shortcut, *(model.get_layer(name).output for name in ("res4_0", "res4"))]
+    projected, first, second = keras.Model(model.input, outputs)(clips(1, 2, 64, 64))
+    np.testing.assert_array_equal(first, np.maximum(projected, 0))
+    np.testing.assert_array_equal(second, first)
+
+
+def test_fresh_weights_have_the_published_spread() -> None:
+    model = build_x3d("x3d_s", num_classes=400)
+    spread = {
+        "conv1_xy": np.sqrt(2 / (24 * 9)),
+        "res4_1_conv_a": np.sqrt(2 / 216),
+        "res4_1_conv_b": np.sqrt(2 / (216 * 27)),
+        "fc1": 0.03125,
+        "fc2": 0.01,
+    }
+    for name, expected in spread.items():
+        kernel = np.asarray(model.get_layer(name).kernel)
+        assert np.std(kernel) == pytest.approx(expected, rel=0.12), name
+    assert not np.asarray(model.get_layer("fc2").bias).any()
+    assert not np.asarray(model.get_layer("res4_1_conv_c_bn").gamma).any()
+    assert np.asarray(model.get_layer("res4_0_shortcut_bn").gamma).all()
+
+
+def test_integers_and_floats_are_one_input() -> None:
+    model = build_x3d(TINY, num_classes=3)
+    batch = clips(2, 4, 64, 64)
+    np.testing.assert_array_equal(model(batch), model(batch.astype("float32")))
+    assert np.abs(np.asarray(model(batch + 0.5)) - np.asarray(model(batch))).max() > 0  # fractions are kept
+
+
+def test_no_top_is_pool5() -> None:
+    model = build_x3d(TINY, num_classes=3, include_top=False)
+    assert model(clips(2, 4, 64, 64)).shape == (2, 432)
+    assert [layer.name for layer in model.layers if layer.name in ("fc1", "fc2")] == []
+
+
+def test_poolings_agree_at_the_training_crop() -> None:
+    batch, outputs = clips(1, 4, 64, 64), []
+    models = [build_x3d(TINY, 3, head_pool=pool) for pool in ("global", "fixed_probabilities", "fixed_logits")]
+    for model in models:
+        model.set_weights(models[0].get_weights())
+        outputs.append(keras.ops.softmax(model(batch)))
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-6)
+    np.testing.assert_allclose(outputs[2], outputs[0], atol=1e-6)
+
+
+def test_drop_connect_keeps_the_mean_and_drops_whole_clips() -> None:
+    model = build_x3d(TINY, 3, drop_connect=0.5)
+    drop = model.get_layer("res5_0_drop")
+    kept = np.asarray(drop(np.ones((4000, 1, 2, 2, 3), "float32"), training=True))
+    assert set(np.unique(kept)) == {0.0, 2.0}
+    assert (kept.reshape(4000, -1).std(axis=1) == 0).all()
+    assert kept.mean() == pytest.approx(1, abs=0.1)
+    assert model.get_layer("res2_0_drop").rate == pytest.approx(0.2)
+    np.testing.assert_array_equal(drop(np.ones((4, 1, 2, 2, 3))), np.ones((4, 1, 2, 2, 3)))
+
+
+def test_configuration_returns() -> None:
+    model = build_x3d(TINY, 3, se="all", stem_kernel=3, include_top=False)
+    again = X3D.from_config(model.get_config())
+    assert again.get_config() == model.get_config()
+    assert [weight.shape for weight in again.weights] == [weight.shape for weight in model.weights]
+
+
+def test_static_and_open_sizes_agree() -> None:
+    model = build_x3d(TINY, num_classes=3)
+    batch = clips(2, 4, 50, 64).astype("float32")
+    open_sizes = tf.function(model, input_signature=[tf.TensorSpec((None, None, None, None, 3))])
+    np.testing.assert_allclose(open_sizes(batch), model(batch), atol=1e-6)
+
+
+def test_channelwise_layers_are_where_the_paper_has_them() -> None:
+    layers = [layer for layer in build_x3d("x3d_xs").layers if isinstance(layer, ChannelwiseConv3D)]
+    assert [layer.kernel_size for layer in layers] == [(5, 1, 1)] + [(3, 3, 3)] * 26
+    assert [layer.name for layer in layers if layer.stride == 2] == [f"res{stage}_0_conv_b" for stage in (2, 3, 4, 5)]
+
+
+def test_keras_can_fit_it() -> None:
+    keras.utils.set_random_seed(0)
+    model = build_x3d(TINY, num_classes=2, dropout=0.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
+    batch = np.stack([np.zeros((4, 64, 64, 3)), np.full((4, 64, 64, 3), 255)] * 2).astype("float32")
+    history = model.fit(batch, np.array([0, 1, 0, 1]), batch_size=4, epochs=6, verbose=0).history["loss"]
+    assert history[-1] < 0.5 * history[0]

@@ -1,0 +1,86 @@
+"""Small videos and records that the tests of the data modules share."""
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
+
+
+def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Frames that tell their number: grey level 16 + 4 times the number, a bright block at the top left."""
+    frames = np.empty((count, height, width, 3), np.uint8)
+    frames[:] = (16 + 4 * np.arange(count) % 200)[:, None, None, None]
+    frames[:, : height // 3, : width // 4] = (250, 30, 30)
+    return frames
+
+
+def number_of(pixels: np.ndarray) -> int:
+    """Which of `numbered_frames` this is, from its lower right quarter, which rotation by 0 or 180 keeps in place."""
+    return round((float(pixels[pixels.shape[0] // 2 :, pixels.shape[1] // 2 :].mean()) - 16) / 4)
+
+
+def write_video(
+    path: Path, frames: np.ndarray, fps: int = 30, times_ms: Sequence[int] | None = None, codec: str = "mpeg4"
+) -> Path:
+    """Encodes frames; with `times_ms` each is shown at its own time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.bit_rate = 4_000_000
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index, pixels in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            picture.pts = index if times_ms is None else times_ms[index]
+            picture.time_base = Fraction(1, fps) if times_ms is None else Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def rotate_mp4(path: Path, quarter_turns: int) -> None:
+    """Makes an mp4 file ask its player for counterclockwise quarter turns, by its track's display matrix."""
+    cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter_turns]
+    one = 1 << 16
+    matrix = np.array([cosine * one, -sine * one, 0, sine * one, cosine * one, 0, 0, 0, 1 << 30], ">i4")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 4 + 40  # 40 bytes of other fields come before the matrix
+    content[start : start + 36] = matrix.tobytes()
+    path.write_bytes(content)
+
+
+def noise_video(seed: int, frames: int, height: int = 40, width: int = 52) -> EncodedVideo:
+    """Smooth random frames as JPEG, at 30 frames a second."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (frames, height // 4, width // 4, 3), np.uint8)
+    return EncodedVideo([encode_jpeg(frame.repeat(4, 0).repeat(4, 1)) for frame in coarse], 30.0)
+
+
+def write_records(folder: Path, videos: dict[str, list[EncodedVideo]], classes: int | None = None) -> Manifest:
+    """Records of which each has a class of its own in its split, unless there are fewer `classes`."""
+    from x3d_tf.data.records import Source, write_split
+
+    folder.mkdir(parents=True, exist_ok=True)
+    count = classes or max(len(members) for members in videos.values())
+    names = [f"class {label:03d}" for label in range(count)]
+    splits = {}
+    for split, members in videos.items():
+        sources = [Source(f"{split}/{index}", index % count) for index in range(len(members))]
+        splits[split] = write_split(folder, split, sources, iter(members), names, lambda _: None)
+    manifest = Manifest(folder, tuple(names), splits, {"source": "test"})
+    manifest.save()
+    return manifest
+
+
+def die_on_three(path: Path) -> EncodedVideo | VideoError:
+    """What a worker does on a file that crashes the decoder; here, where workers find it without TensorFlow."""
+    if path.name == "3":
+        os._exit(1)
+    return EncodedVideo([path.name.encode()], 30.0)

@@ -1,0 +1,36 @@
+"""What the commands share: running `main` and saying what went wrong in one line."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, logging
+
+from x3d_tf._checks import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`.
+
+    A `UserError` becomes one line on stderr and exit status 1; Ctrl-C becomes exit status 130. Anything else is a fault
+    of the package and keeps its traceback.
+    """
+
+    def _main(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # TensorFlow's Python side tells of its inner workings
+        if len(argv) > 1:
+            sys.exit(f"error: unexpected argument {argv[1]!r}; settings are flags, --help lists them")
+        try:
+            main()
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(_main)
+
+
+def quiet_tensorflow() -> None:
+    """Keeps TensorFlow's start-up notices off the terminal; to be called before its first import."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,0 +1,113 @@
+"""Prints what X3D networks cost, beside the figures that the paper prints.
+
+All published networks:
+  python -m x3d_tf.complexity
+
+One network, with a row a layer; any setting of a recipe may be changed:
+  python -m x3d_tf.complexity --gin_file=gin/x3d_s.gin --gin_bindings='Expansion.gamma_b=1.5' --layers
+
+GMACs are multiply-adds of one clip, in units of 1e9: convolutions, squeeze-excitation and fully connected layers,
+without batch norm and activations. Parameters are counted twice: all that are trained, and in the paper's convention,
+which leaves out batch norm and the biases of squeeze-excitation and adds a bias to fc1.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from absl import flags
+
+from x3d_tf import _command, configs
+from x3d_tf._checks import UserError
+from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.cost import Cost, cost, layer_costs
+from x3d_tf.modeling.expansion import VARIANTS, Expansion, Variant, name_of
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    configs.define_flags(required=False)
+    flags.DEFINE_bool("layers", False, "Print a row for each layer.")
+    flags.DEFINE_integer("num_classes", 400, "Outputs of the classifier.", lower_bound=1)
+
+
+def main() -> None:
+    """Prints the tables that the flags ask for."""
+    if FLAGS.gin_bindings and not FLAGS.gin_file:
+        raise UserError("--gin_bindings change a recipe: give it with --gin_file")
+    if FLAGS.gin_file:
+        parsed = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
+        networks, options = [parsed.config.expansion], parsed.config.model
+    else:
+        networks, options = [variant.expansion for variant in VARIANTS.values()], ModelOptions()
+    print("\n".join(variant_table(networks, options, FLAGS.num_classes)))
+    if FLAGS.layers:
+        for expansion in networks:
+            print("\n" + "\n".join(layer_table(expansion, options, FLAGS.num_classes)))
+
+
+def variant_table(networks: Iterable[Expansion], options: ModelOptions, num_classes: int) -> list[str]:
+    """Lines of a table: one row a network, our count, the paper's figure and how far apart they are."""
+    lines = [
+        f"{'':12} {'one training clip':^31}   {'one clip of 30-view testing':^31}   {'M parameters':^36}",
+        f"{'network':12} {'T x S²':>9} {'GMACs':>8} {'paper':>6} {'diff':>6}"
+        f"   {'T x S²':>9} {'GMACs':>8} {'paper':>6} {'diff':>6}"
+        f"   {'all':>9} {'as paper counts':>15} {'paper':>6} {'diff':>6}",
+    ]
+    for expansion in networks:
+        lines += _variant_row(expansion, options, num_classes)
+    return lines
+
+
+def _variant_row(expansion: Expansion, options: ModelOptions, num_classes: int) -> list[str]:
+    name, clip = name_of(expansion), expansion.clip
+    published = VARIANTS.get(name) if (options, num_classes) == (ModelOptions(), 400) else None
+    test_clip = replace(clip, size=expansion.test_size)
+    count = cost(expansion, num_classes=num_classes, options=options)
+    test = cost(expansion, test_clip, num_classes=num_classes, options=options)
+    row = (
+        f"{name if published else '':12}"
+        f" {_shape(clip.frames, clip.size)} {_against(count.macs / 1e9, published, 'macs')}"
+        f"   {_shape(clip.frames, test_clip.size)} {_against(test.macs / 1e9, published, 'test_macs')}"
+        f"   {count.params / 1e6:9.4f} {_against(count.params_paper / 1e6, published, 'params', width=15)}"
+    )
+    return [row] if published else [name + (f" with {_changes(options)}" if _changes(options) else ""), row]
+
+
+def _changes(options: ModelOptions) -> str:
+    default = ModelOptions()
+    return ", ".join(f"{key}={value}" for key, value in vars(options).items() if value != getattr(default, key))
+
+
+def _shape(frames: int, size: int) -> str:
+    return f"{f'{frames} x {size}²':>9}"
+
+
+def _against(value: float, published: Variant | None, figure: str, width: int = 8) -> str:
+    paper = getattr(published, f"published_{figure}") if published else None
+    if paper is None:
+        return f"{value:{width}.4f} {'-':>6} {'-':>6}"
+    return f"{value:{width}.4f} {paper:6.4g} {value / paper - 1:+6.2%}"
+
+
+def layer_table(expansion: Expansion, options: ModelOptions, num_classes: int) -> list[str]:
+    """Lines of a table: one row a layer, on the training clip."""
+    rows = layer_costs(expansion, num_classes=num_classes, options=options)
+    total = sum((row.cost for row in rows), Cost())
+    lines = [
+        f"{name_of(expansion):24} {'T x H x W x C':>20} {'MACs':>16} {'share':>6} {'parameters':>11} {'outputs':>11}"
+    ]
+    for row in rows:
+        shape, count = " x ".join(map(str, row.shape)), row.cost
+        lines.append(
+            f"{row.name:24} {shape:>20} {count.macs:16,} {count.macs / total.macs:6.1%} {count.params:11,}"
+            f" {count.activations:11,}"
+        )
+    lines.append(f"{'total':24} {'':20} {total.macs:16,} {1:6.1%} {total.params:11,} {total.activations:11,}")
+    return lines
+
+
+if __name__ == "__main__":
+    define_flags()
+    _command.run(main)

@@ -1,0 +1,155 @@
+"""Which frames and which crops of a video a network sees: index arithmetic only. Imports no TensorFlow.
+
+Every function takes the array namespace to compute in, `xp`: numpy, or `tensorflow.experimental.numpy` inside a tf.data
+graph. There is one formula for both, in float64 and with multiplications before divisions, so that a product which
+should be whole is whole and truncation cannot fall one frame short.
+
+A video is `frames` long at `fps` frames a second; strides are counted at 30 frames a second, whatever `fps` is.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from x3d_tf._checks import check_field_types, require
+from x3d_tf.modeling.expansion import ClipSpec
+
+STRIDE_FPS = 30.0  # frames per second at which the paper and PySlowFast count temporal strides
+
+FrameSampling = Literal["slowfast", "exact"]
+ClipStarts = Literal["offset", "slowfast"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """The views of a video that testing averages over (paper section 4, "K-Center" and "K-LeftCenterRight").
+
+    Attributes:
+        temporal_views: clips spread over the video, K.
+        spatial_crops: 1 (the centre) or 3 (left, centre, right; top, centre, bottom of upright videos).
+        resize: short side in pixels to which frames are scaled.
+        crop: side of the square crop in pixels, at most `resize`.
+    """
+
+    temporal_views: int = 10
+    spatial_crops: int = 1
+    resize: int
+    crop: int
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        require(self.temporal_views >= 1, "ViewSpec.temporal_views", "be at least 1", self.temporal_views)
+        require(self.spatial_crops in (1, 3), "ViewSpec.spatial_crops", "be 1 or 3", self.spatial_crops)
+        require(self.crop >= 1, "ViewSpec.crop", "be at least 1", self.crop)
+        require(self.crop <= self.resize, "ViewSpec.crop", f"be at most ViewSpec.resize = {self.resize}", self.crop)
+
+    @property
+    def views(self) -> int:
+        """Clips of one video, K times crops. View v is clip v // spatial_crops, crop v % spatial_crops."""
+        return self.temporal_views * self.spatial_crops
+
+
+def clip_length(clip: ClipSpec, fps: Any) -> Any:
+    """Source frames that a clip spans, τ·T·fps/30, float64, not rounded."""
+    return clip.stride * clip.frames * fps / STRIDE_FPS
+
+
+def last_start(frames: Any, fps: Any, clip: ClipSpec, xp: Any = np) -> Any:
+    """The largest start of a clip, in source frames, float64; training starts are uniform in [0, this).
+
+    0 for videos shorter than the clip. (PySlowFast `decoder.get_start_end_idx`.)
+    """
+    return xp.maximum(_float64(frames, xp) - clip_length(clip, _float64(fps, xp)), 0.0)
+
+
+def view_starts(
+    frames: Any, fps: Any, clip: ClipSpec, temporal_views: int, clip_starts: ClipStarts = "offset", xp: Any = np
+) -> Any:
+    """Starts of the clips that testing looks at, in source frames, float64 [temporal_views].
+
+    Args:
+        frames, fps: length of the video and its rate.
+        clip: the network's clip.
+        temporal_views: clips, K.
+        clip_starts: "offset" spreads them from the first possible start to the last and takes the middle where K is
+            1, as the paper's section 4.3 says; "slowfast" is PySlowFast's default, last_start·k/K, which never
+            reaches the end: with it compare against released 10- and 30-view numbers.
+        xp: array namespace.
+
+    Raises:
+        UserError: an unknown `clip_starts`.
+    """
+    require(clip_starts in ("offset", "slowfast"), "clip_starts", 'be "offset" or "slowfast"', clip_starts)
+    last = last_start(frames, fps, clip, xp)
+    views = xp.arange(temporal_views, dtype=xp.float64)
+    if clip_starts == "slowfast":
+        return last * views / temporal_views
+    if temporal_views == 1:
+        return xp.floor(last / 2) + views
+    return views * xp.floor(last / (temporal_views - 1))
+
+
+def frame_indices(
+    start: Any, frames: Any, fps: Any, clip: ClipSpec, sampling: FrameSampling = "slowfast", xp: Any = np
+) -> Any:
+    """Indices of a clip's frames.
+
+    Args:
+        start: first source frame, float64 [...]; need not be whole.
+        frames, fps: length of the video and its rate.
+        clip: the network's clip.
+        sampling: "slowfast" spreads the frames evenly from the first to the last frame of the span, so that they lie
+            (τT-1)/(T-1) apart (PySlowFast `decoder.temporal_sampling`; released weights were trained so); "exact"
+            takes every τ-th.
+        xp: array namespace.
+
+    Returns:
+        int64 [..., T] in 0..frames-1; a clip that reaches past the end repeats the last frame.
+
+    Raises:
+        UserError: an unknown `sampling`.
+    """
+    require(sampling in ("slowfast", "exact"), "frame_sampling", 'be "slowfast" or "exact"', sampling)
+    steps = xp.arange(clip.frames, dtype=xp.float64)
+    fps = _float64(fps, xp)
+    if sampling == "exact":
+        offsets = steps * (clip.stride * fps) / STRIDE_FPS
+    else:
+        offsets = steps * (clip_length(clip, fps) - 1.0) / max(clip.frames - 1, 1)
+    position = xp.expand_dims(_float64(start, xp), -1) + offsets  # [..., T]
+    inside = xp.minimum(xp.maximum(position, 0.0), _float64(frames, xp) - 1.0)
+    return xp.asarray(inside, dtype=xp.int64)  # truncates
+
+
+def resized_shape(height: Any, width: Any, short_side: Any, xp: Any = np) -> tuple[Any, Any]:
+    """Height and width in pixels after scaling the short side to `short_side`; the long side is rounded down.
+
+    (PySlowFast `transform.random_short_side_scale_jitter`.)
+    """
+    shortest = xp.minimum(height, width)
+    return height * short_side // shortest, width * short_side // shortest
+
+
+def crop_offsets(height: Any, width: Any, crop: int, spatial_crops: int, xp: Any = np) -> list[tuple[Any, Any]]:
+    """Top and left pixel of each crop: the centre alone, or left, centre, right along the longer side.
+
+    (PySlowFast `transform.uniform_crop`; the centre is rounded up.)
+
+    Args:
+        height, width: of the frame, both at least `crop`.
+        crop: side of the square in pixels.
+        spatial_crops: 1 or 3.
+        xp: array namespace.
+    """
+    top, left = (height - crop + 1) // 2, (width - crop + 1) // 2
+    if spatial_crops == 1:
+        return [(top, left)]
+    upright = height > width
+    first = (xp.where(upright, 0, top), xp.where(upright, left, 0))
+    last = (xp.where(upright, height - crop, top), xp.where(upright, left, width - crop))
+    return [first, (top, left), last]
+
+
+def _float64(value: Any, xp: Any) -> Any:
+    return xp.asarray(value, dtype=xp.float64)

@@ -1,0 +1,59 @@
+"""The datasets by name: where their records lie, and how those are made where the package makes them itself.
+
+Imports no TensorFlow, so that configurations can be read without it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from x3d_tf._checks import check_field_types, require
+from x3d_tf.data.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """The records to train and to test on.
+
+    Attributes:
+        records: the folder that holds them.
+        train_split: name of the part to train on.
+        eval_split: name of the part to test on.
+        flip: whether half of the training clips are mirrored. Off where left and right differ in meaning.
+        name: "records" for what `build_records` wrote; "moving_shapes" for made-up videos that are put into the folder
+            on first use.
+
+    Raises:
+        SettingTypeError, UserError: naming the field, the rule and the value received.
+    """
+
+    records: str
+    train_split: str = "train"
+    eval_split: str = "test"
+    flip: bool = True
+    name: Literal["records", "moving_shapes"] = "records"
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        for field in ("records", "train_split", "eval_split"):
+            require(bool(getattr(self, field)), f"DatasetSpec.{field}", "not be empty", getattr(self, field))
+        mirrors_label = self.name == "moving_shapes" and self.flip
+        require(not mirrors_label, "DatasetSpec.flip", "be False for moving_shapes: mirrored, left is right", self.flip)
+
+
+def open_dataset(spec: DatasetSpec) -> Manifest:
+    """The manifest of a dataset's records, which are made first where the package makes them itself.
+
+    Raises:
+        UserError: there are no records and they are not ours to make (says which command makes them), they are damaged,
+            or they lack one of the splits.
+    """
+    if spec.name == "moving_shapes":
+        from x3d_tf.data.moving_shapes import open_moving_shapes  # imports TensorFlow
+
+        manifest = open_moving_shapes(Path(spec.records))
+    else:
+        manifest = Manifest.load(spec.records)
+    for name in (spec.train_split, spec.eval_split):
+        manifest.split(name)
+    return manifest

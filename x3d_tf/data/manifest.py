@@ -1,0 +1,237 @@
+"""The table of contents of a folder of records: classes, shards, and where each record lies. Imports no TensorFlow.
+
+`manifest.json` is written last, so a folder that has one is whole. It is read as untrusted input: every value is held
+against its rule before anything relies on it.
+"""
+
+import json
+import math
+import os
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from x3d_tf._checks import UserError, require
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
+
+_T = TypeVar("_T")
+
+
+class Record(NamedTuple):
+    """One video in a shard.
+
+    Attributes:
+        shard: which of its split's shards, from 0.
+        offset: first byte of the record's data in the shard.
+        length: bytes of the record's data.
+        frames: frames of the video.
+        fps: frames per second.
+        label: class, an index into `Manifest.classes`.
+        media_id: the video's name: its path below the folder it came from.
+    """
+
+    shard: int
+    offset: int
+    length: int
+    frames: int
+    fps: float
+    label: int
+    media_id: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A TFRecord file: its name in the records folder, its size in bytes and the SHA-256 of its content."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of the data, such as "train": its shards and, in shard order, its records."""
+
+    shards: tuple[Shard, ...]
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of records holds.
+
+    Attributes:
+        folder: where the shards lie.
+        classes: names of the classes in the order of their labels, shared by all splits.
+        splits: the parts by name.
+        settings: how the records were made, for people and for comparison: names to numbers or strings.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    settings: dict[str, int | float | str]
+
+    def split(self, name: str) -> Split:
+        """The named part, once its shards have been found whole in the folder.
+
+        Raises:
+            UserError: no such split (lists those there are); a shard that is missing, or that has another size than
+                the manifest says: it was cut off or replaced.
+        """
+        if name not in self.splits:
+            raise UserError(f"{self.folder} has no split {name!r}; it has {', '.join(self.splits)}")
+        for shard in self.splits[name].shards:
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise UserError(f"{path} is missing; {MANIFEST_NAME} lists it")
+            size = path.stat().st_size
+            require(size == shard.bytes, f"size of {path}", f"be {shard.bytes} bytes, as {MANIFEST_NAME} says", size)
+        return self.splits[name]
+
+    def save(self) -> Path:
+        """Writes `manifest.json` into the folder, whole or not at all, and returns its path."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings,
+            "classes": self.classes,
+            "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
+        }
+        partial = self.folder / f".{MANIFEST_NAME}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        return partial.replace(self.folder / MANIFEST_NAME)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """Reads and checks a folder's manifest; where a split lacks its index, reads its shards to rebuild it.
+
+        Raises:
+            UserError: no manifest there (says which command makes one); a value that breaks its rule, naming the file,
+                the entry, the rule and the value received.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist: {folder} holds no finished records. "
+                f"Make them with: python -m x3d_tf.build_records --videos=DIR --output={folder}"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # ValueError covers both broken JSON and broken UTF-8
+            raise UserError(f"{path} is not JSON: {error}") from error
+        reader = _Reader(str(path))
+        content = reader.of_type(content, dict, "the file")
+        version = content.get("format_version")
+        require(version == FORMAT_VERSION, f"{path}: format_version", f"be {FORMAT_VERSION}", version)
+        settings = reader.of_type(content.get("settings"), dict, "settings")
+        classes = tuple(reader.items(content.get("classes"), str, "classes"))
+        reader.check(len(set(classes)) == len(classes) > 0, "classes", "be distinct names", classes)
+        parts = reader.of_type(content.get("splits"), dict, "splits")
+        splits = {name: _split_from_json(reader, name, part, Path(folder), classes) for name, part in parts.items()}
+        return cls(Path(folder), classes, splits, settings)
+
+
+def index_shard(path: Path) -> list[tuple[int, int]]:
+    """Offset and length in bytes of each record's data in a TFRecord file, from the record headers alone.
+
+    Raises:
+        UserError: naming the file and the byte where a record does not fit into it.
+    """
+    index: list[tuple[int, int]] = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        position = 0
+        while position < size:
+            file.seek(position)
+            header = file.read(HEADER_BYTES)
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER_BYTES else size
+            end = position + HEADER_BYTES + length + FOOTER_BYTES
+            if end > size:
+                raise UserError(f"{path} breaks off: the record at byte {position} ends past the file's {size} bytes")
+            index.append((position + HEADER_BYTES, length))
+            position = end
+    return index
+
+
+def _split_to_json(split: Split) -> dict[str, Any]:
+    columns = list(zip(*split.records, strict=True)) or [()] * len(Record._fields)
+    return {
+        "count": len(split.records),
+        "shards": [asdict(shard) for shard in split.shards],
+        "records": dict(zip(Record._fields, columns, strict=True)),
+    }
+
+
+def _split_from_json(reader: "_Reader", name: str, content: Any, folder: Path, classes: tuple[str, ...]) -> Split:
+    where = f"splits.{name}"
+    content = reader.of_type(content, dict, where)
+    entries = reader.of_type(content.get("shards"), list, f"{where}.shards")
+    shards = tuple(_shard_from_json(reader, f"{where}.shards[{i}]", entry) for i, entry in enumerate(entries))
+    if "records" in content:
+        records = _records_from_json(reader, f"{where}.records", content["records"])
+        reader.check(content.get("count") == len(records), f"{where}.count", f"be {len(records)}", content.get("count"))
+    else:
+        from x3d_tf.data.records import read_index  # imports TensorFlow, which reading a whole manifest does not need
+
+        records = read_index([folder / shard.file for shard in shards])
+    for i, record in enumerate(records):
+        _check_record(reader, f"{where}.records[{i}]", record, shards, len(classes))
+    return Split(shards, records)
+
+
+def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
+    entry = reader.of_type(entry, dict, where)
+    file = reader.of_type(entry.get("file"), str, f"{where}.file")
+    plain = file not in ("", ".", "..") and not any(character in file for character in "/\\\0")
+    reader.check(plain, f"{where}.file", "be a file name without a folder", file)
+    size = reader.of_type(entry.get("bytes"), int, f"{where}.bytes")
+    return Shard(file, size, reader.of_type(entry.get("sha256"), str, f"{where}.sha256"))
+
+
+def _records_from_json(reader: "_Reader", where: str, columns: Any) -> tuple[Record, ...]:
+    columns = reader.of_type(columns, dict, where)
+    checked = [
+        reader.items(columns.get(field), kind, f"{where}.{field}") for field, kind in Record.__annotations__.items()
+    ]
+    lengths = sorted({len(column) for column in checked})
+    reader.check(len(lengths) == 1, where, "have columns of one length", lengths)
+    return tuple(Record(*row) for row in zip(*checked, strict=True))
+
+
+def _check_record(reader: "_Reader", where: str, record: Record, shards: tuple[Shard, ...], classes: int) -> None:
+    reader.check(0 <= record.shard < len(shards), f"{where}.shard", f"be in 0..{len(shards) - 1}", record.shard)
+    last = shards[record.shard].bytes - FOOTER_BYTES
+    inside = record.offset >= HEADER_BYTES and 0 < record.length <= last - record.offset
+    reader.check(inside, where, f"lie inside {shards[record.shard].file}", (record.offset, record.length))
+    reader.check(record.frames >= 1, f"{where}.frames", "be at least 1", record.frames)
+    reader.check(0 < record.fps < math.inf, f"{where}.fps", "be positive", record.fps)
+    reader.check(0 <= record.label < classes, f"{where}.label", f"be in 0..{classes - 1}", record.label)
+
+
+class _Reader:
+    """Checks of values from JSON; errors name the file and the entry."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def check(self, condition: bool, where: str, rule: str, value: object) -> None:
+        if not condition:
+            require(False, f"{self.path}: {where}", rule, value)
+
+    def of_type(self, value: Any, kind: type[_T], where: str) -> _T:
+        self.check(type(value) is kind, where, f"be a {kind.__name__}", value)  # JSON's true is no int here
+        return value
+
+    def items(self, value: Any, kind: type[_T], where: str) -> list[_T]:
+        items = self.of_type(value, list, where)
+        for i, item in enumerate(items):
+            if type(item) is not kind:
+                self.of_type(item, kind, f"{where}[{i}]")
+        return items

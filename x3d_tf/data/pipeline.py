@@ -1,0 +1,252 @@
+"""Records -> clips, in tf.data.
+
+The order of training clips is a function of seed and step, not of what was read before: batch n is made of slots
+(n mod S)·batch and following of a permutation drawn for epoch n div S, where S = floor(records / batch). Records are
+read where the manifest says they lie, so a stream can start at any step, and each worker reads its own part only. Such
+reads do not check TFRecord's checksums: damage is noticed where a record no longer parses or a frame no longer decodes.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+import tensorflow.experimental.numpy as tnp
+
+from x3d_tf._checks import require
+from x3d_tf.data import transforms
+from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec, frame_indices, last_start, view_starts
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.records import ParsedRecord, parse_record
+from x3d_tf.modeling.expansion import ClipSpec
+
+PARALLEL_VIDEOS = 4  # of testing
+
+
+class Place(NamedTuple):
+    """Where a training clip stands: its epoch, its slot in that epoch's order, and the record there; int64 scalars."""
+
+    epoch: tf.Tensor
+    slot: tf.Tensor
+    record: tf.Tensor
+
+
+def training_dataset(
+    records: Manifest | str | Path,
+    split: str,
+    clip: ClipSpec,
+    *,
+    jitter: tuple[int, int],
+    flip: bool,
+    batch: int,
+    seed: int,
+    start_step: int = 0,
+    worker: tuple[int, int] = (0, 1),
+    replica_batch: int | None = None,
+    frame_sampling: FrameSampling = "slowfast",
+) -> tf.data.Dataset:
+    """Training clips without end: one random clip, scale, crop and mirroring of each video an epoch.
+
+    Args:
+        records: a manifest, or the folder it lies in.
+        split: the part to train on.
+        clip: what the network sees.
+        jitter: smallest and largest short side in pixels, from which each clip draws its scale; both at least
+            `clip.size`.
+        flip: whether half of the clips are mirrored.
+        batch: clips of a step, over all workers; records left over at the end of an epoch are dropped.
+        seed: of order and augmentation.
+        start_step: the step to start at; nothing before it is read.
+        worker: this worker's number and how many there are. It gets the same slice of every step's batch.
+        replica_batch: clips of one element; by default this worker's whole slice.
+        frame_sampling: see `clips.frame_indices`.
+
+    Returns:
+        Dataset of (clips, labels): float32 [replica_batch, T, S, S, 3], RGB in 0..255, and int32 [replica_batch].
+
+    Raises:
+        UserError: a setting out of range, a split with fewer records than `batch`, a damaged manifest.
+
+    While iterating, tf.errors.InvalidArgumentError names the shard and the record that cannot be read.
+    """
+    table = _Table(_manifest(records), split)
+    require(1 <= batch <= len(table), "batch", f"be in 1..{len(table)}, the records of split {split!r}", batch)
+    index, workers = worker
+    require(0 <= index < workers, "worker", "be (index, count) with 0 <= index < count", worker)
+    require(batch % workers == 0, "batch", f"be divisible by the number of workers, {workers}", batch)
+    share = batch // workers
+    size = share if replica_batch is None else replica_batch
+    require(size >= 1 and share % size == 0, "replica_batch", f"divide the {share} clips of a worker", size)
+    require(start_step >= 0, "start_step", "be at least 0", start_step)
+    low, high = jitter
+    require(clip.size <= low <= high, "jitter", f"be ascending, from at least the crop, {clip.size}", jitter)
+
+    @tf.autograph.experimental.do_not_convert  # plain graph code, whose errors should reach the caller as they are
+    def load(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        step, member = number // share, index * share + number % share
+        place = place_of(step, member, records=len(table), batch=batch, seed=seed)
+        chance = _chances(seed, place)  # [5]
+
+        def decode(parsed: ParsedRecord) -> tf.Tensor:
+            frames = tf.shape(parsed.frames, tf.int64)[0]
+            start = chance[0] * last_start(frames, parsed.fps, clip, xp=tnp)
+            chosen = frame_indices(start, frames, parsed.fps, clip, frame_sampling, xp=tnp)
+            return _decode(tf.gather(parsed.frames, chosen))
+
+        pixels = tf.ensure_shape(table.read(place.record, decode), (clip.frames, None, None, 3))
+        short_side = tf.cast(tf.round(low + chance[1] * (high - low)), tf.int64)
+        pixels = transforms.resize_short_side(pixels, short_side)
+        pixels = transforms.random_crop(pixels, clip.size, chance[2:4])
+        if flip:
+            pixels = transforms.flip(pixels, chance[4] < 0.5)
+        return pixels, tf.cast(table.label[place.record], tf.int32)
+
+    numbers = tf.data.Dataset.range(start_step * share, tf.int64.max)
+    clips = numbers.map(load, num_parallel_calls=tf.data.AUTOTUNE)
+    return clips.batch(size, drop_remainder=True).prefetch(2).with_options(_options())
+
+
+def place_of(step: tf.Tensor, member: tf.Tensor, *, records: int, batch: int, seed: int) -> Place:
+    """Where clip `member` of step `step` stands; both int64 scalars, numbers from 0."""
+    steps_per_epoch = records // batch
+    epoch = step // steps_per_epoch
+    slot = (step % steps_per_epoch) * batch + member
+    # The shuffle uses the lowest 8 or 9 bits of each key word: plain seeds or epochs would repeat after 256. A hash of
+    # both in all three words gives 2**24 orders or more, and with 8 rounds chi-square tests see no bias.
+    source = tf.stack([tf.constant(seed, tf.int64), epoch])
+    key = tf.random.stateless_uniform([3], source, minval=None, maxval=None, dtype=tf.int32, alg="philox")
+    last = tf.constant(records - 1, tf.int64)
+    return Place(epoch, slot, tf.raw_ops.RandomIndexShuffle(index=slot, seed=key, max_index=last, rounds=8))
+
+
+def evaluation_dataset(
+    records: Manifest | str | Path,
+    split: str,
+    clip: ClipSpec,
+    views: ViewSpec,
+    *,
+    batch_videos: int = 1,
+    clip_starts: ClipStarts = "offset",
+    frame_sampling: FrameSampling = "slowfast",
+) -> tf.data.Dataset:
+    """All views of every video once, in the order of the records; no video is dropped or repeated.
+
+    Each frame that any view needs is decoded once.
+
+    Args:
+        records: a manifest, or the folder it lies in.
+        split: the part to test on.
+        clip: what the network sees; its `size` is not used, `views.crop` is.
+        views: the clips and crops of each video.
+        batch_videos: videos of one element; the last may have fewer.
+        clip_starts: see `clips.view_starts`.
+        frame_sampling: see `clips.frame_indices`.
+
+    Returns:
+        Dataset of (clips, labels, indices): float32 [videos, views, T, crop, crop, 3], RGB in 0..255; int32 [videos];
+        int64 [videos], the records' places in `Manifest.splits[split].records`. View v is clip v // spatial_crops,
+        crop v % spatial_crops.
+
+    Raises:
+        UserError: a setting out of range, a damaged manifest.
+
+    While iterating, tf.errors.InvalidArgumentError names the shard and the record that cannot be read.
+    """
+    table = _Table(_manifest(records), split)
+    require(batch_videos >= 1, "batch_videos", "be at least 1", batch_videos)
+
+    @tf.autograph.experimental.do_not_convert  # plain graph code, whose errors should reach the caller as they are
+    def load(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        def decode(parsed: ParsedRecord) -> tuple[tf.Tensor, tf.Tensor]:
+            frames = tf.shape(parsed.frames, tf.int64)[0]
+            starts = view_starts(frames, parsed.fps, clip, views.temporal_views, clip_starts, xp=tnp)
+            chosen = frame_indices(starts, frames, parsed.fps, clip, frame_sampling, xp=tnp)  # [clips, T]
+            unique, positions = tf.unique(tf.reshape(chosen, [-1]))
+            pixels = _decode(tf.gather(parsed.frames, unique))
+            return pixels, tf.reshape(positions, [views.temporal_views, clip.frames])
+
+        pixels, positions = table.read(record, decode)
+        pixels = transforms.resize_short_side(pixels, views.resize)
+        pixels = transforms.crops(pixels, views.crop, views.spatial_crops)  # [crops, unique frames, crop, crop, 3]
+        pixels = tf.gather(pixels, positions, axis=1)  # [crops, clips, T, crop, crop, 3]
+        pixels = tf.transpose(pixels, [1, 0, 2, 3, 4, 5])
+        pixels = tf.reshape(pixels, [views.views, clip.frames, views.crop, views.crop, 3])
+        return pixels, tf.cast(table.label[record], tf.int32), record
+
+    # 30 views of 16 frames at 356² pixels are 730 MB, so that only a few videos may be under way.
+    videos = tf.data.Dataset.range(len(table)).map(load, num_parallel_calls=PARALLEL_VIDEOS)
+    return videos.batch(batch_videos).prefetch(1).with_options(_options())
+
+
+class _Table:
+    """Where the records of a split lie, as tensors that the graph can index."""
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        part = manifest.split(split)
+        require(len(part.records) > 0, f"split {split!r} of {manifest.folder}", "hold records", 0)
+        self._split, self._count = split, len(part.records)
+        with tf.device("cpu"):  # where tf.data runs; by itself a process with a GPU puts numbers there
+            self._paths = tf.constant([str(manifest.folder / shard.file) for shard in part.shards])
+            self._sizes = tf.constant([shard.bytes for shard in part.shards], tf.int64)
+            self._shard = tf.constant([record.shard for record in part.records], tf.int64)
+            self._offset = tf.constant([record.offset for record in part.records], tf.int64)
+            self._length = tf.constant([record.length for record in part.records], tf.int64)
+            self.label = tf.constant([record.label for record in part.records], tf.int64)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, record: tf.Tensor, decode: Callable[[ParsedRecord], Any]) -> Any:
+        """What `decode` makes of one record (a tensor or a tuple of them); int64 scalar `record`.
+
+        Whatever fails on the way raises InvalidArgumentError naming shard and record; the cause is logged.
+        """
+        shard, offset, length = self._shard[record], self._offset[record], self._length[record]
+        path, rest = self._paths[shard], self._sizes[shard] - offset - length
+
+        def parse(serialized: tf.Tensor) -> tuple[tf.Tensor, Any]:
+            parsed = parse_record(serialized)
+            same = tf.debugging.assert_equal(parsed.label, self.label[record], "shard and manifest are of two builds")
+            with tf.control_dependencies([same]):
+                return tf.constant(True), decode(parsed)
+
+        # A graph cannot catch an error, but a dataset can skip an element: a second one then says that it was skipped.
+        found = tf.data.FixedLengthRecordDataset(path, length, offset, rest).map(parse).ignore_errors(log_warning=True)
+        nothing = tf.nest.map_structure(_zeros, found.element_spec)  # its first part is the bool False
+        readable, content = found.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1).get_single_element()
+        byte, number = tf.strings.as_string(offset), tf.strings.as_string(record)
+        place = f" of split {self._split}, at byte "
+        where = tf.strings.join([path, ": cannot read or decode record ", number, place, byte])
+        with tf.control_dependencies([tf.debugging.Assert(readable, [where])]):
+            return tf.nest.map_structure(tf.identity, content)
+
+
+def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
+    return tf.zeros([size or 0 for size in spec.shape], spec.dtype)
+
+
+def _decode(jpegs: tf.Tensor) -> tf.Tensor:
+    """JPEG files, string [n], to pixels, uint8 [n, height, width, 3]."""
+
+    def decode(jpeg: tf.Tensor) -> tf.Tensor:
+        # The accurate transform is the one that other decoders use by default.
+        return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
+
+    return tf.map_fn(decode, jpegs, fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8))
+
+
+def _chances(seed: int, place: Place) -> tf.Tensor:
+    """Five uniform numbers in [0, 1) for start, scale, top, left and mirroring; float64."""
+    key = tf.random.fold_in(tf.stack([tf.constant(seed, tf.int64), place.epoch]), place.slot)
+    return tf.random.stateless_uniform([5], key, dtype=tf.float64, alg="philox")
+
+
+def _manifest(records: Manifest | str | Path) -> Manifest:
+    return records if isinstance(records, Manifest) else Manifest.load(records)
+
+
+def _options() -> tf.data.Options:
+    options = tf.data.Options()
+    options.deterministic = True
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return options

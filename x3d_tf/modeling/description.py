@@ -1,0 +1,92 @@
+"""What a model file of ours says of itself: enough to build the network again. Imports no TensorFlow."""
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from x3d_tf._checks import UserError, check_field_types, require
+from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.expansion import Expansion
+
+if TYPE_CHECKING:
+    from x3d_tf.modeling.x3d import X3D
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network in words.
+
+    Attributes:
+        expansion: its factors.
+        options: the builder's other choices.
+        num_classes: outputs of the classifier.
+        include_top: whether it has one.
+        class_names: one for each output, or none where there is no classifier.
+        form: `trainable` (this package's layers, logits) or `portable` (stock layers, probabilities).
+        size: side of the portable form's clip in pixels; the training crop for the trainable one.
+
+    Raises:
+        UserError: naming the field, the rule and the value received.
+    """
+
+    expansion: Expansion
+    options: ModelOptions
+    num_classes: int
+    include_top: bool
+    class_names: tuple[str, ...]
+    form: Literal["trainable", "portable"]
+    size: int
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        require(1 <= self.num_classes <= 1_000_000, "num_classes", "be in [1, 1000000]", self.num_classes)
+        require(32 <= self.size <= 4096, "size", "be in [32, 4096] pixels", self.size)
+        expected = self.num_classes if self.include_top else 0
+        require(len(self.class_names) == expected, "class_names", f"be {expected}", len(self.class_names))
+
+    @classmethod
+    def of(cls, model: "X3D", *, class_names: tuple[str, ...], form: Any, size: int | None = None) -> "Description":
+        """Describes a built network."""
+        return cls(
+            model.expansion,
+            model.options,
+            model.num_classes,
+            model.include_top,
+            class_names,
+            form,
+            size or model.clip.size,
+        )
+
+    def to_json(self) -> str:
+        """As a JSON object."""
+        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Description":
+        """Reads and checks what `to_json` wrote.
+
+        Raises:
+            UserError: not JSON, another format version, a missing or unknown field, a value outside its range.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields.pop("format_version")
+            require(version == FORMAT_VERSION, "format_version", f"be {FORMAT_VERSION}", version)
+            fields["expansion"] = Expansion(**fields["expansion"])
+            fields["options"] = ModelOptions(**fields["options"])
+            fields["class_names"] = tuple(fields["class_names"])
+            return cls(**fields)
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"not a description of an X3D network: {error}") from error
+
+
+def numbered_classes(count: int) -> tuple[str, ...]:
+    """Names for classes that have none; warns, for whoever reads them later cannot tell what they mean."""
+    warnings.warn(f"no class names were given: the {count} classes are numbered", stacklevel=3)
+    return tuple(str(number) for number in range(count))

@@ -1,0 +1,147 @@
+"""The network in stock Keras layers, for applications: a file of it loads wherever Keras is, without this package.
+
+The same graph as the trainable network with equal layer names, of a fixed clip size and with probabilities as its
+output. A channel-wise 3-D kernel is three depthwise 2-D kernels there, `NAME_0` to `NAME_2`, one for each temporal tap.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from x3d_tf._checks import require
+from x3d_tf.modeling.architecture import plan
+from x3d_tf.modeling.description import Description, numbered_classes
+from x3d_tf.modeling.layers import ChannelwiseConv3D
+from x3d_tf.modeling.x3d import X3D, graph
+
+
+def portable(model: X3D, class_names: Sequence[str] | None = None, *, size: int | None = None) -> keras.Model:
+    """Makes the application's form of a trained network.
+
+    Args:
+        model: the trainable network, with its classifier.
+        class_names: one for each output; numbered, with a warning, unless given.
+        size: side of the clip in pixels; the training crop unless given.
+
+    Returns:
+        A model from clips (N, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (N, num_classes).
+        `x3d_tf.save` writes it with its class names; Keras' own `save` leaves them out.
+
+    Raises:
+        ValueError: a network without classifier, or as many names as it has no outputs for.
+    """
+    require(
+        model.include_top, "the network of a portable model", "have its classifier (include_top)", model.include_top
+    )
+    names = tuple(class_names) if class_names is not None else numbered_classes(model.num_classes)
+    require(len(names) == model.num_classes, "class_names", f"be {model.num_classes}, one an output", len(names))
+    app = build_portable(model, size or model.clip.size)
+    for source, targets in _pairs(model, app):
+        arrays = _split(source, len(targets))
+        for target, weights in zip(targets, arrays):
+            target.set_weights([w.reshape(t.shape) for w, t in zip(weights, target.weights)])
+    app.description = Description.of(model, class_names=names, form="portable", size=size or model.clip.size)
+    return app
+
+
+def build_portable(model: X3D, size: int) -> keras.Model:
+    """The application's form with fresh weights."""
+    clip = keras.Input((model.clip.frames, size, size, 3), name="clip")
+    logits = graph(
+        clip,
+        plan(model.expansion, model.options),
+        PortableParts(),
+        train_size=model.clip.size,
+        num_classes=model.num_classes,
+    )
+    return keras.Model(clip, layers.Softmax(name="probabilities", dtype="float32")(logits), name=model.name)
+
+
+def take_weights(model: X3D, app: keras.Model) -> None:
+    """Copies the weights of the application's form into the trainable network."""
+    for target, sources in _pairs(model, app):
+        arrays = [source.get_weights() for source in sources]
+        joined = [np.stack(taps) if len(sources) > 1 else taps[0] for taps in zip(*arrays)]
+        target.set_weights([w.reshape(t.shape) for w, t in zip(joined, target.weights)])
+
+
+def _pairs(model: X3D, app: keras.Model) -> Iterator[tuple[keras.Layer, list[keras.Layer]]]:
+    """Each layer with weights of the trainable network, and the layers that hold them in the application's form."""
+    for layer in model.layers:
+        if isinstance(layer, ChannelwiseConv3D) and layer.kernel_size[1:] != (1, 1):
+            yield layer, [app.get_layer(f"{layer.name}_{tap}") for tap in range(layer.kernel_size[0])]
+        elif layer.weights and not isinstance(layer, layers.Dropout | layers.Normalization):
+            yield layer, [app.get_layer(layer.name)]
+
+
+def _split(layer: keras.Layer, parts: int) -> list[list[np.ndarray]]:
+    weights = layer.get_weights()
+    return [weights] if parts == 1 else [[tap] for tap in weights[0]]
+
+
+class PortableParts:
+    """Stock layers with the methods of `x3d.TrainableParts`; sizes are static and the batch is open."""
+
+    def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:
+        if stride == 1:
+            return layers.Dense(filters, use_bias=False, name=name)(x)
+        return _unmerge(layers.Conv2D(filters, 1, strides=stride, use_bias=False, name=name)(_merge(x)), x.shape[1])
+
+    def conv(self, x: Any, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
+        if kernel[0] > 1:
+            return layers.Conv3D(filters, kernel, padding="same", use_bias=False, name=name)(x)
+        frames = layers.ZeroPadding2D((kernel[1] // 2, kernel[2] // 2), name=f"{name}_pad")(_merge(x))
+        y = layers.Conv2D(filters, kernel[1:], strides=stride, use_bias=False, name=name)(frames)
+        return _unmerge(y, x.shape[1])
+
+    def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
+        _, t, h, w, c = x.shape
+        if kernel[1:] == (1, 1):
+            y = ops.reshape(x, (-1, t, h * w, c))
+            y = layers.DepthwiseConv2D((kernel[0], 1), padding="same", use_bias=False, name=name)(y)
+            return ops.reshape(y, (-1, t, h, w, c))
+        frames, padding = _merge(x), "same"
+        if stride > 1:  # "same" would pad even sizes on one side only
+            frames = layers.ZeroPadding2D((kernel[1] // 2, kernel[2] // 2), name=f"{name}_pad")(frames)
+            padding = "valid"
+        terms = []
+        for tap in range(kernel[0]):
+            y = layers.DepthwiseConv2D(
+                kernel[1:], strides=stride, padding=padding, use_bias=False, name=f"{name}_{tap}"
+            )(frames)
+            _, h, w, c = y.shape
+            terms.append(_shifted(ops.reshape(y, (-1, t, h * w * c)), kernel[0] // 2 - tap, f"{name}_{tap}"))
+        return ops.reshape(layers.Add(name=f"{name}_sum")(terms), (-1, t, h, w, c))
+
+    def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
+        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=name)(x)
+
+    def drop_branch(self, x: Any, rate: float, name: str) -> Any:
+        return x
+
+    def dropout(self, x: Any, name: str) -> Any:
+        return x
+
+
+def _merge(x: Any) -> Any:
+    """(N, T, H, W, C) -> (N T, H, W, C)."""
+    return ops.reshape(x, (-1, *x.shape[2:]))
+
+
+def _unmerge(x: Any, frames: int) -> Any:
+    """(N T, H, W, C) -> (N, T, H, W, C)."""
+    return ops.reshape(x, (-1, frames, *x.shape[1:]))
+
+
+def _shifted(x: Any, shift: int, name: str) -> Any:
+    """Rows (N, T, ...) moved `shift` frames forward in time, zeros coming in."""
+    distance, frames = abs(shift), x.shape[1]
+    if distance == 0:
+        return x
+    if distance >= frames:
+        return ops.zeros_like(x)
+    crop, pad = ((0, distance), (distance, 0)) if shift > 0 else ((distance, 0), (0, distance))
+    return layers.ZeroPadding1D(pad, name=f"{name}_in")(layers.Cropping1D(crop, name=f"{name}_out")(x))

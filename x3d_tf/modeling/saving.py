@@ -1,0 +1,124 @@
+"""Model files: Keras' own format with one more member, `x3d_tf.json`, which `load` builds the network from."""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import keras
+
+from x3d_tf._checks import UserError, require
+from x3d_tf.modeling.description import Description, numbered_classes
+from x3d_tf.modeling.portable import build_portable, take_weights
+from x3d_tf.modeling.x3d import X3D
+
+MEMBER = "x3d_tf.json"
+_MEMBER_LIMIT = 64 * 1024 * 1024  # bytes: far above any list of class names, far below what would exhaust memory
+
+
+def save(
+    model: keras.Model, path: str | Path, class_names: Sequence[str] | None = None, *, overwrite: bool = False
+) -> None:
+    """Writes a `.keras` file of a trainable network or of its portable form.
+
+    Args:
+        model: from `build_x3d`, `load` or `portable`.
+        path: ends in `.keras`.
+        class_names: for a trainable network, one for each output; numbered, with a warning, unless given.
+        overwrite: whether a file that is there may be replaced.
+
+    Raises:
+        ValueError: another ending, another kind of model, or a wrong number of names.
+        FileExistsError: the file is there and may not be replaced.
+    """
+    path = Path(path)
+    require(path.suffix == ".keras", "the path of a model file", "end in .keras", str(path))
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give another path, or overwrite=True")
+    description = _description(model, class_names)
+    partial = path.with_name(f".{path.stem}.partial.keras")
+    model.save(partial)
+    with zipfile.ZipFile(partial, "a") as archive:
+        archive.writestr(MEMBER, description.to_json())
+    partial.replace(path)
+
+
+def _description(model: keras.Model, class_names: Sequence[str] | None) -> Description:
+    if isinstance(model, X3D):
+        if not model.include_top:
+            return Description.of(model, class_names=(), form="trainable")
+        names = tuple(class_names) if class_names is not None else numbered_classes(model.num_classes)
+        return Description.of(model, class_names=names, form="trainable")
+    description = getattr(model, "description", None)
+    if not isinstance(description, Description):
+        raise ValueError(f"x3d_tf.save takes a model of x3d_tf.build_x3d, load or portable, got {model!r}")
+    require(class_names is None, "class_names", "be given to x3d_tf.portable, which has them already", class_names)
+    return description
+
+
+def load(path: str | Path) -> X3D:
+    """Builds the trainable network of a run folder or of a `.keras` file that this package saved.
+
+    Only numbers and names are read from the file, never code.
+
+    Args:
+        path: a run folder, which holds `model.keras`, or the file.
+
+    Returns:
+        The network; its `class_names` are the file's.
+
+    Raises:
+        UserError: no such file, or one that this package did not save.
+    """
+    path = model_file(path)
+    description = describe(path)
+    model = X3D(
+        description.expansion, description.num_classes, description.options, include_top=description.include_top
+    )
+    try:
+        if description.form == "portable":
+            app = build_portable(model, description.size)
+            app.load_weights(path)
+            take_weights(model, app)
+        else:
+            model.load_weights(path)
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"the weights of {path} do not fit its description: {error}") from error
+    model.class_names = description.class_names
+    return model
+
+
+def describe(path: str | Path) -> Description:
+    """What a `.keras` file of ours says of itself.
+
+    Raises:
+        UserError: no such file, or one that this package did not save.
+    """
+    path = model_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(MEMBER)
+            require(member.file_size <= _MEMBER_LIMIT, f"{MEMBER} in {path}", "be under 64 MiB", member.file_size)
+            return Description.from_json(archive.read(member))
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is not a .keras file: {error}") from error
+    except KeyError as error:
+        raise UserError(
+            f"{path} has no {MEMBER}: it was not written by x3d_tf.save(model, path). Save it so where the model is "
+            "at hand"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def model_file(path: str | Path) -> Path:
+    """The `.keras` file of a run folder, or the file itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    file = path / "model.keras" if path.is_dir() else path
+    if not file.is_file():
+        hint = "; a run writes its model when it is finished" if path.is_dir() else ""
+        raise UserError(f"{file}: no such model file{hint}")
+    return file

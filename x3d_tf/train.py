@@ -1,0 +1,52 @@
+"""Trains an X3D network, tests it and saves it; a run that was stopped goes on where it was.
+
+On made-up videos, with nothing to download:
+  python -m x3d_tf.train --gin_file=gin/x3d_s.gin
+
+On your own, once build_records has made records of them:
+  python -m x3d_tf.train --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin \\
+      --gin_bindings='DatasetSpec.records="data/mine"' --workdir=runs/mine
+
+Files given later win, bindings win over files. The run folder holds the configuration, checkpoints, history.csv,
+curves.png, TensorBoard's files and, in the end, model.keras and evaluation/.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from x3d_tf import _command, configs
+from x3d_tf.modeling.cost import cost
+from x3d_tf.modeling.expansion import name_of
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    configs.define_flags(required=True)
+    flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the first gin file> unless given.")
+
+
+def main() -> None:
+    """Trains and tests as the flags say."""
+    parsed = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
+    config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
+    count = cost(config.expansion, options=config.model)
+    print(f"{name_of(config.expansion)}: {count.macs / 1e9:.3f} GMACs a clip")
+    _command.quiet_tensorflow()
+    from x3d_tf.evaluation.testing import evaluate_run
+    from x3d_tf.training.loop import train
+
+    texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
+    run = train(config, workdir, texts=texts)
+    report = evaluate_run(run)
+    print(
+        f"model:   {run.model}\ncurves:  {run.curves} (and tensorboard --logdir={run.tensorboard})\n"
+        f"results: {report.folder / 'results.json'}, {report.folder / 'confusion.png'}"
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    _command.run(main)

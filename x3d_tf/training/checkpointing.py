@@ -1,0 +1,65 @@
+"""Checkpoints of a run: the two newest are kept, and a damaged one falls back to the one before."""
+
+import sys
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from x3d_tf._checks import UserError
+
+_KEPT = 2
+
+
+class Checkpoints:
+    """Everything that the next step depends on, on disk: weights, moving statistics, optimiser, random state, step.
+
+    Args:
+        folder: where they lie; made if absent.
+        model, optimizer: built; their variables are saved and restored.
+        fingerprint: of the configuration; a checkpoint of another is refused.
+    """
+
+    def __init__(
+        self, folder: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer, fingerprint: str
+    ) -> None:
+        self.folder, self._wanted = folder, fingerprint
+        self._fingerprint = tf.Variable(fingerprint, trainable=False)
+        # By hand: Keras' own tracking leaves out the states of the seed generators. The optimiser counts the steps.
+        variables = [*model.variables, *optimizer.variables]
+        self._checkpoint = tf.train.Checkpoint(
+            variables={str(number): variable.value for number, variable in enumerate(variables)},
+            fingerprint=self._fingerprint,
+        )
+        self._manager = tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=_KEPT)
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint of a step and deletes the oldest."""
+        self._manager.save(checkpoint_number=step)
+
+    def restore(self) -> int:
+        """Restores the newest whole checkpoint and returns its step; 0 if there are none.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole; or it is of another configuration.
+        """
+        found = sorted(self.folder.glob("ckpt-*.index"), key=_step_of, reverse=True)
+        for path in found:
+            try:
+                self._checkpoint.restore(str(path.with_suffix(""))).assert_consumed()
+            except (tf.errors.OpError, ValueError, AssertionError) as error:
+                reason = str(error).splitlines()[0]
+                print(f"warning: {path} cannot be read ({reason}); trying the one before", file=sys.stderr)
+                continue
+            if self._fingerprint.numpy().decode() != self._wanted:
+                raise UserError(f"{path} is of a run with another configuration than {self.folder.parent}/config.json")
+            return _step_of(path)
+        if found:
+            raise UserError(f"no checkpoint in {self.folder} can be read. Delete the folder to train from the start")
+        return 0
+
+
+def _step_of(path: Path) -> int:
+    """The step in `ckpt-STEP.index`; -1 for other names, which come last."""
+    number = path.name.removeprefix("ckpt-").removesuffix(".index")
+    return int(number) if number.isdigit() else -1

@@ -1,0 +1,146 @@
+"""What a training run is made of: the recipe and everything else that decides its outcome. Imports no TensorFlow."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from x3d_tf._checks import UserError, check_field_types, require
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.expansion import Expansion
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: the paper's recipe for Kinetics (appendix A.3), scaled linearly to the batch.
+
+    `learning_rate`, `steps` and `warmup_steps` are stated for `reference_batch` clips; a run of `batch` clips
+    multiplies the rate by batch / reference_batch and divides the durations by it, so that it sees as many clips.
+
+    Attributes:
+        batch: clips of one step, over all devices.
+        reference_batch: clips of one step that the next three fields are stated for.
+        learning_rate: highest value of the half-period cosine, η.
+        steps: length of the run.
+        warmup_steps: steps of linear warm-up, which ends at the cosine's value.
+        warmup_start: where the warm-up starts, in units of η.
+        momentum: of Nesterov's kind.
+        weight_decay: L2 added to the gradient of everything but batch norm.
+
+    Raises:
+        TypeError, ValueError: naming the field, the rule and the value received.
+    """
+
+    batch: int = 1024
+    reference_batch: int = 1024
+    learning_rate: float = 1.6
+    steps: int = 60_000
+    warmup_steps: int = 8_000
+    warmup_start: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-5
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        for name in ("batch", "reference_batch", "steps"):
+            require(getattr(self, name) >= 1, f"Recipe.{name}", "be at least 1", getattr(self, name))
+        require(0 < self.learning_rate < math.inf, "Recipe.learning_rate", "be positive", self.learning_rate)
+        within = 0 <= self.warmup_steps < self.steps
+        require(within, "Recipe.warmup_steps", f"be in [0, steps = {self.steps})", self.warmup_steps)
+        require(0 <= self.warmup_start <= 1, "Recipe.warmup_start", "be in [0, 1]", self.warmup_start)
+        require(0 <= self.momentum < 1, "Recipe.momentum", "be in [0, 1)", self.momentum)
+        require(0 <= self.weight_decay < math.inf, "Recipe.weight_decay", "be at least 0", self.weight_decay)
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """η for `batch` clips a step."""
+        return self.learning_rate * self.batch / self.reference_batch
+
+    @property
+    def scaled_steps(self) -> int:
+        """Steps of `batch` clips, at least 1."""
+        return max(1, round(self.steps * self.reference_batch / self.batch))
+
+    @property
+    def scaled_warmup_steps(self) -> int:
+        """Warm-up steps of `batch` clips."""
+        return round(self.warmup_steps * self.reference_batch / self.batch)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the outcome of a run: the same configuration gives the same run.
+
+    Attributes:
+        expansion: the six factors of the network.
+        model: the builder's other choices.
+        dataset: the records to train and to test on.
+        recipe: how it is trained.
+        test_views: clips of each test video whose probabilities are averaged (K of K-Center testing).
+        checkpoint_steps: steps from one checkpoint to the next.
+        seed: of the first weights, the order of the data and its augmentation.
+
+    Raises:
+        TypeError, ValueError: naming the field, the rule and the value received.
+    """
+
+    expansion: Expansion = field(default_factory=Expansion)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    dataset: DatasetSpec = field(default_factory=lambda: DatasetSpec(records="data/records"))
+    recipe: Recipe = field(default_factory=Recipe)
+    test_views: int = 10
+    checkpoint_steps: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        require(self.test_views >= 1, "TrainConfig.test_views", "be at least 1", self.test_views)
+        require(self.checkpoint_steps >= 1, "TrainConfig.checkpoint_steps", "be at least 1", self.checkpoint_steps)
+        require(0 <= self.seed < 2**31, "TrainConfig.seed", "be in [0, 2**31)", self.seed)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by the name that gin binds it by: `{"Expansion.gamma_tau": 6.0, ...}`."""
+        flat: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name in PARTS:
+                flat |= {f"{type(value).__name__}.{name}": part for name, part in vars(value).items()}
+            else:
+                flat[f"TrainConfig.{item.name}"] = value
+        return flat
+
+    def to_json(self) -> str:
+        """The settings as a JSON object."""
+        return json.dumps(self.settings(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainConfig":
+        """Reads and checks what `to_json` wrote.
+
+        Raises:
+            UserError: not such an object, an unknown setting, a value outside its range.
+        """
+        try:
+            given: dict[str, dict[str, Any]] = {}
+            for name, value in json.loads(text).items():
+                part, setting = name.split(".")
+                given.setdefault(part, {})[setting] = value
+            parts = {name: part(**given.pop(part.__name__, {})) for name, part in PARTS.items()}
+            config = cls(**parts, **given.pop("TrainConfig", {}))
+            require(not given, "a configuration", "hold only known settings", ", ".join(given))
+            return config
+        except UserError:
+            raise
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"not a configuration: {error}") from error
+
+    def fingerprint(self) -> str:
+        """A hash that two configurations share if all their settings are equal."""
+        settings = {name: float(v) if type(v) is int else v for name, v in self.settings().items()}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+PARTS: dict[str, Any] = {"expansion": Expansion, "model": ModelOptions, "dataset": DatasetSpec, "recipe": Recipe}

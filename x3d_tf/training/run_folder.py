@@ -1,0 +1,93 @@
+"""The folder of a run: which files it holds, and whether a configuration may go on in it. Imports no TensorFlow."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from x3d_tf._checks import UserError
+from x3d_tf.training.recipe import TrainConfig
+
+HISTORY_FIELDS = ("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second")
+
+
+class RunFolder:
+    """Paths and small files of a run.
+
+    Holds `config.json` (every setting), `config.gin` and `operative_config.gin` (the same as gin text, for people)
+    before the first step; `checkpoints/`, `history.csv`, `curves.png` and `tensorboard/` while it trains;
+    `model.keras`, `labels.txt` and `evaluation/` when it is done.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.json"
+        self.checkpoints = self.root / "checkpoints"
+        self.history = self.root / "history.csv"
+        self.curves = self.root / "curves.png"
+        self.tensorboard = self.root / "tensorboard"
+        self.model = self.root / "model.keras"
+        self.labels = self.root / "labels.txt"
+        self.evaluations = self.root / "evaluation"
+
+    def open(self, config: TrainConfig, texts: Mapping[str, str]) -> None:
+        """Makes the folder for a new run, or finds that it is of the same one.
+
+        Args:
+            config: what is to be trained.
+            texts: further files to keep, by name.
+
+        Raises:
+            UserError: the folder is of a run with other settings (names them), or holds something else.
+        """
+        if self.config.is_file():
+            self._compare(self.read_config(), config)
+            return
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
+        self.root.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (self.root / name).write_text(text, encoding="utf-8")
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(config.to_json(), encoding="utf-8")
+        partial.replace(self.config)  # last and whole: a folder that has it is a run's
+
+    def read_config(self) -> TrainConfig:
+        """The configuration of the run.
+
+        Raises:
+            UserError: the folder is not of a run, or its configuration is damaged.
+        """
+        if not self.config.is_file():
+            raise UserError(f"{self.root} is not the folder of a run: it has no {self.config.name}")
+        try:
+            return TrainConfig.from_json(self.config.read_text(encoding="utf-8"))
+        except (UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.config}: {error}") from error
+
+    def _compare(self, there: TrainConfig, wanted: TrainConfig) -> None:
+        theirs, ours = there.settings(), wanted.settings()
+        differing = [
+            f"{name} is {theirs[name]!r} there and {ours[name]!r} here" for name in ours if theirs[name] != ours[name]
+        ]
+        if differing:
+            raise UserError(
+                f"{self.root} is of a run with other settings: {'; '.join(differing)}. Give this run a folder of its "
+                "own with --workdir"
+            )
+
+    def read_history(self) -> list[dict[str, float]]:
+        """The rows of `history.csv`; none before the first."""
+        if not self.history.is_file():
+            return []
+        with self.history.open(newline="", encoding="utf-8") as file:
+            return [{name: float(row[name]) for name in HISTORY_FIELDS} for row in csv.DictReader(file)]
+
+    def write_history(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces `history.csv`."""
+        partial = self.history.with_suffix(".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, HISTORY_FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.history)
