@@ -11,7 +11,7 @@ from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.records import Source, write_split
 from x3d_tf.data.video import EncodedVideo
 
-FRAMES, SIDE, SQUARE = 10, 40, 14
+FRAMES, SIDE, SQUARE = 10, 56, 20
 
 
 def write_records(folder: Path, videos: int, classes: Sequence[str] = ("left", "right")) -> None:

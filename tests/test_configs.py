@@ -11,7 +11,7 @@ from x3d_tf.training.recipe import Recipe, TrainConfig
 ROOT = Path(__file__).parents[1]
 NETWORKS = sorted(path.stem for path in (ROOT / "gin").glob("*.gin"))
 MOVING_SHAPES = DatasetSpec(name="moving_shapes", records="data/moving_shapes", flip=False)
-SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=400, warmup_steps=40)
+SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=320, warmup_steps=32)
 
 
 def test_there_is_a_recipe_for_each_network() -> None:
@@ -20,7 +20,7 @@ def test_there_is_a_recipe_for_each_network() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_recipes_equal_their_python(name: str) -> None:
-    expected = TrainConfig(VARIANTS[name].expansion, ModelOptions(), MOVING_SHAPES, SHORT, checkpoint_steps=100)
+    expected = TrainConfig(VARIANTS[name].expansion, ModelOptions(), MOVING_SHAPES, SHORT, checkpoint_steps=80)
     assert configs.parse([str(ROOT / "gin" / f"{name}.gin")]).config == expected
 
 
@@ -65,7 +65,7 @@ def test_the_texts_can_be_parsed_again(tmp_path: Path) -> None:
         ("Expansion.gamma_b=-1", "Expansion.gamma_b must be positive, got -1"),
         ("Expansion.gamma_s=160/112", "Expansion.gamma_s=160/112"),
         ("ModelOptions.se='some'", "ModelOptions.se must be .*'alternate'.*, got 'some'"),
-        ("Recipe.warmup_steps=400", r"warmup_steps must be in \[0, steps = 400\), got 400"),
+        ("Recipe.warmup_steps=400", r"warmup_steps must be in \[0, steps = 320\), got 400"),
         ("Expansion.gamma_b=%gin.REQUIRED", "Expansion.gamma_b must be float"),
     ],
 )

@@ -1,6 +1,5 @@
 """Metrics against counting by hand, and multi-view testing against one view at a time."""
 
-
 import numpy as np
 import pytest
 

@@ -25,17 +25,18 @@ from x3d_tf.training.recipe import Recipe, TrainConfig
 from x3d_tf.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
-EIGHT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=60, warmup_steps=5, weight_decay=0)
+TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
+EIGHT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=160, warmup_steps=5, weight_decay=0)
+SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=60, warmup_steps=5)
 
 
 @pytest.fixture(scope="session")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen records of two motions: a bright square on black that goes left or right."""
+    """Eight records of two motions: a bright square on black that goes left or right."""
     from moving_square import write_records
 
     folder = tmp_path_factory.mktemp("data") / "square"
-    write_records(folder, videos=16)
+    write_records(folder, videos=8)
     return folder
 
 
@@ -44,7 +45,7 @@ def config_of(records: Path, **changes: object) -> TrainConfig:
         "expansion": TINY,
         "model": x3d_tf.ModelOptions(dropout=0.0),
         "dataset": DatasetSpec(records=str(records), eval_split="train", flip=False),
-        "recipe": EIGHT,
+        "recipe": SHORT,
         "test_views": 2,
         "checkpoint_steps": 20,
     }
@@ -57,10 +58,11 @@ def finished(records: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFold
     return train(config_of(records), tmp_path_factory.mktemp("runs") / "square", texts={"config.gin": "# bindings"})
 
 
-def test_it_learns_sixteen_clips_by_heart(finished: RunFolder) -> None:
-    report = evaluate_run(finished)
-    assert report.results["top1"] == 1.0
-    assert finished.read_history()[-1]["accuracy"] == 1.0
+def test_it_learns_eight_clips_by_heart(records: Path, tmp_path: Path) -> None:
+    run = train(config_of(records, recipe=EIGHT), tmp_path / "run")
+    assert evaluate_run(run).results["top1"] == 1.0
+    first, last = run.read_history()[0], run.read_history()[-1]
+    assert last["loss"] < 0.3 < first["loss"]
 
 
 def test_the_run_folder_is_complete(finished: RunFolder, records: Path) -> None:
@@ -71,7 +73,7 @@ def test_the_run_folder_is_complete(finished: RunFolder, records: Path) -> None:
     assert list(finished.tensorboard.glob("events.out.tfevents.*"))
     rows = finished.read_history()
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
-    assert rows[-1]["epoch"] == 30  # two steps an epoch
+    assert rows[-1]["epoch"] == 60  # one step an epoch
     assert len(list(finished.checkpoints.glob("*.index"))) == 2
 
 
@@ -85,8 +87,9 @@ def test_the_report_says_what_was_measured(finished: RunFolder) -> None:
     report = evaluate_run(finished)
     rows = list(csv.DictReader((report.folder / "predictions.csv").open()))
     results = json.loads((report.folder / "results.json").read_text())
-    assert len(rows) == results["videos"] == 16
-    assert all(row["predicted"] == row["label"] for row in rows)
+    assert len(rows) == results["videos"] == 8
+    hits = [row["predicted"] == row["label"] for row in rows]
+    assert sum(hits) / len(hits) == results["top1"]
     assert float(rows[0]["p(left)"]) + float(rows[0]["p(right)"]) == pytest.approx(1, abs=1e-5)
     macs = x3d_tf.cost(TINY, num_classes=2).macs
     assert results["gmacs_per_video"] == pytest.approx(2 * macs / 1e9)
@@ -102,7 +105,7 @@ def test_another_number_of_views_gets_a_report_of_its_own(finished: RunFolder) -
 
 def test_the_model_is_the_last_checkpoint(finished: RunFolder) -> None:
     app, network = keras.models.load_model(finished.model), x3d_tf.load(finished.root)
-    clip = np.random.default_rng(0).integers(0, 256, (1, 4, 32, 32, 3), dtype=np.uint8)
+    clip = np.random.default_rng(0).integers(0, 256, (1, 6, 48, 48, 3), dtype=np.uint8)
     np.testing.assert_allclose(app(clip), keras.ops.softmax(network(clip)), atol=1e-6)
     assert network.class_names == ("left", "right")
     reader = tf.train.load_checkpoint(str(finished.checkpoints / "ckpt-60"))
@@ -122,7 +125,7 @@ def test_records_of_unknown_classes_are_refused(finished: RunFolder, tmp_path: P
 def test_a_loss_that_is_not_a_number_stops_the_run(records: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    config = config_of(records, recipe=replace(EIGHT, learning_rate=1e30))
+    config = config_of(records, recipe=replace(SHORT, learning_rate=1e30))
     with pytest.raises(
         ValueError, match=r"the loss is (nan|inf) at step \d+: lower Recipe\.learning_rate \(it is 1e\+30\)"
     ):
@@ -203,7 +206,7 @@ def test_only_damaged_checkpoints_are_an_error(finished: RunFolder, records: Pat
     (copy / "model.keras").unlink()
     for path in (copy / "checkpoints").glob("*.data*"):
         path.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read"):
         train(config_of(records), copy)
 
 

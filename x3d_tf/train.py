@@ -16,8 +16,6 @@ from pathlib import Path
 from absl import flags
 
 from x3d_tf import _command, configs
-from x3d_tf.modeling.cost import cost
-from x3d_tf.modeling.expansion import name_of
 
 FLAGS = flags.FLAGS
 
@@ -32,8 +30,6 @@ def main() -> None:
     """Trains and tests as the flags say."""
     parsed = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
-    count = cost(config.expansion, options=config.model)
-    print(f"{name_of(config.expansion)}: {count.macs / 1e9:.3f} GMACs a clip")
     _command.quiet_tensorflow()
     from x3d_tf.evaluation.testing import evaluate_run
     from x3d_tf.training.loop import train

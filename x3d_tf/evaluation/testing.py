@@ -72,7 +72,7 @@ def evaluate_run(
     name = f"{Path(dataset.records).name}_{dataset.eval_split}_{views.temporal_views}center"
     folder = Path(output) if output else run.evaluations / name
     if (folder / "results.json").is_file() and not overwrite:
-        print(f"{folder} holds a report already; --overwrite makes it anew")
+        print(f"{folder} holds this report already (x3d_tf.evaluate makes it anew with --overwrite)")
         report = Report(folder, json.loads((folder / "results.json").read_text(encoding="utf-8")))
     else:
         manifest, model = open_dataset(dataset), load(run.root)
@@ -185,7 +185,7 @@ def describe(report: Report) -> str:
     r = report.results
     top5 = f", top-5 {r['top5']:.1%}" if r["classes"] > 5 else ""
     return (
-        f"{r['network']} on {r['records']}, split {r['split']}: top-1 {r['top1']:.1%}{top5} "
-        f"({r['videos']} videos, {r['classes']} classes, {r['views']}, {r['gmacs_per_video']:.2f} GMACs a video; measured "
-        "here, not comparable with the paper, whose data is Kinetics)"
+        f"{r['network']} on {r['records']}, split {r['split']}: top-1 {r['top1']:.1%}{top5} ({r['videos']} videos, "
+        f"{r['classes']} classes, {r['views']}, {r['gmacs_per_video']:.2f} GMACs a video; measured here, not comparable "
+        "with the paper, whose data is Kinetics)"
     )

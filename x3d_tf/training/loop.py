@@ -15,6 +15,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.data.datasets import open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import training_dataset
+from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.portable import portable
@@ -54,6 +55,7 @@ def train(
     run = RunFolder(workdir)
     run.open(config, texts or {})
     if run.model.is_file():
+        print(f"{run.root} is finished: {run.model} is there")
         return run
     manifest = open_dataset(config.dataset)
     trainer = Trainer(config, len(manifest.classes), strategy or tf.distribute.MirroredStrategy())
@@ -143,10 +145,11 @@ class Trainer:
         return loss, tf.reduce_sum(tf.cast(correct, tf.float32))
 
     def _describe(self, run: RunFolder) -> str:
-        devices = self.strategy.num_replicas_in_sync
+        devices, config = self.strategy.num_replicas_in_sync, self.config
+        macs = cost(config.expansion, num_classes=self.model.num_classes, options=config.model).macs
         return (
-            f"Training {name_of(self.config.expansion)} in {run.root} on {devices} device{'s' if devices > 1 else ''}: "
-            f"{self.steps} steps of {self.batch} clips"
+            f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on {devices} "
+            f"device{'s' if devices > 1 else ''}: {self.steps} steps of {self.batch} clips"
         )
 
 
