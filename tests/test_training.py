@@ -147,6 +147,16 @@ def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: in
             Trainer(config, 2, tf.distribute.get_strategy())
 
 
+def test_a_damaged_record_is_named(records: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(records, tmp_path / "copy")
+    (shard,) = copy.glob("*.tfrecord")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(shard.name)}: cannot read or decode record \d+ of split train"):
+        train(config_of(copy), tmp_path / "run")
+
+
 COMMAND = """
 import sys
 from pathlib import Path

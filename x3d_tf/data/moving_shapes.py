@@ -26,8 +26,8 @@ DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  
 VIDEOS = {"train": 800, "test": 100}
 FRAMES, FPS, SIDE = 90, 30.0, 128
 SPEEDS = (0.4, 0.8)  # pixels a frame, lowest and highest; each frame's shift is rounded to whole pixels
-# Levels of red, green and blue, the last left out. Shapes are brighter than the ground: with any colour for both, an edge
-# that moves says nothing without its sign, and a short run stays at chance.
+# Levels of red, green and blue, the last left out. Shapes are brighter than the ground: with any colour for both, a
+# moving edge says nothing without its sign, and a short run stays at chance.
 GROUND_LEVELS, SHAPE_LEVELS = (0, 64), (160, 256)
 SHAPES = (3, 5)  # of one video, fewest and most
 RADII = (10, 20)  # pixels

@@ -6,14 +6,16 @@ read where the manifest says they lie, so a stream can start at any step, and ea
 reads do not check TFRecord's checksums: damage is noticed where a record no longer parses or a frame no longer decodes.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 import tensorflow.experimental.numpy as tnp
 
-from x3d_tf._checks import require
+from x3d_tf._checks import UserError, require
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec, frame_indices, last_start, view_starts
 from x3d_tf.data.manifest import Manifest
@@ -176,6 +178,18 @@ def evaluation_dataset(
     # 30 views of 16 frames at 356² pixels are 730 MB, so that only a few videos may be under way.
     videos = tf.data.Dataset.range(len(table)).map(load, num_parallel_calls=PARALLEL_VIDEOS)
     return videos.batch(batch_videos).prefetch(1).with_options(_options())
+
+
+@contextmanager
+def naming_records() -> Iterator[None]:
+    """Turns TensorFlow's report of a record that cannot be read, raised within the block, into a `UserError`."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        found = re.search(r"[^\['\"]*: cannot read or decode record [^\]'\"]*", str(error))
+        if found is None:
+            raise
+        raise UserError(f"{found.group()}; the shard is damaged, or was replaced: build the records again") from error
 
 
 class _Table:

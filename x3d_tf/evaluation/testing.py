@@ -15,7 +15,7 @@ from x3d_tf._checks import UserError
 from x3d_tf.data.clips import ViewSpec
 from x3d_tf.data.datasets import open_dataset
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import evaluation_dataset
+from x3d_tf.data.pipeline import evaluation_dataset, naming_records
 from x3d_tf.evaluation.metrics import confusion_matrix, top_k_accuracy
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
@@ -98,7 +98,7 @@ def predict_split(model: X3D, manifest: Manifest, split: str, views: ViewSpec) -
     forward = tf.function(lambda clips: tf.nn.softmax(tf.cast(model(clips, training=False), tf.float32)))
     videos = len(manifest.split(split).records)
     sums = np.zeros((videos, model.num_classes), np.float32)
-    with tqdm(total=videos * views.views, unit=" clips", desc="testing", mininterval=1.0) as bar:
+    with naming_records(), tqdm(total=videos * views.views, unit=" clips", desc="testing", mininterval=1.0) as bar:
         for clips, video in _clips(manifest, split, model, views):
             probabilities = forward(clips).numpy()
             np.add.at(sums, video.numpy(), probabilities)
@@ -186,6 +186,6 @@ def describe(report: Report) -> str:
     top5 = f", top-5 {r['top5']:.1%}" if r["classes"] > 5 else ""
     return (
         f"{r['network']} on {r['records']}, split {r['split']}: top-1 {r['top1']:.1%}{top5} ({r['videos']} videos, "
-        f"{r['classes']} classes, {r['views']}, {r['gmacs_per_video']:.2f} GMACs a video; measured here, not comparable "
-        "with the paper, whose data is Kinetics)"
+        f"{r['classes']} classes, {r['views']}, {r['gmacs_per_video']:.2f} GMACs a video; measured here, not "
+        "comparable with the paper, whose data is Kinetics)"
     )

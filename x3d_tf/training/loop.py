@@ -14,7 +14,7 @@ from x3d_tf import _plots
 from x3d_tf._checks import UserError, require
 from x3d_tf.data.datasets import open_dataset
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import training_dataset
+from x3d_tf.data.pipeline import naming_records, training_dataset
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.layers import GhostBatchNorm
@@ -98,7 +98,7 @@ class Trainer:
         per_epoch = len(manifest.split(self.config.dataset.train_split).records) // self.batch
         history = History(run, self.config, per_epoch, first)
         print(f"{self._describe(run)}\nThe first step takes longer: TensorFlow compiles it.")
-        with tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar:
+        with naming_records(), tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar:
             for step in range(first + 1, self.steps + 1):
                 history.add(self._step(next(batches)))
                 at_checkpoint = step % self.config.checkpoint_steps == 0 or step == self.steps

@@ -42,15 +42,16 @@ class RunFolder:
         """
         if self.config.is_file():
             self._compare(self.read_config(), config)
-            return
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
-        self.root.mkdir(parents=True, exist_ok=True)
+        else:
+            partial = self.config.with_suffix(".partial")
+            if self.root.exists() and (not self.root.is_dir() or set(self.root.iterdir()) - {partial}):
+                raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
+            self.root.mkdir(parents=True, exist_ok=True)
+            partial.write_text(config.to_json(), encoding="utf-8")
+            partial.replace(self.config)  # whole or not at all: a folder that has it is a run's
         for name, text in texts.items():
-            (self.root / name).write_text(text, encoding="utf-8")
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(config.to_json(), encoding="utf-8")
-        partial.replace(self.config)  # last and whole: a folder that has it is a run's
+            if not (self.root / name).exists():
+                (self.root / name).write_text(text, encoding="utf-8")
 
     def read_config(self) -> TrainConfig:
         """The configuration of the run.
