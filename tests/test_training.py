@@ -187,6 +187,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(records: Path, tmp_path: Path) 
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "model.keras").exists()
+    before = RunFolder(tmp_path / "killed").read_history()[:2]
     again = start(records, tmp_path / "killed")
     assert again.wait(240) == whole.wait(240) == 0
     expected, actual = final_weights(tmp_path / "whole"), final_weights(tmp_path / "killed")
@@ -197,6 +198,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(records: Path, tmp_path: Path) 
     columns = ("step", "epoch", "learning_rate", "loss", "accuracy")
     histories = [RunFolder(tmp_path / name).read_history() for name in ("whole", "killed")]
     assert [[row[c] for c in columns] for row in histories[0]] == [[row[c] for c in columns] for row in histories[1]]
+    assert histories[1][:2] == before  # with their times: these steps were not taken again
 
 
 def test_a_damaged_checkpoint_falls_back(finished: RunFolder, records: Path, tmp_path: Path, capsys: object) -> None:
@@ -205,7 +207,9 @@ def test_a_damaged_checkpoint_falls_back(finished: RunFolder, records: Path, tmp
     (copy / "checkpoints" / "ckpt-60.data-00000-of-00001").write_bytes(b"damaged")
     run = train(config_of(records), copy)
     assert "ckpt-60.index cannot be read" in capsys.readouterr().err  # type: ignore[attr-defined]
-    assert [row["step"] for row in run.read_history()] == [10, 20, 30, 40, 50, 60]
+    repeated_rows, rows = run.read_history(), finished.read_history()
+    assert repeated_rows[:4] == rows[:4]  # with their times: only the steps from 40 on were taken again
+    assert repeated_rows[4] != rows[4]
     original, repeated = x3d_tf.load(finished.root), x3d_tf.load(run.root)
     for a, b in zip(original.get_weights(), repeated.get_weights()):
         np.testing.assert_array_equal(a, b)

@@ -12,8 +12,8 @@ from x3d_tf._checks import UserError
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`.
 
-    A `UserError` becomes one line on stderr and exit status 1; Ctrl-C becomes exit status 130. Anything else is a fault
-    of the package and keeps its traceback.
+    A `UserError` or `OSError` becomes one line on stderr and exit status 1; Ctrl-C becomes exit status 130. Anything
+    else is a fault of the package and keeps its traceback.
     """
 
     def _main(argv: list[str]) -> None:
@@ -22,7 +22,7 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(f"error: unexpected argument {argv[1]!r}; settings are flags, --help lists them")
         try:
             main()
-        except UserError as error:
+        except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)

@@ -14,7 +14,6 @@ from pathlib import Path
 from absl import flags
 
 from x3d_tf import _command
-from x3d_tf._checks import UserError
 from x3d_tf.data.builder import FAILURES_NAME, BuildResult, build_records
 
 FLAGS = flags.FLAGS
@@ -30,10 +29,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Builds the records and says what was written and what to do next."""
-    try:
-        result = build_records(FLAGS.videos, FLAGS.output, splits=FLAGS.splits, split=FLAGS.split)
-    except OSError as error:  # a full disk, a folder without permission
-        raise UserError(str(error)) from error
+    result = build_records(FLAGS.videos, FLAGS.output, splits=FLAGS.splits, split=FLAGS.split)
     print("\n".join(summary(result)))
 
 

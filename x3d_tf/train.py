@@ -31,15 +31,17 @@ def main() -> None:
     parsed = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
     _command.quiet_tensorflow()
-    from x3d_tf.evaluation.testing import evaluate_run
+    from x3d_tf.evaluation.testing import evaluate_run, report_folder
     from x3d_tf.training.loop import train
 
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
     run = train(config, workdir, texts=texts)
-    report = evaluate_run(run)
+    report = report_folder(run, config.dataset, config.test_views)
+    if not (report / "results.json").is_file():
+        evaluate_run(run)
     print(
         f"model:   {run.model}\ncurves:  {run.curves} (and tensorboard --logdir={run.tensorboard})\n"
-        f"results: {report.folder / 'results.json'}, {report.folder / 'confusion.png'}"
+        f"results: {report / 'results.json'}, {report / 'confusion.png'}"
     )
 
 

@@ -55,5 +55,6 @@ def open_dataset(spec: DatasetSpec) -> Manifest:
     else:
         manifest = Manifest.load(spec.records)
     for name in (spec.train_split, spec.eval_split):
-        manifest.split(name)
+        held = len(manifest.split(name).records)
+        require(held > 0, f"split {name!r} of {manifest.folder}", "hold records", held)
     return manifest

@@ -4,6 +4,7 @@
 against its rule before anything relies on it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -92,6 +93,11 @@ class Manifest:
             size = path.stat().st_size
             require(size == shard.bytes, f"size of {path}", f"be {shard.bytes} bytes, as {MANIFEST_NAME} says", size)
         return self.splits[name]
+
+    def fingerprint(self) -> str:
+        """A hash that two folders share if their classes and their shards are equal."""
+        shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
+        return hashlib.sha256(json.dumps([self.classes, shards], sort_keys=True).encode()).hexdigest()
 
     def save(self) -> Path:
         """Writes `manifest.json` into the folder, whole or not at all, and returns its path."""

@@ -6,6 +6,7 @@ and as the shift in the middle is uniform over the torus, a single frame has the
 network that sees no motion stays at chance.
 """
 
+import glob
 import shutil
 import tempfile
 import time
@@ -89,7 +90,7 @@ def _make(folder: Path) -> None:
         raise UserError(f"{folder} holds no moving_shapes, and is not empty; delete it or name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
     try:
         _write(partial)
         partial.chmod(0o755)  # mkdtemp makes it private
@@ -101,9 +102,13 @@ def _make(folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _partial_prefix(folder: Path) -> str:
+    return f".{folder.name}.moving_shapes_partial."
+
+
 def _remove_abandoned(folder: Path) -> None:
     """Removes what killed processes left behind."""
-    for other in folder.parent.glob(f".{folder.name}.*"):
+    for other in folder.parent.glob(f"{glob.escape(_partial_prefix(folder))}*"):
         try:
             last_write = max(path.stat().st_mtime for path in [other, *other.iterdir()])
         except OSError:  # a live process finished and took it away meanwhile

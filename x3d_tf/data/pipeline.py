@@ -186,10 +186,12 @@ def naming_records() -> Iterator[None]:
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
-        found = re.search(r"[^\['\"]*: cannot read or decode record [^\]'\"]*", str(error))
+        found = re.search(
+            r"assertion failed: \[b?['\"]?(.*?: cannot read or decode record .*?, at byte \d+)", str(error)
+        )
         if found is None:
             raise
-        raise UserError(f"{found.group()}; the shard is damaged, or was replaced: build the records again") from error
+        raise UserError(f"{found.group(1)}; the shard is damaged, or was replaced: build the records again") from error
 
 
 class _Table:

@@ -9,7 +9,7 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     Of equal scores the lower class comes first. With fewer than `k` classes every sample counts.
 
     Args:
-        scores: (samples, classes).
+        scores: (samples, classes), finite.
         labels: (samples,), integers.
         k: at least 1.
 

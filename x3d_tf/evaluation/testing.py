@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from x3d_tf import _plots
 from x3d_tf._checks import UserError
-from x3d_tf.data.clips import ViewSpec
-from x3d_tf.data.datasets import open_dataset
+from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
+from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import evaluation_dataset, naming_records
 from x3d_tf.evaluation.metrics import confusion_matrix, top_k_accuracy
@@ -24,6 +24,8 @@ from x3d_tf.modeling.x3d import X3D
 from x3d_tf.training.run_folder import RunFolder
 
 _CLIPS = 8  # of one call of the network
+_CLIP_STARTS: ClipStarts = "offset"
+_FRAME_SAMPLING: FrameSampling = "slowfast"
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ def evaluate_run(
         split: its part; the one that the run tests on unless given.
         temporal_views: clips of a video, K; the run's own unless given.
         output: folder of the report; `evaluation/RECORDS_SPLIT_Kcenter` in the run folder unless given.
-        overwrite: whether a report that is there may be replaced; otherwise it is read and printed.
+        overwrite: whether a report that is there may be replaced.
 
     Raises:
-        UserError: the run has no model yet; the records are missing, damaged or of other classes.
+        UserError: the run has no model yet; the records are missing, damaged or of other classes; a report is there.
     """
     config = run.read_config()
     dataset = replace(config.dataset, eval_split=split or config.dataset.eval_split)
@@ -69,18 +71,20 @@ def evaluate_run(
     views = ViewSpec(
         temporal_views=temporal_views or config.test_views, resize=expansion.test_size, crop=expansion.clip.size
     )
-    name = f"{Path(dataset.records).name}_{dataset.eval_split}_{views.temporal_views}center"
-    folder = Path(output) if output else run.evaluations / name
+    folder = Path(output) if output else report_folder(run, dataset, views.temporal_views)
     if (folder / "results.json").is_file() and not overwrite:
-        print(f"{folder} holds this report already (x3d_tf.evaluate makes it anew with --overwrite)")
-        report = Report(folder, json.loads((folder / "results.json").read_text(encoding="utf-8")))
-    else:
-        manifest, model = open_dataset(dataset), load(run.root)
-        labels = _labels(manifest, dataset.eval_split, model.class_names)
-        probabilities = predict_split(model, manifest, dataset.eval_split, views)
-        report = _write(folder, model, manifest, dataset.eval_split, views, probabilities, labels, config.seed)
+        raise UserError(f"{folder} holds a report already; choose another --output, or replace it with --overwrite")
+    manifest, model = open_dataset(dataset), load(run.root)
+    labels = _labels(manifest, dataset.eval_split, model.class_names)
+    probabilities = predict_split(model, manifest, dataset.eval_split, views)
+    report = _write(folder, model, manifest, dataset.eval_split, views, probabilities, labels, config.seed)
     print(describe(report))
     return report
+
+
+def report_folder(run: RunFolder, dataset: DatasetSpec, temporal_views: int) -> Path:
+    """Where the report of a test goes by itself."""
+    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{temporal_views}center"
 
 
 def predict_split(model: X3D, manifest: Manifest, split: str, views: ViewSpec) -> np.ndarray:
@@ -101,6 +105,8 @@ def predict_split(model: X3D, manifest: Manifest, split: str, views: ViewSpec) -
     with naming_records(), tqdm(total=videos * views.views, unit=" clips", desc="testing", mininterval=1.0) as bar:
         for clips, video in _clips(manifest, split, model, views):
             probabilities = forward(clips).numpy()
+            if not np.isfinite(probabilities).all():
+                raise UserError(f"the network gives probabilities that are not numbers for {manifest.folder}")
             np.add.at(sums, video.numpy(), probabilities)
             bar.update(len(probabilities))
     return sums / np.float32(views.views)
@@ -112,7 +118,9 @@ def _clips(manifest: Manifest, split: str, model: X3D, views: ViewSpec) -> tf.da
     def one_by_one(clips: Any, labels: Any, records: Any) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices((clips[0], tf.repeat(records, views.views)))
 
-    dataset = evaluation_dataset(manifest, split, model.clip, views)
+    dataset = evaluation_dataset(
+        manifest, split, model.clip, views, clip_starts=_CLIP_STARTS, frame_sampling=_FRAME_SAMPLING
+    )
     return dataset.flat_map(one_by_one).batch(_CLIPS).prefetch(2)
 
 
@@ -153,8 +161,8 @@ def _write(
         "gmacs_per_video": macs * views.views / 1e9,
         "resize": views.resize,
         "crop": views.crop,
-        "clip_starts": "offset",
-        "frame_sampling": "slowfast",
+        "clip_starts": _CLIP_STARTS,
+        "frame_sampling": _FRAME_SAMPLING,
         "head_pool": model.options.head_pool,
         "stem_kernel": model.options.stem_kernel,
         "seed": seed,
@@ -186,6 +194,6 @@ def describe(report: Report) -> str:
     top5 = f", top-5 {r['top5']:.1%}" if r["classes"] > 5 else ""
     return (
         f"{r['network']} on {r['records']}, split {r['split']}: top-1 {r['top1']:.1%}{top5} ({r['videos']} videos, "
-        f"{r['classes']} classes, {r['views']}, {r['gmacs_per_video']:.2f} GMACs a video; measured here, not "
-        "comparable with the paper, whose data is Kinetics)"
+        f"{r['classes']} classes, {r['views']}, {r['gmacs_per_video']:.2f} GMACs a video; the paper's figures "
+        "are of Kinetics)"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
-from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
 
 if TYPE_CHECKING:
@@ -45,6 +45,13 @@ class Description:
         check_field_types(self)
         require(1 <= self.num_classes <= 1_000_000, "num_classes", "be in [1, 1000000]", self.num_classes)
         require(32 <= self.size <= 4096, "size", "be in [32, 4096] pixels", self.size)
+        architecture = plan(self.expansion, self.options)  # bounded, for a file may ask for any network
+        blocks = sum(stage.depth for stage in architecture.stages)
+        widest = max(*(max(stage.width, stage.inner_width) for stage in architecture.stages), architecture.stem_width)
+        require(blocks <= 10_000, "blocks of the network", "be at most 10000", blocks)
+        require(widest <= 100_000, "channels of the network", "be at most 100000", widest)
+        require(self.expansion.gamma_t <= 10_000, "expansion.gamma_t", "be at most 10000", self.expansion.gamma_t)
+        require(self.options.stem_kernel <= 99, "options.stem_kernel", "be at most 99", self.options.stem_kernel)
         expected = self.num_classes if self.include_top else 0
         require(len(self.class_names) == expected, "class_names", f"be {expected}", len(self.class_names))
 
@@ -78,11 +85,12 @@ class Description:
             require(version == FORMAT_VERSION, "format_version", f"be {FORMAT_VERSION}", version)
             fields["expansion"] = Expansion(**fields["expansion"])
             fields["options"] = ModelOptions(**fields["options"])
+            require(isinstance(fields["class_names"], list), "class_names", "be a list", fields["class_names"])
             fields["class_names"] = tuple(fields["class_names"])
             return cls(**fields)
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise UserError(f"not a description of an X3D network: {error}") from error
 
 

@@ -146,7 +146,7 @@ class GhostBatchNorm(keras.layers.Layer):
         gamma_initializer: of the scale; zeros make a residual branch start as nothing.
 
     Raises:
-        ValueError: in training, a batch larger than `group` that is not a multiple of it.
+        ValueError: in training, a static batch larger than `group` that is not a multiple of it.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Model files: Keras' own format with one more member, `x3d_tf.json`, which `load` builds the network from."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from x3d_tf.modeling.portable import build_portable, take_weights
 from x3d_tf.modeling.x3d import X3D
 
 MEMBER = "x3d_tf.json"
+_UNREADABLE = (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 _MEMBER_LIMIT = 64 * 1024 * 1024  # bytes: far above any list of class names, far below what would exhaust memory
 
 
@@ -81,7 +83,7 @@ def load(path: str | Path) -> X3D:
             take_weights(model, app)
         else:
             model.load_weights(path)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise UserError(f"the weights of {path} do not fit its description: {error}") from error
     model.class_names = description.class_names
     return model
@@ -99,8 +101,6 @@ def describe(path: str | Path) -> Description:
             member = archive.getinfo(MEMBER)
             require(member.file_size <= _MEMBER_LIMIT, f"{MEMBER} in {path}", "be under 64 MiB", member.file_size)
             return Description.from_json(archive.read(member))
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is not a .keras file: {error}") from error
     except KeyError as error:
         raise UserError(
             f"{path} has no {MEMBER}: it was not written by x3d_tf.save(model, path). Save it so where the model is "
@@ -108,6 +108,8 @@ def describe(path: str | Path) -> Description:
         ) from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    except _UNREADABLE as error:
+        raise UserError(f"{path} is not a .keras file: {error}") from error
 
 
 def model_file(path: str | Path) -> Path:

@@ -93,8 +93,8 @@ class X3D(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "X3D":
-        expansion, options = Expansion(**config.pop("expansion")), ModelOptions(**config.pop("options"))
-        return cls(expansion=expansion, options=options, **config)
+        parts = {"expansion": Expansion(**config["expansion"]), "options": ModelOptions(**config["options"])}
+        return cls(**(config | parts))
 
 
 class TrainableParts:
@@ -208,5 +208,6 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
     if options.head_pool == "fixed_logits":
         x = ops.mean(x, axis=(1, 2))
     elif options.head_pool == "fixed_probabilities":
-        x = ops.log(ops.mean(ops.softmax(x), axis=(1, 2)))
+        positions = ops.cast(ops.shape(x)[1] * ops.shape(x)[2], x.dtype)
+        x = ops.logsumexp(ops.log_softmax(x), axis=(1, 2)) - ops.log(positions)  # log of the mean probability
     return x

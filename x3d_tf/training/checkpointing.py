@@ -17,7 +17,7 @@ class Checkpoints:
     Args:
         folder: where they lie; made if absent.
         model, optimizer: built; their variables are saved and restored.
-        fingerprint: of the configuration; a checkpoint of another is refused.
+        fingerprint: of configuration and records; a checkpoint of others is refused.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Checkpoints:
         """Restores the newest whole checkpoint and returns its step; 0 if there are none.
 
         Raises:
-            UserError: there are checkpoints, but none is whole; or it is of another configuration.
+            UserError: there are checkpoints, but none is whole; or it is of another configuration or other records.
         """
         found = sorted(self.folder.glob("ckpt-*.index"), key=_step_of, reverse=True)
         for path in found:
@@ -52,7 +52,10 @@ class Checkpoints:
                 print(f"warning: {path} cannot be read ({reason}); trying the one before", file=sys.stderr)
                 continue
             if self._fingerprint.numpy().decode() != self._wanted:
-                raise UserError(f"{path} is of a run with another configuration than {self.folder.parent}/config.json")
+                raise UserError(
+                    f"{path} is of another configuration, or of records that have been built anew since; choose "
+                    "another --workdir"
+                )
             return _step_of(path)
         if found:
             raise UserError(f"no checkpoint in {self.folder} can be read. Delete the folder to train from the start")

@@ -92,12 +92,14 @@ class Trainer:
 
     def fit(self, run: RunFolder, manifest: Manifest) -> None:
         """Trains from the newest checkpoint of the run, or from the start, to the last step."""
-        checkpoints = Checkpoints(run.checkpoints, self.model, self.optimizer, self.config.fingerprint())
+        fingerprint = f"{self.config.fingerprint()} {manifest.fingerprint()}"
+        checkpoints = Checkpoints(run.checkpoints, self.model, self.optimizer, fingerprint)
         first = checkpoints.restore()
         batches = iter(self._batches(manifest, first))
         per_epoch = len(manifest.split(self.config.dataset.train_split).records) // self.batch
         history = History(run, self.config, per_epoch, first)
-        print(f"{self._describe(run)}\nThe first step takes longer: TensorFlow compiles it.")
+        print(self._describe(run) + (f", from the checkpoint of step {first}" if first else ""))
+        print("The first step takes longer: TensorFlow compiles it.")
         with naming_records(), tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar:
             for step in range(first + 1, self.steps + 1):
                 history.add(self._step(next(batches)))
@@ -108,6 +110,7 @@ class Trainer:
                 if at_checkpoint:
                     checkpoints.save(step)
                     history.save_plots()
+        history.save_plots()  # also of a run that was killed between its last checkpoint and here
 
     def _batches(self, manifest: Manifest, first: int) -> tf.distribute.DistributedDataset:
         config = self.config
@@ -170,6 +173,7 @@ class History:
         self.run, self.config, self.steps_per_epoch = run, config, steps_per_epoch
         self.schedule = schedule_of(config.recipe)
         self.rows: list[dict[str, float]] = [row for row in run.read_history() if row["step"] <= first]
+        run.write_history(self.rows)
         self.writer = tf.summary.create_file_writer(str(run.tensorboard))
         self.pending: list[tuple[Any, Any]] = []
         self.started = time.perf_counter()
@@ -189,8 +193,8 @@ class History:
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss is {loss} at step {offset}: lower Recipe.learning_rate (it is "
-                    f"{self.config.recipe.learning_rate}) or lengthen Recipe.warmup_steps. The checkpoints in "
-                    f"{self.run.checkpoints} are from before"
+                    f"{self.config.recipe.learning_rate}) or lengthen Recipe.warmup_steps, with a --workdir of its "
+                    f"own; checkpoints from before, if any, are in {self.run.checkpoints}"
                 )
         accuracies = [float(accuracy) for _, accuracy in self.pending]
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
@@ -204,7 +208,7 @@ class History:
         }
         self.pending.clear()
         self.rows.append(row)
-        self.run.write_history(self.rows)
+        self.run.append_history(row)
         with self.writer.as_default(step=step):
             for name in ("learning_rate", "loss", "accuracy", "clips_per_second"):
                 tf.summary.scalar(f"train/{name}", row[name])

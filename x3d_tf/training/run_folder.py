@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from x3d_tf._checks import UserError
 from x3d_tf.training.recipe import TrainConfig
@@ -38,20 +37,22 @@ class RunFolder:
             texts: further files to keep, by name.
 
         Raises:
-            UserError: the folder is of a run with other settings (names them), or holds something else.
+            UserError: the folder is of a run with other settings (names them) that has got to a checkpoint, or holds
+                something else.
         """
+        partial = self.config.with_suffix(".partial")
         if self.config.is_file():
-            self._compare(self.read_config(), config)
-        else:
-            partial = self.config.with_suffix(".partial")
-            if self.root.exists() and (not self.root.is_dir() or set(self.root.iterdir()) - {partial}):
-                raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
-            self.root.mkdir(parents=True, exist_ok=True)
-            partial.write_text(config.to_json(), encoding="utf-8")
-            partial.replace(self.config)  # whole or not at all: a folder that has it is a run's
+            if self.model.is_file() or any(self.checkpoints.glob("ckpt-*.index")):
+                self._compare(self.read_config(), config)
+                return
+            self.history.unlink(missing_ok=True)  # the run never came to a checkpoint: nothing is lost
+        elif self.root.exists() and (not self.root.is_dir() or set(self.root.iterdir()) - {partial}):
+            raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
+        self.root.mkdir(parents=True, exist_ok=True)
+        partial.write_text(config.to_json(), encoding="utf-8")
+        partial.replace(self.config)  # whole or not at all: a folder that has it is a run's
         for name, text in texts.items():
-            if not (self.root / name).exists():
-                (self.root / name).write_text(text, encoding="utf-8")
+            (self.root / name).write_text(text, encoding="utf-8")
 
     def read_config(self) -> TrainConfig:
         """The configuration of the run.
@@ -81,10 +82,16 @@ class RunFolder:
         """The rows of `history.csv`; none before the first."""
         if not self.history.is_file():
             return []
+        rows = []
         with self.history.open(newline="", encoding="utf-8") as file:
-            return [{name: float(row[name]) for name in HISTORY_FIELDS} for row in csv.DictReader(file)]
+            for row in csv.DictReader(file):
+                try:
+                    rows.append({name: float(row[name]) for name in HISTORY_FIELDS})
+                except (TypeError, ValueError):  # a row that was cut off when the run was killed
+                    break
+        return rows
 
-    def write_history(self, rows: list[dict[str, Any]]) -> None:
+    def write_history(self, rows: list[dict[str, float]]) -> None:
         """Replaces `history.csv`."""
         partial = self.history.with_suffix(".partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
@@ -92,3 +99,8 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(self.history)
+
+    def append_history(self, row: dict[str, float]) -> None:
+        """Adds a row to `history.csv`, which has been written."""
+        with self.history.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, HISTORY_FIELDS).writerow(row)
