@@ -23,6 +23,13 @@ def test_no_samples_have_no_accuracy() -> None:
     assert np.isnan(top_k_accuracy(np.zeros((0, 3)), np.zeros(0, int), 1))
 
 
+def test_class_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    from x3d_tf import _plots
+
+    _plots.save_confusion(np.eye(2, dtype=int), ("a$^$", "b_{$"), tmp_path / "confusion.png", "$title^")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_confusion_counts_pairs() -> None:
     counts = confusion_matrix(np.array([0, 1, 1, 2]), np.array([0, 0, 0, 2]), 3)
     assert counts.tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 1]]
@@ -55,13 +62,19 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     def dataset(*_: object) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices((clips, [0, 0], [0, 1])).batch(1)
 
-    class TwoVideos:
+    class Folder:
+        folder = "somewhere"
+
         def split(self, _: str) -> object:
             return type("Split", (), {"records": (1, 2)})
 
     monkeypatch.setattr(testing, "evaluation_dataset", dataset)
     model = FixedLogits([(6, 0), (0, 2), (0, 2)], ClipSpec(1, 1, 8))
-    probabilities = testing.predict_split(model, TwoVideos(), "test", views)  # type: ignore[arg-type]
+    probabilities = testing.predict_split(model, Folder(), "test", views)  # type: ignore[arg-type]
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities[0], [0.412, 0.588], atol=5e-4)  # mean logits would say class 0
     np.testing.assert_allclose(probabilities[1], [0.119, 0.881], atol=5e-4)
+
+    broken = FixedLogits([(6, 0), (0, 2), (float("nan"), 2)], ClipSpec(1, 1, 8))
+    with pytest.raises(ValueError, match="probabilities that are not numbers"):
+        testing.predict_split(broken, Folder(), "test", views)  # type: ignore[arg-type]

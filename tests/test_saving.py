@@ -50,7 +50,7 @@ def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
         {"separable": False},
         {"se": "none", "stem_kernel": 3},
         {"shortcut_norm": "on_width_change"},
-        {"swish": False},
+        {"swish": False, "swish_before": True, "se": "all", "drop_connect": 0.5},
     ],
     ids=str,
 )
@@ -68,6 +68,16 @@ def test_portable_computes_the_same(options: dict, clips: np.ndarray) -> None:
 def test_portable_of_another_size(model: x3d_tf.X3D) -> None:
     clips = np.random.default_rng(1).integers(0, 256, (1, 4, 81, 81, 3), dtype=np.uint8)
     np.testing.assert_allclose(x3d_tf.portable(model, NAMES, size=81)(clips), probabilities(model, clips), atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["fixed_probabilities", "fixed_logits"])
+def test_portable_pools_a_larger_clip_alike(pool: str, tmp_path: Path) -> None:
+    network = x3d_tf.build_x3d(TINY, num_classes=3, head_pool=pool)
+    clips = np.random.default_rng(1).integers(0, 256, (1, 4, 96, 96, 3), dtype=np.uint8)
+    x3d_tf.save(x3d_tf.portable(network, NAMES, size=96), tmp_path / "model.keras")
+    app = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(app(clips), probabilities(network, clips), atol=1e-6)
+    np.testing.assert_array_equal(x3d_tf.load(tmp_path)(clips), network(clips))
 
 
 def test_one_frame_is_enough(clips: np.ndarray) -> None:
@@ -171,6 +181,9 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
         ({"form": "pickle"}, "form must be"),
         ({"class_names": ["a"]}, "class_names must be 3, got 1"),
         ({"class_names": [1, 2, 3]}, "class_names must be"),
+        ({"class_names": "abc"}, "class_names must be a list"),
+        ({"expansion": {"gamma_d": 1e9}}, "blocks of the network must be at most 10000"),
+        ({"expansion": {"gamma_w": 1e6}}, "channels of the network must be at most 100000"),
         ({"expansion": {"gamma_w": -1}}, "gamma_w must be positive"),
         ({"expansion": {"gamma_b": 1.0}}, "do not fit its description"),
         ({"surprise": 1}, "surprise"),

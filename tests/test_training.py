@@ -84,7 +84,7 @@ def test_a_finished_run_is_left_alone(finished: RunFolder, records: Path) -> Non
 
 
 def test_the_report_says_what_was_measured(finished: RunFolder) -> None:
-    report = evaluate_run(finished)
+    report = evaluate_run(finished, overwrite=True)
     rows = list(csv.DictReader((report.folder / "predictions.csv").open()))
     results = json.loads((report.folder / "results.json").read_text())
     assert len(rows) == results["videos"] == 8
@@ -99,8 +99,15 @@ def test_the_report_says_what_was_measured(finished: RunFolder) -> None:
 
 def test_another_number_of_views_gets_a_report_of_its_own(finished: RunFolder) -> None:
     one = evaluate_run(finished, temporal_views=1)
-    assert one.folder != evaluate_run(finished).folder
+    assert one.folder != evaluate_run(finished, overwrite=True).folder
     assert one.results["views"] == "1-Center"
+
+
+def test_a_report_is_not_replaced_silently(finished: RunFolder, tmp_path: Path) -> None:
+    evaluate_run(finished, output=str(tmp_path / "report"))
+    with pytest.raises(ValueError, match=r"holds a report already.*--overwrite"):
+        evaluate_run(finished, output=str(tmp_path / "report"))
+    evaluate_run(finished, output=str(tmp_path / "report"), overwrite=True)
 
 
 def test_the_model_is_the_last_checkpoint(finished: RunFolder) -> None:
@@ -213,6 +220,18 @@ def test_a_damaged_checkpoint_falls_back(finished: RunFolder, records: Path, tmp
     original, repeated = x3d_tf.load(finished.root), x3d_tf.load(run.root)
     for a, b in zip(original.get_weights(), repeated.get_weights()):
         np.testing.assert_array_equal(a, b)
+
+
+def test_rebuilt_records_do_not_go_on_silently(finished: RunFolder, tmp_path: Path) -> None:
+    from moving_square import write_records
+
+    write_records(tmp_path / "records", videos=9)
+    copy = RunFolder(shutil.copytree(finished.root, tmp_path / "copy"))
+    copy.model.unlink()
+    config = config_of(tmp_path / "records")
+    copy.config.write_text(config.to_json())
+    with pytest.raises(ValueError, match="another configuration, or of records that have been built anew"):
+        train(config, copy.root)
 
 
 def test_only_damaged_checkpoints_are_an_error(finished: RunFolder, records: Path, tmp_path: Path) -> None:

@@ -102,8 +102,12 @@ def test_a_run_folder_takes_one_configuration(tmp_path: Path) -> None:
     assert run.read_config() == CONFIG and (run.root / "config.gin").read_text() == "# text"
     run.open(CONFIG, {})
     other = TrainConfig(Expansion(gamma_t=8), dataset=CONFIG.dataset, seed=3)
-    with pytest.raises(ValueError, match=r"Expansion\.gamma_t is 4 there and 8 here.*--workdir"):
-        run.open(other, {})
+    run.open(other, {})  # nothing was lost: it had not come to a checkpoint
+    assert run.read_config() == other
+    run.checkpoints.mkdir()
+    (run.checkpoints / "ckpt-1.index").touch()
+    with pytest.raises(ValueError, match=r"Expansion\.gamma_t is 8 there and 4 here.*--workdir"):
+        run.open(CONFIG, {})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not the folder of a run"):
@@ -117,4 +121,7 @@ def test_history_returns(tmp_path: Path) -> None:
     assert run.read_history() == []
     row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 1.5)
     run.write_history([row])
-    assert run.read_history() == [row]
+    run.append_history(row | {"step": 2.5})
+    with run.history.open("a") as file:
+        file.write("3.5,1")  # killed while it wrote
+    assert run.read_history() == [row, row | {"step": 2.5}]
