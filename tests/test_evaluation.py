@@ -1,5 +1,7 @@
 """Metrics against counting by hand, and multi-view testing against one view at a time."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 

@@ -222,16 +222,20 @@ def test_a_damaged_checkpoint_falls_back(finished: RunFolder, records: Path, tmp
         np.testing.assert_array_equal(a, b)
 
 
-def test_rebuilt_records_do_not_go_on_silently(finished: RunFolder, tmp_path: Path) -> None:
+def test_rebuilt_records_do_not_go_on_silently(
+    finished: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from moving_square import write_records
 
-    write_records(tmp_path / "records", videos=9)
+    write_records(tmp_path / "same", videos=8)
+    write_records(tmp_path / "more", videos=9)
+    fingerprints = [Manifest.load(folder).fingerprint() for folder in (records, tmp_path / "same", tmp_path / "more")]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     copy = RunFolder(shutil.copytree(finished.root, tmp_path / "copy"))
     copy.model.unlink()
-    config = config_of(tmp_path / "records")
-    copy.config.write_text(config.to_json())
-    with pytest.raises(ValueError, match="another configuration, or of records that have been built anew"):
-        train(config, copy.root)
+    monkeypatch.setattr(Manifest, "fingerprint", lambda _: fingerprints[2])
+    with pytest.raises(ValueError, match="or of records that have been built anew since"):
+        train(config_of(records), copy.root)
 
 
 def test_only_damaged_checkpoints_are_an_error(finished: RunFolder, records: Path, tmp_path: Path) -> None:
