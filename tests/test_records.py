@@ -10,7 +10,8 @@ import tensorflow as tf
 from video_fixtures import noise_video, write_records
 
 from x3d_tf.data import records
-from x3d_tf.data.manifest import Manifest, index_shard
+from x3d_tf.data.index import index_shard
+from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.records import ShardWriter, Source, encode_record, parse_record, read_index, shard_name
 from x3d_tf.data.video import EncodedVideo, VideoError
 

@@ -8,57 +8,17 @@ import hashlib
 import json
 import math
 import os
-import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from x3d_tf._checks import UserError, require
+from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
 
 _T = TypeVar("_T")
-
-
-class Record(NamedTuple):
-    """One video in a shard.
-
-    Attributes:
-        shard: which of its split's shards, from 0.
-        offset: first byte of the record's data in the shard.
-        length: bytes of the record's data.
-        frames: frames of the video.
-        fps: frames per second.
-        label: class, an index into `Manifest.classes`.
-        media_id: the video's name: its path below the folder it came from.
-    """
-
-    shard: int
-    offset: int
-    length: int
-    frames: int
-    fps: float
-    label: int
-    media_id: str
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A TFRecord file: its name in the records folder, its size in bytes and the SHA-256 of its content."""
-
-    file: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """A part of the data, such as "train": its shards and, in shard order, its records."""
-
-    shards: tuple[Shard, ...]
-    records: tuple[Record, ...]
 
 
 @dataclass(frozen=True)
@@ -142,28 +102,6 @@ class Manifest:
         parts = reader.of_type(content.get("splits"), dict, "splits")
         splits = {name: _split_from_json(reader, name, part, Path(folder), classes) for name, part in parts.items()}
         return cls(Path(folder), classes, splits, settings)
-
-
-def index_shard(path: Path) -> list[tuple[int, int]]:
-    """Offset and length in bytes of each record's data in a TFRecord file, from the record headers alone.
-
-    Raises:
-        UserError: naming the file and the byte where a record does not fit into it.
-    """
-    index: list[tuple[int, int]] = []
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        position = 0
-        while position < size:
-            file.seek(position)
-            header = file.read(HEADER_BYTES)
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER_BYTES else size
-            end = position + HEADER_BYTES + length + FOOTER_BYTES
-            if end > size:
-                raise UserError(f"{path} breaks off: the record at byte {position} ends past the file's {size} bytes")
-            index.append((position + HEADER_BYTES, length))
-            position = end
-    return index
 
 
 def _split_to_json(split: Split) -> dict[str, Any]:

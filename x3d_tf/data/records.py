@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from x3d_tf._checks import UserError
-from x3d_tf.data.manifest import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, index_shard
+from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, index_shard
 from x3d_tf.data.video import EncodedVideo, VideoError
 
 VIDEOS_PER_SHARD = 64  # at 4 to 10 MB a ten-second video a shard is a few hundred megabytes

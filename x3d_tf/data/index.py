@@ -1,0 +1,71 @@
+"""Where records lie: shards, and the place of each record in them. Imports no TensorFlow."""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from x3d_tf._checks import UserError
+
+HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
+
+
+class Record(NamedTuple):
+    """One video in a shard.
+
+    Attributes:
+        shard: which of its split's shards, from 0.
+        offset: first byte of the record's data in the shard.
+        length: bytes of the record's data.
+        frames: frames of the video.
+        fps: frames per second.
+        label: class, an index into `Manifest.classes`.
+        media_id: the video's name: its path below the folder it came from.
+    """
+
+    shard: int
+    offset: int
+    length: int
+    frames: int
+    fps: float
+    label: int
+    media_id: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A TFRecord file: its name in the records folder, its size in bytes and the SHA-256 of its content."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of the data, such as "train": its shards and, in shard order, its records."""
+
+    shards: tuple[Shard, ...]
+    records: tuple[Record, ...]
+
+
+def index_shard(path: Path) -> list[tuple[int, int]]:
+    """Offset and length in bytes of each record's data in a TFRecord file, from the record headers alone.
+
+    Raises:
+        UserError: naming the file and the byte where a record does not fit into it.
+    """
+    index: list[tuple[int, int]] = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        position = 0
+        while position < size:
+            file.seek(position)
+            header = file.read(HEADER_BYTES)
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER_BYTES else size
+            end = position + HEADER_BYTES + length + FOOTER_BYTES
+            if end > size:
+                raise UserError(f"{path} breaks off: the record at byte {position} ends past the file's {size} bytes")
+            index.append((position + HEADER_BYTES, length))
+            position = end
+    return index
