@@ -61,7 +61,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     levels = np.array([[0, 1, 2], [2, 1, 1]])  # of the views of two videos
     clips = np.ones((2, 3, 1, 8, 8, 3), "float32") * levels[:, :, None, None, None, None] * 100
 
-    def dataset(*_: object) -> tf.data.Dataset:
+    def dataset(*_: object, **__: object) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices((clips, [0, 0], [0, 1])).batch(1)
 
     class Folder:

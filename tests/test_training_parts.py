@@ -54,7 +54,7 @@ def test_optimizer_steps(
     seen = []
     for gradient, rate in zip(gradients, rates):
         optimizer.learning_rate = rate
-        optimizer.apply([keras.ops.array([float(gradient)])], [weight])
+        optimizer.apply([keras.ops.array([gradient], "float64")], [weight])
         seen.append(float(np.asarray(weight)[0]))
     assert seen == pytest.approx(expected, abs=5e-4 if l2 else 1e-12)
 

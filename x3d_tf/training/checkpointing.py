@@ -9,6 +9,7 @@ import tensorflow as tf
 from x3d_tf._checks import UserError
 
 _KEPT = 2
+_FINGERPRINT_KEY = "fingerprint/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 class Checkpoints:
@@ -24,12 +25,11 @@ class Checkpoints:
         self, folder: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer, fingerprint: str
     ) -> None:
         self.folder, self._wanted = folder, fingerprint
-        self._fingerprint = tf.Variable(fingerprint, trainable=False)
         # By hand: Keras' own tracking leaves out the states of the seed generators. The optimiser counts the steps.
         variables = [*model.variables, *optimizer.variables]
         self._checkpoint = tf.train.Checkpoint(
             variables={str(number): variable.value for number, variable in enumerate(variables)},
-            fingerprint=self._fingerprint,
+            fingerprint=tf.Variable(fingerprint, trainable=False),
         )
         self._manager = tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=_KEPT)
 
@@ -45,13 +45,17 @@ class Checkpoints:
         """
         found = sorted(self.folder.glob("ckpt-*.index"), key=_step_of, reverse=True)
         for path in found:
+            prefix = str(path.with_suffix(""))
             try:
-                self._checkpoint.restore(str(path.with_suffix(""))).assert_consumed()
-            except (tf.errors.OpError, ValueError, AssertionError) as error:
-                reason = str(error).splitlines()[0]
+                # First, for the variables of another network would not fit.
+                fingerprint = tf.train.load_checkpoint(prefix).get_tensor(_FINGERPRINT_KEY).decode()
+                if fingerprint == self._wanted:
+                    self._checkpoint.restore(prefix).assert_consumed()
+            except Exception as error:  # a damaged file makes TensorFlow raise almost anything
+                reason = str(error).partition("\n")[0]
                 print(f"warning: {path} cannot be read ({reason}); trying the one before", file=sys.stderr)
                 continue
-            if self._fingerprint.numpy().decode() != self._wanted:
+            if fingerprint != self._wanted:
                 raise UserError(
                     f"{path} is of another configuration, or of records that have been built anew since; choose "
                     "another --workdir"
