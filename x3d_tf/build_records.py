@@ -29,6 +29,9 @@ def define_flags() -> None:
 
 def main() -> None:
     """Builds the records and says what was written and what to do next."""
+    laid_out = all((Path(FLAGS.videos) / name).is_dir() for name in ("train", "test"))
+    if not (FLAGS.splits or FLAGS.split or laid_out):
+        print('All videos become the split "train". Training also needs some to test on: --split=0.2, or --splits.')
     result = build_records(FLAGS.videos, FLAGS.output, splits=FLAGS.splits, split=FLAGS.split)
     print("\n".join(summary(result)))
 
@@ -48,7 +51,7 @@ def summary(result: BuildResult) -> list[str]:
         lines.append(f"  {result.failures} files are left out; {manifest.folder / FAILURES_NAME} gives the reasons")
     names = list(manifest.splits)
     if len(names) == 1:
-        return [*lines, "Training also needs videos to test on: build with --split=0.2, or with --splits."]
+        return lines
     bindings = [f'DatasetSpec.records="{manifest.folder}"']
     bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
     bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != "test" else []

@@ -4,6 +4,8 @@ The only module that imports gin. gin builds values here; nothing else of the pa
 leaves none behind. Imports no TensorFlow.
 """
 
+import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from x3d_tf.training.recipe import PARTS, TrainConfig
 
 flags.disclaim_key_flags()  # so that --help of a command lists --gin_file among its own
 
-for _configurable in (*PARTS.values(), TrainConfig):
+_CONFIGURABLES = (*PARTS.values(), TrainConfig)
+for _configurable in _CONFIGURABLES:
     gin.register(_configurable, module="x3d_tf")
 
 
@@ -66,7 +69,7 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> ParsedConfig:
         raise UserError(str(error).splitlines()[0]) from None  # without gin's account of the call
     except (ValueError, TypeError, SyntaxError, OSError) as error:
         sources = ", ".join([*paths, *bindings])
-        raise UserError(f"cannot read the configuration ({sources}): {_one_line(error)}") from error
+        raise UserError(f"{_one_line(error)}{_hint(str(error))} (in {sources})") from error
     finally:
         gin.clear_config()
 
@@ -104,6 +107,19 @@ def _bindings(config: dict[tuple[str, str], dict[str, object]]) -> Iterator[str]
             continue
         for parameter in values:
             yield f"{scope + '/' if scope else ''}{selector.removeprefix('x3d_tf.')}.{parameter}"
+
+
+def _hint(message: str) -> str:
+    """What the setting might have been meant to be."""
+    parameter = re.search(r"'(\w+)' doesn't have a parameter named '(\w+)'", message)
+    settings = {part.__name__: [field.name for field in dataclasses.fields(part)] for part in _CONFIGURABLES}
+    if parameter:
+        return f" It has: {', '.join(settings.get(parameter.group(1), []))}."
+    if "No configurable matching" in message:
+        return f" There are: {', '.join(settings)}."
+    if "Failed to parse token" in message or "malformed node" in message:
+        return " Text takes quotes of its own ('DatasetSpec.records=\"folder\"'), and booleans are True and False."
+    return ""
 
 
 def _one_line(error: Exception) -> str:

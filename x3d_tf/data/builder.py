@@ -84,6 +84,9 @@ def build_records(
     require(workers is None or workers >= 1, "workers", "be at least 1", workers)
     source, target = Path(videos), Path(output)
     found, unplaced = find_videos(source, splits=splits, split=split, seed=seed)
+    if not any(found.values()):
+        beside = f"; {len(unplaced)} files lie beside where those should be" if unplaced else ""
+        raise UserError(f"videos: {source} holds no folder with files for each class{beside}")
     _make_empty(target)
     return _write(
         target,
@@ -160,8 +163,6 @@ def _write(
     from x3d_tf.data.records import Source, write_split
 
     classes = sorted({video.class_name for videos in found.values() for video in videos})
-    if not classes:
-        raise UserError("videos: there are no class folders with videos in the folders of the splits")
     labels = {name: label for label, name in enumerate(classes)}
     paths = [video.path for videos in found.values() for video in videos]
     failures = 0
@@ -234,6 +235,8 @@ def _in_order(classes: dict[str, list[Video]], seed: int) -> list[Video]:
 
 
 def _make_empty(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output: {folder} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     entries = sorted(entry.name for entry in folder.iterdir() if entry.name != FAILURES_NAME)
     if entries:

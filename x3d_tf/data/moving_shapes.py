@@ -81,6 +81,11 @@ def open_moving_shapes(folder: Path) -> Manifest:
     if not (folder / MANIFEST_NAME).is_file():
         _make(folder)
     manifest = Manifest.load(folder)
+    if manifest.settings.get("source") != SETTINGS["source"]:
+        raise UserError(
+            f"{folder} holds other records than moving_shapes. To train on them, add --gin_file=gin/data/records.gin "
+            "after the file of the network"
+        )
     require(manifest.settings == SETTINGS, f"settings of {folder / MANIFEST_NAME}", f"be {SETTINGS}", manifest.settings)
     return manifest
 
@@ -88,6 +93,7 @@ def open_moving_shapes(folder: Path) -> Manifest:
 def _make(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds no moving_shapes, and is not empty; delete it or name another folder")
+    print(f"{folder} is not there: making the made-up videos of moving_shapes in it. Your own: gin/data/records.gin")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -23,6 +23,8 @@ UNIFORM_TOLERANCE = 0.1  # of a frame's duration: steps that differ by more make
 LONGEST_HOLE = 60.0  # seconds without a frame; a longer hole is taken for damaged timestamps, not for a still picture
 MISSING_TOLERANCE = 0.1  # part of the declared frames that may be missing before a file counts as truncated
 MAX_RECORD_BYTES = 1 << 30  # a record is one protocol buffer message, which cannot exceed 2 GiB
+# Titles and comments need not be UTF-8; PyAV 19 no longer asks what to do then.
+_LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class VideoError(UserError):
@@ -151,7 +153,7 @@ def _opened(path: str | Path) -> Iterator["av.container.InputContainer"]:
             raise VideoError(path, "the file is empty")
         # "file:" keeps FFmpeg from taking a name such as "concat:a|b" for a protocol; a playlist in disguise is not
         # allowed to reach for other files or the network.
-        with av.open(f"file:{file}", options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+        with av.open(f"file:{file}", options={"protocol_whitelist": "file"}, **_LENIENT) as container:
             if _not_video(container.format.name):
                 raise VideoError(path, f"is not a video but {container.format.long_name}")
             if not container.streams.video:

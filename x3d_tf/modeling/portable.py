@@ -33,6 +33,8 @@ def portable(model: X3D, class_names: Sequence[str] | None = None, *, size: int 
     Raises:
         ValueError: a network without classifier, or as many names as it has no outputs for.
     """
+    trainable = isinstance(model, X3D)
+    require(trainable, "the model", "be a trainable network, from build_x3d or load", type(model).__name__)
     require(
         model.include_top, "the network of a portable model", "have its classifier (include_top)", model.include_top
     )

@@ -122,5 +122,5 @@ def model_file(path: str | Path) -> Path:
     file = path / "model.keras" if path.is_dir() else path
     if not file.is_file():
         hint = "; a run writes its model when it is finished" if path.is_dir() else ""
-        raise UserError(f"{file}: no such model file{hint}")
+        raise UserError(f"{file}: no such model file or run folder{hint}")
     return file

@@ -208,6 +208,7 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
     if options.head_pool == "fixed_logits":
         x = ops.mean(x, axis=(1, 2))
     elif options.head_pool == "fixed_probabilities":
-        positions = ops.cast(ops.shape(x)[1] * ops.shape(x)[2], x.dtype)
-        x = ops.logsumexp(ops.log_softmax(x), axis=(1, 2)) - ops.log(positions)  # log of the mean probability
+        x = ops.log_softmax(x)
+        peak = ops.max(x, axis=(1, 2), keepdims=True)  # taken out, so that no class underflows in all windows
+        x = ops.log(ops.mean(ops.exp(x - peak), axis=(1, 2))) + ops.squeeze(peak, axis=(1, 2))
     return x

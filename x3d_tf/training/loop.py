@@ -1,6 +1,7 @@
 """The training loop: one step function under a distribution strategy, the same for one device and for many."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +59,7 @@ def train(
         print(f"{run.root} is finished: {run.model} is there")
         return run
     manifest = open_dataset(config.dataset)
+    _check_records(manifest, config)
     trainer = Trainer(config, len(manifest.classes), strategy or tf.distribute.MirroredStrategy())
     trainer.fit(run, manifest)
     run.labels.write_text("".join(f"{name}\n" for name in manifest.classes), encoding="utf-8")
@@ -100,17 +102,30 @@ class Trainer:
         history = History(run, self.config, per_epoch, first)
         print(self._describe(run) + (f", from the checkpoint of step {first}" if first else ""))
         print("The first step takes longer: TensorFlow compiles it.")
-        with naming_records(), tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar:
-            for step in range(first + 1, self.steps + 1):
-                history.add(self._step(next(batches)))
-                at_checkpoint = step % self.config.checkpoint_steps == 0 or step == self.steps
-                if at_checkpoint or step % _ROW_STEPS == 0:
-                    bar.set_postfix_str(history.end_row(step))
-                bar.update()
-                if at_checkpoint:
-                    checkpoints.save(step)
-                    history.save_plots()
+        try:
+            with naming_records(), tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar:
+                for step in range(first + 1, self.steps + 1):
+                    history.add(self._step(next(batches)))
+                    at_checkpoint = step % self.config.checkpoint_steps == 0 or step == self.steps
+                    if at_checkpoint or step % _ROW_STEPS == 0:
+                        bar.set_postfix_str(history.end_row(step))
+                    bar.update()
+                    if at_checkpoint:
+                        checkpoints.save(step)
+                        history.save_plots()
+        except KeyboardInterrupt:
+            self._save_interrupted(checkpoints, history)
+            raise
         history.save_plots()  # also of a run that was killed between its last checkpoint and here
+
+    def _save_interrupted(self, checkpoints: Checkpoints, history: "History") -> None:
+        """Keeps the steps since the last checkpoint. The optimiser counts whole steps: none is saved by halves."""
+        step = int(self.optimizer.iterations)
+        if history.pending:
+            history.end_row(step)  # raises where the loss is no longer a number
+        if step:
+            checkpoints.save(step)
+        print(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
 
     def _batches(self, manifest: Manifest, first: int) -> tf.distribute.DistributedDataset:
         config = self.config
@@ -218,6 +233,13 @@ class History:
         """Draws the curves so far."""
         self.writer.flush()
         _plots.save_curves(self.rows, self.run.curves, name_of(self.config.expansion))
+
+
+def _check_records(manifest: Manifest, config: TrainConfig) -> None:
+    split = config.dataset.train_split
+    held = len(manifest.split(split).records)
+    fits = config.recipe.batch <= held
+    require(fits, "Recipe.batch", f"be at most {held}, the records of split {split!r}", config.recipe.batch)
 
 
 def _check_batch(batch: int, replicas: int, group: int) -> None:
