@@ -116,7 +116,7 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
         (["a/1"], {"splits": ["../a"]}, "splits must be distinct names of folders"),
         (["a/b/1"], {"splits": ["a", "b"]}, "b is not a folder"),
         (["one/a/1", "two/a/1"], {}, "is a folder, but class folders hold video files.*--splits=one,two"),
-        (["notes"], {}, "no class folders with videos"),
+        (["notes"], {}, "holds no folder with files for each class"),
         (["a/1"], {}, "none of the 1 videos can be read; the reasons are in"),
         (["a/1", "out/1"], {}, "output: .*out is not empty"),
         (["a/1"], {"quality": 96}, "quality must be in 1..95, got 96"),

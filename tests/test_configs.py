@@ -55,8 +55,9 @@ def test_the_texts_can_be_parsed_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("Expansion.gama_b=1.5", "no.* parameter named 'gama_b'|doesn't have a parameter named 'gama_b'"),
-        ("Expansio.gamma_b=1.5", "No configurable matching 'Expansio'"),
+        ("Expansion.gama_b=1.5", "doesn't have a parameter named 'gama_b'.* It has: gamma_tau, gamma_t"),
+        ("Expansio.gamma_b=1.5", "No configurable matching 'Expansio'.* There are: Expansion, ModelOptions"),
+        ("DatasetSpec.records=folder", "Text takes quotes of its own"),
         ("typo/Expansion.gamma_b=1.5", "nothing uses typo/Expansion.gamma_b"),
         ("macro=3", "nothing uses %macro"),
         ("TrainConfig.expansion=3", "nothing uses TrainConfig.expansion"),

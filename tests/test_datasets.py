@@ -106,15 +106,15 @@ def test_an_interrupted_first_use_starts_again(tmp_path: Path, monkeypatch: pyte
         patch.setattr(Manifest, "save", interrupted)  # the last thing that is done
         open_dataset(spec(tmp_path / "shapes"))
     assert list(tmp_path.iterdir()) == []
-    killed = tmp_path / ".shapes.killed"  # a killed process could not clean up
-    live = tmp_path / ".shapes.live"
+    killed = tmp_path / ".shapes.moving_shapes_partial.killed"  # a killed process could not clean up
+    live = tmp_path / ".shapes.moving_shapes_partial.live"
     for folder in (killed, live):
         folder.mkdir()
     (killed / "shard").touch()
     for path in (killed / "shard", killed):
         os.utime(path, (time.time() - 3600,) * 2)
     assert len(open_dataset(spec(tmp_path / "shapes")).split("train").records) == 8
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".shapes.live", "shapes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".shapes.moving_shapes_partial.live", "shapes"]
 
 
 @pytest.mark.usefixtures("few")
@@ -139,7 +139,7 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no moving_shapes, and is not empty"):
         open_dataset(spec(tmp_path))
     write_records(tmp_path / "others", {"train": [noise_video(0, 2)], "test": [noise_video(1, 2)]})
-    with pytest.raises(ValueError, match=r"settings of .*others/manifest\.json must be .*moving_shapes"):
+    with pytest.raises(ValueError, match=r"others holds other records than moving_shapes.*gin/data/records\.gin"):
         open_dataset(spec(tmp_path / "others"))
 
 

@@ -197,9 +197,7 @@ def test_a_bad_description_is_named(file: Path, change: dict | bytes | None, mes
 
 
 def test_what_is_not_a_model_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="no such model file or run folder; a run writes its model when it is finished"
-    ):
+    with pytest.raises(ValueError, match="no such model file or run folder; a run writes its model when"):
         x3d_tf.load(tmp_path)
     (tmp_path / "a.keras").write_bytes(b"not a zip file")
     with pytest.raises(ValueError, match=r"a\.keras is not a \.keras file"):

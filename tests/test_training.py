@@ -20,7 +20,7 @@ import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.testing import evaluate_run
-from x3d_tf.training.loop import Trainer, train
+from x3d_tf.training.loop import History, Trainer, train
 from x3d_tf.training.recipe import Recipe, TrainConfig
 from x3d_tf.training.run_folder import RunFolder
 
@@ -206,6 +206,31 @@ def test_a_killed_run_ends_as_if_it_had_not_been(records: Path, tmp_path: Path) 
     histories = [RunFolder(tmp_path / name).read_history() for name in ("whole", "killed")]
     assert [[row[c] for c in columns] for row in histories[0]] == [[row[c] for c in columns] for row in histories[1]]
     assert histories[1][:2] == before  # with their times: these steps were not taken again
+
+
+def test_ctrl_c_loses_no_step(
+    finished: RunFolder,
+    records: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    add = History.add
+
+    def stop_at_27(history: History, result: object) -> None:
+        add(history, result)  # type: ignore[arg-type]
+        if len(history.rows) == 2 and len(history.pending) == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(History, "add", stop_at_27)
+        train(config_of(records), tmp_path / "run")
+    assert "stopped at step 27; the same command goes on from there" in capsys.readouterr().err
+    run = train(config_of(records), tmp_path / "run")
+    assert "from the checkpoint of step 27" in capsys.readouterr().out
+    assert [row["step"] for row in run.read_history()] == [10, 20, 27, 30, 40, 50, 60]
+    for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_damaged_checkpoint_falls_back(finished: RunFolder, records: Path, tmp_path: Path, capsys: object) -> None:

@@ -51,7 +51,7 @@ def summary(result: BuildResult) -> list[str]:
         lines.append(f"  {result.failures} files are left out; {manifest.folder / FAILURES_NAME} gives the reasons")
     names = list(manifest.splits)
     if len(names) == 1:
-        return lines
+        return [*lines, "Training also needs videos to test on: build with --split=0.2, or with --splits."]
     bindings = [f'DatasetSpec.records="{manifest.folder}"']
     bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
     bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != "test" else []

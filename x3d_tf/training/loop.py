@@ -120,7 +120,7 @@ class Trainer:
 
     def _save_interrupted(self, checkpoints: Checkpoints, history: "History") -> None:
         """Keeps the steps since the last checkpoint. The optimiser counts whole steps: none is saved by halves."""
-        step = int(self.optimizer.iterations)
+        step = int(keras.ops.convert_to_numpy(self.optimizer.iterations))
         if history.pending:
             history.end_row(step)  # raises where the loss is no longer a number
         if step:
