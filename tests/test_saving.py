@@ -1,5 +1,6 @@
 """Model files: what an application loads, what this package loads again, and what it refuses."""
 
+import io
 import json
 import subprocess
 import sys
@@ -194,6 +195,23 @@ def test_a_bad_description_is_named(file: Path, change: dict | bytes | None, mes
     with pytest.raises(ValueError, match=message) as error:
         x3d_tf.load(rewritten(file, change))
     assert "copy.keras" in str(error.value)
+
+
+def test_missing_weights_are_not_made_up(file: Path) -> None:
+    import h5py
+
+    copy = file.with_name("copy.keras")
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(copy, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "model.weights.h5":
+                weights = io.BytesIO(content)
+                with h5py.File(weights, "r+") as archive:
+                    del archive["layers/dense_3"]
+                content = weights.getvalue()
+            target.writestr(name, content)
+    with pytest.raises(ValueError, match=r"copy\.keras do not fit"):
+        x3d_tf.load(copy)
 
 
 def test_what_is_not_a_model_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Model files: Keras' own format with one more member, `x3d_tf.json`, which `load` builds the network from."""
 
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -79,14 +80,20 @@ def load(path: str | Path) -> X3D:
     try:
         if description.form == "portable":
             app = build_portable(model, description.size)
-            app.load_weights(path)
+            _load_weights(app, path)
             take_weights(model, app)
         else:
-            model.load_weights(path)
-    except _UNREADABLE as error:
+            _load_weights(model, path)
+    except (*_UNREADABLE, UserWarning) as error:
         raise UserError(f"the weights of {path} do not fit its description: {error}") from error
     model.class_names = description.class_names
     return model
+
+
+def _load_weights(model: keras.Model, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Skipping")  # by itself Keras keeps fresh weights for missing ones
+        model.load_weights(path)
 
 
 def describe(path: str | Path) -> Description:
