@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from x3d_tf import _command
-from x3d_tf.data.builder import FAILURES_NAME, BuildResult, build_records
+from x3d_tf.data.builder import FAILURES_NAME, BuildResult, build_records, default_splits
 
 FLAGS = flags.FLAGS
 
@@ -29,8 +29,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Builds the records and says what was written and what to do next."""
-    laid_out = all((Path(FLAGS.videos) / name).is_dir() for name in ("train", "test"))
-    if not (FLAGS.splits or FLAGS.split or laid_out):
+    if not (FLAGS.splits or FLAGS.split or default_splits(Path(FLAGS.videos))):
         print('All videos become the split "train". Training also needs some to test on: --split=0.2, or --splits.')
     result = build_records(FLAGS.videos, FLAGS.output, splits=FLAGS.splits, split=FLAGS.split)
     print("\n".join(summary(result)))

@@ -112,8 +112,8 @@ def find_videos(
     require(splits is None or split is None, "splits and split", "not be given together", (splits, split))
     if split is not None:
         require(0 < split < 1, "split", "be between 0 and 1", split)
-    if splits is None and split is None and (videos / "train").is_dir() and (videos / "test").is_dir():
-        splits = ("train", "test")
+    if splits is None and split is None:
+        splits = default_splits(videos)
     unplaced: list[VideoError] = []
     if splits is None:
         everything = _videos_by_class(videos, videos, unplaced)
@@ -131,6 +131,12 @@ def find_videos(
         everything = _videos_by_class(videos / name, videos, unplaced)
         found[name] = _in_order(everything, seed)
     return found, unplaced
+
+
+def default_splits(videos: Path) -> tuple[str, str] | None:
+    """The split folders that are used without being named: "train" and "test", where both exist."""
+    names = ("train", "test")
+    return names if all((videos / name).is_dir() for name in names) else None
 
 
 def encode_all(paths: Sequence[Path], encode: Encode, workers: int) -> Iterator[EncodedVideo | VideoError]:

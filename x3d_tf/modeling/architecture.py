@@ -87,6 +87,10 @@ class Architecture:
         """Whether block number `block` of a stage, from 0, has squeeze-excitation."""
         return self.options.se == "all" or (self.options.se == "alternate" and block % 2 == 0)
 
+    def has_shortcut_norm(self, widens: bool) -> bool:
+        """Whether a projecting shortcut has a batch norm; `widens` says whether it changes the width."""
+        return widens or self.options.shortcut_norm == "always"
+
     def drop_connect(self, stage: int) -> float:
         """Rate of stage number `stage`, from 0: 0.4, 0.6, 0.8 and 1.0 of the option (PySlowFast's rule)."""
         return self.options.drop_connect * (stage + 2) / 5
@@ -112,6 +116,11 @@ def round_width(width: int, factor: float) -> int:
 def se_width(inner_width: int) -> int:
     """Channels between the two layers of a squeeze-excitation over `inner_width` channels."""
     return round_width(inner_width, 1 / 16)
+
+
+def pool_window(train_size: int) -> int:
+    """Side of the head's fixed poolings, in positions of conv5: what a training crop of `train_size` pixels gives."""
+    return math.ceil(train_size / 32)
 
 
 def _inner_width(width: int, gamma_b: float) -> int:

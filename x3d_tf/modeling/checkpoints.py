@@ -42,7 +42,7 @@ def slowfast_names(architecture: Architecture) -> Iterator[WeightName]:
             source, ours = f"s{number}.pathway0_res{index}", f"res{number}_{index}"
             if index == 0:
                 yield WeightName(f"{source}.branch1.weight", f"{ours}_shortcut", "kernel", "pointwise")
-                if architecture.options.shortcut_norm == "always" or width != stage.width:
+                if architecture.has_shortcut_norm(width != stage.width):
                     yield from _norm(f"{source}.branch1_bn", f"{ours}_shortcut_bn")
             branch = f"{source}.branch2"
             kinds: tuple[Kind, Kind] = ("pointwise", "channelwise") if separable else ("conv", "conv")

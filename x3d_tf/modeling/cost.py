@@ -5,7 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from x3d_tf._checks import require
-from x3d_tf.modeling.architecture import FC1_WIDTH, STAGE_NAMES, Architecture, ModelOptions, StagePlan, plan, se_width
+from x3d_tf.modeling.architecture import (
+    FC1_WIDTH,
+    STAGE_NAMES,
+    Architecture,
+    ModelOptions,
+    StagePlan,
+    plan,
+    pool_window,
+    se_width,
+)
 from x3d_tf.modeling.expansion import ClipSpec, Expansion, as_expansion
 
 
@@ -98,7 +107,7 @@ def _block(
     frames, inner, separable = shape[0], stage.inner_width, architecture.options.separable
     side = math.ceil(shape[1] / stride)
     if stride > 1 or width != stage.width:
-        norm = architecture.options.shortcut_norm == "always" or width != stage.width
+        norm = architecture.has_shortcut_norm(width != stage.width)
         yield _conv(f"{name}_shortcut", (frames, side, side, stage.width), width, norm=norm)
     yield _conv(f"{name}_conv_a", (frames, shape[1], shape[2], inner), width * (1 if separable else 3))
     yield _conv(f"{name}_conv_b", (frames, side, side, inner), 27 if separable else inner * 9)
@@ -113,7 +122,7 @@ def _head(architecture: Architecture, shape: tuple[int, ...], train_size: int, n
     yield _conv("conv5", (frames, side, side, width), architecture.stages[-1].width)
     positions = 1
     if architecture.options.head_pool != "global":
-        positions = max(1, side - math.ceil(train_size / 32) + 1)  # windows of the training size, along one axis
+        positions = max(1, side - pool_window(train_size) + 1)  # windows of the training size, along one axis
     yield _fully_connected("fc1", width, FC1_WIDTH, bias=False, paper_bias=True, side=positions)
     yield _fully_connected("fc2", FC1_WIDTH, num_classes, bias=True, paper_bias=True, side=positions)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,7 +95,9 @@ class Description:
             raise UserError(f"not a description of an X3D network: {error}") from error
 
 
-def numbered_classes(count: int) -> tuple[str, ...]:
-    """Names for classes that have none; warns, for whoever reads them later cannot tell what they mean."""
+def named_or_numbered(class_names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """The names, or numbers where there are none; then warns, for who reads those cannot tell what they mean."""
+    if class_names is not None:
+        return tuple(class_names)
     warnings.warn(f"no class names were given: the {count} classes are numbered", stacklevel=3)
     return tuple(str(number) for number in range(count))

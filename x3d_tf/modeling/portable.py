@@ -13,7 +13,7 @@ from keras import layers, ops
 
 from x3d_tf._checks import require
 from x3d_tf.modeling.architecture import plan
-from x3d_tf.modeling.description import Description, numbered_classes
+from x3d_tf.modeling.description import Description, named_or_numbered
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.x3d import X3D, graph
 
@@ -38,14 +38,14 @@ def portable(model: X3D, class_names: Sequence[str] | None = None, *, size: int 
     require(
         model.include_top, "the network of a portable model", "have its classifier (include_top)", model.include_top
     )
-    names = tuple(class_names) if class_names is not None else numbered_classes(model.num_classes)
+    names, size = named_or_numbered(class_names, model.num_classes), size or model.clip.size
     require(len(names) == model.num_classes, "class_names", f"be {model.num_classes}, one an output", len(names))
-    app = build_portable(model, size or model.clip.size)
+    app = build_portable(model, size)
     for source, targets in _pairs(model, app):
         arrays = _split(source, len(targets))
         for target, weights in zip(targets, arrays):
             target.set_weights([w.reshape(t.shape) for w, t in zip(weights, target.weights)])
-    app.description = Description.of(model, class_names=names, form="portable", size=size or model.clip.size)
+    app.description = Description.of(model, class_names=names, form="portable", size=size)
     return app
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 
 from x3d_tf._checks import UserError, require
-from x3d_tf.modeling.description import Description, numbered_classes
+from x3d_tf.modeling.description import Description, named_or_numbered
 from x3d_tf.modeling.portable import build_portable, take_weights
 from x3d_tf.modeling.x3d import X3D
 
@@ -49,7 +49,7 @@ def _description(model: keras.Model, class_names: Sequence[str] | None) -> Descr
     if isinstance(model, X3D):
         if not model.include_top:
             return Description.of(model, class_names=(), form="trainable")
-        names = tuple(class_names) if class_names is not None else numbered_classes(model.num_classes)
+        names = named_or_numbered(class_names, model.num_classes)
         return Description.of(model, class_names=names, form="trainable")
     description = getattr(model, "description", None)
     if not isinstance(description, Description):

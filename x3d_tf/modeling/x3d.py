@@ -1,14 +1,22 @@
 """X3D as one flat Keras graph: `network` writes it down once, whatever layers it is made of."""
 
 import dataclasses
-import math
 from typing import Any
 
 import keras
 from keras import layers, ops
 
 from x3d_tf._checks import require
-from x3d_tf.modeling.architecture import FC1_WIDTH, STAGE_NAMES, Architecture, ModelOptions, StagePlan, plan, se_width
+from x3d_tf.modeling.architecture import (
+    FC1_WIDTH,
+    STAGE_NAMES,
+    Architecture,
+    ModelOptions,
+    StagePlan,
+    plan,
+    pool_window,
+    se_width,
+)
 from x3d_tf.modeling.expansion import ClipSpec, Expansion, as_expansion, name_of
 from x3d_tf.modeling.layers import ChannelwiseConv3D, Conv3D, GhostBatchNorm, PointwiseConv3D, conv_initializer
 
@@ -147,7 +155,7 @@ def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int
             x = layers.ReLU(name=stage_name if last else f"{stage_name}_{index}")(x)
     x = parts.pointwise(x, architecture.head_width, "conv5_conv")
     x = layers.ReLU(name="conv5")(parts.norm(x, "conv5_bn"))
-    return head(x, architecture.options, parts, window=math.ceil(train_size / 32), num_classes=num_classes)
+    return head(x, architecture.options, parts, window=pool_window(train_size), num_classes=num_classes)
 
 
 def block(
@@ -159,7 +167,7 @@ def block(
     shortcut, widens = x, x.shape[-1] != stage.width
     if stride > 1 or widens:
         shortcut = parts.pointwise(x, stage.width, f"{name}_shortcut", stride)
-        if widens or options.shortcut_norm == "always":
+        if architecture.has_shortcut_norm(widens):
             shortcut = parts.norm(shortcut, f"{name}_shortcut_bn")
     if options.separable:
         x = parts.pointwise(x, inner, f"{name}_conv_a")
