@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    path = Path(__file__).resolve().parents[2] / "shared" / "data" / "golden" / "x3d_xs_float64.npz"
+def golden(shared_data: Path) -> dict[str, np.ndarray]:
+    path = shared_data / "golden" / "x3d_xs_float64.npz"
     if not path.is_file():
         pytest.skip("the reference tensors in ../shared/data/golden are absent")
     with np.load(path) as arrays:
