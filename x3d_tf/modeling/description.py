@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
-from x3d_tf.modeling.expansion import Expansion
+from x3d_tf.modeling.expansion import Expansion, Task
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import X3D
@@ -29,6 +29,7 @@ class Description:
         class_names: one for each output, or none where there is no classifier.
         form: `trainable` (this package's layers, logits) or `portable` (stock layers, probabilities).
         size: side of the portable form's clip in pixels; the training crop for the trainable one.
+        task: whether a clip has one class or any number of them.
 
     Raises:
         UserError: naming the field, the rule and the value received.
@@ -41,6 +42,7 @@ class Description:
     class_names: tuple[str, ...]
     form: Literal["trainable", "portable"]
     size: int
+    task: Task = "single_label"
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -67,6 +69,7 @@ class Description:
             class_names,
             form,
             size or model.clip.size,
+            model.task,
         )
 
     def to_json(self) -> str:

@@ -1,7 +1,7 @@
 """The layers that Keras lacks: channel-wise and symmetric 3-D convolution, strided pointwise convolution, ghost batch
-norm.
+norm, dropout that differs between devices.
 
-All take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side (TensorFlow's "same"
+The first four take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side (TensorFlow's "same"
 padding differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form of one backend, in
 `lowerings`, computes the same.
 """
@@ -163,10 +163,11 @@ class GhostBatchNorm(keras.layers.Layer):
 
     def build(self, input_shape: Sequence[int]) -> None:
         shape = (input_shape[-1],)
-        self.gamma = self.add_weight(name="gamma", shape=shape, initializer=self.gamma_initializer)
-        self.beta = self.add_weight(name="beta", shape=shape, initializer="zeros")
+        full: dict[str, Any] = {"shape": shape, "autocast": False}
+        self.gamma = self.add_weight(name="gamma", initializer=self.gamma_initializer, **full)
+        self.beta = self.add_weight(name="beta", initializer="zeros", **full)
         # aggregation: without it each device would keep its own, and only the first's would be saved
-        moving: dict[str, Any] = {"shape": shape, "trainable": False, "aggregation": "mean"}
+        moving: dict[str, Any] = {**full, "trainable": False, "aggregation": "mean"}
         self.moving_mean = self.add_weight(name="moving_mean", initializer="zeros", **moving)
         self.moving_variance = self.add_weight(name="moving_variance", initializer="ones", **moving)
 
@@ -174,13 +175,15 @@ class GhostBatchNorm(keras.layers.Layer):
         gamma, beta = ops.convert_to_tensor(self.gamma), ops.convert_to_tensor(self.beta)
         if not (training and self.trainable):
             scale = gamma * ops.rsqrt(self.moving_variance + self.epsilon)
-            return x * scale + (beta - self.moving_mean * scale)
+            shift = beta - self.moving_mean * scale
+            return x * ops.cast(scale, x.dtype) + ops.cast(shift, x.dtype)
         shape = ops.shape(x)
         groups = self.groups(shape[0])
         rows = ops.reshape(x, (groups, shape[0] // groups * shape[1] * shape[2] * shape[3], shape[4]))
-        y, mean, variance = self._normalize(rows, gamma, beta)
+        # Statistics of half-precision numbers are summed in full precision.
+        y, mean, variance = self._normalize(ops.cast(rows, self.variable_dtype), gamma, beta)
         self._update(mean, variance, ops.shape(rows)[1])
-        return ops.reshape(y, shape)
+        return ops.cast(ops.reshape(y, shape), x.dtype)
 
     def groups(self, batch: Any) -> Any:
         """How many groups a batch makes: an int, or a tensor where the batch is one."""
@@ -217,6 +220,35 @@ class GhostBatchNorm(keras.layers.Layer):
             "epsilon": self.epsilon,
             "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
         }
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class Dropout(keras.layers.Dropout):
+    """Keras' dropout, but each device of a distribution strategy drops other elements.
+
+    By itself every device draws from the same state, so that a clip on one loses what its neighbour on another does.
+    """
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if not training or self.rate == 0:
+            return x
+        seed = _DeviceSeeds(self.seed_generator)
+        return keras.random.dropout(x, self.rate, noise_shape=self.noise_shape, seed=seed)
+
+
+class _DeviceSeeds(keras.random.SeedGenerator):
+    """The seeds of another generator, made other ones on each device."""
+
+    def __init__(self, source: keras.random.SeedGenerator) -> None:  # no state of its own
+        self.source = source
+
+    def next(self, ordered: bool = True) -> Any:
+        seed = self.source.next(ordered)
+        if keras.backend.backend() == "tensorflow":
+            from x3d_tf.modeling.lowerings import tensorflow as lowering
+
+            return lowering.seed_of_device(seed)
+        return seed
 
 
 def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, Any, Any]:

@@ -59,7 +59,9 @@ def build_portable(model: X3D, size: int) -> keras.Model:
         train_size=model.clip.size,
         num_classes=model.num_classes,
     )
-    return keras.Model(clip, layers.Softmax(name="probabilities", dtype="float32")(logits), name=model.name)
+    function = {"single_label": "softmax", "multi_label": "sigmoid"}[model.task]
+    probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)
+    return keras.Model(clip, probabilities, name=model.name)
 
 
 def take_weights(model: X3D, app: keras.Model) -> None:

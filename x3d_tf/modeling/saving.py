@@ -75,7 +75,11 @@ def load(path: str | Path) -> X3D:
     path = model_file(path)
     description = describe(path)
     model = X3D(
-        description.expansion, description.num_classes, description.options, include_top=description.include_top
+        description.expansion,
+        description.num_classes,
+        description.options,
+        include_top=description.include_top,
+        task=description.task,
     )
     try:
         if description.form == "portable":

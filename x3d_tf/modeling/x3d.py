@@ -1,7 +1,7 @@
 """X3D as one flat Keras graph: `network` writes it down once, whatever layers it is made of."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import keras
 from keras import layers, ops
@@ -17,8 +17,15 @@ from x3d_tf.modeling.architecture import (
     pool_window,
     se_width,
 )
-from x3d_tf.modeling.expansion import ClipSpec, Expansion, as_expansion, name_of
-from x3d_tf.modeling.layers import ChannelwiseConv3D, Conv3D, GhostBatchNorm, PointwiseConv3D, conv_initializer
+from x3d_tf.modeling.expansion import ClipSpec, Expansion, Task, as_expansion, name_of
+from x3d_tf.modeling.layers import (
+    ChannelwiseConv3D,
+    Conv3D,
+    Dropout,
+    GhostBatchNorm,
+    PointwiseConv3D,
+    conv_initializer,
+)
 
 MEAN, STD = 0.45 * 255, 0.225 * 255  # of RGB in 0..255, one value for all channels (PySlowFast)
 
@@ -28,6 +35,7 @@ def build_x3d(
     num_classes: int = 400,
     *,
     include_top: bool = True,
+    task: Task = "single_label",
     name: str | None = None,
     **options: Any,
 ) -> "X3D":
@@ -37,6 +45,8 @@ def build_x3d(
         network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
         num_classes: outputs of the classifier.
         include_top: False stops before fc1: the output is pool5, (N, channels).
+        task: "single_label" or "multi_label", for which `portable` makes probabilities by softmax or by sigmoid. The
+            network itself gives logits.
         name: of the model; the variant's name unless given.
         **options: the fields of `ModelOptions`: stem_kernel, se, swish, swish_before, separable, shortcut_norm,
             head_pool, bn_group, drop_connect, dropout.
@@ -54,12 +64,21 @@ def build_x3d(
     known = [field.name for field in dataclasses.fields(ModelOptions)]
     for option in options:
         require(option in known, "build_x3d's options", f"be among {', '.join(known)}", option)
-    return X3D(as_expansion(network), num_classes, ModelOptions(**options), include_top=include_top, name=name)
+    return X3D(
+        as_expansion(network), num_classes, ModelOptions(**options), include_top=include_top, task=task, name=name
+    )
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class X3D(keras.Model):
-    """The trainable network. `build_x3d` makes it; its configuration is what that was given."""
+    """The trainable network. `build_x3d` makes it; its configuration is what that was given.
+
+    Attributes:
+        expansion, options, num_classes, include_top, task: what it was built from.
+        class_names: one for each output, of a network that `x3d_tf.load` read; else none.
+    """
+
+    class_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -68,10 +87,12 @@ class X3D(keras.Model):
         options: ModelOptions,
         *,
         include_top: bool = True,
+        task: Task = "single_label",
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
+        require(task in get_args(Task), "task", f"be among {', '.join(get_args(Task))}", task)
         clips = keras.Input((None, None, None, 3), name="clip")
         outputs = graph(
             clips,
@@ -83,7 +104,7 @@ class X3D(keras.Model):
         name = name or "".join(c if c.isalnum() else "_" for c in name_of(expansion)).strip("_")
         super().__init__(inputs=clips, outputs=outputs, name=name, **kwargs)
         self.expansion, self.options = expansion, options
-        self.num_classes, self.include_top = num_classes, include_top
+        self.num_classes, self.include_top, self.task = num_classes, include_top, task
 
     @property
     def clip(self) -> ClipSpec:
@@ -96,6 +117,7 @@ class X3D(keras.Model):
             "num_classes": self.num_classes,
             "options": dataclasses.asdict(self.options),
             "include_top": self.include_top,
+            "task": self.task,
             "name": self.name,
         }
 
@@ -124,10 +146,10 @@ class TrainableParts:
         return GhostBatchNorm(self.options.bn_group, gamma_initializer=gamma, name=name)(x)
 
     def drop_branch(self, x: Any, rate: float, name: str) -> Any:
-        return layers.Dropout(rate, noise_shape=(None, 1, 1, 1, 1), name=name)(x) if rate else x
+        return Dropout(rate, noise_shape=(None, 1, 1, 1, 1), name=name)(x) if rate else x
 
     def dropout(self, x: Any, name: str) -> Any:
-        return layers.Dropout(self.options.dropout, name=name)(x) if self.options.dropout else x
+        return Dropout(self.options.dropout, dtype=x.dtype, name=name)(x) if self.options.dropout else x
 
 
 def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int, num_classes: int | None) -> Any:
@@ -201,18 +223,24 @@ def squeeze_excitation(x: Any, name: str) -> Any:
 
 
 def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes: int | None) -> Any:
-    """From conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5."""
+    """From conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5.
+
+    Computed in the precision of the weights under mixed precision too: it costs little there.
+    """
+    full = keras.config.dtype_policy().variable_dtype
+    x = ops.cast(x, full) if x.dtype != full else x
     if options.head_pool == "global" or num_classes is None:
-        x = layers.GlobalAveragePooling3D(name="pool5")(x)
+        x = layers.GlobalAveragePooling3D(name="pool5", dtype=full)(x)
     else:
         x = ops.mean(x, axis=1)
-        x = layers.AveragePooling2D(window, strides=1, name="pool5")(x)
+        x = layers.AveragePooling2D(window, strides=1, name="pool5", dtype=full)(x)
     if num_classes is None:
         return x
-    x = layers.Dense(FC1_WIDTH, "relu", use_bias=False, kernel_initializer=conv_initializer(FC1_WIDTH), name="fc1")(x)
+    initializer = conv_initializer(FC1_WIDTH)
+    x = layers.Dense(FC1_WIDTH, "relu", use_bias=False, kernel_initializer=initializer, name="fc1", dtype=full)(x)
     x = parts.dropout(x, "dropout")
     normal = keras.initializers.RandomNormal(stddev=0.01)
-    x = layers.Dense(num_classes, kernel_initializer=normal, name="fc2")(x)
+    x = layers.Dense(num_classes, kernel_initializer=normal, name="fc2", dtype=full)(x)
     if options.head_pool == "fixed_logits":
         x = ops.mean(x, axis=(1, 2))
     elif options.head_pool == "fixed_probabilities":

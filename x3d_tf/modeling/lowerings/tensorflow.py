@@ -109,6 +109,15 @@ def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, An
     return output, tf.stop_gradient(mean), tf.stop_gradient(variance)
 
 
+def seed_of_device(seed: Any) -> Any:
+    """A seed, integers [2], made another one on each device of a distribution strategy; the first keeps it."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return seed
+    device = tf.cast(context.replica_id_in_sync_group, seed.dtype)
+    return seed + tf.stack([device * 0x3C6EF372, tf.zeros_like(device)])  # far from the seeds that people choose
+
+
 def _on_gpu() -> bool:
     return bool(tf.config.list_physical_devices("GPU"))
 
