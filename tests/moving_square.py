@@ -17,9 +17,9 @@ FRAMES, SIDE, SQUARE = 10, 56, 20
 def write_records(folder: Path, videos: int, classes: Sequence[str] = ("left", "right")) -> None:
     """Records of `videos` videos, the classes in turn, in one split called train."""
     folder.mkdir(parents=True)
-    sources = [Source(f"square/{number}", number % len(classes)) for number in range(videos)]
+    sources = [Source(f"square/{number}", (number % len(classes),)) for number in range(videos)]
     encoded = (
-        EncodedVideo(_frames(number, -1 if source.label == 0 else 1), 30.0) for number, source in enumerate(sources)
+        EncodedVideo(_frames(number, -1 if source.labels == (0,) else 1), 30.0) for number, source in enumerate(sources)
     )
     split = write_split(folder, "train", sources, encoded, classes, lambda _: None)
     Manifest(folder, tuple(classes), {"train": split}, {"source": "test"}).save()

@@ -41,7 +41,7 @@ def test_a_folder_per_class(clips: Path, tmp_path: Path) -> None:
     for record in manifest.split("train").records:
         number = int(Path(record.media_id).stem.split()[1])
         assert record.media_id == f"{'run' if number < 4 else 'jump'}/clip {number}.mp4"
-        assert manifest.classes[record.label] == record.media_id.split("/")[0]
+        assert [manifest.classes[label] for label in record.labels] == [record.media_id.split("/")[0]]
         assert (record.frames, record.fps) == (6 + number, 30.0)
     assert len(names(manifest, "train")) == 7
     with (tmp_path / "out" / "failures.csv").open(newline="") as table:
@@ -101,7 +101,7 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
     result = build_records(tmp_path, tmp_path / "out", splits=["one", "two"], workers=1, progress=False)
     assert result.manifest.classes == ("jump", "run")
     assert names(result.manifest, "one") == {"one/run/clip 0.mp4"}
-    assert {record.label for record in result.manifest.split("two").records} == {0}
+    assert {record.labels for record in result.manifest.split("two").records} == {(0,)}
     lines = "\n".join(summary(result))
     assert "one has no video of 1 classes: jump" in lines
     assert """--gin_bindings='DatasetSpec.train_split="one"' --gin_bindings='DatasetSpec.eval_split="two"'""" in lines

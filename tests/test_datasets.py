@@ -73,7 +73,7 @@ def test_videos_start_anywhere_at_any_speed() -> None:
 def test_records_hold_those_videos(tmp_path: Path) -> None:
     manifest = open_dataset(spec(tmp_path / "a" / "shapes"))
     assert manifest.classes == ("down", "left", "right", "up")
-    assert [sorted(r.label for r in manifest.split(s).records) for s in ("train", "test")] == [
+    assert [sorted(r.labels[0] for r in manifest.split(s).records) for s in ("train", "test")] == [
         [0, 0, 1, 1, 2, 2, 3, 3],
         [0, 1, 2, 3],
     ]
@@ -83,7 +83,7 @@ def test_records_hold_those_videos(tmp_path: Path) -> None:
             for serialized in tf.data.TFRecordDataset(str(manifest.folder / shard.file)):
                 parsed = parse_record(serialized)
                 seeds.append(int(parsed.media_id.numpy().decode().split("/")[1]))
-                expected = render(seeds[-1], manifest.classes[int(parsed.label)])
+                expected = render(seeds[-1], manifest.classes[int(parsed.labels[0])])
                 jpegs = parsed.frames.numpy()
                 assert len(jpegs) == 90
                 for index in (0, 1, 89):

@@ -13,8 +13,9 @@ from video_fixtures import noise_video, write_records
 
 from x3d_tf.data import pipeline
 from x3d_tf.data.clips import ViewSpec, crop_offsets, frame_indices, last_start, view_starts
+from x3d_tf.data.index import Split
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import evaluation_dataset, place_of, training_dataset
+from x3d_tf.data.pipeline import evaluation_dataset, naming_records, place_of, training_dataset
 from x3d_tf.data.video import EncodedVideo
 from x3d_tf.modeling.expansion import ClipSpec
 
@@ -89,6 +90,31 @@ def test_a_stream_starts_at_any_step(manifest: Manifest) -> None:
     for start in (1, 2, 5):
         assert equal(whole[start:], stream(manifest, 8 - start, start_step=start))
     assert not equal(whole[:2], whole[2:4])
+
+
+def test_multi_label_targets_are_one_for_each_class(videos: list[EncodedVideo], tmp_path: Path) -> None:
+    labels = [(0, 2), (1,), (0, 1, 3), (3,)]
+    manifest = write_records(tmp_path, {"train": videos[:4]}, 5, labels)
+    expected = np.array([[float(label in chosen) for label in range(5)] for chosen in labels])
+    found = [targets for _, targets in stream(manifest, 2)]  # of an epoch each
+    for epoch, targets in enumerate(found):
+        assert targets.dtype == np.float32
+        np.testing.assert_array_equal(targets, expected[permutation(4, 5, epoch)])
+    views = evaluation_dataset(manifest, "train", CLIP, ViewSpec(temporal_views=1, resize=16, crop=16), batch_videos=3)
+    tested = [targets for _, targets, _ in views.as_numpy_iterator()]
+    assert [targets.dtype for targets in tested] == [np.float32, np.float32]
+    np.testing.assert_array_equal(np.concatenate(tested), expected)
+
+
+@pytest.mark.parametrize("listed", [(1,), (0, 2), (0, 1, 2)])
+def test_records_of_other_labels_than_the_manifests_are_damaged(
+    videos: list[EncodedVideo], tmp_path: Path, listed: tuple[int, ...]
+) -> None:
+    manifest = write_records(tmp_path, {"train": videos[:1]}, 3, [(0, 1)])
+    part = manifest.splits["train"]
+    manifest.splits["train"] = Split(part.shards, (part.records[0]._replace(labels=listed),))
+    with pytest.raises(ValueError, match="cannot read or decode record 0"), naming_records():
+        list(evaluation_dataset(manifest, "train", CLIP, ViewSpec(temporal_views=1, resize=16, crop=16)))
 
 
 def test_workers_share_each_batch(manifest: Manifest) -> None:
@@ -200,7 +226,7 @@ def damaged(manifest: Manifest, folder: Path, record: int, what: str) -> Manifes
     elif what == "frames":
         bad = bad.replace(b"\xff\xd8\xff", bytes(3))
     else:
-        text = text.replace(f'"label": [{record}, 1,', '"label": [1, 1,')
+        text = text.replace(f'"labels": [[{record}], [1],', '"labels": [[1], [1],')
     (folder / shard).write_bytes(content[:start] + bad + content[start + length :])
     (folder / "manifest.json").write_text(text)
     return Manifest.load(folder)

@@ -24,7 +24,9 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def test_a_record_has_mediasequences_features() -> None:
     video = EncodedVideo([b"first", b"second", b"third"], 25.0)
-    example = tf.train.SequenceExample.FromString(encode_record(video, Source("jump/a.mp4", 7), "jümp"))
+    example = tf.train.SequenceExample.FromString(
+        encode_record(video, Source("jump/a.mp4", (7,)), [*"abcdefg", "jümp"])
+    )
     context, lists = example.context.feature, example.feature_lists.feature_list
     assert context["clip/label/index"].int64_list.value == [7]
     assert context["clip/label/string"].bytes_list.value == ["jümp".encode()]
@@ -36,11 +38,21 @@ def test_a_record_has_mediasequences_features() -> None:
     assert [f.int64_list.value[0] for f in lists["image/timestamp"].feature] == [0, 40_000, 80_000]
 
 
+def test_a_record_of_several_classes_lists_them() -> None:
+    video = EncodedVideo([b"frame"], 25.0)
+    encoded = encode_record(video, Source("a", (0, 2)), ["jump", "sit", "run"])
+    context = tf.train.SequenceExample.FromString(encoded).context.feature
+    assert context["clip/label/index"].int64_list.value == [0, 2]
+    assert context["clip/label/string"].bytes_list.value == [b"jump", b"run"]
+    assert context["clip/label/text"].bytes_list.value == [b"jump", b"run"]
+    assert parse_record(tf.constant(encoded)).labels.numpy().tolist() == [0, 2]
+
+
 def test_what_is_written_is_parsed_back() -> None:
     video = noise_video(0, frames=4)
-    parsed = parse_record(tf.constant(encode_record(video, Source("a", 3), "walk")))
+    parsed = parse_record(tf.constant(encode_record(video, Source("a", (3,)), ["", "", "", "walk"])))
     assert parsed.frames.numpy().tolist() == video.frames
-    assert (int(parsed.label), float(parsed.fps), parsed.media_id.numpy()) == (3, 30.0, b"a")
+    assert (parsed.labels.numpy().tolist(), float(parsed.fps), parsed.media_id.numpy()) == ([3], 30.0, b"a")
 
 
 def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
@@ -59,7 +71,7 @@ def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
 def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "VIDEOS_PER_SHARD", 2)
     video, bad = noise_video(0, frames=2), VideoError("x.mp4", "is broken")
-    sources = [Source(str(i), 0) for i in range(7)]
+    sources = [Source(str(i), (0,)) for i in range(7)]
     taken: list[Any] = []
     results = [video, bad, bad, bad, video, video, video]
     split = records.write_split(tmp_path, "train", sources, iter(results), ["a"], taken.append)
@@ -80,7 +92,7 @@ def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_equal_videos_give_equal_bytes() -> None:
-    once, again = (encode_record(noise_video(0, 3), Source("a", 1), "b") for _ in range(2))
+    once, again = (encode_record(noise_video(0, 3), Source("a", (1,)), "ab") for _ in range(2))
     assert once == again
 
 
@@ -110,12 +122,49 @@ def test_a_missing_index_is_rebuilt(manifest: Manifest) -> None:
 
 
 RECORDS = ("splits", "train", "records")
+LABELS = [(0,), (0, 2), (1, 2, 3)]
+
+
+@pytest.fixture
+def multi_label(tmp_path: Path) -> Manifest:
+    return write_records(tmp_path / "several", {"train": [noise_video(seed, 2) for seed in range(3)]}, 4, LABELS)
+
+
+def test_multi_label_records_are_loaded_as_saved(multi_label: Manifest) -> None:
+    loaded = Manifest.load(multi_label.folder)
+    assert loaded == multi_label
+    assert loaded.task == "multi_label"
+    assert [record.labels for record in loaded.split("train").records] == LABELS
+    assert Manifest.load(edited(multi_label, *RECORDS, value=None)) == multi_label
+
+
+@pytest.mark.parametrize("labels", [[], [1, 0], [1, 1]])
+def test_several_labels_ascend(multi_label: Manifest, labels: list[int]) -> None:
+    folder = edited(multi_label, *RECORDS, "labels", 1, value=labels)
+    with pytest.raises(ValueError, match=r"records\[1\]\.labels must be one or more, ascending"):
+        Manifest.load(folder)
+
+
+def test_the_task_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    videos = {"train": [noise_video(0, 2)]}
+    one, other = write_records(tmp_path / "a", videos, 1), write_records(tmp_path / "b", videos, 1, [(0,)])
+    assert one.splits == other.splits
+    assert one.fingerprint() != other.fingerprint()
+
+
+def test_manifests_of_the_first_format_are_read(manifest: Manifest) -> None:
+    edited(manifest, "format_version", value=1)
+    edited(manifest, "task", value=None)
+    for split, part in manifest.splits.items():
+        edited(manifest, "splits", split, "records", "label", value=[record.labels[0] for record in part.records])
+        edited(manifest, "splits", split, "records", "labels", value=None)
+    assert Manifest.load(manifest.folder) == manifest
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format_version",), 2, "format_version must be 1, got 2"),
+        (("format_version",), 3, "format_version must be 1 or 2, got 3"),
         (("classes",), ["a", "a"], "classes must be distinct names"),
         (("classes",), [], "classes must be distinct names"),
         (("classes", 1), 5, r"classes\[1\] must be a str, got 5"),
@@ -124,8 +173,12 @@ RECORDS = ("splits", "train", "records")
         (("splits", "train", "shards", 0, "file"), "..", "file must be a file name without a folder"),
         (("splits", "train", "shards", 0, "bytes"), "9", "bytes must be a int, got '9'"),
         (("splits", "train", "count"), 4, "count must be 3, got 4"),
-        ((*RECORDS, "label", 0), True, r"label\[0\] must be a int, got True"),
-        ((*RECORDS, "label", 0), 3, r"records\[0\].label must be in 0..2, got 3"),
+        ((*RECORDS, "labels", 0), [True], r"labels\[0\]\[0\] must be a int, got True"),
+        ((*RECORDS, "labels", 0), [3], r"records\[0\].labels must be in 0..2, got \(3,\)"),
+        ((*RECORDS, "labels", 0), [0, 1], r"records\[0\].labels must be exactly one, got \(0, 1\)"),
+        ((*RECORDS, "labels", 0), 1, r"labels\[0\] must be a list, got 1"),
+        (("task",), "ranking", "task must be one of single_label, multi_label, got 'ranking'"),
+        (("task",), None, "task must be one of single_label, multi_label, got None"),
         ((*RECORDS, "shard", 2), 1, r"records\[2\].shard must be in 0..0, got 1"),
         ((*RECORDS, "shard", 2), -1, r"records\[2\].shard must be in 0..0, got -1"),
         ((*RECORDS, "offset", 0), 0, r"records\[0\] must lie inside train-"),

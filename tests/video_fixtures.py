@@ -63,8 +63,16 @@ def noise_video(seed: int, frames: int, height: int = 40, width: int = 52) -> En
     return EncodedVideo([encode_jpeg(frame.repeat(4, 0).repeat(4, 1)) for frame in coarse], 30.0)
 
 
-def write_records(folder: Path, videos: dict[str, list[EncodedVideo]], classes: int | None = None) -> Manifest:
-    """Records of which each has a class of its own in its split, unless there are fewer `classes`."""
+def write_records(
+    folder: Path,
+    videos: dict[str, list[EncodedVideo]],
+    classes: int | None = None,
+    labels: Sequence[tuple[int, ...]] | None = None,
+) -> Manifest:
+    """Records of which each has a class of its own in its split, unless there are fewer `classes`.
+
+    With `labels` of each video of a split, given together with `classes`, the records are multi-label.
+    """
     from x3d_tf.data.records import Source, write_split
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,9 +80,10 @@ def write_records(folder: Path, videos: dict[str, list[EncodedVideo]], classes: 
     names = [f"class {label:03d}" for label in range(count)]
     splits = {}
     for split, members in videos.items():
-        sources = [Source(f"{split}/{index}", index % count) for index in range(len(members))]
+        chosen = labels or [(index % count,) for index in range(len(members))]
+        sources = [Source(f"{split}/{index}", chosen[index]) for index in range(len(members))]
         splits[split] = write_split(folder, split, sources, iter(members), names, lambda _: None)
-    manifest = Manifest(folder, tuple(names), splits, {"source": "test"})
+    manifest = Manifest(folder, tuple(names), splits, {"source": "test"}, "multi_label" if labels else "single_label")
     manifest.save()
     return manifest
 

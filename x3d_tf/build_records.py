@@ -42,7 +42,7 @@ def summary(result: BuildResult) -> list[str]:
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         lines.append(f"  {name}: {len(split.records)} videos, {size / 1e6:.1f} MB in {len(split.shards)} shards")
-        present = {record.label for record in split.records}
+        present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
             lines.append(f"  {name} has no video of {len(missing)} classes: {', '.join(missing)}")

@@ -195,7 +195,7 @@ def _write(
         encoded = encode_all(paths, encode, workers)
         parts = {}
         for name, videos in found.items():
-            sources = [Source(video.media_id, labels[video.class_name]) for video in videos]
+            sources = [Source(video.media_id, (labels[video.class_name],)) for video in videos]
             parts[name] = write_split(target, name, sources, encoded, classes, advance)
     if not any(part.records for part in parts.values()):
         raise UserError(f"none of the {len(paths)} videos can be read; the reasons are in {target / FAILURES_NAME}")

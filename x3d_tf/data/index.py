@@ -3,9 +3,11 @@
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from x3d_tf._checks import UserError
+
+Task = Literal["single_label", "multi_label"]  # whether a video is of one class, or of one or more
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
 
@@ -19,7 +21,7 @@ class Record(NamedTuple):
         length: bytes of the record's data.
         frames: frames of the video.
         fps: frames per second.
-        label: class, an index into `Manifest.classes`.
+        labels: its classes, ascending indices into `Manifest.classes`; exactly one where the task is single-label.
         media_id: the video's name: its path below the folder it came from.
     """
 
@@ -28,7 +30,7 @@ class Record(NamedTuple):
     length: int
     frames: int
     fps: float
-    label: int
+    labels: tuple[int, ...]
     media_id: str
 
 

@@ -10,13 +10,13 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from x3d_tf._checks import UserError, require
-from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split
+from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, Task
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no task, and in place of labels one label a record; it is read too
 
 _T = TypeVar("_T")
 
@@ -30,12 +30,14 @@ class Manifest:
         classes: names of the classes in the order of their labels, shared by all splits.
         splits: the parts by name.
         settings: how the records were made, for people and for comparison: names to numbers or strings.
+        task: "single_label" where every record has exactly one label, "multi_label" where it has one or more.
     """
 
     folder: Path
     classes: tuple[str, ...]
     splits: dict[str, Split]
     settings: dict[str, int | float | str]
+    task: Task = "single_label"
 
     def split(self, name: str) -> Split:
         """The named part, once its shards have been found whole in the folder.
@@ -55,14 +57,17 @@ class Manifest:
         return self.splits[name]
 
     def fingerprint(self) -> str:
-        """A hash that two folders share if their classes and their shards are equal."""
+        """A hash that two folders share if their classes, their shards and their tasks are equal."""
         shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
-        return hashlib.sha256(json.dumps([self.classes, shards], sort_keys=True).encode()).hexdigest()
+        # The usual task is left out: the hashes of records that were made before there was another one stay.
+        content = [self.classes, shards] if self.task == "single_label" else [self.classes, shards, self.task]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self) -> Path:
         """Writes `manifest.json` into the folder, whole or not at all, and returns its path."""
         content = {
             "format_version": FORMAT_VERSION,
+            "task": self.task,
             "settings": self.settings,
             "classes": self.classes,
             "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
@@ -95,13 +100,19 @@ class Manifest:
         reader = _Reader(str(path))
         content = reader.of_type(content, dict, "the file")
         version = content.get("format_version")
-        require(version == FORMAT_VERSION, f"{path}: format_version", f"be {FORMAT_VERSION}", version)
+        require(version in (1, FORMAT_VERSION), f"{path}: format_version", f"be 1 or {FORMAT_VERSION}", version)
+        task = cast(Task, "single_label" if version == 1 else content.get("task"))
+        reader.check(task in get_args(Task), "task", f"be one of {', '.join(get_args(Task))}", task)
         settings = reader.of_type(content.get("settings"), dict, "settings")
         classes = tuple(reader.items(content.get("classes"), str, "classes"))
         reader.check(len(set(classes)) == len(classes) > 0, "classes", "be distinct names", classes)
         parts = reader.of_type(content.get("splits"), dict, "splits")
-        splits = {name: _split_from_json(reader, name, part, Path(folder), classes) for name, part in parts.items()}
-        return cls(Path(folder), classes, splits, settings)
+        several = task == "multi_label"
+        splits = {
+            name: _split_from_json(reader, name, part, Path(folder), len(classes), several)
+            for name, part in parts.items()
+        }
+        return cls(Path(folder), classes, splits, settings, task)
 
 
 def _split_to_json(split: Split) -> dict[str, Any]:
@@ -113,7 +124,7 @@ def _split_to_json(split: Split) -> dict[str, Any]:
     }
 
 
-def _split_from_json(reader: "_Reader", name: str, content: Any, folder: Path, classes: tuple[str, ...]) -> Split:
+def _split_from_json(reader: "_Reader", name: str, content: Any, folder: Path, classes: int, several: bool) -> Split:
     where = f"splits.{name}"
     content = reader.of_type(content, dict, where)
     entries = reader.of_type(content.get("shards"), list, f"{where}.shards")
@@ -126,7 +137,7 @@ def _split_from_json(reader: "_Reader", name: str, content: Any, folder: Path, c
 
         records = read_index([folder / shard.file for shard in shards])
     for i, record in enumerate(records):
-        _check_record(reader, f"{where}.records[{i}]", record, shards, len(classes))
+        _check_record(reader, f"{where}.records[{i}]", record, shards, classes, several)
     return Split(shards, records)
 
 
@@ -141,22 +152,38 @@ def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
 
 def _records_from_json(reader: "_Reader", where: str, columns: Any) -> tuple[Record, ...]:
     columns = reader.of_type(columns, dict, where)
+    if "label" in columns:  # format 1
+        columns = columns | {"labels": [[label] for label in reader.of_type(columns["label"], list, f"{where}.label")]}
     checked = [
-        reader.items(columns.get(field), kind, f"{where}.{field}") for field, kind in Record.__annotations__.items()
+        _labels_from_json(reader, f"{where}.labels", columns.get(field))
+        if field == "labels"
+        else reader.items(columns.get(field), kind, f"{where}.{field}")
+        for field, kind in Record.__annotations__.items()
     ]
     lengths = sorted({len(column) for column in checked})
     reader.check(len(lengths) == 1, where, "have columns of one length", lengths)
     return tuple(Record(*row) for row in zip(*checked, strict=True))
 
 
-def _check_record(reader: "_Reader", where: str, record: Record, shards: tuple[Shard, ...], classes: int) -> None:
+def _labels_from_json(reader: "_Reader", where: str, column: Any) -> list[tuple[int, ...]]:
+    rows = reader.items(column, list, where)
+    return [tuple(reader.items(row, int, f"{where}[{i}]")) for i, row in enumerate(rows)]
+
+
+def _check_record(
+    reader: "_Reader", where: str, record: Record, shards: tuple[Shard, ...], classes: int, several: bool
+) -> None:
     reader.check(0 <= record.shard < len(shards), f"{where}.shard", f"be in 0..{len(shards) - 1}", record.shard)
     last = shards[record.shard].bytes - FOOTER_BYTES
     inside = record.offset >= HEADER_BYTES and 0 < record.length <= last - record.offset
     reader.check(inside, where, f"lie inside {shards[record.shard].file}", (record.offset, record.length))
     reader.check(record.frames >= 1, f"{where}.frames", "be at least 1", record.frames)
     reader.check(0 < record.fps < math.inf, f"{where}.fps", "be positive", record.fps)
-    reader.check(0 <= record.label < classes, f"{where}.label", f"be in 0..{classes - 1}", record.label)
+    labels = record.labels
+    reader.check(all(0 <= label < classes for label in labels), f"{where}.labels", f"be in 0..{classes - 1}", labels)
+    rule = "be one or more, ascending" if several else "be exactly one"
+    counted = len(labels) >= 1 and list(labels) == sorted(set(labels)) if several else len(labels) == 1
+    reader.check(counted, f"{where}.labels", rule, labels)
 
 
 class _Reader:

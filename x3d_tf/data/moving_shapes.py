@@ -130,8 +130,8 @@ def _write(folder: Path) -> None:
     with tqdm(total=sum(VIDEOS.values()), unit="video", desc="making moving_shapes", smoothing=0) as bar:
         for split, count in VIDEOS.items():
             seeds = range(first_seed, first_seed + count)
-            sources = [Source(f"{split}/{seed:04d}", seed % len(classes)) for seed in seeds]
-            videos = _encoded([(seed, classes[source.label]) for seed, source in zip(seeds, sources, strict=True)])
+            sources = [Source(f"{split}/{seed:04d}", (seed % len(classes),)) for seed in seeds]
+            videos = _encoded([(seed, classes[source.labels[0]]) for seed, source in zip(seeds, sources, strict=True)])
             splits[split] = write_split(folder, split, sources, videos, classes, lambda _: bar.update())
             first_seed += count
     Manifest(folder, tuple(classes), splits, SETTINGS).save()

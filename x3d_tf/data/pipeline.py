@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 import tensorflow.experimental.numpy as tnp
 
@@ -64,7 +65,8 @@ def training_dataset(
         frame_sampling: see `clips.frame_indices`.
 
     Returns:
-        Dataset of (clips, labels): float32 [replica_batch, T, S, S, 3], RGB in 0..255, and int32 [replica_batch].
+        Dataset of (clips, labels): float32 [replica_batch, T, S, S, 3], RGB in 0..255, and int32 [replica_batch], or
+        for multi-label records float32 [replica_batch, classes], 1 for each class of the video and else 0.
 
     Raises:
         UserError: a setting out of range, a split with fewer records than `batch`, a damaged manifest.
@@ -101,7 +103,7 @@ def training_dataset(
         pixels = transforms.random_crop(pixels, clip.size, chance[2:4])
         if flip:
             pixels = transforms.flip(pixels, chance[4] < 0.5)
-        return pixels, tf.cast(table.label[place.record], tf.int32)
+        return pixels, table.target(place.record)
 
     numbers = tf.data.Dataset.range(start_step * share, tf.int64.max)
     clips = numbers.map(load, num_parallel_calls=tf.data.AUTOTUNE)
@@ -145,9 +147,9 @@ def evaluation_dataset(
         frame_sampling: see `clips.frame_indices`.
 
     Returns:
-        Dataset of (clips, labels, indices): float32 [videos, views, T, crop, crop, 3], RGB in 0..255; int32 [videos];
-        int64 [videos], the records' places in `Manifest.splits[split].records`. View v is clip v // spatial_crops,
-        crop v % spatial_crops.
+        Dataset of (clips, labels, indices): float32 [videos, views, T, crop, crop, 3], RGB in 0..255; int32 [videos],
+        or for multi-label records float32 [videos, classes] of 0 and 1; int64 [videos], the records'
+        places in `Manifest.splits[split].records`. View v is clip v // spatial_crops, crop v % spatial_crops.
 
     Raises:
         UserError: a setting out of range, a damaged manifest.
@@ -173,7 +175,7 @@ def evaluation_dataset(
         pixels = tf.gather(pixels, positions, axis=1)  # [crops, clips, T, crop, crop, 3]
         pixels = tf.transpose(pixels, [1, 0, 2, 3, 4, 5])
         pixels = tf.reshape(pixels, [views.views, clip.frames, views.crop, views.crop, 3])
-        return pixels, tf.cast(table.label[record], tf.int32), record
+        return pixels, table.target(record), record
 
     # 30 views of 16 frames at 356² pixels are 730 MB, so that only a few videos may be under way.
     videos = tf.data.Dataset.range(len(table)).map(load, num_parallel_calls=PARALLEL_VIDEOS)
@@ -207,10 +209,24 @@ class _Table:
             self._shard = tf.constant([record.shard for record in part.records], tf.int64)
             self._offset = tf.constant([record.offset for record in part.records], tf.int64)
             self._length = tf.constant([record.length for record in part.records], tf.int64)
-            self.label = tf.constant([record.label for record in part.records], tf.int64)
+            labels = [label for record in part.records for label in record.labels]
+            self._labels = tf.constant(labels, tf.int64)  # of all records, one after the other
+            ends = np.cumsum([0, *(len(record.labels) for record in part.records)])
+            self._first_label = tf.constant(ends, tf.int64)  # [records + 1]
+        self._classes = len(manifest.classes) if manifest.task == "multi_label" else None
 
     def __len__(self) -> int:
         return self._count
+
+    def labels(self, record: tf.Tensor) -> tf.Tensor:
+        """The classes of a record, int64 [labels]; int64 scalar `record`."""
+        return self._labels[self._first_label[record] : self._first_label[record + 1]]
+
+    def target(self, record: tf.Tensor) -> tf.Tensor:
+        """What a network is to say of a record: its class, int32; multi-label: float32 [classes] of 0 and 1."""
+        if self._classes is None:
+            return tf.cast(self.labels(record)[0], tf.int32)
+        return tf.reduce_max(tf.one_hot(self.labels(record), self._classes), axis=0)
 
     def read(self, record: tf.Tensor, decode: Callable[[ParsedRecord], Any]) -> Any:
         """What `decode` makes of one record (a tensor or a tuple of them); int64 scalar `record`.
@@ -222,7 +238,10 @@ class _Table:
 
         def parse(serialized: tf.Tensor) -> tuple[tf.Tensor, Any]:
             parsed = parse_record(serialized)
-            same = tf.debugging.assert_equal(parsed.label, self.label[record], "shard and manifest are of two builds")
+            listed, message = self.labels(record), "shard and manifest are of two builds"
+            counts = tf.debugging.assert_equal(tf.size(parsed.labels), tf.size(listed), message)
+            with tf.control_dependencies([counts]):  # first: unequal lengths may broadcast
+                same = tf.debugging.assert_equal(parsed.labels, listed, message)
             with tf.control_dependencies([same]):
                 return tf.constant(True), decode(parsed)
 

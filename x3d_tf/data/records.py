@@ -19,7 +19,7 @@ from x3d_tf.data.video import EncodedVideo, VideoError
 VIDEOS_PER_SHARD = 64  # at 4 to 10 MB a ten-second video a shard is a few hundred megabytes
 
 _CONTEXT = {
-    "clip/label/index": tf.io.FixedLenFeature([], tf.int64),
+    "clip/label/index": tf.io.RaggedFeature(tf.int64),
     "clip/media_id": tf.io.FixedLenFeature([], tf.string),
     "image/frame_rate": tf.io.FixedLenFeature([], tf.float32),
 }
@@ -27,28 +27,35 @@ _FRAMES = {"image/encoded": tf.io.FixedLenSequenceFeature([], tf.string)}
 
 
 class Source(NamedTuple):
-    """A video on its way into a record: its name, and its class as an index."""
+    """A video on its way into a record: its name, and its classes as ascending indices."""
 
     media_id: str
-    label: int
+    labels: tuple[int, ...]
 
 
 class ParsedRecord(NamedTuple):
-    """A record's content as tensors: JPEG files, string [frames]; label, int64; fps, float32; media_id, string."""
+    """A record's content as tensors.
+
+    Attributes:
+        frames: JPEG files, string [frames].
+        labels: the classes' indices, int64 [labels].
+        fps: float32.
+        media_id: string.
+    """
 
     frames: tf.Tensor
-    label: tf.Tensor
+    labels: tf.Tensor
     fps: tf.Tensor
     media_id: tf.Tensor
 
 
-def encode_record(video: EncodedVideo, source: Source, class_name: str) -> bytes:
-    """One video as a serialised SequenceExample; equal input gives equal bytes."""
-    name = class_name.encode()
+def encode_record(video: EncodedVideo, source: Source, classes: Sequence[str]) -> bytes:
+    """One video as a serialised SequenceExample; `classes` names all of them. Equal input gives equal bytes."""
+    names = [classes[label].encode() for label in source.labels]
     context = {
-        "clip/label/index": _ints([source.label]),
-        "clip/label/string": _bytes([name]),  # MediaSequence's name for it
-        "clip/label/text": _bytes([name]),  # DMVR's
+        "clip/label/index": _ints(source.labels),
+        "clip/label/string": _bytes(names),  # MediaSequence's name for it
+        "clip/label/text": _bytes(names),  # DMVR's
         "clip/media_id": _bytes([source.media_id.encode()]),
         "image/format": _bytes([b"JPEG"]),
         "image/frame_rate": tf.train.Feature(float_list=tf.train.FloatList(value=[video.fps])),
@@ -151,9 +158,9 @@ def write_split(
             for source in sources[index * VIDEOS_PER_SHARD : (index + 1) * VIDEOS_PER_SHARD]:
                 video = next(encoded)
                 if isinstance(video, EncodedVideo):
-                    position = writer.write(encode_record(video, source, classes[source.label]))
+                    position = writer.write(encode_record(video, source, classes))
                     frames = len(video.frames)
-                    written.append(Record(len(shards), *position, frames, video.fps, source.label, source.media_id))
+                    written.append(Record(len(shards), *position, frames, video.fps, source.labels, source.media_id))
                 on_result(video)
         if written:
             shards.append(writer.shard)
@@ -181,8 +188,8 @@ def read_index(shards: Sequence[Path]) -> tuple[Record, ...]:
                     media_id = parsed.media_id.numpy().decode()
                 except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
                     raise UserError(f"{path}, record {index} cannot be parsed: {error}") from error
-                frames, fps, label = len(parsed.frames), float(parsed.fps), int(parsed.label)
-                records.append(Record(number, offset, length, frames, fps, label, media_id))
+                frames, fps, labels = len(parsed.frames), float(parsed.fps), tuple(parsed.labels.numpy().tolist())
+                records.append(Record(number, offset, length, frames, fps, labels, media_id))
     return tuple(records)
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from x3d_tf import _plots
-from x3d_tf._checks import UserError
+from x3d_tf._checks import UserError, require
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.manifest import Manifest
@@ -132,8 +132,9 @@ def _labels(manifest: Manifest, split: str, class_names: tuple[str, ...]) -> np.
             f"{manifest.folder} has classes that the model does not know: {', '.join(unknown)}; it knows "
             f"{', '.join(class_names)}"
         )
+    require(manifest.task == "single_label", f"task of {manifest.folder}", "be single_label", manifest.task)
     of_model = np.array([class_names.index(name) for name in manifest.classes])
-    return of_model[[record.label for record in manifest.split(split).records]]
+    return of_model[[record.labels[0] for record in manifest.split(split).records]]
 
 
 def _write(

@@ -236,6 +236,7 @@ class History:
 
 
 def _check_records(manifest: Manifest, config: TrainConfig) -> None:
+    require(manifest.task == "single_label", f"task of {manifest.folder}", "be single_label", manifest.task)
     split = config.dataset.train_split
     held = len(manifest.split(split).records)
     fits = config.recipe.batch <= held
