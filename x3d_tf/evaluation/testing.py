@@ -7,23 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-from tqdm import tqdm
 
 from x3d_tf import _plots
 from x3d_tf._checks import UserError
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import evaluation_dataset, naming_records
 from x3d_tf.evaluation.metrics import confusion_matrix, top_k_accuracy
+from x3d_tf.evaluation.views import predict_split
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import load
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.training.run_folder import RunFolder
 
-_CLIPS = 8  # of one call of the network
 _CLIP_STARTS: ClipStarts = "offset"
 _FRAME_SAMPLING: FrameSampling = "slowfast"
 
@@ -76,7 +73,9 @@ def evaluate_run(
         raise UserError(f"{folder} holds a report already; choose another --output, or replace it with --overwrite")
     manifest, model = open_dataset(dataset), load(run.root)
     labels = _labels(manifest, dataset.eval_split, model.class_names)
-    probabilities = predict_split(model, manifest, dataset.eval_split, views)
+    probabilities = predict_split(
+        model, manifest, dataset.eval_split, views, clip_starts=_CLIP_STARTS, frame_sampling=_FRAME_SAMPLING
+    )
     report = _write(folder, model, manifest, dataset.eval_split, views, probabilities, labels, config.seed)
     print(describe(report))
     return report
@@ -85,43 +84,6 @@ def evaluate_run(
 def report_folder(run: RunFolder, dataset: DatasetSpec, temporal_views: int) -> Path:
     """Where the report of a test goes by itself."""
     return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{temporal_views}center"
-
-
-def predict_split(model: X3D, manifest: Manifest, split: str, views: ViewSpec) -> np.ndarray:
-    """Class probabilities of each video, averaged over its views in float32.
-
-    Args:
-        model: logits out.
-        manifest: of the records.
-        split: which part.
-        views: which clips and crops.
-
-    Returns:
-        (videos, classes), float32, in the order of the manifest.
-    """
-    forward = tf.function(lambda clips: tf.nn.softmax(tf.cast(model(clips, training=False), tf.float32)))
-    videos = len(manifest.split(split).records)
-    sums = np.zeros((videos, model.num_classes), np.float32)
-    with naming_records(), tqdm(total=videos * views.views, unit=" clips", desc="testing", mininterval=1.0) as bar:
-        for clips, video in _clips(manifest, split, model, views):
-            probabilities = forward(clips).numpy()
-            if not np.isfinite(probabilities).all():
-                raise UserError(f"the network gives probabilities that are not numbers for {manifest.folder}")
-            np.add.at(sums, video.numpy(), probabilities)
-            bar.update(len(probabilities))
-    return sums / np.float32(views.views)
-
-
-def _clips(manifest: Manifest, split: str, model: X3D, views: ViewSpec) -> tf.data.Dataset:
-    """Batches of clips and the number of the video of each; every video is decoded once."""
-
-    def one_by_one(clips: Any, labels: Any, records: Any) -> tf.data.Dataset:
-        return tf.data.Dataset.from_tensor_slices((clips[0], tf.repeat(records, views.views)))
-
-    dataset = evaluation_dataset(
-        manifest, split, model.clip, views, clip_starts=_CLIP_STARTS, frame_sampling=_FRAME_SAMPLING
-    )
-    return dataset.flat_map(one_by_one).batch(_CLIPS).prefetch(2)
 
 
 def _labels(manifest: Manifest, split: str, class_names: tuple[str, ...]) -> np.ndarray:
