@@ -1,4 +1,4 @@
-"""Metrics against counting by hand, and multi-view testing against one view at a time."""
+"""Multi-view testing against one view at a time, and the reports of it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,36 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from x3d_tf.evaluation.metrics import confusion_matrix, top_k_accuracy
-
-
-def naive_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    hits = [label in sorted(range(len(row)), key=lambda c: (-row[c], c))[:k] for row, label in zip(scores, labels)]
-    return sum(hits) / len(hits)
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 9])
-def test_top_k_counts_like_sorting(k: int) -> None:
-    draw = np.random.default_rng(k)
-    scores = draw.integers(0, 4, (200, 7)) / 4  # many ties
-    labels = draw.integers(0, 7, 200)
-    assert top_k_accuracy(scores, labels, k) == pytest.approx(naive_top_k(scores, labels, k))
-
-
-def test_no_samples_have_no_accuracy() -> None:
-    assert np.isnan(top_k_accuracy(np.zeros((0, 3)), np.zeros(0, int), 1))
-
-
 def test_class_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     from x3d_tf import _plots
 
     _plots.save_confusion(np.eye(2, dtype=int), ("a$^$", "b_{$"), tmp_path / "confusion.png", "$title^")
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_confusion_counts_pairs() -> None:
-    counts = confusion_matrix(np.array([0, 1, 1, 2]), np.array([0, 0, 0, 2]), 3)
-    assert counts.tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 1]]
 
 
 class FixedLogits:
