@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+
 def test_class_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     from x3d_tf import _plots
 

@@ -53,7 +53,7 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """`average_precision` of each class, (samples, classes) -> float64 (classes,); nan for classes without positives."""
+    """`average_precision` of each class, (samples, classes) -> float64 (classes,); nan where none is positive."""
     return np.array([average_precision(scores[:, number], truth[:, number]) for number in range(scores.shape[1])])
 
 
