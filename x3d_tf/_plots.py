@@ -62,3 +62,26 @@ def save_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, t
                 colour = "white" if shares[true, predicted] > 0.5 else "black"
                 number = int(counts[true, predicted])
                 axes.text(predicted, true, number, ha="center", va="center", color=colour, fontsize=8)
+
+
+def save_sweep(
+    points: Sequence[tuple[float, float]], clips: Sequence[int], path: Path, title: str, metric: str
+) -> None:
+    """Accuracy over the cost of a video, with a linear and with a logarithmic axis, as a PNG.
+
+    Args:
+        points: (GMACs of all views of a video, accuracy in [0, 1]), one for each number of clips.
+        clips: those numbers, written beside the points.
+        path: replaced if it is there.
+        title: of the figure.
+        metric: name of the accuracy.
+    """
+    costs, accuracies = [cost for cost, _ in points], [100 * accuracy for _, accuracy in points]
+    with _figure(path, figsize=(10, 4)) as figure:
+        figure.suptitle(title)
+        for axes, scale in zip(figure.subplots(1, 2), ("linear", "log")):
+            axes.plot(costs, accuracies, marker="o")
+            axes.set(xscale=scale, xlabel=f"GMACs a video ({scale})", ylabel=f"{metric} in %")
+            axes.grid(alpha=0.3, which="both" if scale == "log" else "major")
+            for x, y, number in zip(costs, accuracies, clips):
+                axes.annotate(f"K={number}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)

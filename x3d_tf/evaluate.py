@@ -1,46 +1,141 @@
-"""Tests the model of a finished run on records: top-1, top-5, cost, predictions and a confusion matrix.
+"""Tests a trained network on records: accuracy, cost, predictions, a table of the classes, a confusion matrix.
 
-As the run itself was tested, on other clips of each video, or on other records:
+As the run itself was tested, with other views of each video, or on other records:
   python -m x3d_tf.evaluate --run=runs/x3d_s
-  python -m x3d_tf.evaluate --run=runs/x3d_s --views=1
+  python -m x3d_tf.evaluate --run=runs/x3d_s --views=10 --crops=3
   python -m x3d_tf.evaluate --run=runs/mine --records=data/other --split=test
 
-K-Center testing (paper, section 4): K clips spread evenly over each video, the short side scaled to 128γs pixels, a
-centre crop of 112γs, and the mean of the probabilities.
+A model file without its run:
+  python -m x3d_tf.evaluate --model=model.keras --records=data/mine --split=test --output=reports/mine
+
+Accuracy over cost, with 1, 3, 5, 7 and 10 clips of each video; goes on where it was stopped:
+  python -m x3d_tf.evaluate --run=runs/x3d_s --sweep
+
+The checkpoints of a run that is training in another process, as they come:
+  python -m x3d_tf.evaluate --run=runs/x3d_s --watch --views=1
+
+One table of the reports of several runs, beside the paper's figures:
+  python -m x3d_tf.evaluate --compare=runs/a --compare=runs/b --output=reports/a_b
+
+K-Center testing (paper, section 4) takes K clips spread evenly over each video, scales the short side to 128γs pixels
+and cuts out a centre crop of 112γs; K-LeftCenterRight testing (--crops=3) takes three crops of 128γs instead. The
+probabilities of all views are averaged. With several labels a video, results are mAP: the mean over the classes that
+have positives.
 """
+
+from typing import Any
 
 from absl import flags
 
 from x3d_tf import _command
+from x3d_tf._checks import UserError
 from x3d_tf.training.run_folder import RunFolder
 
 FLAGS = flags.FLAGS
 
+_HOW = ("records", "split", "views", "crops", "clip_starts", "frame_sampling", "head_pool")  # to test
+
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("run", None, "The run folder.", required=True)
+    flags.DEFINE_string("run", None, "The run folder.")
+    flags.DEFINE_string("model", None, "A .keras file, instead of a run; takes --records, --split and --output.")
+    flags.DEFINE_multi_string(
+        "compare", None, "Print a table of a run's reports, testing nothing; may be given several times."
+    )
+    flags.DEFINE_bool("sweep", False, "Test with 1, 3, 5, 7 and 10 clips of each video and plot accuracy over cost.")
+    flags.DEFINE_bool("watch", False, "Test each new checkpoint of the run until it is finished.")
+    flags.DEFINE_float("poll_seconds", 30.0, "With --watch: time from one look to the next.", lower_bound=0.1)
     flags.DEFINE_string("records", None, "Folder of records; the run's own unless given.")
     flags.DEFINE_string("split", None, "Part of the records; the one that the run tests on unless given.")
-    flags.DEFINE_integer("views", None, "Clips of each video, K; the run's own unless given.", lower_bound=1)
+    flags.DEFINE_integer("views", None, "Clips of each video, K; the run's own, 10 of a file.", lower_bound=1)
+    flags.DEFINE_enum("crops", "1", ["1", "3"], "Crops of each clip: the centre, or left, centre and right.")
+    flags.DEFINE_enum(
+        "clip_starts",
+        "offset",
+        ["offset", "slowfast"],
+        "Clips from the start of a video to its end, the middle where K is 1; or PySlowFast's, which never reach it.",
+    )
+    flags.DEFINE_enum(
+        "frame_sampling",
+        None,
+        ["slowfast", "exact"],
+        "Frames spread from end to end of a clip's time, or exactly γτ apart; as the run was trained unless given.",
+    )
+    flags.DEFINE_enum(
+        "head_pool",
+        None,
+        ["global", "fixed_probabilities", "fixed_logits"],
+        "What the head does with the larger crops of --crops=3; the network's own unless given.",
+    )
     flags.DEFINE_string("output", None, "Folder of the report; within the run's evaluation/ unless given.")
     flags.DEFINE_bool("overwrite", False, "Make a report anew that is there already.")
 
 
 def main() -> None:
-    """Tests as the flags say."""
-    _command.quiet_tensorflow()
-    from x3d_tf.evaluation.testing import evaluate_run
+    """Tests, or compares, as the flags say."""
+    _check_flags()
+    if FLAGS.compare:
+        from x3d_tf.evaluation.comparison import compare
 
-    report = evaluate_run(
-        RunFolder(FLAGS.run),
-        records=FLAGS.records,
-        split=FLAGS.split,
-        temporal_views=FLAGS.views,
-        output=FLAGS.output,
-        overwrite=FLAGS.overwrite,
-    )
-    print(f"results: {report.folder}/: results.json, predictions.csv, confusion.png")
+        compare(FLAGS.compare, output=FLAGS.output, overwrite=FLAGS.overwrite)
+        if FLAGS.output:
+            print(f"tables: {FLAGS.output}/: comparison.csv, comparison.md")
+        return
+    _command.quiet_tensorflow()
+    if FLAGS.watch:
+        from x3d_tf.evaluation.watch import watch_run
+
+        watch_run(RunFolder(FLAGS.run), poll_seconds=FLAGS.poll_seconds, overwrite=FLAGS.overwrite, **_procedure())
+    elif FLAGS.sweep:
+        from x3d_tf.evaluation.sweep import sweep_file, sweep_run
+
+        to = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_procedure()}
+        sweep = sweep_run(RunFolder(FLAGS.run), **to) if FLAGS.run else sweep_file(FLAGS.model, **to)
+        print(f"results: {sweep.folder}/: sweep.csv, sweep.png")
+    else:
+        from x3d_tf.evaluation.testing import evaluate_file, evaluate_run
+
+        to = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_procedure()}
+        report = evaluate_run(RunFolder(FLAGS.run), **to) if FLAGS.run else evaluate_file(FLAGS.model, **to)
+        print(f"results: {report.folder}/: {', '.join(sorted(path.name for path in report.folder.glob('[!.]*')))}")
+
+
+def _procedure() -> dict[str, Any]:
+    return {
+        "records": FLAGS.records,
+        "split": FLAGS.split,
+        "temporal_views": FLAGS.views,
+        "spatial_crops": int(FLAGS.crops),
+        "clip_starts": FLAGS.clip_starts,
+        "frame_sampling": FLAGS.frame_sampling,
+        "head_pool": FLAGS.head_pool,
+    }
+
+
+def _check_flags() -> None:
+    """Raises `UserError` where flags do not go together."""
+    given = [name for name in ("run", "model", "compare") if FLAGS[name].value]
+    if len(given) != 1:
+        there = ", ".join(f"--{name}" for name in given) or "none"
+        raise UserError(f"exactly one of --run, --model and --compare must be given, got {there}")
+
+    def refuse(names: tuple[str, ...], why: str) -> None:
+        found = [f"--{name}" for name in names if FLAGS[name].value != FLAGS[name].default]
+        if found:
+            raise UserError(f"{', '.join(found)} must not be given {why}")
+
+    if FLAGS.compare:
+        refuse((*_HOW, "sweep", "watch"), "with --compare, which tests nothing")
+    if FLAGS.sweep:
+        refuse(("views", "watch"), "with --sweep, which takes 1, 3, 5, 7 and 10 clips")
+    if FLAGS.watch:
+        refuse(("model", "output"), "with --watch, which is for --run and writes into its folder")
+    else:
+        refuse(("poll_seconds",), "without --watch")
+    missing = [f"--{name}" for name in ("records", "split", "output") if not FLAGS[name].value]
+    if FLAGS.model and missing:
+        raise UserError(f"--model={FLAGS.model} takes {', '.join(missing)} too: a file does not say what to test it on")
 
 
 if __name__ == "__main__":

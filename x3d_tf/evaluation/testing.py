@@ -1,200 +1,336 @@
-"""Multi-view testing: each video's probabilities are the mean over clips spread across it (paper, section 4)."""
+"""Multi-view testing of a run or of a model file: from what is asked for to a report."""
 
-import csv
-import json
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import tensorflow as tf
-from tqdm import tqdm
 
-from x3d_tf import _plots
-from x3d_tf._checks import UserError, require
+from x3d_tf._checks import UserError, check_field_types, require
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import evaluation_dataset, naming_records
-from x3d_tf.evaluation.metrics import confusion_matrix, top_k_accuracy
+from x3d_tf.evaluation.comparison import describe
+from x3d_tf.evaluation.reports import RESULTS_NAME, Predictions, Report, refuse_to_replace, write_report
+from x3d_tf.evaluation.views import predict_split
 from x3d_tf.modeling.cost import cost
-from x3d_tf.modeling.expansion import name_of
-from x3d_tf.modeling.saving import load
+from x3d_tf.modeling.expansion import Expansion, name_of
+from x3d_tf.modeling.saving import load, model_file
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.training.recipe import TrainConfig
 from x3d_tf.training.run_folder import RunFolder
 
-_CLIPS = 8  # of one call of the network
-_CLIP_STARTS: ClipStarts = "offset"
-_FRAME_SAMPLING: FrameSampling = "slowfast"
+HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
+
+_TEMPORAL_VIEWS = 10  # of a model file, which has no run to say it
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a test found, and the folder with the details.
+@dataclass(frozen=True, kw_only=True)
+class Procedure:
+    """How to test. None stands for what the run, or else the network, does by itself.
 
     Attributes:
-        folder: holds results.json, predictions.csv and confusion.png.
-        results: the content of results.json.
+        records: folder of the records. Their classes must be among the model's.
+        split: its part.
+        temporal_views: clips of a video, K.
+        spatial_crops: 1 is K-Center testing: the short side scaled to 128γs pixels, a centre crop of 112γs. 3 is
+            K-LeftCenterRight: the same scale, three crops of 128γs along the longer side.
+        clip_starts: how the clips are spread over a video; see `clips.view_starts`.
+        frame_sampling: which frames a clip takes; see `clips.frame_indices`.
+        head_pool: what the head does with crops larger than the training crop; see `ModelOptions.head_pool`. Makes a
+            difference with three crops only.
+
+    Raises:
+        SettingTypeError, UserError: naming the setting, the rule and the value received.
     """
 
-    folder: Path
-    results: dict[str, Any]
+    records: str | None = None
+    split: str | None = None
+    temporal_views: int | None = None
+    spatial_crops: int = 1
+    clip_starts: ClipStarts = "offset"
+    frame_sampling: FrameSampling | None = None
+    head_pool: HeadPool | None = None
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        require(self.spatial_crops in (1, 3), "Procedure.spatial_crops", "be 1 or 3", self.spatial_crops)
+        for name in ("records", "split"):
+            require(getattr(self, name) != "", f"Procedure.{name}", "not be empty", getattr(self, name))
+        at_least_one = self.temporal_views is None or self.temporal_views >= 1
+        require(at_least_one, "Procedure.temporal_views", "be at least 1", self.temporal_views)
+
+    def views_of(self, expansion: Expansion, temporal_views: int) -> ViewSpec:
+        """The views of each video; `temporal_views` is what None stands for."""
+        size = expansion.clip.size if self.spatial_crops == 1 else expansion.test_size
+        return ViewSpec(
+            temporal_views=self.temporal_views or temporal_views,
+            spatial_crops=self.spatial_crops,
+            resize=expansion.test_size,
+            crop=size,
+        )
+
+    def dataset_of(self, config: TrainConfig) -> DatasetSpec:
+        """The records of a run, or those that are asked for instead."""
+        dataset = replace(config.dataset, eval_split=self.split or config.dataset.eval_split)
+        if self.records is None:
+            return dataset
+        return replace(dataset, name="records", records=self.records, train_split=dataset.eval_split)
+
+    def suffix(self, config: TrainConfig) -> str:
+        """What tells a report of this procedure from the one of the run's own, as part of a folder's name."""
+        own_frames = frame_sampling_of(config.dataset)
+        parts = [
+            f"_{self.clip_starts}_starts" if self.clip_starts != "offset" else "",
+            f"_{self.frame_sampling}_frames" if self.frame_sampling not in (None, own_frames) else "",
+            f"_{self.head_pool}" if self.head_pool not in (None, config.model.head_pool) else "",
+        ]
+        return "".join(parts)
 
 
-def evaluate_run(
-    run: RunFolder,
-    *,
-    records: str | None = None,
-    split: str | None = None,
-    temporal_views: int | None = None,
-    output: str | None = None,
-    overwrite: bool = False,
-) -> Report:
-    """Tests the model of a finished run by K-Center testing and writes a report.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measurement:
+    """A network, the videos to test it on, and how: everything that decides what comes out.
+
+    Attributes:
+        model: the network.
+        weights: where they come from, for the report.
+        manifest: of the records.
+        split: their part.
+        views: of each video.
+        clip_starts, frame_sampling: see `Procedure`.
+        seed: of the run; None for a model file.
+
+    Raises:
+        UserError: records of classes that the model does not know, or of another task; a pooling that does not suit the
+            task.
+    """
+
+    model: X3D
+    weights: dict[str, Any]
+    manifest: Manifest
+    split: str
+    views: ViewSpec
+    clip_starts: ClipStarts
+    frame_sampling: FrameSampling
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        known, folder = self.model.class_names, self.manifest.folder
+        unknown = [name for name in self.manifest.classes if name not in known]
+        if unknown:
+            raise UserError(
+                f"{folder} has classes that the model does not know: {', '.join(unknown)}; it knows {', '.join(known)}"
+            )
+        require(task_of(self.manifest) == task_of(self.model), f"task of {folder}", *_task_rule(self))
+        several = task_of(self.model) == "multi_label"  # this pooling is a mean of softmax outputs
+        fits = not (several and self.model.options.head_pool == "fixed_probabilities")
+        require(fits, "head_pool", "be global or fixed_logits for multi-label networks", "fixed_probabilities")
+
+    def with_views(self, temporal_views: int) -> "Measurement":
+        """The same with another number of clips."""
+        return replace(self, views=replace(self.views, temporal_views=temporal_views))
+
+    def settings(self) -> dict[str, Any]:
+        """What results.json says of it."""
+        model, views = self.model, self.views
+        count = cost(
+            model.expansion,
+            replace(model.clip, size=views.crop),
+            num_classes=model.num_classes,
+            options=model.options,
+        )
+        return {
+            "network": name_of(model.expansion),
+            **self.weights,
+            "records": str(self.manifest.folder),
+            "records_sha256": self.manifest.fingerprint(),
+            "split": self.split,
+            "task": task_of(model),
+            "videos": len(self.manifest.split(self.split).records),
+            "classes": model.num_classes,
+            "views": f"{views.temporal_views}-{'Center' if views.spatial_crops == 1 else 'LeftCenterRight'}",
+            "gmacs_per_clip": count.macs / 1e9,
+            "gmacs_per_video": count.macs * views.views / 1e9,
+            "params": count.params,
+            "frames": model.clip.frames,
+            "stride": model.clip.stride,
+            "resize": views.resize,
+            "crop": views.crop,
+            "clip_starts": self.clip_starts,
+            "frame_sampling": self.frame_sampling,
+            "head_pool": model.options.head_pool,
+            "stem_kernel": model.options.stem_kernel,
+            "options": asdict(model.options),
+            "seed": self.seed,
+        }
+
+    def predict(self) -> Predictions:
+        """Runs the network over all views of all videos."""
+        probabilities = predict_split(
+            self.model,
+            self.manifest,
+            self.split,
+            self.views,
+            clip_starts=self.clip_starts,
+            frame_sampling=self.frame_sampling,
+        )
+        records = self.manifest.split(self.split).records
+        names = self.model.class_names
+        return Predictions(
+            tuple(record.media_id for record in records), names, probabilities, self._truth(), task_of(self.model)
+        )
+
+    def _truth(self) -> np.ndarray:
+        """The model's classes of each record, bool (videos, classes)."""
+        of_model = [self.model.class_names.index(name) for name in self.manifest.classes]
+        records = self.manifest.split(self.split).records
+        truth = np.zeros((len(records), self.model.num_classes), bool)
+        for row, record in zip(truth, records):
+            row[[of_model[label] for label in _labels(record)]] = True
+        return truth
+
+    def report(self, folder: Path) -> Report:
+        """Tests and writes the report.
+
+        Raises:
+            UserError: records that are missing or damaged; probabilities that are not numbers.
+        """
+        folder.mkdir(parents=True, exist_ok=True)  # before the long part, which a mistyped path should not waste
+        return write_report(folder, self.settings(), self.predict())
+
+
+def task_of(thing: Any) -> Literal["single_label", "multi_label"]:
+    """The task of a network or of records."""
+    return getattr(thing, "task", "single_label")
+
+
+def frame_sampling_of(dataset: DatasetSpec) -> FrameSampling:
+    """Which frames a clip of a run takes."""
+    return getattr(dataset, "frame_sampling", "slowfast")
+
+
+def _task_rule(measurement: Measurement) -> tuple[str, str]:
+    return f"be the model's, {task_of(measurement.model)}", task_of(measurement.manifest)
+
+
+def _labels(record: Any) -> tuple[int, ...]:
+    return record.labels if hasattr(record, "labels") else (record.label,)
+
+
+def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
+    """The same network and weights with another pooling of the head; the model itself if it is its own or None."""
+    if head_pool is None or head_pool == model.options.head_pool:
+        return model
+    changed = X3D(model.expansion, model.num_classes, replace(model.options, head_pool=head_pool))
+    changed.set_weights(model.get_weights())  # poolings have no weights, so the lists are the same
+    changed.class_names = model.class_names
+    changed.task = task_of(model)
+    return changed
+
+
+def measurement_of_run(run: RunFolder, procedure: Procedure, model: X3D, weights: dict[str, Any]) -> Measurement:
+    """What is tested where a run's network is: the run's own records and settings but for what is asked for.
 
     Args:
         run: the run.
-        records: folder of the records; the run's own unless given. Their classes must be among the model's.
-        split: its part; the one that the run tests on unless given.
-        temporal_views: clips of a video, K; the run's own unless given.
-        output: folder of the report; `evaluation/RECORDS_SPLIT_Kcenter` in the run folder unless given.
-        overwrite: whether a report that is there may be replaced.
-
-    Raises:
-        UserError: the run has no model yet; the records are missing, damaged or of other classes; a report is there.
+        procedure: what is asked for.
+        model: its network, of model.keras or of a checkpoint.
+        weights: where they come from, for the report.
     """
     config = run.read_config()
-    dataset = replace(config.dataset, eval_split=split or config.dataset.eval_split)
-    if records is not None:
-        dataset = replace(dataset, name="records", records=records, train_split=dataset.eval_split)
-    expansion = config.expansion
-    views = ViewSpec(
-        temporal_views=temporal_views or config.test_views, resize=expansion.test_size, crop=expansion.clip.size
+    dataset = procedure.dataset_of(config)
+    return Measurement(
+        model=with_head_pool(model, procedure.head_pool),
+        weights=weights,
+        manifest=open_dataset(dataset),
+        split=dataset.eval_split,
+        views=procedure.views_of(config.expansion, config.test_views),
+        clip_starts=procedure.clip_starts,
+        frame_sampling=procedure.frame_sampling or frame_sampling_of(dataset),
+        seed=config.seed,
     )
-    folder = Path(output) if output else report_folder(run, dataset, views.temporal_views)
-    if (folder / "results.json").is_file() and not overwrite:
-        raise UserError(f"{folder} holds a report already; choose another --output, or replace it with --overwrite")
-    manifest, model = open_dataset(dataset), load(run.root)
-    labels = _labels(manifest, dataset.eval_split, model.class_names)
-    probabilities = predict_split(model, manifest, dataset.eval_split, views)
-    report = _write(folder, model, manifest, dataset.eval_split, views, probabilities, labels, config.seed)
+
+
+def measurement_of_file(file: Path, procedure: Procedure) -> Measurement:
+    """What is tested where a model file is.
+
+    Raises:
+        UserError: no such file, or not one of ours; a procedure that does not name records and split.
+    """
+    if procedure.records is None or procedure.split is None:
+        raise UserError(f"to test the file {file}, say on what: give --records and --split")
+    model = load(file)
+    return Measurement(
+        model=with_head_pool(model, procedure.head_pool),
+        weights=weights_of(file),
+        manifest=Manifest.load(procedure.records),
+        split=procedure.split,
+        views=procedure.views_of(model.expansion, _TEMPORAL_VIEWS),
+        clip_starts=procedure.clip_starts,
+        frame_sampling=procedure.frame_sampling or "slowfast",
+        seed=None,
+    )
+
+
+def weights_of(path: Path) -> dict[str, Any]:
+    """Name and SHA-256 of a model file, for the report."""
+    file = model_file(path)
+    with file.open("rb") as content:
+        return {"weights": str(file), "weights_sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **procedure: Any) -> Report:
+    """Tests the model of a finished run and writes a report.
+
+    Args:
+        run: the run.
+        output: folder of the report; `evaluation/RECORDS_SPLIT_Kcenter` in the run folder unless given.
+        overwrite: whether a report that is there may be replaced.
+        **procedure: the fields of `Procedure`: records, split, temporal_views, spatial_crops, clip_starts,
+            frame_sampling, head_pool.
+
+    Raises:
+        UserError: the run has no model yet; the records are missing, damaged or of other classes; a report is there; a
+            setting out of range.
+    """
+    asked = Procedure(**procedure)
+    folder = Path(output) if output else folder_of(run, asked)
+    refuse_to_replace(folder / RESULTS_NAME, overwrite)
+    report = measurement_of_run(run, asked, load(run.root), weights_of(run.root)).report(folder)
     print(describe(report))
     return report
 
 
-def report_folder(run: RunFolder, dataset: DatasetSpec, temporal_views: int) -> Path:
-    """Where the report of a test goes by itself."""
-    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{temporal_views}center"
-
-
-def predict_split(model: X3D, manifest: Manifest, split: str, views: ViewSpec) -> np.ndarray:
-    """Class probabilities of each video, averaged over its views in float32.
+def evaluate_file(file: str | Path, *, output: str, overwrite: bool = False, **procedure: Any) -> Report:
+    """Tests a `.keras` file of this package as it is and writes a report.
 
     Args:
-        model: logits out.
-        manifest: of the records.
-        split: which part.
-        views: which clips and crops.
+        file: the file.
+        output: folder of the report.
+        overwrite: whether a report that is there may be replaced.
+        **procedure: the fields of `Procedure`, among them records and split; 10 clips a video unless told.
 
-    Returns:
-        (videos, classes), float32, in the order of the manifest.
+    Raises:
+        UserError: no such file, or not one of ours; otherwise as `evaluate_run`.
     """
-    forward = tf.function(lambda clips: tf.nn.softmax(tf.cast(model(clips, training=False), tf.float32)))
-    videos = len(manifest.split(split).records)
-    sums = np.zeros((videos, model.num_classes), np.float32)
-    with naming_records(), tqdm(total=videos * views.views, unit=" clips", desc="testing", mininterval=1.0) as bar:
-        for clips, video in _clips(manifest, split, model, views):
-            probabilities = forward(clips).numpy()
-            if not np.isfinite(probabilities).all():
-                raise UserError(f"the network gives probabilities that are not numbers for {manifest.folder}")
-            np.add.at(sums, video.numpy(), probabilities)
-            bar.update(len(probabilities))
-    return sums / np.float32(views.views)
+    folder = Path(output)
+    refuse_to_replace(folder / RESULTS_NAME, overwrite)
+    report = measurement_of_file(Path(file), Procedure(**procedure)).report(folder)
+    print(describe(report))
+    return report
 
 
-def _clips(manifest: Manifest, split: str, model: X3D, views: ViewSpec) -> tf.data.Dataset:
-    """Batches of clips and the number of the video of each; every video is decoded once."""
-
-    def one_by_one(clips: Any, labels: Any, records: Any) -> tf.data.Dataset:
-        return tf.data.Dataset.from_tensor_slices((clips[0], tf.repeat(records, views.views)))
-
-    dataset = evaluation_dataset(
-        manifest, split, model.clip, views, clip_starts=_CLIP_STARTS, frame_sampling=_FRAME_SAMPLING
-    )
-    return dataset.flat_map(one_by_one).batch(_CLIPS).prefetch(2)
+def folder_of(run: RunFolder, procedure: Procedure, temporal_views: int | str | None = None) -> Path:
+    """Where the report of a procedure goes by itself; `temporal_views` takes the place of its number of clips."""
+    config = run.read_config()
+    count = temporal_views or procedure.temporal_views or config.test_views
+    crops = "center" if procedure.spatial_crops == 1 else "leftcenterright"
+    return report_folder(run, procedure.dataset_of(config), f"{count}{crops}{procedure.suffix(config)}")
 
 
-def _labels(manifest: Manifest, split: str, class_names: tuple[str, ...]) -> np.ndarray:
-    """The model's class of each record of a split."""
-    unknown = [name for name in manifest.classes if name not in class_names]
-    if unknown:
-        raise UserError(
-            f"{manifest.folder} has classes that the model does not know: {', '.join(unknown)}; it knows "
-            f"{', '.join(class_names)}"
-        )
-    require(manifest.task == "single_label", f"task of {manifest.folder}", "be single_label", manifest.task)
-    of_model = np.array([class_names.index(name) for name in manifest.classes])
-    return of_model[[record.labels[0] for record in manifest.split(split).records]]
-
-
-def _write(
-    folder: Path,
-    model: X3D,
-    manifest: Manifest,
-    split: str,
-    views: ViewSpec,
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    seed: int,
-) -> Report:
-    test_clip = replace(model.clip, size=views.crop)
-    macs = cost(model.expansion, test_clip, num_classes=model.num_classes, options=model.options).macs
-    results = {
-        "network": name_of(model.expansion),
-        "records": str(manifest.folder),
-        "split": split,
-        "videos": len(labels),
-        "classes": model.num_classes,
-        "views": f"{views.temporal_views}-{'Center' if views.spatial_crops == 1 else 'LeftCenterRight'}",
-        "top1": top_k_accuracy(probabilities, labels, 1),
-        "top5": top_k_accuracy(probabilities, labels, 5),
-        "gmacs_per_clip": macs / 1e9,
-        "gmacs_per_video": macs * views.views / 1e9,
-        "resize": views.resize,
-        "crop": views.crop,
-        "clip_starts": _CLIP_STARTS,
-        "frame_sampling": _FRAME_SAMPLING,
-        "head_pool": model.options.head_pool,
-        "stem_kernel": model.options.stem_kernel,
-        "seed": seed,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_predictions(folder / "predictions.csv", manifest, split, model.class_names, probabilities, labels)
-    confusion = confusion_matrix(probabilities.argmax(axis=1), labels, model.num_classes)
-    title = f"{results['network']}, {split}, {results['views']}: top-1 {results['top1']:.1%}"
-    _plots.save_confusion(confusion, model.class_names, folder / "confusion.png", title)
-    # last: a folder that has it has the rest
-    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return Report(folder, results)
-
-
-def _write_predictions(
-    path: Path, manifest: Manifest, split: str, names: tuple[str, ...], probabilities: np.ndarray, labels: np.ndarray
-) -> None:
-    """One row a video: its name, its class, the class with the highest probability, and all probabilities."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["video", "label", "predicted", *(f"p({name})" for name in names)])
-        for record, label, row in zip(manifest.split(split).records, labels, probabilities):
-            writer.writerow([record.media_id, names[label], names[row.argmax()], *(f"{p:.6g}" for p in row)])
-
-
-def describe(report: Report) -> str:
-    """The results in one line for people."""
-    r = report.results
-    top5 = f", top-5 {r['top5']:.1%}" if r["classes"] > 5 else ""
-    return (
-        f"{r['network']} on {r['records']}, split {r['split']}: top-1 {r['top1']:.1%}{top5} ({r['videos']} videos, "
-        f"{r['classes']} classes, {r['views']}, {r['gmacs_per_video']:.2f} GMACs a video; the paper's figures "
-        "are of Kinetics)"
-    )
+def report_folder(run: RunFolder, dataset: DatasetSpec, views: int | str) -> Path:
+    """Where the report of a test goes by itself; `views` is a number of centre clips, or says it in words."""
+    words = f"{views}center" if isinstance(views, int) else views
+    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{words}"

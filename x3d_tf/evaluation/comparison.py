@@ -1,0 +1,139 @@
+"""One table of several reports, beside what the paper prints of the same networks. Imports no TensorFlow."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from x3d_tf._checks import UserError, require
+from x3d_tf.evaluation.published import differences, published_for
+from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, write_csv
+
+_PAPER = "paper's top-1"
+_NUMERIC = ("videos", "top-1", "top-5", "mAP", "GMACs a video", "M parameters", _PAPER)
+_EMPTY = "-"
+
+
+def find_reports(paths: Sequence[str]) -> list[Report]:
+    """The reports of runs.
+
+    Args:
+        paths: run folders, of which all reports are taken, or folders of one report each.
+
+    Raises:
+        UserError: a path without a report, or a damaged report.
+    """
+    found: list[Report] = []
+    for path in map(Path, paths):
+        inside = sorted((path / "evaluation").glob(f"*/{RESULTS_NAME}"))
+        files = [path / RESULTS_NAME] if (path / RESULTS_NAME).is_file() else inside
+        if not files:
+            raise UserError(f"{path} holds no report; make one with: python -m x3d_tf.evaluate --run={path}")
+        found += [read_report(file.parent) for file in files]
+    return found
+
+
+def table(reports: Sequence[Report]) -> list[dict[str, str]]:
+    """One row a report: column -> text. All rows have the same columns, those that any of them has a value for.
+
+    Accuracies are in percent; "GMACs a video" is the cost of a clip times the clips of a video. "paper" says whether
+    the paper's figure may be held against the measured one.
+    """
+    rows = [_row(report) for report in reports]
+    used = [column for column in rows[0] if any(row[column] != _EMPTY for row in rows)] if rows else []
+    return [{column: row[column] for column in used} for row in rows]
+
+
+def _row(report: Report) -> dict[str, str]:
+    r = report.results
+    views = round(r["gmacs_per_video"] / r["gmacs_per_clip"]) if r["gmacs_per_clip"] else 0
+    published = published_for(r) if "top1" in r else None
+    return {
+        "report": str(report.folder),
+        "network": r["network"],
+        "records": r["records"],
+        "split": r["split"],
+        "videos": str(r["videos"]),
+        "views": r["views"],
+        "top-1": _percent(r, "top1"),
+        "top-5": _percent(r, "top5") if r["classes"] > 5 else _EMPTY,  # of five classes it says nothing
+        "mAP": _percent(r, "map"),
+        "GMACs a video": f"{r['gmacs_per_clip']:.4g} x {views}",
+        "M parameters": f"{r['params'] / 1e6:.3f}" if "params" in r else _EMPTY,
+        _PAPER: f"{published.top1:.4g}" if published else _EMPTY,
+        "paper": _verdict(r) if published else _EMPTY,
+    }
+
+
+def _verdict(results: Mapping[str, Any]) -> str:
+    published = published_for(results)
+    if published is None:
+        return _EMPTY
+    found = differences(results, published)
+    source = f"{published.source}, {published.views}"
+    return f"not comparable: {', '.join(found)} ({source})" if found else f"comparable ({source})"
+
+
+def describe(report: Report) -> str:
+    """A report in a line for people, and in a second one what the paper prints of the network."""
+    r, row = report.results, _row(report)
+    measured = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
+    line = (
+        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(measured)} ({r['videos']} videos, "
+        f"{r['classes']} classes, {r['views']}, {row['GMACs a video']} GMACs a video, "
+        f"{row['M parameters']} M parameters)"
+    )
+    if row["paper"] == _EMPTY:
+        return line
+    return f"{line}\nthe paper's top-1 on Kinetics-400: {row[_PAPER]} %, {row['paper']}"
+
+
+def _percent(results: Mapping[str, Any], name: str) -> str:
+    return f"{100 * results[name]:.1f}" if name in results else _EMPTY
+
+
+def as_text(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table in aligned columns, for a terminal."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    right = [name in _NUMERIC for name in lines[0]]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, right)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table for a page."""
+    ruler = ["---:" if name in _NUMERIC else "---" for name in rows[0]]
+    lines = [list(rows[0]), ruler, *([cell.replace("|", "\\|") for cell in row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool = False) -> list[dict[str, str]]:
+    """Prints one table of the reports of several runs.
+
+    Args:
+        paths: run folders, or folders of one report each.
+        output: folder to write the table into, as comparison.csv and comparison.md; made if absent.
+        overwrite: whether tables that are there may be replaced.
+
+    Returns:
+        The rows, as `table` makes them.
+
+    Raises:
+        UserError: a path without a report, a damaged report, or a table is there.
+    """
+    require(bool(paths), "compare", "be given at least one run", paths)
+    if output:
+        for name in ("comparison.csv", "comparison.md"):
+            refuse_to_replace(Path(output) / name, overwrite)
+    rows = table(find_reports(paths))
+    print(as_text(rows))
+    if output:
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(folder / "comparison.csv", [list(rows[0]), *(list(row.values()) for row in rows)])
+        (folder / "comparison.md").write_text(as_markdown(rows), encoding="utf-8")
+    return rows
