@@ -20,7 +20,8 @@ import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.testing import evaluate_run
-from x3d_tf.training.loop import History, Trainer, train
+from x3d_tf.training.history import History
+from x3d_tf.training.loop import Trainer, train
 from x3d_tf.training.recipe import Recipe, TrainConfig
 from x3d_tf.training.run_folder import RunFolder
 
@@ -116,7 +117,7 @@ def test_the_model_is_the_last_checkpoint(finished: RunFolder) -> None:
     np.testing.assert_allclose(app(clip), keras.ops.softmax(network(clip)), atol=1e-6)
     assert network.class_names == ("left", "right")
     reader = tf.train.load_checkpoint(str(finished.checkpoints / "ckpt-60"))
-    saved = [reader.get_tensor(key) for key in reader.get_variable_to_shape_map() if key.startswith("variables/")]
+    saved = [reader.get_tensor(key) for key in reader.get_variable_to_shape_map() if key.startswith("weights/")]
     weights = np.asarray(network.get_layer("fc1").kernel)
     assert any(array.shape == weights.shape and np.array_equal(array, weights) for array in saved)
 
@@ -148,10 +149,10 @@ def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: in
     recipe = Recipe(batch=batch, reference_batch=batch, steps=2, warmup_steps=0)
     config = config_of(records, recipe=recipe, model=x3d_tf.ModelOptions(bn_group=group))
     if message is None:
-        Trainer(config, 2, tf.distribute.get_strategy())
+        Trainer(config, Manifest.load(records), tf.distribute.get_strategy())
     else:
         with pytest.raises(ValueError, match=re.escape(message)):
-            Trainer(config, 2, tf.distribute.get_strategy())
+            Trainer(config, Manifest.load(records), tf.distribute.get_strategy())
 
 
 def test_a_damaged_record_is_named(records: Path, tmp_path: Path) -> None:
@@ -182,7 +183,8 @@ def start(records: Path, workdir: Path) -> subprocess.Popen[bytes]:
 
 def final_weights(workdir: Path) -> dict[str, np.ndarray]:
     reader = tf.train.load_checkpoint(str(workdir / "checkpoints" / "ckpt-60"))
-    return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map() if key.startswith("variables/")}
+    keys = [key for key in reader.get_variable_to_shape_map() if key.startswith(("weights/", "seeds/", "optimizer/"))]
+    return {key: reader.get_tensor(key) for key in keys}
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(records: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from x3d_tf._checks import check_field_types, require
+from x3d_tf.data.clips import FrameSampling
 from x3d_tf.data.manifest import Manifest
 
 
@@ -20,6 +21,9 @@ class DatasetSpec:
         train_split: name of the part to train on.
         eval_split: name of the part to test on.
         flip: whether half of the training clips are mirrored. Off where left and right differ in meaning.
+        frame_sampling: how the frames of a clip are chosen, in training and in tests; see `clips.frame_indices`.
+        validation_split: name of a part on which the network is tested while it trains; none unless given.
+        validation_fraction: instead, the part of each class's training videos, in (0, 1), that is held out for that.
         name: "records" for what `build_records` wrote; "moving_shapes" for made-up videos that are put into the folder
             on first use.
 
@@ -31,12 +35,19 @@ class DatasetSpec:
     train_split: str = "train"
     eval_split: str = "test"
     flip: bool = True
+    frame_sampling: FrameSampling = "slowfast"
+    validation_split: str | None = None
+    validation_fraction: float = 0.0
     name: Literal["records", "moving_shapes"] = "records"
 
     def __post_init__(self) -> None:
         check_field_types(self)
         for field in ("records", "train_split", "eval_split"):
             require(bool(getattr(self, field)), f"DatasetSpec.{field}", "not be empty", getattr(self, field))
+        fraction = self.validation_fraction
+        require(0 <= fraction < 1, "DatasetSpec.validation_fraction", "be in [0, 1)", fraction)
+        one = not (fraction and self.validation_split)
+        require(one, "DatasetSpec.validation_fraction", "be 0 where validation_split is given", fraction)
         mirrors_label = self.name == "moving_shapes" and self.flip
         require(not mirrors_label, "DatasetSpec.flip", "be False for moving_shapes: mirrored, left is right", self.flip)
 

@@ -1,9 +1,9 @@
 """The layers that Keras lacks: channel-wise and symmetric 3-D convolution, strided pointwise convolution, ghost batch
 norm, dropout that differs between devices.
 
-The first four take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side (TensorFlow's "same"
-padding differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form of one backend, in
-`lowerings`, computes the same.
+All but the last take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side
+(TensorFlow's "same" padding differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form
+of one backend, in `lowerings`, computes the same.
 """
 
 import math

@@ -1,15 +1,19 @@
 """Checkpoints of a run: the two newest are kept, and a damaged one falls back to the one before."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import keras
 import tensorflow as tf
 
 from x3d_tf._checks import UserError
+from x3d_tf.modeling.description import Description
+from x3d_tf.modeling.x3d import X3D
+from x3d_tf.training.run_folder import RunFolder
 
 _KEPT = 2
-_FINGERPRINT_KEY = "fingerprint/.ATTRIBUTES/VARIABLE_VALUE"
+_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 class Checkpoints:
@@ -17,19 +21,22 @@ class Checkpoints:
 
     Args:
         folder: where they lie; made if absent.
-        model, optimizer: built; their variables are saved and restored.
+        model: built; with the class names of the run.
+        others: further variables by their role; the average of the weights is called "average".
         fingerprint: of configuration and records; a checkpoint of others is refused.
     """
 
-    def __init__(
-        self, folder: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer, fingerprint: str
-    ) -> None:
+    def __init__(self, folder: Path, model: X3D, others: Mapping[str, list[Any]], fingerprint: str) -> None:
         self.folder, self._wanted = folder, fingerprint
-        # By hand: Keras' own tracking leaves out the states of the seed generators. The optimiser counts the steps.
-        variables = [*model.variables, *optimizer.variables]
+        weights = [weight.value for weight in model.weights]
+        # By hand: Keras' own tracking leaves out the states of the seed generators.
+        seeds = [variable.value for variable in model.variables if "seed_generator" in variable.path]
+        roles = {"weights": weights, "seeds": seeds, **others}
+        description = Description.of(model, class_names=model.class_names, form="trainable")
         self._checkpoint = tf.train.Checkpoint(
-            variables={str(number): variable.value for number, variable in enumerate(variables)},
+            **{role: {str(i): variable for i, variable in enumerate(part)} for role, part in roles.items() if part},
             fingerprint=tf.Variable(fingerprint, trainable=False),
+            description=tf.Variable(description.to_json(), trainable=False),
         )
         self._manager = tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=_KEPT)
 
@@ -43,30 +50,58 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none is whole; or it is of another configuration or other records.
         """
-        found = sorted(self.folder.glob("ckpt-*.index"), key=_step_of, reverse=True)
-        for path in found:
-            prefix = str(path.with_suffix(""))
+        steps = checkpoint_steps(self.folder)
+        for step in reversed(steps):
+            prefix = _prefix(self.folder, step)
             try:
                 # First, for the variables of another network would not fit.
-                fingerprint = tf.train.load_checkpoint(prefix).get_tensor(_FINGERPRINT_KEY).decode()
+                fingerprint = tf.train.load_checkpoint(prefix).get_tensor(f"fingerprint{_SUFFIX}").decode()
                 if fingerprint == self._wanted:
                     self._checkpoint.restore(prefix).assert_consumed()
             except Exception as error:  # a damaged file makes TensorFlow raise almost anything
-                reason = str(error).partition("\n")[0]
-                print(f"warning: {path} cannot be read ({reason}); trying the one before", file=sys.stderr)
+                print(
+                    f"warning: {prefix}.index cannot be read ({_line(error)}); trying the one before", file=sys.stderr
+                )
                 continue
             if fingerprint != self._wanted:
                 raise UserError(
-                    f"{path} is of another configuration, or of records that have been built anew since; choose "
-                    "another --workdir"
+                    f"{prefix}.index is of another configuration, or of records that have been built anew since; "
+                    "choose another --workdir"
                 )
-            return _step_of(path)
-        if found:
+            return step
+        if steps:
             raise UserError(f"no checkpoint in {self.folder} can be read. Delete the folder to train from the start")
         return 0
 
 
-def _step_of(path: Path) -> int:
-    """The step in `ckpt-STEP.index`; -1 for other names, which come last."""
-    number = path.name.removeprefix("ckpt-").removesuffix(".index")
-    return int(number) if number.isdigit() else -1
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in a folder, ascending; files of other names are left out."""
+    numbers = [path.name.removeprefix("ckpt-").removesuffix(".index") for path in folder.glob("ckpt-*.index")]
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def load_checkpoint(run: RunFolder, step: int) -> X3D:
+    """The network of a run as it was at a step, with the weights that are tested: their average where the run has one.
+
+    Raises:
+        UserError: there is no such checkpoint (any more), or it is damaged.
+    """
+    prefix = _prefix(run.checkpoints, step)
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        description = Description.from_json(reader.get_tensor(f"description{_SUFFIX}"))
+        role = "average" if reader.has_tensor(f"average/0{_SUFFIX}") else "weights"
+        model = X3D(description.expansion, description.num_classes, description.options, task=description.task)
+        model.set_weights([reader.get_tensor(f"{role}/{i}{_SUFFIX}") for i in range(len(model.weights))])
+    except Exception as error:  # a damaged file makes TensorFlow raise almost anything
+        raise UserError(f"{prefix}.index cannot be read ({_line(error)})") from error
+    model.class_names = description.class_names
+    return model
+
+
+def _prefix(folder: Path, step: int) -> str:
+    return str(folder / f"ckpt-{step}")
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
 from x3d_tf.data.datasets import DatasetSpec
@@ -29,6 +29,15 @@ class Recipe:
         warmup_start: where the warm-up starts, in units of η.
         momentum: of Nesterov's kind.
         weight_decay: L2 added to the gradient of everything but batch norm.
+        ema: decay of the moving average of all weights that is tested and saved in their place, in [0, 1); 0 is none.
+        precise_bn_batches: training batches whose exact mean and variance replace the moving statistics of batch norm
+            before each checkpoint; 0 leaves those. (PySlowFast uses 200 on Kinetics.)
+        trunk_rate: the learning rate of everything before fc1, in units of that of the rest; 0 freezes it.
+        batch_norm: "train" normalises by each batch; "frozen" keeps scales, shifts and statistics as they came with
+            `TrainConfig.init`, for batches too small to have statistics of their own.
+        class_weights: "balanced" weighs each clip's loss by how rare its class is, so that all classes count the same.
+        patience: validations in a row without improvement after which the run stops; the best of them is what it
+            saves. 0 runs to the last step and saves that.
 
     Raises:
         TypeError, ValueError: naming the field, the rule and the value received.
@@ -42,6 +51,12 @@ class Recipe:
     warmup_start: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-5
+    ema: float = 0.0
+    precise_bn_batches: int = 0
+    trunk_rate: float = 1.0
+    batch_norm: Literal["train", "frozen"] = "train"
+    class_weights: Literal["none", "balanced"] = "none"
+    patience: int = 0
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -52,7 +67,17 @@ class Recipe:
         require(within, "Recipe.warmup_steps", f"be in [0, steps = {self.steps})", self.warmup_steps)
         require(0 <= self.warmup_start <= 1, "Recipe.warmup_start", "be in [0, 1]", self.warmup_start)
         require(0 <= self.momentum < 1, "Recipe.momentum", "be in [0, 1)", self.momentum)
-        require(0 <= self.weight_decay < math.inf, "Recipe.weight_decay", "be at least 0", self.weight_decay)
+        for name in ("weight_decay", "precise_bn_batches", "trunk_rate", "patience"):
+            require(0 <= getattr(self, name) < math.inf, f"Recipe.{name}", "be at least 0", getattr(self, name))
+        require(0 <= self.ema < 1, "Recipe.ema", "be in [0, 1)", self.ema)
+        precise = self.precise_bn_batches
+        rule = "be 0 where batch norm is frozen (Recipe.batch_norm, Recipe.trunk_rate)"
+        require(not (precise and self.frozen_norms), "Recipe.precise_bn_batches", rule, precise)
+
+    @property
+    def frozen_norms(self) -> bool:
+        """Whether batch norm keeps its statistics."""
+        return self.batch_norm == "frozen" or self.trunk_rate == 0
 
     @property
     def scaled_learning_rate(self) -> float:
@@ -71,6 +96,30 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How the steps of a recipe are computed.
+
+    Attributes:
+        precision: of the network's arithmetic; "bfloat16" and "float16" keep weights, statistics and loss in float32,
+            and "float16" scales the loss so that small gradients do not vanish.
+        accumulation: parts that a step's batch is computed in, one after the other, where it does not fit into memory.
+        steps_per_execution: steps between two looks of Python, which cost a fast device time.
+
+    Raises:
+        SettingTypeError, UserError: naming the field, the rule and the value received.
+    """
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    accumulation: int = 1
+    steps_per_execution: int = 1
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        for name in ("accumulation", "steps_per_execution"):
+            require(getattr(self, name) >= 1, f"Execution.{name}", "be at least 1", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides the outcome of a run: the same configuration gives the same run.
 
@@ -79,6 +128,9 @@ class TrainConfig:
         model: the builder's other choices.
         dataset: the records to train and to test on.
         recipe: how it is trained.
+        execution: how that is computed.
+        init: a run folder or a `.keras` file of this package whose weights the run starts from; fresh ones unless
+            given. Where its classes are others, the classifier is new.
         test_views: clips of each test video whose probabilities are averaged (K of K-Center testing).
         checkpoint_steps: steps from one checkpoint to the next.
         seed: of the first weights, the order of the data and its augmentation.
@@ -91,6 +143,8 @@ class TrainConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetSpec = field(default_factory=lambda: DatasetSpec(records="data/records"))
     recipe: Recipe = field(default_factory=Recipe)
+    execution: Execution = field(default_factory=Execution)
+    init: str | None = None
     test_views: int = 10
     checkpoint_steps: int = 1000
     seed: int = 0
@@ -100,6 +154,12 @@ class TrainConfig:
         require(self.test_views >= 1, "TrainConfig.test_views", "be at least 1", self.test_views)
         require(self.checkpoint_steps >= 1, "TrainConfig.checkpoint_steps", "be at least 1", self.checkpoint_steps)
         require(0 <= self.seed < 2**31, "TrainConfig.seed", "be in [0, 2**31)", self.seed)
+        validated = self.dataset.validation_split is not None or self.dataset.validation_fraction > 0
+        rule = "be 0 without DatasetSpec.validation_split or DatasetSpec.validation_fraction"
+        require(validated or not self.recipe.patience, "Recipe.patience", rule, self.recipe.patience)
+        taught = self.init is not None or not self.recipe.frozen_norms
+        rule = "be given where Recipe.batch_norm or Recipe.trunk_rate freezes what it brings"
+        require(taught, "TrainConfig.init", rule, self.init)
 
     def settings(self) -> dict[str, Any]:
         """Every setting by the name that gin binds it by: `{"Expansion.gamma_tau": 6.0, ...}`."""
@@ -143,4 +203,10 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-PARTS: dict[str, Any] = {"expansion": Expansion, "model": ModelOptions, "dataset": DatasetSpec, "recipe": Recipe}
+PARTS: dict[str, Any] = {
+    "expansion": Expansion,
+    "model": ModelOptions,
+    "dataset": DatasetSpec,
+    "recipe": Recipe,
+    "execution": Execution,
+}

@@ -7,7 +7,17 @@ from pathlib import Path
 from x3d_tf._checks import UserError
 from x3d_tf.training.recipe import TrainConfig
 
-HISTORY_FIELDS = ("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second")
+# the last two only in the rows of steps that were validated
+HISTORY_FIELDS = (
+    "step",
+    "epoch",
+    "learning_rate",
+    "loss",
+    "accuracy",
+    "clips_per_second",
+    "validation_accuracy",
+    "validation_loss",
+)
 
 
 class RunFolder:
@@ -15,7 +25,8 @@ class RunFolder:
 
     Holds `config.json` (every setting), `config.gin` and `operative_config.gin` (the same as gin text, for people)
     before the first step; `checkpoints/`, `history.csv`, `curves.png` and `tensorboard/` while it trains;
-    `model.keras`, `labels.txt` and `evaluation/` when it is done.
+    `best.keras`, the network of the best validation, where the run stops early; `model.keras`, `labels.txt` and
+    `evaluation/` when it is done.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -25,6 +36,7 @@ class RunFolder:
         self.history = self.root / "history.csv"
         self.curves = self.root / "curves.png"
         self.tensorboard = self.root / "tensorboard"
+        self.best = self.root / "best.keras"
         self.model = self.root / "model.keras"
         self.labels = self.root / "labels.txt"
         self.evaluations = self.root / "evaluation"
@@ -86,7 +98,7 @@ class RunFolder:
         with self.history.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 try:
-                    rows.append({name: float(row[name]) for name in HISTORY_FIELDS})
+                    rows.append({name: float(row[name]) for name in HISTORY_FIELDS if row[name] != ""})
                 except (TypeError, ValueError):  # a row that was cut off when the run was killed
                     break
         return rows

@@ -1,0 +1,104 @@
+"""What a run tells of itself: progress bar, history.csv, TensorBoard, curves."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from x3d_tf import _plots
+from x3d_tf._checks import UserError
+from x3d_tf.modeling.expansion import name_of
+from x3d_tf.training.recipe import TrainConfig
+from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.training.schedule import schedule_of
+from x3d_tf.training.validation import Score
+
+
+class History:
+    """Collects what the steps return and writes it where people look.
+
+    Args:
+        run: where to write; rows after step `first` are of a lost part of the run and are left out.
+        config: of the run.
+        steps_per_epoch: to tell the epoch.
+        first: steps already done.
+    """
+
+    def __init__(self, run: RunFolder, config: TrainConfig, steps_per_epoch: int, first: int) -> None:
+        self.run, self.config, self.steps_per_epoch = run, config, steps_per_epoch
+        self.schedule = schedule_of(config.recipe)
+        self.rows: list[dict[str, float]] = [row for row in run.read_history() if row["step"] <= first]
+        run.write_history(self.rows)
+        self.writer = tf.summary.create_file_writer(str(run.tensorboard))
+        self.pending: list[tuple[Any, Any]] = []
+        self.started = time.perf_counter()
+
+    def add(self, result: tuple[Any, Any]) -> None:
+        """Takes losses and accuracies of some steps, [steps], without waiting for them."""
+        self.pending.append(result)
+
+    def end_row(self, step: int) -> str:
+        """Averages what was added since the last row, up to `step`, and returns it in a few words.
+
+        Raises:
+            UserError: a loss is not a number.
+        """
+        losses, accuracies = (np.concatenate([np.asarray(part) for part in column]) for column in zip(*self.pending))
+        for offset, loss in enumerate(losses, start=step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {offset}: lower Recipe.learning_rate (it is "
+                    f"{self.config.recipe.learning_rate}) or lengthen Recipe.warmup_steps, with a --workdir of its "
+                    f"own; checkpoints from before, if any, are in {self.run.checkpoints}"
+                )
+        elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
+        row = {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "learning_rate": float(self.schedule(step - 1)),
+            "loss": float(np.mean(losses)),
+            "accuracy": float(np.mean(accuracies)),
+            "clips_per_second": len(losses) * self.config.recipe.batch / elapsed,
+        }
+        self.pending.clear()
+        self.rows.append(row)
+        self.run.append_history(row)
+        with self.writer.as_default(step=step):
+            for name in ("learning_rate", "loss", "accuracy", "clips_per_second"):
+                tf.summary.scalar(f"train/{name}", row[name])
+        return f"{row['clips_per_second']:.1f} clips/s, loss {row['loss']:.3f}, accuracy {row['accuracy']:.0%}"
+
+    def score_last_row(self, score: Score) -> bool:
+        """Adds a validation to the last row and says whether it is the best so far."""
+        if not self.rows:  # somebody has deleted the file
+            return True
+        row = self.rows.pop()
+        best, _ = self.best()
+        self.rows.append(row | {"validation_accuracy": score.accuracy, "validation_loss": score.loss})
+        self.run.write_history(self.rows)
+        with self.writer.as_default(step=int(row["step"])):
+            tf.summary.scalar("validation/accuracy", score.accuracy)
+            tf.summary.scalar("validation/loss", score.loss)
+        return score.beats(best)
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last row out of the next row's speed: it was not spent on training."""
+        self.started = time.perf_counter()
+
+    def best(self) -> tuple[Score | None, int]:
+        """The best validation so far, and how many came after it."""
+        best, since = None, 0
+        for row in self.rows:
+            if "validation_accuracy" not in row:
+                continue
+            score, since = Score(row["validation_accuracy"], row["validation_loss"]), since + 1
+            if score.beats(best):
+                best, since = score, 0
+        return best, since
+
+    def save_plots(self) -> None:
+        """Draws the curves so far."""
+        self.writer.flush()
+        _plots.save_curves(self.rows, self.run.curves, name_of(self.config.expansion))

@@ -1,0 +1,72 @@
+"""Starting a run from the weights of another."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from x3d_tf._checks import UserError
+from x3d_tf.modeling.architecture import plan
+from x3d_tf.modeling.saving import load
+from x3d_tf.modeling.x3d import X3D
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Which layers of a network have weights of another now, and which are as they were."""
+
+    source: str
+    taken: tuple[str, ...]
+    new: tuple[str, ...]
+
+    def __str__(self) -> str:
+        new = ", ".join(self.new) if self.new else "nothing"
+        return (
+            f"weights of {self.source}: {len(self.taken)} layers taken, {self.taken[0]} to {self.taken[-1]}; new: {new}"
+        )
+
+
+def start_from(model: X3D, source: str | Path) -> Transfer:
+    """Copies the weights of a run or a model file into a network, all that fit its classes.
+
+    Clip size, frames and stride may differ: no weight depends on them. The classifier fc2 is taken only where the class
+    names are the same.
+
+    Args:
+        model: with `class_names`.
+        source: a run folder or a `.keras` file of this package.
+
+    Raises:
+        UserError: no such file, or a network of other widths or depths (names the layers that do not fit).
+    """
+    other = load(source)
+    theirs = {layer.name: layer for layer in other.layers if layer.weights}
+    if not model.class_names or other.class_names != model.class_names:
+        theirs.pop("fc2", None)
+    ours = {layer.name: layer for layer in model.layers if layer.weights}
+    new = [name for name in ours if name not in theirs and name.startswith("fc")]
+    _raise_misfits(model, other, str(source), [name for name in ours if name not in new])
+    taken = [name for name in ours if name not in new]
+    for name in taken:
+        for target, weight in zip(ours[name].weights, theirs[name].weights):
+            target.assign(weight)
+    return Transfer(str(source), tuple(taken), tuple(new))
+
+
+def _raise_misfits(model: X3D, other: X3D, source: str, wanted: list[str]) -> None:
+    ours, theirs = _shapes(model), _shapes(other)
+    misfits = [name for name in wanted if ours[name] != theirs.get(name)]
+    misfits += [name for name in theirs if name not in ours and not name.startswith("fc")]
+    if misfits:
+        raise UserError(
+            f"TrainConfig.init: {source} is of another network: {len(misfits)} layers do not fit, the first is "
+            f"{misfits[0]}. Blocks x channels of its stages are {_stages(other)} there and {_stages(model)} here "
+            "(Expansion.gamma_w, gamma_b and gamma_d and ModelOptions decide them)"
+        )
+
+
+def _shapes(network: X3D) -> dict[str, list[tuple[int, ...]]]:
+    return {layer.name: [tuple(w.shape) for w in layer.weights] for layer in network.layers if layer.weights}
+
+
+def _stages(network: X3D) -> str:
+    stages = plan(network.expansion, network.options).stages
+    return ", ".join(f"{stage.depth}x{stage.width} ({stage.inner_width} inside)" for stage in stages)

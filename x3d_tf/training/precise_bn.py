@@ -1,0 +1,62 @@
+"""Statistics of batch norm from many batches with the same weights, not from a moving average over changing ones.
+
+(PySlowFast does so before each test, by fvcore's `update_bn_stats`.)
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from x3d_tf.modeling.layers import GhostBatchNorm
+
+
+class PreciseStatistics:
+    """Replaces the moving statistics of a network.
+
+    Args:
+        model: its layers of batch norm normalise by the batch while they are measured, as in training.
+        strategy: where to compute.
+    """
+
+    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+        self._strategy = strategy
+        self._seeds = [variable for variable in model.variables if "seed_generator" in variable.path]
+        self._norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]
+        self._inputs = keras.Model(model.input, [norm.input for norm in self._norms])
+        self._moments = tf.function(self._distributed_moments)
+
+    def refresh(self, batches: Iterator[Any], count: int) -> None:
+        """Sets the statistics to the mean and the population variance over `count` batches of training clips."""
+        seeds = [seed.numpy() for seed in self._seeds]
+        total: Any = 0.0
+        try:
+            for _ in range(count):
+                total = total + np.stack([part.numpy() for part in self._moments(next(batches)[0])])
+        finally:
+            for seed, value in zip(self._seeds, seeds):
+                seed.assign(value)  # as if nothing had been drawn: training goes on alike
+        means, squares = total / count
+        variances = np.maximum(squares - means**2, 0)
+        start = 0
+        for norm in self._norms:
+            end = start + norm.moving_mean.shape[0]
+            norm.moving_mean.assign(means[start:end].astype("float32"))
+            norm.moving_variance.assign(variances[start:end].astype("float32"))
+            start = end
+
+    def _distributed_moments(self, clips: Any) -> list[Any]:
+        moments = self._strategy.run(self._replica_moments, args=(clips,))
+        return [self._strategy.reduce(tf.distribute.ReduceOp.MEAN, part, axis=None) for part in moments]
+
+    def _replica_moments(self, clips: Any) -> tuple[Any, Any]:
+        """Means, and means of squares, of the channels that each layer sees, one layer after the other; float64."""
+        means, squares = [], []
+        for x in self._inputs(clips, training=True):
+            mean, variance = tf.nn.moments(tf.cast(x, tf.float32), axes=[0, 1, 2, 3])
+            mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
+            means.append(mean)
+            squares.append(variance + tf.square(mean))
+        return tf.concat(means, 0), tf.concat(squares, 0)
