@@ -25,7 +25,7 @@ class SGD(keras.optimizers.Optimizer):
     ) -> None:
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.momentum, self.l2 = momentum, l2
-        self._rates: dict[int, float] = {}
+        self._rates: dict[object, float] = {}
 
     def exclude(self, variables: Iterable[Any]) -> None:
         """Leaves variables out of the regularisation; to be called before the first step."""
@@ -33,7 +33,7 @@ class SGD(keras.optimizers.Optimizer):
 
     def slow_down(self, variables: Iterable[Any], factor: float) -> None:
         """Multiplies the learning rate of variables; to be called before the first step."""
-        self._rates |= {id(variable): factor for variable in variables}
+        self._rates |= {self._var_key(variable): factor for variable in variables}
 
     def build(self, variables: list[Any]) -> None:
         if self.built:
@@ -47,7 +47,7 @@ class SGD(keras.optimizers.Optimizer):
         velocity = self.velocities[self._get_variable_index(variable)]
         new_velocity = self.momentum * velocity + gradient
         self.assign(velocity, new_velocity)
-        rate = ops.cast(learning_rate, variable.dtype) * self._rates.get(id(variable), 1.0)
+        rate = ops.cast(learning_rate, variable.dtype) * self._rates.get(self._var_key(variable), 1.0)
         self.assign_sub(variable, rate * (gradient + self.momentum * new_velocity))
 
     def get_config(self) -> dict[str, Any]:

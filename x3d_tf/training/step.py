@@ -56,7 +56,7 @@ class TrainStep:
             # each device its own, which the optimiser adds up
             own: dict[str, Any] = {"synchronization": tf.VariableSynchronization.ON_READ, "trainable": False}
             own["aggregation"] = tf.VariableAggregation.SUM
-            self._sums = [tf.Variable(tf.zeros(v.shape), **own) for v in model.trainable_variables]
+            self._sums = [tf.Variable(tf.zeros(v.shape, v.dtype), **own) for v in model.trainable_variables]
         self._steps = tf.function(self._single if execution.steps_per_execution == 1 else self._many)
 
     @property

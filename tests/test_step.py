@@ -1,0 +1,333 @@
+"""What one training step computes, on batches in memory: each option against the plain step or a naive version."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import x3d_tf
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.modeling.layers import GhostBatchNorm
+from x3d_tf.modeling.lowerings import tensorflow as lowering
+from x3d_tf.training.averaging import MovingAverage
+from x3d_tf.training.precise_bn import PreciseStatistics
+from x3d_tf.training.recipe import Execution, Recipe, TrainConfig
+from x3d_tf.training.step import LossScale, TrainStep, arithmetic, balancing_weights
+
+ROOT = Path(__file__).parents[1]
+TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
+CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Operations one by one: compiling a step takes longer than these tests. Two devices take compiled ones below."""
+    monkeypatch.setattr(lowering, "_on_gpu", lambda: True)
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def config_of(
+    recipe: dict[str, Any] | None = None, group: int = 4, dropout: float = 0.0, **changes: Any
+) -> TrainConfig:
+    plain: dict[str, Any] = {"batch": 8, "reference_batch": 8, "learning_rate": 0.05, "steps": 100, "warmup_steps": 0}
+    fields: dict[str, Any] = {
+        "expansion": TINY,
+        "model": x3d_tf.ModelOptions(dropout=dropout, bn_group=group),
+        "dataset": DatasetSpec(records="unused"),
+        "recipe": Recipe(**(plain | (recipe or {}))),
+    }
+    return TrainConfig(**(fields | changes))
+
+
+def make(
+    config: TrainConfig, *, task: Any = "single_label", strategy: tf.distribute.Strategy | None = None, **kwargs: Any
+) -> tuple[x3d_tf.X3D, TrainStep]:
+    keras.utils.set_random_seed(0)
+    with arithmetic(config.execution.precision):
+        model = x3d_tf.X3D(TINY, CLASSES, config.model, task=task)
+    for layer in model.layers:  # a fresh block is its shortcut, which would hide most of the network
+        if isinstance(layer, GhostBatchNorm):
+            layer.gamma.assign(np.ones(layer.gamma.shape))
+    return model, TrainStep(model, config, strategy or tf.distribute.get_strategy(), **kwargs)
+
+
+def dataset(part: int = 8, labels: Any = None) -> tf.data.Dataset:
+    """The same 24 clips again and again, in parts."""
+    random = np.random.default_rng(0)
+    clips = random.integers(0, 256, (24, 2, 32, 32, 3)).astype("float32")
+    labels = random.integers(0, CLASSES, 24).astype("int32") if labels is None else labels
+    return tf.data.Dataset.from_tensor_slices((clips, labels)).repeat().batch(part, drop_remainder=True)
+
+
+def batches(part: int = 8, labels: Any = None) -> Iterator[tuple[Any, Any]]:
+    return iter(dataset(part, labels))
+
+
+def weights_after(config: TrainConfig, steps: int = 2, part: int = 8, at_once: int = 1) -> list[np.ndarray]:
+    model, step = make(config)
+    stream = batches(part)
+    for _ in range(steps // at_once):
+        step(stream, at_once)
+    assert step.done == steps
+    return model.get_weights()
+
+
+def assert_close(actual: list[np.ndarray], expected: list[np.ndarray], bound: float = 1e-5) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound * max(1, np.abs(b).max()))
+
+
+def test_parts_of_a_batch_add_up(float64: None) -> None:
+    """The moving statistics are taken in twice, once for each part, and so are not compared."""
+    parts = config_of(execution=Execution(accumulation=2))
+    model, _ = make(parts)
+    trained = [weight.trainable for weight in model.weights]
+    actual = weights_after(parts, part=4)
+    plain = weights_after(config_of())
+    assert_close([w for w, t in zip(actual, trained) if t], [w for w, t in zip(plain, trained) if t], 1e-9)
+
+
+def test_several_steps_at_once_are_several_steps() -> None:
+    at_once = weights_after(config_of(execution=Execution(steps_per_execution=2)), at_once=2)
+    assert_close(at_once, weights_after(config_of()), 0)
+
+
+def test_losses_of_steps_at_once_come_one_by_one() -> None:
+    _, single = make(config_of())
+    _, double = make(config_of(execution=Execution(steps_per_execution=2)))
+    stream = batches()
+    expected = [single(stream, 1) for _ in range(3)]
+    losses, accuracies = double(batches(), 3)
+    np.testing.assert_allclose(losses, [float(loss[0]) for loss, _ in expected], rtol=1e-6)
+    np.testing.assert_allclose(accuracies, [float(accuracy[0]) for _, accuracy in expected])
+
+
+def test_loss_and_accuracy_are_of_the_batch() -> None:
+    model, step = make(config_of())
+    clips, labels = (part.numpy() for part in next(batches()))
+    logits = model(clips, training=True).numpy()
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    loss, accuracy = step(batches(), 1)
+    assert float(loss[0]) == pytest.approx(-np.mean(np.log(probabilities[range(8), labels])), rel=1e-4)
+    assert float(accuracy[0]) == np.mean(logits.argmax(axis=1) == labels)
+
+
+def test_several_labels_have_losses_of_their_own() -> None:
+    labels = np.random.default_rng(1).integers(0, 2, (24, CLASSES)).astype("float32")
+    model, step = make(config_of(), task="multi_label")
+    clips, truth = (part.numpy() for part in next(batches(labels=labels)))
+    logits = model(clips, training=True).numpy().astype("float64")
+    probabilities = 1 / (1 + np.exp(-logits))
+    likelihood = np.where(truth == 1, probabilities, 1 - probabilities)
+    loss, accuracy = step(batches(labels=labels), 1)
+    assert float(loss[0]) == pytest.approx(-np.mean(np.log(likelihood)), rel=1e-4)
+    assert float(accuracy[0]) == np.mean(truth[range(8), logits.argmax(axis=1)])
+
+
+def test_class_weights_weigh_the_loss() -> None:
+    weights = np.array([0.5, 2.0, 0.0], np.float32)
+    model, step = make(config_of(), class_weights=weights)
+    clips, labels = (part.numpy() for part in next(batches()))
+    logits = model(clips, training=True).numpy()
+    nll = np.log(np.exp(logits).sum(axis=1)) - logits[range(8), labels]
+    assert float(step(batches(), 1)[0][0]) == pytest.approx(np.mean(nll * weights[labels]), rel=1e-4)
+
+
+def test_balancing_makes_classes_count_the_same() -> None:
+    labels = np.array([0] * 6 + [1] * 2 + [3] * 4)
+    weights = balancing_weights(labels, 5)
+    assert weights.tolist() == pytest.approx([12 / 18, 2.0, 0.0, 1.0, 0.0])
+    assert weights[labels].mean() == pytest.approx(1)
+    assert balancing_weights(np.array([0, 1, 0, 1]), 2).tolist() == [1, 1]
+
+
+def test_a_frozen_trunk_does_not_move() -> None:
+    config = config_of({"trunk_rate": 0.0}, init="somewhere")
+    model, step = make(config)
+    before = {layer.name: layer.get_weights() for layer in model.layers}
+    step(batches(), 1)
+    moved = {n for n, old in before.items() for a, b in zip(old, model.get_layer(n).get_weights()) if (a != b).any()}
+    assert moved == {"fc1", "fc2"}
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_the_rest_moves() -> None:
+    model, step = make(config_of({"batch_norm": "frozen"}, init="somewhere"))
+    norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]
+    before, stem = [norm.get_weights() for norm in norms], model.get_layer("conv1_xy").get_weights()[0]
+    step(batches(), 1)
+    for norm, old in zip(norms, before):
+        for a, b in zip(old, norm.get_weights()):
+            np.testing.assert_array_equal(a, b)
+    assert np.abs(model.get_layer("conv1_xy").get_weights()[0] - stem).max() > 0
+
+
+def test_a_slow_trunk_moves_by_the_factor(float64: None) -> None:
+    changes = []
+    for rate in (1.0, 0.1):
+        model, step = make(config_of({"trunk_rate": rate, "weight_decay": 0.0}))
+        before = {name: model.get_layer(name).get_weights()[0] for name in ("conv5_conv", "fc1")}
+        step(batches(), 1)
+        changes.append({name: model.get_layer(name).get_weights()[0] - old for name, old in before.items()})
+    np.testing.assert_allclose(changes[1]["fc1"], changes[0]["fc1"], atol=1e-12)
+    np.testing.assert_allclose(changes[1]["conv5_conv"], 0.1 * changes[0]["conv5_conv"], atol=1e-12)
+
+
+def test_the_average_follows_the_weights() -> None:
+    model, step = make(config_of({"ema": 0.3}))
+    average, stream = step.average, batches()
+    assert average is not None
+    expected = model.get_weights()
+    for number in (1, 2, 3):
+        step(stream, 1)
+        decay = min(0.3, (1 + number) / (10 + number))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, model.get_weights())]
+    own = model.get_weights()
+    with average.swapped():
+        assert_close(model.get_weights(), expected)
+    assert_close(model.get_weights(), own, 0)
+    with pytest.raises(KeyboardInterrupt), average.swapped():
+        raise KeyboardInterrupt
+    assert_close(model.get_weights(), own, 0)
+
+
+def test_the_average_starts_where_it_is_told_to() -> None:
+    model, _ = make(config_of())
+    average = MovingAverage(model, 0.9)
+    model.set_weights([weight + 1 for weight in model.get_weights()])
+    average.reset()
+    expected = model.get_weights()
+    with average.swapped():
+        assert_close(model.get_weights(), expected, 0)
+
+
+def test_exact_statistics_of_one_batch_make_testing_equal_training() -> None:
+    model, _ = make(config_of(group=8, dropout=0.5))
+    features = keras.Model(model.input, model.get_layer("conv5").output)
+    clips = next(batches())[0]
+    expected = features(clips, training=True).numpy()
+    assert np.abs(features(clips, training=False).numpy() - expected).max() > 0.1
+    PreciseStatistics(model, tf.distribute.get_strategy()).refresh(batches(), 1)
+    np.testing.assert_allclose(features(clips, training=False), expected, atol=1e-3)
+
+
+def test_exact_statistics_are_of_all_batches_and_draw_nothing() -> None:
+    model, _ = make(config_of(group=8, dropout=0.5))
+    seeds = [variable.numpy().tolist() for variable in model.variables if "seed_generator" in variable.path]
+    before = keras.Model(model.input, model.get_layer("conv1_bn").input)
+    stream = batches()
+    rows = np.concatenate([before(next(stream)[0]).numpy().astype("float64").reshape(-1, 24) for _ in range(3)])
+    PreciseStatistics(model, tf.distribute.get_strategy()).refresh(batches(), 3)
+    norm = model.get_layer("conv1_bn")
+    np.testing.assert_allclose(norm.moving_mean, rows.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(norm.moving_variance, rows.var(axis=0), rtol=1e-4)
+    assert seeds == [variable.numpy().tolist() for variable in model.variables if "seed_generator" in variable.path]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_keeps_what_must_be_exact(precision: Any) -> None:
+    _, full = make(config_of())
+    model, step = make(config_of(execution=Execution(precision=precision)))
+    assert model.get_layer("res2").compute_dtype == precision
+    assert {weight.dtype for weight in model.weights} == {"float32"}
+    assert model(next(batches())[0]).dtype == tf.float32
+    assert keras.config.dtype_policy().name == "float32"
+    stream, half_stream = batches(), batches()
+    losses = [(float(full(stream, 1)[0][0]), float(step(half_stream, 1)[0][0])) for _ in range(3)]
+    for expected, actual in losses:
+        assert actual == pytest.approx(expected, abs=0.1)
+
+
+def test_statistics_are_summed_in_full_precision() -> None:
+    """Sums in bfloat16's eight bits would be off by per cents."""
+    x = tf.cast(np.random.default_rng(0).normal(1, 0.5, (8, 2, 8, 8, 4)), tf.bfloat16)
+    norm = GhostBatchNorm(8, dtype="mixed_bfloat16")
+    assert norm(x, training=True).dtype == tf.bfloat16
+    exact = x.numpy().astype("float64").reshape(-1, 4)
+    np.testing.assert_allclose(norm.moving_mean, 0.1 * exact.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(norm.moving_variance, 0.9 + 0.1 * exact.var(axis=0, ddof=1), rtol=1e-4)
+
+
+def test_a_step_whose_gradients_overflow_is_left_out() -> None:
+    model, step = make(config_of(execution=Execution(precision="float16")))
+    scale = step.variables["loss_scale"][0]
+    scale.assign(np.float32(2.0**120))
+    before = [np.array(variable) for variable in model.trainable_variables]
+    step(batches(), 1)
+    assert_close([np.array(variable) for variable in model.trainable_variables], before, 0)
+    assert step.done == 1 and float(scale) == 2.0**119
+    scale.assign(2.0**10)
+    step(batches(), 1)
+    changes = [np.abs(np.array(v) - b).max() for v, b in zip(model.trainable_variables, before)]
+    assert max(changes) > 0 and np.isfinite(changes).all()
+
+
+def test_the_loss_scale_grows_after_many_good_steps() -> None:
+    scale = LossScale()
+    scale.variables[1].assign(1998)
+    for good, expected in ((True, 2.0**15), (True, 2.0**16), (False, 2.0**15), (True, 2.0**15)):
+        scale.update(tf.constant(not good))
+        assert float(scale.value) == expected
+    assert int(scale.variables[1]) == 1
+
+
+TWO_DEVICES = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import keras, numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import test_step
+from x3d_tf.modeling.layers import Dropout
+from x3d_tf.modeling.lowerings import tensorflow as lowering
+from x3d_tf.training.recipe import Execution
+lowering._on_gpu = lambda: True
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+with strategy.scope():
+    layer = Dropout(0.5, seed=3)
+masks = strategy.experimental_local_results(strategy.run(lambda: layer(tf.ones([1000]), training=True)))
+shared = np.mean([(a > 0) == (b > 0) for a, b in zip(*[mask.numpy() for mask in masks])])
+print("shared", shared)
+
+execution = Execution(precision={precision!r}, accumulation=2, steps_per_execution=2)
+if {precision!r} == "float32":
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+config = test_step.config_of({{"ema": 0.5}}, group=2, execution=execution)
+with strategy.scope():
+    model, step = test_step.make(config, strategy=strategy)
+step(iter(strategy.distribute_datasets_from_function(lambda context: test_step.dataset(2))), 2)
+np.savez({folder!r} + "/weights", *model.get_weights())
+with step.average.swapped():
+    np.savez({folder!r} + "/average", *model.get_weights())
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precision: Any) -> None:
+    """Two at once, each in two parts, like one device one by one; with dropout of their own. float32 means float64."""
+    code = TWO_DEVICES.format(tests=str(ROOT / "tests"), folder=str(tmp_path), precision=precision)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = float(done.stdout.split("shared")[1].split()[0])
+    assert 0.4 < shared < 0.6  # of two independent masks half of the elements agree
+    weights, average = (list(np.load(tmp_path / f"{name}.npz").values()) for name in ("weights", "average"))
+    config = config_of(group=2, execution=Execution(precision=precision, accumulation=2))
+    if precision == "float16":
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+    model, _ = make(config)
+    expected = weights_after(config, part=4)
+    pairs = [(a, b) for a, b, weight in zip(weights, expected, model.weights) if weight.trainable]
+    assert_close([a for a, _ in pairs], [b for _, b in pairs], 1e-8 if precision == "float32" else 2e-2)
+    assert max(np.abs(a - b).max() for a, b in zip(weights, average)) > 0
