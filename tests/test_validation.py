@@ -1,0 +1,99 @@
+"""Validation while training: which videos, and which score."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import x3d_tf
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.data.index import Record, Shard, Split
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.training.validation import HELD_OUT, Score, Validation, hold_out
+
+TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
+
+
+def manifest_of(counts: dict[int, int], task: str = "single_label") -> Manifest:
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    records = tuple(Record(0, 12, 100, 10, 30.0, (label,), f"{label}/{i}") for i, label in enumerate(labels))
+    split = Split((Shard("train-0", 1000, ""),), records)
+    names = tuple(str(label) for label in counts)
+    return Manifest(Path("unused"), names, {"train": split}, {}, task)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def without_files(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "records" not in request.fixturenames:
+        monkeypatch.setattr(Manifest, "split", lambda manifest, name: manifest.splits[name])
+
+
+def spec(fraction: float) -> DatasetSpec:
+    return DatasetSpec(records="unused", validation_fraction=fraction)
+
+
+def test_a_part_of_each_class_is_held_out() -> None:
+    manifest = manifest_of({0: 20, 1: 10, 2: 2, 3: 1})
+    held = hold_out(manifest, spec(0.2), seed=0).splits
+    counts = {name: np.bincount([r.labels[0] for r in split.records], minlength=4) for name, split in held.items()}
+    assert counts[HELD_OUT].tolist() == [4, 2, 1, 0]
+    assert counts["train"].tolist() == [16, 8, 1, 1]
+    names = {name: {record.media_id for record in split.records} for name, split in held.items()}
+    assert not names["train"] & names[HELD_OUT]
+    assert len(manifest.splits["train"].records) == 33  # the original is as it was
+
+
+def test_the_choice_depends_on_names_and_seed_alone() -> None:
+    manifest = manifest_of({0: 20})
+    split = manifest.splits["train"]
+    shuffled = dataclasses.replace(manifest, splits={"train": Split(split.shards, split.records[::-1])})
+    chosen = [
+        {record.media_id for record in hold_out(m, spec(0.2), seed).splits[HELD_OUT].records}
+        for m, seed in ((manifest, 0), (shuffled, 0), (manifest, 1))
+    ]
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_nothing_is_held_out_unless_asked_for() -> None:
+    manifest = manifest_of({0: 4})
+    assert hold_out(manifest, spec(0), 0) is manifest
+
+
+def test_what_cannot_be_held_out_is_an_error() -> None:
+    with pytest.raises(ValueError, match="needs two videos of a class in split 'train'"):
+        hold_out(manifest_of({0: 1, 1: 1}), spec(0.5), 0)
+    twice = hold_out(manifest_of({0: 4}), spec(0.5), 0)
+    with pytest.raises(ValueError, match=r'set DatasetSpec.validation_split="validation" instead'):
+        hold_out(twice, spec(0.5), 0)
+
+
+def test_scores_are_ordered_by_accuracy_then_loss() -> None:
+    assert Score(0.5, 9.0).beats(None)
+    assert Score(0.6, 9.0).beats(Score(0.5, 1.0))
+    assert Score(0.5, 0.9).beats(Score(0.5, 1.0))
+    assert not Score(0.5, 1.0).beats(Score(0.5, 1.0))
+    assert not Score(0.4, 0.0).beats(Score(0.5, 1.0))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from moving_square import write_records
+
+    folder = tmp_path_factory.mktemp("data") / "square"
+    write_records(folder, videos=5)
+    return folder
+
+
+def test_a_score_is_that_of_the_middle_clips(records: Path) -> None:
+    model = x3d_tf.X3D(TINY, 2, x3d_tf.ModelOptions())
+    manifest = Manifest.load(records)
+    validation = Validation(model, manifest, "train", DatasetSpec(records="unused"), TINY.test_size)
+    clips, labels = next(iter(x3d_tf.dataset(records, TINY.clip, split="train", training=False, batch=5)))
+    for shift in (0.0, 0.3):  # other weights, the same compiled function
+        model.get_layer("fc2").bias.assign([shift, 0])
+        logits = model(clips).numpy().astype("float64")
+        log = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        score = validation()
+        assert score.accuracy == np.mean(logits.argmax(axis=1) == labels.numpy())
+        assert score.loss == pytest.approx(-np.mean(log[range(5), labels.numpy()]), rel=1e-4)
