@@ -37,16 +37,34 @@ TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gam
 NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
 
 
+class Linear:
+    """Stands for a network, so that none is compiled: its logits are weighted sums of all values of a clip."""
+
+    expansion, clip, num_classes, include_top, task = TINY, TINY.clip, len(NAMES), True, "single_label"
+
+    def __init__(self) -> None:
+        self.weights = np.random.default_rng(0).normal(0, 0.02 / 255, (4 * 48 * 48 * 3, len(NAMES))).astype(np.float32)
+
+    def __call__(self, clips: Any, training: bool = False) -> Any:
+        import tensorflow as tf
+
+        return tf.matmul(tf.reshape(clips, (-1, len(self.weights))), self.weights)
+
+
 @pytest.fixture(scope="module")
-def model() -> Any:
-    """A network whose outputs depend on its input: its norms are not left at the identity of a fresh one."""
+def linear() -> Any:
+    return Linear()
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """A network that is sure of what it says."""
     import keras
 
     keras.utils.set_random_seed(0)
     model = x3d_tf.build_x3d(TINY, num_classes=len(NAMES))
-    draw = np.random.default_rng(0)
-    model.get_layer("fc2").kernel.assign(draw.normal(0, 0.3, model.get_layer("fc2").kernel.shape))
-    model.class_names = NAMES
+    kernel = model.get_layer("fc2").kernel
+    kernel.assign(np.random.default_rng(0).normal(0, 0.3, kernel.shape))
     return model
 
 
@@ -70,16 +88,15 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def naive_probabilities(model: Any, frames: np.ndarray, fps: float, views: int) -> np.ndarray:
-    """One clip at a time, out of all frames in memory."""
-    found = []
+    """Out of all frames in memory."""
+    clips = []
     for start in view_starts(len(frames), fps, model.clip, views):
         clip = frames[frame_indices(start, len(frames), fps, model.clip)]
         height, width = (side * 54 // min(clip.shape[1:3]) for side in clip.shape[1:3])
         top, left = (height - 48 + 1) // 2, (width - 48 + 1) // 2
-        pixels = naive_resize(clip, height, width)[:, top : top + 48, left : left + 48]
-        logits = np.asarray(model(pixels[None].astype(np.float32)), np.float64)[0]
-        found.append(np.exp(logits) / np.exp(logits).sum())
-    return np.mean(found, axis=0)
+        clips.append(naive_resize(clip, height, width)[:, top : top + 48, left : left + 48])
+    logits = np.asarray(model(np.array(clips, np.float32)), np.float64)
+    return (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).mean(axis=0)
 
 
 def decoded(path: Path) -> np.ndarray:
@@ -92,59 +109,47 @@ def predictions(model: Any, paths: list[Path], **settings: Any) -> list[Predicti
     return results  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("views", [1, 4, 10])
-def test_a_video_equals_a_plain_loop(model: Any, clips: Path, views: int) -> None:
+@pytest.mark.parametrize(("settings", "views"), [({}, 10), ({"temporal_views": 1}, 1), ({"temporal_views": 4}, 4)])
+def test_a_video_equals_a_plain_loop(linear: Any, clips: Path, settings: dict[str, int], views: int) -> None:
     paths = list_videos([clips])
-    results = predictions(model, paths, temporal_views=views)
+    results = predictions(linear, paths, **settings)
     assert [result.path for result in results] == paths
     for path, result in zip(paths, results):
-        fps = probe(path).fps
-        frames = decoded(path)
-        expected = naive_probabilities(model, frames, fps, views)
-        np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
+        fps, frames = probe(path).fps, decoded(path)
+        np.testing.assert_allclose(result.probabilities, naive_probabilities(linear, frames, fps, views), atol=1e-5)
         assert (result.start, result.end) == (0, pytest.approx(len(frames) / fps))
     spread = [result.probabilities for result in results]
-    assert np.abs(spread[0] - spread[1]).max() > 1e-3  # else the bound above would mean nothing
+    assert np.abs(spread[0] - spread[1]).max() > 0.01  # else the bound above would mean nothing
 
 
-def test_ten_views_are_the_default(model: Any, clips: Path) -> None:
-    path = clips / "a b, c.mp4"
-    (default,), (ten,) = predictions(model, [path]), predictions(model, [path], temporal_views=10)
-    np.testing.assert_array_equal(default.probabilities, ten.probabilities)
-
-
-def test_it_equals_testing_the_record_but_for_jpeg(model: Any, clips: Path, tmp_path: Path) -> None:
-    """The very frames that records hold give the very probabilities; the original ones differ by under 0.01."""
+def test_a_network_says_what_it_says_of_the_record_but_for_jpeg(network: Any, clips: Path, tmp_path: Path) -> None:
     path = clips / "a b, c.mp4"
     manifest = write_records(tmp_path, {"test": [encode_video(path, quality=95)]})
     views = ViewSpec(temporal_views=4, resize=54, crop=48)
-    ((pixels, _, _),) = evaluation_dataset(manifest, "test", model.clip, views).as_numpy_iterator()
-    logits = np.asarray(model(pixels[0]), np.float64)
+    ((pixels, _, _),) = evaluation_dataset(manifest, "test", network.clip, views).as_numpy_iterator()
+    logits = np.asarray(network(pixels[0]), np.float64)
     tested = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).mean(axis=0)
-    (result,) = predictions(model, [path], temporal_views=4, thumbnails=16)
+    (result,) = predictions(network, [path], temporal_views=4, thumbnails=16)
     assert np.abs(result.probabilities - tested).max() < 0.01
-    # The clips are the same frames, cut alike: another choice of frames or places would be tens of levels off.
-    assert np.abs(result.thumbnails - pixels[0].reshape(16, 48, 48, 3)).mean() < 3
+    np.testing.assert_allclose(result.probabilities, naive_probabilities(network, decoded(path), 30.0, 4), atol=1e-5)
+    # The clips are the same frames, cut alike: those of the next frame would be three times further off.
+    seen = result.thumbnails.astype(float)
+    assert np.abs(seen - pixels[0].reshape(seen.shape)).mean() < 5
+    assert np.abs(seen[:-1] - pixels[0].reshape(seen.shape)[1:]).mean() > 15
 
 
-def test_windows_equal_videos_of_their_own(model: Any, clips: Path) -> None:
+@pytest.mark.parametrize(("settings", "views"), [({}, 1), ({"temporal_views": 2}, 2)])
+def test_windows_equal_videos_of_their_own(linear: Any, clips: Path, settings: dict[str, int], views: int) -> None:
     path = clips / "a b, c.mp4"  # 41 frames at 30 a second
-    results = predictions(model, [path], window=0.5, hop=0.3, temporal_views=2)
+    results = predictions(linear, [path], window=0.5, hop=0.3, **settings)
     spans = [(0, 15), (9, 24), (18, 33), (26, 41)]  # the last one ends with the video
     assert [(result.start, result.end) for result in results] == [
         (pytest.approx(first / 30), pytest.approx(end / 30)) for first, end in spans
     ]
     frames = decoded(path)
     for result, (first, end) in zip(results, spans):
-        expected = naive_probabilities(model, frames[first:end], 30.0, 2)
+        expected = naive_probabilities(linear, frames[first:end], 30.0, views)
         np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
-
-
-def test_a_window_is_one_clip_by_default(model: Any, clips: Path) -> None:
-    path = clips / "a b, c.mp4"
-    default, one = (predictions(model, [path], window=0.5, **settings) for settings in ({}, {"temporal_views": 1}))
-    for some, other in zip(default, one, strict=True):
-        np.testing.assert_array_equal(some.probabilities, other.probabilities)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +199,15 @@ class _Key:
 CLIP = x3d_tf.ClipSpec(4, 2.0, 8)
 
 
-def frames_alive(count: int, window: float | None, hop: float | None, views: int) -> tuple[int, int]:
+def frames_alive(
+    count: int, window: float | None, hop: float | None, views: int, *, check: bool = True
+) -> tuple[int, int]:
     """Most frames alive at once while a stream of `count` is cut, and the number of clips; contents are checked."""
     sampler = prediction._Sampler(CLIP, ViewSpec(temporal_views=views, resize=8, crop=8), window, hop, "slowfast", 8)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     peak, cuts = [0], 0
     expected = (clip for part in sampler.clips(count, 30.0) for clip in part)
-    ordered = sorted(expected, key=lambda clip: (clip[-1], clip[0])) if count <= 20_000 else None
+    ordered = sorted(expected, key=lambda clip: (clip[-1], clip[0])) if check else None
     for cut in cut_clips(counted_stream(count, alive, peak), sampler.clips(count, 30.0)):
         if ordered is not None:
             np.testing.assert_array_equal(cut.pixels[:, 0, 0, 0], ordered[cuts] % 251)
@@ -212,7 +219,7 @@ def frames_alive(count: int, window: float | None, hop: float | None, views: int
 @pytest.mark.parametrize(("window", "hop", "views"), [(None, None, 10), (1.0, 1.0, 1), (2.0, 0.5, 3)])
 def test_memory_does_not_grow_with_length(window: float | None, hop: float | None, views: int) -> None:
     short, _ = frames_alive(300, window, hop, views)
-    long, cuts = frames_alive(20_000, window, hop, views)
+    long, cuts = frames_alive(6_000, window, hop, views)
     assert long <= max(short, 4 * 10) + 1
     assert long <= (4 * views * (1 if window is None else 5)) + 2  # five windows overlap at most
     assert cuts >= views
@@ -221,14 +228,14 @@ def test_memory_does_not_grow_with_length(window: float | None, hop: float | Non
 def test_hours_of_windows_take_no_memory() -> None:
     def peak_bytes(count: int) -> int:
         tracemalloc.start()
-        frames_alive(count, 1.0, 1.0, 1)
+        frames_alive(count, 1.0, 1.0, 1, check=False)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
 
-    frames_alive(100, 1.0, 1.0, 1)  # what is imported and cached on first use
-    short, long = peak_bytes(21_000), peak_bytes(84_000)  # either is too long to be checked, which takes memory
-    assert long < short + 20_000  # 63,000 frames of 192 bytes would be 12 MB
+    frames_alive(100, 1.0, 1.0, 1, check=False)  # what is imported and cached on first use
+    short, long = peak_bytes(5_000), peak_bytes(30_000)
+    assert long < short + 20_000  # 25,000 frames of 192 bytes would be 5 MB
 
 
 def test_a_stream_that_ends_early_repeats_its_last_frame() -> None:
@@ -238,39 +245,39 @@ def test_a_stream_that_ends_early_repeats_its_last_frame() -> None:
     assert cuts == [(0, 0, [0, 2]), (0, 1, [4, 5])]
 
 
-def test_lost_frames_are_noticed(model: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_frames_are_noticed(linear: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The header says 43 frames and 41 come: clips are spread over those that do."""
     path = clips / "a b, c.mp4"
-    expected = naive_probabilities(model, decoded(path), 30.0, 3)
+    expected = naive_probabilities(linear, decoded(path), 30.0, 3)
     monkeypatch.setattr(prediction, "probe", lambda path: replace(probe(path), delivered=43))
-    (result,) = predictions(model, [path], temporal_views=3)
+    (result,) = predictions(linear, [path], temporal_views=3)
     np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
     assert result.end == pytest.approx(41 / 30)
 
 
-def test_a_variable_rate_is_decoded_once(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_rate_is_decoded_once(linear: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = [0, 100, 200, 300, 650, 700, 800, 900, 1000, 1030, 1100, 1200]
     path = write_video(tmp_path / "a.mkv", numbered_frames(len(times)), 10, times_ms=times)
     assert probe(path).delivered == len(decoded(path)) != probe(path).frames
     passes = []
     monkeypatch.setattr(prediction, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
-    predictions(model, [path])
+    predictions(linear, [path])
     assert len(passes) == 1
 
 
-def test_multi_label_probabilities_are_sigmoids(model: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multi_label_probabilities_are_sigmoids(linear: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = clips / "short.avi"  # all clips are one
-    (single,) = predictions(model, [path])
-    monkeypatch.setattr(model, "task", "multi_label", raising=False)
-    (multi,) = predictions(model, [path])
-    logits = np.log(multi.probabilities / (1 - multi.probabilities))
-    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), single.probabilities, atol=1e-4)
-    assert abs(multi.probabilities.sum() - 1) > 0.1
+    monkeypatch.setattr(linear, "task", "multi_label", raising=False)
+    (result,) = predictions(linear, [path])
+    logits = np.log(result.probabilities / (1 - result.probabilities))
+    softmax = naive_probabilities(linear, decoded(path), 30.0, 1)
+    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), softmax, atol=1e-4)
+    assert abs(result.probabilities.sum() - 1) > 0.1
 
 
-def test_bad_files_are_reported_and_the_rest_goes_on(model: Any, clips: Path, tmp_path: Path) -> None:
+def test_bad_files_are_reported_and_the_rest_goes_on(linear: Any, clips: Path, tmp_path: Path) -> None:
     (tmp_path / "words.mp4").write_text("no video\n" * 200)
-    results = list(predict_videos(model, [tmp_path / "words.mp4", "nowhere.mp4", clips / "short.avi"], progress=False))
+    results = list(predict_videos(linear, [tmp_path / "words.mp4", "nowhere.mp4", clips / "short.avi"], progress=False))
     assert [type(result) for result in results] == [VideoError, VideoError, Prediction]
     assert "nowhere.mp4: no such file" in str(results[1])
 
@@ -294,9 +301,9 @@ def test_a_network_that_gives_no_numbers_is_an_error(clips: Path) -> None:
         ({"thumbnails": -1}, "thumbnails must be at least 0"),
     ],
 )
-def test_settings_are_checked_before_anything_is_read(model: Any, settings: dict[str, Any], message: str) -> None:
+def test_settings_are_checked_before_anything_is_read(linear: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        predict_videos(model, ["nowhere.mp4"], **settings)
+        predict_videos(linear, ["nowhere.mp4"], **settings)
 
 
 def test_a_network_without_classifier_is_refused() -> None:
@@ -384,8 +391,8 @@ def predict(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_command(model: Any, clips: Path, tmp_path: Path) -> None:
-    x3d_tf.save(model, tmp_path / "m.keras", NAMES)
+def test_the_command(network: Any, clips: Path, tmp_path: Path) -> None:
+    x3d_tf.save(network, tmp_path / "m.keras", NAMES)
     videos = tmp_path / "my videos"
     videos.mkdir()
     for path in clips.iterdir():
@@ -400,9 +407,11 @@ def test_the_command(model: Any, clips: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"{videos / 'a b, c.mp4'} (1.4 s)"
-    expected = predictions(model, [videos / "a b, c.mp4"])[0]
-    assert lines[1:6] == [f"  {expected.probabilities[index]:6.1%}  {NAMES[index]}" for index in expected.top()]
     content = json.loads(outputs["json"].read_text(encoding="utf-8"))
+    top = content["predictions"][0]["top"]
+    assert lines[1:6] == [f"  {entry['probability']:6.1%}  {entry['class']}" for entry in top]
+    expected = naive_probabilities(network, decoded(videos / "a b, c.mp4"), 30.0, 10)
+    np.testing.assert_allclose(content["predictions"][0]["probabilities"], expected, atol=1e-5)
     assert [Path(entry["video"]).name for entry in content["predictions"]] == [
         "a b, c.mp4",
         "bad.mp4",
@@ -461,10 +470,10 @@ def test_windows_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.err == "error: a: breaks off\n"
 
 
-def test_real_videos_equal_a_plain_loop(model: Any, shared_data: Path) -> None:
+def test_real_videos_equal_a_plain_loop(linear: Any, shared_data: Path) -> None:
     """Of other sizes, rates and codecs; the one with 25 frames a second is scaled up, the upright one down."""
     for name in ("apply_eye_makeup.avi", "deadlifting.mp4"):
         path = shared_data / "clips" / name
-        (result,) = predictions(model, [path], temporal_views=2)
-        expected = naive_probabilities(model, decoded(path), probe(path).fps, 2)
+        (result,) = predictions(linear, [path], temporal_views=2)
+        expected = naive_probabilities(linear, decoded(path), probe(path).fps, 2)
         np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)

@@ -86,7 +86,7 @@ def save_clips(clips: Sequence[np.ndarray], labels: Sequence[str], path: Path, t
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks is drawn as a box
         with _figure(path, figsize=size) as figure:
-            figure.suptitle(_drawable(title))
+            figure.suptitle(_drawable(title, 120))
             axes = figure.subplots()
             axes.imshow(sheet, interpolation="antialiased")
             centres = np.arange(len(clips)) * (side + gap) + side / 2
@@ -96,7 +96,7 @@ def save_clips(clips: Sequence[np.ndarray], labels: Sequence[str], path: Path, t
             axes.spines[:].set_visible(False)
 
 
-def _drawable(text: str) -> str:
-    """Text with what is no Unicode (bytes of file names) escaped, and long lines wrapped."""
+def _drawable(text: str, width: int = 40) -> str:
+    """Text with long lines wrapped, and with what is no Unicode (bytes of file names) escaped."""
     lines = text.encode("utf-8", "backslashreplace").decode().splitlines()
-    return "\n".join("\n".join(textwrap.wrap(line, 40)) for line in lines)
+    return "\n".join("\n".join(textwrap.wrap(line, width)) for line in lines)
