@@ -378,7 +378,7 @@ def test_files_are_whole_and_not_replaced_silently(tmp_path: Path, write: Any) -
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
     path.write_text("mine")
-    with pytest.raises(ValueError, match="exists; give another name, or replace it with --overwrite"), write(path, "a"):
+    with pytest.raises(ValueError, match="exists; give another path, or overwrite=True"), write(path, "a"):
         pass
     assert path.read_text() == "mine"
     with write(path, ("a",), overwrite=True):
@@ -423,6 +423,7 @@ def test_the_command(network: Any, clips: Path, tmp_path: Path) -> None:
     assert outputs["png"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("flags_of_one_command")
 def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, for each of its own would import TensorFlow anew."""
     from absl import flags
@@ -430,8 +431,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
 
     from x3d_tf import predict as command
 
-    if "contact_sheet" not in flags.FLAGS:
-        command.define_flags()
+    command.define_flags()
     flags.FLAGS(["predict", "--model=m.keras"])
     (tmp_path / "there.csv").touch()
     for settings, videos, message in (

@@ -62,6 +62,7 @@ def test_labels_of_both_kinds_have_names() -> None:
     assert label_text(np.float32([1, 0, 1]), ("a", "b", "c")) == "a, c"
 
 
+@pytest.mark.usefixtures("flags_of_one_command")
 def test_the_command(manifest: Manifest, tmp_path: Path) -> None:
     """In this process, for one of its own would import TensorFlow anew."""
     from absl import flags
@@ -69,8 +70,7 @@ def test_the_command(manifest: Manifest, tmp_path: Path) -> None:
 
     from x3d_tf import preview
 
-    if "clips" not in flags.FLAGS:
-        preview.define_flags()
+    preview.define_flags()
     flags.FLAGS(["preview", "--gin_file=gin/x3d_s.gin"])
     small = ["Expansion.gamma_t=3", "Expansion.gamma_s=0.3", "Recipe.batch=3"]
     output = tmp_path / "new" / "a.png"

@@ -25,7 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 from x3d_tf import _command, _plots
-from x3d_tf._checks import require
+from x3d_tf._checks import UserError, require
 from x3d_tf.data.video import VideoError
 from x3d_tf.training.run_folder import RunFolder
 
@@ -53,18 +53,13 @@ def define_flags() -> None:
 
 def main(videos: list[str]) -> None:
     """Predicts as the flags say."""
-    outputs = [path for path in (FLAGS.json, FLAGS.csv, FLAGS.contact_sheet) if path]
     require(bool(videos), "the command line", "name video files or folders of them", videos)
-    require(len(set(outputs)) == len(outputs), "output files", "be distinct", outputs)
-    if FLAGS.contact_sheet:
-        require(FLAGS.contact_sheet.endswith(".png"), "--contact_sheet", "end in .png", FLAGS.contact_sheet)
+    outputs = _outputs()
     _command.quiet_tensorflow()
-    from x3d_tf.evaluation.prediction import csv_table, json_document, list_videos, predict_videos, require_free
+    from x3d_tf.evaluation.prediction import csv_table, json_document, list_videos, predict_videos
     from x3d_tf.modeling.expansion import name_of
     from x3d_tf.modeling.saving import load
 
-    for path in outputs:
-        require_free(path, FLAGS.overwrite)
     paths = list_videos(videos)
     model = load(FLAGS.model)
     task = getattr(model, "task", "single_label")
@@ -84,19 +79,20 @@ def main(videos: list[str]) -> None:
     sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if task == "multi_label":
         tqdm.write("Each class has a probability of its own: they do not add up to 1.")
-    failures = 0
+    failures = predictions = 0
     sheet: list[Prediction] = []
 
     def kept(results: "Iterator[Prediction | VideoError]") -> "Iterator[Prediction | VideoError]":
         """The same results, once they are on their way into the files."""
-        nonlocal failures
+        nonlocal failures, predictions, sheet
         for result in results:
             for add in sinks:
                 add(result)
             if isinstance(result, VideoError):
                 failures += 1
-            elif FLAGS.contact_sheet and len(sheet) < _SHEET_ROWS:
-                sheet.append(result)
+            else:
+                predictions += 1
+                sheet += [result] if FLAGS.contact_sheet and len(sheet) < _SHEET_ROWS else []
             yield result
 
     with contextlib.ExitStack() as files:
@@ -110,12 +106,30 @@ def main(videos: list[str]) -> None:
         else:
             show_windows(kept(results), names)
     if sheet:
-        _save_sheet(Path(FLAGS.contact_sheet), sheet, names, f"{name_of(model.expansion)}, {FLAGS.model}")
+        part = f", the first {len(sheet)} of {predictions}" if len(sheet) < predictions else ""
+        _save_sheet(Path(FLAGS.contact_sheet), sheet, names, f"{name_of(model.expansion)}, {FLAGS.model}{part}")
     written = [path for path in outputs if sheet or path != FLAGS.contact_sheet]
     if written:
         print(f"written: {', '.join(written)}")
     if failures:
         sys.exit(f"{failures} of {len(paths)} files could not be read")
+
+
+def _outputs() -> list[str]:
+    """The files to write, once it is sure that they may be written."""
+    outputs = [path for path in (FLAGS.json, FLAGS.csv, FLAGS.contact_sheet) if path]
+    require(len(set(outputs)) == len(outputs), "output files", "be distinct", outputs)
+    if FLAGS.contact_sheet:
+        require(FLAGS.contact_sheet.endswith(".png"), "--contact_sheet", "end in .png", FLAGS.contact_sheet)
+    for path in outputs:
+        require_free(path, FLAGS.overwrite)
+    return outputs
+
+
+def require_free(path: str, overwrite: bool) -> None:
+    """Raises UserError where a file would be replaced that may not be."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} exists; give another name, or replace it with --overwrite")
 
 
 def show_videos(results: "Iterable[Prediction | VideoError]", names: Sequence[str]) -> None:

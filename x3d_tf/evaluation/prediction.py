@@ -428,7 +428,8 @@ def _entry(result: Prediction | VideoError, class_names: Sequence[str]) -> dict[
 @contextmanager
 def _whole_file(path: Path, overwrite: bool) -> Iterator[TextIO]:
     """A text file to write that appears under its name when the block has ended well."""
-    require_free(path, overwrite)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; give another path, or overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -438,9 +439,3 @@ def _whole_file(path: Path, overwrite: bool) -> Iterator[TextIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def require_free(path: str | Path, overwrite: bool) -> None:
-    """Raises UserError where a file would be replaced that may not be."""
-    if Path(path).exists() and not overwrite:
-        raise UserError(f"{path} exists; give another name, or replace it with --overwrite")
