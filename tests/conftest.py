@@ -29,3 +29,14 @@ def float64() -> Iterator[None]:
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def flags_of_one_command() -> Iterator[None]:
+    """Forgets the flags that a test defines: commands share names, and a process has one set of flags."""
+    from absl import flags
+
+    before = set(flags.FLAGS)
+    yield
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)

@@ -112,7 +112,7 @@ def test_complexity_says_what_is_wrong_in_one_line() -> None:
     assert "error: unexpected argument 'x'" in run("x").stderr
 
 
-@pytest.mark.parametrize("command", ["complexity", "train", "evaluate", "build_records"])
+@pytest.mark.parametrize("command", ["complexity", "train", "evaluate", "build_records", "predict", "preview"])
 def test_help_has_an_example(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"x3d_tf.{command}", "--help"], capture_output=True, text=True, cwd=ROOT

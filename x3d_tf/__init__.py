@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from x3d_tf.data.batches import dataset
     from x3d_tf.modeling.architecture import ModelOptions
     from x3d_tf.modeling.cost import cost
     from x3d_tf.modeling.expansion import VARIANTS, ClipSpec, Expansion
@@ -22,6 +23,7 @@ _ROOMS = {
     "X3D": "modeling.x3d",
     "build_x3d": "modeling.x3d",
     "cost": "modeling.cost",
+    "dataset": "data.batches",
     "load": "modeling.saving",
     "portable": "modeling.portable",
     "save": "modeling.saving",
@@ -35,6 +37,7 @@ __all__ = [
     "ModelOptions",
     "build_x3d",
     "cost",
+    "dataset",
     "load",
     "portable",
     "save",

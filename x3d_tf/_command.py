@@ -4,13 +4,16 @@ import os
 import sys
 from collections.abc import Callable
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from x3d_tf._checks import UserError
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, positional: bool = False) -> None:
     """Parses the flags and calls `main`.
+
+    With `positional`, `main` gets the arguments that are no flags, which may stand before, between and after flags;
+    otherwise there may be none.
 
     A `UserError` or `OSError` becomes one line on stderr and exit status 1; Ctrl-C becomes exit status 130. Anything
     else is a fault of the package and keeps its traceback.
@@ -18,16 +21,17 @@ def run(main: Callable[[], None]) -> None:
 
     def _main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # TensorFlow's Python side tells of its inner workings
-        if len(argv) > 1:
+        if len(argv) > 1 and not positional:
             sys.exit(f"error: unexpected argument {argv[1]!r}; settings are flags, --help lists them")
         try:
-            main()
+            main(argv[1:]) if positional else main()
         except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
 
+    flags.FLAGS.set_gnu_getopt(positional)
     app.run(_main)
 
 

@@ -1,5 +1,7 @@
 """The figures that runs leave behind."""
 
+import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,3 +87,39 @@ def save_sweep(
             axes.grid(alpha=0.3, which="both" if scale == "log" else "major")
             for x, y, number in zip(costs, accuracies, clips):
                 axes.annotate(f"K={number}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+
+
+def save_clips(clips: Sequence[np.ndarray], labels: Sequence[str], path: Path, title: str) -> None:
+    """A contact sheet as a PNG: a row for each clip, its frames from left to right, its label at the left.
+
+    Args:
+        clips: [frames, side, side, 3] each, RGB in 0..255, all of one side; the numbers of frames may differ.
+        labels: one a clip, of one or more lines.
+        path: replaced if it is there.
+        title: of the figure.
+    """
+    side, columns, gap = clips[0].shape[1], max(len(clip) for clip in clips), max(clips[0].shape[1] // 24, 1)
+    sheet = np.full((len(clips) * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
+    for row, clip in enumerate(clips):
+        for column, frame in enumerate(clip):
+            top, left = row * (side + gap), column * (side + gap)
+            sheet[top : top + side, left : left + side] = np.clip(np.round(frame), 0, 255)
+    tile = 1.3  # inches
+    size = (3.5 + min(columns * tile, 40), 0.8 + len(clips) * tile)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks is drawn as a box
+        with _figure(path, figsize=size) as figure:
+            figure.suptitle(_drawable(title, 120))
+            axes = figure.subplots()
+            axes.imshow(sheet, interpolation="antialiased")
+            centres = np.arange(len(clips)) * (side + gap) + side / 2
+            axes.set_yticks(centres, [_drawable(label) for label in labels], fontsize=8)
+            axes.set_xticks([])
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+
+
+def _drawable(text: str, width: int = 40) -> str:
+    """Text with long lines wrapped, and with what is no Unicode (bytes of file names) escaped."""
+    lines = text.encode("utf-8", "backslashreplace").decode().splitlines()
+    return "\n".join("\n".join(textwrap.wrap(line, width)) for line in lines)

@@ -52,6 +52,7 @@ class VideoInfo:
         fps: frames per second that `read_frames` delivers.
         frames: pictures stored; with a variable rate, `read_frames` may deliver more or fewer.
         variable_rate: whether frames are repeated or dropped to make the rate constant.
+        delivered: frames that `read_frames` delivers where all pictures can be decoded.
     """
 
     width: int
@@ -59,6 +60,7 @@ class VideoInfo:
     fps: float
     frames: int
     variable_rate: bool
+    delivered: int
 
 
 class Frame(NamedTuple):
@@ -93,7 +95,7 @@ def probe(path: str | Path) -> VideoInfo:
             width, height = picture.width, picture.height
             if _quarter_turns(picture) % 2:
                 width, height = height, width
-            return VideoInfo(width, height, timing.fps, timing.pictures, timing.variable_rate)
+            return VideoInfo(width, height, timing.fps, timing.pictures, timing.variable_rate, timing.slots)
     raise VideoError(path, "holds no frame that can be decoded")
 
 
@@ -179,6 +181,12 @@ class _Timing:
     pictures: int
     variable_rate: bool
     start: float  # seconds
+    last: float  # seconds: the last picture's
+
+    @property
+    def slots(self) -> int:
+        """Frames at the constant rate `fps`."""
+        return round((self.last - self.start) * self.fps) + 1 if self.variable_rate else self.pictures
 
 
 def _read_timing(path: str | Path) -> _Timing:
@@ -199,14 +207,14 @@ def _read_timing(path: str | Path) -> _Timing:
     times = np.sort(ticks) * tick  # seconds
     steps = np.diff(times)
     if len(steps) == 0 or not steps.any():  # nothing to measure: trust the header
-        return _Timing(declared_fps or DEFAULT_FPS, len(packets), False, float(times[0]))
+        return _Timing(declared_fps or DEFAULT_FPS, len(packets), False, float(times[0]), float(times[-1]))
     measured_fps = 1.0 / float(np.mean(steps))
     believable = abs(declared_fps / measured_fps - 1) <= RATE_TOLERANCE
     fps = declared_fps if believable else measured_fps
     _check_whole(path, max(end - times[0], len(packets) / fps) * fps, declared_seconds * fps, "are stored")
     slack = max(UNIFORM_TOLERANCE / measured_fps, 1.01 * tick)  # containers round times to their ticks
     variable = bool(np.max(np.abs(steps - np.median(steps))) > slack)
-    return _Timing(fps, len(packets), variable, float(times[0]))
+    return _Timing(fps, len(packets), variable, float(times[0]), float(times[-1]))
 
 
 def _frames(path: str | Path, timing: _Timing, short_side: int) -> Iterator[Frame]:

@@ -1,0 +1,479 @@
+"""Prediction on files against plain loops over all their frames, and against testing their records."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_transforms import naive_resize
+from video_fixtures import numbered_frames, write_records, write_video
+
+import x3d_tf
+from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
+from x3d_tf.data.pipeline import evaluation_dataset
+from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
+from x3d_tf.evaluation import prediction
+from x3d_tf.evaluation.prediction import (
+    Prediction,
+    csv_table,
+    cut_clips,
+    json_document,
+    list_videos,
+    predict_videos,
+    windows,
+)
+
+ROOT = Path(__file__).parents[1]
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
+NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
+
+
+class Linear:
+    """Stands for a network, so that none is compiled: its logits are weighted sums of all values of a clip."""
+
+    expansion, clip, num_classes, include_top, task = TINY, TINY.clip, len(NAMES), True, "single_label"
+
+    def __init__(self) -> None:
+        self.weights = np.random.default_rng(0).normal(0, 0.02 / 255, (4 * 48 * 48 * 3, len(NAMES))).astype(np.float32)
+
+    def __call__(self, clips: Any, training: bool = False) -> Any:
+        import tensorflow as tf
+
+        return tf.matmul(tf.reshape(clips, (-1, len(self.weights))), self.weights)
+
+
+@pytest.fixture(scope="module")
+def linear() -> Any:
+    return Linear()
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """A network that is sure of what it says."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = x3d_tf.build_x3d(TINY, num_classes=len(NAMES))
+    kernel = model.get_layer("fc2").kernel
+    kernel.assign(np.random.default_rng(0).normal(0, 0.3, kernel.shape))
+    return model
+
+
+def smooth_frames(count: int, height: int = 60, width: int = 80) -> np.ndarray:
+    """Frames that differ from one another and survive encoding: large blocks, slowly changing."""
+    coarse = np.random.default_rng(count).integers(0, 256, (count // 5 + 2, height // 20, width // 20, 3))
+    times = np.arange(count) / 5
+    part = (times % 1)[:, None, None, None]
+    mixed = coarse[times.astype(int)] * (1 - part) + coarse[times.astype(int) + 1] * part
+    return mixed.astype(np.uint8).repeat(20, 1).repeat(20, 2)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of several rates, lengths and shapes; one is shorter than a clip."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_video(folder / "a b, c.mp4", smooth_frames(41))
+    write_video(folder / "дом.mkv", smooth_frames(30, 80, 60), 25)
+    write_video(folder / "short.avi", smooth_frames(5))
+    return folder
+
+
+def naive_probabilities(model: Any, frames: np.ndarray, fps: float, views: int) -> np.ndarray:
+    """Out of all frames in memory."""
+    clips = []
+    for start in view_starts(len(frames), fps, model.clip, views):
+        clip = frames[frame_indices(start, len(frames), fps, model.clip)]
+        height, width = (side * 54 // min(clip.shape[1:3]) for side in clip.shape[1:3])
+        top, left = (height - 48 + 1) // 2, (width - 48 + 1) // 2
+        clips.append(naive_resize(clip, height, width)[:, top : top + 48, left : left + 48])
+    logits = np.asarray(model(np.array(clips, np.float32)), np.float64)
+    return (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).mean(axis=0)
+
+
+def decoded(path: Path) -> np.ndarray:
+    return np.stack([frame.pixels for frame in read_frames(path)])
+
+
+def predictions(model: Any, paths: list[Path], **settings: Any) -> list[Prediction]:
+    results = list(predict_videos(model, paths, progress=False, **settings))
+    assert all(isinstance(result, Prediction) for result in results)
+    return results  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("settings", "views"), [({}, 10), ({"temporal_views": 1}, 1), ({"temporal_views": 4}, 4)])
+def test_a_video_equals_a_plain_loop(linear: Any, clips: Path, settings: dict[str, int], views: int) -> None:
+    paths = list_videos([clips])
+    results = predictions(linear, paths, **settings)
+    assert [result.path for result in results] == paths
+    for path, result in zip(paths, results):
+        fps, frames = probe(path).fps, decoded(path)
+        np.testing.assert_allclose(result.probabilities, naive_probabilities(linear, frames, fps, views), atol=1e-5)
+        assert (result.start, result.end) == (0, pytest.approx(len(frames) / fps))
+    spread = [result.probabilities for result in results]
+    assert np.abs(spread[0] - spread[1]).max() > 0.01  # else the bound above would mean nothing
+
+
+def test_a_network_says_what_it_says_of_the_record_but_for_jpeg(network: Any, clips: Path, tmp_path: Path) -> None:
+    path = clips / "a b, c.mp4"
+    manifest = write_records(tmp_path, {"test": [encode_video(path, quality=95)]})
+    views = ViewSpec(temporal_views=4, resize=54, crop=48)
+    ((pixels, _, _),) = evaluation_dataset(manifest, "test", network.clip, views).as_numpy_iterator()
+    logits = np.asarray(network(pixels[0]), np.float64)
+    tested = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).mean(axis=0)
+    (result,) = predictions(network, [path], temporal_views=4, thumbnails=16)
+    assert np.abs(result.probabilities - tested).max() < 0.01
+    np.testing.assert_allclose(result.probabilities, naive_probabilities(network, decoded(path), 30.0, 4), atol=1e-5)
+    # The clips are the same frames, cut alike: those of the next frame would be three times further off.
+    seen = result.thumbnails.astype(float)
+    assert np.abs(seen - pixels[0].reshape(seen.shape)).mean() < 5
+    assert np.abs(seen[:-1] - pixels[0].reshape(seen.shape)[1:]).mean() > 15
+
+
+@pytest.mark.parametrize(("settings", "views"), [({}, 1), ({"temporal_views": 2}, 2)])
+def test_windows_equal_videos_of_their_own(linear: Any, clips: Path, settings: dict[str, int], views: int) -> None:
+    path = clips / "a b, c.mp4"  # 41 frames at 30 a second
+    results = predictions(linear, [path], window=0.5, hop=0.3, **settings)
+    spans = [(0, 15), (9, 24), (18, 33), (26, 41)]  # the last one ends with the video
+    assert [(result.start, result.end) for result in results] == [
+        (pytest.approx(first / 30), pytest.approx(end / 30)) for first, end in spans
+    ]
+    frames = decoded(path)
+    for result, (first, end) in zip(results, spans):
+        expected = naive_probabilities(linear, frames[first:end], 30.0, views)
+        np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frames", "window", "hop", "expected"),
+    [
+        (10, None, None, [(0, 10)]),
+        (10, 1.0, 1.0, [(0, 10)]),
+        (7, 1.0, 0.5, [(0, 7)]),
+        (20, 1.0, 1.0, [(0, 10), (10, 20)]),
+        (21, 1.0, 1.0, [(0, 10), (10, 20), (11, 21)]),
+        (20, 1.0, 0.5, [(0, 10), (5, 15), (10, 20)]),
+        (30, 1.0, 2.0, [(0, 10), (20, 30)]),
+        (26, 1.0, 2.0, [(0, 10), (16, 26)]),
+        (12, 1.0, 0.001, [(0, 10), (1, 11), (2, 12)]),
+    ],
+)
+def test_windows_cover_the_video(
+    frames: int, window: float | None, hop: float | None, expected: list[tuple[int, int]]
+) -> None:
+    assert list(windows(frames, 10.0, window, hop)) == expected
+
+
+def test_windows_do_not_drift() -> None:
+    starts = [first for first, _ in windows(30 * 3600, 29.97, 5.0, 1 / 3)]
+    assert starts[3000] == round(3000 / 3 * 29.97)
+
+
+class Counted(np.ndarray):
+    """A frame that can be watched."""
+
+
+def counted_stream(count: int, alive: "weakref.WeakSet[Any]", peak: list[int]) -> Iterator[np.ndarray]:
+    for number in range(count):
+        frame = np.full((8, 8, 3), number % 251, np.uint8).view(Counted)
+        alive.add(_Key(frame))
+        peak[0] = max(peak[0], len(alive))
+        yield frame
+
+
+class _Key:
+    """Arrays cannot be put into sets: lives as long as the frame that it is tied to."""
+
+    def __init__(self, frame: Counted) -> None:
+        frame.key = self  # type: ignore[attr-defined]
+
+
+CLIP = x3d_tf.ClipSpec(4, 2.0, 8)
+
+
+def frames_alive(
+    count: int, window: float | None, hop: float | None, views: int, *, check: bool = True
+) -> tuple[int, int]:
+    """Most frames alive at once while a stream of `count` is cut, and the number of clips; contents are checked."""
+    sampler = prediction._Sampler(CLIP, ViewSpec(temporal_views=views, resize=8, crop=8), window, hop, "slowfast", 8)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    peak, cuts = [0], 0
+    expected = (clip for part in sampler.clips(count, 30.0) for clip in part)
+    ordered = sorted(expected, key=lambda clip: (clip[-1], clip[0])) if check else None
+    for cut in cut_clips(counted_stream(count, alive, peak), sampler.clips(count, 30.0)):
+        if ordered is not None:
+            np.testing.assert_array_equal(cut.pixels[:, 0, 0, 0], ordered[cuts] % 251)
+        cuts += 1
+        del cut
+    return peak[0], cuts
+
+
+@pytest.mark.parametrize(("window", "hop", "views"), [(None, None, 10), (1.0, 1.0, 1), (2.0, 0.5, 3)])
+def test_memory_does_not_grow_with_length(window: float | None, hop: float | None, views: int) -> None:
+    short, _ = frames_alive(300, window, hop, views)
+    long, cuts = frames_alive(6_000, window, hop, views)
+    assert long <= max(short, 4 * 10) + 1
+    assert long <= (4 * views * (1 if window is None else 5)) + 2  # five windows overlap at most
+    assert cuts >= views
+
+
+def test_hours_of_windows_take_no_memory() -> None:
+    def peak_bytes(count: int) -> int:
+        tracemalloc.start()
+        frames_alive(count, 1.0, 1.0, 1, check=False)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    frames_alive(100, 1.0, 1.0, 1, check=False)  # what is imported and cached on first use
+    short, long = peak_bytes(5_000), peak_bytes(30_000)
+    assert long < short + 20_000  # 25,000 frames of 192 bytes would be 5 MB
+
+
+def test_a_stream_that_ends_early_repeats_its_last_frame() -> None:
+    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(6)]
+    parts = [np.array([[0, 2], [4, 9]]), np.array([[8, 9]])]
+    cuts = [(cut.part, cut.view, cut.pixels[:, 0, 0, 0].tolist()) for cut in cut_clips(frames, parts)]
+    assert cuts == [(0, 0, [0, 2]), (0, 1, [4, 5])]
+
+
+def test_lost_frames_are_noticed(linear: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header says 43 frames and 41 come: clips are spread over those that do."""
+    path = clips / "a b, c.mp4"
+    expected = naive_probabilities(linear, decoded(path), 30.0, 3)
+    monkeypatch.setattr(prediction, "probe", lambda path: replace(probe(path), delivered=43))
+    (result,) = predictions(linear, [path], temporal_views=3)
+    np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
+    assert result.end == pytest.approx(41 / 30)
+
+
+def test_a_variable_rate_is_decoded_once(linear: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [0, 100, 200, 300, 650, 700, 800, 900, 1000, 1030, 1100, 1200]
+    path = write_video(tmp_path / "a.mkv", numbered_frames(len(times)), 10, times_ms=times)
+    assert probe(path).delivered == len(decoded(path)) != probe(path).frames
+    passes = []
+    monkeypatch.setattr(prediction, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
+    predictions(linear, [path])
+    assert len(passes) == 1
+
+
+def test_multi_label_probabilities_are_sigmoids(linear: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = clips / "short.avi"  # all clips are one
+    monkeypatch.setattr(linear, "task", "multi_label", raising=False)
+    (result,) = predictions(linear, [path])
+    logits = np.log(result.probabilities / (1 - result.probabilities))
+    softmax = naive_probabilities(linear, decoded(path), 30.0, 1)
+    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), softmax, atol=1e-4)
+    assert abs(result.probabilities.sum() - 1) > 0.1
+
+
+def test_bad_files_are_reported_and_the_rest_goes_on(linear: Any, clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.mp4").write_text("no video\n" * 200)
+    results = list(predict_videos(linear, [tmp_path / "words.mp4", "nowhere.mp4", clips / "short.avi"], progress=False))
+    assert [type(result) for result in results] == [VideoError, VideoError, Prediction]
+    assert "nowhere.mp4: no such file" in str(results[1])
+
+
+def test_a_network_that_gives_no_numbers_is_an_error(clips: Path) -> None:
+    model = x3d_tf.build_x3d(TINY, num_classes=2)
+    model.get_layer("fc2").bias.assign([np.nan, 0])
+    with pytest.raises(ValueError, match=r"probabilities that are not numbers for .*short\.avi"):
+        predictions(model, [clips / "short.avi"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0.2}, "window must be at least 0.266667 s, a clip of the network, got 0.2"),
+        ({"window": float("nan")}, "window must be at least"),
+        ({"hop": 1.0}, "hop must come with a window"),
+        ({"window": 1.0, "hop": 0.0}, "hop must be positive, got 0.0"),
+        ({"temporal_views": 0}, "temporal_views must be at least 1, got 0"),
+        ({"short_side": 0}, "short_side must be at least 1 pixel, got 0"),
+        ({"thumbnails": -1}, "thumbnails must be at least 0"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_read(linear: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        predict_videos(linear, ["nowhere.mp4"], **settings)
+
+
+def test_a_network_without_classifier_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have its classifier \(include_top\)"):
+        predict_videos(x3d_tf.build_x3d(TINY, include_top=False), ["nowhere.mp4"])
+
+
+def test_folders_are_searched(tmp_path: Path) -> None:
+    for name in ("b/2.mp4", "b/10.mp4", "b/c/é x.avi", "a.mkv", ".hidden.mp4", "b/.thumbs/x.mp4", "z/,.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b/loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "z/again").symlink_to(tmp_path / "b", target_is_directory=True)
+    (tmp_path / "z/gone").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe")
+    names = [path.relative_to(tmp_path).as_posix() for path in list_videos([tmp_path])]
+    assert names == ["a.mkv", "b/10.mp4", "b/2.mp4", "b/c/é x.avi", "z/,.mp4", "z/gone"]
+    named = [tmp_path / ".hidden.mp4", tmp_path / "missing.mp4"]
+    assert list_videos([*named, named[0]]) == named
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the videos must be files, or folders that hold some, got"):
+        list_videos([tmp_path])
+
+
+RESULTS: list[Prediction | VideoError] = [
+    Prediction(Path("a, b/дом.mp4"), 0.0, 1.5, np.float32([0.5, 0.25, 0.25]), np.zeros((0, 8, 8, 3), np.uint8)),
+    VideoError("x\udcff.mp4", "the file is empty"),
+    Prediction(Path("c.mp4"), 0.5, 2.0, np.float32([0.2, 0.2, 0.6]), np.zeros((0, 8, 8, 3), np.uint8)),
+]
+
+
+def test_the_table_and_the_document_hold_everything(tmp_path: Path) -> None:
+    names = ("jump", "a,b", "дом")
+    with (
+        csv_table(tmp_path / "new" / "a.csv", names) as to_csv,
+        json_document(tmp_path / "a.json", {"model": "m"}, names) as to_json,
+    ):
+        for result in RESULTS:
+            to_csv(result)
+            to_json(result)
+        assert not (tmp_path / "a.json").exists()
+    with (tmp_path / "new" / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["video"] for row in rows] == ["a, b/дом.mp4", "x\\udcff.mp4", "c.mp4"]
+    assert [row["predicted"] for row in rows] == ["jump", "", "дом"]
+    assert [row["error"] for row in rows] == ["", "the file is empty", ""]
+    assert (rows[2]["start"], rows[2]["end"], rows[2]["p(a,b)"]) == ("0.500", "2.000", "0.2")
+    content = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert (content["model"], content["classes"]) == ("m", list(names))
+    first, failed, last = content["predictions"]
+    assert (first["video"], first["start"], first["end"]) == ("a, b/дом.mp4", 0.0, 1.5)
+    assert [entry["class"] for entry in first["top"]] == ["jump", "a,b", "дом"]  # of equal ones the lower first
+    assert failed == {"video": "x\udcff.mp4", "error": "the file is empty"}
+    assert last["top"][0] == {"class": "дом", "probability": 0.6}
+    assert last["probabilities"] == [0.2, 0.2, 0.6]
+
+
+def test_an_empty_document_is_json(tmp_path: Path) -> None:
+    with json_document(tmp_path / "a.json", {}, ("a",)):
+        pass
+    assert json.loads((tmp_path / "a.json").read_text()) == {"classes": ["a"], "predictions": []}
+
+
+@pytest.mark.parametrize(
+    "write", [csv_table, lambda path, names, **settings: json_document(path, {}, names, **settings)]
+)
+def test_files_are_whole_and_not_replaced_silently(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "a"
+    with pytest.raises(RuntimeError), write(path, ("a",)):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="exists; give another path, or overwrite=True"), write(path, "a"):
+        pass
+    assert path.read_text() == "mine"
+    with write(path, ("a",), overwrite=True):
+        pass
+    assert path.read_text() != "mine"
+
+
+def predict(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "x3d_tf.predict", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command(network: Any, clips: Path, tmp_path: Path) -> None:
+    x3d_tf.save(network, tmp_path / "m.keras", NAMES)
+    videos = tmp_path / "my videos"
+    videos.mkdir()
+    for path in clips.iterdir():
+        (videos / path.name).symlink_to(path)
+    (videos / "bad.mp4").touch()
+    outputs = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")}
+    flags = [f"--json={outputs['json']}", f"--csv={outputs['csv']}", f"--contact_sheet={outputs['png']}"]
+    done = predict(videos, f"--model={tmp_path / 'm.keras'}", *flags)
+    assert done.returncode == 1
+    assert f"error: {videos / 'bad.mp4'}: the file is empty" in done.stderr
+    assert "1 of 4 files could not be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{videos / 'a b, c.mp4'} (1.4 s)"
+    content = json.loads(outputs["json"].read_text(encoding="utf-8"))
+    top = content["predictions"][0]["top"]
+    assert lines[1:6] == [f"  {entry['probability']:6.1%}  {entry['class']}" for entry in top]
+    expected = naive_probabilities(network, decoded(videos / "a b, c.mp4"), 30.0, 10)
+    np.testing.assert_allclose(content["predictions"][0]["probabilities"], expected, atol=1e-5)
+    assert [Path(entry["video"]).name for entry in content["predictions"]] == [
+        "a b, c.mp4",
+        "bad.mp4",
+        "short.avi",
+        "дом.mkv",
+    ]
+    assert content["task"] == "single_label"
+    assert len(list(csv.reader(outputs["csv"].open(encoding="utf-8")))) == 5
+    assert outputs["png"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("flags_of_one_command")
+def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, for each of its own would import TensorFlow anew."""
+    from absl import flags
+    from absl.testing import flagsaver
+
+    from x3d_tf import predict as command
+
+    command.define_flags()
+    flags.FLAGS(["predict", "--model=m.keras"])
+    (tmp_path / "there.csv").touch()
+    for settings, videos, message in (
+        ({}, [], "the command line must name video files or folders of them"),
+        ({"contact_sheet": "a.jpg"}, ["a.mp4"], "--contact_sheet must end in .png, got 'a.jpg'"),
+        ({"json": "a", "csv": "a"}, ["a.mp4"], "output files must be distinct"),
+        ({"csv": str(tmp_path / "there.csv")}, ["a.mp4"], "exists; give another name, or replace it with --overwrite"),
+        ({"model": str(tmp_path)}, ["a.mp4"], "no such model file or run folder"),
+    ):
+        with flagsaver.flagsaver(**settings), pytest.raises(ValueError, match=message):
+            command.main(videos)
+
+
+def test_windows_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    from x3d_tf.predict import show_windows
+
+    def window(path: str, start: float, *probabilities: float) -> Prediction:
+        return Prediction(Path(path), start, start + 2, np.float32(probabilities), np.zeros((0, 8, 8, 3), np.uint8))
+
+    results = [
+        window("a", 0, 0.9, 0.1),
+        window("a", 1, 0.7, 0.3),
+        window("a", 2, 0.4, 0.6),
+        VideoError("a", "breaks off"),
+        window("b", 0, 0.2, 0.8),
+    ]
+    show_windows(results, ("jump", "run"))
+    found = capsys.readouterr()
+    assert found.out.splitlines() == [
+        "a",
+        "       0.0 -      3.0 s   80.0%  jump",
+        "       2.0 -      4.0 s   60.0%  run",
+        "b",
+        "       0.0 -      2.0 s   80.0%  run",
+    ]
+    assert found.err == "error: a: breaks off\n"
+
+
+def test_real_videos_equal_a_plain_loop(linear: Any, shared_data: Path) -> None:
+    """Of other sizes, rates and codecs; the one with 25 frames a second is scaled up, the upright one down."""
+    for name in ("apply_eye_makeup.avi", "deadlifting.mp4"):
+        path = shared_data / "clips" / name
+        (result,) = predictions(linear, [path], temporal_views=2)
+        expected = naive_probabilities(linear, decoded(path), probe(path).fps, 2)
+        np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)

@@ -1,0 +1,84 @@
+"""The contact sheet of training clips: the clips of the trainer, with the labels and names that belong to them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_fixtures import noise_video, write_records
+
+from x3d_tf import ClipSpec, _plots
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.pipeline import training_dataset
+from x3d_tf.data.preview import label_text, save_preview
+
+CLIP = ClipSpec(3, 2.0, 28)
+SETTINGS: dict[str, Any] = {"jitter": (32, 40), "flip": True, "batch": 3, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Of each video the class and the name hold its number."""
+    return write_records(tmp_path_factory.mktemp("records"), {"train": [noise_video(seed, 12) for seed in range(7)]})
+
+
+def test_rows_are_the_first_clips_of_training(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(_plots, "save_clips", lambda *args: drawn.extend(args))
+    save_preview(manifest, "train", CLIP, tmp_path / "a.png", **SETTINGS, clips=8)
+    clips, captions, path, title = drawn
+    batches = list(training_dataset(manifest, "train", CLIP, **SETTINGS).take(3).as_numpy_iterator())
+    np.testing.assert_array_equal(clips, np.concatenate([pixels for pixels, _ in batches])[:8])
+    labels = np.concatenate([labels for _, labels in batches])[:8].tolist()
+    assert captions == [
+        f"class {label:03d}\ntrain/{label}\nepoch {place // 6}, slot {place % 6}" for place, label in enumerate(labels)
+    ]
+    assert path == tmp_path / "a.png"
+    assert str(manifest.folder) in title
+
+
+def test_the_picture_holds_the_clips(tmp_path: Path) -> None:
+    """Each frame of one colour is found again at its place."""
+    colours = np.random.default_rng(0).integers(30, 220, (2, 4, 3))
+    clips = [np.broadcast_to(row[:, None, None], (4, 64, 64, 3)) for row in colours]
+    _plots.save_clips(clips, ["a$^{$", "大 x\udcff\nsecond line"], tmp_path / "a.png", "title")
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    places = []
+    for colour in colours.reshape(-1, 3):
+        rows, columns = np.nonzero(np.abs(picture - colour).max(axis=-1) <= 1)
+        assert len(rows) > 100 * 100  # an inch at 110 dots is 110 pixels
+        places.append((np.median(rows), np.median(columns)))
+    tops, lefts = np.array(places).reshape(2, 4, 2).transpose(2, 0, 1)
+    assert (np.diff(tops, axis=0) > 100).all()
+    assert (np.diff(lefts, axis=1) > 100).all()
+    assert np.abs(np.diff(lefts, axis=0)).max() <= 1
+
+
+def test_labels_of_both_kinds_have_names() -> None:
+    assert label_text(np.int32(1), ("a", "b")) == "b"
+    assert label_text(np.float32([1, 0, 1]), ("a", "b", "c")) == "a, c"
+
+
+@pytest.mark.usefixtures("flags_of_one_command")
+def test_the_command(manifest: Manifest, tmp_path: Path) -> None:
+    """In this process, for one of its own would import TensorFlow anew."""
+    from absl import flags
+    from absl.testing import flagsaver
+
+    from x3d_tf import preview
+
+    preview.define_flags()
+    flags.FLAGS(["preview", "--gin_file=gin/x3d_s.gin"])
+    small = ["Expansion.gamma_t=3", "Expansion.gamma_s=0.3", "Recipe.batch=3"]
+    output = tmp_path / "new" / "a.png"
+    settings = {"records": str(manifest.folder), "gin_bindings": small, "output": str(output), "clips": 2}
+    with flagsaver.flagsaver(**settings):
+        preview.main()
+        assert output.read_bytes().startswith(b"\x89PNG")
+        with pytest.raises(ValueError, match="exists; give another --output, or replace it with --overwrite"):
+            preview.main()
+    with flagsaver.flagsaver(**settings | {"output": "a.jpg"}), pytest.raises(ValueError, match="must end in"):
+        preview.main()

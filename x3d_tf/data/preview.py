@@ -1,0 +1,76 @@
+"""A look at the training data: clips exactly as the network gets them, on a contact sheet."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from x3d_tf import _plots
+from x3d_tf._checks import require
+from x3d_tf.data.clips import FrameSampling
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.pipeline import naming_records, place_of, training_dataset
+from x3d_tf.modeling.expansion import ClipSpec
+
+
+def save_preview(
+    manifest: Manifest,
+    split: str,
+    clip: ClipSpec,
+    path: str | Path,
+    *,
+    jitter: tuple[int, int],
+    flip: bool,
+    batch: int,
+    seed: int,
+    frame_sampling: FrameSampling = "slowfast",
+    clips: int = 8,
+) -> Path:
+    """Draws the first clips of training as a PNG: sampled, scaled, cropped and mirrored, with their labels.
+
+    Args:
+        manifest, split, clip, jitter, flip, batch, seed, frame_sampling: as `training_dataset`; with those of a run
+            these are the clips of its first steps, in their order.
+        path: replaced if it is there.
+        clips: rows of the sheet.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: a setting out of range, damaged records.
+    """
+    require(clips >= 1, "clips", "be at least 1", clips)
+    records = manifest.split(split).records
+    stream = training_dataset(
+        manifest,
+        split,
+        clip,
+        jitter=jitter,
+        flip=flip,
+        batch=batch,
+        seed=seed,
+        frame_sampling=frame_sampling,
+        replica_batch=1,  # else a whole batch would be decoded, however large
+    )
+    rows, captions = [], []
+    with naming_records():
+        for number, (pixels, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
+            step, member = (tf.constant(part, tf.int64) for part in divmod(number, batch))
+            place = place_of(step, member, records=len(records), batch=batch, seed=seed)
+            name = records[int(place.record)].media_id
+            rows.append(pixels[0])
+            captions.append(
+                f"{label_text(labels[0], manifest.classes)}\n{name}\nepoch {int(place.epoch)}, slot {int(place.slot)}"
+            )
+    title = f"{manifest.folder}, {split}: the first clips of training, {clip.frames} frames of {clip.size}² pixels"
+    _plots.save_clips(rows, captions, Path(path), title)
+    return Path(path)
+
+
+def label_text(label: Any, classes: tuple[str, ...]) -> str:
+    """The class of a label, or the classes of a multi-hot one."""
+    if np.ndim(label) == 0:
+        return classes[int(label)]
+    return ", ".join(classes[index] for index in np.flatnonzero(label))

@@ -1,0 +1,189 @@
+"""Predicts what happens in video files, with a model that was trained here.
+
+The five most probable classes of each file, also below folders; as files, too, with a picture to look at:
+  python -m x3d_tf.predict --model=runs/mine party.mp4 holidays/
+  python -m x3d_tf.predict --model=runs/mine --json=out.json --csv=out.csv --contact_sheet=out.png holidays/
+
+What happens when in a long video: a prediction for every 5 seconds of it, or for 5 seconds in every second:
+  python -m x3d_tf.predict --model=runs/mine --window=5 --csv=out.csv film.mkv
+  python -m x3d_tf.predict --model=runs/mine --window=5 --hop=1 --csv=out.csv film.mkv
+
+A prediction is the mean of 10 clips spread evenly over a video (--views), as in testing; of a window it is one clip, in
+its middle. Any format that FFmpeg decodes will do, and videos of any length. Files that cannot be read are named on
+stderr and in the output files, and the rest goes on; the exit status is then 1. With a multi-label model each class has
+a probability of its own, and they do not add up to 1.
+"""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from tqdm import tqdm
+
+from x3d_tf import _command, _plots
+from x3d_tf._checks import UserError, require
+from x3d_tf.data.video import VideoError
+from x3d_tf.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from x3d_tf.evaluation.prediction import Prediction
+
+FLAGS = flags.FLAGS
+
+_SHEET_ROWS, _SHEET_FRAMES = 30, 6  # of the contact sheet, at most
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("model", None, "A run folder, or a .keras file that this package saved.", required=True)
+    flags.DEFINE_integer("views", None, "Clips of each video, K; 10, or 1 of each window, unless given.", lower_bound=1)
+    flags.DEFINE_float("window", None, "Seconds of video for which to make a prediction each; else one for all of it.")
+    flags.DEFINE_float("hop", None, "Seconds from one window to the next; the window's length unless given.")
+    flags.DEFINE_integer("short_side", None, "Pixels to which larger frames are scaled, as in the records.")
+    flags.DEFINE_enum("frame_sampling", None, ["slowfast", "exact"], "As in training; the run's own unless given.")
+    flags.DEFINE_string("json", None, "File for all predictions.")
+    flags.DEFINE_string("csv", None, "File for all predictions as a table.")
+    flags.DEFINE_string("contact_sheet", None, f"PNG of frames and classes; at most {_SHEET_ROWS} rows.")
+    flags.DEFINE_bool("overwrite", False, "Replace output files that are there already.")
+
+
+def main(videos: list[str]) -> None:
+    """Predicts as the flags say."""
+    require(bool(videos), "the command line", "name video files or folders of them", videos)
+    outputs = _outputs()
+    _command.quiet_tensorflow()
+    from x3d_tf.evaluation.prediction import csv_table, json_document, list_videos, predict_videos
+    from x3d_tf.modeling.expansion import name_of
+    from x3d_tf.modeling.saving import load
+
+    paths = list_videos(videos)
+    model = load(FLAGS.model)
+    task = getattr(model, "task", "single_label")
+    results = predict_videos(
+        model,
+        paths,
+        temporal_views=FLAGS.views,
+        window=FLAGS.window,
+        hop=FLAGS.hop,
+        short_side=FLAGS.short_side,
+        frame_sampling=FLAGS.frame_sampling or _frame_sampling(FLAGS.model),
+        thumbnails=_SHEET_FRAMES if FLAGS.contact_sheet else 0,
+    )
+    about = {"model": FLAGS.model, "network": name_of(model.expansion), "task": task, "window": FLAGS.window}
+    names = model.class_names
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names that are no UTF-8
+    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if task == "multi_label":
+        tqdm.write("Each class has a probability of its own: they do not add up to 1.")
+    failures = predictions = 0
+    sheet: list[Prediction] = []
+
+    def kept(results: "Iterator[Prediction | VideoError]") -> "Iterator[Prediction | VideoError]":
+        """The same results, once they are on their way into the files."""
+        nonlocal failures, predictions, sheet
+        for result in results:
+            for add in sinks:
+                add(result)
+            if isinstance(result, VideoError):
+                failures += 1
+            else:
+                predictions += 1
+                sheet += [result] if FLAGS.contact_sheet and len(sheet) < _SHEET_ROWS else []
+            yield result
+
+    with contextlib.ExitStack() as files:
+        sinks = []
+        if FLAGS.json:
+            sinks.append(files.enter_context(json_document(FLAGS.json, about, names, overwrite=FLAGS.overwrite)))
+        if FLAGS.csv:
+            sinks.append(files.enter_context(csv_table(FLAGS.csv, names, overwrite=FLAGS.overwrite)))
+        if FLAGS.window is None:
+            show_videos(kept(results), names)
+        else:
+            show_windows(kept(results), names)
+    if sheet:
+        part = f", the first {len(sheet)} of {predictions}" if len(sheet) < predictions else ""
+        _save_sheet(Path(FLAGS.contact_sheet), sheet, names, f"{name_of(model.expansion)}, {FLAGS.model}{part}")
+    written = [path for path in outputs if sheet or path != FLAGS.contact_sheet]
+    if written:
+        print(f"written: {', '.join(written)}")
+    if failures:
+        sys.exit(f"{failures} of {len(paths)} files could not be read")
+
+
+def _outputs() -> list[str]:
+    """The files to write, once it is sure that they may be written."""
+    outputs = [path for path in (FLAGS.json, FLAGS.csv, FLAGS.contact_sheet) if path]
+    require(len(set(outputs)) == len(outputs), "output files", "be distinct", outputs)
+    if FLAGS.contact_sheet:
+        require(FLAGS.contact_sheet.endswith(".png"), "--contact_sheet", "end in .png", FLAGS.contact_sheet)
+    for path in outputs:
+        require_free(path, FLAGS.overwrite)
+    return outputs
+
+
+def require_free(path: str, overwrite: bool) -> None:
+    """Raises UserError where a file would be replaced that may not be."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} exists; give another name, or replace it with --overwrite")
+
+
+def show_videos(results: "Iterable[Prediction | VideoError]", names: Sequence[str]) -> None:
+    """Prints the most probable classes of each video."""
+    for result in results:
+        if isinstance(result, VideoError):
+            tqdm.write(f"error: {result}", file=sys.stderr)
+        else:
+            tqdm.write("\n".join([f"{result.path} ({result.end:.1f} s)", *top_lines(result, names, 5)]))
+
+
+def show_windows(results: "Iterable[Prediction | VideoError]", names: Sequence[str]) -> None:
+    """Prints what follows what in each video: a line for all windows in a row of one most probable class."""
+
+    def kind(result: "Prediction | VideoError") -> tuple[str, int]:
+        return str(result.path), -1 if isinstance(result, VideoError) else result.top(1)[0]
+
+    shown = None
+    for (path, top), row in itertools.groupby(results, kind):
+        start, end, windows, total = None, 0.0, 0, 0.0
+        for result in row:
+            if isinstance(result, VideoError):
+                tqdm.write(f"error: {result}", file=sys.stderr)
+                continue
+            start, end = result.start if start is None else start, result.end
+            windows, total = windows + 1, total + float(result.probabilities[top])
+        if windows:
+            heading = [] if path == shown else [path]
+            shown = path
+            tqdm.write("\n".join([*heading, f"  {start:8.1f} - {end:8.1f} s  {total / windows:6.1%}  {names[top]}"]))
+
+
+def top_lines(prediction: "Prediction", names: Sequence[str], count: int) -> list[str]:
+    """The most probable classes of a prediction, a line each."""
+    return [f"  {prediction.probabilities[index]:6.1%}  {names[index]}" for index in prediction.top(count)]
+
+
+def _save_sheet(path: Path, rows: "Sequence[Prediction]", names: Sequence[str], title: str) -> None:
+    def label(row: "Prediction") -> str:
+        times = f"{row.start:.1f} - {row.end:.1f} s"
+        return "\n".join([row.path.name, times, *top_lines(row, names, 3)])
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _plots.save_clips([row.thumbnails for row in rows], [label(row) for row in rows], path, title)
+
+
+def _frame_sampling(model: str) -> Any:
+    """How the run sampled frames, where the model is a run's."""
+    run = RunFolder(model)
+    if not run.config.is_file():
+        return "slowfast"
+    return getattr(run.read_config().dataset, "frame_sampling", "slowfast")
+
+
+if __name__ == "__main__":
+    define_flags()
+    _command.run(main, positional=True)

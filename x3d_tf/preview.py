@@ -1,0 +1,63 @@
+"""Draws training clips exactly as the network gets them, with their labels: a look at the data before training.
+
+With the recipe of a run, before it:
+  python -m x3d_tf.preview --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin --records=data/mine
+
+Each row is a clip, with its class, its video and its place in the order of training at the left: the first ones of the
+run that the same --gin_file and --gin_bindings start.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from absl import flags
+
+from x3d_tf import _command, configs
+from x3d_tf._checks import UserError, require
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    configs.define_flags(required=True)
+    flags.DEFINE_string("records", None, "Folder of the records; the configuration's unless given.")
+    flags.DEFINE_integer("clips", 8, "Rows of the picture.", lower_bound=1, upper_bound=64)
+    flags.DEFINE_string("output", "preview.png", "The picture.")
+    flags.DEFINE_bool("overwrite", False, "Replace a picture that is there already.")
+
+
+def main() -> None:
+    """Draws what the flags say."""
+    output = Path(FLAGS.output)
+    require(output.suffix == ".png", "--output", "end in .png", FLAGS.output)
+    if output.exists() and not FLAGS.overwrite:
+        raise UserError(f"{output} exists; give another --output, or replace it with --overwrite")
+    config = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or []).config
+    spec = config.dataset
+    if FLAGS.records:
+        spec = replace(spec, name="records", records=FLAGS.records)
+    spec = replace(spec, eval_split=spec.train_split)  # there need be nothing to test on yet
+    _command.quiet_tensorflow()
+    from x3d_tf.data.datasets import open_dataset
+    from x3d_tf.data.preview import save_preview
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_preview(
+        open_dataset(spec),
+        spec.train_split,
+        config.expansion.clip,
+        output,
+        jitter=config.expansion.jitter,
+        flip=spec.flip,
+        batch=config.recipe.batch,
+        seed=config.seed,
+        frame_sampling=getattr(spec, "frame_sampling", "slowfast"),
+        clips=FLAGS.clips,
+    )
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    _command.run(main)
