@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import x3d_tf
 from x3d_tf._checks import UserError
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.evaluation import testing
-from x3d_tf.evaluation.reports import read_report
+from x3d_tf.evaluation.reports import read_results
 from x3d_tf.evaluation.sweep import sweep_file, sweep_run
 from x3d_tf.evaluation.testing import evaluate_file, evaluate_run
 from x3d_tf.evaluation.watch import watch_run
@@ -96,14 +97,22 @@ def network() -> x3d_tf.X3D:
     keras.utils.set_random_seed(3)
     model = x3d_tf.X3D(TINY, 2, x3d_tf.ModelOptions())
     model.get_layer("fc2").kernel.assign(np.random.default_rng(0).normal(0, 3, (2048, 2)))
+    model.class_names = ("left", "right")
     return model
 
 
+@pytest.fixture(scope="module")
+def saved(network: x3d_tf.X3D, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("saved") / "model.keras"
+    x3d_tf.save(x3d_tf.portable(network, network.class_names), file)
+    return file
+
+
 @pytest.fixture
-def run(records: Path, network: x3d_tf.X3D, tmp_path: Path) -> RunFolder:
+def run(records: Path, saved: Path, tmp_path: Path) -> RunFolder:
     """As training leaves it, without the training."""
     run = unfinished(records, tmp_path / "run")
-    x3d_tf.save(x3d_tf.portable(network, ("left", "right")), run.model)
+    shutil.copy(saved, run.model)
     return run
 
 
@@ -194,7 +203,6 @@ def test_weights_that_are_not_numbers_are_refused(
 ) -> None:
     broken = testing.with_head_pool(network, "fixed_logits")  # a copy
     broken.get_layer("fc2").bias.assign([float("nan"), 0])
-    broken.class_names = ("left", "right")
     monkeypatch.setattr(testing, "load", lambda _: broken)
     with pytest.raises(UserError, match=r"probabilities that are not numbers for square/0 of .*square"):
         evaluate_run(run, temporal_views=1)
@@ -312,13 +320,18 @@ class Checkpoints:
             self.broken[step] -= 1
             raise UserError(f"the checkpoint of step {step} is damaged")
         self.loaded.append(step)
-        self.network.class_names = ("left", "right")
         return self.network
 
 
 @pytest.fixture
 def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def install(checkpoints: Checkpoints) -> Checkpoints:
+        def predict(*_: object, **__: object) -> np.ndarray:
+            """A later checkpoint calls more of the five videos left: 10 the first, 20 the first two and so on."""
+            first = np.arange(5) < checkpoints.loaded[-1] // 10
+            return np.stack([first, ~first], axis=1).astype("float32")
+
+        monkeypatch.setattr(testing, "predict_split", predict)
         monkeypatch.setattr(checkpointing, "checkpoint_steps", checkpoints.steps, raising=False)
         monkeypatch.setattr(checkpointing, "load_checkpoint", checkpoints.load, raising=False)
         monkeypatch.setattr("x3d_tf.evaluation.watch.time.sleep", checkpoints.sleep)
@@ -330,9 +343,8 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
     import tensorflow as tf
 
-    events = [
-        event for file in sorted(folder.glob("events*")) for event in tf.compat.v1.train.summary_iterator(str(file))
-    ]
+    files = sorted(map(str, folder.glob("events*")))
+    events = [event for file in files for event in tf.compat.v1.train.summary_iterator(file)]
     return [(v.tag, event.step, float(tf.make_ndarray(v.tensor))) for event in events for v in event.summary.value]
 
 
@@ -356,18 +368,16 @@ def test_watching_tests_what_comes_and_stops_with_the_run(
     with (folder / "steps.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [10, 20, 40, 60]
+    expected = [0.6, 0.4, 0.4, 0.6]  # the videos are left, right, left, right, left
+    assert [float(row["top1"]) for row in rows] == pytest.approx(expected)
+    assert read_results(folder / "20.json")["top1"] == pytest.approx(0.4)
     output = capsys.readouterr()
     assert "is finished" in output.out
     assert "warning: the checkpoint of step 50 was not tested: the checkpoint of step 50 is damaged" in output.err
 
-    found = scalars(run.tensorboard / folder.name)
-    assert [(tag, step) for tag, step, _ in found if tag == "eval/top1"] == [("eval/top1", n) for n in (10, 20, 40, 60)]
-    assert {value for tag, _, value in found if tag == "eval/top1"} == {np.float32(rows[0]["top1"])}
-
-    x3d_tf.save(x3d_tf.portable(network, ("left", "right")), run.model, overwrite=True)
-    whole = evaluate_run(run, temporal_views=1)  # of the same weights
-    assert whole.results["top1"] == float(rows[0]["top1"])
-    assert read_report(whole.folder).results == whole.results
+    found = [(step, value) for tag, step, value in scalars(run.tensorboard / folder.name) if tag == "eval/top1"]
+    assert [step for step, _ in found] == [10, 20, 40, 60]
+    assert [value for _, value in found] == pytest.approx(expected)
 
 
 def test_a_watch_that_tests_otherwise_is_refused(
