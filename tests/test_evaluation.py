@@ -191,6 +191,9 @@ def test_a_model_file_is_tested_as_it_is(run: RunFolder, records: Path, tmp_path
         evaluate_file(run.model, output=str(tmp_path / "report"), **asked)
     with pytest.raises(UserError, match="give --records and --split"):
         evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records))
+    with pytest.raises(UserError, match=r"has no split 'test'; it has train"):
+        evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records), split="test")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_unfinished_run_is_refused(records: Path, tmp_path: Path) -> None:
@@ -268,7 +271,7 @@ def test_several_labels_give_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     model = x3d_tf.X3D(TINY, 3, x3d_tf.ModelOptions())
     model.class_names, model.task = ("a", "b", "c"), "multi_label"
     monkeypatch.setattr(testing, "load", lambda _: model)
-    monkeypatch.setattr(testing.Manifest, "load", lambda _: Several())
+    monkeypatch.setattr(testing, "open_dataset", lambda _: Several())
     file = tmp_path / "model.keras"
     file.write_bytes(b"weights")
     asked = {"records": "several", "split": "test"}
