@@ -232,6 +232,24 @@ def test_flags_that_do_not_go_together(flags: str, message: str) -> None:
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_axes_of_a_sweep_have_plain_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[list[str]] = []
+
+    def look(figure: Figure, *_: object, **__: object) -> None:
+        figure.canvas.draw()
+        drawn.extend([label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes)
+        assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
+        assert all(axes.lines[0].get_ydata().tolist() == [50, 60, 65] for axes in figure.axes)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    points = [(1.963, 0.5), (5.888, 0.6), (19.63, 0.65)]
+    _plots.save_sweep(points, (1, 3, 10), tmp_path / "sweep.png", "title", "top-1")
+    assert drawn[1] == ["1.96", "5.89", "19.6"]
+    assert not any("$" in label for label in drawn[0])
+
+
 def test_class_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     _plots.save_confusion(np.eye(2, dtype=int), ("a$^$", "b_{$"), tmp_path / "confusion.png", "$title^")
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
