@@ -84,7 +84,11 @@ def save_sweep(
         for axes, scale in zip(figure.subplots(1, 2), ("linear", "log")):
             axes.plot(costs, accuracies, marker="o")
             axes.set(xscale=scale, xlabel=f"GMACs a video ({scale})", ylabel=f"{metric} in %")
-            axes.grid(alpha=0.3, which="both" if scale == "log" else "major")
+            if scale == "log":  # by itself matplotlib writes powers there, as formulas
+                axes.set_xticks(costs, [f"{cost:.3g}" for cost in costs])
+                axes.minorticks_off()
+            axes.margins(x=0.1)
+            axes.grid(alpha=0.3)
             for x, y, number in zip(costs, accuracies, clips):
                 axes.annotate(f"K={number}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
 

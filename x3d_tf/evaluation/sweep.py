@@ -82,9 +82,11 @@ def _sweep(measurement: Measurement, folder: Path, folders: dict[int, Path], ove
     reports = []
     for k in CLIPS:
         report = there.get(k)
-        print(f"{'already there' if report else 'testing with'}: {k} clip{'s' if k > 1 else ''} of each video")
+        print(
+            f"{'already there' if report else 'testing with'}: {k} clip{'s' if k > 1 else ''} of each video", flush=True
+        )
         reports.append(report or measurements[k].report(folders[k]))
-        print(describe(reports[-1]).partition("\n")[0])
+        print(describe(reports[-1]).partition("\n")[0], flush=True)
     sweep = Sweep(folder, tuple(reports))
     _write(sweep)
     return sweep

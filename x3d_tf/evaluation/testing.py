@@ -197,8 +197,9 @@ class Measurement:
         Raises:
             UserError: records that are missing or damaged; probabilities that are not numbers.
         """
+        settings = self.settings()
         folder.mkdir(parents=True, exist_ok=True)  # before the long part, which a mistyped path should not waste
-        return write_report(folder, self.settings(), self.predict())
+        return write_report(folder, settings, self.predict())
 
 
 def task_of(thing: Any) -> Literal["single_label", "multi_label"]:
@@ -261,12 +262,13 @@ def measurement_of_file(file: Path, procedure: Procedure) -> Measurement:
     """
     if procedure.records is None or procedure.split is None:
         raise UserError(f"to test the file {file}, say on what: give --records and --split")
+    dataset = DatasetSpec(procedure.records, train_split=procedure.split, eval_split=procedure.split)
     model = load(file)
     return Measurement(
         model=with_head_pool(model, procedure.head_pool),
         weights=weights_of(file),
-        manifest=Manifest.load(procedure.records),
-        split=procedure.split,
+        manifest=open_dataset(dataset),
+        split=dataset.eval_split,
         views=procedure.views_of(model.expansion, _TEMPORAL_VIEWS),
         clip_starts=procedure.clip_starts,
         frame_sampling=procedure.frame_sampling or "slowfast",

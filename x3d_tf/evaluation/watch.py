@@ -107,7 +107,8 @@ class _Watch:
             for name, value in measured.items():
                 tf.summary.scalar(f"eval/{name}", value)
         self.writer.flush()
-        words = ", ".join(f"{name} {value:.1%}" for name, value in measured.items())
+        told = [name for name in measured if name != "top5" or results["classes"] > 5]  # else it says nothing
+        words = ", ".join(f"{name} {measured[name]:.1%}" for name in told)
         print(f"step {step}: {words} ({results['videos']} videos, {results['views']})", flush=True)
 
     def _write_csv(self) -> None:
