@@ -9,9 +9,10 @@ import pytest
 from video_fixtures import die_on_three, numbered_frames, write_video
 
 from x3d_tf.build_records import summary
-from x3d_tf.data import records
-from x3d_tf.data.builder import build_records, encode_all, find_videos
+from x3d_tf.data import index
+from x3d_tf.data.builder import build_records, encode_all
 from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.sources import Video, find_videos
 from x3d_tf.data.video import EncodedVideo, VideoError
 
 
@@ -19,9 +20,9 @@ from x3d_tf.data.video import EncodedVideo, VideoError
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of classes: 4 videos of run, 3 of jump, with a broken and a hidden file among them."""
     folder = tmp_path_factory.mktemp("videos")
-    for index in range(7):
-        name = f"{'run' if index < 4 else 'jump'}/clip {index}.mp4"
-        write_video(folder / name, numbered_frames(6 + index))
+    for number in range(7):
+        name = f"{'run' if number < 4 else 'jump'}/clip {number}.mp4"
+        write_video(folder / name, numbered_frames(6 + number))
     (folder / "run" / "broken.mp4").write_text("no video")
     (folder / "run" / ".hidden").write_text("no video")
     (folder / "notes.txt").write_text("no video")
@@ -56,7 +57,7 @@ def test_a_folder_per_class(clips: Path, tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_the_number_of_workers(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "VIDEOS_PER_SHARD", 2)
+    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     for workers in (1, 3):
         build_records(clips, tmp_path / str(workers), split=0.4, workers=workers, progress=False)
     files = sorted(path.name for path in (tmp_path / "1").iterdir())
@@ -67,15 +68,15 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
 
 
 def test_a_part_of_each_class_is_for_testing(clips: Path) -> None:
-    found, _ = find_videos(clips, split=0.5)
+    found = find_videos(clips, split=0.5).splits
     for name, count in (("run", 5), ("jump", 3)):
-        parts = [{video.path for video in found[split] if video.class_name == name} for split in ("train", "test")]
+        parts = [{video.path for video in found[split] if video.classes == (name,)} for split in ("train", "test")]
         assert [len(part) for part in parts] == [count - round(count / 2), round(count / 2)]
         assert len(set.union(*parts)) == count
-    assert found == find_videos(clips, split=0.5)[0]
-    assert found != find_videos(clips, split=0.5, seed=1)[0]
-    tiny, _ = find_videos(clips, split=0.01)
-    assert sorted(video.class_name for video in tiny["test"]) == ["jump", "run"]
+    assert found == find_videos(clips, split=0.5).splits
+    assert found != find_videos(clips, split=0.5, seed=1).splits
+    tiny = find_videos(clips, split=0.01).splits
+    assert sorted(video.classes for video in tiny["test"]) == [("jump",), ("run",)]
 
 
 def touch(folder: Path, *files: str) -> Path:
@@ -87,10 +88,10 @@ def touch(folder: Path, *files: str) -> Path:
 
 def test_split_folders(tmp_path: Path) -> None:
     folder = touch(tmp_path, "train/a/1", "train/b/2", "test/a/3", "val/c/4", "test/.x/5")
-    found, _ = find_videos(folder)
-    media = {split: sorted((video.media_id, video.class_name) for video in videos) for split, videos in found.items()}
+    found = find_videos(folder).splits
+    media = {split: sorted((video.media_id, *video.classes) for video in videos) for split, videos in found.items()}
     assert media == {"train": [("train/a/1", "a"), ("train/b/2", "b")], "test": [("test/a/3", "a")]}
-    assert list(find_videos(folder, splits=["train", "val", "test"])[0]) == ["train", "val", "test"]
+    assert list(find_videos(folder, splits=["train", "val", "test"]).splits) == ["train", "val", "test"]
 
 
 def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
@@ -131,11 +132,11 @@ def test_what_cannot_be_built_says_why(
     with pytest.raises(ValueError, match=message):
         build_records(tmp_path, tmp_path / "out", progress=False, **settings)  # type: ignore[arg-type]
     left = {path.name for path in (tmp_path / "out").glob("*")} if (tmp_path / "out").exists() else set()
-    assert left <= {"failures.csv", "1"}
+    assert left <= {"failures.csv", "build.json", "1"}
 
 
 def test_a_file_that_kills_its_worker_is_left_out() -> None:
-    results = list(encode_all([Path(str(n)) for n in range(8)], die_on_three, workers=2))
+    results = list(encode_all([Video(Path(str(n)), "", ()) for n in range(8)], die_on_three, workers=2))
     for number, result in enumerate(results):
         if number == 3:
             assert isinstance(result, VideoError)
@@ -162,7 +163,11 @@ def test_the_command(clips: Path, tmp_path: Path) -> None:
     assert f"""--gin_bindings='DatasetSpec.records="{output}"'""" in last
     again = command(f"--videos={clips}", f"--output={output}")
     assert again.returncode == 1
-    assert again.stderr.strip().splitlines()[-1].startswith(f"error: output: {output} is not empty")
+    assert (
+        again.stderr.strip()
+        .splitlines()[-1]
+        .startswith(f"error: output: {output} holds a build with split = 0.3, not None")
+    )
     assert "Traceback" not in again.stderr
 
 

@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.sources import Video
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
 
 
@@ -88,8 +89,8 @@ def write_records(
     return manifest
 
 
-def die_on_three(path: Path) -> EncodedVideo | VideoError:
+def die_on_three(video: Video) -> EncodedVideo | VideoError:
     """What a worker does on a file that crashes the decoder; here, where workers find it without TensorFlow."""
-    if path.name == "3":
+    if video.path.name == "3":
         os._exit(1)
-    return EncodedVideo([path.name.encode()], 30.0)
+    return EncodedVideo([video.path.name.encode()], 30.0)
