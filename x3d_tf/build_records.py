@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from tqdm import tqdm
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError
@@ -51,6 +52,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Builds the records and says what was written and what to do next; or verifies those there are."""
+    _command.quiet_tensorflow()
     if FLAGS.verify:
         _verify()
         return
@@ -85,7 +87,7 @@ def _verify() -> None:
         raise UserError(f"--verify takes --output only, not {', '.join(given)}")
     problems: list[str] = []
     for report in verify_records(FLAGS.output):
-        print(report)
+        tqdm.write(str(report))
         problems += report.problems
     if problems:
         raise UserError(

@@ -13,6 +13,8 @@ from x3d_tf.data.index import Record, Shard
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.records import parse_record
 
+_BUFFER_BYTES = 1 << 20  # of reading
+
 
 @dataclass(frozen=True)
 class SplitReport:
@@ -69,7 +71,9 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record]) -> None:
     size = path.stat().st_size
     if size != shard.bytes:
         raise UserError(f"{path} has {size} bytes, and {MANIFEST_NAME} says {shard.bytes}")
-    stored = iter(tf.data.TFRecordDataset(str(path)))  # checks the checksums that surround each record
+    stored = iter(
+        tf.data.TFRecordDataset(str(path), buffer_size=_BUFFER_BYTES)
+    )  # checks the checksums that surround each record
     for number, record in enumerate(records):
         where = f"{path}, record {number} at byte {record.offset} ({record.media_id})"
         try:
