@@ -1,6 +1,7 @@
 """From folders of videos to records: layouts, determinism, files that fail, and the command."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,54 @@ def test_what_cannot_be_built_says_why(
     assert left <= {"failures.csv", "build.json", "1"}
 
 
+def test_file_names_of_all_kinds(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "video.mp4", numbered_frames(3)).read_bytes()
+    names = [b"with space.mp4", b"quo\"ted'.mp4", b"a, b.mp4", "прыжок 跳.mp4".encode(), b"new\nline.mp4"]
+    names += [b"\xff\xfe.mp4", b"concat:a|b.mp4", b"%03d.mp4", b"-y.mp4", b"no suffix"]
+    folder = tmp_path / "in" / "прыжок, „hoch“"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / os.fsdecode(name)).write_bytes(video)
+    for name in (b"bad \xff.mp4", b'bad ",\n.mp4'):
+        (folder / os.fsdecode(name)).write_text("no video")
+    result = build_records(tmp_path / "in", tmp_path / "out", workers=1, progress=False)
+    assert Manifest.load(tmp_path / "out") == result.manifest
+    assert result.manifest.classes == ("прыжок, „hoch“",)
+    expected = {f"прыжок, „hoch“/{name.decode('utf-8', 'replace')}" for name in names}
+    assert {record.media_id for record in result.manifest.split("train").records} == expected
+    with (tmp_path / "out" / "failures.csv").open(newline="", encoding="utf-8") as table:
+        paths = [row["path"] for row in csv.DictReader(table)]
+    assert {path.rpartition("/")[2] for path in paths} == {r"bad \udcff.mp4", 'bad ",\n.mp4'}
+    assert [len(path) > 30 for path in paths] == [True, True]
+    assert any("There is one class only" in line for line in summary(result))
+    assert build_records(tmp_path / "in", tmp_path / "out", progress=False).was_finished
+
+
+def test_a_csv_file_of_pieces_of_several_classes(clips: Path, tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    rows = ["run/clip 3.mp4,run,0,0.1", "run/clip 3.mp4,run;turn,0.1,", "jump/clip 4.mp4,jump,5,", "jump/x,jump,,"]
+    table.write_text("path,label,start,end\n" + "\n".join([*rows, "run/broken.mp4,run,0,1", "run/broken.mp4,run,1,2"]))
+    result = build_records(clips, tmp_path / "out", csv=table, workers=1, progress=False)
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest == result.manifest
+    assert (manifest.task, manifest.classes) == ("multi_label", ("jump", "run", "turn"))
+    found = {record.media_id: (record.frames, record.labels) for record in manifest.split("train").records}
+    assert found == {"run/clip 3.mp4#0.0-0.1": (3, (1,)), "run/clip 3.mp4#0.1-": (6, (1, 2))}
+    with (tmp_path / "out" / "failures.csv").open(newline="") as failures:
+        reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(failures)}
+    assert reasons["x"] == f"no such file ({table}, line 5)"
+    assert reasons["clip 4.mp4"] == "ends before 5.0 s, where it was to start"
+    assert result.failures == len(reasons) == 3  # the broken file once
+    lines = "\n".join(summary(result))
+    assert "3 classes, several of a video" in lines
+    assert "train has no video of 1 classes: jump" in lines
+
+
+def test_neither_videos_nor_a_list(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="videos or csv must be given"):
+        build_records(None, tmp_path / "out")
+
+
 def test_a_file_that_kills_its_worker_is_left_out() -> None:
     results = list(encode_all([Video(Path(str(n)), "", ()) for n in range(8)], die_on_three, workers=2))
     for number, result in enumerate(results):
@@ -169,6 +218,9 @@ def test_the_command(clips: Path, tmp_path: Path) -> None:
         .startswith(f"error: output: {output} holds a build with split = 0.3, not None")
     )
     assert "Traceback" not in again.stderr
+    verified = command("--verify", f"--output={output}")
+    assert verified.returncode == 0, verified.stderr
+    assert [line.split(";")[1] for line in verified.stdout.splitlines()] == [" none damaged"] * 2
 
 
 def test_real_clips(shared_data: Path, tmp_path: Path) -> None:

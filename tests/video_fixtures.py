@@ -27,13 +27,19 @@ def number_of(pixels: np.ndarray) -> int:
 
 
 def write_video(
-    path: Path, frames: np.ndarray, fps: int = 30, times_ms: Sequence[int] | None = None, codec: str = "mpeg4"
+    path: Path,
+    frames: np.ndarray,
+    fps: int = 30,
+    times_ms: Sequence[int] | None = None,
+    codec: str = "mpeg4",
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
 ) -> Path:
     """Encodes frames; with `times_ms` each is shown at its own time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         stream.bit_rate = 4_000_000
         if times_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
