@@ -218,9 +218,15 @@ def test_the_command(clips: Path, tmp_path: Path) -> None:
         .startswith(f"error: output: {output} holds a build with split = 0.3, not None")
     )
     assert "Traceback" not in again.stderr
+    shard = output / manifest.splits["test"].shards[0].file
+    shard.write_bytes(shard.read_bytes()[:-1])
     verified = command("--verify", f"--output={output}")
-    assert verified.returncode == 0, verified.stderr
-    assert [line.split(";")[1] for line in verified.stdout.splitlines()] == [" none damaged"] * 2
+    assert verified.returncode == 1
+    train, test, damaged = verified.stdout.splitlines()
+    assert train.endswith("; none damaged")
+    assert test.endswith("; 1 damaged")
+    assert damaged.startswith(f"  {shard} has ")
+    assert verified.stderr.splitlines()[-1].startswith(f"error: {output} holds 1 damaged shards")
 
 
 def test_real_clips(shared_data: Path, tmp_path: Path) -> None:

@@ -100,13 +100,13 @@ def build_records(
     require(1 <= quality <= 95, "quality", "be in 1..95", quality)
     require(workers is None or workers >= 1, "workers", "be at least 1", workers)
     root = None if videos is None else Path(videos)
-    listed = {"splits": splits, "split": split, "seed": seed, "classes": Path(classes) if classes else None}
+    names = None if classes is None else Path(classes)
     if csv is not None:
-        sources = read_csv(Path(csv), videos=root, **listed)  # type: ignore[arg-type]
+        sources = read_csv(Path(csv), videos=root, splits=splits, split=split, seed=seed, classes=names)
+    elif root is not None:
+        sources = find_videos(root, splits=splits, split=split, seed=seed, classes=names)
     else:
-        if root is None:
-            raise UserError("videos or csv must be given")
-        sources = find_videos(root, **listed)  # type: ignore[arg-type]
+        raise UserError("videos or csv must be given")
     settings: dict[str, int | float | str] = {
         "source": "videos" if csv is None else "csv",
         "short_side": short_side,

@@ -149,7 +149,7 @@ def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
 
 def _records_from_json(reader: "_Reader", where: str, columns: Any) -> tuple[Record, ...]:
     columns = reader.of_type(columns, dict, where)
-    if "label" in columns:  # format 1
+    if "label" in columns and "labels" not in columns:  # format 1
         columns = columns | {"labels": [[label] for label in reader.of_type(columns["label"], list, f"{where}.label")]}
     checked = [
         _labels_from_json(reader, f"{where}.labels", columns.get(field))

@@ -131,11 +131,11 @@ def read_csv(
     for row in rows:
         video = _video(row, base, names)
         several |= len(video.classes) > 1
-        place = (video.path, video.start, video.end)
+        place = (video.path.absolute(), video.start, video.end)
         again = f"not be listed again with the same times: line {lines.get(place)} has it"
         row.check(place not in lines, "path", again)
         lines[place] = row.line
-        part = row.values.get("split", allowed[0] if splits else "train")
+        part = row.values.get("split", "train")
         row.check(part in allowed, "split", f"be one of {', '.join(allowed)} (--splits gives other names)")
         members = found.setdefault(part, [])
         if _is_file(video.path):

@@ -301,8 +301,9 @@ def _after_key(
     for picture in container.decode(video=0):
         if number is None and not picture.key_frame:
             continue  # needs pictures from before
-        if picture.pts is not None and picture.pts in ticks:
-            number = int(np.searchsorted(ticks, picture.pts))
+        place = len(ticks) if picture.pts is None else int(np.searchsorted(ticks, picture.pts))
+        if place < len(ticks) and ticks[place] == picture.pts:
+            number = place
         elif number is None:
             return
         else:
