@@ -1,6 +1,7 @@
 """From folders of videos to records: layouts, determinism, files that fail, and the command."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 from video_fixtures import die_on_three, numbered_frames, write_video
 
 from x3d_tf.build_records import summary
-from x3d_tf.data import records
-from x3d_tf.data.builder import build_records, encode_all, find_videos
+from x3d_tf.data import index
+from x3d_tf.data.builder import build_records, encode_all
 from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.sources import Video, find_videos
 from x3d_tf.data.video import EncodedVideo, VideoError
 
 
@@ -19,9 +21,9 @@ from x3d_tf.data.video import EncodedVideo, VideoError
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of classes: 4 videos of run, 3 of jump, with a broken and a hidden file among them."""
     folder = tmp_path_factory.mktemp("videos")
-    for index in range(7):
-        name = f"{'run' if index < 4 else 'jump'}/clip {index}.mp4"
-        write_video(folder / name, numbered_frames(6 + index))
+    for number in range(7):
+        name = f"{'run' if number < 4 else 'jump'}/clip {number}.mp4"
+        write_video(folder / name, numbered_frames(6 + number))
     (folder / "run" / "broken.mp4").write_text("no video")
     (folder / "run" / ".hidden").write_text("no video")
     (folder / "notes.txt").write_text("no video")
@@ -56,7 +58,7 @@ def test_a_folder_per_class(clips: Path, tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_the_number_of_workers(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "VIDEOS_PER_SHARD", 2)
+    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     for workers in (1, 3):
         build_records(clips, tmp_path / str(workers), split=0.4, workers=workers, progress=False)
     files = sorted(path.name for path in (tmp_path / "1").iterdir())
@@ -67,15 +69,15 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
 
 
 def test_a_part_of_each_class_is_for_testing(clips: Path) -> None:
-    found, _ = find_videos(clips, split=0.5)
+    found = find_videos(clips, split=0.5).splits
     for name, count in (("run", 5), ("jump", 3)):
-        parts = [{video.path for video in found[split] if video.class_name == name} for split in ("train", "test")]
+        parts = [{video.path for video in found[split] if video.classes == (name,)} for split in ("train", "test")]
         assert [len(part) for part in parts] == [count - round(count / 2), round(count / 2)]
         assert len(set.union(*parts)) == count
-    assert found == find_videos(clips, split=0.5)[0]
-    assert found != find_videos(clips, split=0.5, seed=1)[0]
-    tiny, _ = find_videos(clips, split=0.01)
-    assert sorted(video.class_name for video in tiny["test"]) == ["jump", "run"]
+    assert found == find_videos(clips, split=0.5).splits
+    assert found != find_videos(clips, split=0.5, seed=1).splits
+    tiny = find_videos(clips, split=0.01).splits
+    assert sorted(video.classes for video in tiny["test"]) == [("jump",), ("run",)]
 
 
 def touch(folder: Path, *files: str) -> Path:
@@ -87,10 +89,10 @@ def touch(folder: Path, *files: str) -> Path:
 
 def test_split_folders(tmp_path: Path) -> None:
     folder = touch(tmp_path, "train/a/1", "train/b/2", "test/a/3", "val/c/4", "test/.x/5")
-    found, _ = find_videos(folder)
-    media = {split: sorted((video.media_id, video.class_name) for video in videos) for split, videos in found.items()}
+    found = find_videos(folder).splits
+    media = {split: sorted((video.media_id, *video.classes) for video in videos) for split, videos in found.items()}
     assert media == {"train": [("train/a/1", "a"), ("train/b/2", "b")], "test": [("test/a/3", "a")]}
-    assert list(find_videos(folder, splits=["train", "val", "test"])[0]) == ["train", "val", "test"]
+    assert list(find_videos(folder, splits=["train", "val", "test"]).splits) == ["train", "val", "test"]
 
 
 def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
@@ -131,11 +133,59 @@ def test_what_cannot_be_built_says_why(
     with pytest.raises(ValueError, match=message):
         build_records(tmp_path, tmp_path / "out", progress=False, **settings)  # type: ignore[arg-type]
     left = {path.name for path in (tmp_path / "out").glob("*")} if (tmp_path / "out").exists() else set()
-    assert left <= {"failures.csv", "1"}
+    assert left <= {"failures.csv", "build.json", "1"}
+
+
+def test_file_names_of_all_kinds(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "video.mp4", numbered_frames(3)).read_bytes()
+    names = [b"with space.mp4", b"quo\"ted'.mp4", b"a, b.mp4", "прыжок 跳.mp4".encode(), b"new\nline.mp4"]
+    names += [b"\xff\xfe.mp4", b"concat:a|b.mp4", b"%03d.mp4", b"-y.mp4", b"no suffix"]
+    folder = tmp_path / "in" / "прыжок, „hoch“"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / os.fsdecode(name)).write_bytes(video)
+    for name in (b"bad \xff.mp4", b'bad ",\n.mp4'):
+        (folder / os.fsdecode(name)).write_text("no video")
+    result = build_records(tmp_path / "in", tmp_path / "out", workers=1, progress=False)
+    assert Manifest.load(tmp_path / "out") == result.manifest
+    assert result.manifest.classes == ("прыжок, „hoch“",)
+    expected = {f"прыжок, „hoch“/{name.decode('utf-8', 'replace')}" for name in names}
+    assert {record.media_id for record in result.manifest.split("train").records} == expected
+    with (tmp_path / "out" / "failures.csv").open(newline="", encoding="utf-8") as table:
+        paths = [row["path"] for row in csv.DictReader(table)]
+    assert {path.rpartition("/")[2] for path in paths} == {r"bad \udcff.mp4", 'bad ",\n.mp4'}
+    assert [len(path) > 30 for path in paths] == [True, True]
+    assert any("There is one class only" in line for line in summary(result))
+    assert build_records(tmp_path / "in", tmp_path / "out", progress=False).was_finished
+
+
+def test_a_csv_file_of_pieces_of_several_classes(clips: Path, tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    rows = ["run/clip 3.mp4,run,0,0.1", "run/clip 3.mp4,run;turn,0.1,", "jump/clip 4.mp4,jump,5,", "jump/x,jump,,"]
+    table.write_text("path,label,start,end\n" + "\n".join([*rows, "run/broken.mp4,run,0,1", "run/broken.mp4,run,1,2"]))
+    result = build_records(clips, tmp_path / "out", csv=table, workers=1, progress=False)
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest == result.manifest
+    assert (manifest.task, manifest.classes) == ("multi_label", ("jump", "run", "turn"))
+    found = {record.media_id: (record.frames, record.labels) for record in manifest.split("train").records}
+    assert found == {"run/clip 3.mp4#0.0-0.1": (3, (1,)), "run/clip 3.mp4#0.1-": (6, (1, 2))}
+    with (tmp_path / "out" / "failures.csv").open(newline="") as failures:
+        reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(failures)}
+    assert reasons["x"] == f"no such file ({table}, line 5)"
+    assert reasons["clip 4.mp4"] == "ends before 5.0 s, where it was to start"
+    assert result.failures == len(reasons) == 3  # the broken file once
+    lines = "\n".join(summary(result))
+    assert "3 classes, several of a video" in lines
+    assert "train has no video of 1 classes: jump" in lines
+
+
+def test_neither_videos_nor_a_list(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="videos or csv must be given"):
+        build_records(None, tmp_path / "out")
 
 
 def test_a_file_that_kills_its_worker_is_left_out() -> None:
-    results = list(encode_all([Path(str(n)) for n in range(8)], die_on_three, workers=2))
+    results = list(encode_all([Video(Path(str(n)), "", ()) for n in range(8)], die_on_three, workers=2))
     for number, result in enumerate(results):
         if number == 3:
             assert isinstance(result, VideoError)
@@ -162,8 +212,21 @@ def test_the_command(clips: Path, tmp_path: Path) -> None:
     assert f"""--gin_bindings='DatasetSpec.records="{output}"'""" in last
     again = command(f"--videos={clips}", f"--output={output}")
     assert again.returncode == 1
-    assert again.stderr.strip().splitlines()[-1].startswith(f"error: output: {output} is not empty")
+    assert (
+        again.stderr.strip()
+        .splitlines()[-1]
+        .startswith(f"error: output: {output} holds a build with split = 0.3, not None")
+    )
     assert "Traceback" not in again.stderr
+    shard = output / manifest.splits["test"].shards[0].file
+    shard.write_bytes(shard.read_bytes()[:-1])
+    verified = command("--verify", f"--output={output}")
+    assert verified.returncode == 1
+    train, test, damaged = verified.stdout.splitlines()
+    assert train.endswith("; none damaged")
+    assert test.endswith("; 1 damaged")
+    assert damaged.startswith(f"  {shard} has ")
+    assert verified.stderr.splitlines()[-1].startswith(f"error: {output} holds 1 damaged shards")
 
 
 def test_real_clips(shared_data: Path, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 import tensorflow as tf
 from video_fixtures import noise_video, write_records
 
-from x3d_tf.data import records
-from x3d_tf.data.index import index_shard
+from x3d_tf.data import index, records
+from x3d_tf.data.index import index_shard, shard_name
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.records import ShardWriter, Source, encode_record, parse_record, read_index, shard_name
+from x3d_tf.data.records import ShardWriter, Source, encode_record, parse_record, read_index
 from x3d_tf.data.video import EncodedVideo, VideoError
 
 
@@ -69,7 +69,7 @@ def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
 
 
 def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "VIDEOS_PER_SHARD", 2)
+    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     video, bad = noise_video(0, frames=2), VideoError("x.mp4", "is broken")
     sources = [Source(str(i), (0,)) for i in range(7)]
     taken: list[Any] = []

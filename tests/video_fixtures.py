@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.sources import Video
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
 
 
@@ -26,13 +27,19 @@ def number_of(pixels: np.ndarray) -> int:
 
 
 def write_video(
-    path: Path, frames: np.ndarray, fps: int = 30, times_ms: Sequence[int] | None = None, codec: str = "mpeg4"
+    path: Path,
+    frames: np.ndarray,
+    fps: int = 30,
+    times_ms: Sequence[int] | None = None,
+    codec: str = "mpeg4",
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
 ) -> Path:
     """Encodes frames; with `times_ms` each is shown at its own time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         stream.bit_rate = 4_000_000
         if times_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
@@ -88,8 +95,8 @@ def write_records(
     return manifest
 
 
-def die_on_three(path: Path) -> EncodedVideo | VideoError:
+def die_on_three(video: Video) -> EncodedVideo | VideoError:
     """What a worker does on a file that crashes the decoder; here, where workers find it without TensorFlow."""
-    if path.name == "3":
+    if video.path.name == "3":
         os._exit(1)
-    return EncodedVideo([path.name.encode()], 30.0)
+    return EncodedVideo([video.path.name.encode()], 30.0)

@@ -1,286 +1,309 @@
-"""Video files -> records: finds the videos, decodes them in parallel, writes whole shards and the manifest.
+"""Video files -> records: decodes them in parallel, writes whole shards and the manifest, goes on where it stopped.
 
 Imports no TensorFlow at the top: worker processes import this module and only decode.
 """
 
-import csv
-import hashlib
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
+from x3d_tf.data import index
+from x3d_tf.data.build_folder import BuildFolder, Finished, opened
 from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.sources import Sources, Video, find_videos, read_csv
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_video
+from x3d_tf.data.writing import WriteError
 
-FAILURES_NAME = "failures.csv"
+ESTIMATE_FROM = 16  # videos, from which the size of all is estimated
 
-Encode = Callable[[Path], EncodedVideo | VideoError]
-
-
-class Video(NamedTuple):
-    """A file to be read, the name that its record gets, and its class."""
-
-    path: Path
-    media_id: str
-    class_name: str
+Encode = Callable[[Video], EncodedVideo | VideoError]
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build wrote: the records, and how many files are listed in `failures.csv`."""
+    """What a build wrote.
+
+    Attributes:
+        manifest: of the records.
+        failures: how many files are listed in `failures.csv`.
+        was_finished: whether an earlier run had written all, so that nothing was done now.
+    """
 
     manifest: Manifest
     failures: int
+    was_finished: bool = False
 
 
 def build_records(
-    videos: str | Path,
+    videos: str | Path | None,
     output: str | Path,
     *,
+    csv: str | Path | None = None,
     splits: Sequence[str] | None = None,
     split: float | None = None,
+    classes: str | Path | None = None,
     short_side: int = 256,
     quality: int = 95,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = True,
 ) -> BuildResult:
-    """Turns a folder of videos into records.
+    """Turns videos into records.
 
-    Equal videos and settings give equal bytes, whatever the number of workers. Files that cannot be decoded are listed
-    with their reasons in `failures.csv`, and the rest goes on; hidden files are ignored. Worker processes are spawned:
-    a script that calls this guards its entry with `if __name__ == "__main__":`.
+    Equal videos and settings give equal bytes, whatever the number of workers, and also where a build was stopped, even
+    killed, and called again: it goes on after the last finished shard. Files that cannot be decoded are listed with
+    their reasons in `failures.csv`, and the rest goes on; hidden files are ignored. After the first videos the size of
+    all is estimated, and held against the free disk. Worker processes are spawned: a script that calls this guards its
+    entry with `if __name__ == "__main__":`.
 
     Args:
-        videos: holds a folder of videos for each class; or such folders below one folder for each split.
-        output: new or empty folder for the records.
+        videos: holds a folder of videos for each class; or such folders below one folder for each split. With `csv`
+            the folder that its paths are relative to; None is that of the csv file.
+        output: folder for the records: new, empty, or of the same build.
+        csv: instead of folders, a file that lists the videos, UTF-8, with the columns `path` and `label` and any of
+            `split` ("train", "val", "test" or what `splits` names), `start` and `end` (the seconds to keep of the
+            video; without them all of it). A file may be listed several times with different times. Several labels
+            separated by ";" in any line make the records multi-label.
         splits: names of the split folders. By default "train" and "test" where both exist; else all is "train".
         split: instead, the part of each class's videos that becomes "test", in (0, 1); the others become "train".
+            Where videos have several classes, the part of all videos.
+        classes: text file with the name of a class on each line, in the order of their labels; a label may then also be
+            the number of a line, from 0. By default the names found, in alphabetical order.
         short_side: of the stored frames, in pixels; smaller videos keep their size.
         quality: of the JPEG files, 1..95.
         seed: of the order in the shards and of the choice of test videos.
         workers: processes that decode; one for each CPU by default.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar and the estimate.
 
     Raises:
-        UserError: a setting out of range, folders that do not exist or are not laid out so, an `output` that is not
-            empty, or no video that can be read.
+        UserError: a setting out of range; folders, files or lines that are not as above; an `output` of another build
+            or of something else; no video that can be read; a disk too small, full or without permission: what is
+            finished stays.
     """
     require(short_side >= 1, "short_side", "be at least 1 pixel", short_side)
     require(1 <= quality <= 95, "quality", "be in 1..95", quality)
     require(workers is None or workers >= 1, "workers", "be at least 1", workers)
-    source, target = Path(videos), Path(output)
-    found, unplaced = find_videos(source, splits=splits, split=split, seed=seed)
-    if not any(found.values()):
-        beside = f"; {len(unplaced)} files lie beside where those should be" if unplaced else ""
-        raise UserError(f"videos: {source} holds no folder with files for each class{beside}")
-    _make_empty(target)
-    return _write(
-        target,
-        found,
-        unplaced,
-        partial(_encode_or_reason, short_side=short_side, quality=quality),
-        {"source": "videos", "short_side": short_side, "quality": quality, "seed": seed},
-        workers or _cpus(),
-        progress,
-    )
+    root = None if videos is None else Path(videos)
+    names = None if classes is None else Path(classes)
+    if csv is not None:
+        sources = read_csv(Path(csv), videos=root, splits=splits, split=split, seed=seed, classes=names)
+    elif root is not None:
+        sources = find_videos(root, splits=splits, split=split, seed=seed, classes=names)
+    else:
+        raise UserError("videos or csv must be given")
+    settings: dict[str, int | float | str] = {
+        "source": "videos" if csv is None else "csv",
+        "short_side": short_side,
+        "quality": quality,
+        "seed": seed,
+    }
+    encode = partial(_encode_or_reason, short_side=short_side, quality=quality)
+    draw = {"splits": list(splits) if splits else None, "split": split}  # tell builds apart before their videos do
+    with opened(Path(output), settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:
+        if folder.is_finished:
+            result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)
+        else:
+            result = _Build(folder, sources, encode, workers or _cpus(), progress).run(settings)
+        folder.clean()
+    return result
 
 
-def find_videos(
-    videos: Path, *, splits: Sequence[str] | None = None, split: float | None = None, seed: int = 0
-) -> tuple[dict[str, list[Video]], list[VideoError]]:
-    """Finds the videos of each split, in the order in which they will lie in its shards; arguments as `build_records`.
-
-    Returns:
-        The videos of each split by its name, and the files that lie outside the class folders.
-    """
-    if not videos.is_dir():
-        raise UserError(f"videos: {videos} is not a folder")
-    require(splits is None or split is None, "splits and split", "not be given together", (splits, split))
-    if split is not None:
-        require(0 < split < 1, "split", "be between 0 and 1", split)
-    if splits is None and split is None:
-        splits = default_splits(videos)
-    unplaced: list[VideoError] = []
-    if splits is None:
-        everything = _videos_by_class(videos, videos, unplaced)
-        return _by_fraction(everything, split or 0.0, seed), unplaced
-    require(
-        len(set(splits)) == len(splits) > 0 and all(_is_plain(name) for name in splits),
-        "splits",
-        "be distinct names of folders",
-        tuple(splits),
-    )
-    found = {}
-    for name in splits:
-        if not (videos / name).is_dir():
-            raise UserError(f"splits: {videos / name} is not a folder")
-        everything = _videos_by_class(videos / name, videos, unplaced)
-        found[name] = _in_order(everything, seed)
-    return found, unplaced
-
-
-def default_splits(videos: Path) -> tuple[str, str] | None:
-    """The split folders that are used without being named: "train" and "test", where both exist."""
-    names = ("train", "test")
-    return names if all((videos / name).is_dir() for name in names) else None
-
-
-def encode_all(paths: Sequence[Path], encode: Encode, workers: int) -> Iterator[EncodedVideo | VideoError]:
-    """Applies `encode` to each path in worker processes; results come in the order of the paths, few at a time.
+def encode_all(
+    videos: Sequence[Video], encode: Encode, workers: int
+) -> Generator[EncodedVideo | VideoError, None, None]:
+    """Applies `encode` to each video in worker processes; results come in the order of the videos, few at a time.
 
     A file on which a worker process dies gives a VideoError like other unreadable files.
     """
     done = 0
-    while done < len(paths):
+    while done < len(videos):
         try:
-            for result in _in_parallel(paths[done:], encode, workers):
+            for result in _in_parallel(videos[done:], encode, workers):
                 done += 1
                 yield result
         except BrokenProcessPool:
             # One of the files in flight killed its process, and all of them are lost with it. Alone, the next file
             # either passes or turns out to be the one.
-            yield _alone(paths[done], encode)
+            yield _alone(videos[done], encode)
             done += 1
 
 
-def _write(
-    target: Path,
-    found: dict[str, list[Video]],
-    unplaced: list[VideoError],
-    encode: Encode,
-    settings: dict[str, int | float | str],
-    workers: int,
-    progress: bool,
-) -> BuildResult:
-    from x3d_tf.data.records import Source, write_split
+class _Shard(NamedTuple):
+    """A shard to be made: its split, its file's name, and the videos it is to hold."""
 
-    classes = sorted({video.class_name for videos in found.values() for video in videos})
-    labels = {name: label for label, name in enumerate(classes)}
-    paths = [video.path for videos in found.values() for video in videos]
-    failures = 0
-    with (
-        (target / FAILURES_NAME).open("w", newline="", encoding="utf-8", errors="backslashreplace") as failures_file,
-        tqdm(total=len(paths), unit="video", disable=not progress, smoothing=0) as bar,
-    ):
-        table = csv.writer(failures_file)
-        table.writerow(("path", "reason"))
+    split: str
+    file: str
+    videos: list[Video]
 
-        def note(result: EncodedVideo | VideoError) -> None:
-            nonlocal failures
-            if isinstance(result, VideoError):
-                table.writerow((result.path, result.reason))
-                failures_file.flush()
-                failures += 1
 
-        def advance(result: EncodedVideo | VideoError) -> None:
-            note(result)
+class _Build:
+    """One run over the shards that are not finished yet."""
+
+    def __init__(self, folder: BuildFolder, sources: Sources, encode: Encode, workers: int, progress: bool) -> None:
+        self.folder, self.sources, self.progress = folder, sources, progress
+        self.shards = [
+            _Shard(split, file, videos[part])
+            for split, videos in sources.splits.items()
+            for file, part in index.plan_shards(split, len(videos))
+        ]
+        found = {shard.file: folder.finished(shard.file) for shard in self.shards}
+        self.finished = {file: finished for file, finished in found.items() if finished is not None}
+        self.pending = [video for shard in self.shards if shard.file not in self.finished for video in shard.videos]
+        self.encoded = encode_all(self.pending, encode, workers)
+        self.estimate = _Estimate(self.pending)
+
+    def run(self, settings: dict[str, int | float | str]) -> BuildResult:
+        """Writes what is missing, then the manifest."""
+        from x3d_tf.data.records import join_shards
+
+        total = sum(len(videos) for videos in self.sources.splits.values())
+        if self.finished and self.progress:
+            print(f"{len(self.finished)} of {len(self.shards)} shards are there already")
+        failures = self._write_failures()
+        done = total - len(self.pending)
+        bar = tqdm(total=total, initial=done, unit="video", disable=not self.progress, smoothing=0)
+        with closing(self.encoded), bar:
+            for shard in self.shards:
+                if shard.file not in self.finished:
+                    try:
+                        self.finished[shard.file] = self._write_shard(shard, bar)
+                        failures = self._write_failures()
+                    except WriteError as error:
+                        raise UserError(
+                            f"{error}; the {len(self.finished)} of {len(self.shards)} shards that are finished stay, "
+                            "and the same command goes on from there"
+                        ) from error
+        splits = {
+            name: join_shards([self.finished[shard.file].part for shard in self.shards if shard.split == name])
+            for name in self.sources.splits
+        }
+        if not any(part.records for part in splits.values()):
+            self.folder.clean()  # once they are mended it is another build
+            raise UserError(f"none of the {total} videos can be read; the reasons are in {self.folder.failures}")
+        manifest = Manifest(self.folder.root, self.sources.classes, splits, settings, self.sources.task)
+        manifest.save()
+        return BuildResult(manifest, failures)
+
+    def _write_shard(self, shard: _Shard, bar: "tqdm[Any]") -> Finished:
+        from x3d_tf.data.records import Source, write_shard
+
+        labels = {name: label for label, name in enumerate(self.sources.classes)}
+        sources = [Source(v.media_id, tuple(sorted(labels[name] for name in v.classes))) for v in shard.videos]
+        failed: list[tuple[str, str]] = []
+
+        def take(result: EncodedVideo | VideoError) -> None:
             bar.update()
+            if isinstance(result, VideoError):
+                failed.append((result.path, result.reason))
+            if self.estimate.add(result):
+                self._check_disk(bar)
 
-        for stray in unplaced:
-            note(stray)
-        encoded = encode_all(paths, encode, workers)
-        parts = {}
-        for name, videos in found.items():
-            sources = [Source(video.media_id, (labels[video.class_name],)) for video in videos]
-            parts[name] = write_split(target, name, sources, encoded, classes, advance)
-    if not any(part.records for part in parts.values()):
-        raise UserError(f"none of the {len(paths)} videos can be read; the reasons are in {target / FAILURES_NAME}")
-    manifest = Manifest(target, tuple(classes), parts, settings)
-    manifest.save()
-    return BuildResult(manifest, failures)
+        part = write_shard(self.folder.root / shard.file, sources, self.encoded, self.sources.classes, take)
+        finished = Finished(part, tuple(failed))
+        self.folder.finish(shard.file, finished)
+        return finished
 
+    def _check_disk(self, bar: "tqdm[Any]") -> None:
+        """Says how much is to come; raises if there is no room for it."""
+        rest, free = self.estimate.rest, shutil.disk_usage(self.folder.root).free
+        if self.progress:
+            bar.write(f"about {_size(rest + self.estimate.bytes)} of records; {_size(free)} are free on the disk")
+        if rest > free:
+            raise UserError(
+                f"output: {self.folder.root} needs about {_size(rest)} more, by the first {ESTIMATE_FROM} videos, and "
+                f"its disk has {_size(free)} free: make room, name a folder on another disk, or store less with a "
+                "lower --quality or --short_side"
+            )
 
-def _videos_by_class(folder: Path, root: Path, unplaced: list[VideoError]) -> dict[str, list[Video]]:
-    """The files of each class folder; what lies beside the class folders goes to `unplaced`."""
-    classes: dict[str, list[Video]] = {}
-    for class_folder in sorted(_visible(folder)):
-        if not class_folder.is_dir():
-            unplaced.append(VideoError(class_folder, "is not in a class folder"))
-            continue
-        name = _text(class_folder.name)
-        for file in sorted(_visible(class_folder)):
-            if file.is_dir():
-                raise UserError(
-                    f"{file} is a folder, but class folders hold video files; if {folder.name}/ holds a folder for "
-                    f"each split, give their names: --splits={','.join(sorted(p.name for p in _visible(folder)))}"
-                )
-            classes.setdefault(name, []).append(Video(file, _text(file.relative_to(root).as_posix()), name))
-    return classes
+    def _write_failures(self) -> int:
+        """Lists what failed so far, in the order of the videos."""
+        unusable = [(error.path, error.reason) for error in self.sources.unusable]
+        finished = [self.finished[shard.file] for shard in self.shards if shard.file in self.finished]
+        return self.folder.write_failures([*unusable, *(line for entry in finished for line in entry.failures)])
 
 
-def _by_fraction(classes: dict[str, list[Video]], part: float, seed: int) -> dict[str, list[Video]]:
-    if part == 0.0:
-        return {"train": _in_order(classes, seed)}
-    train, test = {}, {}
-    for name, videos in classes.items():
-        shuffled = _in_order({name: videos}, seed)
-        # Rounded, but each side gets a video where there are two.
-        count = min(max(round(part * len(videos)), 1), len(videos) - 1)
-        test[name], train[name] = shuffled[:count], shuffled[count:]
-    return {"train": _in_order(train, seed), "test": _in_order(test, seed)}
+class _Estimate:
+    """How many bytes are to come, from those of the first videos: they are in random order.
+
+    Sizes are taken to be proportional to the seconds kept where all videos name them; else to the sizes of the files
+    where whole files are kept; else equal.
+    """
+
+    def __init__(self, videos: Sequence[Video]) -> None:
+        if all(video.end is not None for video in videos):
+            self._weights = [(video.end or 0.0) - video.start for video in videos]
+        elif all(video.start == 0.0 and video.end is None for video in videos):
+            self._weights = [_file_size(video.path) for video in videos]
+        else:
+            self._weights = [1.0] * len(videos)
+        self._taken = 0
+        self.bytes = 0
+
+    def add(self, result: EncodedVideo | VideoError) -> bool:
+        """Takes the next video; returns whether it is the one after which to look at the estimate."""
+        self._taken += 1
+        if isinstance(result, EncodedVideo):
+            self.bytes += sum(len(frame) for frame in result.frames)
+        return self._taken == ESTIMATE_FROM < len(self._weights)
+
+    @property
+    def rest(self) -> float:
+        """Bytes to come."""
+        seen, rest = math.fsum(self._weights[: self._taken]), math.fsum(self._weights[self._taken :])
+        return self.bytes * rest / seen if seen else 0.0
 
 
-def _in_order(classes: dict[str, list[Video]], seed: int) -> list[Video]:
-    """All videos, shuffled by a hash of seed and name: classes mix, and one video more or less moves no other."""
-    videos = [video for members in classes.values() for video in members]
-    return sorted(videos, key=lambda video: hashlib.sha256(f"{seed}:{video.media_id}".encode()).digest())
+def _whole(folder: BuildFolder) -> Manifest:
+    manifest = Manifest.load(folder.root)
+    for name in manifest.splits:
+        manifest.split(name)  # raises where a shard is gone
+    return manifest
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: {folder} is a file, not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = sorted(entry.name for entry in folder.iterdir() if entry.name != FAILURES_NAME)
-    if entries:
-        raise UserError(
-            f"output: {folder} is not empty (it holds {entries[0]}); delete its content or name another folder"
-        )
+def _file_size(path: Path) -> float:
+    try:
+        return float(path.stat().st_size)
+    except OSError:
+        return 0.0
 
 
-def _visible(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-
-
-def _is_plain(name: str) -> bool:
-    return bool(name) and not name.startswith(".") and "/" not in name and os.sep not in name
-
-
-def _text(name: str) -> str:
-    """A file name as text that can be stored: file systems also hold names that are no UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _encode_or_reason(path: Path, short_side: int, quality: int) -> EncodedVideo | VideoError:
+def _encode_or_reason(video: Video, short_side: int, quality: int) -> EncodedVideo | VideoError:
     try:
-        return encode_video(path, short_side, quality)
+        return encode_video(video.path, short_side, quality, video.start, video.end)
     except VideoError as error:
         return error
 
 
-def _in_parallel(paths: Sequence[Path], encode: Encode, workers: int) -> Iterator[EncodedVideo | VideoError]:
+def _in_parallel(videos: Sequence[Video], encode: Encode, workers: int) -> Iterator[EncodedVideo | VideoError]:
     waiting: deque[Future[EncodedVideo | VideoError]] = deque()
-    pool = _pool(min(workers, len(paths)))
+    pool = _pool(min(workers, len(videos)))
     try:
-        for path in paths:
-            waiting.append(pool.submit(encode, path))
+        for video in videos:
+            waiting.append(pool.submit(encode, video))
             if len(waiting) > 2 * workers:  # results wait for their turn in memory, so only a few may be under way
                 yield waiting.popleft().result()
         while waiting:
@@ -289,12 +312,12 @@ def _in_parallel(paths: Sequence[Path], encode: Encode, workers: int) -> Iterato
         pool.shutdown(cancel_futures=True)
 
 
-def _alone(path: Path, encode: Encode) -> EncodedVideo | VideoError:
+def _alone(video: Video, encode: Encode) -> EncodedVideo | VideoError:
     with _pool(1) as pool:
         try:
-            return pool.submit(encode, path).result()
+            return pool.submit(encode, video).result()
         except BrokenProcessPool:
-            return VideoError(path, "kills the process that decodes it")
+            return VideoError(video.path, "kills the process that decodes it")
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

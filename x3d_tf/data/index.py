@@ -11,6 +11,8 @@ Task = Literal["single_label", "multi_label"]  # whether a video is of one class
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
 
+VIDEOS_PER_SHARD = 64  # at 4 to 10 MB a ten-second video a shard is a few hundred megabytes
+
 
 class Record(NamedTuple):
     """One video in a shard.
@@ -49,6 +51,18 @@ class Split:
 
     shards: tuple[Shard, ...]
     records: tuple[Record, ...]
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """File name of a shard: `train-00007-of-00064.tfrecord`."""
+    return f"{split}-{index:05d}-of-{count:05d}.tfrecord"
+
+
+def plan_shards(split: str, videos: int) -> list[tuple[str, slice]]:
+    """The shards of a split of so many videos: the name of each, and which of the videos it is to hold."""
+    count = -(-videos // VIDEOS_PER_SHARD)
+    starts = range(0, videos, VIDEOS_PER_SHARD)
+    return [(shard_name(split, i, count), slice(start, start + VIDEOS_PER_SHARD)) for i, start in enumerate(starts)]
 
 
 def index_shard(path: Path) -> list[tuple[int, int]]:

@@ -7,13 +7,13 @@ against its rule before anything relies on it.
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from x3d_tf._checks import UserError, require
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, Task
+from x3d_tf.data.writing import write_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2  # 1 had no task, and in place of labels one label a record; it is read too
@@ -72,12 +72,9 @@ class Manifest:
             "classes": self.classes,
             "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
         }
-        partial = self.folder / f".{MANIFEST_NAME}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        return partial.replace(self.folder / MANIFEST_NAME)
+        path = self.folder / MANIFEST_NAME
+        write_whole(path, json.dumps(content, ensure_ascii=False).encode())
+        return path
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
@@ -152,7 +149,7 @@ def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
 
 def _records_from_json(reader: "_Reader", where: str, columns: Any) -> tuple[Record, ...]:
     columns = reader.of_type(columns, dict, where)
-    if "label" in columns:  # format 1
+    if "label" in columns and "labels" not in columns:  # format 1
         columns = columns | {"labels": [[label] for label in reader.of_type(columns["label"], list, f"{where}.label")]}
     checked = [
         _labels_from_json(reader, f"{where}.labels", columns.get(field))

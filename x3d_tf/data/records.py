@@ -6,6 +6,7 @@ Feature names are MediaSequence's, which Model Garden and DMVR read too. This is
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -13,10 +14,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from x3d_tf._checks import UserError
-from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, index_shard
+from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, index_shard, plan_shards
 from x3d_tf.data.video import EncodedVideo, VideoError
-
-VIDEOS_PER_SHARD = 64  # at 4 to 10 MB a ten-second video a shard is a few hundred megabytes
+from x3d_tf.data.writing import WriteError, partial_of, writing
 
 _CONTEXT = {
     "clip/label/index": tf.io.RaggedFeature(tf.int64),
@@ -83,26 +83,26 @@ def parse_record(serialized: tf.Tensor) -> ParsedRecord:
     )
 
 
-def shard_name(split: str, index: int, count: int) -> str:
-    """File name of a shard: `train-00007-of-00064.tfrecord`."""
-    return f"{split}-{index:05d}-of-{count:05d}.tfrecord"
-
-
 class ShardWriter:
     """Writes a TFRecord file that appears under its name only when whole: used as a context manager.
 
     If the block raises, nothing is left behind.
+
+    Raises:
+        WriteError: the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._writer = tf.io.TFRecordWriter(str(self._partial))
+        self._partial = partial_of(path)
+        with _writing(path):
+            self._writer = tf.io.TFRecordWriter(str(self._partial))
         self._end = 0
 
     def write(self, record: bytes) -> tuple[int, int]:
         """Appends a record; returns the offset and the length of its data in bytes."""
-        self._writer.write(record)
+        with _writing(self.path):
+            self._writer.write(record)
         offset = self._end + HEADER_BYTES
         self._end = offset + len(record) + FOOTER_BYTES
         return offset, len(record)
@@ -113,14 +113,20 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._writer.close()
         if kind is not None:
+            with suppress(tf.errors.OpError):  # where the disk is full, closing fails too
+                self._writer.close()
             self._partial.unlink(missing_ok=True)
             return
-        with self._partial.open("rb") as file:
-            os.fsync(file.fileno())
-            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        self._partial.replace(self.path)
+        try:
+            with _writing(self.path):
+                self._writer.close()
+                with self._partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                    self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                self._partial.replace(self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)  # a whole file no longer has that name
 
     @property
     def shard(self) -> Shard:
@@ -149,24 +155,49 @@ def write_split(
     Returns:
         The shards and records. A video that failed is left out, and so is a shard in which all failed.
     """
-    count = -(-len(sources) // VIDEOS_PER_SHARD)
+    return join_shards(
+        [
+            write_shard(folder / name, sources[part], encoded, classes, on_result)
+            for name, part in plan_shards(split, len(sources))
+        ]
+    )
+
+
+def write_shard(
+    path: Path,
+    sources: Sequence[Source],
+    encoded: Iterator[EncodedVideo | VideoError],
+    classes: Sequence[str],
+    on_result: Callable[[EncodedVideo | VideoError], object],
+) -> Split:
+    """Writes one shard; arguments as `write_split`. Returns it as a split of its own, empty where all videos failed.
+
+    Raises:
+        WriteError: the file cannot be written; nothing is left behind.
+    """
+    written: list[Record] = []
+    with ShardWriter(path) as writer:
+        for source in sources:
+            video = next(encoded)
+            if isinstance(video, EncodedVideo):
+                position = writer.write(encode_record(video, source, classes))
+                frames = len(video.frames)
+                written.append(Record(0, *position, frames, video.fps, source.labels, source.media_id))
+            on_result(video)
+    if written:
+        return Split((writer.shard,), tuple(written))
+    with _writing(path):
+        path.unlink()
+    return Split((), ())
+
+
+def join_shards(parts: Sequence[Split]) -> Split:
+    """One split of the shards of several, in their order."""
     shards: list[Shard] = []
     records: list[Record] = []
-    for index in range(count):
-        written: list[Record] = []
-        with ShardWriter(folder / shard_name(split, index, count)) as writer:
-            for source in sources[index * VIDEOS_PER_SHARD : (index + 1) * VIDEOS_PER_SHARD]:
-                video = next(encoded)
-                if isinstance(video, EncodedVideo):
-                    position = writer.write(encode_record(video, source, classes))
-                    frames = len(video.frames)
-                    written.append(Record(len(shards), *position, frames, video.fps, source.labels, source.media_id))
-                on_result(video)
-        if written:
-            shards.append(writer.shard)
-            records += written
-        else:
-            writer.path.unlink()
+    for part in parts:
+        records += [record._replace(shard=record.shard + len(shards)) for record in part.records]
+        shards += part.shards
     return Split(tuple(shards), tuple(records))
 
 
@@ -191,6 +222,16 @@ def read_index(shards: Sequence[Path]) -> tuple[Record, ...]:
                 frames, fps, labels = len(parsed.frames), float(parsed.fps), tuple(parsed.labels.numpy().tolist())
                 records.append(Record(number, offset, length, frames, fps, labels, media_id))
     return tuple(records)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns TensorFlow's and the operating system's errors within the block into a `WriteError`."""
+    try:
+        with writing(path):
+            yield
+    except tf.errors.OpError as error:
+        raise WriteError(f"{path} cannot be written: {error.message.rpartition('; ')[2]}") from error
 
 
 def _ints(values: Sequence[int]) -> tf.train.Feature:

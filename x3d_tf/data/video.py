@@ -1,6 +1,7 @@
 """Reads video files with PyAV and turns them into JPEG frames. Imports no TensorFlow: worker processes stay small."""
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ DEFAULT_FPS = 30.0  # of a video whose file and timestamps give no rate: a singl
 RATE_TOLERANCE = 0.1  # a declared rate further than this from that of the timestamps is not believed
 UNIFORM_TOLERANCE = 0.1  # of a frame's duration: steps that differ by more make a variable rate
 LONGEST_HOLE = 60.0  # seconds without a frame; a longer hole is taken for damaged timestamps, not for a still picture
+TIME_TOLERANCE = 1e-3  # of a frame's duration: how far a frame may lie before the second from which to keep
+# FFmpeg's names of formats that store when each picture is shown. In others it is guessed, differently after a seek.
+SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 MISSING_TOLERANCE = 0.1  # part of the declared frames that may be missing before a file counts as truncated
 MAX_RECORD_BYTES = 1 << 30  # a record is one protocol buffer message, which cannot exceed 2 GiB
 # Titles and comments need not be UTF-8; PyAV 19 no longer asks what to do then.
@@ -112,28 +116,39 @@ def read_frames(path: str | Path, short_side: int = 256) -> Iterator[Frame]:
     return _frames(path, _read_timing(path), short_side)
 
 
-def encode_video(path: str | Path, short_side: int = 256, quality: int = 95) -> EncodedVideo:
+def encode_video(
+    path: str | Path, short_side: int = 256, quality: int = 95, start: float = 0.0, end: float | None = None
+) -> EncodedVideo:
     """Decodes a video and stores its frames as JPEG.
 
     Args:
         path: the video.
         short_side: see `read_frames`.
         quality: of the JPEG files, 1..95.
+        start: seconds to leave out at the beginning: the first frame is the first that is not before it.
+        end: second to stop before. None, or what lies beyond the video, is its end.
 
     Raises:
-        VideoError: as `read_frames`; also a video whose frames exceed 1 GiB, too long for one record.
+        VideoError: as `read_frames`; also a video whose frames exceed 1 GiB, too long for one record, and one that has
+            no frame between `start` and `end`.
     """
     timing = _read_timing(path)
+    first = math.ceil(start * timing.fps - TIME_TOLERANCE)
+    stop = None if end is None else math.ceil(end * timing.fps - TIME_TOLERANCE)
+    if stop is not None and stop <= first:
+        raise VideoError(path, f"has no frame between {start} s and {end} s: it has {timing.fps:g} a second")
     frames: list[bytes] = []
     total = 0
     previous: Pixels | None = None
-    for _, pixels in _frames(path, timing, short_side):
+    for _, pixels in _frames(path, timing, short_side, first, stop):
         if pixels is not previous:  # a repeated frame is the same array
             encoded, previous = encode_jpeg(pixels, quality), pixels
         frames.append(encoded)
         total += len(encoded)
         if total > MAX_RECORD_BYTES:
             raise VideoError(path, f"its frames exceed {MAX_RECORD_BYTES} bytes as JPEG; cut it into shorter clips")
+    if not frames:
+        raise VideoError(path, f"ends before {start} s, where it was to start")
     return EncodedVideo(frames, float(np.float32(timing.fps)))
 
 
@@ -182,6 +197,7 @@ class _Timing:
     variable_rate: bool
     start: float  # seconds
     last: float  # seconds: the last picture's
+    ticks: NDArray[np.float64] | None  # when pictures are shown, ascending, in the stream's unit; None where not known
 
     @property
     def slots(self) -> int:
@@ -207,41 +223,101 @@ def _read_timing(path: str | Path) -> _Timing:
     times = np.sort(ticks) * tick  # seconds
     steps = np.diff(times)
     if len(steps) == 0 or not steps.any():  # nothing to measure: trust the header
-        return _Timing(declared_fps or DEFAULT_FPS, len(packets), False, float(times[0]), float(times[-1]))
+        return _Timing(declared_fps or DEFAULT_FPS, len(packets), False, float(times[0]), float(times[-1]), None)
     measured_fps = 1.0 / float(np.mean(steps))
     believable = abs(declared_fps / measured_fps - 1) <= RATE_TOLERANCE
     fps = declared_fps if believable else measured_fps
     _check_whole(path, max(end - times[0], len(packets) / fps) * fps, declared_seconds * fps, "are stored")
     slack = max(UNIFORM_TOLERANCE / measured_fps, 1.01 * tick)  # containers round times to their ticks
     variable = bool(np.max(np.abs(steps - np.median(steps))) > slack)
-    return _Timing(fps, len(packets), variable, float(times[0]), float(times[-1]))
+    shown = np.sort(ticks) if column == 0 else None
+    return _Timing(fps, len(packets), variable, float(times[0]), float(times[-1]), shown)
 
 
-def _frames(path: str | Path, timing: _Timing, short_side: int) -> Iterator[Frame]:
-    shown: Pixels | None = None  # what the slots from `delivered` on show until the next picture's slot
+def _frames(
+    path: str | Path, timing: _Timing, short_side: int, first: int = 0, stop: int | None = None
+) -> Iterator[Frame]:
+    """Frames `first` to before `stop` of the constant rate; what lies outside is decoded only where it has to be."""
+    shown: av.VideoFrame | None = None  # what the slots from `delivered` on show until the next picture's slot
+    pixels: Pixels | None = None  # the same, once it is needed
     decoded = delivered = 0
+
+    def show(picture: av.VideoFrame, slots: range) -> Iterator[Frame]:
+        nonlocal pixels
+        for slot in slots:
+            if pixels is None:
+                pixels = _upright_rgb(picture, short_side)
+                sizes.setdefault(pixels.shape[:2])
+                if len(sizes) > 1:
+                    before, now = sizes
+                    raise VideoError(path, f"changes its frame size midway, from {before} to {now}")
+            yield Frame(slot / timing.fps, pixels)
+
+    sizes: dict[tuple[int, ...], None] = {}
     with _opened(path) as container:
-        for picture in container.decode(video=0):
-            slot = decoded
+        for number, picture in _pictures(container, timing, first):
+            slot = number
             if timing.variable_rate and picture.time is not None:
                 slot = round((picture.time - timing.start) * timing.fps)
-            decoded += 1
+            if decoded == 0:
+                delivered = min(slot, first)  # nothing before is shown
+            decoded = number + 1
             if slot < delivered:
                 continue  # its time has passed: pictures out of order
             if slot - delivered > LONGEST_HOLE * timing.fps:
                 raise VideoError(path, f"its timestamps leave more than {LONGEST_HOLE:.0f} s without a frame")
             if shown is not None:
-                for index in range(delivered, slot):
-                    yield Frame(index / timing.fps, shown)
+                yield from show(shown, range(max(delivered, first), slot if stop is None else min(slot, stop)))
                 delivered = slot
-            pixels = _upright_rgb(picture, short_side)
-            if shown is not None and pixels.shape != shown.shape:
-                raise VideoError(path, f"changes its frame size midway, from {shown.shape[:2]} to {pixels.shape[:2]}")
-            shown = pixels
+            if stop is not None and slot >= stop:
+                return
+            shown, pixels = picture, None
     if shown is None:
         raise VideoError(path, "holds no frame that can be decoded")
     _check_whole(path, decoded, timing.pictures, "could be decoded")
-    yield Frame(delivered / timing.fps, shown)
+    yield from show(shown, range(max(delivered, first), delivered + 1))
+
+
+def _pictures(
+    container: "av.container.InputContainer", timing: _Timing, first: int
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Pictures and their numbers, all that are shown from the frame `first` on and perhaps some before it.
+
+    Starts at a key picture before that frame, where timestamps say for sure which one that is, else at the first.
+    """
+    ticks, stream = timing.ticks, container.streams.video[0]
+    known = ticks is not None and len(np.unique(ticks)) == len(ticks) and container.format.name in SEEKABLE
+    if first and known and ticks is not None:
+        seconds = timing.start + first / timing.fps
+        wanted = int(np.searchsorted(ticks * float(stream.time_base or 0), seconds)) if timing.variable_rate else first
+        wanted = min(wanted, len(ticks)) - 1  # the one before may be shown still
+        container.seek(int(ticks[wanted]), stream=stream)
+        after = _after_key(container, ticks)
+        head = next(after, None)
+        if head is not None and head[0] <= wanted:
+            yield head
+            yield from after
+            return
+        container.seek(int(ticks[0]), stream=stream)
+    yield from enumerate(container.decode(video=0))
+
+
+def _after_key(
+    container: "av.container.InputContainer", ticks: NDArray[np.float64]
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Pictures from the next key picture on, and their numbers by their timestamps; none if that one's is unknown."""
+    number = None
+    for picture in container.decode(video=0):
+        if number is None and not picture.key_frame:
+            continue  # needs pictures from before
+        place = len(ticks) if picture.pts is None else int(np.searchsorted(ticks, picture.pts))
+        if place < len(ticks) and ticks[place] == picture.pts:
+            number = place
+        elif number is None:
+            return
+        else:
+            number += 1
+        yield number, picture
 
 
 def _check_whole(path: str | Path, found: float, expected: float, what: str) -> None:

@@ -1,0 +1,218 @@
+"""Which videos are found, by folders and by csv files, and what is said of lists that are wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from x3d_tf.data.sources import Sources, Video, find_videos, read_classes, read_csv
+
+
+def touch(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+def listed(folder: Path, content: str | bytes, name: str = "list.csv") -> Path:
+    """A csv file in a folder beside a.mp4, b.mp4 and c.mp4."""
+    touch(folder, "a.mp4", "b.mp4", "c.mp4")
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder / name
+
+
+def found(sources: Sources) -> dict[str, set[tuple[str, ...]]]:
+    return {split: {(video.media_id, *video.classes) for video in videos} for split, videos in sources.splits.items()}
+
+
+def test_a_csv_file_lists_videos(tmp_path: Path) -> None:
+    table = listed(tmp_path, "label,path, split\nrun,a.mp4,train\n\njump , b.mp4,test\nrun,c.mp4,test\n")
+    (tmp_path / " b.mp4").touch()
+    sources = read_csv(table)
+    assert found(sources) == {"train": {("a.mp4", "run")}, "test": {(" b.mp4", "jump"), ("c.mp4", "run")}}
+    assert (sources.classes, sources.task, sources.unusable) == (("jump", "run"), "single_label", [])
+    assert list(sources.splits) == ["train", "test"]
+    assert sources.splits["train"] == [Video(tmp_path / "a.mp4", "a.mp4", ("run",))]
+
+
+def test_several_labels_make_the_task_multi_label(tmp_path: Path) -> None:
+    sources = read_csv(listed(tmp_path, "path,label\na.mp4,run;jump\nb.mp4,sit\nc.mp4, jump ; sit\n"))
+    assert found(sources) == {"train": {("a.mp4", "run", "jump"), ("b.mp4", "sit"), ("c.mp4", "jump", "sit")}}
+    assert (sources.classes, sources.task) == (("jump", "run", "sit"), "multi_label")
+
+
+def test_pieces_of_a_video_have_names_of_their_own(tmp_path: Path) -> None:
+    lines = "path,label,start,end\na.mp4,run,12.5,15\na.mp4,jump,,3\na.mp4,sit,20,\na.mp4,run,,\na.mp4,run,0,1\n"
+    videos = read_csv(listed(tmp_path, lines)).splits["train"]
+    assert {video.media_id: (video.start, video.end) for video in videos} == {
+        "a.mp4#12.5-15.0": (12.5, 15.0),
+        "a.mp4#-3.0": (0.0, 3.0),
+        "a.mp4#20.0-": (20.0, None),
+        "a.mp4": (0.0, None),
+        "a.mp4#0.0-1.0": (0.0, 1.0),
+    }
+
+
+def test_names_with_quotes_commas_and_letters_of_the_world(tmp_path: Path) -> None:
+    names = ["with space.mp4", 'quo"ted.mp4', "a, b.mp4", "прыжок.mp4", "跳 #1.mp4", "new\nline.mp4"]
+    touch(tmp_path / "in", *names)
+    rows = "".join('"{}","{}"\r\n'.format(name.replace('"', '""'), "bücken, „tief“") for name in names)
+    sources = read_csv(listed(tmp_path, f"path,label\r\n{rows}".encode("utf-8-sig")), videos=tmp_path / "in")
+    assert found(sources) == {"train": {(name, "bücken, „tief“") for name in names}}
+
+
+def test_paths_are_relative_to_the_videos_or_the_list(tmp_path: Path) -> None:
+    touch(tmp_path / "else", "x.mp4", "sub/y.mp4")
+    table = listed(tmp_path, f"path,label\n{tmp_path}/else/x.mp4,run\n./sub//y.mp4,run\n")
+    assert found(read_csv(table, videos=tmp_path / "else")) == {"train": {("x.mp4", "run"), ("sub/y.mp4", "run")}}
+    table = listed(tmp_path, f"path,label\n{tmp_path}/else/x.mp4,run\n../{tmp_path.name}/a.mp4,run\n")
+    assert found(read_csv(table)) == {"train": {("else/x.mp4", "run"), (f"../{tmp_path.name}/a.mp4", "run")}}
+
+
+def test_missing_files_are_left_out_by_name(tmp_path: Path) -> None:
+    name = "n" * 300  # longer than file systems allow
+    table = listed(tmp_path, f"path,label,split\na.mp4,run,train\ngone.mp4,jump,train\n{name},jump,test\n")
+    sources = read_csv(table)
+    assert found(sources) == {"train": {("a.mp4", "run")}, "test": set()}
+    assert [(e.path, e.reason) for e in sources.unusable] == [
+        (str(tmp_path / "gone.mp4"), f"no such file ({table}, line 3)"),
+        (str(tmp_path / name), f"no such file ({table}, line 4)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ("", {}, r"list\.csv, line 1 must have a column path, got \[\]"),
+        ("path\na.mp4\n", {}, r"list\.csv, line 1 must have a column label, got \['path'\]"),
+        ("path;label\na.mp4;run\n", {}, r"line 1 must have a column path, got \['path;label'\]"),
+        ("path,label,fps\na.mp4,run,3\n", {}, "line 1 must have no other columns than path, .*, end, got 'fps'"),
+        ("path,label,label\na.mp4,run,run\n", {}, "line 1 must have each column once"),
+        ("path,label\n", {}, r"list\.csv must list videos below its first line, got 'no line'"),
+        ("path,label\na.mp4\n", {}, r"line 2 must have 2 values, as line 1 has, got \['a.mp4'\]"),
+        ("path,label\na.mp4,run,1\n", {}, "line 2 must have 2 values"),
+        ('path,label\n"a.mp4,run\n', {}, "line 2 is not csv: unexpected end of data"),
+        ('path,label\n"a"b,run\n', {}, "line 2 is not csv"),
+        ("path,label\n\n\n ,run\n", {}, "line 4, column path must be the path of a file, got ' '"),
+        ("path,label\na\0.mp4,run\n", {}, r"line 2, column path must be the path of a file, got 'a\\x00.mp4'"),
+        ("path,label\na.mp4,\n", {}, "line 2, column label must name a class, or several separated by ;, got ''"),
+        ("path,label\na.mp4,run;\n", {}, "line 2, column label must name a class, .*got 'run;'"),
+        ("path,label\na.mp4,run;jump;run\n", {}, "column label must name no class twice, got 'run;jump;run'"),
+        ('path,label\na.mp4,"ru\nn"\n', {}, r"line 2, column label must name classes without line breaks"),
+        ("path,label,split\na.mp4,run,tran\n", {}, r"column split must be one of train, val, test .*got 'tran'"),
+        ("path,label,split\na.mp4,run,\n", {}, "line 2, column split must be one of train, val, test .*got ''"),
+        ("path,label,split\na.mp4,run,test\n", {"splits": ["a", "b"]}, "split must be one of a, b .*got 'test'"),
+        ("path,label,split\na.mp4,run,a\n", {"splits": ["a", "b"]}, "splits must be in the column split of .*got 'b'"),
+        ("path,label\na.mp4,run\n", {"splits": ["a"]}, "line 1 must have a column split, for --splits"),
+        ("path,label,split\na.mp4,run,train\n", {"split": 0.5}, "split must not be given: .* has a column split"),
+        ("path,label\na.mp4,run\n", {"split": 1.5}, "split must be between 0 and 1, got 1.5"),
+        ("path,label,start\na.mp4,run,soon\n", {}, "line 2, column start must be seconds, .*got 'soon'"),
+        ("path,label,start\na.mp4,run,-1\n", {}, "line 2, column start must be seconds, .*got '-1'"),
+        ("path,label,start\na.mp4,run,nan\n", {}, "line 2, column start must be seconds, .*got 'nan'"),
+        ("path,label,end\na.mp4,run,inf\n", {}, "line 2, column end must be seconds, .*got 'inf'"),
+        ("path,label,end\na.mp4,run,0\n", {}, r"line 2, column end must be after the start, 0\.0 s, got '0'"),
+        ("path,label,start,end\na.mp4,run,2,2.0\n", {}, r"column end must be after the start, 2\.0 s, got '2.0'"),
+        ("path,label\na.mp4,run\nb.mp4,run\n./a.mp4,jump\n", {}, "line 4, column path must not be .*: line 2 has it"),
+        (
+            "path,label,split,start\na.mp4,run,train,3\na.mp4,run,test,3.0\n",
+            {},
+            "line 3, column path must not be listed again with the same times: line 2 has it, got 'a.mp4'",
+        ),
+        ("path,label\nx/a.mp4,run\ny.mp4,run\n", {}, "none of the 2 files that .* lists exists, such as .*x/a.mp4"),
+        (b"path,label\na.mp4,run\nb.mp4,h\xfcpfen\n", {}, "list.csv, line 3 must be UTF-8, got the byte 0xfc"),
+        ("path,label\n".encode("utf-16"), {}, "list.csv, line 1 must be UTF-8, got the byte 0xff"),
+    ],
+)
+def test_a_wrong_list_says_where_and_why(
+    tmp_path: Path, content: str | bytes, settings: dict[str, object], message: str
+) -> None:
+    table = listed(tmp_path, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_csv(table, **settings)  # type: ignore[arg-type]
+    if not isinstance(content, bytes) and "line" in message:
+        assert str(table) in str(caught.value)
+
+
+def test_a_list_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"csv: .*list\.csv cannot be read: No such file"):
+        read_csv(tmp_path / "list.csv")
+    with pytest.raises(ValueError, match=r"csv: .* cannot be read: Is a directory"):
+        read_csv(tmp_path)
+
+
+def test_a_file_of_classes_orders_them(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("sit\nrun \njump\n\n", "utf-8-sig")
+    assert read_classes(tmp_path / "classes.txt") == ("sit", "run", "jump")
+    table = listed(tmp_path, "path,label\na.mp4,2\nb.mp4,run;0\nc.mp4,run\n")
+    sources = read_csv(table, classes=tmp_path / "classes.txt")
+    assert found(sources) == {"train": {("a.mp4", "jump"), ("b.mp4", "run", "sit"), ("c.mp4", "run")}}
+    assert sources.classes == ("sit", "run", "jump")
+    folders = find_videos(touch(tmp_path / "in", "1/x", "jump/y"), classes=tmp_path / "classes.txt")
+    assert found(folders) == {"train": {("1/x", "run"), ("jump/y", "jump")}}
+    assert folders.classes == ("sit", "run", "jump")
+
+
+@pytest.mark.parametrize("label", ["3", "-1", "walk", "1.0", "²", "9" * 5000])
+def test_labels_that_are_no_class(tmp_path: Path, label: str) -> None:
+    (tmp_path / "classes.txt").write_text("sit\nrun\njump\n")
+    rule = r"must be one of the 3 names in the file of classes, or a number in 0\.\.2, got"
+    with pytest.raises(ValueError, match=f"list.csv, line 2, column label {rule} '{label}'"):
+        read_csv(listed(tmp_path, f"path,label\na.mp4,{label}\n"), classes=tmp_path / "classes.txt")
+    with pytest.raises(ValueError, match=f"the name of .*in/walk {rule} 'walk'"):
+        find_videos(touch(tmp_path / "in", "walk/x"), classes=tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "line 1 must name a class"),
+        ("a\n\nb\n", "line 2 must name a class: each line counts, got ''"),
+        ("a\nb\na\n", "line 3 must not repeat line 1, got 'a'"),
+    ],
+)
+def test_a_wrong_file_of_classes(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "classes.txt").write_text(content)
+    with pytest.raises(ValueError, match=f"classes.txt, {message}"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def test_pieces_of_a_file_are_never_divided_between_training_and_testing(tmp_path: Path) -> None:
+    files = touch(tmp_path, *(f"{number}.mp4" for number in range(20)))
+    rows = [f"{n}.mp4,{'run' if (n + piece) % 3 else 'jump'},{piece}" for piece in range(3) for n in range(20)]
+    table = listed(files, "path,label,start\n" + "\n".join(rows))
+    splits = read_csv(table, split=0.25).splits
+    parts = [{video.path for video in splits[name]} for name in ("train", "test")]
+    assert [len(part) for part in parts] == [15, 5]
+    assert not parts[0] & parts[1]
+    assert [len(splits[name]) for name in ("train", "test")] == [45, 15]
+    assert splits != read_csv(table, split=0.25, seed=1).splits
+
+
+def test_lists_and_folders_of_the_same_videos_are_drawn_alike(tmp_path: Path) -> None:
+    names = [f"{name}/{number}.mp4" for name in ("jump", "run") for number in range(6)]
+    touch(tmp_path, *names)
+    rows = "".join(f"{name},{name.split('/')[0]}\n" for name in reversed(names))
+    table = listed(tmp_path.parent, f"path,label\n{rows}", f"{tmp_path.name}.csv")
+    assert read_csv(table, videos=tmp_path, split=0.3) == find_videos(tmp_path, split=0.3)
+
+
+def test_folders_without_videos_and_loops(tmp_path: Path) -> None:
+    touch(tmp_path, "run/a", "notes").joinpath("jump").mkdir()
+    sources = find_videos(tmp_path)
+    assert found(sources) == {"train": {("run/a", "run")}}
+    assert sources.classes == ("run",)
+    assert {(Path(e.path).name, e.reason) for e in sources.unusable} == {
+        ("jump", "is a class folder without a video"),
+        ("notes", "is not in a class folder"),
+    }
+    (tmp_path / "run" / "loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="run/loop is a folder, but class folders hold video files"):
+        find_videos(tmp_path)
+    (tmp_path / "run" / "loop").unlink()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"loop/.* is a folder, but class folders hold video files"):
+        find_videos(tmp_path)
+    (tmp_path / "loop").unlink()
+    (tmp_path / "run" / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "run" / "round").symlink_to("round")
+    assert len(find_videos(tmp_path).splits["train"]) == 3  # of which two will fail

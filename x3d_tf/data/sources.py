@@ -1,0 +1,368 @@
+"""Which videos become records, of which classes and in which order: from folders, or from a csv file that lists them.
+
+Imports no TensorFlow: the builder's worker processes import this module.
+"""
+
+import codecs
+import csv
+import hashlib
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from x3d_tf._checks import UserError, require
+from x3d_tf.data.index import Task
+from x3d_tf.data.video import VideoError
+
+COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two have to be there
+LABEL_SEPARATOR = ";"
+SPLIT_NAMES = ("train", "val", "test")  # that a csv file's column may hold without their being named
+
+
+class Video(NamedTuple):
+    """A video that is to become a record.
+
+    Attributes:
+        path: the file.
+        media_id: the record's name.
+        classes: names of its classes, none twice.
+        start: seconds of the file to leave out at the beginning.
+        end: second of the file to stop before; None is its end.
+    """
+
+    path: Path
+    media_id: str
+    classes: tuple[str, ...]
+    start: float = 0.0
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What there is to make records of.
+
+    Attributes:
+        splits: the videos of each split by its name, in the order in which they will lie in its shards.
+        unusable: what was found and cannot become a record, with reasons.
+        classes: names of the classes in the order of their labels.
+        task: whether a video may have several classes.
+    """
+
+    splits: dict[str, list[Video]]
+    unusable: list[VideoError]
+    classes: tuple[str, ...]
+    task: Task
+
+
+def find_videos(
+    videos: Path,
+    *,
+    splits: Sequence[str] | None = None,
+    split: float | None = None,
+    seed: int = 0,
+    classes: Path | None = None,
+) -> Sources:
+    """The videos in a folder of folders, one for each class; arguments as `build_records`.
+
+    Files that lie outside the class folders, and class folders without a file, are unusable.
+
+    Raises:
+        UserError: a setting out of range, a folder that does not exist or is not laid out so, a class that `classes`
+            does not name.
+    """
+    _check_splits(splits, split)
+    if not videos.is_dir():
+        raise UserError(f"videos: {videos} is not a folder")
+    if splits is None and split is None:
+        splits = default_splits(videos)
+    names = read_classes(classes) if classes else None
+    unusable: list[VideoError] = []
+    if splits is None:
+        found = _by_fraction(_in_class_folders(videos, videos, names, unusable), split, seed)
+    else:
+        for name in splits:
+            if not (videos / name).is_dir():
+                raise UserError(f"splits: {videos / name} is not a folder")
+        found = {name: _in_order(_in_class_folders(videos / name, videos, names, unusable), seed) for name in splits}
+    if not any(found.values()):
+        beside = f"; {len(unusable)} entries are no such folders" if unusable else ""
+        raise UserError(f"videos: {videos} holds no folder with files for each class{beside}")
+    return Sources(found, unusable, names or _classes_of(found), "single_label")
+
+
+def default_splits(videos: Path) -> tuple[str, str] | None:
+    """The split folders that are used without being named: "train" and "test", where both exist."""
+    names = ("train", "test")
+    return names if all((videos / name).is_dir() for name in names) else None
+
+
+def read_csv(
+    table: Path,
+    *,
+    videos: Path | None = None,
+    splits: Sequence[str] | None = None,
+    split: float | None = None,
+    seed: int = 0,
+    classes: Path | None = None,
+) -> Sources:
+    """The videos that a csv file lists; arguments as `build_records`, which describes the columns.
+
+    Files that do not exist are unusable: lists of public datasets name many videos that can no longer be had.
+
+    Raises:
+        UserError: naming the file, the line, the column, the rule and the value received; or that none of the files
+            exists.
+    """
+    _check_splits(splits, split)
+    base = table.parent if videos is None else videos
+    names = read_classes(classes) if classes else None
+    header, rows = _rows(table)
+    require(not splits or "split" in header, f"{table}, line 1", "have a column split, for --splits", header)
+    require(split is None or "split" not in header, "split", f"not be given: {table} has a column split", split)
+    allowed = tuple(splits or SPLIT_NAMES)
+    found: dict[str, list[Video]] = {}
+    lines: dict[tuple[Path, float, float | None], int] = {}
+    unusable = []
+    several = False
+    for row in rows:
+        video = _video(row, base, names)
+        several |= len(video.classes) > 1
+        place = (video.path.absolute(), video.start, video.end)
+        again = f"not be listed again with the same times: line {lines.get(place)} has it"
+        row.check(place not in lines, "path", again)
+        lines[place] = row.line
+        part = row.values.get("split", "train")
+        row.check(part in allowed, "split", f"be one of {', '.join(allowed)} (--splits gives other names)")
+        members = found.setdefault(part, [])
+        if _is_file(video.path):
+            members.append(video)
+        else:
+            unusable.append(VideoError(video.path, f"no such file ({table}, line {row.line})"))
+    require(bool(lines), str(table), "list videos below its first line", "no line")
+    for name in splits or ():
+        require(name in found, "splits", f"be in the column split of {table}", name)
+    if not any(found.values()):
+        raise UserError(
+            f"none of the {len(lines)} files that {table} lists exists, such as {unusable[0].path}: paths are relative "
+            f"to {'--videos' if videos else 'the folder of the csv file, unless --videos gives another'}"
+        )
+    task: Task = "multi_label" if several else "single_label"
+    if "split" in header:
+        ordered = {name: _in_order(found[name], seed) for name in allowed if name in found}
+    else:
+        ordered = _by_fraction(found["train"], split, seed)
+    return Sources(ordered, unusable, names or _classes_of(ordered), task)
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The names of classes in a text file, one a line, in the order of their labels.
+
+    Raises:
+        UserError: the file cannot be read, an empty line between names, a name that is there twice.
+    """
+    names = [line.strip() for line in _text_of(path, "classes").rstrip().split("\n")]
+    seen: dict[str, int] = {}
+    for line, name in enumerate(names, 1):
+        require(bool(name), f"{path}, line {line}", "name a class: each line counts", name)
+        require(name not in seen, f"{path}, line {line}", f"not repeat line {seen.get(name)}", name)
+        seen[name] = line
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of a csv file: where it stands, and its values by column."""
+
+    table: Path
+    line: int
+    values: Mapping[str, str]
+
+    def where(self, column: str) -> str:
+        return f"{self.table}, line {self.line}, column {column}"
+
+    def check(self, condition: bool, column: str, rule: str) -> None:
+        if not condition:
+            require(False, self.where(column), rule, self.values.get(column, ""))
+
+
+def _rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
+    """The columns of a csv file, and its rows as they are asked for."""
+    reader = csv.reader(io.StringIO(_text_of(table, "csv"), newline=""), strict=True)
+    lines = _numbered(table, reader)
+    header = [name.strip() for name in next(lines, (1, []))[1]]
+    for name in COLUMNS[:2]:
+        require(name in header, f"{table}, line 1", f"have a column {name}", header)
+    for name in header:
+        require(name in COLUMNS, f"{table}, line 1", f"have no other columns than {', '.join(COLUMNS)}", name)
+    require(len(set(header)) == len(header), f"{table}, line 1", "have each column once", header)
+
+    def rows() -> Iterator[_Row]:
+        for line, cells in lines:
+            count = len(header)
+            require(len(cells) == count, f"{table}, line {line}", f"have {count} values, as line 1 has", cells)
+            # Spaces beside commas are habit, but a file's name may begin with one.
+            values = {n: cell if n == "path" else cell.strip() for n, cell in zip(header, cells, strict=True)}
+            yield _Row(table, line, values)
+
+    return header, rows()
+
+
+def _numbered(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Lines that are not empty, with the number of the line on which each begins."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{table}, line {line} is not csv: {error}") from error
+        if cells:
+            yield line, cells
+
+
+def _video(row: _Row, base: Path, names: tuple[str, ...] | None) -> Video:
+    text = row.values["path"]
+    row.check(bool(text.strip()) and "\0" not in text, "path", "be the path of a file")
+    path = base / os.path.normpath(text)
+    start, end = _seconds(row, "start"), _seconds(row, "end")
+    row.check(end is None or end > (start or 0.0), "end", f"be after the start, {start or 0.0} s")
+    relative = path.relative_to(base) if path.is_relative_to(base) else path
+    times = "" if start is None and end is None else f"#{'' if start is None else start}-{'' if end is None else end}"
+    return Video(path, relative.as_posix() + times, _labels(row, names), start or 0.0, end)
+
+
+def _seconds(row: _Row, column: str) -> float | None:
+    text = row.values.get(column, "")
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    row.check(0 <= seconds < math.inf, column, "be seconds, at least 0, or empty")
+    return seconds
+
+
+def _labels(row: _Row, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    labels = [label.strip() for label in row.values["label"].split(LABEL_SEPARATOR)]
+    row.check(all(labels), "label", f"name a class, or several separated by {LABEL_SEPARATOR}")
+    row.check(all(len(label.splitlines()) == 1 for label in labels), "label", "name classes without line breaks")
+    known = tuple(_known(label, names, row.where("label")) for label in labels)
+    row.check(len(set(known)) == len(known), "label", "name no class twice")
+    return known
+
+
+def _known(label: str, names: tuple[str, ...] | None, where: str) -> str:
+    """The class of a label: itself, or with a list of classes the one of that name, or else of that number."""
+    if names is None or label in names:
+        return label
+    count = len(names)
+    number = int(label) if label.isascii() and label.isdigit() and len(label) < 10 else count
+    rule = f"be one of the {count} names in the file of classes, or a number in 0..{count - 1}"
+    require(number < count, where, rule, label)
+    return names[number]
+
+
+def _in_class_folders(
+    folder: Path, root: Path, names: tuple[str, ...] | None, unusable: list[VideoError]
+) -> list[Video]:
+    """The files of the class folders; what lies beside those, and folders without a file, go to `unusable`."""
+    videos: list[Video] = []
+    for class_folder in sorted(_visible(folder)):
+        if not class_folder.is_dir():
+            unusable.append(VideoError(class_folder, "is not in a class folder"))
+            continue
+        files = sorted(_visible(class_folder))
+        if not files:
+            unusable.append(VideoError(class_folder, "is a class folder without a video"))
+            continue
+        name = _known(_text(class_folder.name), names, f"the name of {class_folder}")
+        for file in files:
+            if file.is_dir():
+                raise UserError(
+                    f"{file} is a folder, but class folders hold video files; if {folder.name}/ holds a folder for "
+                    f"each split, give their names: --splits={','.join(sorted(p.name for p in _visible(folder)))}"
+                )
+            videos.append(Video(file, _text(file.relative_to(root).as_posix()), (name,)))
+    return videos
+
+
+def _by_fraction(videos: list[Video], part: float | None, seed: int) -> dict[str, list[Video]]:
+    """All for training, or a part of the files of each class for testing; all pieces of a file go together."""
+    if part is None:
+        return {"train": _in_order(videos, seed)}
+    files: dict[Path, list[Video]] = {}
+    for video in sorted(videos, key=lambda video: video.start):
+        files.setdefault(video.path, []).append(video)
+    kinds = {path: {name for video in members for name in video.classes} for path, members in files.items()}
+    groups: dict[str, list[list[Video]]] = {}
+    one_class = all(len(names) == 1 for names in kinds.values())  # else files belong to no class of their own
+    for path, members in files.items():
+        groups.setdefault(min(kinds[path]) if one_class else "", []).append(members)
+    train, test = [], []
+    for group in groups.values():
+        shuffled = sorted(group, key=lambda members: _hash(members[0], seed))
+        # Rounded, but each side gets a file where there are two.
+        count = min(max(round(part * len(group)), 1), len(group) - 1)
+        test += [video for members in shuffled[:count] for video in members]
+        train += [video for members in shuffled[count:] for video in members]
+    return {"train": _in_order(train, seed), "test": _in_order(test, seed)}
+
+
+def _in_order(videos: list[Video], seed: int) -> list[Video]:
+    """All videos, shuffled by a hash of seed and name: classes mix, and one video more or less moves no other."""
+    return sorted(videos, key=lambda video: _hash(video, seed))
+
+
+def _hash(video: Video, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{video.media_id}".encode()).digest()
+
+
+def _classes_of(found: dict[str, list[Video]]) -> tuple[str, ...]:
+    return tuple(sorted({name for videos in found.values() for video in videos for name in video.classes}))
+
+
+def _check_splits(splits: Sequence[str] | None, split: float | None) -> None:
+    require(splits is None or split is None, "splits and split", "not be given together", (splits, split))
+    require(split is None or 0 < split < 1, "split", "be between 0 and 1", split)
+    if splits is not None:
+        good = len(set(splits)) == len(splits) > 0 and all(_is_plain(name) for name in splits)
+        require(good, "splits", "be distinct names of folders, or of a csv file's column", tuple(splits))
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and not name.startswith(".") and "/" not in name and os.sep not in name
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def _text(name: str) -> str:
+    """A file name as text that can be stored: file systems also hold names that are no UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _text_of(path: Path, setting: str) -> str:
+    """The content of a text file, which may begin with a byte order mark."""
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UserError(f"{setting}: {path} cannot be read: {error.strerror}") from error
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line} must be UTF-8, got the byte 0x{content[error.start]:02x}") from error

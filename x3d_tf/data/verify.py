@@ -1,0 +1,106 @@
+"""Whether records are whole: reads every byte of them. What training reads is checked less, because it reads parts."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tensorflow as tf
+from tqdm import tqdm
+
+from x3d_tf._checks import UserError
+from x3d_tf.data.index import Record, Shard
+from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
+from x3d_tf.data.records import parse_record
+
+_BUFFER_BYTES = 1 << 20  # of reading
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was found in the shards of a split.
+
+    Attributes:
+        split: its name.
+        shards, videos, frames: how many the manifest lists.
+        problems: for each damaged shard a line that names it.
+    """
+
+    split: str
+    shards: int
+    videos: int
+    frames: int
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        counts = f"{self.split}: {self.videos} videos, {self.frames} frames in {self.shards} shards"
+        return "\n  ".join([f"{counts}; {len(self.problems) or 'none'} damaged", *self.problems])
+
+
+def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[SplitReport]:
+    """Reads all shards of a folder of records, one split after the other.
+
+    Checked are the shards' sizes and SHA-256, the checksums of all records, that each parses and agrees with the
+    manifest in its place, classes, rate, name and number of frames, and that its first frame decodes.
+
+    Raises:
+        UserError: there is no manifest, or it is damaged itself.
+    """
+    manifest = Manifest.load(folder)
+    total = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress)
+    with bar:
+        for name, split in manifest.splits.items():
+            problems = []
+            records: dict[int, list[Record]] = {}
+            for record in split.records:
+                records.setdefault(record.shard, []).append(record)
+            for number, shard in enumerate(split.shards):
+                try:
+                    _verify_shard(manifest.folder / shard.file, shard, records.get(number, []))
+                except UserError as error:
+                    problems.append(str(error))
+                bar.update(shard.bytes)
+            frames = sum(record.frames for record in split.records)
+            yield SplitReport(name, len(split.shards), len(split.records), frames, tuple(problems))
+
+
+def _verify_shard(path: Path, shard: Shard, records: list[Record]) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise UserError(f"{path} has {size} bytes, and {MANIFEST_NAME} says {shard.bytes}")
+    stored = iter(
+        tf.data.TFRecordDataset(str(path), buffer_size=_BUFFER_BYTES)
+    )  # checks the checksums that surround each record
+    for number, record in enumerate(records):
+        where = f"{path}, record {number} at byte {record.offset} ({record.media_id})"
+        try:
+            serialized = next(stored, None)
+            _verify_record(where, serialized, record)
+        except tf.errors.DataLossError as error:
+            raise UserError(f"{where} does not have its checksum") from error
+        except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
+            raise UserError(f"{where} cannot be parsed or decoded") from error
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != shard.sha256:
+        raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} says")
+
+
+def _verify_record(where: str, serialized: tf.Tensor | None, record: Record) -> None:
+    if serialized is None:
+        raise UserError(f"{where} is not there")
+    parsed = parse_record(serialized)
+    found = {
+        "length": len(serialized.numpy()),
+        "frames": len(parsed.frames),
+        "fps": float(parsed.fps),
+        "labels": tuple(parsed.labels.numpy().tolist()),
+        "media_id": parsed.media_id.numpy().decode(),
+    }
+    for field, value in found.items():
+        if value != getattr(record, field):
+            raise UserError(f"{where} has {field} {value!r}, and {MANIFEST_NAME} says {getattr(record, field)!r}")
+    tf.io.decode_jpeg(parsed.frames[0], channels=3)
