@@ -62,7 +62,7 @@ def main(videos: list[str]) -> None:
 
     paths = list_videos(videos)
     model = load(FLAGS.model)
-    task = getattr(model, "task", "single_label")
+    task = model.task
     results = predict_videos(
         model,
         paths,
@@ -181,7 +181,7 @@ def _frame_sampling(model: str) -> Any:
     run = RunFolder(model)
     if not run.config.is_file():
         return "slowfast"
-    return getattr(run.read_config().dataset, "frame_sampling", "slowfast")
+    return run.read_config().dataset.frame_sampling
 
 
 if __name__ == "__main__":

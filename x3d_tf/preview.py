@@ -52,7 +52,7 @@ def main() -> None:
         flip=spec.flip,
         batch=config.recipe.batch,
         seed=config.seed,
-        frame_sampling=getattr(spec, "frame_sampling", "slowfast"),
+        frame_sampling=spec.frame_sampling,
         clips=FLAGS.clips,
     )
     print(f"written: {output}")

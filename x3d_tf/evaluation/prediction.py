@@ -254,8 +254,7 @@ class _Network:
     """A network as a function of one trace."""
 
     def __init__(self, model: X3D, views: ViewSpec) -> None:
-        multi_label = getattr(model, "task", "single_label") == "multi_label"
-        activation = tf.nn.sigmoid if multi_label else tf.nn.softmax
+        activation = tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax
         frames, crop, self.classes = model.clip.frames, views.crop, model.num_classes
 
         @tf.function(input_signature=[tf.TensorSpec((frames, None, None, 3), tf.uint8)])

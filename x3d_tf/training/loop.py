@@ -15,6 +15,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.data.datasets import open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records, training_dataset
+from x3d_tf.data.preview import save_preview
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.portable import portable
@@ -62,6 +63,7 @@ def train(
     manifest = open_dataset(config.dataset)
     records = hold_out(manifest, config.dataset, config.seed)
     _check_records(records, config)
+    _save_preview(run, records, config)
     trainer = Trainer(config, records, strategy or tf.distribute.MirroredStrategy())
     trainer.fit(run, f"{config.fingerprint()} {manifest.fingerprint()}")
     run.labels.write_text("".join(f"{name}\n" for name in manifest.classes), encoding="utf-8")
@@ -235,6 +237,21 @@ class Trainer:
 
 
 _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
+
+
+def _save_preview(run: RunFolder, manifest: Manifest, config: TrainConfig) -> None:
+    if not run.preview.is_file():
+        save_preview(
+            manifest,
+            config.dataset.train_split,
+            config.expansion.clip,
+            run.preview,
+            jitter=config.expansion.jitter,
+            flip=config.dataset.flip,
+            batch=config.recipe.batch,
+            seed=config.seed,
+            frame_sampling=config.dataset.frame_sampling,
+        )
 
 
 def _check_records(manifest: Manifest, config: TrainConfig) -> None:

@@ -24,7 +24,8 @@ class RunFolder:
     """Paths and small files of a run.
 
     Holds `config.json` (every setting), `config.gin` and `operative_config.gin` (the same as gin text, for people)
-    before the first step; `checkpoints/`, `history.csv`, `curves.png` and `tensorboard/` while it trains;
+    and `preview.png`, the first clips as the network gets them, before the first step; `checkpoints/`, `history.csv`,
+    `curves.png` and `tensorboard/` while it trains;
     `best.keras`, the network of the best validation, where the run stops early; `model.keras`, `labels.txt` and
     `evaluation/` when it is done.
     """
@@ -35,6 +36,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.history = self.root / "history.csv"
         self.curves = self.root / "curves.png"
+        self.preview = self.root / "preview.png"
         self.tensorboard = self.root / "tensorboard"
         self.best = self.root / "best.keras"
         self.model = self.root / "model.keras"
