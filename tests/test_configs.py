@@ -9,7 +9,7 @@ from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.training.recipe import Recipe, TrainConfig
 
 ROOT = Path(__file__).parents[1]
-NETWORKS = sorted(path.stem for path in (ROOT / "gin").glob("*.gin"))
+NETWORKS = sorted(path.stem for path in (ROOT / "gin").glob("x*.gin"))
 MOVING_SHAPES = DatasetSpec(name="moving_shapes", records="data/moving_shapes", flip=False)
 SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=320, warmup_steps=32)
 
@@ -29,6 +29,43 @@ def test_recipes_spell_the_factors_out(name: str) -> None:
     text = (ROOT / "gin" / f"{name}.gin").read_text()
     assert all(f"Expansion.{factor} = " in text for factor in vars(Expansion()))
     assert f"--gin_file=gin/{name}.gin" in text  # the header says how to run it
+
+
+def test_the_recipe_for_few_videos_equals_its_python() -> None:
+    expected = TrainConfig(
+        Expansion(gamma_tau=7, gamma_t=17, gamma_s=64 / 112),
+        ModelOptions(input="difference"),
+        DatasetSpec(records="data/records", squeeze=True),
+        Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=500, warmup_steps=20),
+        checkpoint_steps=100,
+    )
+    assert configs.parse(["gin/few_videos.gin"]).config == expected
+
+
+def test_the_recipe_for_fine_tuning_equals_its_python() -> None:
+    files = ["gin/x3d_s.gin", "gin/data/records.gin", "gin/finetune.gin"]
+    recipe = Recipe(
+        batch=8,
+        reference_batch=8,
+        learning_rate=0.01,
+        steps=200,
+        warmup_steps=10,
+        trunk_rate=0.1,
+        batch_norm="frozen",
+        class_weights="balanced",
+        patience=4,
+    )
+    expected = TrainConfig(
+        VARIANTS["x3d_s"].expansion,
+        ModelOptions(),
+        DatasetSpec(records="data/records", validation_fraction=0.1),
+        recipe,
+        init="runs/x3d_s",
+        checkpoint_steps=20,
+    )
+    assert configs.parse(files, ['TrainConfig.init="runs/x3d_s"']).config == expected
+    with pytest.raises(ValueError, match="TrainConfig.init must be given where Recipe.batch_norm"):
+        configs.parse(files)
 
 
 def test_later_files_and_bindings_win() -> None:

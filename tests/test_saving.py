@@ -50,7 +50,7 @@ def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
         {},
         {"separable": False},
         {"se": "none", "stem_kernel": 3},
-        {"shortcut_norm": "on_width_change"},
+        {"shortcut_norm": "on_width_change", "input": "difference"},
         {"swish": False, "swish_before": True, "se": "all", "drop_connect": 0.5},
     ],
     ids=str,

@@ -52,10 +52,17 @@ def test_resize(
     run: Callable[..., np.ndarray], height: int, width: int, short_side: int, expected: tuple[int, int]
 ) -> None:
     clip = random_clip(height, width)
-    resized = run(transforms.resize_short_side, clip, np.int64(short_side))
+    resized = run(transforms.resize, clip, np.int64(short_side))
     assert resized.dtype == np.float32
     assert resized.shape == (3, *expected, 3)
     np.testing.assert_allclose(resized, naive_resize(clip, *expected), atol=2e-3)
+
+
+@both
+def test_squeezed_frames_are_squares(run: Callable[..., np.ndarray]) -> None:
+    clip = random_clip(24, 33)
+    squeezed = run(lambda c: transforms.resize(c, 17, squeeze=True), clip)
+    np.testing.assert_allclose(squeezed, naive_resize(clip, 17, 17), atol=2e-3)
 
 
 @both

@@ -41,6 +41,7 @@ def test_moving_statistics_are_counted_by_keras() -> None:
     [
         {"stem_kernel": 3},
         {"se": "all"},
+        {"input": "difference"},
         {"se": "none"},
         {"separable": False},
         {"shortcut_norm": "on_width_change"},
@@ -51,11 +52,22 @@ def test_moving_statistics_are_counted_by_keras() -> None:
 def test_options_change_what_is_counted(options: dict[str, Any]) -> None:
     from x3d_tf import ModelOptions
 
-    expansion = Expansion(gamma_w=1.5, gamma_b=2.25, gamma_d=0.4)
+    expansion = Expansion(gamma_t=2, gamma_w=1.5, gamma_b=2.25, gamma_d=0.4)
     model = build_x3d(expansion, num_classes=5, **options)
     count = cost(expansion, num_classes=5, options=ModelOptions(**options))
     assert sum(np.prod(weight.shape) for weight in model.trainable_weights) == count.params
     assert model(clips(1, 2, 33, 40)).shape == (1, 5)
+
+
+def test_differences_are_of_neighbouring_frames() -> None:
+    """In units of the normalised input; a still picture is nothing."""
+    model = build_x3d(Expansion(gamma_t=3, gamma_d=0.2), num_classes=2, input="difference")
+    seen = keras.Model(model.input, model.get_layer("conv1_xy").input)
+    clip = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32, 3)).astype("float32")
+    np.testing.assert_allclose(seen(clip), (clip[:, 1:] - clip[:, :-1]) / (0.225 * 255), atol=1e-5)
+    assert not np.asarray(seen(np.repeat(clip[:, :1], 3, axis=1))).any()
+    with pytest.raises(ValueError, match="gamma_t must be at least 2 where ModelOptions"):
+        build_x3d(Expansion(gamma_t=1), input="difference")
 
 
 def test_unknown_options_are_named() -> None:

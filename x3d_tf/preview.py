@@ -53,6 +53,7 @@ def main() -> None:
         batch=config.recipe.batch,
         seed=config.seed,
         frame_sampling=spec.frame_sampling,
+        squeeze=spec.squeeze,
         clips=FLAGS.clips,
     )
     print(f"written: {output}")

@@ -22,6 +22,7 @@ def dataset(
     flip: bool = True,
     seed: int = 0,
     frame_sampling: FrameSampling = "slowfast",
+    squeeze: bool = False,
 ) -> tf.data.Dataset:
     """Batches of clips and labels out of records, as `build_records` makes them.
 
@@ -40,6 +41,7 @@ def dataset(
         flip: whether half of the training clips are mirrored; False where left and right differ in meaning.
         seed: of the order and the chances of training.
         frame_sampling: see `clips.frame_indices`.
+        squeeze: see `transforms.resize`.
 
     Returns:
         Dataset of (clips, labels): float32 [batch, T, S, S, 3], RGB in 0..255; int32 [batch] or, of multi-label
@@ -58,10 +60,18 @@ def dataset(
     if training:
         jitter = jitter or expansion.jitter
         return training_dataset(
-            records, split, clip, jitter=jitter, flip=flip, batch=batch, seed=seed, frame_sampling=frame_sampling
+            records,
+            split,
+            clip,
+            jitter=jitter,
+            flip=flip,
+            batch=batch,
+            seed=seed,
+            frame_sampling=frame_sampling,
+            squeeze=squeeze,
         )
     require(jitter is None, "jitter", "be for training only", jitter)
     require(batch >= 1, "batch", "be at least 1", batch)
-    middle = ViewSpec(temporal_views=1, resize=expansion.test_size, crop=clip.size)
+    middle = ViewSpec(temporal_views=1, resize=expansion.test_size, crop=clip.size, squeeze=squeeze)
     videos = evaluation_dataset(records, split, clip, middle, batch_videos=batch, frame_sampling=frame_sampling)
     return videos.map(lambda clips, labels, _: (clips[:, 0], labels))

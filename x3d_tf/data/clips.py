@@ -30,12 +30,14 @@ class ViewSpec:
         spatial_crops: 1 (the centre) or 3 (left, centre, right; top, centre, bottom of upright videos).
         resize: short side in pixels to which frames are scaled.
         crop: side of the square crop in pixels, at most `resize`.
+        squeeze: whether both sides are scaled to `resize`, so that the crop sees all of a wide frame, but for its rim.
     """
 
     temporal_views: int = 10
     spatial_crops: int = 1
     resize: int
     crop: int
+    squeeze: bool = False
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -43,6 +45,8 @@ class ViewSpec:
         require(self.spatial_crops in (1, 3), "ViewSpec.spatial_crops", "be 1 or 3", self.spatial_crops)
         require(self.crop >= 1, "ViewSpec.crop", "be at least 1", self.crop)
         require(self.crop <= self.resize, "ViewSpec.crop", f"be at most ViewSpec.resize = {self.resize}", self.crop)
+        distinct = not self.squeeze or self.spatial_crops == 1
+        require(distinct, "ViewSpec.spatial_crops", "be 1 for squeezed frames, which are square", self.spatial_crops)
 
     @property
     def views(self) -> int:

@@ -21,6 +21,7 @@ class DatasetSpec:
         train_split: name of the part to train on.
         eval_split: name of the part to test on.
         flip: whether half of the training clips are mirrored. Off where left and right differ in meaning.
+        squeeze: whether frames are scaled to squares, in training and in tests, so that crops see all of wide ones.
         frame_sampling: how the frames of a clip are chosen, in training and in tests; see `clips.frame_indices`.
         validation_split: name of a part on which the network is tested while it trains; none unless given.
         validation_fraction: instead, the part of each class's training videos, in (0, 1), that is held out for that.
@@ -35,6 +36,7 @@ class DatasetSpec:
     train_split: str = "train"
     eval_split: str = "test"
     flip: bool = True
+    squeeze: bool = False
     frame_sampling: FrameSampling = "slowfast"
     validation_split: str | None = None
     validation_fraction: float = 0.0

@@ -47,6 +47,7 @@ def training_dataset(
     worker: tuple[int, int] = (0, 1),
     replica_batch: int | None = None,
     frame_sampling: FrameSampling = "slowfast",
+    squeeze: bool = False,
 ) -> tf.data.Dataset:
     """Training clips without end: one random clip, scale, crop and mirroring of each video an epoch.
 
@@ -63,6 +64,7 @@ def training_dataset(
         worker: this worker's number and how many there are. It gets the same slice of every step's batch.
         replica_batch: clips of one element; by default this worker's whole slice.
         frame_sampling: see `clips.frame_indices`.
+        squeeze: see `transforms.resize`.
 
     Returns:
         Dataset of (clips, labels): float32 [replica_batch, T, S, S, 3], RGB in 0..255, and int32 [replica_batch], or
@@ -99,7 +101,7 @@ def training_dataset(
 
         pixels = tf.ensure_shape(table.read(place.record, decode), (clip.frames, None, None, 3))
         short_side = tf.cast(tf.round(low + chance[1] * (high - low)), tf.int64)
-        pixels = transforms.resize_short_side(pixels, short_side)
+        pixels = transforms.resize(pixels, short_side, squeeze)
         pixels = transforms.random_crop(pixels, clip.size, chance[2:4])
         if flip:
             pixels = transforms.flip(pixels, chance[4] < 0.5)
@@ -170,7 +172,7 @@ def evaluation_dataset(
             return pixels, tf.reshape(positions, [views.temporal_views, clip.frames])
 
         pixels, positions = table.read(record, decode)
-        pixels = transforms.resize_short_side(pixels, views.resize)
+        pixels = transforms.resize(pixels, views.resize, views.squeeze)
         pixels = transforms.crops(pixels, views.crop, views.spatial_crops)  # [crops, unique frames, crop, crop, 3]
         pixels = tf.gather(pixels, positions, axis=1)  # [crops, clips, T, crop, crop, 3]
         pixels = tf.transpose(pixels, [1, 0, 2, 3, 4, 5])

@@ -25,13 +25,14 @@ def save_preview(
     batch: int,
     seed: int,
     frame_sampling: FrameSampling = "slowfast",
+    squeeze: bool = False,
     clips: int = 8,
 ) -> Path:
     """Draws the first clips of training as a PNG: sampled, scaled, cropped and mirrored, with their labels.
 
     Args:
-        manifest, split, clip, jitter, flip, batch, seed, frame_sampling: as `training_dataset`; with those of a run
-            these are the clips of its first steps, in their order.
+        manifest, split, clip, jitter, flip, batch, seed, frame_sampling, squeeze: as `training_dataset`;
+            with those of a run these are the clips of its first steps, in their order.
         path: replaced if it is there.
         clips: rows of the sheet.
 
@@ -52,6 +53,7 @@ def save_preview(
         batch=batch,
         seed=seed,
         frame_sampling=frame_sampling,
+        squeeze=squeeze,
         replica_batch=1,  # else a whole batch would be decoded, however large
     )
     rows, captions = [], []

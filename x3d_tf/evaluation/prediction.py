@@ -103,7 +103,7 @@ def predict_videos(
         temporal_views = DEFAULT_VIEWS if window is None else 1
     sampler = _Sampler(
         clip,
-        ViewSpec(temporal_views=temporal_views, resize=resize, crop=clip.size),
+        ViewSpec(temporal_views=temporal_views, resize=resize, crop=clip.size, squeeze=model.squeeze),
         window,
         hop or window,
         frame_sampling,
@@ -260,7 +260,7 @@ class _Network:
         @tf.function(input_signature=[tf.TensorSpec((frames, None, None, 3), tf.uint8)])
         def prepare(clip: tf.Tensor) -> tf.Tensor:
             with tf.device("cpu"):  # where the clips of records are scaled too
-                return transforms.crops(transforms.resize_short_side(clip, views.resize), crop, 1)[0]
+                return transforms.crops(transforms.resize(clip, views.resize, views.squeeze), crop, 1)[0]
 
         @tf.function(input_signature=[tf.TensorSpec((None, frames, crop, crop, 3), tf.float32)])
         def probabilities(clips: tf.Tensor) -> tf.Tensor:

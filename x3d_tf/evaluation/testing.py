@@ -15,7 +15,7 @@ from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.reports import RESULTS_NAME, Predictions, Report, refuse_to_replace, write_report
 from x3d_tf.evaluation.views import predict_split
 from x3d_tf.modeling.cost import cost
-from x3d_tf.modeling.expansion import Expansion, name_of
+from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import load, model_file
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.training.recipe import TrainConfig
@@ -61,14 +61,15 @@ class Procedure:
         at_least_one = self.temporal_views is None or self.temporal_views >= 1
         require(at_least_one, "Procedure.temporal_views", "be at least 1", self.temporal_views)
 
-    def views_of(self, expansion: Expansion, temporal_views: int) -> ViewSpec:
+    def views_of(self, model: X3D, temporal_views: int) -> ViewSpec:
         """The views of each video; `temporal_views` is what None stands for."""
-        size = expansion.clip.size if self.spatial_crops == 1 else expansion.test_size
+        test_size = model.expansion.test_size
         return ViewSpec(
             temporal_views=self.temporal_views or temporal_views,
             spatial_crops=self.spatial_crops,
-            resize=expansion.test_size,
-            crop=size,
+            resize=test_size,
+            crop=model.clip.size if self.spatial_crops == 1 else test_size,
+            squeeze=model.squeeze,
         )
 
     def dataset_of(self, config: TrainConfig) -> DatasetSpec:
@@ -80,10 +81,11 @@ class Procedure:
 
     def suffix(self, config: TrainConfig) -> str:
         """What tells a report of this procedure from the one of the run's own, as part of a folder's name."""
-        own_frames = frame_sampling_of(config.dataset)
         parts = [
             f"_{self.clip_starts}_starts" if self.clip_starts != "offset" else "",
-            f"_{self.frame_sampling}_frames" if self.frame_sampling not in (None, own_frames) else "",
+            f"_{self.frame_sampling}_frames"
+            if self.frame_sampling not in (None, config.dataset.frame_sampling)
+            else "",
             f"_{self.head_pool}" if self.head_pool not in (None, config.model.head_pool) else "",
         ]
         return "".join(parts)
@@ -123,8 +125,9 @@ class Measurement:
             raise UserError(
                 f"{folder} has classes that the model does not know: {', '.join(unknown)}; it knows {', '.join(known)}"
             )
-        require(task_of(self.manifest) == task_of(self.model), f"task of {folder}", *_task_rule(self))
-        several = task_of(self.model) == "multi_label"  # this pooling is a mean of softmax outputs
+        task = self.model.task
+        require(self.manifest.task == task, f"task of {folder}", f"be the model's, {task}", self.manifest.task)
+        several = task == "multi_label"  # this pooling is a mean of softmax outputs
         fits = not (several and self.model.options.head_pool == "fixed_probabilities")
         require(fits, "head_pool", "be global or fixed_logits for multi-label networks", "fixed_probabilities")
 
@@ -147,7 +150,7 @@ class Measurement:
             "records": str(self.manifest.folder),
             "records_sha256": self.manifest.fingerprint(),
             "split": self.split,
-            "task": task_of(model),
+            "task": model.task,
             "videos": len(self.manifest.split(self.split).records),
             "classes": model.num_classes,
             "views": f"{views.temporal_views}-{'Center' if views.spatial_crops == 1 else 'LeftCenterRight'}",
@@ -158,6 +161,7 @@ class Measurement:
             "stride": model.clip.stride,
             "resize": views.resize,
             "crop": views.crop,
+            "squeeze": views.squeeze,
             "clip_starts": self.clip_starts,
             "frame_sampling": self.frame_sampling,
             "head_pool": model.options.head_pool,
@@ -179,7 +183,7 @@ class Measurement:
         records = self.manifest.split(self.split).records
         names = self.model.class_names
         return Predictions(
-            tuple(record.media_id for record in records), names, probabilities, self._truth(), task_of(self.model)
+            tuple(record.media_id for record in records), names, probabilities, self._truth(), self.model.task
         )
 
     def _truth(self) -> np.ndarray:
@@ -188,7 +192,7 @@ class Measurement:
         records = self.manifest.split(self.split).records
         truth = np.zeros((len(records), self.model.num_classes), bool)
         for row, record in zip(truth, records):
-            row[[of_model[label] for label in _labels(record)]] = True
+            row[[of_model[label] for label in record.labels]] = True
         return truth
 
     def report(self, folder: Path) -> Report:
@@ -202,32 +206,14 @@ class Measurement:
         return write_report(folder, settings, self.predict())
 
 
-def task_of(thing: Any) -> Literal["single_label", "multi_label"]:
-    """The task of a network or of records."""
-    return getattr(thing, "task", "single_label")
-
-
-def frame_sampling_of(dataset: DatasetSpec) -> FrameSampling:
-    """Which frames a clip of a run takes."""
-    return getattr(dataset, "frame_sampling", "slowfast")
-
-
-def _task_rule(measurement: Measurement) -> tuple[str, str]:
-    return f"be the model's, {task_of(measurement.model)}", task_of(measurement.manifest)
-
-
-def _labels(record: Any) -> tuple[int, ...]:
-    return record.labels if hasattr(record, "labels") else (record.label,)
-
-
 def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
     """The same network and weights with another pooling of the head; the model itself if it is its own or None."""
     if head_pool is None or head_pool == model.options.head_pool:
         return model
-    changed = X3D(model.expansion, model.num_classes, replace(model.options, head_pool=head_pool))
+    options = replace(model.options, head_pool=head_pool)
+    changed = X3D(model.expansion, model.num_classes, options, task=model.task)
     changed.set_weights(model.get_weights())  # poolings have no weights, so the lists are the same
-    changed.class_names = model.class_names
-    changed.task = task_of(model)
+    changed.class_names, changed.squeeze = model.class_names, model.squeeze
     return changed
 
 
@@ -247,9 +233,9 @@ def measurement_of_run(run: RunFolder, procedure: Procedure, model: X3D, weights
         weights=weights,
         manifest=open_dataset(dataset),
         split=dataset.eval_split,
-        views=procedure.views_of(config.expansion, config.test_views),
+        views=procedure.views_of(model, config.test_views),
         clip_starts=procedure.clip_starts,
-        frame_sampling=procedure.frame_sampling or frame_sampling_of(dataset),
+        frame_sampling=procedure.frame_sampling or dataset.frame_sampling,
         seed=config.seed,
     )
 
@@ -269,7 +255,7 @@ def measurement_of_file(file: Path, procedure: Procedure) -> Measurement:
         weights=weights_of(file),
         manifest=open_dataset(dataset),
         split=dataset.eval_split,
-        views=procedure.views_of(model.expansion, _TEMPORAL_VIEWS),
+        views=procedure.views_of(model, _TEMPORAL_VIEWS),
         clip_starts=procedure.clip_starts,
         frame_sampling=procedure.frame_sampling or "slowfast",
         seed=None,

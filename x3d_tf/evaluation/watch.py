@@ -14,7 +14,6 @@ from x3d_tf.modeling.x3d import X3D
 from x3d_tf.training import checkpointing
 from x3d_tf.training.run_folder import RunFolder
 
-_checkpointing: Any = checkpointing
 _METRICS = ("top1", "top5", "map")
 
 
@@ -73,13 +72,13 @@ class _Watch:
         """Tests the checkpoints that are there and have not been tested, the oldest first: it is the next to go."""
         passed: set[int] = set()  # one try a look: a checkpoint that is being written is whole at the next
         while True:
-            steps = _checkpointing.checkpoint_steps(self.run.checkpoints)
+            steps = checkpointing.checkpoint_steps(self.run.checkpoints)
             new = [step for step in steps if step not in self.results and step not in passed]
             if not new:
                 return
             passed.add(new[0])
             try:
-                model = _checkpointing.load_checkpoint(self.run, new[0])
+                model = checkpointing.load_checkpoint(self.run, new[0])
             except UserError as error:
                 self.failures[new[0]] = str(error)
                 continue

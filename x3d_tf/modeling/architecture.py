@@ -18,6 +18,9 @@ class ModelOptions:
     """Choices that the six factors leave open. The defaults are the network of the paper's authors' code.
 
     Attributes:
+        input: "rgb"; or "difference": the network sees what changes from each frame of the clip to the next, one frame
+            less, and no still picture. Not from the paper: where few videos of one's own differ by motion alone, it
+            learns that instead of their backgrounds.
         stem_kernel: frames that conv1's temporal convolution spans, odd. The paper prints 3 and counts with 5.
         se: squeeze-excitation in every other block from the first of each stage on (`alternate`), in `all`, in `none`.
         swish: swish after the 3x3x3 convolution; False is ReLU (paper, appendix B).
@@ -37,6 +40,7 @@ class ModelOptions:
         TypeError, ValueError: naming the option, the rule and the value received.
     """
 
+    input: Literal["rgb", "difference"] = "rgb"
     stem_kernel: int = 5
     se: Literal["alternate", "all", "none"] = "alternate"
     swish: bool = True
@@ -103,7 +107,10 @@ def plan(expansion: Expansion, options: ModelOptions | None = None) -> Architect
         StagePlan(_depth(depth, expansion.gamma_d), width, _inner_width(width, expansion.gamma_b))
         for depth, width in zip(BASE_DEPTHS, widths)
     )
-    return Architecture(widths[0], stages, stages[-1].inner_width, options or ModelOptions())
+    options = options or ModelOptions()
+    enough = options.input == "rgb" or expansion.gamma_t >= 2
+    require(enough, "Expansion.gamma_t", 'be at least 2 where ModelOptions.input is "difference"', expansion.gamma_t)
+    return Architecture(widths[0], stages, stages[-1].inner_width, options)
 
 
 def round_width(width: int, factor: float) -> int:

@@ -96,7 +96,8 @@ def layer_costs(
 
 def _stem(architecture: Architecture, clip: ClipSpec) -> Iterator[LayerCost]:
     side, width = math.ceil(clip.size / 2), architecture.stem_width
-    shape = (clip.frames, side, side, width)
+    frames = clip.frames - (architecture.options.input == "difference")
+    shape = (frames, side, side, width)
     yield _conv("conv1_xy", shape, 3 * 9, norm=False)
     yield _conv("conv1_t", shape, architecture.options.stem_kernel)
 

@@ -30,6 +30,7 @@ class Description:
         form: `trainable` (this package's layers, logits) or `portable` (stock layers, probabilities).
         size: side of the portable form's clip in pixels; the training crop for the trainable one.
         task: whether a clip has one class or any number of them.
+        squeeze: whether frames are to be scaled to squares before a crop is cut out, instead of by their short side.
 
     Raises:
         UserError: naming the field, the rule and the value received.
@@ -43,6 +44,7 @@ class Description:
     form: Literal["trainable", "portable"]
     size: int
     task: Task = "single_label"
+    squeeze: bool = False
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -70,6 +72,7 @@ class Description:
             form,
             size or model.clip.size,
             model.task,
+            model.squeeze,
         )
 
     def to_json(self) -> str:

@@ -4,6 +4,7 @@ The same graph as the trainable network with equal layer names, of a fixed clip 
 output. A channel-wise 3-D kernel is three depthwise 2-D kernels there, `NAME_0` to `NAME_2`, one for each temporal tap.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -119,6 +120,13 @@ class PortableParts:
             _, h, w, c = y.shape
             terms.append(_shifted(ops.reshape(y, (-1, t, h * w * c)), kernel[0] // 2 - tap, f"{name}_{tap}"))
         return ops.reshape(layers.Add(name=f"{name}_sum")(terms), (-1, t, h, w, c))
+
+    def difference(self, x: Any, name: str) -> Any:
+        _, t, *shape = x.shape
+        rows = ops.reshape(x, (-1, t, math.prod(shape)))
+        later = layers.Cropping1D((1, 0), name=f"{name}_later")(rows)
+        earlier = layers.Cropping1D((0, 1), name=f"{name}_earlier")(rows)
+        return ops.reshape(layers.Subtract(name=name)([later, earlier]), (-1, t - 1, *shape))
 
     def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=name)(x)

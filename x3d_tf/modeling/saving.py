@@ -90,7 +90,7 @@ def load(path: str | Path) -> X3D:
             _load_weights(model, path)
     except (*_UNREADABLE, UserWarning) as error:
         raise UserError(f"the weights of {path} do not fit its description: {error}") from error
-    model.class_names = description.class_names
+    model.class_names, model.squeeze = description.class_names, description.squeeze
     return model
 
 

@@ -48,7 +48,7 @@ def build_x3d(
         task: "single_label" or "multi_label", for which `portable` makes probabilities by softmax or by sigmoid. The
             network itself gives logits.
         name: of the model; the variant's name unless given.
-        **options: the fields of `ModelOptions`: stem_kernel, se, swish, swish_before, separable, shortcut_norm,
+        **options: the fields of `ModelOptions`: input, stem_kernel, se, swish, swish_before, separable, shortcut_norm,
             head_pool, bn_group, drop_connect, dropout.
 
     Returns:
@@ -76,9 +76,11 @@ class X3D(keras.Model):
     Attributes:
         expansion, options, num_classes, include_top, task: what it was built from.
         class_names: one for each output, of a network that `x3d_tf.load` read; else none.
+        squeeze: whether it was trained on frames that were scaled to squares; those it is tested on then are, too.
     """
 
     class_names: tuple[str, ...] = ()
+    squeeze: bool = False
 
     def __init__(
         self,
@@ -142,6 +144,9 @@ class TrainableParts:
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
         return ChannelwiseConv3D(kernel, stride, name=name)(x)
 
+    def difference(self, x: Any, name: str) -> Any:
+        return layers.Subtract(name=name)([x[:, 1:], x[:, :-1]])
+
     def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
         return GhostBatchNorm(self.options.bn_group, gamma_initializer=gamma, name=name)(x)
 
@@ -166,6 +171,8 @@ def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int
         Logits (N, num_classes), or pool5 (N, head_width).
     """
     x = layers.Normalization(axis=None, mean=MEAN, variance=STD**2, name="normalize")(clips)
+    if architecture.options.input == "difference":
+        x = parts.difference(x, "difference")
     x = parts.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
     x = parts.channelwise(x, (architecture.options.stem_kernel, 1, 1), "conv1_t")
     x = layers.ReLU(name="conv1")(parts.norm(x, "conv1_bn"))

@@ -91,7 +91,7 @@ class Trainer:
         with strategy.scope():
             with arithmetic(config.execution.precision):
                 self.model = X3D(config.expansion, len(manifest.classes), config.model, task=manifest.task)
-            self.model.class_names = manifest.classes
+            self.model.class_names, self.model.squeeze = manifest.classes, config.dataset.squeeze
             self.step = TrainStep(self.model, config, strategy, self._class_weights())
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
@@ -215,6 +215,7 @@ class Trainer:
                 worker=(context.input_pipeline_id, context.num_input_pipelines),
                 replica_batch=context.get_per_replica_batch_size(self.batch) // config.execution.accumulation,
                 frame_sampling=config.dataset.frame_sampling,
+                squeeze=config.dataset.squeeze,
             )
 
         return self.strategy.distribute_datasets_from_function(for_worker)
@@ -251,6 +252,7 @@ def _save_preview(run: RunFolder, manifest: Manifest, config: TrainConfig) -> No
             batch=config.recipe.batch,
             seed=config.seed,
             frame_sampling=config.dataset.frame_sampling,
+            squeeze=config.dataset.squeeze,
         )
 
 

@@ -48,7 +48,7 @@ class Validation:
     def __init__(self, model: X3D, manifest: Manifest, split: str, dataset: DatasetSpec, resize: int) -> None:
         self._model, self._manifest, self._split = model, manifest, split
         self._sampling = dataset.frame_sampling
-        self._views = ViewSpec(temporal_views=1, resize=resize, crop=model.clip.size)
+        self._views = ViewSpec(temporal_views=1, resize=resize, crop=model.clip.size, squeeze=model.squeeze)
         self._forward = forward_of(model)
         records = manifest.split(split).records
         if not records:
