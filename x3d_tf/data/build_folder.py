@@ -61,7 +61,7 @@ class BuildFolder:
             rows = [{**row, "labels": tuple(row["labels"])} for row in content["records"]]
             records = tuple(Record(**row) for row in rows)
             failures = tuple((str(path), str(reason)) for path, reason in content["failures"])
-            whole = all((self.root / entry.file).stat().st_size == entry.bytes for entry in shards)
+            whole = all(entry.file == shard and (self.root / shard).stat().st_size == entry.bytes for entry in shards)
         except (OSError, ValueError, TypeError, KeyError):
             return None  # to be made again
         return Finished(Split(shards, records), failures) if whole else None
@@ -84,7 +84,9 @@ class BuildFolder:
         return len(lines)
 
     def count_failures(self) -> int:
-        """The lines of `failures.csv` below the first."""
+        """The lines of `failures.csv` below the first, if it is still there."""
+        if not self.failures.is_file():
+            return 0
         with self.failures.open(newline="", encoding="utf-8") as file:
             return sum(1 for _ in csv.reader(file)) - 1
 
@@ -120,6 +122,8 @@ def opened(root: Path, settings: dict[str, Any], sources: Sources) -> Iterator[B
         _lock(lock, root)
         _check_content(root, wanted)  # again: now nobody else changes it
         if not (root / MANIFEST_NAME).is_file():
+            for partial in root.glob(partial_of(Path("*")).name):  # of a run that was killed
+                partial.unlink()
             write_whole(root / BUILD_NAME, json.dumps(wanted).encode())
         yield BuildFolder(root)
 
@@ -146,9 +150,6 @@ def _check_content(root: Path, wanted: dict[str, Any]) -> None:
             f"output: {root} holds a build {difference}; give its settings again to go on with it, delete the folder, "
             "or name another one"
         )
-    if difference:
-        for partial in root.glob(partial_of(Path("*")).name):
-            partial.unlink()
 
 
 def _described(sources: Sources) -> list[list[Any]]:
