@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,15 +15,20 @@ from x3d_tf.data.video import EncodedVideo
 FRAMES, SIDE, SQUARE = 10, 56, 20
 
 
-def write_records(folder: Path, videos: int, classes: Sequence[str] = ("left", "right")) -> None:
-    """Records of `videos` videos, the classes in turn, in one split called train."""
+def write_records(
+    folder: Path, videos: int, classes: Sequence[str] = ("left", "right"), *, also: Sequence[str] = ()
+) -> None:
+    """Records of `videos` videos, the classes in turn, in one split called train; all are of the classes `also`, too."""
     folder.mkdir(parents=True)
-    sources = [Source(f"square/{number}", (number % len(classes),)) for number in range(videos)]
+    names = (*classes, *also)
+    others = tuple(range(len(classes), len(names)))
+    sources = [Source(f"square/{number}", (number % len(classes), *others)) for number in range(videos)]
     encoded = (
-        EncodedVideo(_frames(number, -1 if source.labels == (0,) else 1), 30.0) for number, source in enumerate(sources)
+        EncodedVideo(_frames(number, -1 if source.labels[0] == 0 else 1), 30.0) for number, source in enumerate(sources)
     )
-    split = write_split(folder, "train", sources, encoded, classes, lambda _: None)
-    Manifest(folder, tuple(classes), {"train": split}, {"source": "test"}).save()
+    split = write_split(folder, "train", sources, encoded, names, lambda _: None)
+    task: Any = "multi_label" if also else "single_label"
+    Manifest(folder, names, {"train": split}, {"source": "test"}, task).save()
 
 
 def _frames(seed: int, direction: int) -> list[bytes]:

@@ -94,7 +94,7 @@ class TrainStep:
             losses, accuracies = losses.write(index, loss), accuracies.write(index, accuracy)
         return losses.stack(), accuracies.stack()
 
-    def _single(self, batches: Any, _: Any) -> tuple[Any, Any]:
+    def _single(self, batches: Any, steps: Any) -> tuple[Any, Any]:
         loss, accuracy = self._one(batches)
         return loss[None], accuracy[None]
 

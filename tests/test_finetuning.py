@@ -1,0 +1,179 @@
+"""Runs that start from others, validate, stop early, average, and have several labels: on small records."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+import x3d_tf
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.evaluation.testing import evaluate_run
+from x3d_tf.modeling.lowerings import tensorflow as lowering
+from x3d_tf.training.checkpointing import checkpoint_steps, load_checkpoint
+from x3d_tf.training.loop import train
+from x3d_tf.training.recipe import Execution, Recipe, TrainConfig
+from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.training.validation import Validation
+
+TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
+QUICK = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=12, warmup_steps=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uncompiled() -> Any:
+    """The lowering's operations one by one, as on a GPU: compiling them takes longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "_on_gpu", lambda: True)
+        yield
+
+
+def write(folder: Path, videos: int, **kwargs: Any) -> Path:
+    from moving_square import write_records
+
+    write_records(folder, videos, **kwargs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data") / "square", videos=10)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of other classes to start from."""
+    path = tmp_path_factory.mktemp("source") / "source.keras"
+    x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=3), path, ("a", "b", "c"))
+    return path
+
+
+def config_of(
+    records: Path, recipe: Recipe = QUICK, dataset: dict[str, Any] | None = None, **changes: Any
+) -> TrainConfig:
+    spec = DatasetSpec(records=str(records), eval_split="train", flip=False, **(dataset or {}))
+    model = x3d_tf.ModelOptions(bn_group=2, drop_connect=0.2)
+    fields: dict[str, Any] = {"expansion": TINY, "model": model, "dataset": spec, "recipe": recipe, "test_views": 1}
+    return TrainConfig(**({"checkpoint_steps": 4} | fields | changes))
+
+
+def some(records: Path, source: Path) -> TrainConfig:
+    """With the options that cost no compilation of their own."""
+    recipe = replace(QUICK, ema=0.5, class_weights="balanced", patience=9)
+    return config_of(records, recipe, {"validation_fraction": 0.2}, init=str(source))
+
+
+def everything(records: Path, source: Path) -> TrainConfig:
+    config = some(records, source)
+    execution = Execution(accumulation=2, steps_per_execution=2)
+    return replace(config, recipe=replace(config.recipe, precise_bn_batches=2), execution=execution)
+
+
+@pytest.fixture(scope="module")
+def whole(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that is not interrupted."""
+    return train(some(records, source), tmp_path_factory.mktemp("runs") / "whole")
+
+
+def stopped_in_a_validation(config: TrainConfig, workdir: Path) -> RunFolder:
+    """The same run, stopped in its second validation and taken up again."""
+    score, calls = Validation.__call__, 0
+
+    def stop_at_the_second(validation: Validation) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return score(validation)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Validation, "__call__", stop_at_the_second)
+        train(config, workdir)
+    return train(config, workdir)
+
+
+def assert_the_same(a: RunFolder, b: RunFolder) -> None:
+    for step in checkpoint_steps(a.checkpoints):
+        for x, y in zip(load_checkpoint(a, step).get_weights(), load_checkpoint(b, step).get_weights()):
+            np.testing.assert_array_equal(x, y)
+    scores = [
+        [(row["validation_accuracy"], row["validation_loss"]) for row in run.read_history() if "validation_loss" in row]
+        for run in (a, b)
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 3
+
+
+def test_a_run_stopped_in_a_validation_ends_as_if_it_had_not_been(
+    whole: RunFolder, records: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = stopped_in_a_validation(some(records, source), tmp_path / "run")
+    printed = capsys.readouterr()
+    assert f"weights of {source}: " in printed.out and "new: fc2" in printed.out
+    assert "step 4: validation accuracy " in printed.out and "stopped at step 8" in printed.err
+    assert "from the checkpoint of step 8" in printed.out
+    assert_the_same(whole, run)
+    assert run.preview.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_so_does_one_with_every_option(records: Path, source: Path, tmp_path: Path) -> None:
+    config = everything(records, source)
+    assert_the_same(train(config, tmp_path / "whole"), stopped_in_a_validation(config, tmp_path / "run"))
+
+
+def test_the_best_validation_is_kept(whole: RunFolder) -> None:
+    rows = [row for row in whole.read_history() if "validation_loss" in row]
+    best = max(rows, key=lambda row: (row["validation_accuracy"], -row["validation_loss"]))
+    kept, model = x3d_tf.load(whole.best), x3d_tf.load(whole.root)
+    for a, b in zip(kept.get_weights(), model.get_weights()):
+        np.testing.assert_array_equal(a, b)
+    if int(best["step"]) in checkpoint_steps(whole.checkpoints):  # the newest two
+        for a, b in zip(kept.weights, load_checkpoint(whole, int(best["step"])).weights):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_without_progress_stops_early(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = replace(QUICK, learning_rate=1e-12, weight_decay=0.0, patience=2)
+    config = config_of(records, recipe, {"validation_split": "train"}, checkpoint_steps=1)
+    run = train(replace(config, model=x3d_tf.ModelOptions(bn_group=2, dropout=0.0)), tmp_path / "run")
+    steps = [row["step"] for row in run.read_history()]
+    assert len(steps) < QUICK.steps and run.model.is_file() and run.best.is_file()
+    assert f"stopped at step {len(steps)}: 2 validations in a row were no better" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_a_network(whole: RunFolder, tmp_path: Path) -> None:
+    model = load_checkpoint(whole, 12)
+    assert model.class_names == ("left", "right") and model.task == "single_label"
+    with pytest.raises(ValueError, match=r"ckpt-99\.index cannot be read"):
+        load_checkpoint(whole, 99)
+    damaged = RunFolder(tmp_path)
+    damaged.checkpoints.mkdir()
+    for path in whole.checkpoints.glob("ckpt-12.*"):
+        (damaged.checkpoints / path.name).write_bytes(path.read_bytes()[:50])
+    (damaged.checkpoints / "ckpt-last.index").touch()
+    assert checkpoint_steps(damaged.checkpoints) == [12]
+    with pytest.raises(ValueError, match=r"ckpt-12\.index cannot be read"):
+        load_checkpoint(damaged, 12)
+
+
+def test_several_labels_are_learnt_and_tested(tmp_path: Path) -> None:
+    folder = write(tmp_path / "records", videos=8, also=("bright",))
+    recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=40, warmup_steps=5, weight_decay=0)
+    config = config_of(folder, recipe, {"validation_split": "train"}, checkpoint_steps=20)
+    run = train(replace(config, model=x3d_tf.ModelOptions(dropout=0.0)), tmp_path / "run")
+    assert x3d_tf.load(run.root).task == "multi_label"
+    report = evaluate_run(run)
+    with (report.folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    precisions = []
+    for name in ("left", "right", "bright"):
+        truth = [name in row["labels"].split(";") for row in rows]
+        precisions.append(average_precision_score(truth, [float(row[f"p({name})"]) for row in rows]))
+    assert report.results["map"] == pytest.approx(np.mean(precisions), abs=1e-4)  # the file rounds probabilities
+    assert report.results["map"] > 0.9
+    assert run.read_history()[-1]["loss"] < run.read_history()[0]["loss"]
+    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" where videos have several labels'):
+        train(replace(config, recipe=replace(recipe, class_weights="balanced")), tmp_path / "other")
