@@ -18,7 +18,7 @@ FRAMES, SIDE, SQUARE = 10, 56, 20
 def write_records(
     folder: Path, videos: int, classes: Sequence[str] = ("left", "right"), *, also: Sequence[str] = ()
 ) -> None:
-    """Records of `videos` videos, the classes in turn, in one split called train; all are of the classes `also`, too."""
+    """Records of `videos` videos, the classes in turn, in one split called train; all are of `also`, too."""
     folder.mkdir(parents=True)
     names = (*classes, *also)
     others = tuple(range(len(classes), len(names)))
