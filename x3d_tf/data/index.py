@@ -3,11 +3,9 @@
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from x3d_tf._checks import UserError
-
-Task = Literal["single_label", "multi_label"]  # whether a video is of one class, or of one or more
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
 

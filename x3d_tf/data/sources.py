@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from x3d_tf._checks import UserError, require
-from x3d_tf.data.index import Task
 from x3d_tf.data.video import VideoError
+from x3d_tf.modeling.expansion import Task
 
 COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two have to be there
 LABEL_SEPARATOR = ";"

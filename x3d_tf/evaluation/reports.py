@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from x3d_tf.evaluation.metrics import (
     top_k_accuracy,
     top_k_hits,
 )
+from x3d_tf.modeling.expansion import Task
 
 RESULTS_NAME = "results.json"
 _TEXTS = ("network", "records", "split", "views")
@@ -58,7 +59,7 @@ class Predictions:
     class_names: tuple[str, ...]
     probabilities: np.ndarray
     truth: np.ndarray
-    task: Literal["single_label", "multi_label"]
+    task: Task
 
     @property
     def labels(self) -> np.ndarray:
