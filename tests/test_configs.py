@@ -36,7 +36,7 @@ def test_the_recipe_for_few_videos_equals_its_python() -> None:
         Expansion(gamma_tau=7, gamma_t=17, gamma_s=64 / 112),
         ModelOptions(input="difference"),
         DatasetSpec(records="data/records", squeeze=True),
-        Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=500, warmup_steps=20),
+        Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=900, warmup_steps=20),
         checkpoint_steps=100,
     )
     assert configs.parse(["gin/few_videos.gin"]).config == expected

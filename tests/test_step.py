@@ -307,6 +307,9 @@ with strategy.scope():
     model, step = test_step.make(config, strategy=strategy)
 step(iter(strategy.distribute_datasets_from_function(lambda context: test_step.dataset(2))), 2)
 np.savez({folder!r} + "/weights", *model.get_weights())
+stream = iter(strategy.distribute_datasets_from_function(lambda context: test_step.dataset(2)))
+test_step.PreciseStatistics(model, strategy).refresh(stream, 2)
+np.savez({folder!r} + "/refreshed", *model.get_weights())
 with step.average.swapped():
     np.savez({folder!r} + "/average", *model.get_weights())
 """
@@ -321,7 +324,9 @@ def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precisio
     assert done.returncode == 0, done.stderr[-3000:]
     shared = float(done.stdout.split("shared")[1].split()[0])
     assert 0.4 < shared < 0.6  # of two independent masks half of the elements agree
-    weights, average = (list(np.load(tmp_path / f"{name}.npz").values()) for name in ("weights", "average"))
+    weights, average, refreshed = (
+        list(np.load(tmp_path / f"{name}.npz").values()) for name in ("weights", "average", "refreshed")
+    )
     config = config_of(group=2, execution=Execution(precision=precision, accumulation=2))
     if precision == "float16":
         keras.config.set_floatx("float32")
@@ -331,3 +336,7 @@ def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precisio
     pairs = [(a, b) for a, b, weight in zip(weights, expected, model.weights) if weight.trainable]
     assert_close([a for a, _ in pairs], [b for _, b in pairs], 1e-8 if precision == "float32" else 2e-2)
     assert max(np.abs(a - b).max() for a, b in zip(weights, average)) > 0
+    if precision == "float32":
+        model.set_weights(weights)
+        PreciseStatistics(model, tf.distribute.get_strategy()).refresh(batches(4), 2)
+        assert_close(refreshed, model.get_weights(), 1e-5)  # statistics are measured in float32

@@ -54,7 +54,7 @@ def predict_split(
     total = len(records) * views.views
     with (
         naming_records(),
-        tqdm(total=total, unit=" clips", desc="testing", mininterval=1.0, disable=not progress) as bar,
+        tqdm(total=total, unit=" clips", desc="testing", leave=None, mininterval=1.0, disable=not progress) as bar,
     ):
         for clips, video in batches:
             probabilities = forward(clips).numpy()

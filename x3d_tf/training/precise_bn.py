@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 from x3d_tf.modeling.layers import GhostBatchNorm
 
@@ -33,7 +34,7 @@ class PreciseStatistics:
         seeds = [seed.numpy() for seed in self._seeds]
         total: Any = 0.0
         try:
-            for _ in range(count):
+            for _ in tqdm(range(count), desc="batch norm", unit=" batches", leave=None, mininterval=1.0):
                 total = total + np.stack([part.numpy() for part in self._moments(next(batches)[0])])
         finally:
             for seed, value in zip(self._seeds, seeds):

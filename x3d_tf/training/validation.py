@@ -65,7 +65,6 @@ class Validation:
             self._split,
             self._views,
             frame_sampling=self._sampling,
-            progress=False,
             forward=self._forward,
         )
         tiny = np.finfo(np.float32).tiny
