@@ -6,7 +6,7 @@ import pytest
 
 from x3d_tf import VARIANTS, Expansion, ModelOptions, configs
 from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.training.recipe import Recipe, TrainConfig
+from x3d_tf.runs.recipe import Recipe, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = sorted(path.stem for path in (ROOT / "gin").glob("x*.gin"))

@@ -19,9 +19,9 @@ from x3d_tf.evaluation.reports import read_results
 from x3d_tf.evaluation.sweep import sweep_file, sweep_run
 from x3d_tf.evaluation.testing import evaluate_file, evaluate_run
 from x3d_tf.evaluation.watch import watch_run
-from x3d_tf.training import checkpointing
-from x3d_tf.training.recipe import TrainConfig
-from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.runs import checkpointing
+from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
 
 # One block a stage; 64 pixels, for the larger crop of 73 has more than one window of the head's fixed poolings.
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)

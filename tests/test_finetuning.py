@@ -13,10 +13,10 @@ import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.evaluation.testing import evaluate_run
 from x3d_tf.modeling.lowerings import tensorflow as lowering
-from x3d_tf.training.checkpointing import checkpoint_steps, load_checkpoint
+from x3d_tf.runs.checkpointing import checkpoint_steps, load_checkpoint
+from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.loop import train
-from x3d_tf.training.recipe import Execution, Recipe, TrainConfig
-from x3d_tf.training.run_folder import RunFolder
 from x3d_tf.training.validation import Validation
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)

@@ -16,9 +16,9 @@ import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.lowerings import tensorflow as lowering
+from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
 from x3d_tf.training.averaging import MovingAverage
 from x3d_tf.training.precise_bn import PreciseStatistics
-from x3d_tf.training.recipe import Execution, Recipe, TrainConfig
 from x3d_tf.training.step import LossScale, TrainStep, arithmetic, balancing_weights
 
 ROOT = Path(__file__).parents[1]
@@ -288,7 +288,7 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 import test_step
 from x3d_tf.modeling.layers import Dropout
 from x3d_tf.modeling.lowerings import tensorflow as lowering
-from x3d_tf.training.recipe import Execution
+from x3d_tf.runs.recipe import Execution
 lowering._on_gpu = lambda: True
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 

@@ -19,13 +19,13 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.data.manifest",
     "x3d_tf.data.sources",
     "x3d_tf.data.video",
-    "x3d_tf.data.writing",
+    "x3d_tf._files",
     "x3d_tf.evaluation.comparison",
     "x3d_tf.evaluation.metrics",
     "x3d_tf.evaluation.published",
     "x3d_tf.evaluation.reports",
-    "x3d_tf.training.recipe",
-    "x3d_tf.training.run_folder",
+    "x3d_tf.runs.recipe",
+    "x3d_tf.runs.run_folder",
 )
 WITHOUT_GIN = (
     "x3d_tf.modeling.x3d",

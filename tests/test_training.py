@@ -20,10 +20,10 @@ import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.testing import evaluate_run
+from x3d_tf.runs.recipe import Recipe, TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.history import History
 from x3d_tf.training.loop import Trainer, train
-from x3d_tf.training.recipe import Recipe, TrainConfig
-from x3d_tf.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
@@ -285,7 +285,7 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 from test_training import config_of
 from x3d_tf import ModelOptions
 from x3d_tf.training.loop import train
-from x3d_tf.training.recipe import Recipe
+from x3d_tf.runs.recipe import Recipe
 recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=5, warmup_steps=0)
 config = config_of(Path({records!r}), recipe=recipe, model=ModelOptions(dropout=0.0, bn_group=4))
 devices = ["CPU:0", "CPU:1"][: {devices}]

@@ -8,9 +8,9 @@ import pytest
 
 from x3d_tf import Expansion
 from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.runs.recipe import Recipe, TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.optimizer import SGD
-from x3d_tf.training.recipe import Recipe, TrainConfig
-from x3d_tf.training.run_folder import RunFolder
 from x3d_tf.training.schedule import schedule_of
 
 

@@ -14,7 +14,7 @@ import gin
 from absl import flags
 
 from x3d_tf._checks import UserError
-from x3d_tf.training.recipe import PARTS, TrainConfig
+from x3d_tf.runs.recipe import PARTS, TrainConfig
 
 flags.disclaim_key_flags()  # so that --help of a command lists --gin_file among its own
 

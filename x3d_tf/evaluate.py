@@ -29,7 +29,7 @@ from absl import flags
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError
-from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.runs.run_folder import RunFolder
 
 FLAGS = flags.FLAGS
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from x3d_tf import _command, _plots
 from x3d_tf._checks import UserError, require
 from x3d_tf.data.video import VideoError
-from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from x3d_tf.evaluation.prediction import Prediction

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from x3d_tf._checks import UserError
+from x3d_tf._files import partial_of, write_whole, writing
 from x3d_tf.data.index import Record, Shard, Split
 from x3d_tf.data.manifest import MANIFEST_NAME
 from x3d_tf.data.sources import Sources
-from x3d_tf.data.writing import partial_of, write_whole, writing
 
 BUILD_NAME = "build.json"
 FAILURES_NAME = "failures.csv"

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import WriteError
 from x3d_tf.data import index
 from x3d_tf.data.build_folder import BuildFolder, Finished, opened
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Sources, Video, find_videos, read_csv
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_video
-from x3d_tf.data.writing import WriteError
 
 ESTIMATE_FROM = 16  # videos, from which the size of all is estimated
 

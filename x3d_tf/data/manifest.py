@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import write_whole
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split
-from x3d_tf.data.writing import write_whole
 from x3d_tf.modeling.expansion import Task
 
 MANIFEST_NAME = "manifest.json"

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from x3d_tf._checks import UserError
+from x3d_tf._files import WriteError, partial_of, writing
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, index_shard, plan_shards
 from x3d_tf.data.video import EncodedVideo, VideoError
-from x3d_tf.data.writing import WriteError, partial_of, writing
 
 _CONTEXT = {
     "clip/label/index": tf.io.RaggedFeature(tf.int64),

@@ -4,6 +4,7 @@ Imports no TensorFlow.
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 
 from x3d_tf import _plots
 from x3d_tf._checks import UserError
+from x3d_tf._files import write_whole
 from x3d_tf.evaluation.metrics import (
     average_precisions,
     confusion_matrix,
@@ -201,14 +203,11 @@ def other_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) -> l
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1).encode())
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     """Writes a csv, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    partial.replace(path)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(rows)
+    write_whole(path, table.getvalue().encode())

@@ -23,7 +23,7 @@ from x3d_tf.evaluation.testing import (
     weights_of,
 )
 from x3d_tf.modeling.saving import load
-from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.runs.run_folder import RunFolder
 
 CLIPS = (1, 3, 5, 7, 10)
 

@@ -18,8 +18,8 @@ from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import load, model_file
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.training.recipe import TrainConfig
-from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
 
 HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
 

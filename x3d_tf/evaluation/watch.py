@@ -11,8 +11,8 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.evaluation.reports import other_settings, read_results, write_csv, write_json
 from x3d_tf.evaluation.testing import Procedure, folder_of, measurement_of_run
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.training import checkpointing
-from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.runs import checkpointing
+from x3d_tf.runs.run_folder import RunFolder
 
 _METRICS = ("top1", "top5", "map")
 

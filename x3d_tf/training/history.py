@@ -10,8 +10,8 @@ import tensorflow as tf
 from x3d_tf import _plots
 from x3d_tf._checks import UserError
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.training.recipe import TrainConfig
-from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.schedule import schedule_of
 from x3d_tf.training.validation import Score
 

@@ -21,12 +21,12 @@ from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.portable import portable
 from x3d_tf.modeling.saving import load, save
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.training.checkpointing import Checkpoints
+from x3d_tf.runs.checkpointing import Checkpoints
+from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.history import History
 from x3d_tf.training.initialization import start_from
 from x3d_tf.training.precise_bn import PreciseStatistics
-from x3d_tf.training.recipe import TrainConfig
-from x3d_tf.training.run_folder import RunFolder
 from x3d_tf.training.step import TrainStep, arithmetic, balancing_weights
 from x3d_tf.training.validation import HELD_OUT, Validation, hold_out
 

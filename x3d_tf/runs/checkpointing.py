@@ -10,7 +10,7 @@ import tensorflow as tf
 from x3d_tf._checks import UserError
 from x3d_tf.modeling.description import Description
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.training.run_folder import RunFolder
+from x3d_tf.runs.run_folder import RunFolder
 
 _KEPT = 2
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"

@@ -1,11 +1,13 @@
 """The folder of a run: which files it holds, and whether a configuration may go on in it. Imports no TensorFlow."""
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from x3d_tf._checks import UserError
-from x3d_tf.training.recipe import TrainConfig
+from x3d_tf._files import partial_of, write_whole
+from x3d_tf.runs.recipe import TrainConfig
 
 # the last two only in the rows of steps that were validated
 HISTORY_FIELDS = (
@@ -54,17 +56,16 @@ class RunFolder:
             UserError: the folder is of a run with other settings (names them) that has got to a checkpoint, or holds
                 something else.
         """
-        partial = self.config.with_suffix(".partial")
         if self.config.is_file():
             if self.model.is_file() or any(self.checkpoints.glob("ckpt-*.index")):
                 self._compare(self.read_config(), config)
                 return
-            self.history.unlink(missing_ok=True)  # the run never came to a checkpoint: nothing is lost
-        elif self.root.exists() and (not self.root.is_dir() or set(self.root.iterdir()) - {partial}):
+            for path in (self.history, self.preview, self.best):  # of a run that never came to a checkpoint
+                path.unlink(missing_ok=True)
+        elif self.root.exists() and (not self.root.is_dir() or set(self.root.iterdir()) - {partial_of(self.config)}):
             raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
         self.root.mkdir(parents=True, exist_ok=True)
-        partial.write_text(config.to_json(), encoding="utf-8")
-        partial.replace(self.config)  # whole or not at all: a folder that has it is a run's
+        write_whole(self.config, config.to_json().encode())  # a folder that has it is a run's
         for name, text in texts.items():
             (self.root / name).write_text(text, encoding="utf-8")
 
@@ -107,12 +108,11 @@ class RunFolder:
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
         """Replaces `history.csv`."""
-        partial = self.history.with_suffix(".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, HISTORY_FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.history)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, HISTORY_FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.history, table.getvalue().encode())
 
     def append_history(self, row: dict[str, float]) -> None:
         """Adds a row to `history.csv`, which has been written."""
