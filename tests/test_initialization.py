@@ -75,6 +75,12 @@ def test_another_network_is_refused(
         start_from(network(("a", "b"), expansion, **options), source[0])
 
 
+@pytest.mark.parametrize(("option", "value"), [("input", "difference"), ("swish", False), ("swish_before", True)])
+def test_what_no_shape_tells_is_refused_too(source: tuple[Path, x3d_tf.X3D], option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"was trained with ModelOptions\.{option} = .*, and here it is {value!r}"):
+        start_from(network(("a", "b"), **{option: value}), source[0])
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.keras: no such model file or run folder"):
         start_from(network(("a", "b")), tmp_path / "nothing.keras")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import x3d_tf
-from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.data.index import Record, Shard, Split
+from x3d_tf.data.datasets import HELD_OUT, DatasetSpec, hold_out
+from x3d_tf.data.index import Record, Shard, Split, file_of, piece_name
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.training.validation import HELD_OUT, Score, Validation, hold_out
+from x3d_tf.training.validation import Score, Validation
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
 
@@ -42,6 +42,25 @@ def test_a_part_of_each_class_is_held_out() -> None:
     names = {name: {record.media_id for record in split.records} for name, split in held.items()}
     assert not names["train"] & names[HELD_OUT]
     assert len(manifest.splits["train"].records) == 33  # the original is as it was
+
+
+def test_pieces_of_a_file_go_together() -> None:
+    """Those of a few files are of two classes; the pieces' names are as a csv with start and end gives them."""
+    whole = manifest_of({0: 12, 1: 12})
+    pieces = tuple(
+        record._replace(media_id=piece_name(f"{i // 3}.mp4", float(i), None if i % 2 else i + 1.5))
+        for i, record in enumerate(whole.splits["train"].records[2:])
+    )
+    manifest = dataclasses.replace(whole, splits={"train": Split(whole.splits["train"].shards, pieces)})
+    held = hold_out(manifest, spec(0.3), seed=0).splits
+    files = {name: {file_of(record.media_id) for record in split.records} for name, split in held.items()}
+    assert not files["train"] & files[HELD_OUT]
+    assert files["train"] | files[HELD_OUT] == {f"{i}.mp4" for i in range(8)}
+
+
+def test_names_of_pieces_return_to_their_files() -> None:
+    for start, end in ((None, None), (0.5, None), (None, 3.0), (1e-05, 1e20)):
+        assert file_of(piece_name("a#b-c/d.mp4", start, end)) == "a#b-c/d.mp4"
 
 
 def test_the_choice_depends_on_names_and_seed_alone() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from x3d_tf._files import partial_of
+
 
 @contextmanager
 def _figure(path: Path, **kwargs: Any) -> Iterator[Any]:
@@ -19,7 +21,9 @@ def _figure(path: Path, **kwargs: Any) -> Iterator[Any]:
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a class name is a dollar
         figure = Figure(layout="constrained", **kwargs)
         yield figure
-        figure.savefig(path, dpi=110)
+        partial = partial_of(path)
+        figure.savefig(partial, dpi=110, format="png")
+        partial.replace(path)
 
 
 def save_curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:

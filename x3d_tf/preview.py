@@ -39,12 +39,12 @@ def main() -> None:
         spec = replace(spec, name="records", records=FLAGS.records)
     spec = replace(spec, eval_split=spec.train_split)  # there need be nothing to test on yet
     _command.quiet_tensorflow()
-    from x3d_tf.data.datasets import open_dataset
+    from x3d_tf.data.datasets import hold_out, open_dataset
     from x3d_tf.data.preview import save_preview
 
     output.parent.mkdir(parents=True, exist_ok=True)
     save_preview(
-        open_dataset(spec),
+        hold_out(open_dataset(spec), spec, config.seed),
         spec.train_split,
         config.expansion.clip,
         output,

@@ -3,13 +3,18 @@
 Imports no TensorFlow, so that configurations can be read without it.
 """
 
-from dataclasses import dataclass
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from x3d_tf._checks import check_field_types, require
+from x3d_tf._checks import UserError, check_field_types, require
 from x3d_tf.data.clips import FrameSampling
+from x3d_tf.data.index import Record, Split, file_of
 from x3d_tf.data.manifest import Manifest
+
+HELD_OUT = "validation"  # name of the split that is held out of the training videos
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class DatasetSpec:
         check_field_types(self)
         for field in ("records", "train_split", "eval_split"):
             require(bool(getattr(self, field)), f"DatasetSpec.{field}", "not be empty", getattr(self, field))
+        require(self.validation_split != "", "DatasetSpec.validation_split", "not be empty", self.validation_split)
         fraction = self.validation_fraction
         require(0 <= fraction < 1, "DatasetSpec.validation_fraction", "be in [0, 1)", fraction)
         one = not (fraction and self.validation_split)
@@ -71,3 +77,47 @@ def open_dataset(spec: DatasetSpec) -> Manifest:
         held = len(manifest.split(name).records)
         require(held > 0, f"split {name!r} of {manifest.folder}", "hold records", held)
     return manifest
+
+
+def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
+    """The records with a part of the training videos in a split of its own, "validation", if the settings ask for it.
+
+    The choice is by a hash of the files' names, so that it does not depend on their order; all pieces of a file go
+    together. A part of each class is taken; files that are of several classes count as one more.
+
+    Raises:
+        UserError: the training split has too few videos, or there is another split of that name.
+    """
+    if not spec.validation_fraction:
+        return manifest
+    if HELD_OUT in manifest.splits:
+        raise UserError(
+            f'{manifest.folder} has a split "{HELD_OUT}": set DatasetSpec.validation_split="{HELD_OUT}" instead of '
+            "DatasetSpec.validation_fraction"
+        )
+    split = manifest.split(spec.train_split)
+    held = _drawn_files(split.records, spec.validation_fraction, seed)
+    if not held:
+        raise UserError(
+            f"DatasetSpec.validation_fraction needs two videos of a class in split {spec.train_split!r} of "
+            f"{manifest.folder}"
+        )
+    parts = {
+        spec.train_split: Split(split.shards, tuple(r for r in split.records if file_of(r.media_id) not in held)),
+        HELD_OUT: Split(split.shards, tuple(r for r in split.records if file_of(r.media_id) in held)),
+    }
+    return replace(manifest, splits=manifest.splits | parts)
+
+
+def _drawn_files(records: tuple[Record, ...], fraction: float, seed: int) -> set[str]:
+    labels: dict[str, set[int]] = defaultdict(set)
+    for record in records:
+        labels[file_of(record.media_id)] |= set(record.labels)
+    groups: dict[int | None, list[str]] = defaultdict(list)
+    for file, of_file in labels.items():
+        groups[next(iter(of_file)) if len(of_file) == 1 else None].append(file)
+    drawn: set[str] = set()
+    for files in groups.values():
+        files.sort(key=lambda file: hashlib.sha256(f"{seed}:{file}".encode()).digest())
+        drawn |= set(files[: min(max(round(fraction * len(files)), 1), len(files) - 1)])
+    return drawn

@@ -1,5 +1,6 @@
 """Where records lie: shards, and the place of each record in them. Imports no TensorFlow."""
 
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,18 @@ from x3d_tf._checks import UserError
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
 
 VIDEOS_PER_SHARD = 64  # at 4 to 10 MB a ten-second video a shard is a few hundred megabytes
+
+
+def piece_name(file: str, start: float | None, end: float | None) -> str:
+    """The name of a piece of a file, seconds `start` to `end`: `file#2.5-4.0`; the file's own where it is whole."""
+    if start is None and end is None:
+        return file
+    return f"{file}#{'' if start is None else start}-{'' if end is None else end}"
+
+
+def file_of(media_id: str) -> str:
+    """The file that a piece is of, by its name as `piece_name` makes it."""
+    return re.sub(r"#[\d.e+-]*-[\d.e+-]*$", "", media_id)
 
 
 class Record(NamedTuple):

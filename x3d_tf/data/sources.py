@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from x3d_tf._checks import UserError, require
+from x3d_tf.data.index import piece_name
 from x3d_tf.data.video import VideoError
 from x3d_tf.modeling.expansion import Task
 
@@ -232,8 +233,7 @@ def _video(row: _Row, base: Path, names: tuple[str, ...] | None) -> Video:
     start, end = _seconds(row, "start"), _seconds(row, "end")
     row.check(end is None or end > (start or 0.0), "end", f"be after the start, {start or 0.0} s")
     relative = path.relative_to(base) if path.is_relative_to(base) else path
-    times = "" if start is None and end is None else f"#{'' if start is None else start}-{'' if end is None else end}"
-    return Video(path, relative.as_posix() + times, _labels(row, names), start or 0.0, end)
+    return Video(path, piece_name(relative.as_posix(), start, end), _labels(row, names), start or 0.0, end)
 
 
 def _seconds(row: _Row, column: str) -> float | None:

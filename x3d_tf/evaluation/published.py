@@ -12,7 +12,7 @@ from typing import Any
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import VARIANTS
 
-_OF_THE_NETWORK = ("stem_kernel", "se", "swish", "swish_before", "separable", "shortcut_norm")
+_OF_THE_NETWORK = ("input", "stem_kernel", "se", "swish", "swish_before", "separable", "shortcut_norm")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def differences(results: Mapping[str, Any], published: PublishedAccuracy) -> lis
         "other split": kinetics and results["split"] not in ("val", "validate", "validation"),
         "other views": results["views"] != published.views,
         "other clip starts": results.get("clip_starts", "offset") != "offset",
-        "other crop": (results.get("resize"), results.get("crop")) != (expansion.test_size, size),
+        "other crop": (results.get("resize"), results.get("crop")) != (expansion.test_size, size)
+        or bool(results.get("squeeze")),
         f"other network ({', '.join(changed)})": bool(changed),
     }
     return [name for name, holds in found.items() if holds]

@@ -50,6 +50,8 @@ class Description:
         check_field_types(self)
         require(1 <= self.num_classes <= 1_000_000, "num_classes", "be in [1, 1000000]", self.num_classes)
         require(32 <= self.size <= 4096, "size", "be in [32, 4096] pixels", self.size)
+        side = self.expansion.clip.size
+        require(side <= 4096, "crop of expansion.gamma_s", "be at most 4096 pixels", side)
         architecture = plan(self.expansion, self.options)  # bounded, for a file may ask for any network
         blocks = sum(stage.depth for stage in architecture.stages)
         widest = max(*(max(stage.width, stage.inner_width) for stage in architecture.stages), architecture.stem_width)

@@ -32,7 +32,8 @@ class Recipe:
         ema: decay of the moving average of all weights that is tested and saved in their place, in [0, 1); 0 is none.
         precise_bn_batches: training batches whose exact mean and variance replace the moving statistics of batch norm
             before each checkpoint; 0 leaves those. (PySlowFast uses 200 on Kinetics.)
-        trunk_rate: the learning rate of everything before fc1, in units of that of the rest; 0 freezes it.
+        trunk_rate: the learning rate of everything before fc1, in units of that of the rest; 0 freezes it
+            (but for drop-connect, which stays as `ModelOptions` says).
         batch_norm: "train" normalises by each batch; "frozen" keeps scales, shifts and statistics as they came with
             `TrainConfig.init`, for batches too small to have statistics of their own.
         class_weights: "balanced" weighs each clip's loss by how rare its class is, so that all classes count the same.

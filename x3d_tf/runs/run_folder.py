@@ -101,9 +101,11 @@ class RunFolder:
         with self.history.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 try:
-                    rows.append({name: float(row[name]) for name in HISTORY_FIELDS if row[name] != ""})
-                except (TypeError, ValueError):  # a row that was cut off when the run was killed
+                    measured = {name: float(row[name]) for name in HISTORY_FIELDS[:-2]}
+                    validated = {name: float(row[name]) for name in HISTORY_FIELDS[-2:] if row.get(name)}
+                except (KeyError, TypeError, ValueError):  # a row that was cut off when the run was killed
                     break
+                rows.append(measured | validated)
         return rows
 
     def write_history(self, rows: list[dict[str, float]]) -> None:

@@ -55,5 +55,12 @@ class MovingAverage:
                 source.assign(average.read_value())
             yield
         finally:
-            for source, value in zip(self._sources, own):
-                source.assign(value)
+            try:
+                self._assign(own)
+            except KeyboardInterrupt:  # neither weights would be whole
+                self._assign(own)
+                raise
+
+    def _assign(self, values: list[Any]) -> None:
+        for source, value in zip(self._sources, values):
+            source.assign(value)

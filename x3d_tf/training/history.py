@@ -70,15 +70,15 @@ class History:
                 tf.summary.scalar(f"train/{name}", row[name])
         return f"{row['clips_per_second']:.1f} clips/s, loss {row['loss']:.3f}, accuracy {row['accuracy']:.0%}"
 
-    def score_last_row(self, score: Score) -> bool:
-        """Adds a validation to the last row and says whether it is the best so far."""
-        if not self.rows:  # somebody has deleted the file
-            return True
+    def score_step(self, step: int, score: Score) -> bool:
+        """Adds a validation to the row of a step, the last, and says whether it is the best so far."""
+        if not self.rows or self.rows[-1]["step"] != step:  # somebody has cut the file
+            return score.beats(self.best()[0])
         row = self.rows.pop()
         best, _ = self.best()
         self.rows.append(row | {"validation_accuracy": score.accuracy, "validation_loss": score.loss})
         self.run.write_history(self.rows)
-        with self.writer.as_default(step=int(row["step"])):
+        with self.writer.as_default(step=step):
             tf.summary.scalar("validation/accuracy", score.accuracy)
             tf.summary.scalar("validation/loss", score.loss)
         return score.beats(best)

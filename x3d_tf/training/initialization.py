@@ -35,7 +35,8 @@ def start_from(model: X3D, source: str | Path) -> Transfer:
         source: a run folder or a `.keras` file of this package.
 
     Raises:
-        UserError: no such file, or a network of other widths or depths (names the layers that do not fit).
+        UserError: no such file, or a network of other widths or depths (names the layers that do not fit), or one that
+            takes other input or has other activations.
     """
     other = load(source)
     theirs = {layer.name: layer for layer in other.layers if layer.weights}
@@ -52,6 +53,12 @@ def start_from(model: X3D, source: str | Path) -> Transfer:
 
 
 def _raise_misfits(model: X3D, other: X3D, source: str, wanted: list[str]) -> None:
+    for name in ("input", "swish", "swish_before"):  # of which no shape tells
+        there, here = getattr(other.options, name), getattr(model.options, name)
+        if there != here:
+            raise UserError(
+                f"TrainConfig.init: {source} was trained with ModelOptions.{name} = {there!r}, and here it is {here!r}"
+            )
     ours, theirs = _shapes(model), _shapes(other)
     misfits = [name for name in wanted if ours[name] != theirs.get(name)]
     misfits += [name for name in theirs if name not in ours and not name.startswith("fc")]

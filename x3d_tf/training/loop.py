@@ -12,7 +12,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
-from x3d_tf.data.datasets import open_dataset
+from x3d_tf.data.datasets import HELD_OUT, hold_out, open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records, training_dataset
 from x3d_tf.data.preview import save_preview
@@ -28,7 +28,7 @@ from x3d_tf.training.history import History
 from x3d_tf.training.initialization import start_from
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.step import TrainStep, arithmetic, balancing_weights
-from x3d_tf.training.validation import HELD_OUT, Validation, hold_out
+from x3d_tf.training.validation import Validation
 
 _ROW_STEPS = 10  # steps that a row of the history averages over
 
@@ -45,7 +45,8 @@ def train(
     Args:
         config: everything that decides the outcome.
         workdir: the run folder; made if absent.
-        strategy: where to train; all GPUs of this machine, or its CPU, unless given.
+        strategy: where to train; all GPUs of this machine, or its CPU, unless given. Of one machine: several workers
+            would write the same files.
         texts: further files to keep in the run folder, by name, written before the first step.
 
     Returns:
@@ -55,6 +56,8 @@ def train(
         UserError: the folder is of another run; the batch does not fit the devices; the records are missing or too few;
             the weights to start from are missing or of another network; the loss is not a number.
     """
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise UserError("train works on the devices of one machine, got a MultiWorkerMirroredStrategy")
     run = RunFolder(workdir)
     run.open(config, texts or {})
     if run.model.is_file():
@@ -123,39 +126,46 @@ class Trainer:
         history.save_plots()  # also of a run that was killed between its last checkpoint and here
 
     def _loop(self, run: RunFolder, checkpoints: Checkpoints, history: History, first: int, bar: Any) -> None:
-        if first and self._is_checkpoint(first):
-            self._conclude(run, history, first)  # anew, for it may have been interrupted; it gives the same
+        if first and self._is_checkpoint(first):  # anew, for it may have been interrupted; it gives the same
+            self._refresh_statistics(first)
+            self._validate(run, history, first)
         batches, done = iter(self._batches(first)), first
         while done < self.steps and not self._out_of_patience(history):
             count = self._until_pause(done)
             history.add(self.step(batches, count))
             done += count
             bar.update(count)
-            if self._is_checkpoint(done) or done % _ROW_STEPS == 0:
+            if self._is_checkpoint(done) or done // _ROW_STEPS != (done - count) // _ROW_STEPS:
                 bar.set_postfix_str(history.end_row(done))
             if self._is_checkpoint(done):
-                self._conclude(run, history, done)
-                checkpoints.save(done)
+                self._refresh_statistics(done)
+                checkpoints.save(done)  # before the validation, which may take long or fail
+                self._validate(run, history, done)
                 history.save_plots()
                 history.restart_clock()
         if done < self.steps:
             patience = self.config.recipe.patience
             tqdm.write(f"stopped at step {done}: {patience} validations in a row were no better than the best before")
 
-    def _conclude(self, run: RunFolder, history: History, step: int) -> None:
-        """Before the checkpoint of a step: refreshes the statistics of batch norm and validates, as the recipe says."""
+    def _refresh_statistics(self, step: int) -> None:
+        """Measures batch norm anew, with the weights that are to be tested, if the recipe says so."""
+        if self.statistics is None:
+            return
+        # batches that training has yet to see, so that they follow from the step alone
+        batches, parts = iter(self._batches(step)), self.config.execution.accumulation
         with self._tested_weights():
-            if self.statistics is not None:
-                # batches that training has yet to see, so that they follow from the step alone
-                batches = iter(self._batches(step))
-                self.statistics.refresh(batches, self.config.recipe.precise_bn_batches)
-                if self.step.average is not None:
-                    self.step.average.keep_statistics()
-            if self.validation is None:
-                return
+            self.statistics.refresh(batches, self.config.recipe.precise_bn_batches * parts)
+            if self.step.average is not None:
+                self.step.average.keep_statistics()
+
+    def _validate(self, run: RunFolder, history: History, step: int) -> None:
+        """Tests the network on the videos that are held out, and keeps it if the recipe asks for the best."""
+        if self.validation is None:
+            return
+        with self._tested_weights():
             score = self.validation()
             tqdm.write(f"step {step}: validation accuracy {score.accuracy:.1%}, loss {score.loss:.3f}")
-            if history.score_last_row(score) and self.config.recipe.patience:
+            if history.score_step(step, score) and self.config.recipe.patience:
                 save(self.model, run.best, self.manifest.classes, overwrite=True)
 
     def _until_pause(self, done: int) -> int:

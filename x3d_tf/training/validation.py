@@ -1,8 +1,5 @@
 """Tests of a network while it trains: on one clip from the middle of each video, always the same."""
 
-import dataclasses
-import hashlib
-from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -10,13 +7,10 @@ import numpy as np
 from x3d_tf._checks import UserError
 from x3d_tf.data.clips import ViewSpec
 from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.data.index import Record, Split
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.metrics import mean_average_precision, top_k_accuracy
 from x3d_tf.evaluation.views import forward_of, predict_split
 from x3d_tf.modeling.x3d import X3D
-
-HELD_OUT = "validation"  # name of the split that is held out of the training videos
 
 
 class Score(NamedTuple):
@@ -75,41 +69,3 @@ class Validation:
             likelihood = probabilities[self._truth]
             accuracy = top_k_accuracy(probabilities, self._truth.argmax(axis=1), 1)
         return Score(accuracy, float(-np.mean(np.log(np.maximum(likelihood, tiny)))))
-
-
-def hold_out(manifest: Manifest, dataset: DatasetSpec, seed: int) -> Manifest:
-    """The records with a part of the training videos in a split of its own, "validation", if the settings ask for it.
-
-    The same videos of the same classes are held out whatever their order is: the choice is by a hash of their names.
-    Where videos have several labels, all of them count as one class.
-
-    Raises:
-        UserError: the training split has too few videos, or there is another split of that name.
-    """
-    fraction = dataset.validation_fraction
-    if not fraction:
-        return manifest
-    if HELD_OUT in manifest.splits:
-        raise UserError(
-            f'{manifest.folder} has a split "{HELD_OUT}": set DatasetSpec.validation_split="{HELD_OUT}" instead of '
-            "DatasetSpec.validation_fraction"
-        )
-    split = manifest.split(dataset.train_split)
-    groups: dict[object, list[Record]] = defaultdict(list)
-    for record in split.records:
-        groups[record.labels if manifest.task == "single_label" else None].append(record)
-    held: set[str] = set()
-    for members in groups.values():
-        members.sort(key=lambda record: hashlib.sha256(f"{seed}:{record.media_id}".encode()).digest())
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held |= {record.media_id for record in members[:count]}
-    if not held:
-        raise UserError(
-            f"DatasetSpec.validation_fraction needs two videos of a class in split {dataset.train_split!r} of "
-            f"{manifest.folder}"
-        )
-    parts = {
-        dataset.train_split: Split(split.shards, tuple(r for r in split.records if r.media_id not in held)),
-        HELD_OUT: Split(split.shards, tuple(r for r in split.records if r.media_id in held)),
-    }
-    return dataclasses.replace(manifest, splits=manifest.splits | parts)
