@@ -237,8 +237,9 @@ def test_the_axes_of_a_sweep_have_plain_numbers(tmp_path: Path, monkeypatch: pyt
 
     drawn: list[list[str]] = []
 
-    def look(figure: Figure, *_: object, **__: object) -> None:
+    def look(figure: Figure, path: Path, **_: object) -> None:
         figure.canvas.draw()
+        path.touch()
         drawn.extend([label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes)
         assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
         assert all(axes.lines[0].get_ydata().tolist() == [50, 60, 65] for axes in figure.axes)
