@@ -29,7 +29,9 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)  # not by way of TensorFlow's threads, which may be busy for a long time
 
     flags.FLAGS.set_gnu_getopt(positional)
     app.run(_main)

@@ -34,6 +34,8 @@ from x3d_tf.data.sources import default_splits
 
 FLAGS = flags.FLAGS
 
+_SMALLEST_OF_X3D_S = 182  # pixels to which it scales the short side; smaller frames would be blown up
+
 
 def define_flags() -> None:
     """Defines the flags of this command."""
@@ -119,7 +121,8 @@ def summary(result: BuildResult) -> list[str]:
     bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
     bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != "test" else []
     options = " ".join(f"--gin_bindings='{binding}'" for binding in bindings)
-    recipes = "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
+    small = int(manifest.settings.get("short_side", 256)) < _SMALLEST_OF_X3D_S
+    recipes = "--gin_file=gin/few_videos.gin" if small else "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
     run = f"--workdir=runs/{Path(manifest.folder).resolve().name}"
     return [*lines, "Train on them with:", f"  python -m x3d_tf.train {recipes} {options} {run}"]
 

@@ -115,6 +115,8 @@ def _hint(message: str) -> str:
     settings = {part.__name__: [field.name for field in dataclasses.fields(part)] for part in _CONFIGURABLES}
     if parameter:
         return f" It has: {', '.join(settings.get(parameter.group(1), []))}."
+    if "missing 1 required positional argument: 'records'" in message:
+        return " Give the file of a network first (--gin_file=gin/x3d_s.gin), or set DatasetSpec.records."
     if "No configurable matching" in message:
         return f" There are: {', '.join(settings)}."
     if "Failed to parse token" in message or "malformed node" in message:

@@ -39,9 +39,10 @@ def main() -> None:
     report = report_folder(run, config.dataset, config.test_views)
     if not (report / "results.json").is_file():
         evaluate_run(run)
+    files = ", ".join(sorted(path.name for path in report.glob("[!.]*")))
     print(
-        f"model:   {run.model}\ncurves:  {run.curves} (and tensorboard --logdir={run.tensorboard})\n"
-        f"results: {report / 'results.json'}, {report / 'confusion.png'}"
+        f"model:   {run.model}, fed as {run.input.name} says\n"
+        f"curves:  {run.curves} (and tensorboard --logdir={run.tensorboard})\nresults: {report}/: {files}"
     )
 
 

@@ -227,7 +227,7 @@ def _read_timing(path: str | Path) -> _Timing:
     measured_fps = 1.0 / float(np.mean(steps))
     believable = abs(declared_fps / measured_fps - 1) <= RATE_TOLERANCE
     fps = declared_fps if believable else measured_fps
-    _check_whole(path, max(end - times[0], len(packets) / fps) * fps, declared_seconds * fps, "are stored")
+    _check_whole(path, max(end - times[0], len(packets) / fps) * fps, declared_seconds * fps, "are in the file")
     slack = max(UNIFORM_TOLERANCE / measured_fps, 1.01 * tick)  # containers round times to their ticks
     variable = bool(np.max(np.abs(steps - np.median(steps))) > slack)
     shown = np.sort(ticks) if column == 0 else None

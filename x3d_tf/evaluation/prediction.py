@@ -284,7 +284,9 @@ def _predict(
         for done, path in enumerate(paths):
             bar.set_postfix_str(path.name.encode("utf-8", "replace").decode())
             try:
-                yield from _predict_video(network, sampler, path, thumbnails, bar.update)
+                # never past the whole video, whatever the sum of its parts rounds to
+                advance = lambda part, end=done + 1: bar.update(min(part, end - bar.n))  # noqa: E731
+                yield from _predict_video(network, sampler, path, thumbnails, advance)
             except VideoError as error:
                 yield error
             bar.update(done + 1 - bar.n)  # whole again

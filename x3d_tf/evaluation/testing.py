@@ -63,6 +63,8 @@ class Procedure:
 
     def views_of(self, model: X3D, temporal_views: int) -> ViewSpec:
         """The views of each video; `temporal_views` is what None stands for."""
+        distinct = self.spatial_crops == 1 or not model.squeeze
+        require(distinct, "crops", "be 1 for a network of squeezed frames, which are square", self.spatial_crops)
         test_size = model.expansion.test_size
         return ViewSpec(
             temporal_views=self.temporal_views or temporal_views,

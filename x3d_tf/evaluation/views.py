@@ -1,5 +1,6 @@
 """Multi-view prediction: each video's probabilities are the mean over clips spread across it (paper, section 4)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,6 @@ def predict_split(
     clip_starts: ClipStarts = "offset",
     frame_sampling: FrameSampling = "slowfast",
     progress: bool = True,
-    forward: Callable[[Any], Any] | None = None,
 ) -> np.ndarray:
     """Class probabilities of each video, averaged over its views in float32.
 
@@ -38,7 +38,6 @@ def predict_split(
         clip_starts: how the clips are spread over a video; see `clips.view_starts`.
         frame_sampling: which frames a clip takes; see `clips.frame_indices`.
         progress: whether a bar on stderr tells how far it is.
-        forward: of `forward_of(model)`, to save its compilation when the same network is tested again.
 
     Returns:
         (videos, classes), float32 in [0, 1], in the order of the manifest.
@@ -47,7 +46,7 @@ def predict_split(
         UserError: a setting out of range; no such split; records that are missing or damaged; probabilities that are
             not numbers.
     """
-    forward = forward or forward_of(model)
+    forward = forward_of(model)
     records = manifest.split(split).records
     sums = np.zeros((len(records), model.num_classes), np.float32)
     batches = _clips(manifest, split, model, views, clip_starts, frame_sampling)
@@ -70,6 +69,7 @@ def predict_split(
     return sums / np.float32(views.views)
 
 
+@functools.lru_cache(maxsize=1)  # tests of one network follow each other, and its compilation takes seconds
 def forward_of(model: X3D) -> Callable[[Any], Any]:
     """The function from clips to probabilities, float32 whatever the network computes in."""
     activation = tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax

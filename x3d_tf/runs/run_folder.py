@@ -28,8 +28,8 @@ class RunFolder:
     Holds `config.json` (every setting), `config.gin` and `operative_config.gin` (the same as gin text, for people)
     and `preview.png`, the first clips as the network gets them, before the first step; `checkpoints/`, `history.csv`,
     `curves.png` and `tensorboard/` while it trains;
-    `best.keras`, the network of the best validation, where the run stops early; `model.keras`, `labels.txt` and
-    `evaluation/` when it is done.
+    `best.keras`, the network of the best validation, where the run stops early; `model.keras`, `labels.txt`,
+    `input.json` (what the model is to be fed) and `evaluation/` when it is done.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -43,6 +43,7 @@ class RunFolder:
         self.best = self.root / "best.keras"
         self.model = self.root / "model.keras"
         self.labels = self.root / "labels.txt"
+        self.input = self.root / "input.json"
         self.evaluations = self.root / "evaluation"
 
     def open(self, config: TrainConfig, texts: Mapping[str, str]) -> None:
@@ -113,10 +114,14 @@ class RunFolder:
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, HISTORY_FIELDS)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(_with_whole_step(row) for row in rows)
         write_whole(self.history, table.getvalue().encode())
 
     def append_history(self, row: dict[str, float]) -> None:
         """Adds a row to `history.csv`, which has been written."""
         with self.history.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, HISTORY_FIELDS).writerow(row)
+            csv.DictWriter(file, HISTORY_FIELDS).writerow(_with_whole_step(row))
+
+
+def _with_whole_step(row: dict[str, float]) -> dict[str, float]:
+    return row | {"step": int(row["step"])}

@@ -1,5 +1,6 @@
 """The training loop: the same for one device and for many."""
 
+import json
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -12,6 +13,8 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import write_whole
+from x3d_tf.data.clips import STRIDE_FPS
 from x3d_tf.data.datasets import HELD_OUT, hold_out, open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records, training_dataset
@@ -19,7 +22,7 @@ from x3d_tf.data.preview import save_preview
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.portable import portable
-from x3d_tf.modeling.saving import load, save
+from x3d_tf.modeling.saving import describe, load, save
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.checkpointing import Checkpoints
 from x3d_tf.runs.recipe import TrainConfig
@@ -58,6 +61,8 @@ def train(
     """
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise UserError("train works on the devices of one machine, got a MultiWorkerMirroredStrategy")
+    if config.init is not None:
+        describe(config.init)  # a wrong path should not come out minutes later
     run = RunFolder(workdir)
     run.open(config, texts or {})
     if run.model.is_file():
@@ -69,7 +74,9 @@ def train(
     _save_preview(run, records, config)
     trainer = Trainer(config, records, strategy or tf.distribute.MirroredStrategy())
     trainer.fit(run, f"{config.fingerprint()} {manifest.fingerprint()}")
+    print("Saving the model.")
     run.labels.write_text("".join(f"{name}\n" for name in manifest.classes), encoding="utf-8")
+    write_whole(run.input, json.dumps(_input_of(config), indent=1).encode())
     trainer.save_result(run)
     return run
 
@@ -203,6 +210,7 @@ class Trainer:
     def _save_interrupted(self, checkpoints: Checkpoints, history: History) -> None:
         """Keeps the steps since the last checkpoint. The optimiser counts whole steps: none is saved by halves."""
         step = self.step.done
+        history.writer.flush()
         if history.pending:
             history.end_row(step)  # raises where the loss is no longer a number
         if step:
@@ -241,13 +249,29 @@ class Trainer:
     def _describe(self, run: RunFolder) -> str:
         devices, config = self.strategy.num_replicas_in_sync, self.config
         macs = cost(config.expansion, num_classes=self.model.num_classes, options=config.model).macs
+        reference = config.recipe.reference_batch
+        scaled = f" (Recipe.steps = {config.recipe.steps} of {reference})" if reference != self.batch else ""
         return (
             f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on {devices} "
-            f"device{'s' if devices > 1 else ''}: {self.steps} steps of {self.batch} clips"
+            f"device{'s' if devices > 1 else ''}: {self.steps} steps of {self.batch} clips{scaled}"
         )
 
 
 _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
+
+
+def _input_of(config: TrainConfig) -> dict[str, Any]:
+    """What applications have to feed the model: clips of RGB in 0..255, made so from videos."""
+    clip, dataset = config.expansion.clip, config.dataset
+    return {
+        "frames": clip.frames,
+        "stride": clip.stride,  # in frames of a video of this rate
+        "frames_per_second": STRIDE_FPS,
+        "frame_sampling": dataset.frame_sampling,
+        "resize": config.expansion.test_size,
+        "resized": "both sides" if dataset.squeeze else "the short side",
+        "crop": clip.size,
+    }
 
 
 def _save_preview(run: RunFolder, manifest: Manifest, config: TrainConfig) -> None:
@@ -270,7 +294,9 @@ def _check_records(manifest: Manifest, config: TrainConfig) -> None:
     split = config.dataset.train_split
     held = len(manifest.split(split).records)
     fits = config.recipe.batch <= held
-    require(fits, "Recipe.batch", f"be at most {held}, the records of split {split!r}", config.recipe.batch)
+    rest = " less those held out for validation" if config.dataset.validation_fraction else ""
+    rule = f"be at most {held}, the records of split {split!r}{rest} (Recipe.reference_batch goes with it)"
+    require(fits, "Recipe.batch", rule, config.recipe.batch)
 
 
 def _check_batch(config: TrainConfig, replicas: int) -> None:

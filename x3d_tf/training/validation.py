@@ -9,7 +9,7 @@ from x3d_tf.data.clips import ViewSpec
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.metrics import mean_average_precision, top_k_accuracy
-from x3d_tf.evaluation.views import forward_of, predict_split
+from x3d_tf.evaluation.views import predict_split
 from x3d_tf.modeling.x3d import X3D
 
 
@@ -43,7 +43,6 @@ class Validation:
         self._model, self._manifest, self._split = model, manifest, split
         self._sampling = dataset.frame_sampling
         self._views = ViewSpec(temporal_views=1, resize=resize, crop=model.clip.size, squeeze=model.squeeze)
-        self._forward = forward_of(model)
         records = manifest.split(split).records
         if not records:
             raise UserError(f"split {split!r} of {manifest.folder} holds no records to validate on")
@@ -59,7 +58,6 @@ class Validation:
             self._split,
             self._views,
             frame_sampling=self._sampling,
-            forward=self._forward,
         )
         tiny = np.finfo(np.float32).tiny
         if self._model.task == "multi_label":
