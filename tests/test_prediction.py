@@ -41,6 +41,7 @@ class Linear:
     """Stands for a network, so that none is compiled: its logits are weighted sums of all values of a clip."""
 
     expansion, clip, num_classes, include_top, task = TINY, TINY.clip, len(NAMES), True, "single_label"
+    squeeze = False
 
     def __init__(self) -> None:
         self.weights = np.random.default_rng(0).normal(0, 0.02 / 255, (4 * 48 * 48 * 3, len(NAMES))).astype(np.float32)

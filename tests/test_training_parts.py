@@ -119,9 +119,9 @@ def test_a_run_folder_takes_one_configuration(tmp_path: Path) -> None:
 def test_history_returns(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.read_history() == []
-    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 1.5)
+    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 1.5) | {"step": 1.0}
     run.write_history([row])
-    run.append_history(row | {"step": 2.5})
+    run.append_history(row | {"step": 2.0})
     with run.history.open("a") as file:
-        file.write("3.5,1")  # killed while it wrote
-    assert run.read_history() == [row, row | {"step": 2.5}]
+        file.write("3,1")  # killed while it wrote
+    assert run.read_history() == [row, row | {"step": 2.0}]

@@ -71,7 +71,7 @@ def test_differences_are_of_neighbouring_frames() -> None:
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(ValueError, match=r"be among stem_kernel.*got 'colour'"):
+    with pytest.raises(ValueError, match=r"be among input, stem_kernel.*got 'colour'"):
         build_x3d(TINY, colour="red")
 
 

@@ -69,10 +69,13 @@ def predict_split(
     return sums / np.float32(views.views)
 
 
-@functools.lru_cache(maxsize=1)  # tests of one network follow each other, and its compilation takes seconds
 def forward_of(model: X3D) -> Callable[[Any], Any]:
     """The function from clips to probabilities, float32 whatever the network computes in."""
-    activation = tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax
+    return _compiled(model, tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax)
+
+
+@functools.lru_cache(maxsize=1)  # tests of one network follow each other, and its compilation takes seconds
+def _compiled(model: X3D, activation: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return tf.function(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32)))
 
 
