@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from x3d_tf import X3D, Expansion, build_x3d
 from x3d_tf.modeling.architecture import plan
-from x3d_tf.modeling.checkpoints import WeightName, slowfast_names, to_ours, to_source
+from x3d_tf.modeling.checkpoints import WeightName, names, source_shape, to_ours, to_source
 from x3d_tf.training.optimizer import SGD
 
 BOUND = 1e-8  # of the largest entry
@@ -58,14 +58,14 @@ def xs(size: int, **options: Any) -> X3D:
     expansion = Expansion(12, 5, size / 112, 1, 2.25, 2.2)
     model = build_x3d(expansion, num_classes=7, dropout=0.0, **options)
     for name, variable in named_weights(model):
-        shape = to_source(np.zeros(variable.shape), name.kind, name.source).shape
+        shape = source_shape(tuple(variable.shape), name.kind)
         variable.assign(to_ours(recipe_weight(name.source, shape), name.kind))
     return model
 
 
 def named_weights(model: X3D) -> list[tuple[WeightName, keras.Variable]]:
-    names = slowfast_names(plan(model.expansion, model.options))
-    return [(name, getattr(model.get_layer(name.layer), name.weight)) for name in names]
+    slowfast = names(plan(model.expansion, model.options), "slowfast")
+    return [(name, getattr(model.get_layer(name.layer), name.weight)) for name in slowfast]
 
 
 def assert_close(actual: Any, expected: np.ndarray, bound: float = BOUND) -> None:
@@ -86,7 +86,7 @@ def test_layouts_return() -> None:
     draw = np.random.default_rng(0)
     for kind, shape in (("conv", (4, 3, 1, 3, 3)), ("channelwise", (4, 1, 5, 3, 3)), ("pointwise", (4, 3, 1, 1, 1))):
         array = draw.standard_normal(shape)
-        np.testing.assert_array_equal(to_source(to_ours(array, kind), kind, "a.weight"), array)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(to_source(to_ours(array, kind), kind), array)  # type: ignore[arg-type]
 
 
 def test_recipe_is_read_right() -> None:
@@ -119,7 +119,7 @@ def test_pytorchvideo(golden: dict[str, np.ndarray]) -> None:
 
 def probes(name: WeightName, array: Any) -> tuple[np.ndarray, int]:
     """Norm and two random projections of an array in PyTorch's layout, and its number of entries."""
-    array = to_source(np.asarray(array), name.kind, name.source)
+    array = to_source(np.asarray(array), name.kind)
     draws = [rng(f"{name.source}/probe{i}").standard_normal(array.shape) for i in (0, 1)]
     return np.array([np.linalg.norm(array), *(np.sum(draw * array) for draw in draws)]), array.size
 

@@ -1,14 +1,19 @@
-"""The names that PyTorch implementations give to X3D's weights, beside ours: one table, to be read either way."""
+"""The names that PyTorch implementations give to X3D's weights, beside ours: one table, to be read either way.
 
-from collections.abc import Iterator
+Imports no TensorFlow.
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from x3d_tf.modeling.architecture import Architecture
 
-Kind = Literal["conv", "pointwise", "channelwise", "dense", "vector"]
+Naming = Literal["slowfast", "pytorchvideo", "pytorchvideo_mobile", "mmaction2"]
+NAMINGS: tuple[Naming, ...] = get_args(Naming)
+Kind = Literal["conv", "pointwise", "linear", "channelwise", "vector"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,9 @@ class WeightName:
         source: its name in the PyTorch state dict.
         layer: our layer's name.
         weight: its name in our layer.
-        kind: how the arrays differ. PyTorch's are (out, in / groups, T, H, W); ours are (T, H, W, in, out) for a
-            `conv`, (in, out) for a `pointwise` one or a `dense` layer, (T, H, W, C) for a `channelwise` one; a `vector`
-            is the same.
+        kind: how the arrays differ. PyTorch's are (out, in / groups, T, H, W), but (out, in) for a `linear` layer; ours
+            are (T, H, W, in, out) for a `conv`, (in, out) for a `pointwise` one or a `linear` layer, (T, H, W, C) for a
+            `channelwise` one; a `vector` is the same.
     """
 
     source: str
@@ -29,49 +34,163 @@ class WeightName:
     weight: str
     kind: Kind
 
+    @property
+    def target(self) -> str:
+        """Our name, whole."""
+        return f"{self.layer}/{self.weight}"
 
-def slowfast_names(architecture: Architecture) -> Iterator[WeightName]:
-    """All weights of a network as PySlowFast names them, in execution order."""
-    separable = architecture.options.separable
-    yield WeightName("s1.pathway0_stem.conv_xy.weight", "conv1_xy", "kernel", "conv")
-    yield WeightName("s1.pathway0_stem.conv.weight", "conv1_t", "kernel", "channelwise")
-    yield from _norm("s1.pathway0_stem.bn", "conv1_bn")
+
+@dataclass(frozen=True)
+class _Row:
+    """A layer under all its names; {stage} counts from 2, {number} from 1, {block} from 0."""
+
+    layer: str
+    kind: Literal["conv", "pointwise", "linear", "channelwise", "norm"]
+    slowfast: str
+    pytorchvideo: str
+    pytorchvideo_mobile: str
+    mmaction2: str
+    bias: bool = False
+
+
+_STEM = (
+    # pytorchvideo has the names of the two swapped: its conv_t is the spatial one.
+    _Row(
+        "conv1_xy",
+        "conv",
+        "s1.pathway0_stem.conv_xy",
+        "blocks.0.conv.conv_t",
+        "s1.pathway0_stem_conv_xy.kernel.conv",
+        "backbone.conv1_s.conv",
+    ),
+    _Row(
+        "conv1_t",
+        "channelwise",
+        "s1.pathway0_stem.conv",
+        "blocks.0.conv.conv_xy",
+        "s1.pathway0_stem_conv.kernel.conv",
+        "backbone.conv1_t.conv",
+    ),
+    _Row(
+        "conv1_bn",
+        "norm",
+        "s1.pathway0_stem.bn",
+        "blocks.0.norm",
+        "s1.pathway0_stem_conv.kernel.bn",
+        "backbone.conv1_t.bn",
+    ),
+)
+_PREFIXES = _Row(  # of the names in a block
+    "res{stage}_{block}_",
+    "norm",
+    "s{stage}.pathway0_res{block}.",
+    "blocks.{number}.res_blocks.{block}.",
+    "s{stage}.pathway0_res{block}.",
+    "backbone.layer{number}.{block}.",
+)
+_SHORTCUT = _Row("shortcut", "pointwise", "branch1", "branch1_conv", "_res_proj.kernel.conv", "downsample.conv")
+_SHORTCUT_NORM = _Row("shortcut_bn", "norm", "branch1_bn", "branch1_norm", "_res_proj.kernel.bn", "downsample.bn")
+_CONV_A = (
+    _Row("conv_a", "pointwise", "branch2.a", "branch2.conv_a", "layers.conv_0.kernel.conv", "conv1.conv"),
+    _Row("conv_a_bn", "norm", "branch2.a_bn", "branch2.norm_a", "layers.conv_0.kernel.bn", "conv1.bn"),
+)
+_CONV_B = (
+    _Row("conv_b", "channelwise", "branch2.b", "branch2.conv_b", "layers.conv_1.kernel.conv", "conv2.conv"),
+    _Row("conv_b_bn", "norm", "branch2.b_bn", "branch2.norm_b.0", "layers.conv_1.kernel.bn", "conv2.bn"),
+)
+_SE = (
+    _Row(
+        "se_reduce",
+        "pointwise",
+        "branch2.se.fc1",
+        "branch2.norm_b.1.block.0",
+        "layers.se.se.block.0",
+        "se_module.fc1",
+        bias=True,
+    ),
+    _Row(
+        "se_expand",
+        "pointwise",
+        "branch2.se.fc2",
+        "branch2.norm_b.1.block.2",
+        "layers.se.se.block.2",
+        "se_module.fc2",
+        bias=True,
+    ),
+)
+_CONV_C = (
+    _Row("conv_c", "pointwise", "branch2.c", "branch2.conv_c", "layers.conv_2.kernel.conv", "conv3.conv"),
+    _Row("conv_c_bn", "norm", "branch2.c_bn", "branch2.norm_c", "layers.conv_2.kernel.bn", "conv3.bn"),
+)
+_HEAD = (
+    _Row(
+        "conv5_conv",
+        "pointwise",
+        "head.conv_5",
+        "blocks.5.pool.pre_conv",
+        "head.conv_5.kernel.conv",
+        "backbone.conv5.conv",
+    ),
+    _Row("conv5_bn", "norm", "head.conv_5_bn", "blocks.5.pool.pre_norm", "head.conv_5.kernel.bn", "backbone.conv5.bn"),
+    _Row("fc1", "pointwise", "head.lin_5", "blocks.5.pool.post_conv", "head.lin_5.kernel.conv", "cls_head.fc1"),
+    _Row("fc2", "linear", "head.projection", "blocks.5.proj", "projection.model", "cls_head.fc2", bias=True),
+)
+_NORM = (("weight", "gamma"), ("bias", "beta"), ("running_mean", "moving_mean"), ("running_var", "moving_variance"))
+
+
+def names(architecture: Architecture, naming: Naming) -> Iterator[WeightName]:
+    """All weights of a network, in execution order, as an implementation names them.
+
+    The options of the architecture decide whether res2 has a batch norm on its shortcut, which pytorchvideo leaves out.
+    """
+    yield from _expand(_STEM, naming)
     width = architecture.stem_width
-    for number, stage in enumerate(architecture.stages, start=2):
-        for index in range(stage.depth):
-            source, ours = f"s{number}.pathway0_res{index}", f"res{number}_{index}"
-            if index == 0:
-                yield WeightName(f"{source}.branch1.weight", f"{ours}_shortcut", "kernel", "pointwise")
-                if architecture.has_shortcut_norm(width != stage.width):
-                    yield from _norm(f"{source}.branch1_bn", f"{ours}_shortcut_bn")
-            branch = f"{source}.branch2"
-            kinds: tuple[Kind, Kind] = ("pointwise", "channelwise") if separable else ("conv", "conv")
-            yield WeightName(f"{branch}.a.weight", f"{ours}_conv_a", "kernel", kinds[0])
-            yield from _norm(f"{branch}.a_bn", f"{ours}_conv_a_bn")
-            yield WeightName(f"{branch}.b.weight", f"{ours}_conv_b", "kernel", kinds[1])
-            yield from _norm(f"{branch}.b_bn", f"{ours}_conv_b_bn")
-            if architecture.has_se(index):
-                yield from _dense(f"{branch}.se.fc1", f"{ours}_se_reduce")
-                yield from _dense(f"{branch}.se.fc2", f"{ours}_se_expand")
-            yield WeightName(f"{branch}.c.weight", f"{ours}_conv_c", "kernel", "pointwise")
-            yield from _norm(f"{branch}.c_bn", f"{ours}_conv_c_bn")
+    for number, stage in enumerate(architecture.stages, start=1):
+        for block in range(stage.depth):
+            where = {"stage": number + 1, "number": number, "block": block}
+            norm = architecture.has_shortcut_norm(width != stage.width)
+            shortcut = ((_SHORTCUT, _SHORTCUT_NORM) if norm else (_SHORTCUT,)) if block == 0 else ()
+            rows = (*shortcut, *_CONV_A, *_CONV_B, *(_SE if architecture.has_se(block) else ()), *_CONV_C)
+            yield from _expand(rows, naming, architecture.options.separable, _PREFIXES, where)
         width = stage.width
-    yield WeightName("head.conv_5.weight", "conv5_conv", "kernel", "pointwise")
-    yield from _norm("head.conv_5_bn", "conv5_bn")
-    yield WeightName("head.lin_5.weight", "fc1", "kernel", "dense")
-    yield from _dense("head.projection", "fc2")
+    yield from _expand(_HEAD, naming)
 
 
-def _norm(source: str, layer: str) -> Iterator[WeightName]:
-    yield WeightName(f"{source}.weight", layer, "gamma", "vector")
-    yield WeightName(f"{source}.bias", layer, "beta", "vector")
-    yield WeightName(f"{source}.running_mean", layer, "moving_mean", "vector")
-    yield WeightName(f"{source}.running_var", layer, "moving_variance", "vector")
+def _expand(
+    rows: Iterable[_Row],
+    naming: Naming,
+    separable: bool = True,
+    prefixes: _Row | None = None,
+    where: dict[str, int] | None = None,
+) -> Iterator[WeightName]:
+    before_layer = prefixes.layer.format(**where or {}) if prefixes else ""
+    before_source = getattr(prefixes, naming).format(**where or {}) if prefixes else ""
+    for row in rows:
+        layer, source = before_layer + row.layer, before_source + getattr(row, naming)
+        if row.kind == "norm":
+            for theirs, ours in _NORM:
+                yield WeightName(f"{source}.{theirs}", layer, ours, "vector")
+            continue
+        yield WeightName(f"{source}.weight", layer, "kernel", _kind(row, naming, separable))
+        if row.bias:
+            yield WeightName(f"{source}.bias", layer, "bias", "vector")
 
 
-def _dense(source: str, layer: str) -> Iterator[WeightName]:
-    yield WeightName(f"{source}.weight", layer, "kernel", "dense")
-    yield WeightName(f"{source}.bias", layer, "bias", "vector")
+def _kind(row: _Row, naming: Naming, separable: bool) -> Kind:
+    if row.layer == "fc1" and naming == "mmaction2":  # a linear layer there, a convolution elsewhere
+        return "linear"
+    if not separable and row.layer in ("conv_a", "conv_b"):  # the paper's ablation
+        return "conv"
+    assert row.kind != "norm"
+    return row.kind
+
+
+def recognise(keys: Iterable[str], architecture: Architecture) -> Naming | None:
+    """The naming that most of a state dict's names belong to, or None where none of them does."""
+    keys = set(keys)
+    counts = {naming: sum(name.source in keys for name in names(architecture, naming)) for naming in NAMINGS}
+    best = max(NAMINGS, key=lambda naming: counts[naming])
+    return best if counts[best] else None
 
 
 def to_ours(array: np.ndarray, kind: Kind) -> np.ndarray:
@@ -80,18 +199,22 @@ def to_ours(array: np.ndarray, kind: Kind) -> np.ndarray:
         return array.transpose(2, 3, 4, 1, 0)
     if kind == "channelwise":
         return array[:, 0].transpose(1, 2, 3, 0)
-    if kind in ("pointwise", "dense"):
+    if kind in ("pointwise", "linear"):
         return array.reshape(array.shape[:2]).T
     return array
 
 
-def to_source(array: np.ndarray, kind: Kind, name: str) -> np.ndarray:
-    """Our array in PyTorch's layout. The classifier of PySlowFast is a linear layer, without spatial axes."""
+def to_source(array: np.ndarray, kind: Kind) -> np.ndarray:
+    """Our array in PyTorch's layout."""
     if kind == "conv":
         return array.transpose(4, 3, 0, 1, 2)
     if kind == "channelwise":
         return array.transpose(3, 0, 1, 2)[:, None]
-    if kind in ("pointwise", "dense"):
-        matrix = array.T
-        return matrix if name == "head.projection.weight" else matrix[:, :, None, None, None]
-    return array
+    if kind == "pointwise":
+        return array.T[:, :, None, None, None]
+    return array.T if kind == "linear" else array
+
+
+def source_shape(shape: tuple[int, ...], kind: Kind) -> tuple[int, ...]:
+    """The shape in PyTorch of a weight whose shape is ours."""
+    return to_source(np.broadcast_to(np.float32(0), shape), kind).shape
