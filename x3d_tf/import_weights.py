@@ -54,7 +54,6 @@ def main(paths: list[str]) -> None:
         raise UserError(f"{output} exists; give another --output, or replace it with --overwrite")
     _check_flags(output)
     _command.quiet_tensorflow()
-    output.parent.mkdir(parents=True, exist_ok=True)
     if FLAGS.to:
         _to_pytorch(Path(paths[0]), output)
     else:
@@ -102,6 +101,7 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
     elif names is None and model.num_classes == len(kinetics_classes()):
         names = kinetics_classes()
         print("classes: 400, so they are named as those of Kinetics-400; --classes gives other names")
+    output.parent.mkdir(parents=True, exist_ok=True)
     save(portable(model, names), output, overwrite=True)
     norm = model.options.shortcut_norm
     print(f"written: {output}")
@@ -116,7 +116,9 @@ def _to_pytorch(model: Path, output: Path) -> None:
     from x3d_tf.modeling.conversion import export_checkpoint
     from x3d_tf.modeling.saving import load
 
-    print(export_checkpoint(load(model), output, FLAGS.to))
+    network = load(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(export_checkpoint(network, output, FLAGS.to))
     print(f"written: {output}")
 
 
