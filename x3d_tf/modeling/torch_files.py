@@ -155,7 +155,7 @@ class _BoundedFile(io.FileIO):
 
 def _read_zip(path: Path, size: int) -> Any:
     with _BoundedFile(path, _DIRECTORY) as file, zipfile.ZipFile(file) as archive:
-        file.piece = size
+        file.piece = _LIMIT  # below, no part is larger than the file
         members = archive.infolist()
         for member in members:
             stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
