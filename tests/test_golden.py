@@ -74,21 +74,6 @@ def assert_close(actual: Any, expected: np.ndarray, bound: float = BOUND) -> Non
     assert np.abs(actual - expected).max() <= bound * np.abs(expected).max()
 
 
-def test_the_table_names_every_weight_once() -> None:
-    model = build_x3d(Expansion(gamma_b=2.25), num_classes=7)
-    named = {id(variable) for _, variable in named_weights(model)}
-    weights = [v for v in model.weights if "seed_generator" not in v.path]
-    assert named == {id(variable) for variable in weights}
-    assert len(named_weights(model)) == len(weights)
-
-
-def test_layouts_return() -> None:
-    draw = np.random.default_rng(0)
-    for kind, shape in (("conv", (4, 3, 1, 3, 3)), ("channelwise", (4, 1, 5, 3, 3)), ("pointwise", (4, 3, 1, 1, 1))):
-        array = draw.standard_normal(shape)
-        np.testing.assert_array_equal(to_source(to_ours(array, kind), kind), array)  # type: ignore[arg-type]
-
-
 def test_recipe_is_read_right() -> None:
     first = recipe_weight("s1.pathway0_stem.bn.weight", (24,))[:3]
     np.testing.assert_allclose(first, [0.7223961051, 0.6276789489, 0.9680711783], atol=1e-10)
