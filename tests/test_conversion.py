@@ -201,7 +201,8 @@ def test_state_dicts_are_found(wrap: Callable[[Any], Any], tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    "content", [{}, [], 3, {"epoch": 3, "cfg": "x"}, {"model_state": {"a": 1}}, {"state_dict": {}}]
+    "content",
+    [{}, [], 3, {"epoch": 3, "cfg": "x"}, {"model_state": {"a": 1}}, {"state_dict": {}}, {"model": {"model": {}}}],
 )
 def test_files_without_a_state_dict(content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "read_checkpoint", lambda _: content)
@@ -210,8 +211,8 @@ def test_files_without_a_state_dict(content: object, tmp_path: Path, monkeypatch
 
 
 def test_strange_names(tmp_path: Path) -> None:
-    path = written(tmp_path / "resnet.pyth", {"layer1.0.weight": np.ones(3, np.float32)})
-    with pytest.raises(UserError, match=r"1 tensors have names of no X3D known here .*, such as layer1\.0\.weight"):
+    path = written(tmp_path / "resnet.pyth", dict.fromkeys(("layer1.0.weight", "\x1b[2J"), np.ones(3, np.float32)))
+    with pytest.raises(UserError, match=r"2 tensors .* no X3D known here .*, such as layer1\.0\.weight, '\\x1b\[2J'$"):
         import_checkpoint(path, SMALL)
 
 

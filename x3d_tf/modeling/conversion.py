@@ -121,7 +121,7 @@ def import_checkpoint(
     if naming is None:
         raise UserError(
             f"{path}: its {len(tensors)} tensors have names of no X3D known here ({', '.join(TITLES.values())}), "
-            f"such as {', '.join(list(tensors)[:3])}"
+            f"such as {', '.join(map(_printable, list(tensors)[:3]))}"
         )
     options = ModelOptions(
         shortcut_norm=_SHORTCUT_NORM[naming],
@@ -180,14 +180,11 @@ def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in what a checkpoint holds, without the prefix that training on several GPUs adds."""
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        wrapper = next((key for key in _WRAPPERS if key in content), None)
-        if wrapper is None:
-            break
-        content = content[wrapper]
+    wrapper = next((key for key in _WRAPPERS if key in content), None) if isinstance(content, dict) else None
+    content = content[wrapper] if wrapper else content
     tensors = isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())
     if not tensors:
-        kinds = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        kinds = ", ".join(map(_printable, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise UserError(
             f"{path} holds no state dict, names with a tensor each, by itself or under {', '.join(_WRAPPERS)}: it has "
             f"{kinds[:200] or 'nothing'}"
@@ -243,7 +240,7 @@ def _raise_misfits(
 ) -> None:
     expected = {name.source: source_shape(tuple(weight.shape), name.kind) for name, weight in pairs}
     faults = [f"missing: {source} {_text(shape)}" for source, shape in expected.items() if source not in tensors]
-    faults += [f"left over: {name} {_text(t.shape)}" for name, t in tensors.items() if name not in expected]
+    faults += [f"left over: {_printable(name)} {_text(t.shape)}" for name, t in tensors.items() if name not in expected]
     for source, shape in expected.items():
         if source in tensors:
             fault = _fault(tensors[source], shape)
@@ -346,6 +343,12 @@ def _report(
 
 def _text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+def _printable(name: object) -> str:
+    """A name out of a file; whatever it holds, a terminal shows it and does not obey it."""
+    text = str(name)[:200]
+    return text if text.isprintable() else ascii(text)
 
 
 def _list(items: tuple[str, ...]) -> str:
