@@ -10,7 +10,9 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.modeling.expansion",
     "x3d_tf.modeling.architecture",
     "x3d_tf.modeling.cost",
+    "x3d_tf.modeling.checkpoints",
     "x3d_tf.modeling.description",
+    "x3d_tf.modeling.torch_files",
     "x3d_tf.data.build_folder",
     "x3d_tf.data.builder",
     "x3d_tf.data.clips",
@@ -30,7 +32,7 @@ WITHOUT_TENSORFLOW = (
 WITHOUT_GIN = (
     "x3d_tf.modeling.x3d",
     "x3d_tf.modeling.saving",
-    "x3d_tf.modeling.checkpoints",
+    "x3d_tf.modeling.conversion",
     "x3d_tf.data.batches",
     "x3d_tf.data.pipeline",
     "x3d_tf.data.preview",

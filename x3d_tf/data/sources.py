@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,6 +173,12 @@ def read_classes(path: Path) -> tuple[str, ...]:
         require(name not in seen, f"{path}, line {line}", f"not repeat line {seen.get(name)}", name)
         seen[name] = line
     return tuple(names)
+
+
+def kinetics_classes() -> tuple[str, ...]:
+    """The names of Kinetics-400's classes in the order of their labels."""
+    with resources.as_file(resources.files("x3d_tf.data") / "labels" / "kinetics400.txt") as path:
+        return read_classes(path)
 
 
 @dataclass(frozen=True)

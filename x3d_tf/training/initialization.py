@@ -53,11 +53,13 @@ def start_from(model: X3D, source: str | Path) -> Transfer:
 
 
 def _raise_misfits(model: X3D, other: X3D, source: str, wanted: list[str]) -> None:
-    for name in ("input", "swish", "swish_before"):  # of which no shape tells
+    for name in ("input", "swish", "swish_before", "shortcut_norm"):  # of which no shape tells, or not plainly
         there, here = getattr(other.options, name), getattr(model.options, name)
         if there != here:
+            value = f'"{there}"' if isinstance(there, str) else there
             raise UserError(
-                f"TrainConfig.init: {source} was trained with ModelOptions.{name} = {there!r}, and here it is {here!r}"
+                f"TrainConfig.init: {source} was trained with ModelOptions.{name} = {there!r}, "
+                f"and here it is {here!r}; set it with --gin_bindings='ModelOptions.{name}={value}'"
             )
     ours, theirs = _shapes(model), _shapes(other)
     misfits = [name for name in wanted if ours[name] != theirs.get(name)]

@@ -1,0 +1,127 @@
+"""Brings X3D weights over from PyTorch, and back.
+
+A checkpoint of PySlowFast, pytorchvideo (also its mobile form) or mmaction2, recognised by its names, becomes a model
+file, with a report of every tensor. PyTorch is not needed, and nothing in the checkpoint is executed:
+  python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --output=x3d_m_k400.keras
+  python -m x3d_tf.predict --model=x3d_m_k400.keras party.mp4
+
+With a fresh classifier of 10 classes:
+  python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --num_classes=10 --keep_head=false --output=trunk.keras
+
+The way back, from a run folder or a model file to a state dict that loads there with strict=True:
+  python -m x3d_tf.import_weights runs/mine --to=pytorchvideo --output=mine.pyth
+
+The outputs of a classifier of 400 classes get the names of Kinetics-400, which all of these implementations sort by
+letters; --classes gives others.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from x3d_tf import _command
+from x3d_tf._checks import UserError, require
+from x3d_tf.data.sources import kinetics_classes, read_classes
+from x3d_tf.modeling.checkpoints import NAMINGS
+from x3d_tf.modeling.expansion import VARIANTS
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_enum("variant", None, list(VARIANTS), "The network that the checkpoint is of.")
+    flags.DEFINE_string("output", None, "The file to write: .keras, or with --to any name.", required=True)
+    flags.DEFINE_integer("num_classes", None, "Outputs; the checkpoint's unless given.", lower_bound=1)
+    flags.DEFINE_bool("keep_head", True, "Take the classifier over; false makes a fresh one of --num_classes.")
+    flags.DEFINE_enum(
+        "head_pool",
+        None,
+        ["global", "fixed_probabilities", "fixed_logits"],
+        "What the head does with clips larger than the training crop; as the source unless given.",
+    )
+    flags.DEFINE_string("classes", None, "Text file of the names of the outputs, one a line.")
+    flags.DEFINE_enum("to", None, list(NAMINGS), "Write a PyTorch checkpoint with these names instead of reading one.")
+    flags.DEFINE_bool("overwrite", False, "Replace an output that is there already.")
+
+
+def main(paths: list[str]) -> None:
+    """Converts what the flags say."""
+    require(len(paths) == 1, "the command line", "name one checkpoint, or with --to one model", paths)
+    output = Path(FLAGS.output)
+    if output.exists() and not FLAGS.overwrite:
+        raise UserError(f"{output} exists; give another --output, or replace it with --overwrite")
+    _check_flags(output)
+    _command.quiet_tensorflow()
+    if FLAGS.to:
+        _to_pytorch(Path(paths[0]), output)
+    else:
+        _from_pytorch(Path(paths[0]), output)
+
+
+def _check_flags(output: Path) -> None:
+    if FLAGS.to:
+        for name in ("variant", "num_classes", "head_pool", "classes"):
+            require(
+                FLAGS[name].value is None,
+                f"--{name}",
+                "not stand beside --to, which takes the model as it is",
+                FLAGS[name].value,
+            )
+        require(
+            FLAGS.keep_head, "--keep_head", "not stand beside --to, which takes the model as it is", FLAGS.keep_head
+        )
+        return
+    require(FLAGS.variant is not None, "--variant", f"be given: {', '.join(VARIANTS)}", FLAGS.variant)
+    require(output.suffix == ".keras", "--output", "end in .keras", FLAGS.output)
+    head = FLAGS.keep_head or FLAGS.num_classes is not None
+    require(head, "--keep_head=false", "come with --num_classes, for the fresh classifier", FLAGS.num_classes)
+
+
+def _from_pytorch(checkpoint: Path, output: Path) -> None:
+    print(f"reading {checkpoint} and building {FLAGS.variant} ...", file=sys.stderr)
+    from x3d_tf.modeling.conversion import import_checkpoint
+    from x3d_tf.modeling.portable import portable
+    from x3d_tf.modeling.saving import save
+
+    names = read_classes(Path(FLAGS.classes)) if FLAGS.classes else None
+    model, report = import_checkpoint(
+        checkpoint,
+        FLAGS.variant,
+        num_classes=FLAGS.num_classes,
+        keep_head=FLAGS.keep_head,
+        head_pool=FLAGS.head_pool,
+    )
+    if names:
+        require(len(names) == model.num_classes, FLAGS.classes, f"name {model.num_classes} classes", len(names))
+    print(report)
+    if names is None and not FLAGS.keep_head:
+        names = tuple(map(str, range(model.num_classes)))  # nothing yet that names could mean
+    elif names is None and model.num_classes == len(kinetics_classes()):
+        names = kinetics_classes()
+        print("classes: 400, so they are named as those of Kinetics-400; --classes gives other names")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save(portable(model, names), output, overwrite=True)
+    norm = model.options.shortcut_norm
+    print(f"written: {output}")
+    print(
+        f"To train it further: --gin_bindings='TrainConfig.init=\"{output}\"'"
+        + (f" --gin_bindings='ModelOptions.shortcut_norm=\"{norm}\"'" if norm != "always" else "")
+    )
+
+
+def _to_pytorch(model: Path, output: Path) -> None:
+    print(f"reading {model} ...", file=sys.stderr)
+    from x3d_tf.modeling.conversion import export_checkpoint
+    from x3d_tf.modeling.saving import load
+
+    network = load(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(export_checkpoint(network, output, FLAGS.to))
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    _command.run(main, positional=True)

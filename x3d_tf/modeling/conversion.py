@@ -1,0 +1,352 @@
+"""Whole checkpoints of PyTorch implementations made into networks of ours, and back, with a report of every weight."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import keras
+import numpy as np
+
+from x3d_tf._checks import UserError, require
+from x3d_tf.modeling.architecture import ModelOptions, plan
+from x3d_tf.modeling.checkpoints import Naming, WeightName, names, recognise, source_shape, to_ours, to_source
+from x3d_tf.modeling.expansion import VARIANTS, Expansion, as_expansion
+from x3d_tf.modeling.torch_files import Tensor, read_checkpoint, write_checkpoint
+from x3d_tf.modeling.x3d import X3D
+
+TITLES: dict[Naming, str] = {
+    "slowfast": "PySlowFast",
+    "pytorchvideo": "pytorchvideo",
+    "pytorchvideo_mobile": "pytorchvideo's mobile form",
+    "mmaction2": "mmaction2",
+}
+# What an implementation does where ours has an option.
+_SHORTCUT_NORM: dict[Naming, Any] = dict.fromkeys(TITLES, "always") | {"pytorchvideo": "on_width_change"}
+_HEAD_POOL: dict[Naming, Any] = dict.fromkeys(TITLES, "global") | {
+    "slowfast": "fixed_probabilities",
+    "pytorchvideo": "fixed_logits",
+}
+_FREE_OPTIONS = ("shortcut_norm", "head_pool", "bn_group", "drop_connect", "dropout")  # the rest decides the graph
+_WRAPPERS = ("model_state", "state_dict", "model")  # keys under which checkpoints keep their state dict
+_COUNTER = "num_batches_tracked"  # of each batch norm in PyTorch; nothing is computed from it
+_HEAD = "fc2"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where one weight came from or went to. Shapes are as stored on each side."""
+
+    source: str
+    source_shape: tuple[int, ...]
+    target: str
+    target_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every tensor of a checkpoint and of every weight of a network.
+
+    Attributes:
+        path: the checkpoint.
+        naming: whose names it has.
+        sha256: of the file.
+        rows: the weights that both sides have, in execution order.
+        left: tensors of the checkpoint that were not taken, beside the counters.
+        new: weights of the network that are fresh.
+        counters: `num_batches_tracked`s, ignored when read and written as 0.
+        weights_sha256: of the values of `rows`, float32 in our layout: equal for equal weights under any names.
+        notes: what else there is to know.
+    """
+
+    path: str
+    naming: Naming
+    sha256: str
+    rows: tuple[Row, ...]
+    left: tuple[str, ...]
+    new: tuple[str, ...]
+    counters: int
+    weights_sha256: str
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        cells = [(row.source, _text(row.source_shape), row.target, _text(row.target_shape)) for row in self.rows]
+        cells.insert(0, (TITLES[self.naming], "shape", "x3d_tf", "shape"))
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        yield from ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+        yield f"{len(self.rows)} tensors, each on both sides; left over there: {_list(self.left)}; new here: " + _list(
+            self.new
+        )
+        yield f"{self.counters} {_COUNTER}: no weights, ignored by both"
+        yield from self.notes
+        yield f"sha256 of the weights {self.weights_sha256}"
+        yield f"sha256 of {self.path} {self.sha256}"
+
+
+def import_checkpoint(
+    path: str | Path,
+    network: str | Expansion,
+    *,
+    num_classes: int | None = None,
+    keep_head: bool = True,
+    head_pool: str | None = None,
+) -> tuple[X3D, Report]:
+    """Makes a network of a PyTorch checkpoint, whose implementation it recognises by its names.
+
+    Args:
+        path: a file that `torch.save` wrote: a state dict, or one under `model_state`, `state_dict` or `model`. Nothing
+            in it is executed.
+        network: the variant or expansion that the checkpoint is of. XS, S and M have the same weights.
+        num_classes: outputs of the classifier; those of the checkpoint unless given, which they must be if it is kept.
+        keep_head: False makes a fresh classifier fc2, of `num_classes`.
+        head_pool: see `ModelOptions`; the source's own unless given.
+
+    Returns:
+        The network, with the batch norms on its shortcuts and the head's pooling of the source; and the report.
+
+    Raises:
+        UserError: not a checkpoint; no names of X3D; tensors that are missing, left over, of another shape or type or
+            not finite: it lists all of them.
+    """
+    path, expansion = Path(path), as_expansion(network)
+    require(keep_head or num_classes is not None, "num_classes", "be given where keep_head is false", num_classes)
+    state = _state_dict(read_checkpoint(path), path)
+    counters = [name for name in state if name.endswith(f".{_COUNTER}")]
+    tensors = {name: tensor for name, tensor in state.items() if name not in counters}
+    naming = recognise(tensors, plan(expansion))
+    if naming is None:
+        raise UserError(
+            f"{path}: its {len(tensors)} tensors have names of no X3D known here ({', '.join(TITLES.values())}), "
+            f"such as {', '.join(list(tensors)[:3])}"
+        )
+    options = ModelOptions(
+        shortcut_norm=_SHORTCUT_NORM[naming],
+        head_pool=head_pool or _HEAD_POOL[naming],  # type: ignore[arg-type]
+    )
+    model = X3D(expansion, _classes(tensors, naming, expansion, num_classes, keep_head, path), options)
+    head = {name.source for name in names(plan(expansion, options), naming) if name.layer == _HEAD}
+    left = () if keep_head else tuple(name for name in tensors if name in head)
+    pairs = [(name, weight) for name, weight in _weights(model, naming) if keep_head or name.layer != _HEAD]
+    _raise_misfits(pairs, {name: tensor for name, tensor in tensors.items() if name not in left}, naming, model, path)
+    for name, weight in pairs:
+        weight.assign(to_ours(tensors[name.source].array(), name.kind))
+    notes = [f"head: {options.head_pool} pooling" + ("" if head_pool else f", as in {TITLES[naming]}")]
+    rounded = sorted({tensors[name.source].dtype for name, _ in pairs} - {"float32"})
+    notes += [f"values of type {', '.join(rounded)} are float32 here"] if rounded else []
+    new = () if keep_head else tuple(name.target for name in names(plan(expansion), naming) if name.layer == _HEAD)
+    return model, _report(path, naming, pairs, left, new, len(counters), notes)
+
+
+def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
+    """Writes a network's weights as a PyTorch checkpoint `{"model_state": state_dict}`, for the same network there.
+
+    Where only one side has a batch norm on the shortcut of res2, it is folded into the weights around it, or one that
+    does nothing is written: the outputs stay the same, in evaluation only.
+
+    Args:
+        model: with its classifier.
+        path: the file; replaced if it is there.
+        naming: the implementation that is to load it.
+
+    Raises:
+        UserError: a network without classifier or with options that have no counterpart there.
+        WriteError: the file cannot be written.
+    """
+    path = Path(path)
+    require(naming in get_args(Naming), "the naming", f"be among {', '.join(get_args(Naming))}", naming)
+    require(model.include_top, "the network to export", "have its classifier (include_top)", model.include_top)
+    _require_common_options(model.options)
+    options = replace(model.options, shortcut_norm=_SHORTCUT_NORM[naming])
+    values = {f"{layer}/{weight.name}": np.asarray(weight) for layer, weight in _layer_weights(model)}
+    notes = _match_shortcut_norms(values, model, options, naming)
+    if options.head_pool != _HEAD_POOL[naming]:
+        notes.append(
+            f"{TITLES[naming]} pools by {_HEAD_POOL[naming]} in its head, this network by {options.head_pool}: "
+            "clips larger than the training crop give other outputs there"
+        )
+    pairs = [(name, values[name.target]) for name in names(plan(model.expansion, options), naming)]
+    state: dict[str, np.ndarray] = {}
+    for name, value in pairs:
+        state[name.source] = to_source(value.astype(np.float32), name.kind)
+        if name.weight == "moving_variance":
+            state[name.source.removesuffix("running_var") + _COUNTER] = np.zeros((), np.int64)
+    write_checkpoint(path, state)
+    return _report(path, naming, pairs, (), (), len(state) - len(pairs), notes)
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a checkpoint holds, without the prefix that training on several GPUs adds."""
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        wrapper = next((key for key in _WRAPPERS if key in content), None)
+        if wrapper is None:
+            break
+        content = content[wrapper]
+    tensors = isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())
+    if not tensors:
+        kinds = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        raise UserError(
+            f"{path} holds no state dict, names with a tensor each, by itself or under {', '.join(_WRAPPERS)}: it has "
+            f"{kinds[:200] or 'nothing'}"
+        )
+    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""
+    return {str(name).removeprefix(prefix): tensor for name, tensor in content.items()}
+
+
+def _classes(
+    tensors: Mapping[str, Tensor],
+    naming: Naming,
+    expansion: Expansion,
+    num_classes: int | None,
+    keep_head: bool,
+    path: Path,
+) -> int:
+    if not keep_head:
+        assert num_classes is not None
+        return num_classes
+    bias = next(name.source for name in names(plan(expansion), naming) if name.target == f"{_HEAD}/bias")
+    tensor = tensors.get(bias)
+    found = tensor.shape[0] if tensor and len(tensor.shape) == 1 and tensor.shape[0] else num_classes or 1
+    require(
+        num_classes in (None, found),
+        "num_classes",
+        f"be {found}, as the classifier of {path} has, unless keep_head is false",
+        num_classes,
+    )
+    return found
+
+
+def _layer_weights(model: X3D) -> Iterator[tuple[str, keras.Variable]]:
+    for layer in model.layers:
+        for weight in layer.weights:
+            if "seed_generator" not in weight.path:
+                yield layer.name, weight
+
+
+def _weights(model: X3D, naming: Naming) -> list[tuple[WeightName, keras.Variable]]:
+    """Every weight of a network with its names: the table and the network must have the same ones."""
+    ours = {f"{layer}/{weight.name}": weight for layer, weight in _layer_weights(model)}
+    pairs = [(name, ours.pop(name.target)) for name in names(plan(model.expansion, model.options), naming)]
+    assert not ours, f"weights without a name in the table: {list(ours)}"
+    return pairs
+
+
+def _raise_misfits(
+    pairs: list[tuple[WeightName, keras.Variable]],
+    tensors: Mapping[str, Tensor],
+    naming: Naming,
+    model: X3D,
+    path: Path,
+) -> None:
+    expected = {name.source: source_shape(tuple(weight.shape), name.kind) for name, weight in pairs}
+    faults = [f"missing: {source} {_text(shape)}" for source, shape in expected.items() if source not in tensors]
+    faults += [f"left over: {name} {_text(t.shape)}" for name, t in tensors.items() if name not in expected]
+    for source, shape in expected.items():
+        if source in tensors:
+            fault = _fault(tensors[source], shape)
+            faults += [f"{fault}: {source}"] if fault else []
+    if not faults:
+        return
+    others = ", ".join(_fitting(tensors, naming))
+    hint = f"\nIts names and shapes are those of {others}." if others else ""
+    raise UserError(
+        f"{path} has the names of {TITLES[naming]}, and {len(faults)} tensors do not fit {model.name}:\n"
+        + "\n".join(faults)
+        + hint
+    )
+
+
+def _fault(tensor: Tensor, shape: tuple[int, ...]) -> str:
+    if tensor.shape != shape:
+        return f"shape {_text(tensor.shape)} instead of {_text(shape)}"
+    array = tensor.array()
+    if array.dtype.kind != "f":
+        return f"values of type {tensor.dtype}"
+    return "" if np.isfinite(array).all() else "values that are not finite"
+
+
+def _fitting(tensors: Mapping[str, Tensor], naming: Naming) -> Iterator[str]:
+    """The variants that a state dict is of, whatever its classifier."""
+    options = ModelOptions(shortcut_norm=_SHORTCUT_NORM[naming])
+    for variant in VARIANTS.values():
+        expected = list(names(plan(variant.expansion, options), naming))
+        if {name.source for name in expected} != set(tensors):
+            continue
+        model = X3D(variant.expansion, 1, options)
+        shapes = {name: source_shape(tuple(weight.shape), name.kind) for name, weight in _weights(model, naming)}
+        if all(tensors[name.source].shape == shape for name, shape in shapes.items() if name.layer != _HEAD):
+            yield variant.name
+
+
+def _require_common_options(options: ModelOptions) -> None:
+    default = ModelOptions()
+    for name, value in vars(options).items():
+        common = name in _FREE_OPTIONS or value == getattr(default, name)
+        rule = f"be {getattr(default, name)!r} for a network that other implementations have"
+        require(common, f"ModelOptions.{name}", rule, value)
+
+
+def _match_shortcut_norms(
+    values: dict[str, np.ndarray], model: X3D, options: ModelOptions, naming: Naming
+) -> list[str]:
+    """Changes weights by layer name so that res2 has the shortcut of `options`, and says so."""
+    ours = {name.target for name in names(plan(model.expansion, model.options), naming)}
+    theirs = {name.target for name in names(plan(model.expansion, options), naming)}
+    notes = []
+    for layer in dict.fromkeys(target.rpartition("/")[0] for target in sorted(ours ^ theirs)):
+        block = layer.removesuffix("_shortcut_bn")
+        epsilon = model.get_layer(f"{block}_conv_c_bn").epsilon
+        if layer in {target.rpartition("/")[0] for target in ours}:
+            _fold(values, block, epsilon)
+            done = f"{layer} is folded into {block}_shortcut and {block}_conv_c_bn"
+        else:
+            width = len(values[f"{block}_conv_c_bn/gamma"])
+            values |= {f"{layer}/{name}": np.zeros(width) for name in ("beta", "moving_mean")}
+            values |= {
+                f"{layer}/moving_variance": np.ones(width),
+                f"{layer}/gamma": np.full(width, (1 + epsilon) ** 0.5),
+            }
+            done = f"{layer}, which this network does not have, is written as one that changes nothing"
+        notes.append(f"{done}: the same outputs for evaluation only; trained further, the networks differ")
+    return notes
+
+
+def _fold(values: dict[str, np.ndarray], block: str, epsilon: float) -> None:
+    """Takes the batch norm of a block's shortcut out: its scale into the convolution, its shift into the last norm."""
+    norm = {name: values.pop(f"{block}_shortcut_bn/{name}").astype(np.float64) for name in _NORM_WEIGHTS}
+    scale = norm["gamma"] / np.sqrt(norm["moving_variance"] + epsilon)
+    values[f"{block}_shortcut/kernel"] = values[f"{block}_shortcut/kernel"] * scale
+    values[f"{block}_conv_c_bn/beta"] = values[f"{block}_conv_c_bn/beta"] + norm["beta"] - norm["moving_mean"] * scale
+
+
+_NORM_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
+
+
+def _report(
+    path: Path,
+    naming: Naming,
+    pairs: Iterable[tuple[WeightName, Any]],
+    left: tuple[str, ...],
+    new: tuple[str, ...],
+    counters: int,
+    notes: list[str],
+) -> Report:
+    rows, weights = [], hashlib.sha256()
+    for name, weight in pairs:
+        value = np.asarray(weight, np.float32)
+        rows.append(Row(name.source, source_shape(value.shape, name.kind), name.target, value.shape))
+        weights.update(name.target.encode() + np.ascontiguousarray(value).tobytes())
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Report(str(path), naming, digest, tuple(rows), left, new, counters, weights.hexdigest(), tuple(notes))
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _list(items: tuple[str, ...]) -> str:
+    return ", ".join(items) or "nothing"
