@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from recipe import named_weights, recipe_weight
+from recipe import recipe_weight
 
 from x3d_tf.modeling.architecture import ModelOptions, plan
-from x3d_tf.modeling.checkpoints import Naming, WeightName, names, to_ours
+from x3d_tf.modeling.checkpoints import Naming, WeightName, names
 from x3d_tf.modeling.expansion import Expansion, as_expansion
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _import() -> tuple[Any, Any]:
 
 x3d, efficient_x3d = _import()
 
-# As pytorchvideo publishes XS to M. For L its documentation has the depth; XL is PySlowFast's, by its width there.
+# XS to M as pytorchvideo publishes them, L with the depth that its builder's text gives, XL with the paper's width.
 SETTINGS: dict[str, dict[str, Any]] = {
     "x3d_xs": {"input_clip_length": 4, "input_crop_size": 160},
     "x3d_s": {"input_clip_length": 13, "input_crop_size": 160},
@@ -57,7 +57,7 @@ class Reference:
     Attributes:
         network: which of ours is the same.
         naming: of its weights.
-        model: from normalised clips (N, 3, T, H, W) to logits.
+        model: from normalised clips (N, 3, T, H, W) to logits, or to probabilities if it was made so.
         stages: those of its modules whose outputs have a name in our networks.
     """
 
@@ -156,13 +156,10 @@ def mobile(name: str, *, num_classes: int = 400, double: bool = False) -> Refere
     return _with_recipe_weights(reference, double)
 
 
-def _options(naming: Naming) -> ModelOptions:
-    return ModelOptions(shortcut_norm="on_width_change" if naming == "pytorchvideo" else "always")
-
-
 def named(reference: Reference) -> list[tuple[WeightName, WeightName]]:
     """Each weight as PySlowFast names it, which the recipe goes by, and as the reference does."""
-    architecture = plan(as_expansion(reference.network), _options(reference.naming))
+    options = ModelOptions(shortcut_norm="on_width_change" if reference.naming == "pytorchvideo" else "always")
+    architecture = plan(as_expansion(reference.network), options)
     return list(zip(names(architecture, "slowfast"), names(architecture, reference.naming), strict=True))
 
 
@@ -178,13 +175,11 @@ def _with_recipe_weights(reference: Reference, double: bool) -> Reference:
 
 
 def imported(reference: Reference, folder: Path, head_pool: str) -> "X3D":
-    """Our network with the reference's weights."""
-    from x3d_tf import build_x3d
+    """Our network with the reference's weights, all of them, by way of a file."""
+    from x3d_tf.modeling.conversion import import_checkpoint
 
-    state = reference.state()
-    *_, last_bias = state.values()
-    shortcut_norm = _options(reference.naming).shortcut_norm
-    model = build_x3d(reference.network, len(last_bias), shortcut_norm=shortcut_norm, head_pool=head_pool)
-    for name, variable in named_weights(model, reference.naming):
-        variable.assign(to_ours(state[name.source], name.kind))
+    path = folder / "reference.pyth"
+    torch.save({"model_state": reference.model.state_dict()}, path)
+    model, report = import_checkpoint(path, reference.network, head_pool=head_pool)
+    assert (report.naming, report.left, report.new) == (reference.naming, (), ())
     return model
