@@ -11,7 +11,6 @@ import tensorflow as tf
 from recipe import assert_close, assert_probes, clips, give_recipe_weights, named_weights, recipe_weight
 
 from x3d_tf import X3D, Expansion, build_x3d
-from x3d_tf.modeling.checkpoints import to_ours, to_source
 from x3d_tf.training.optimizer import SGD
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -32,21 +31,6 @@ def xs(size: int, **options: Any) -> X3D:
     model = build_x3d(expansion, num_classes=7, dropout=0.0, **options)
     give_recipe_weights(model)
     return model
-
-
-def test_the_table_names_every_weight_once() -> None:
-    model = build_x3d(Expansion(gamma_b=2.25), num_classes=7)
-    named = {id(variable) for _, variable in named_weights(model)}
-    weights = [v for v in model.weights if "seed_generator" not in v.path]
-    assert named == {id(variable) for variable in weights}
-    assert len(named_weights(model)) == len(weights)
-
-
-def test_layouts_return() -> None:
-    draw = np.random.default_rng(0)
-    for kind, shape in (("conv", (4, 3, 1, 3, 3)), ("channelwise", (4, 1, 5, 3, 3)), ("pointwise", (4, 3, 1, 1, 1))):
-        array = draw.standard_normal(shape)
-        np.testing.assert_array_equal(to_source(to_ours(array, kind), kind), array)  # type: ignore[arg-type]
 
 
 def test_recipe_is_read_right() -> None:

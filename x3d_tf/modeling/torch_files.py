@@ -6,6 +6,7 @@ takes about as much memory as the file has bytes, whatever the file claims.
 """
 
 import io
+import math
 import pickletools
 import struct
 import sys
@@ -23,6 +24,7 @@ from x3d_tf._files import write_whole
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of PyTorch before 1.6
 _LIMIT = 8 * 2**30  # bytes of a file; ten times the training checkpoint of the largest network
 _INSTRUCTIONS = 2_000_000  # of a pickle; a training checkpoint of X3D-XXL has a fifth of that
+_DIRECTORY = 16 * 2**20  # bytes of a zip file's list of its parts; a training checkpoint of X3D-XXL has half a million
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype("<f8"),
@@ -45,6 +47,19 @@ _KNOWN = _STORAGES | {_ORDERED_DICT, _TENSOR, _PARAMETER}
 
 class _Malformed(ValueError):
     """What a file says makes no sense; without the file's name, which the caller adds."""
+
+
+# What the readers of zip files, numbers and texts raise on damaged ones.
+_DAMAGED = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass
@@ -78,10 +93,15 @@ class Tensor:
         """Its values; bfloat16 as float32, which holds them exactly."""
         assert self.storage.data is not None
         flat = np.frombuffer(self.storage.data, _DTYPES[self.storage.kind])
-        if self.storage.kind == "BFloat16Storage":
-            flat = (flat.astype(np.uint32) << 16).view(np.float32)
         strides = tuple(stride * flat.itemsize for stride in self.strides)
-        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides, writeable=False)
+        values = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides, writeable=False)
+        if self.storage.kind == "BFloat16Storage":
+            wide = values.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
+        if self.storage.kind == "BoolStorage":  # any byte but 0 is true; NumPy trusts its own to be 0 or 1
+            return values.view(np.uint8).astype(bool)
+        return values
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -90,7 +110,8 @@ def read_checkpoint(path: str | Path) -> Any:
     Nothing in the file is executed.
 
     Returns:
-        Dicts, lists, tuples, texts, numbers and, for tensors and parameters, `Tensor`s.
+        Dicts, lists, tuples, texts, numbers and, for tensors and parameters, `Tensor`s. As in any pickle a list or
+        dict may contain itself, or one thing many times: who walks through it has to bound the depth.
 
     Raises:
         UserError: not such a file; a damaged one; or one with anything else in it.
@@ -100,6 +121,10 @@ def read_checkpoint(path: str | Path) -> Any:
         size = path.stat().st_size
         if size > _LIMIT:
             raise _Malformed(f"it has {size} bytes, and no checkpoint of X3D has more than {_LIMIT}")
+        if path.is_dir():
+            raise IsADirectoryError
+        if not path.is_file():  # a pipe or device, which has no size
+            raise _Malformed("it is no regular file")
         if zipfile.is_zipfile(path):
             return _read_zip(path, size)
         return _read_legacy(path)
@@ -107,12 +132,30 @@ def read_checkpoint(path: str | Path) -> Any:
         raise UserError(f"{path}: no such checkpoint") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, not a checkpoint file") from error
-    except (ValueError, OSError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be taken for a PyTorch checkpoint: {error}") from error
+    except _DAMAGED as error:
+        reason = str(error)[:1000] or type(error).__name__  # it may quote the file
+        raise UserError(f"{path} cannot be taken for a PyTorch checkpoint: {reason}") from error
+
+
+class _BoundedFile(io.FileIO):
+    """A file of which no more than `piece` bytes can be asked for at once.
+
+    A zip file's list of its parts is read at once, and makes objects of ten times its size.
+    """
+
+    def __init__(self, path: Path, piece: int) -> None:
+        super().__init__(path)
+        self.piece = piece
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.piece:
+            raise _Malformed(f"its list of parts has {size} bytes, and no checkpoint of X3D has more than {self.piece}")
+        return super().read(size)
 
 
 def _read_zip(path: Path, size: int) -> Any:
-    with zipfile.ZipFile(path) as archive:
+    with _BoundedFile(path, _DIRECTORY) as file, zipfile.ZipFile(file) as archive:
+        file.piece = _LIMIT  # below, no part is larger than the file
         members = archive.infolist()
         for member in members:
             stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
@@ -122,7 +165,7 @@ def _read_zip(path: Path, size: int) -> Any:
             raise _Malformed("its parts are larger than the file")
         roots = [member.filename[: -len("data.pkl")] for member in members if member.filename.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise _Malformed("it is a zip file without a data.pkl")
+            raise _Malformed(f"it is a zip file with {len(roots) or 'no'} data.pkl")
         by_name = {member.filename: member for member in members}
         byteorder = by_name.get(f"{roots[0]}byteorder")
         if byteorder and archive.read(byteorder).strip() != b"little":
@@ -133,7 +176,7 @@ def _read_zip(path: Path, size: int) -> Any:
             part = by_name.get(f"{roots[0]}data/{key}")
             if part is None or part.file_size != storage.size:
                 found = "is missing" if part is None else f"has {part.file_size} bytes"
-                raise _Malformed(f"its part data/{key} {found}, and {storage.size} are announced")
+                raise _Malformed(f"its part {f'data/{key}'!r} {found}, and {storage.size} are announced")
             storage.data = memoryview(archive.read(part))
         return content
 
@@ -156,14 +199,15 @@ def _read_legacy(path: Path) -> Any:
         raise _Malformed("its numbers are not little-endian")
     content = _unpickle(stream, storages.of)
     keys = _unpickle(stream, storages.of)
-    if not isinstance(keys, list) or set(map(str, keys)) != set(storages):
+    known = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not known or sorted(keys) != sorted(storages):
         raise _Malformed("its tensors and its list of their values do not agree")
     position = stream.tell()
-    for key in map(str, keys):
+    for key in keys:
         storage = storages[key]
         start = position + 8  # after the number of entries
         if data[position:start] != struct.pack("<q", storage.entries) or start + storage.size > len(data):
-            raise _Malformed(f"the values of its tensor {key} are cut off")
+            raise _Malformed(f"the values of its tensor {key!r} are cut off")
         storage.data = memoryview(data)[start : start + storage.size]
         position = start + storage.size
     return content
@@ -192,7 +236,7 @@ class _Global:
     name: tuple[str, str]
 
 
-class _Ordered(dict[Any, Any]):
+class _OrderedDict(dict[Any, Any]):
     """Stands for an OrderedDict; a state dict is one, with an attribute that says nothing of the weights."""
 
 
@@ -234,10 +278,10 @@ class _Machine:
         return value
 
     def pop_to_mark(self) -> list[Any]:
-        start = max(index for index, value in enumerate(self.stack) if value is _MARK)
-        values = self.stack[start + 1 :]
-        del self.stack[start:]
-        return values
+        values = []
+        while (value := self.stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]
 
     def step(self, opcode: str, argument: Any) -> None:
         """Carries out one instruction."""
@@ -276,26 +320,28 @@ class _Machine:
             push(self._reduce(function, arguments))
         elif opcode == "BUILD":  # attributes of a state dict: the versions of its modules
             self.pop()
-            self._last(_Ordered)
+            self._last(_OrderedDict)
         else:
             raise _Malformed(f"its pickle has the instruction {opcode}, which no checkpoint of tensors needs")
 
     def _last(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
-            raise _Malformed(f"its pickle is damaged: no {kind.__name__} where one should be")
+            raise _Malformed(f"its pickle is damaged: no {kind.__name__.removeprefix('_')} where one should be")
         return self.stack[-1]
 
     @staticmethod
     def _set(target: dict[Any, Any], values: list[Any]) -> None:
-        if len(values) % 2 or not all(isinstance(key, str | int | float | None) for key in values[::2]):
+        if len(values) % 2 or not all(map(_is_key, values[::2])):
             raise _Malformed("its pickle has dicts whose keys are neither texts nor numbers")
         target.update(zip(values[::2], values[1::2]))
 
     @staticmethod
     def _global(name: list[Any]) -> _Global:
+        if not all(isinstance(part, str) for part in name):  # to hash or print what nests deeply ends Python
+            raise _Malformed("its pickle is damaged: a name that is no text")
         if tuple(name) not in _KNOWN:
             raise _Malformed(
-                f"it refers to {'.'.join(map(str, name))[:100]!r}, which is no number, text, list, dict or tensor. "
+                f"it refers to {'.'.join(name)[:100]!r}, which is no number, text, list, dict or tensor. "
                 "Nothing of it was run. Where you trust the file, save its state dict alone: "
                 'torch.save({"model_state": state_dict}, "weights.pyth")'
             )
@@ -305,12 +351,17 @@ class _Machine:
     def _reduce(function: Any, arguments: Any) -> Any:
         match function, arguments:
             case _Global(name), () if name == _ORDERED_DICT:
-                return _Ordered()
+                return _OrderedDict()
             case _Global(name), (_Storage() as storage, offset, tuple(shape), tuple(strides), *_) if name == _TENSOR:
                 return _tensor(storage, offset, shape, strides)
             case _Global(name), (Tensor() as tensor, *_) if name == _PARAMETER:
                 return tensor
         raise _Malformed("its pickle calls something in a way that PyTorch does not")
+
+
+def _is_key(key: Any) -> bool:
+    """Texts and numbers, but no huge ones: any number of those can be made with one hash, and a dict slow."""
+    return abs(key) < 2**60 if isinstance(key, int) else isinstance(key, str | float | None)
 
 
 def _without_globals(identity: Any) -> Any:
@@ -323,11 +374,10 @@ def _tensor(storage: _Storage, offset: Any, shape: tuple[Any, ...], strides: tup
     whole = all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers)
     if not whole or len(shape) != len(strides) or len(shape) > 8:
         raise _Malformed("it has a tensor whose shape is none")
-    entries = 1
-    for side in shape:
-        entries *= side
+    entries = math.prod(shape)
+    strides = tuple(stride if entries and side > 1 else 0 for side, stride in zip(shape, strides))  # others say nothing
     last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides)) if entries else offset - 1
-    if last >= storage.entries or entries > storage.entries:
+    if last >= storage.entries or entries > storage.entries or math.prod(filter(None, shape)) > _LIMIT:
         raise _Malformed(f"it has a tensor of shape {shape} in a storage of {storage.entries} numbers")
     return Tensor(storage, offset, shape, strides)
 
