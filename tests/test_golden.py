@@ -1,6 +1,5 @@
 """Equality with PySlowFast and pytorchvideo, through tensors that both computed in double precision."""
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from recipe import assert_close, assert_probes, clips, give_recipe_weights, named_weights, recipe_weight
 
 from x3d_tf import X3D, Expansion, build_x3d
-from x3d_tf.modeling.architecture import plan
-from x3d_tf.modeling.checkpoints import WeightName, names, source_shape, to_ours, to_source
 from x3d_tf.training.optimizer import SGD
-
-BOUND = 1e-8  # of the largest entry
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -29,49 +25,12 @@ def golden(shared_data: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def rng(name: str) -> np.random.Generator:
-    return np.random.default_rng(zlib.crc32(name.encode()))
-
-
-def clips(name: str, *shape: int) -> np.ndarray:
-    return rng(name).integers(0, 256, (*shape, 3), dtype=np.int64).astype(np.uint8)
-
-
-def recipe_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weight that both sides make from its name."""
-    draw = rng(name)
-    if name.endswith("running_var"):
-        return 0.5 + draw.random(shape)
-    if name.endswith("running_mean"):
-        return 0.1 * draw.standard_normal(shape)
-    if len(shape) >= 2:
-        return draw.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))
-    if name.endswith("c_bn.weight"):
-        return 0.1 + 0.2 * draw.random(shape)
-    if name.endswith("bn.weight"):
-        return 0.5 + draw.random(shape)
-    return 0.1 * draw.standard_normal(shape)
-
-
 def xs(size: int, **options: Any) -> X3D:
     """X3D-XS for a crop of `size` pixels, with the weights of the recipe."""
     expansion = Expansion(12, 5, size / 112, 1, 2.25, 2.2)
     model = build_x3d(expansion, num_classes=7, dropout=0.0, **options)
-    for name, variable in named_weights(model):
-        shape = source_shape(tuple(variable.shape), name.kind)
-        variable.assign(to_ours(recipe_weight(name.source, shape), name.kind))
+    give_recipe_weights(model)
     return model
-
-
-def named_weights(model: X3D) -> list[tuple[WeightName, keras.Variable]]:
-    slowfast = names(plan(model.expansion, model.options), "slowfast")
-    return [(name, getattr(model.get_layer(name.layer), name.weight)) for name in slowfast]
-
-
-def assert_close(actual: Any, expected: np.ndarray, bound: float = BOUND) -> None:
-    actual = np.asarray(actual)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= bound * np.abs(expected).max()
 
 
 def test_recipe_is_read_right() -> None:
@@ -100,18 +59,6 @@ def test_pytorchvideo(golden: dict[str, np.ndarray]) -> None:
     model = xs(72, shortcut_norm="on_width_change", head_pool="fixed_logits")
     assert_close(model(clips("clips/square", 2, 5, 72, 72)), golden["pytorchvideo/logits"])
     assert_close(model(clips("clips/large", 1, 5, 104, 104)), golden["pytorchvideo/logits_fixed"])
-
-
-def probes(name: WeightName, array: Any) -> tuple[np.ndarray, int]:
-    """Norm and two random projections of an array in PyTorch's layout, and its number of entries."""
-    array = to_source(np.asarray(array), name.kind)
-    draws = [rng(f"{name.source}/probe{i}").standard_normal(array.shape) for i in (0, 1)]
-    return np.array([np.linalg.norm(array), *(np.sum(draw * array) for draw in draws)]), array.size
-
-
-def assert_probes(name: WeightName, array: Any, expected: np.ndarray) -> None:
-    actual, entries = probes(name, array)
-    assert np.abs(actual - expected).max() <= BOUND * expected[0] * np.sqrt(entries), name.source
 
 
 def test_two_training_steps(golden: dict[str, np.ndarray]) -> None:
