@@ -29,9 +29,9 @@ class ModelOptions:
         shortcut_norm: batch norm on the projecting shortcuts: `always` (PySlowFast), or `on_width_change`
             (pytorchvideo, whose res2 has none).
         head_pool: what the head does with clips larger than the training crop. `global` averages all positions;
-            `fixed_probabilities` (PySlowFast) and `fixed_logits` (pytorchvideo) average over windows of the
-            training size, classify each and take the mean of the probabilities or of the logits. All agree at the
-            training crop.
+            `fixed_probabilities` (PySlowFast) and `fixed_logits` (pytorchvideo without its final softmax; with
+            it, `fixed_probabilities` too) average over windows of the training size and all frames, classify each
+            and take the mean of the probabilities or of the logits. All agree at the training crop.
         bn_group: clips that share batch-norm statistics in training.
         drop_connect: rate at which res5 drops a residual branch in training; linear over the stages below.
         dropout: rate before the classifier.

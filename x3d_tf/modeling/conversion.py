@@ -28,6 +28,9 @@ _HEAD_POOL: dict[Naming, Any] = dict.fromkeys(TITLES, "global") | {
     "slowfast": "fixed_probabilities",
     "pytorchvideo": "fixed_logits",
 }
+_POOLING_NOTE: dict[Naming, str] = {naming: f", as in {title}" for naming, title in TITLES.items()} | {
+    "pytorchvideo": ", as in pytorchvideo with head_activation=None; with its softmax, it is fixed_probabilities",
+}
 _FREE_OPTIONS = ("shortcut_norm", "head_pool", "bn_group", "drop_connect", "dropout")  # the rest decides the graph
 _WRAPPERS = ("model_state", "state_dict", "model")  # keys under which checkpoints keep their state dict
 _COUNTER = "num_batches_tracked"  # of each batch norm in PyTorch; nothing is computed from it
@@ -134,7 +137,7 @@ def import_checkpoint(
     _raise_misfits(pairs, {name: tensor for name, tensor in tensors.items() if name not in left}, naming, model, path)
     for name, weight in pairs:
         weight.assign(to_ours(tensors[name.source].array(), name.kind))
-    notes = [f"head: {options.head_pool} pooling" + ("" if head_pool else f", as in {TITLES[naming]}")]
+    notes = [f"head: {options.head_pool} pooling" + ("" if head_pool else _POOLING_NOTE.get(naming, ""))]
     rounded = sorted({tensors[name.source].dtype for name, _ in pairs} - {"float32"})
     notes += [f"values of type {', '.join(rounded)} are float32 here"] if rounded else []
     new = () if keep_head else tuple(name.target for name in names(plan(expansion), naming) if name.layer == _HEAD)
