@@ -15,10 +15,12 @@ from x3d_tf.modeling import conversion
 from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.checkpoints import NAMINGS, Naming, names, source_shape, to_ours
 from x3d_tf.modeling.conversion import export_checkpoint, import_checkpoint
+from x3d_tf.modeling.expansion import VARIANTS
 from x3d_tf.modeling.torch_files import read_checkpoint, write_checkpoint
 
 SMALL = Expansion(gamma_tau=1, gamma_t=2, gamma_s=64 / 112, gamma_w=1 / 3, gamma_b=2.25, gamma_d=0.4)
 CLASSES = 5
+NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
 State = dict[str, np.ndarray]
 
@@ -121,13 +123,19 @@ def test_the_report_names_every_tensor(tmp_path: Path) -> None:
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
     for name, value in state.items():
         if name.startswith("cls_head.fc2"):
-            assert f"left over there: {'cls_head.fc2.weight, cls_head.fc2.bias'}" in text
+            assert f"only there: {'cls_head.fc2.weight, cls_head.fc2.bias'}" in text
         elif "num_batches" not in name:
             assert lines[name][0] == "x".join(map(str, value.shape))
     assert lines["backbone.conv1_s.conv.weight"] == ["8x3x1x3x3", "conv1_xy/kernel", "1x3x3x3x8"]
-    assert "new here: fc2/kernel, fc2/bias" in text
+    assert "only here: fc2/kernel, fc2/bias" in text
     assert report.sha256 in text
     assert report.weights_sha256 in text
+
+
+def test_it_says_which_clips_the_network_is_for() -> None:
+    for variant, others in (("x3d_s", "x3d_xs, x3d_s, x3d_m have equal names and shapes"), ("x3d_xxl", "")):
+        note = conversion._clips_of(VARIANTS[variant].expansion)
+        assert note.endswith(others or "one in 2.5 of 30 a second")
 
 
 def test_a_fresh_classifier(tmp_path: Path) -> None:
@@ -180,7 +188,7 @@ def test_all_faults_are_listed(tmp_path: Path) -> None:
 def test_another_variant_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.pyth"
     export_checkpoint(build_x3d("x2d", num_classes=3), path, "slowfast")
-    with pytest.raises(UserError, match=r"Its names and shapes are those of x2d\."):
+    with pytest.raises(UserError, match=r"its names and shapes are those of x2d:"):
         import_checkpoint(path, SMALL)
 
 
@@ -227,6 +235,7 @@ def test_a_norm_on_a_shortcut_is_folded(trained: X3D, tmp_path: Path) -> None:
     report = export_checkpoint(trained, tmp_path / "a.pyth", "pytorchvideo")
     assert not any("branch1_norm" in row.source for row in report.rows if ".1.res_blocks" in row.source)
     assert "res2_0_shortcut_bn is folded" in str(report)
+    assert (report.left, report.new) == ((), tuple(f"res2_0_shortcut_bn/{name}" for name in NORM))
     assert "evaluation only" in str(report)
     assert "pytorchvideo pools by fixed_logits in its head, this network by global" in str(report)
     model, _ = import_checkpoint(tmp_path / "a.pyth", SMALL, head_pool="global")
@@ -239,6 +248,8 @@ def test_a_norm_that_changes_nothing(tmp_path: Path) -> None:
     model = fill(build_x3d(SMALL, num_classes=CLASSES, shortcut_norm="on_width_change"))
     report = export_checkpoint(model, tmp_path / "a.pyth", "mmaction2")
     assert "res2_0_shortcut_bn, which this network does not have, is written as one that changes nothing" in str(report)
+    assert report.left == tuple(f"backbone.layer1.0.downsample.bn.{name}" for name in NORM.values())
+    assert report.new == ()
     returned, _ = import_checkpoint(tmp_path / "a.pyth", SMALL)
     assert returned.options.shortcut_norm == "always"
     for actual, expected in zip(outputs(returned), outputs(model)):

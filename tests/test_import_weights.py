@@ -43,8 +43,10 @@ def test_a_checkpoint_becomes_a_model_file_and_returns(
     run(checkpoint, variant="x2d", output=model)
     printed = capsys.readouterr().out
     assert "head.projection.weight" in printed
-    assert "left over there: nothing; new here: nothing" in printed
+    assert "only there: nothing; only here: nothing" in printed
+    assert "for clips of 1 frames of 112 x 112 pixels, one in 1 of 30 a second\n" in printed
     assert "named as those of Kinetics-400" in printed
+    assert f"--gin_bindings='TrainConfig.init=\"{model}\"'" in printed
     description = describe(model)
     assert description.class_names == kinetics_classes()
     assert description.options.head_pool == "fixed_probabilities"
@@ -74,7 +76,8 @@ def test_a_fresh_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"output": "a.keras"}, "--variant must be given: x2d, x3d_xs"),
+        ({"output": "a.keras"}, "--variant must name the checkpoint's network: x2d, x3d_xs"),
+        ({"output": ".", "variant": "x3d_s"}, "--output must be a file, got 'the folder .'"),
         ({"output": "a.h5", "variant": "x3d_s"}, "--output must end in .keras, got 'a.h5'"),
         (
             {"output": "a.keras", "variant": "x3d_s", "keep_head": False},

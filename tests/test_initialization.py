@@ -60,6 +60,14 @@ def test_a_network_without_classifier_is_enough(tmp_path: Path) -> None:
     assert start_from(network(("a", "b")), tmp_path / "features.keras").new == ("fc1", "fc2")
 
 
+def test_another_pooling_is_told(source: tuple[Path, x3d_tf.X3D]) -> None:
+    transfer = start_from(network(("a", "b"), head_pool="fixed_logits"), source[0])
+    assert (
+        "ModelOptions.head_pool, which larger clips in testing depend on, is global there and fixed_logits here"
+        in str(transfer)
+    )
+
+
 @pytest.mark.parametrize(
     ("expansion", "options", "layer"),
     [

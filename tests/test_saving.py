@@ -197,6 +197,17 @@ def test_a_bad_description_is_named(file: Path, change: dict | bytes | None, mes
     assert "copy.keras" in str(error.value)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_of_pytorch_are_sent_to_the_importer(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.pyth"
+    if zipped:
+        zipfile.ZipFile(path, "w").writestr("archive/data.pkl", b"")
+    else:
+        path.write_bytes(b"\x80\x02")
+    with pytest.raises(ValueError, match=rf"python -m x3d_tf\.import_weights {path} --variant="):
+        x3d_tf.load(path)
+
+
 def test_missing_weights_are_not_made_up(file: Path) -> None:
     import h5py
 

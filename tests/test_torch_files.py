@@ -342,7 +342,7 @@ def test_old_values_of_another_size_than_announced(counted: int, path: Path) -> 
 @pytest.mark.parametrize("announced", [13, 2**31, 2**63, 2**200])
 def test_an_old_file_that_announces_more_than_it_has(announced: int, path: Path) -> None:
     storage = Storage("FloatStorage", np.zeros(12, np.float32), announced)
-    refused(old_file(path, View(storage, 0, (0,), (1,))), "cannot be taken")
+    refused(old_file(path, View(storage, 0, (0,), (1,))), "damaged or no")
 
 
 @both_forms
@@ -582,14 +582,14 @@ def test_directories_that_lie(lie: dict[str, Any], path: Path) -> None:
         archive.writestr("weights/more", "")  # so that the directory is written anew
         for field, value in lie.items():
             setattr(archive.getinfo("weights/data/0"), field, value)
-    refused(path, "cannot be taken for a PyTorch checkpoint: .")
+    refused(path, "damaged or no PyTorch checkpoint: .")
 
 
 @pytest.mark.parametrize(("old", "new"), [(b"weights/data/0", b"weights/data/1"), (b"PK\3\4", b"PK\3\5")])
 def test_local_headers_that_lie(old: bytes, new: bytes, path: Path) -> None:
     data = zip_file(path, tensor("FloatStorage", np.ones(12, np.float32))).read_bytes()
     path.write_bytes(data.replace(old, new, 1))
-    refused(path, "cannot be taken for a PyTorch checkpoint: .")
+    refused(path, "damaged or no PyTorch checkpoint: .")
 
 
 def test_a_local_header_that_claims_to_be_long(path: Path) -> None:
@@ -640,7 +640,7 @@ def test_files_that_were_cut_off(write: Write, path: Path) -> None:
     }
     for length in lengths:
         path.write_bytes(whole[:length])
-        refused(path, "cut off" if write is zip_file and length > 1 else "cannot be taken")
+        refused(path, "cut off" if write is zip_file and length > 1 else "damaged or no")
 
 
 @both_forms
@@ -696,8 +696,8 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path / "model.keras", "a zip file with no data.pkl")
     refused(tmp_path, "is a folder")
     refused(tmp_path / "absent.pyth", "no such checkpoint")
-    refused(tmp_path / "empty" / "weights.pyth", "cannot be taken")
-    refused(tmp_path / ("long" * 100), "cannot be taken")
+    refused(tmp_path / "empty" / "weights.pyth", "damaged or no")
+    refused(tmp_path / ("long" * 100), "damaged or no")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")

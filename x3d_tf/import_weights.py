@@ -15,6 +15,7 @@ The outputs of a classifier of 400 classes get the names of Kinetics-400, which 
 letters; --classes gives others.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -49,15 +50,18 @@ def define_flags() -> None:
 def main(paths: list[str]) -> None:
     """Converts what the flags say."""
     require(len(paths) == 1, "the command line", "name one checkpoint, or with --to one model", paths)
-    output = Path(FLAGS.output)
+    source, output = Path(paths[0]), Path(FLAGS.output)
+    require(not output.is_dir(), "--output", "be a file", f"the folder {output}")
     if output.exists() and not FLAGS.overwrite:
         raise UserError(f"{output} exists; give another --output, or replace it with --overwrite")
     _check_flags(output)
+    if not source.exists():
+        raise UserError(f"{source}: no such {'model file or run folder' if FLAGS.to else 'checkpoint'}")
     _command.quiet_tensorflow()
     if FLAGS.to:
-        _to_pytorch(Path(paths[0]), output)
+        _to_pytorch(source, output)
     else:
-        _from_pytorch(Path(paths[0]), output)
+        _from_pytorch(source, output)
 
 
 def _check_flags(output: Path) -> None:
@@ -73,19 +77,19 @@ def _check_flags(output: Path) -> None:
             FLAGS.keep_head, "--keep_head", "not stand beside --to, which takes the model as it is", FLAGS.keep_head
         )
         return
-    require(FLAGS.variant is not None, "--variant", f"be given: {', '.join(VARIANTS)}", FLAGS.variant)
+    require(FLAGS.variant is not None, "--variant", f"name the checkpoint's network: {', '.join(VARIANTS)}", "nothing")
     require(output.suffix == ".keras", "--output", "end in .keras", FLAGS.output)
     head = FLAGS.keep_head or FLAGS.num_classes is not None
-    require(head, "--keep_head=false", "come with --num_classes, for the fresh classifier", FLAGS.num_classes)
+    require(head, "--keep_head=false", "come with --num_classes, for the fresh classifier", "it alone")
 
 
 def _from_pytorch(checkpoint: Path, output: Path) -> None:
+    names = read_classes(Path(FLAGS.classes)) if FLAGS.classes else None
     print(f"reading {checkpoint} and building {FLAGS.variant} ...", file=sys.stderr)
     from x3d_tf.modeling.conversion import import_checkpoint
     from x3d_tf.modeling.portable import portable
     from x3d_tf.modeling.saving import save
 
-    names = read_classes(Path(FLAGS.classes)) if FLAGS.classes else None
     model, report = import_checkpoint(
         checkpoint,
         FLAGS.variant,
@@ -103,12 +107,20 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
         print("classes: 400, so they are named as those of Kinetics-400; --classes gives other names")
     output.parent.mkdir(parents=True, exist_ok=True)
     save(portable(model, names), output, overwrite=True)
-    norm = model.options.shortcut_norm
     print(f"written: {output}")
-    print(
-        f"To train it further: --gin_bindings='TrainConfig.init=\"{output}\"'"
-        + (f" --gin_bindings='ModelOptions.shortcut_norm=\"{norm}\"'" if norm != "always" else "")
-    )
+    print("To train it further, on records of your own (python -m x3d_tf.build_records):")
+    print(_training(output, FLAGS.variant, model.options.shortcut_norm))
+
+
+def _training(model: Path, variant: str, shortcut_norm: str) -> str:
+    """The command that starts from an imported model."""
+    bindings = {"TrainConfig.init": str(model), "DatasetSpec.records": "data/mine"}
+    if shortcut_norm != "always":
+        bindings["ModelOptions.shortcut_norm"] = shortcut_norm
+    lines = [f"  python -m x3d_tf.train --gin_file=gin/{variant}.gin --gin_file=gin/data/records.gin"]
+    lines += ["--gin_file=gin/finetune.gin --workdir=runs/mine"]
+    lines += ["--gin_bindings=" + shlex.quote(f'{name}="{value}"') for name, value in bindings.items()]
+    return " \\\n    ".join(lines)
 
 
 def _to_pytorch(model: Path, output: Path) -> None:

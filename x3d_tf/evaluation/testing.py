@@ -1,6 +1,7 @@
 """Multi-view testing of a run or of a model file: from what is asked for to a report."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -125,7 +126,8 @@ class Measurement:
         unknown = [name for name in self.manifest.classes if name not in known]
         if unknown:
             raise UserError(
-                f"{folder} has classes that the model does not know: {', '.join(unknown)}; it knows {', '.join(known)}"
+                f"{folder} has {len(unknown)} classes that the model does not know: {_some(unknown)}; it knows "
+                f"{len(known)}: {_some(known)}. To know them, train from it (TrainConfig.init)"
             )
         task = self.model.task
         require(self.manifest.task == task, f"task of {folder}", f"be the model's, {task}", self.manifest.task)
@@ -324,3 +326,7 @@ def report_folder(run: RunFolder, dataset: DatasetSpec, views: int | str) -> Pat
     """Where the report of a test goes by itself; `views` is a number of centre clips, or says it in words."""
     words = f"{views}center" if isinstance(views, int) else views
     return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{words}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

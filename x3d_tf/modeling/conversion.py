@@ -29,7 +29,7 @@ _HEAD_POOL: dict[Naming, Any] = dict.fromkeys(TITLES, "global") | {
     "pytorchvideo": "fixed_logits",
 }
 _POOLING_NOTE: dict[Naming, str] = {naming: f", as in {title}" for naming, title in TITLES.items()} | {
-    "pytorchvideo": ", as in pytorchvideo with head_activation=None; with its softmax, it is fixed_probabilities",
+    "pytorchvideo": "; fixed_probabilities equals a pytorchvideo network that ends in its default softmax",
 }
 _FREE_OPTIONS = ("shortcut_norm", "head_pool", "bn_group", "drop_connect", "dropout")  # the rest decides the graph
 _WRAPPERS = ("model_state", "state_dict", "model")  # keys under which checkpoints keep their state dict
@@ -56,8 +56,8 @@ class Report:
         naming: whose names it has.
         sha256: of the file.
         rows: the weights that both sides have, in execution order.
-        left: tensors of the checkpoint that were not taken, beside the counters.
-        new: weights of the network that are fresh.
+        left: what only the checkpoint has, beside the counters: not taken, or written as a layer that changes nothing.
+        new: weights that only the network has: fresh, or folded into others.
         counters: `num_batches_tracked`s, ignored when read and written as 0.
         weights_sha256: of the values of `rows`, float32 in our layout: equal for equal weights under any names.
         notes: what else there is to know.
@@ -81,13 +81,11 @@ class Report:
         cells.insert(0, (TITLES[self.naming], "shape", "x3d_tf", "shape"))
         widths = [max(map(len, column)) for column in zip(*cells)]
         yield from ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
-        yield f"{len(self.rows)} tensors, each on both sides; left over there: {_list(self.left)}; new here: " + _list(
-            self.new
-        )
+        yield f"{len(self.rows)} tensors on both sides; only there: {_list(self.left)}; only here: {_list(self.new)}"
         yield f"{self.counters} {_COUNTER}: no weights, ignored by both"
         yield from self.notes
-        yield f"sha256 of the weights {self.weights_sha256}"
-        yield f"sha256 of {self.path} {self.sha256}"
+        yield f"sha256 of these weights' values {self.weights_sha256}"
+        yield f"sha256 of the file {self.path} {self.sha256}"
 
 
 def import_checkpoint(
@@ -140,6 +138,8 @@ def import_checkpoint(
     notes = [f"head: {options.head_pool} pooling" + ("" if head_pool else _POOLING_NOTE.get(naming, ""))]
     rounded = sorted({tensors[name.source].dtype for name, _ in pairs} - {"float32"})
     notes += [f"values of type {', '.join(rounded)} are float32 here"] if rounded else []
+    notes += [] if keep_head else [f"{_HEAD} is fresh: what the network says means nothing until it is trained"]
+    notes.append(_clips_of(expansion))
     new = () if keep_head else tuple(name.target for name in names(plan(expansion), naming) if name.layer == _HEAD)
     return model, _report(path, naming, pairs, left, new, len(counters), notes)
 
@@ -172,13 +172,17 @@ def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
             "clips larger than the training crop give other outputs there"
         )
     pairs = [(name, values[name.target]) for name in names(plan(model.expansion, options), naming)]
+    ours = [name.target for name in names(plan(model.expansion, model.options), naming)]
     state: dict[str, np.ndarray] = {}
     for name, value in pairs:
         state[name.source] = to_source(value.astype(np.float32), name.kind)
         if name.weight == "moving_variance":
             state[name.source.removesuffix("running_var") + _COUNTER] = np.zeros((), np.int64)
     write_checkpoint(path, state)
-    return _report(path, naming, pairs, (), (), len(state) - len(pairs), notes)
+    common = [(name, value) for name, value in pairs if name.target in set(ours)]
+    left = tuple(name.source for name, _ in pairs if name.target not in set(ours))
+    new = tuple(target for target in ours if target not in values)
+    return _report(path, naming, common, left, new, len(state) - len(pairs), notes)
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -251,11 +255,10 @@ def _raise_misfits(
     if not faults:
         return
     others = ", ".join(_fitting(tensors, naming))
-    hint = f"\nIts names and shapes are those of {others}." if others else ""
+    hint = f"; its names and shapes are those of {others}" if others else ""
     raise UserError(
-        f"{path} has the names of {TITLES[naming]}, and {len(faults)} tensors do not fit {model.name}:\n"
+        f"{path} has the names of {TITLES[naming]}, and {len(faults)} tensors do not fit {model.name}{hint}:\n"
         + "\n".join(faults)
-        + hint
     )
 
 
@@ -279,6 +282,22 @@ def _fitting(tensors: Mapping[str, Tensor], naming: Naming) -> Iterator[str]:
         shapes = {name: source_shape(tuple(weight.shape), name.kind) for name, weight in _weights(model, naming)}
         if all(tensors[name.source].shape == shape for name, shape in shapes.items() if name.layer != _HEAD):
             yield variant.name
+
+
+def _clips_of(expansion: Expansion) -> str:
+    """The clips of the network, of which no weight tells, and the variants that differ by them alone."""
+    clip, widths = expansion.clip, ("gamma_w", "gamma_b", "gamma_d")
+    alike = [
+        variant.name
+        for variant in VARIANTS.values()
+        if all(getattr(variant.expansion, name) == getattr(expansion, name) for name in widths)
+    ]
+    of = f"for clips of {clip.frames} frames of {clip.size} x {clip.size} pixels, one in {clip.stride:g} of 30 a second"
+    if len(alike) < 2:
+        return of
+    return (
+        f"{of}; the file does not tell whether it was trained on such: {', '.join(alike)} have equal names and shapes"
+    )
 
 
 def _require_common_options(options: ModelOptions) -> None:

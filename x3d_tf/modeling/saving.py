@@ -112,14 +112,17 @@ def describe(path: str | Path) -> Description:
             member = archive.getinfo(MEMBER)
             require(member.file_size <= _MEMBER_LIMIT, f"{MEMBER} in {path}", "be under 64 MiB", member.file_size)
             return Description.from_json(archive.read(member))
-    except KeyError as error:
-        raise UserError(
-            f"{path} has no {MEMBER}: it was not written by x3d_tf.save(model, path). Save it so where the model is "
-            "at hand"
-        ) from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except _UNREADABLE as error:
+        if path.suffix in (".pyth", ".pth", ".pt"):
+            advice = f"python -m x3d_tf.import_weights {path} --variant=... makes a model file of PyTorch's weights"
+            raise UserError(f"{path} is not a .keras file; {advice}") from error
+        if isinstance(error, KeyError):
+            advice = "Save it so where the model is at hand"
+            raise UserError(
+                f"{path} has no {MEMBER}: it was not written by x3d_tf.save(model, path). {advice}"
+            ) from error
         raise UserError(f"{path} is not a .keras file: {error}") from error
 
 

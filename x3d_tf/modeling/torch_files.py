@@ -134,7 +134,7 @@ def read_checkpoint(path: str | Path) -> Any:
         raise UserError(f"{path} is a folder, not a checkpoint file") from error
     except _DAMAGED as error:
         reason = str(error)[:1000] or type(error).__name__  # it may quote the file
-        raise UserError(f"{path} cannot be taken for a PyTorch checkpoint: {reason}") from error
+        raise UserError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from error
 
 
 class _BoundedFile(io.FileIO):

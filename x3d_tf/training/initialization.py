@@ -11,17 +11,29 @@ from x3d_tf.modeling.x3d import X3D
 
 @dataclass(frozen=True)
 class Transfer:
-    """Which layers of a network have weights of another now, and which are as they were."""
+    """Which layers of a network have weights of another now, and which are as they were.
+
+    Attributes:
+        source: where the other network was read from.
+        taken, new: names of layers.
+        head_pools: of the other network and of this one, where they differ.
+    """
 
     source: str
     taken: tuple[str, ...]
     new: tuple[str, ...]
+    head_pools: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         new = ", ".join(self.new) if self.new else "nothing"
-        return (
+        text = (
             f"weights of {self.source}: {len(self.taken)} layers taken, {self.taken[0]} to {self.taken[-1]}; new: {new}"
         )
+        if self.head_pools:
+            text += "\nModelOptions.head_pool, which larger clips in testing depend on, is {} there and {} here".format(
+                *self.head_pools
+            )
+        return text
 
 
 def start_from(model: X3D, source: str | Path) -> Transfer:
@@ -49,7 +61,8 @@ def start_from(model: X3D, source: str | Path) -> Transfer:
     for name in taken:
         for target, weight in zip(ours[name].weights, theirs[name].weights):
             target.assign(weight)
-    return Transfer(str(source), tuple(taken), tuple(new))
+    pools = (other.options.head_pool, model.options.head_pool)
+    return Transfer(str(source), tuple(taken), tuple(new), pools if pools[0] != pools[1] else None)
 
 
 def _raise_misfits(model: X3D, other: X3D, source: str, wanted: list[str]) -> None:

@@ -250,7 +250,8 @@ class Trainer:
         devices, config = self.strategy.num_replicas_in_sync, self.config
         macs = cost(config.expansion, num_classes=self.model.num_classes, options=config.model).macs
         reference = config.recipe.reference_batch
-        scaled = f" (Recipe.steps = {config.recipe.steps} of {reference})" if reference != self.batch else ""
+        scaled = f" (Recipe.steps = {config.recipe.steps} is of Recipe.reference_batch = {reference})"
+        scaled = scaled if reference != self.batch else ""
         return (
             f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on {devices} "
             f"device{'s' if devices > 1 else ''}: {self.steps} steps of {self.batch} clips{scaled}"
