@@ -9,8 +9,8 @@ metadata "labels" and "card" of ONNX, and as runtime information of those names 
 
 ONNX takes tf2onnx, OpenVINO takes openvino: pip install 'x3d_tf[onnx,openvino]'. Both files are of the network's folded
 inference form. What Keras' exporters make of other forms does not do: of a normalisation layer the ONNX one makes two
-further inputs, its mean and its variance, which a caller would have to feed. And to OpenVINO's graph every swish adds an
-output, which is taken off here.
+further inputs, its mean and its variance, which a caller would have to feed. And to OpenVINO's graph every swish adds
+an output, which is taken off here.
 """
 
 import importlib.util

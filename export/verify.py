@@ -274,19 +274,18 @@ def _time(
     rounds: int,
     bar: Any,
 ) -> None:
-    """Fills in how long one clip takes. All take turns; a first call of each, which may compile, is not counted."""
+    """Fills in how long one clip takes; all take turns."""
     seconds: dict[tuple[Artefact, int], list[float]] = {}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for artefact, row in rows.items():
             for count in threads if row.max_difference is not None else ():
                 bar.set_postfix_str(artefact.path.name)
                 with _noting(row):
                     taken = workers.seconds(artefact, count, clips)
-                    seconds.setdefault((artefact, count), []).extend([taken] if number else [])
-                bar.update(number > 0)
+                    seconds.setdefault((artefact, count), []).append(taken)
+                bar.update()
     for (artefact, count), taken_by_round in seconds.items():
-        if taken_by_round:
-            rows[artefact].milliseconds[count] = 1000 * statistics.median(taken_by_round)
+        rows[artefact].milliseconds[count] = 1000 * statistics.median(taken_by_round)
 
 
 def table(rows: Sequence[Row], folder: Path, clips: int) -> list[str]:

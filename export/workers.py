@@ -59,7 +59,7 @@ class Workers:
         return np.concatenate([self._ask(artefact, threads, "probabilities", part) for part in parts])
 
     def seconds(self, artefact: Artefact, threads: int, clips: NDArray[np.uint8]) -> float:
-        """How long one call takes, for each of its clips."""
+        """How long one call takes, for each of its clips, right after another one."""
         return self._ask(artefact, threads, "seconds", clips)
 
     def _ask(self, artefact: Artefact, threads: int, *question: Any) -> Any:
@@ -119,6 +119,7 @@ def _opened(runner: Runner) -> Opened:
 
 def _seconds(runner: Runner, clips: NDArray[np.uint8]) -> float:
     batch = clips.take(range(runner.batch or 1), axis=0, mode="wrap")
+    runner(batch)  # not counted: threads of whatever ran before may still spin, and caches are its
     start = time.perf_counter()
     runner(batch)
     return (time.perf_counter() - start) / len(batch)
