@@ -160,8 +160,8 @@ def export_tflite(
 def calibration_clips(source: "Source", calibration: Calibration, batch: int) -> NDArray[np.uint8]:
     """Clips as training sees them, at random times, scales and places: uint8 (calls, batch, T, S, S, 3).
 
-    One pixel each of the first clip is made black and white, so that the pixels' range is 0..255 for sure: only then
-    is a byte its own quantised value.
+    One pixel of the first clip is made black and one white, in all frames: the pixels' range is 0..255 then, so that a
+    byte is its own quantised value, and no difference between frames grows.
 
     Raises:
         UserError: no records there, no such split, or damaged ones.
@@ -190,7 +190,7 @@ def calibration_clips(source: "Source", calibration: Calibration, batch: int) ->
                 for clip, _ in tqdm(drawn, "calibration clips", calls * batch, leave=False, disable=None)
             ]
         )
-    clips[0, 0, 0, :2] = [[0] * 3, [255] * 3]
+    clips[0, :, 0, :2] = [[0] * 3, [255] * 3]
     return clips.reshape(calls, batch, *clips.shape[1:])
 
 
