@@ -10,6 +10,7 @@ faster, and change no probability by more than 1e-5:
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import keras
@@ -125,18 +126,19 @@ class DeployedParts:
 
     def mean(self, x: Any, name: str) -> Any:
         frames = layers.GlobalAveragePooling2D(name=name)(x)
-        return ops.mean(ops.reshape(frames, (self.frames, -1, x.shape[-1])), axis=0)
+        return ops.mean(ops.reshape(frames, (self.frames, self._of_all(), x.shape[-1])), axis=0)
 
     def scaled(self, x: Any, scale: Any, name: str) -> Any:
         _, h, w, c = x.shape
         if self.batch == 1:
             return ops.multiply(x, ops.reshape(scale, (1, 1, 1, c)))
-        rows, scale = ops.reshape(x, (self.frames, -1, h * w, c)), ops.reshape(scale, (1, -1, 1, c))
+        rows = ops.reshape(x, (self.frames, self._of_all(), h * w, c))
+        scale = ops.reshape(scale, (1, self._of_all(), 1, c))
         return self._images(ops.multiply(rows, scale), x)
 
     def clips(self, x: Any) -> Any:
         """The tensor as (N, T, H, W, C)."""
-        x = ops.reshape(x, (self.frames, -1, *x.shape[1:]))
+        x = ops.reshape(x, (self.frames, self._of_all(), *x.shape[1:]))
         return ops.transpose(x, (1, 0, 2, 3, 4))
 
     def drop_branch(self, x: Any, rate: float, name: str) -> Any:
@@ -158,16 +160,21 @@ class DeployedParts:
 
     def _rows(self, x: Any) -> Any:
         """(T N, H, W, C) -> (T, N H W C)."""
-        return ops.reshape(x, (self.frames, -1))
+        return ops.reshape(x, (self.frames, self._of_all(*x.shape[1:])))
 
     def _times(self, x: Any) -> Any:
         """(T N, H, W, C) -> (1, T, N H W, C), whose rows are moments."""
-        return ops.reshape(x, (1, self.frames, -1, x.shape[-1]))
+        _, h, w, c = x.shape
+        return ops.reshape(x, (1, self.frames, self._of_all(h, w), c))
 
     def _images(self, x: Any, like: Any, channels: int | None = None) -> Any:
         """Back to (T N, H, W, C), of the sides of another tensor."""
         _, h, w, c = like.shape
-        return ops.reshape(x, (self.frames * self.batch if self.batch else -1, h, w, channels or c))
+        return ops.reshape(x, (self._of_all(self.frames), h, w, channels or c))
+
+    def _of_all(self, *sizes: int) -> int:
+        """N times the product of the sizes; -1 where N is open."""
+        return math.prod(sizes) * self.batch if self.batch else -1
 
     def _shifted(self, x: Any, shift: int) -> Any:
         """Moved `shift` frames forward in time, zeros coming in."""
@@ -181,8 +188,8 @@ class DeployedParts:
 
 def _time_major(clips: Any) -> Any:
     """(N, T, H, W, C) -> (T N, H, W, C)."""
-    n, _, *image = clips.shape
-    return ops.reshape(clips if n == 1 else ops.transpose(clips, (1, 0, 2, 3, 4)), (-1, *image))
+    n, t, *image = clips.shape
+    return ops.reshape(clips if n == 1 else ops.transpose(clips, (1, 0, 2, 3, 4)), (n * t if n else -1, *image))
 
 
 def _padded(x: Any, kernel: tuple[int, ...], value: float) -> Any:
