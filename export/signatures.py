@@ -9,6 +9,7 @@ All take any number of clips N and give
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
@@ -63,8 +64,8 @@ class Signatures(tf.Module):
 
         self.serving_default, self.float_clips, self.encoded_frames = serving_default, float_clips, encoded_frames
 
-    def by_name(self) -> dict[str, Callable[..., Answer]]:
-        """The signatures as `tf.saved_model.save` takes them."""
+    def by_name(self) -> dict[str, Any]:
+        """The signatures, `tf.function`s, as `tf.saved_model.save` takes them."""
         return {name: getattr(self, name) for name in ("serving_default", "float_clips", "encoded_frames")}
 
 
@@ -153,9 +154,7 @@ def _ends(file: tf.Tensor, with_: bytes) -> tf.Tensor:
     def anywhere() -> tf.Tensor:
         content = tf.io.decode_raw(file, tf.uint8)
         places = tf.size(content) - len(with_) + 1
-        return tf.reduce_any(
-            tf.reduce_all([content[i : places + i] == value for i, value in enumerate(with_)], axis=0)
-        )
+        return tf.reduce_any(tf.reduce_all([content[i : places + i] == value for i, value in enumerate(with_)], axis=0))
 
     length = tf.strings.length(file)
     at_end = tf.equal(tf.strings.substr(file, tf.maximum(length - len(with_), 0), len(with_)), with_)
