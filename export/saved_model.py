@@ -169,7 +169,7 @@ def _write_warmup(path: Path, source: "Source", model: str) -> None:
 
 
 def prediction_log(model: str, signature: str, name: str, tensor: bytes) -> bytes:
-    """A `tensorflow.serving.PredictionLog` of one request, spelt out, for its Python classes are in a package of their own.
+    """A `tensorflow.serving.PredictionLog` of one request, spelt out: its classes are in a package of their own.
 
     Args:
         model, signature: what is asked.

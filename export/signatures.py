@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import ViewSpec
-from x3d_tf.modeling.portable import portable
+from x3d_tf.modeling.deployed import deployed
 
 from .models import Source
 
@@ -42,7 +42,7 @@ class Signatures(tf.Module):
     def __init__(self, source: Source, labels: Path) -> None:
         """T and S are the network's clip, whose frames are scaled and cropped as in testing."""
         super().__init__()
-        network = portable(source.model, source.class_names)
+        network = deployed(source.model)
         answer = _answering(lambda clips: network(clips, training=False), source.class_names)
         frames, views = source.model.clip.frames, source.views
         shape = (None, frames, views.crop, views.crop, 3)
@@ -75,7 +75,8 @@ def _answering(network: Callable[[tf.Tensor], tf.Tensor], class_names: Sequence[
 
     @tf.function  # one, so that the network is in the file once
     def answer(clips: tf.Tensor) -> Answer:
-        probabilities = network(clips)
+        with tf.control_dependencies([tf.debugging.Assert(tf.shape(clips)[0] > 0, ["there must be a clip, got none"])]):
+            probabilities = network(tf.identity(clips))
         highest, places = tf.math.top_k(probabilities, count)
         names = tf.gather(tf.constant([name.encode() for name in class_names]), places)
         return {"probabilities": probabilities, "top_classes": names, "top_probabilities": highest}

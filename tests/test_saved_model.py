@@ -79,16 +79,6 @@ def test_clips_of_both_types(loaded: Any, network: x3d_tf.X3D, count: int) -> No
         np.testing.assert_allclose(answer["top_probabilities"], np.take_along_axis(probabilities, order, 1), atol=1e-5)
 
 
-def test_no_clips(loaded: Any) -> None:
-    answer = loaded.signatures["serving_default"](clips=tf.zeros((0, FRAMES, SIZE, SIZE, 3), tf.uint8))
-    assert {key: value.shape for key, value in answer.items()} == {
-        "probabilities": (0, 6),
-        "top_classes": (0, 5),
-        "top_probabilities": (0, 5),
-    }
-    assert loaded.signatures["encoded_frames"](frames=tf.zeros((0, FRAMES), tf.string))["probabilities"].shape == (0, 6)
-
-
 def test_values_between_whole_ones_are_not_rounded(loaded: Any, network: x3d_tf.X3D) -> None:
     given = clips(1).astype(np.float32) * 0.5 + 0.25
     answer = loaded.signatures["float_clips"](clips=tf.constant(given))["probabilities"]
@@ -180,6 +170,8 @@ def test_broken_images_are_errors(loaded: Any, broken: bytes, message: str) -> N
         ("serving_default", np.zeros((1, FRAMES, SIZE, SIZE, 3), np.float32), "expected to be a uint8 tensor"),
         ("float_clips", np.zeros((1, FRAMES + 1, SIZE, SIZE, 3), np.float32), r"\[1,5,48,48,3\]"),
         ("float_clips", np.zeros((1, FRAMES, SIZE, SIZE, 3), np.uint8), "expected to be a float tensor"),
+        ("serving_default", np.zeros((0, FRAMES, SIZE, SIZE, 3), np.uint8), "there must be a clip, got none"),
+        ("encoded_frames", np.full((0, FRAMES), b""), "there must be a clip, got none"),
         ("encoded_frames", np.full((FRAMES,), b""), r"Shape of tensor frames \[4\]"),
         ("encoded_frames", np.full((1, FRAMES - 1), b""), r"Shape of tensor frames \[1,3\]"),
     ],
