@@ -36,7 +36,7 @@ from x3d_tf.modeling.expansion import ClipSpec
 FLAGS = flags.FLAGS
 
 SIGNATURE = "encoded_frames"
-_SHORT_SIDE = 256  # pixels, of the frames that are sent: those of records. The server scales them further.
+_SHORT_SIDE = 256  # pixels, of the frames of records
 _REQUESTS = 4  # at a time
 _TOP = 5
 
@@ -84,6 +84,9 @@ def define_flags() -> None:
     flags.DEFINE_string("rest", None, "The server's REST address, http://HOST:PORT.")
     flags.DEFINE_string("model", None, "The model's name at the server; its folder's, beside the card, unless given.")
     flags.DEFINE_integer("views", 10, "Clips of each video.", lower_bound=1)
+    flags.DEFINE_integer(
+        "short_side", None, "Pixels to which larger frames are scaled, as in the records.", lower_bound=1
+    )
     flags.DEFINE_float("timeout", 60.0, "Seconds to wait for an answer.")
 
 
@@ -98,7 +101,7 @@ def main(videos: list[str]) -> None:
     failures = 0
     for video in videos:
         try:
-            clips = encoded_clips(Path(video), contract, FLAGS.views)
+            clips = encoded_clips(Path(video), contract, FLAGS.views, FLAGS.short_side)
         except VideoError as error:
             print(f"error: {error}", file=sys.stderr)
             failures += 1
@@ -108,10 +111,16 @@ def main(videos: list[str]) -> None:
         sys.exit(f"{failures} of {len(videos)} files could not be read")
 
 
-def encoded_clips(path: Path, contract: Contract, views: int) -> list[list[bytes]]:
+def encoded_clips(path: Path, contract: Contract, views: int, short_side: int | None = None) -> list[list[bytes]]:
     """Clips spread evenly over a video, as testing takes them: JPEG files of T frames each.
 
     Only the frames that are needed are encoded, as records would hold them.
+
+    Args:
+        path: the video.
+        contract: the model's.
+        views: clips, K.
+        short_side: pixels to which larger frames are scaled; 256, or the model's own if that is more, unless given.
 
     Raises:
         VideoError: the file is no video, or is damaged.
@@ -121,7 +130,7 @@ def encoded_clips(path: Path, contract: Contract, views: int) -> list[list[bytes
     starts = view_starts(info.delivered, fps, contract.clip, views)
     numbers = frame_indices(starts, info.delivered, fps, contract.clip, contract.frame_sampling)
     wanted, files = set(numbers.ravel().tolist()), {}
-    for number, frame in enumerate(read_frames(path, max(_SHORT_SIDE, contract.resize))):
+    for number, frame in enumerate(read_frames(path, short_side or max(_SHORT_SIDE, contract.resize))):
         last = number
         if number in wanted:
             files[number] = encode_jpeg(frame.pixels)
