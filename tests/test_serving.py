@@ -255,6 +255,34 @@ def test_clips_by_grpc(grpc_address: str) -> None:
     assert re.search(rf"Shape of tensor clips \[4,{TINY.clip.size},", caught.value.details())
 
 
+# ---- The page
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_examples_of_the_page(
+    place: int,
+    grpc_address: str,
+    rest_address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each python block, with the addresses of the test's servers."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (FOLDER.parent / "README.md").read_text("utf-8"), re.DOTALL | re.M)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        (tmp_path / "frames" / f"{number}.jpg").write_bytes(encoded(picture(60, 80, number), "JPEG"))
+    (tmp_path / "serving" / "mine").mkdir(parents=True)
+    (tmp_path / "serving" / "mine" / "1").symlink_to(served_folder())
+    code = blocks[place].replace("localhost:8500", grpc_address).replace("http://localhost:8501", rest_address)
+    exec(code.replace('= "mine"', '= "tiny"').replace("models/mine", "models/tiny"), {})
+    printed = capsys.readouterr().out
+    assert "0." in printed or "e-" in printed
+    assert ("jump" in printed) == (place < 4)  # the last prints probabilities only
+
+
 # ---- The container image
 
 
