@@ -94,7 +94,7 @@ def place(output: Path, version: int | None, *, force: bool = False) -> Path:
             file, or named by a number as versions are.
     """
     name = output.resolve().name
-    ok = re.fullmatch(r"[\w.-]+", name) is not None and not name.isdigit()
+    ok = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None and not name.isdigit()
     require(ok, "--output", "end in the model's name, letters, digits, _, . and -; versions get folders in it", name)
     require(not output.is_file(), "--output", "be a folder", str(output))
     require(version is not None or not force, "--force", "come with --version, which it replaces", force)
@@ -125,6 +125,8 @@ def _appearing(folder: Path) -> Iterator[Path]:
         except tf.errors.OpError as error:  # what TensorFlow makes of a full disk
             raise WriteError(f"{folder} cannot be written: {error.message}") from error
         finally:
+            if replaced.exists() and not folder.exists():
+                replaced.rename(folder)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
 
@@ -136,7 +138,8 @@ def _save(source: "Source", labels: Path, folder: Path) -> dict[str, Any]:
     from .signatures import Signatures
 
     module = Signatures(source, labels)
-    tf.saved_model.save(module, str(folder), signatures=module.by_name())
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # nobody trains it further
+    tf.saved_model.save(module, str(folder), signatures=module.by_name(), options=options)
     inputs = {
         name: {
             spec.name: {"dtype": spec.dtype.name, "shape": ["clips", *spec.shape[1:]]}

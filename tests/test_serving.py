@@ -14,7 +14,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from exported_model import NAMES, TINY, model_file, served_folder
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from rest_service import stand_in
 from test_saved_model import clips, encoded, expected, picture
+from test_structure import imported_with
 from video_fixtures import write_video
 
 import x3d_tf
@@ -188,6 +191,28 @@ def test_bad_settings(run: Any, video: Path, tmp_path: Path) -> None:
             run(video, **settings)
     with pytest.raises(ValueError, match="the command line must name video files"):
         run(rest="http://a")
+
+
+def test_another_kind_of_server(run: Any, video: Path) -> None:
+    class Greeting(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Greeting) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ValueError, match="answers with something else than predictions"):
+            run(video, rest=f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+
+
+def test_rest_needs_no_tensorflow() -> None:
+    assert imported_with("import export.serving.client, export.saved_model", "tensorflow", "keras", "grpc") == []
 
 
 def test_no_grpc_server(run: Any, video: Path) -> None:

@@ -12,7 +12,6 @@ gRPC needs `pip install tensorflow-serving-api`; REST needs nothing more.
 """
 
 import base64
-import functools
 import json
 import sys
 import urllib.error
@@ -21,7 +20,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -185,21 +183,18 @@ def rest_asker(url: str, model: str, timeout: float) -> Ask:
         instance = {"frames": [{"b64": base64.b64encode(frame).decode()} for frame in frames]}
         body = json.dumps({"signature_name": SIGNATURE, "instances": [instance]}).encode()
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-        answer = _json_of(functools.partial(urllib.request.urlopen, request, timeout=timeout), address)
-        return np.array(answer["predictions"][0]["probabilities"], np.float32)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return np.array(json.load(response)["predictions"][0]["probabilities"], np.float32)
+        except urllib.error.HTTPError as error:
+            told = error.read().decode(errors="replace").strip()
+            raise UserError(f"{address}: {error.code} {error.reason}: {told}") from error
+        except OSError as error:  # not to be reached, or too slow
+            raise UserError(f"{address}: {getattr(error, 'reason', error)}") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{address} answers with something else than predictions: {error!r}") from error
 
     return ask
-
-
-def _json_of(connect: Callable[[], Any], address: str) -> Any:
-    try:
-        with connect() as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        raise UserError(f"{address}: {error.code} {error.reason}: {text.strip()}") from error
-    except (OSError, ValueError) as error:  # not to be reached, too slow, or no JSON
-        raise UserError(f"{address}: {getattr(error, 'reason', error)}") from error
 
 
 def top_lines(probabilities: NDArray[np.float32], names: Sequence[str]) -> list[str]:
