@@ -55,7 +55,7 @@ def test_a_file_computes_what_the_network_does(form: str, batch: int | None, sou
     expected = x3d_tf.portable(source.model, NAMES)(clips)
     np.testing.assert_allclose(runner(clips), expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"exists; give another --output, or replace it with --force"):
-        exporter.export_formats(source, tmp_path / "new", [form])
+        exporter.export_formats(source, tmp_path / "new", [form], batch=batch)
     facts = {"onnx": onnx_facts, "openvino": openvino_facts}[form](written[-1])
     assert facts.pop("labels").split("\n") == list(NAMES)
     assert json.loads(facts.pop("card"))["input"]["frames"] == 4
