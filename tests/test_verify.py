@@ -201,10 +201,13 @@ def test_few_of_many_clips_are_spread_over_them() -> None:
     assert clips_module._evenly(range(3), 10) == [0, 1, 2]
 
 
-def test_clips_of_videos_are_their_middles(source: models.Source, tmp_path: Path) -> None:
+def test_clips_of_videos_are_their_middles(
+    source: models.Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_video(tmp_path / "a" / "long.mp4", numbered_frames(40, 96, 128))
     (tmp_path / "notes.txt").write_text("not a video")
     (clip,) = clips_module.read_clips(source, tmp_path, limit=10)
+    assert re.search(r"left out: .*notes\.txt", capsys.readouterr().err)
     # 40 frames, of which a clip spans 8: it begins at 16, and its 4 frames are spread over what it spans
     numbers = [round((float(frame[32:, 32:].mean()) - 16) / 4) for frame in clip]
     assert numbers == [16, 18, 20, 23]
