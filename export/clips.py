@@ -1,6 +1,7 @@
 """Real clips to hold artefacts against: one of each video, its middle, as the network is tested on."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def _of_videos(source: Source, paths: Sequence[Path]) -> Any:
             errors.append(error)
     if not clips:
         raise UserError(f"none of {len(errors)} files could be read as a video; the first, {errors[0]}")
+    for error in errors:
+        print(f"left out: {error}", file=sys.stderr)
     return np.stack(clips)
 
 

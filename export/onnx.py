@@ -1,11 +1,12 @@
 """Writes ONNX and OpenVINO files, by Keras' own exporters.
 
   python -m export.onnx --model=runs/mine --output=exported/mine
-  python -m export.onnx --model=runs/mine --output=exported/mine --formats=openvino --batch=1
+  python -m export.onnx --model=runs/mine --output=exported/mine --formats=onnx --batch=0
 
-writes NAME.onnx, and NAME.xml with NAME.bin, where NAME is the network's: clips, uint8 (N, T, S, S, 3), RGB, to
-probabilities, float32 (N, classes). Any N unless --batch fixes it. Class names and the model card go with them: as
-metadata "labels" and "card" of ONNX, and as runtime information of those names under "x3d_tf" of OpenVINO.
+The first writes NAME.onnx, and NAME.xml with NAME.bin, where NAME is the network's: clips, uint8 (N, T, S, S, 3), RGB,
+to probabilities, float32 (N, classes). N is 1, another --batch, or with 0 any, which costs OpenVINO much of its speed.
+Class names and the model card go with them: as metadata "labels" and "card" of ONNX, and as runtime information of
+those names under "x3d_tf" of OpenVINO.
 
 ONNX takes tf2onnx, OpenVINO takes openvino: pip install 'x3d_tf[onnx,openvino]'. Both files are of the network's folded
 inference form. What Keras' exporters make of other forms does not do: of a normalisation layer the ONNX one makes two
@@ -42,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "A run folder, or a .keras file that this package saved.", required=True)
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
     flags.DEFINE_list("formats", ["onnx", "openvino"], "What to write: onnx, openvino.")
-    flags.DEFINE_integer("batch", None, "Clips of a call; any number unless given.", lower_bound=1)
+    flags.DEFINE_integer("batch", 1, "Clips of a call; 0 is any number.", lower_bound=0)
     flags.DEFINE_bool("force", False, "Replace files that are there already.")
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     from .models import open_model
 
     written = export_formats(
-        open_model(FLAGS.model), Path(FLAGS.output), FLAGS.formats, batch=FLAGS.batch, force=FLAGS.force
+        open_model(FLAGS.model), Path(FLAGS.output), FLAGS.formats, batch=FLAGS.batch or None, force=FLAGS.force
     )
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -74,7 +75,7 @@ def require_formats(formats: list[str]) -> None:
 
 
 def export_formats(
-    source: "Source", folder: Path, formats: list[str], *, batch: int | None = None, force: bool = False
+    source: "Source", folder: Path, formats: list[str], *, batch: int | None = 1, force: bool = False
 ) -> list[Path]:
     """Writes a model in other formats, each whole or not at all.
 
@@ -82,7 +83,7 @@ def export_formats(
         source: from `open_model`.
         folder: made where it is missing.
         formats: of "onnx" and "openvino".
-        batch: clips of a call; any number unless given.
+        batch: clips of a call; None is any number.
         force: whether files that are there may be replaced.
 
     Returns:

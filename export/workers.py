@@ -103,14 +103,19 @@ def _serve(pipe: Any, threads: int) -> None:
             artefact, question, *arguments = pipe.recv()
         except EOFError:  # of a process that was killed
             return
-        try:
-            if artefact not in runners:
-                runners[artefact] = open_artefact(artefact, threads)
-            pipe.send(_ANSWERS[question](runners[artefact], *arguments))
-        except ImportError as error:
-            pipe.send(NotRun(f"{PACKAGES.get(artefact.runtime, artefact.runtime)} is not installed: {error}"))
-        except Exception as error:  # of any kind: it is for the table
-            pipe.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+        pipe.send(_answer(runners, threads, artefact, question, *arguments))
+
+
+def _answer(runners: dict[Artefact, Runner], threads: int, artefact: Artefact, question: str, *arguments: Any) -> Any:
+    """What a question gives, or the error to raise where it was asked; keeps what it opens in `runners`."""
+    try:
+        if artefact not in runners:
+            runners[artefact] = open_artefact(artefact, threads)
+        return _ANSWERS[question](runners[artefact], *arguments)
+    except ImportError as error:
+        return NotRun(f"{PACKAGES.get(artefact.runtime, artefact.runtime)} is not installed: {error}")
+    except Exception as error:  # of any kind: it is for the table
+        return Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def _opened(runner: Runner) -> Opened:
