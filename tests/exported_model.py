@@ -40,8 +40,8 @@ def model_file() -> Path:
 @functools.cache
 def served_folder() -> Path:
     """That file's SavedModel: the version's folder, .../tiny/1."""
-    from export.models import open_model
-    from export.saved_model import export_saved_model
+    from x3d_tf.export.models import open_model
+    from x3d_tf.export.saved_model import export_saved_model
 
     return export_saved_model(open_model(model_file()), Path(_scratch().name) / "serving" / "tiny")
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from x3d_tf.export.models import open_model
 
 import x3d_tf
-from export.models import open_model
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.runs.recipe import TrainConfig
 

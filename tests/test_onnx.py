@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from x3d_tf.export import onnx as exporter
+from x3d_tf.export.models import Source, open_model
+from x3d_tf.export.runtimes import Artefact, open_artefact
 
 import x3d_tf
-from export import onnx as exporter
-from export.models import Source, open_model
-from export.runtimes import Artefact, open_artefact
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")

@@ -19,11 +19,11 @@ from exported_model import NAMES, TINY, decided_network, model_file, served_fold
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from test_transforms import naive_resize
+from x3d_tf.export import saved_model as command
+from x3d_tf.export.models import Source, open_model
+from x3d_tf.export.signatures import MAX_PIXELS, decoded_clips
 
 import x3d_tf
-from export import saved_model as command
-from export.models import Source, open_model
-from export.signatures import MAX_PIXELS, decoded_clips
 from x3d_tf._files import WriteError
 from x3d_tf.data.clips import ViewSpec
 
@@ -254,7 +254,7 @@ def test_loads_without_this_package_and_keras(network: x3d_tf.X3D, tmp_path: Pat
     np.save(tmp_path / "clips.npy", given)
     code = f"""
 import sys
-sys.modules["x3d_tf"] = sys.modules["export"] = sys.modules["keras"] = None  # imports of them fail
+sys.modules["x3d_tf"] = sys.modules["keras"] = None  # imports of them fail
 import numpy as np, tensorflow as tf
 answer = tf.saved_model.load({str(served_folder())!r}).signatures["serving_default"](clips=np.load("clips.npy"))
 np.save("probabilities.npy", answer["probabilities"])

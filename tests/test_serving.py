@@ -30,9 +30,9 @@ from rest_service import stand_in
 from test_saved_model import clips, encoded, expected, picture
 from test_structure import imported_with
 from video_fixtures import write_video
+from x3d_tf.export.serving import client
 
 import x3d_tf
-from export.serving import client
 from x3d_tf.evaluation.prediction import predict_videos
 
 FOLDER = Path(client.__file__).parent
@@ -212,7 +212,8 @@ def test_another_kind_of_server(run: Any, video: Path) -> None:
 
 
 def test_rest_needs_no_tensorflow() -> None:
-    assert imported_with("import export.serving.client, export.saved_model", "tensorflow", "keras", "grpc") == []
+    code = "import x3d_tf.export.serving.client, x3d_tf.export.saved_model"
+    assert imported_with(code, "tensorflow", "keras", "grpc") == []
 
 
 def test_no_grpc_server(run: Any, video: Path) -> None:

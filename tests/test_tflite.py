@@ -14,10 +14,10 @@ import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
 from moving_square import write_records
+from x3d_tf.export import tflite
+from x3d_tf.export.models import Source, open_model
 
 import x3d_tf
-from export import tflite
-from export.models import Source, open_model
 from x3d_tf._checks import UserError
 from x3d_tf.modeling.deployed import deployed
 
@@ -190,7 +190,7 @@ def test_operators_of_tensorflow_are_noticed() -> None:
     function = tf.function(tf.linalg.det, input_signature=[tf.TensorSpec((2, 2))]).get_concrete_function()
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], tf.Module())
     converter.target_spec.supported_ops = [tf.lite.OpsSet.SELECT_TF_OPS]
-    with pytest.raises(RuntimeError, match="not TFLite's own: CUSTOM Flex.*, CUSTOM FlexMatrixDeterminant"):
+    with pytest.raises(RuntimeError, match=r"not TFLite's own: CUSTOM Flex.*, CUSTOM FlexMatrixDeterminant"):
         tflite._check(converter.convert(), "float32")
 
 

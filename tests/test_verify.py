@@ -13,10 +13,10 @@ import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
 from video_fixtures import noise_video, numbered_frames, write_records, write_video
+from x3d_tf.export import clips as clips_module
+from x3d_tf.export import models, runtimes, verify, workers
 
 import x3d_tf
-from export import clips as clips_module
-from export import models, runtimes, verify, workers
 from x3d_tf.modeling.deployed import deployed
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
