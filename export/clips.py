@@ -74,16 +74,16 @@ def _split_of(source: Source, manifest: Manifest) -> str:
 
 
 def _of_videos(source: Source, paths: Sequence[Path]) -> Any:
-    clips, errors = [], []
+    clips, failures = [], []
     for path in paths:
         try:
             clips.append(_of_video(source, path, source.frame_sampling))
         except VideoError as error:
-            errors.append(error)
+            failures.append(error)
     if not clips:
-        raise UserError(f"none of {len(errors)} files could be read as a video; the first, {errors[0]}")
-    for error in errors:
-        print(f"left out: {error}", file=sys.stderr)
+        raise UserError(f"none of {len(failures)} files could be read as a video; the first, {failures[0]}")
+    for failure in failures:
+        print(f"left out: {failure}", file=sys.stderr)
     return np.stack(clips)
 
 

@@ -9,7 +9,9 @@ and the model card:
   float32  as the network is
   float16  weights of half the size; computes in float32 on CPUs
   dynamic  weights in int8, one scale a channel; what goes between layers stays float32
-  int8     weights and what goes between layers in int8: integers from the pixels to the classes
+  int8     weights and what goes between layers in int8, but for the first two convolutions, which stay in float32:
+           what few pixels change between frames would drown in 8 bits. Then biases are corrected, so that each layer is
+           right in the mean. --nofloat_stem is for chips that only know integers; it costs accuracy
 
 All have the same face: clips, uint8 (1, T, S, S, 3), RGB bytes as a camera gives them, to probabilities, float32 (1,
 classes). The normalisation is inside, the number of clips is fixed (--batch for more than 1: an open one is slower) and
@@ -25,7 +27,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,8 @@ from x3d_tf import _command
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole, writing
 
+from .bias_correction import CONVOLUTIONS, correct_biases, operator_name, read_model
+
 if TYPE_CHECKING:
     import keras
 
@@ -47,8 +51,8 @@ FLAGS = flags.FLAGS
 
 FORMATS = ("float32", "float16", "dynamic", "int8")
 CALIBRATION_CLIPS = 100
-CONVOLUTIONS = ("CONV_2D", "CONV_3D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")  # all that has trained weights
-LEFT_IN_FLOAT: dict[str, str] = {"DEQUANTIZE": "the probabilities' way out"}  # of int8 files: operator to reason
+STEM = "conv1_"  # how the names of its layers begin, and of no others
+_CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")  # between integers and float, of which an int8 file has some
 
 
 def define_flags() -> None:
@@ -59,6 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_string("calibration", None, "Folder of records: int8 takes its ranges from their training clips.")
     flags.DEFINE_string("split", None, "Part of those records; the run's training part, or train, unless given.")
     flags.DEFINE_integer("calibration_clips", CALIBRATION_CLIPS, "How many clips to calibrate with.", lower_bound=1)
+    flags.DEFINE_bool("float_stem", True, "Leave the first two convolutions of the int8 file in float.")
     flags.DEFINE_integer("batch", 1, "Clips of a call.", lower_bound=1)
     flags.DEFINE_bool("force", False, "Replace files that are there already.")
 
@@ -73,7 +78,8 @@ def main() -> None:
     from .models import open_model
 
     source = open_model(FLAGS.model)
-    calibration = Calibration(FLAGS.calibration, FLAGS.split or _training_split(source), FLAGS.calibration_clips)
+    split = FLAGS.split or _training_split(source)
+    calibration = Calibration(FLAGS.calibration, split, FLAGS.calibration_clips, FLAGS.float_stem)
     for path in export_tflite(
         source, Path(FLAGS.output), formats, batch=FLAGS.batch, calibration=calibration, force=FLAGS.force
     ):
@@ -86,17 +92,19 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the ranges of an int8 file come from.
+    """How an int8 file is made.
 
     Attributes:
-        records: the folder; None where nothing is to be calibrated.
+        records: the folder that ranges come from; None where nothing is to be calibrated.
         split: part of the records.
         clips: how many.
+        float_stem: whether what comes before the first block stays in float.
     """
 
     records: str | Path | None
     split: str = "train"
     clips: int = CALIBRATION_CLIPS
+    float_stem: bool = True
 
 
 def _training_split(source: "Source") -> str:
@@ -148,7 +156,7 @@ def export_tflite(
 
     app = deployed(source.model, batch=batch)
     for form, path in paths.items():
-        content = convert(app, form, clips)
+        content = convert(app, form, clips, float_stem=calibration.float_stem)
         report = _report(content, form, source, calibration if form == "int8" else None)
         content = _with_files(content, source)
         report |= {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -194,38 +202,74 @@ def calibration_clips(source: "Source", calibration: Calibration, batch: int) ->
     return clips.reshape(calls, batch, *clips.shape[1:])
 
 
-def convert(app: "keras.Model", form: str, clips: NDArray[np.uint8] | None = None) -> bytes:
+def convert(app: "keras.Model", form: str, clips: NDArray[np.uint8] | None = None, *, float_stem: bool = True) -> bytes:
     """Makes a TFLite file.
 
     Args:
         app: from `deployed`, of a fixed batch.
         form: of `FORMATS`.
         clips: from `calibration_clips`; for int8 only.
+        float_stem: see `Calibration`; for int8 only.
 
     Raises:
         RuntimeError: the converter gave what this package does not promise: an operator that is not builtin, or in an
-            int8 file one in float that `LEFT_IN_FLOAT` does not list.
+            int8 file one in float that was not to be.
     """
     import tensorflow as tf
 
-    function = _frozen(app, tf.float32 if form == "int8" else tf.uint8)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], tf.Module())
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    if form != "float32":
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if form == "float16":
-        converter.target_spec.supported_types = [tf.float16]
-    if form == "int8":
-        assert clips is not None
-        calls = tqdm(clips, "calibrating", leave=False, disable=None)
-        converter.representative_dataset = lambda: ([call.astype(np.float32)] for call in calls)
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-        converter.inference_input_type = tf.uint8
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the converter does inside
-        content = converter.convert()
-    _check(content, form)
+        if form == "int8":
+            assert clips is not None
+            content = _int8(app, clips, float_stem)
+        else:
+            converter = _converter(app, tf.uint8)
+            if form != "float32":
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            if form == "float16":
+                converter.target_spec.supported_types = [tf.float16]
+            content = converter.convert()
+    _check(content, form, float_stem)
     return content
+
+
+def _converter(app: "keras.Model", dtype: Any) -> Any:
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([_frozen(app, dtype)], tf.Module())
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    return converter
+
+
+def _int8(app: "keras.Model", clips: NDArray[np.uint8], float_stem: bool) -> bytes:
+    import tensorflow as tf
+
+    # Of what `TFLiteConverter.convert` calls; the converter itself has no way to leave operators out.
+    from tensorflow.lite.python.convert import mlir_quantize
+
+    reference = _converter(app, tf.float32).convert()
+    converter = _converter(app, tf.float32)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    calls = tqdm(clips, "calibrating", leave=False, disable=None)
+    converter.representative_dataset = lambda: ([call.astype(np.float32)] for call in calls)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter._experimental_calibrate_only = True
+    calibrated = converter.convert()
+    left = [operator.name for operator in operators(calibrated)[: _stem_size(calibrated)]] if float_stem else None
+    content = mlir_quantize(calibrated, denylisted_nodes=left, input_data_type=tf.uint8)
+    return correct_biases(content, reference, clips)
+
+
+def _stem_size(content: bytes) -> int:
+    """How many operators come before the first block."""
+    places = [
+        place
+        for place, operator in enumerate(operators(content))
+        if operator.kind in CONVOLUTIONS and any(part.startswith(STEM) for part in operator.name.split(";"))
+    ]
+    if not places:
+        raise RuntimeError(f"no convolution's name begins with {STEM}")
+    return places[-1] + 1
 
 
 def _frozen(app: "keras.Model", dtype: Any) -> Any:
@@ -246,74 +290,68 @@ def _frozen(app: "keras.Model", dtype: Any) -> Any:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of a TFLite file, with the types of the tensors that it reads and writes, such as FLOAT32."""
+    """An operator of a TFLite file.
 
+    Attributes:
+        kind: such as CONV_2D; of a custom one CUSTOM and its own name.
+        name: of what it writes: names of Keras layers, one behind the other where several became one operator.
+        types: of the tensors that it reads and writes, such as FLOAT32.
+    """
+
+    kind: str
     name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    types: frozenset[str]
+
+    @property
+    def in_float(self) -> bool:
+        return bool({"FLOAT16", "FLOAT32"} & self.types)
 
 
 def operators(content: bytes) -> list[Operator]:
-    """The operators of a TFLite file in their order; a custom one is called CUSTOM and its own name."""
+    """The operators of a TFLite file in their order."""
     from tensorflow.lite.python import schema_py_generated as schema
 
-    names = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
     types = {value: name for name, value in vars(schema.TensorType).items() if not name.startswith("_")}
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-
-    def name(code: Any) -> str:
-        builtin = names[max(code.builtinCode, code.deprecatedBuiltinCode)]  # small codes may stand in either field
-        return f"CUSTOM {code.customCode.decode()}" if builtin == "CUSTOM" else builtin
-
-    def kinds(graph: Any, indices: Sequence[int]) -> tuple[str, ...]:
-        return tuple(types[graph.tensors[index].type] for index in indices if index >= 0)  # -1 is one left out
-
-    return [
-        Operator(
-            name(model.operatorCodes[operator.opcodeIndex]),
-            kinds(graph, operator.inputs),
-            kinds(graph, operator.outputs),
-        )
-        for graph in model.subgraphs
-        for operator in graph.operators
-    ]
+    model = read_model(content)
+    found = []
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            tensors = [graph.tensors[index] for index in (*operator.inputs, *operator.outputs) if index >= 0]
+            found.append(
+                Operator(
+                    operator_name(model, operator),
+                    graph.tensors[operator.outputs[0]].name.decode(),
+                    frozenset(types[tensor.type] for tensor in tensors),
+                )
+            )
+    return found
 
 
-def in_float(content: bytes) -> Counter[str]:
-    """How often each operator of a TFLite file reads or writes floating-point numbers."""
-    return Counter(
-        operator.name
-        for operator in operators(content)
-        if {"FLOAT16", "FLOAT32"} & {*operator.inputs, *operator.outputs}
-    )
+def left_in_float(content: bytes) -> list[Operator]:
+    """The operators of an int8 file that compute in float."""
+    return [operator for operator in operators(content) if operator.in_float and operator.kind not in _CONVERSIONS]
 
 
-def _check(content: bytes, form: str) -> None:
-    custom = sorted({operator.name for operator in operators(content) if operator.name.startswith("CUSTOM")})
+def _check(content: bytes, form: str, float_stem: bool) -> None:
+    found = operators(content)
+    custom = sorted({operator.kind for operator in found if operator.kind.startswith("CUSTOM")})
     if custom:
         raise RuntimeError(f"the {form} file has operators that are not TFLite's own: {', '.join(custom)}")
     if form != "int8":
         return
-    stray = sorted(set(in_float(content)) - set(LEFT_IN_FLOAT))
+    stem = set(found[: _stem_size(content)] if float_stem else [])
+    stray = sorted({operator.kind for operator in set(left_in_float(content)) - stem})
     if stray:
         raise RuntimeError(f"the int8 file computes these in float: {', '.join(stray)}")
 
 
 def _report(content: bytes, form: str, source: "Source", calibration: Calibration | None) -> dict[str, Any]:
-    found = operators(content)
-    left = in_float(content) if form == "int8" else {}
+    left = left_in_float(content) if form == "int8" else []
     return {
         "format": form,
-        "operators": dict(Counter(operator.name for operator in found).most_common()),
-        "left_in_float": [
-            {"operator": name, "count": count, "reason": LEFT_IN_FLOAT[name]} for name, count in left.items()
-        ],
-        "calibration": calibration
-        and {
-            "records": str(calibration.records),
-            "split": calibration.split,
-            "clips": calibration.clips,
-        },
+        "operators": dict(Counter(operator.kind for operator in operators(content)).most_common()),
+        "left_in_float": [{"operator": operator.kind, "name": operator.name} for operator in left],
+        "calibration": calibration and {**asdict(calibration), "records": str(calibration.records)},
         "card": source.card(),
     }
 

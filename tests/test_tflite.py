@@ -28,7 +28,7 @@ NAMES = ("left", "right", "störung")
 
 
 def trained(**options: Any) -> x3d_tf.X3D:
-    """A network none of whose batch norms is at its first values, and whose classes differ."""
+    """A network none of whose batch norms is at its first values, and that tells `clips` apart."""
     keras.utils.set_random_seed(0)
     model = x3d_tf.build_x3d(TINY, num_classes=len(NAMES), **options)
     draw = np.random.default_rng(0)
@@ -36,7 +36,11 @@ def trained(**options: Any) -> x3d_tf.X3D:
         if hasattr(layer, "moving_mean"):
             shape = layer.gamma.shape
             layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
-    model.get_layer("fc2").kernel.assign(draw.normal(0, 0.1, model.get_layer("fc2").kernel.shape))
+    pixels = clips(6).astype(np.float32)
+    features = keras.Model(model.input, model.get_layer("fc2").input)(pixels).numpy()
+    kernel = np.linalg.svd(features - features.mean(0))[2][: len(NAMES)].T  # where they differ most
+    kernel /= (features @ kernel).std(axis=0)
+    model.get_layer("fc2").set_weights([kernel, -(features @ kernel).mean(axis=0)])
     return model
 
 
@@ -75,9 +79,10 @@ def run(flags_of_one_command: None) -> Iterator[Any]:
 
 
 def clips(count: int) -> np.ndarray:
-    """Coloured squares, others in each clip and frame."""
-    squares = np.random.default_rng(1).integers(0, 256, (count, 4, 4, 4, 3), dtype=np.uint8)
-    return squares.repeat(8, axis=2).repeat(8, axis=3)
+    """Coloured squares, others in each clip and frame, and brighter from clip to clip."""
+    squares = np.random.default_rng(1).integers(0, 256, (count, 4, 4, 4, 3))
+    squares = squares * np.linspace(0.2, 1, count)[:, None, None, None, None]
+    return squares.astype(np.uint8).repeat(8, axis=2).repeat(8, axis=3)
 
 
 def interpreted(content: bytes | Path, calls: np.ndarray) -> np.ndarray:
@@ -88,7 +93,7 @@ def interpreted(content: bytes | Path, calls: np.ndarray) -> np.ndarray:
     return np.concatenate([runner(clips=call)["probabilities"] for call in calls])
 
 
-@pytest.mark.parametrize(("form", "bound"), [("float32", 1e-5), ("float16", 5e-3), ("dynamic", 0.05), ("int8", 0.1)])
+@pytest.mark.parametrize(("form", "bound"), [("float32", 1e-4), ("float16", 0.03), ("dynamic", 0.3), ("int8", 0.3)])
 def test_litert_computes_what_the_network_does(files: dict[str, Path], source: Source, form: str, bound: float) -> None:
     pixels = clips(6)
     expected = np.asarray(keras.ops.softmax(source.model(pixels)))
@@ -118,18 +123,23 @@ def tf_schema() -> Any:
     return schema_py_generated
 
 
-def test_no_convolution_of_an_int8_file_is_in_float(files: dict[str, Path]) -> None:
-    """Seen by the interpreter: of each operator the types of what it reads and writes."""
+def test_convolutions_of_an_int8_file_are_in_int8_but_those_of_its_report(files: dict[str, Path]) -> None:
+    report = json.loads(files["int8"].with_suffix(".json").read_text(encoding="utf-8"))
+    left = [row["name"] for row in report["left_in_float"] if row["operator"] in tflite.CONVOLUTIONS]
+    assert ["conv1_xy" in name or "conv1_t" in name for name in left] == [True, True]
+    assert convolutions_in_float(files["int8"].read_bytes()) == left
+
+
+def convolutions_in_float(content: bytes) -> list[str]:
+    """Names of those that read or write something else than int8; by the interpreter, all others taken off."""
     resolver = litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = litert.Interpreter(str(files["int8"]), experimental_op_resolver_type=resolver)
+    interpreter = litert.Interpreter(model_content=content, experimental_op_resolver_type=resolver)
+    names = {entry["index"]: entry["name"] for entry in interpreter.get_tensor_details()}
     types = {entry["index"]: np.dtype(entry["dtype"]) for entry in interpreter.get_tensor_details()}
     convolutions = [entry for entry in interpreter._get_ops_details() if entry["op_name"] in tflite.CONVOLUTIONS]
     assert len(convolutions) > 20
-    for entry in convolutions:
-        kinds = [types.get(index) for index in (*entry["inputs"][:2], *entry["outputs"])]
-        assert kinds == [np.dtype("int8")] * 3, entry
-    report = json.loads(files["int8"].with_suffix(".json").read_text(encoding="utf-8"))
-    assert [row["operator"] for row in report["left_in_float"]] == ["DEQUANTIZE"]
+    kinds = [[types.get(index) for index in (*entry["inputs"][:2], *entry["outputs"])] for entry in convolutions]
+    return [names[entry["outputs"][0]] for entry, kind in zip(convolutions, kinds) if kind != [np.dtype("int8")] * 3]
 
 
 def test_a_byte_is_its_own_quantised_value(files: dict[str, Path]) -> None:
@@ -167,23 +177,24 @@ def test_other_networks_are_integer_throughout(options: dict[str, Any]) -> None:
     model = trained(**options)
     pixels = clips(6).reshape(3, 2, 4, 32, 32, 3)
     pixels[0, 0, :, 0, :2] = [[0] * 3, [255] * 3]
-    content = tflite.convert(deployed(model, batch=2), "int8", pixels)
-    assert set(tflite.in_float(content)) == {"DEQUANTIZE"}
+    content = tflite.convert(deployed(model, batch=2), "int8", pixels, float_stem=False)
+    assert convolutions_in_float(content) == []
+    assert tflite.left_in_float(content) == []
     function = keras.ops.sigmoid if model.task == "multi_label" else keras.ops.softmax
     expected = np.asarray(function(model(pixels.reshape(6, 4, 32, 32, 3))))
-    np.testing.assert_allclose(interpreted(content, pixels), expected, atol=0.1)
+    np.testing.assert_allclose(interpreted(content, pixels), expected, atol=0.3)
 
 
 def test_several_clips_a_call(source: Source, tmp_path: Path) -> None:
     (path,) = tflite.export_tflite(source, tmp_path, ["float32"], batch=3)
     pixels = clips(6)
     expected = np.asarray(keras.ops.softmax(source.model(pixels)))
-    np.testing.assert_allclose(interpreted(path, pixels.reshape(2, 3, 4, 32, 32, 3)), expected, atol=1e-5)
+    np.testing.assert_allclose(interpreted(path, pixels.reshape(2, 3, 4, 32, 32, 3)), expected, atol=1e-4)
 
 
 def test_float_operators_of_an_int8_file_are_noticed(files: dict[str, Path]) -> None:
     with pytest.raises(RuntimeError, match=r"the int8 file computes these in float: .*CONV_2D"):
-        tflite._check(files["float32"].read_bytes(), "int8")
+        tflite._check(files["float32"].read_bytes(), "int8", float_stem=True)
 
 
 def test_operators_of_tensorflow_are_noticed() -> None:
@@ -191,7 +202,7 @@ def test_operators_of_tensorflow_are_noticed() -> None:
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], tf.Module())
     converter.target_spec.supported_ops = [tf.lite.OpsSet.SELECT_TF_OPS]
     with pytest.raises(RuntimeError, match=r"not TFLite's own: CUSTOM Flex.*, CUSTOM FlexMatrixDeterminant"):
-        tflite._check(converter.convert(), "float32")
+        tflite._check(converter.convert(), "float32", float_stem=True)
 
 
 def test_the_command(run: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
