@@ -16,7 +16,7 @@ from x3d_tf._checks import require
 from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.description import Description, named_or_numbered
 from x3d_tf.modeling.layers import ChannelwiseConv3D
-from x3d_tf.modeling.x3d import X3D, graph
+from x3d_tf.modeling.x3d import X3D, ClipParts, graph
 
 
 def portable(model: X3D, class_names: Sequence[str] | None = None, *, size: int | None = None) -> keras.Model:
@@ -87,7 +87,7 @@ def _split(layer: keras.Layer, parts: int) -> list[list[np.ndarray]]:
     return [weights] if parts == 1 else [[tap] for tap in weights[0]]
 
 
-class PortableParts:
+class PortableParts(ClipParts):
     """Stock layers with the methods of `x3d.TrainableParts`; sizes are static and the batch is open."""
 
     def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:

@@ -129,7 +129,24 @@ class X3D(keras.Model):
         return cls(**(config | parts))
 
 
-class TrainableParts:
+class ClipParts:
+    """What the sets of layers share whose tensors are clips, (N, T, H, W, C)."""
+
+    def normalize(self, x: Any, name: str) -> Any:
+        return layers.Normalization(axis=None, mean=MEAN, variance=STD**2, name=name)(x)
+
+    def mean(self, x: Any, name: str) -> Any:
+        return layers.GlobalAveragePooling3D(keepdims=True, name=name)(x)
+
+    def scaled(self, x: Any, scale: Any, name: str) -> Any:
+        return layers.Multiply(name=name)([x, scale])
+
+    def clips(self, x: Any) -> Any:
+        """The tensor as (N, T, H, W, C)."""
+        return x
+
+
+class TrainableParts(ClipParts):
     """The layers of the trainable network. Another set with these methods makes the same graph of other layers."""
 
     def __init__(self, options: ModelOptions) -> None:
@@ -170,7 +187,7 @@ def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int
     Returns:
         Logits (N, num_classes), or pool5 (N, head_width).
     """
-    x = layers.Normalization(axis=None, mean=MEAN, variance=STD**2, name="normalize")(clips)
+    x = parts.normalize(clips, "normalize")
     if architecture.options.input == "difference":
         x = parts.difference(x, "difference")
     x = parts.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
@@ -210,7 +227,7 @@ def block(
         x = parts.conv(x, inner, (1, 3, 3), f"{name}_conv_b", stride)
     x = parts.norm(x, f"{name}_conv_b_bn")
     if architecture.has_se(index):
-        x = squeeze_excitation(x, f"{name}_se")
+        x = squeeze_excitation(x, f"{name}_se", parts)
     x = layers.Activation("silu" if options.swish else "relu", name=f"{name}_conv_b_act")(x)
     x = parts.pointwise(x, stage.width, f"{name}_conv_c")
     x = parts.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # so that a fresh block is its shortcut
@@ -218,15 +235,15 @@ def block(
     return layers.Add(name=f"{name}_add")([shortcut, x])
 
 
-def squeeze_excitation(x: Any, name: str) -> Any:
+def squeeze_excitation(x: Any, name: str, parts: Any) -> Any:
     """Scales each channel by a number in (0, 1) made from the means of all channels."""
     width = x.shape[-1]
-    scale = layers.GlobalAveragePooling3D(keepdims=True, name=f"{name}_pool")(x)
+    scale = parts.mean(x, f"{name}_pool")
     for role, filters, activation in (("reduce", se_width(width), "relu"), ("expand", width, "sigmoid")):
         scale = layers.Dense(filters, activation, kernel_initializer=conv_initializer(filters), name=f"{name}_{role}")(
             scale
         )
-    return layers.Multiply(name=f"{name}_scale")([x, scale])
+    return parts.scaled(x, scale, f"{name}_scale")
 
 
 def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes: int | None) -> Any:
@@ -234,7 +251,7 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
 
     Computed in the precision of the weights under mixed precision too: it costs little there.
     """
-    full = keras.config.dtype_policy().variable_dtype
+    x, full = parts.clips(x), keras.config.dtype_policy().variable_dtype
     x = ops.cast(x, full) if x.dtype != full else x
     if options.head_pool == "global" or num_classes is None:
         x = layers.GlobalAveragePooling3D(name="pool5", dtype=full)(x)

@@ -1,0 +1,103 @@
+"""Real clips to hold artefacts against: one of each video, its middle, as the network is tested on."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from x3d_tf._checks import UserError, require
+from x3d_tf.data import transforms
+from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
+from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
+from x3d_tf.data.pipeline import evaluation_dataset, naming_records
+from x3d_tf.data.video import VideoError, probe, read_frames
+from x3d_tf.evaluation.prediction import RECORD_SHORT_SIDE, cut_clips, list_videos
+
+from .models import Source
+
+
+def read_clips(source: Source, path: str | Path, *, split: str | None = None, limit: int) -> NDArray[np.uint8]:
+    """Clips of videos or of records, in the pixels that an application would feed.
+
+    Args:
+        source: the model; says what a clip is.
+        path: a folder of records, or of videos, also in folders below; or one video.
+        split: part of the records; the one that the run was tested on unless given, or the only one.
+        limit: clips at most; of more videos, evenly chosen ones.
+
+    Returns:
+        [clips, T, S, S, 3], RGB, rounded.
+
+    Raises:
+        UserError: no such folder, no videos in it or none that can be read, no such split, damaged records.
+    """
+    path = Path(path)
+    require(limit >= 1, "the limit of clips", "be at least 1", limit)
+    if not path.exists():
+        raise UserError(f"--clips={path}: no such folder of videos or records")
+    if (path / MANIFEST_NAME).is_file():
+        clips = _of_records(source, Manifest.load(path), split, limit)
+    else:
+        require(split is None, "--split", f"be for records, which {path} does not hold", split)
+        clips = _of_videos(source, _evenly(list_videos([path]), limit))
+    return np.clip(np.rint(clips), 0, 255).astype(np.uint8)
+
+
+def _of_records(source: Source, manifest: Manifest, split: str | None, limit: int) -> Any:
+    split = split or _split_of(source, manifest)
+    part = manifest.split(split)
+    require(len(part.records) > 0, f"split {split!r} of {manifest.folder}", "hold records", 0)
+    chosen = dataclasses.replace(part, records=tuple(_evenly(part.records, limit)))
+    videos = evaluation_dataset(
+        dataclasses.replace(manifest, splits={split: chosen}),
+        split,
+        source.model.clip,
+        source.views,
+        frame_sampling=source.frame_sampling,
+    )
+    with naming_records():
+        return np.concatenate([clips[:, 0] for clips, _, _ in videos.as_numpy_iterator()])
+
+
+def _split_of(source: Source, manifest: Manifest) -> str:
+    names = list(manifest.splits)
+    tested = source.run.dataset.eval_split if source.run else "test"
+    if tested in names:
+        return tested
+    require(len(names) == 1, "--split", f"be given for {manifest.folder}: {', '.join(names)}", None)
+    return names[0]
+
+
+def _of_videos(source: Source, paths: Sequence[Path]) -> Any:
+    clips, failures = [], []
+    for path in paths:
+        try:
+            clips.append(_of_video(source, path, source.frame_sampling))
+        except VideoError as error:
+            failures.append(error)
+    if not clips:
+        raise UserError(f"none of {len(failures)} files could be read as a video; the first, {failures[0]}")
+    for failure in failures:
+        print(f"left out: {failure}", file=sys.stderr)
+    return np.stack(clips)
+
+
+def _of_video(source: Source, path: Path, sampling: FrameSampling) -> Any:
+    clip, views = source.model.clip, source.views
+    info = probe(path)
+    fps = float(np.float32(info.fps))  # as records store it
+    start = view_starts(info.delivered, fps, clip, views.temporal_views)
+    frames = (frame.pixels for frame in read_frames(path, max(RECORD_SHORT_SIDE, views.resize)))
+    (cut,) = cut_clips(frames, [frame_indices(start, info.delivered, fps, clip, sampling)])
+    with tf.device("cpu"):
+        return transforms.crops(transforms.resize(cut.pixels, views.resize, views.squeeze), views.crop, 1)[0].numpy()
+
+
+def _evenly(items: Sequence[Any], limit: int) -> list[Any]:
+    places = np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int)
+    return [items[place] for place in places]

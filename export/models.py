@@ -1,0 +1,127 @@
+"""The model that is exported: its network, its class names, and what the receiver of an artefact has to know of it."""
+
+import dataclasses
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import x3d_tf
+from x3d_tf._checks import require
+from x3d_tf.data.clips import STRIDE_FPS, FrameSampling, ViewSpec
+from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
+from x3d_tf.modeling.cost import cost
+from x3d_tf.modeling.expansion import name_of
+from x3d_tf.modeling.saving import load, model_file
+from x3d_tf.modeling.x3d import MEAN, STD, X3D
+from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
+
+_METRICS = ("top1", "top5", "map")  # of a report, for the card
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model to export.
+
+    Attributes:
+        path: what was opened: a run folder or a `.keras` file.
+        model: the trainable network, with its classifier.
+        class_names: one for each output.
+        run: the settings of the run, where `path` is a run folder that still has them; else None.
+    """
+
+    path: Path
+    model: X3D
+    class_names: tuple[str, ...]
+    run: TrainConfig | None
+
+    @property
+    def name(self) -> str:
+        """For files and folders: `x3d_s`, or `x3d_tau_7_t_17_...` of other factors; letters, digits and _ only."""
+        return self.model.name
+
+    @property
+    def frame_sampling(self) -> FrameSampling:
+        """Which frames of a video a clip takes, as in training; see `x3d_tf.data.clips.frame_indices`."""
+        return self.run.dataset.frame_sampling if self.run else "slowfast"
+
+    @property
+    def views(self) -> ViewSpec:
+        """How frames become the network's clip: one clip of a video, its centre crop."""
+        model = self.model
+        return ViewSpec(temporal_views=1, resize=model.expansion.test_size, crop=model.clip.size, squeeze=model.squeeze)
+
+    def card(self) -> dict[str, Any]:
+        """The model card: what an application must feed, what comes out, what it costs, where it comes from.
+
+        Values are those that JSON has. `input` has the entries of a run folder's `input.json`, and the pixels' form.
+        """
+        model, clip = self.model, self.model.clip
+        count = cost(model.expansion, num_classes=model.num_classes, options=model.options)
+        return {
+            "network": name_of(model.expansion),
+            "created_by": f"x3d_tf {x3d_tf.__version__}",
+            "task": model.task,
+            "input": {
+                "frames": clip.frames,
+                "stride": clip.stride,  # in frames of a video of this rate
+                "frames_per_second": STRIDE_FPS,
+                "frame_sampling": self.frame_sampling,
+                "resize": self.views.resize,
+                "resized": "both sides" if model.squeeze else "the short side",
+                "crop": clip.size,
+                "shape": ["clips", clip.frames, clip.size, clip.size, 3],
+                "colours": "RGB",
+                "range": [0, 255],
+                "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",
+            },
+            "output": "probabilities that add up to 1"
+            if model.task == "single_label"
+            else "a probability of each class by itself",
+            "classes": list(self.class_names),
+            "expansion": dataclasses.asdict(model.expansion),
+            "options": dataclasses.asdict(model.options),  # head_pool among them
+            "gmacs_per_clip": count.macs / 1e9,
+            "params": count.params,
+            "weights_sha256": hashlib.sha256(model_file(self.path).read_bytes()).hexdigest(),
+            "training": self._training(),
+        }
+
+    def _training(self) -> dict[str, Any] | None:
+        """Facts of the run; None of a file, which does not tell."""
+        if self.run is None:
+            return None
+        run, dataset, recipe = RunFolder(self.path), self.run.dataset, self.run.recipe
+        keys = ("records", "split", "videos", "views", *_METRICS)
+        reports = [read_results(path) for path in sorted(run.evaluations.glob(f"*/{RESULTS_NAME}"))]
+        return {
+            "run": self.path.resolve().name,
+            "records": dataset.records,
+            "split": dataset.train_split,
+            "steps": recipe.steps,
+            "batch": recipe.batch,
+            "seed": self.run.seed,
+            "init": self.run.init,
+            "settings_sha256": self.run.fingerprint(),
+            "tested": [{key: report[key] for key in keys if key in report} for report in reports],
+        }
+
+
+def open_model(path: str | Path) -> Source:
+    """Opens a run folder, or a `.keras` file that this package saved, for export.
+
+    Warns where the classes have no names but numbers.
+
+    Raises:
+        UserError: no such file; one that this package did not save; a network without classifier; a damaged run.
+    """
+    path = Path(path)
+    model = load(path)
+    require(model.include_top, f"the network of {path}", "have its classifier (include_top)", model.include_top)
+    names = model.class_names
+    if names == tuple(str(number) for number in range(len(names))):
+        warnings.warn(f"{path} has no class names: its {len(names)} classes are numbered", stacklevel=2)
+    run = RunFolder(path)
+    return Source(path, model, names, run.read_config() if run.config.is_file() else None)

@@ -1,0 +1,1 @@
+"""TF Serving: files for its container image, and a client that sends videos."""

@@ -1,0 +1,51 @@
+"""A small network whose export the tests share: made once in a process, for an export takes seconds."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import x3d_tf
+
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
+NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
+
+
+def decided_network(classes: int = len(NAMES), **options: Any) -> x3d_tf.X3D:
+    """A network of which every weight counts, batch norms too, and that does not give all classes the same."""
+    network = x3d_tf.build_x3d(TINY, num_classes=classes, **options)
+    draw = np.random.default_rng(0)
+    for layer in network.layers:
+        if hasattr(layer, "moving_variance"):
+            shape = layer.moving_variance.shape
+            layer.moving_mean.assign(draw.normal(0, 0.2, shape))
+            layer.moving_variance.assign(draw.uniform(0.5, 2, shape))
+            layer.gamma.assign(draw.uniform(0.5, 1.5, shape))
+            layer.beta.assign(draw.normal(0, 0.2, shape))
+    kernel = network.get_layer("fc2").kernel
+    kernel.assign(draw.normal(0, 0.3, kernel.shape))
+    return network
+
+
+@functools.cache
+def model_file() -> Path:
+    """The network of `decided_network`, saved."""
+    path = Path(_scratch().name) / "tiny.keras"
+    x3d_tf.save(decided_network(), path, NAMES)
+    return path
+
+
+@functools.cache
+def served_folder() -> Path:
+    """That file's SavedModel: the version's folder, .../tiny/1."""
+    from x3d_tf.export.models import open_model
+    from x3d_tf.export.saved_model import export_saved_model
+
+    return export_saved_model(open_model(model_file()), Path(_scratch().name) / "serving" / "tiny")
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()

@@ -1,0 +1,83 @@
+"""What is exported: the model that a path names, and its card."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from x3d_tf.export.models import open_model
+
+import x3d_tf
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.runs.recipe import TrainConfig
+
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
+NAMES = ("hug", "kick", "wave")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, as far as exporters look into it."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    folder.mkdir()
+    model = x3d_tf.build_x3d(TINY, num_classes=3)
+    model.squeeze = True
+    x3d_tf.save(x3d_tf.portable(model, NAMES), folder / "model.keras")
+    dataset = DatasetSpec("data/mine", squeeze=True, frame_sampling="exact")
+    (folder / "config.json").write_text(replace(TrainConfig(), expansion=TINY, dataset=dataset, seed=5).to_json())
+    return folder
+
+
+def test_a_run_tells_how_it_was_trained(run: Path) -> None:
+    source = open_model(run)
+    assert source.class_names == NAMES
+    assert (source.frame_sampling, source.views.squeeze, source.views.crop) == ("exact", True, 64)
+    card = json.loads(json.dumps(source.card()))
+    assert card["training"]["run"] == "mine"
+    assert (card["training"]["records"], card["training"]["seed"]) == ("data/mine", 5)
+    assert card["training"]["tested"] == []
+    assert str(run.parent) not in json.dumps(card)  # where it lay is nobody's business
+
+
+def test_the_card_says_what_to_feed_and_what_it_costs(run: Path) -> None:
+    source = open_model(run)
+    card = source.card()
+    assert card["input"] == {
+        "frames": 4,
+        "stride": 2.0,
+        "frames_per_second": 30.0,
+        "frame_sampling": "exact",
+        "resize": 73,
+        "resized": "both sides",
+        "crop": 64,
+        "shape": ["clips", 4, 64, 64, 3],
+        "colours": "RGB",
+        "range": [0, 255],
+        "normalisation": "inside the model: (value - 114.75) / 57.375",
+    }
+    assert card["classes"] == list(NAMES)
+    assert card["params"] == x3d_tf.cost(TINY, num_classes=3).params
+    assert card["expansion"]["gamma_d"] == 0.2
+    assert card["created_by"] == f"x3d_tf {x3d_tf.__version__}"
+
+
+def test_a_file_alone_tells_nothing_of_training(run: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = open_model(run / "model.keras")
+    assert source.card()["training"] is None
+    assert source.frame_sampling == "slowfast"
+
+
+def test_numbers_for_names_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="numbered"):
+        x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=2), tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="has no class names: its 2 classes are numbered"):
+        assert open_model(tmp_path).class_names == ("0", "1")
+
+
+def test_a_network_without_classifier_is_not_exported(tmp_path: Path) -> None:
+    x3d_tf.save(x3d_tf.build_x3d(TINY, include_top=False), tmp_path / "features.keras")
+    with pytest.raises(ValueError, match=r"features\.keras must have its classifier"):
+        open_model(tmp_path / "features.keras")

@@ -1,0 +1,105 @@
+"""ONNX and OpenVINO files: they are run, where their runtimes are installed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from x3d_tf.export import onnx as exporter
+from x3d_tf.export.models import Source, open_model
+from x3d_tf.export.runtimes import Artefact, open_artefact
+
+import x3d_tf
+
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
+NAMES = ("hug", "kick", "wave")
+
+
+def without(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed")
+
+
+NEEDS_ONNX, NEEDS_OPENVINO = without("onnx", "tf2onnx", "onnxruntime"), without("openvino")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    network = x3d_tf.build_x3d(TINY, num_classes=3)
+    draw = np.random.default_rng(0)
+    for layer in network.layers:
+        if hasattr(layer, "moving_mean"):
+            shape = layer.gamma.shape
+            layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
+    network.get_layer("fc2").kernel.assign(draw.normal(0, 0.3, network.get_layer("fc2").kernel.shape))
+    file = tmp_path_factory.mktemp("model") / "model.keras"
+    x3d_tf.save(x3d_tf.portable(network, NAMES), file)
+    return open_model(file)
+
+
+@pytest.mark.parametrize(
+    ("form", "batch"),
+    [
+        pytest.param("onnx", None, marks=NEEDS_ONNX),
+        pytest.param("openvino", None, marks=NEEDS_OPENVINO),
+        pytest.param("openvino", 2, marks=NEEDS_OPENVINO),
+    ],
+)
+def test_a_file_computes_what_the_network_does(form: str, batch: int | None, source: Source, tmp_path: Path) -> None:
+    written = exporter.export_formats(source, tmp_path / "new", [form], batch=batch)
+    assert sorted(written) == sorted((tmp_path / "new").iterdir())  # hidden ones are gone
+    runner = open_artefact(Artefact(written[-1], {"onnx": "onnxruntime"}.get(form, form)), threads=1)
+    assert (runner.batch, runner.clip) == (batch, (4, 64, 64, 3))
+    clips = np.random.default_rng(1).integers(0, 256, (2, 4, 64, 64, 3), dtype=np.uint8)
+    expected = x3d_tf.portable(source.model, NAMES)(clips)
+    np.testing.assert_allclose(runner(clips), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"exists; give another --output, or replace it with --force"):
+        exporter.export_formats(source, tmp_path / "new", [form], batch=batch)
+    facts = {"onnx": onnx_facts, "openvino": openvino_facts}[form](written[-1])
+    assert facts.pop("labels").split("\n") == list(NAMES)
+    assert json.loads(facts.pop("card"))["input"]["frames"] == 4
+    assert facts == {"inputs": ["clips"], "outputs": ["probabilities"], "types": ["uint8", "float32"]}
+
+
+def onnx_facts(path: Path) -> dict:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    tensors = [*session.get_inputs(), *session.get_outputs()]
+    assert [tensor.shape[0] for tensor in tensors] == ["N", "N"]
+    types = [{"tensor(uint8)": "uint8", "tensor(float)": "float32"}[tensor.type] for tensor in tensors]
+    names = {"inputs": [t.name for t in session.get_inputs()], "outputs": [t.name for t in session.get_outputs()]}
+    return session.get_modelmeta().custom_metadata_map | names | {"types": types}
+
+
+def openvino_facts(path: Path) -> dict:
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    types = [port.get_element_type().to_dtype().name for port in (*model.inputs, *model.outputs)]
+    names = {"inputs": [port.any_name for port in model.inputs], "outputs": [port.any_name for port in model.outputs]}
+    facts = {name: model.get_rt_info(["x3d_tf", name]).astype(str) for name in ("labels", "card")}
+    return facts | names | {"types": types}
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else object())
+    with pytest.raises(ValueError, match=r"--formats=onnx needs tf2onnx, .* pip install 'x3d_tf\[onnx\]'"):
+        exporter.require_formats(["onnx"])
+    with pytest.raises(ValueError, match="--formats must be of onnx, openvino, got 'onnx,coreml'"):
+        exporter.require_formats(["onnx", "coreml"])
+    with pytest.raises(ValueError, match="--formats must be of onnx, openvino, got ''"):
+        exporter.require_formats([])
+
+
+@NEEDS_OPENVINO
+def test_nothing_half_written(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path, _: Source) -> None:
+        assert path.is_file()
+        raise RuntimeError("in the last step")
+
+    monkeypatch.setitem(exporter._FINISHERS, "openvino", fails)
+    with pytest.raises(RuntimeError, match="in the last step"):
+        exporter.export_formats(source, tmp_path, ["openvino"])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,233 @@
+"""TFLite files: what is in them, and that LiteRT computes with them what the network does."""
+
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags
+from absl.testing import flagsaver
+from moving_square import write_records
+from x3d_tf.export import tflite
+from x3d_tf.export.models import Source, open_model
+
+import x3d_tf
+from x3d_tf._checks import UserError
+from x3d_tf.modeling.deployed import deployed
+
+litert = pytest.importorskip("ai_edge_litert.interpreter")
+
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=32 / 112, gamma_b=2.25, gamma_d=0.2)
+NAMES = ("left", "right", "störung")
+
+
+def trained(**options: Any) -> x3d_tf.X3D:
+    """A network none of whose batch norms is at its first values, and that tells `clips` apart."""
+    keras.utils.set_random_seed(0)
+    model = x3d_tf.build_x3d(TINY, num_classes=len(NAMES), **options)
+    draw = np.random.default_rng(0)
+    for layer in model.layers:
+        if hasattr(layer, "moving_mean"):
+            shape = layer.gamma.shape
+            layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
+    pixels = clips(6).astype(np.float32)
+    features = keras.Model(model.input, model.get_layer("fc2").input)(pixels).numpy()
+    kernel = np.linalg.svd(features - features.mean(0))[2][: len(NAMES)].T  # where they differ most
+    kernel /= (features @ kernel).std(axis=0)
+    model.get_layer("fc2").set_weights([kernel, -(features @ kernel).mean(axis=0)])
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file and records."""
+    folder = tmp_path_factory.mktemp("tflite")
+    x3d_tf.save(x3d_tf.portable(trained(), NAMES), folder / "model.keras")
+    write_records(folder / "records", 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> Source:
+    return open_model(folder / "model.keras")
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path, source: Source) -> dict[str, Path]:
+    """All formats, for one clip a call."""
+    calibration = tflite.Calibration(folder / "records", clips=4)
+    paths = tflite.export_tflite(source, folder / "out", tflite.FORMATS, calibration=calibration)
+    return dict(zip(tflite.FORMATS, paths))
+
+
+@pytest.fixture
+def run(flags_of_one_command: None) -> Iterator[Any]:
+    tflite.define_flags()
+    flags.FLAGS(["tflite", "--model=unset", "--output=unset"])
+
+    def call(**settings: Any) -> None:
+        with flagsaver.flagsaver(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}):
+            tflite.main()
+
+    yield call
+
+
+def clips(count: int) -> np.ndarray:
+    """Coloured squares, others in each clip and frame, and brighter from clip to clip."""
+    squares = np.random.default_rng(1).integers(0, 256, (count, 4, 4, 4, 3))
+    squares = squares * np.linspace(0.2, 1, count)[:, None, None, None, None]
+    return squares.astype(np.uint8).repeat(8, axis=2).repeat(8, axis=3)
+
+
+def interpreted(content: bytes | Path, calls: np.ndarray) -> np.ndarray:
+    """What LiteRT makes of uint8 (calls, batch, ...)."""
+    settings = {"model_path": str(content)} if isinstance(content, Path) else {"model_content": content}
+    interpreter = litert.Interpreter(**settings, num_threads=1)
+    runner = interpreter.get_signature_runner()
+    return np.concatenate([runner(clips=call)["probabilities"] for call in calls])
+
+
+@pytest.mark.parametrize(("form", "bound"), [("float32", 1e-4), ("float16", 0.03), ("dynamic", 0.3), ("int8", 0.3)])
+def test_litert_computes_what_the_network_does(files: dict[str, Path], source: Source, form: str, bound: float) -> None:
+    pixels = clips(6)
+    expected = np.asarray(keras.ops.softmax(source.model(pixels)))
+    found = interpreted(files[form], pixels[:, None])
+    assert found.dtype == np.float32
+    assert np.ptp(expected, axis=0).max() > 2 * bound  # so that an answer that is always the same would show
+    np.testing.assert_allclose(found, expected, atol=bound)
+    if form != "float32":
+        assert np.abs(found - expected).max() > 1e-6  # it is another file
+
+
+@pytest.mark.parametrize("form", tflite.FORMATS)
+def test_builtin_operators_only(files: dict[str, Path], form: str) -> None:
+    """By the runtime's own list, which names a custom operator by its own name."""
+    resolver = litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = litert.Interpreter(str(files[form]), experimental_op_resolver_type=resolver)
+    listed = Counter(entry["op_name"] for entry in interpreter._get_ops_details())
+    builtin = {name for name in vars(tf_schema().BuiltinOperator) if not name.startswith("_")} - {"CUSTOM"}
+    assert set(listed) <= builtin
+    report = json.loads(files[form].with_suffix(".json").read_text(encoding="utf-8"))
+    assert report["operators"] == listed
+
+
+def tf_schema() -> Any:
+    from tensorflow.lite.python import schema_py_generated
+
+    return schema_py_generated
+
+
+def test_convolutions_of_an_int8_file_are_in_int8_but_those_of_its_report(files: dict[str, Path]) -> None:
+    report = json.loads(files["int8"].with_suffix(".json").read_text(encoding="utf-8"))
+    left = [row["name"] for row in report["left_in_float"] if row["operator"] in tflite.CONVOLUTIONS]
+    assert ["conv1_xy" in name or "conv1_t" in name for name in left] == [True, True]
+    assert convolutions_in_float(files["int8"].read_bytes()) == left
+
+
+def convolutions_in_float(content: bytes) -> list[str]:
+    """Names of those that read or write something else than int8; by the interpreter, all others taken off."""
+    resolver = litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = litert.Interpreter(model_content=content, experimental_op_resolver_type=resolver)
+    names = {entry["index"]: entry["name"] for entry in interpreter.get_tensor_details()}
+    types = {entry["index"]: np.dtype(entry["dtype"]) for entry in interpreter.get_tensor_details()}
+    convolutions = [entry for entry in interpreter._get_ops_details() if entry["op_name"] in tflite.CONVOLUTIONS]
+    assert len(convolutions) > 20
+    kinds = [[types.get(index) for index in (*entry["inputs"][:2], *entry["outputs"])] for entry in convolutions]
+    return [names[entry["outputs"][0]] for entry, kind in zip(convolutions, kinds) if kind != [np.dtype("int8")] * 3]
+
+
+def test_a_byte_is_its_own_quantised_value(files: dict[str, Path]) -> None:
+    (entry,) = litert.Interpreter(str(files["int8"])).get_input_details()
+    assert entry["dtype"] == np.uint8
+    assert entry["quantization"] == (1.0, 0)
+
+
+def test_what_goes_with_a_file(files: dict[str, Path], source: Source) -> None:
+    for form, path in files.items():
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+            assert archive.read("labels.txt").decode() == "left\nright\nstörung\n"
+            card = json.loads(archive.read("model_card.json"))
+        report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        assert card == report["card"] == json.loads(json.dumps(source.card()))
+        assert report["format"] == form
+        assert report["file"] == path.name
+        assert report["bytes"] == path.stat().st_size
+        assert (report["calibration"] is not None) == (form == "int8")
+    assert report["calibration"]["clips"] == 4
+    sizes = [files[form].stat().st_size for form in ("float32", "float16", "dynamic")]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"input": "difference", "task": "multi_label", "se": "none"},
+        {"separable": False, "se": "all"},
+    ],
+    ids=str,
+)
+def test_other_networks_are_integer_throughout(options: dict[str, Any]) -> None:
+    model = trained(**options)
+    pixels = clips(6).reshape(3, 2, 4, 32, 32, 3)
+    pixels[0, 0, :, 0, :2] = [[0] * 3, [255] * 3]
+    content = tflite.convert(deployed(model, batch=2), "int8", pixels, float_stem=False)
+    assert convolutions_in_float(content) == []
+    assert tflite.left_in_float(content) == []
+    function = keras.ops.sigmoid if model.task == "multi_label" else keras.ops.softmax
+    expected = np.asarray(function(model(pixels.reshape(6, 4, 32, 32, 3))))
+    np.testing.assert_allclose(interpreted(content, pixels), expected, atol=0.3)
+
+
+def test_several_clips_a_call(source: Source, tmp_path: Path) -> None:
+    (path,) = tflite.export_tflite(source, tmp_path, ["float32"], batch=3)
+    pixels = clips(6)
+    expected = np.asarray(keras.ops.softmax(source.model(pixels)))
+    np.testing.assert_allclose(interpreted(path, pixels.reshape(2, 3, 4, 32, 32, 3)), expected, atol=1e-4)
+
+
+def test_float_operators_of_an_int8_file_are_noticed(files: dict[str, Path]) -> None:
+    with pytest.raises(RuntimeError, match=r"the int8 file computes these in float: .*CONV_2D"):
+        tflite._check(files["float32"].read_bytes(), "int8", float_stem=True)
+
+
+def test_operators_of_tensorflow_are_noticed() -> None:
+    function = tf.function(tf.linalg.det, input_signature=[tf.TensorSpec((2, 2))]).get_concrete_function()
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], tf.Module())
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.SELECT_TF_OPS]
+    with pytest.raises(RuntimeError, match=r"not TFLite's own: CUSTOM Flex.*, CUSTOM FlexMatrixDeterminant"):
+        tflite._check(converter.convert(), "float32", float_stem=True)
+
+
+def test_the_command(run: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"])
+    (path,) = (tmp_path / "out").glob("*.tflite")
+    assert f"written: {path} (" in capsys.readouterr().out
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"_float16\.tflite exists; give another --output, or replace it with --force"):
+        run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"])
+    assert path.read_bytes() == before
+
+
+def test_bad_input(run: Any, source: Source, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--formats must be of float32, float16, dynamic, int8, got 'int4'"):
+        run(formats=["int4"])
+    with pytest.raises(UserError, match="give --calibration=RECORDS, or leave int8 out"):
+        run(formats=["float32", "int8"])
+    with pytest.raises(UserError, match="no such model file"):
+        run(model=tmp_path / "none.keras", formats=["float32"])
+    for records, split, message in (
+        (tmp_path, "train", "manifest"),
+        (folder / "records", "test", "has no split 'test'; it has train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(
+                tflite.export_tflite(source, tmp_path / "out", ["int8"], calibration=tflite.Calibration(records, split))
+            )
+    assert not (tmp_path / "out").exists()
