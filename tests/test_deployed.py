@@ -23,7 +23,7 @@ def network(expansion: x3d_tf.Expansion = TINY, **options: Any) -> x3d_tf.X3D:
             layer.set_weights(
                 [draw.random(channels) + 0.5, *draw.normal(0, 0.3, (2, *channels)), draw.random(channels) + 0.5]
             )
-    model.get_layer("fc2").kernel.assign(draw.normal(0, 0.3, model.get_layer("fc2").kernel.shape))
+    model.get_layer("fc2").kernel.assign(draw.normal(0, 0.1, model.get_layer("fc2").kernel.shape))
     return model
 
 
