@@ -365,10 +365,14 @@ def _report(content: bytes, form: str, source: "Source", calibration: Calibratio
 
 def _with_files(content: bytes, source: "Source") -> bytes:
     """The file with labels and card behind it, as a ZIP archive whose beginning no reader of TFLite files minds."""
+    files = {
+        "labels.txt": "\n".join(source.class_names) + "\n",
+        "model_card.json": json.dumps(source.card(), indent=1, ensure_ascii=False) + "\n",
+    }
     buffer = io.BytesIO(content)
     with zipfile.ZipFile(buffer, "a") as archive:
-        archive.writestr("labels.txt", "\n".join(source.class_names) + "\n")
-        archive.writestr("model_card.json", json.dumps(source.card(), indent=1, ensure_ascii=False) + "\n")
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name), text)  # of no date: the same network makes the same bytes
     return buffer.getvalue()
 
 

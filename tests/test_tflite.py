@@ -14,8 +14,8 @@ import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
 from moving_square import write_records
-from x3d_tf.export import tflite
-from x3d_tf.export.bias_correction import CONVOLUTIONS
+from x3d_tf.export import bias_correction, tflite
+from x3d_tf.export.bias_correction import CONVOLUTIONS, read_model
 from x3d_tf.export.models import Source, open_model
 
 import x3d_tf
@@ -215,6 +215,44 @@ def test_the_command(run: Any, folder: Path, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(UserError, match=r"_float16\.tflite exists; give another --output, or replace it with --force"):
         run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"])
     assert path.read_bytes() == before
+    path.write_bytes(b"another")
+    run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"], force=True)
+    assert path.read_bytes() == before
+
+
+def test_a_model_without_class_names(tmp_path: Path) -> None:
+    x3d_tf.save(trained(), tmp_path / "model.keras", ["0", "1", "2"])
+    with pytest.warns(UserWarning, match="has no class names: its 3 classes are numbered"):
+        source = open_model(tmp_path / "model.keras")
+    (path,) = tflite.export_tflite(source, tmp_path, ["dynamic"])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("labels.txt") == b"0\n1\n2\n"
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 32, 32, 3), (1, 4, 48, 32, 3), (2, 4, 32, 32, 3), (4, 32, 32, 3)], ids=str)
+def test_a_clip_that_does_not_fit_is_refused(files: dict[str, Path], shape: tuple[int, ...]) -> None:
+    interpreter = litert.Interpreter(str(files["float32"]))
+    interpreter.allocate_tensors()
+    (given,) = interpreter.get_input_details()
+    with pytest.raises(ValueError, match="Dimension mismatch"):
+        interpreter.set_tensor(given["index"], np.zeros(shape, np.uint8))
+
+
+def test_a_wrong_bias_is_put_right(source: Source) -> None:
+    app, pixels = deployed(source.model, batch=1), clips(6)[:, None]
+    reference = tflite._converter(app, tf.float32).convert()
+    content = tflite.convert(app, "int8", pixels, float_until="none")
+    model = read_model(wrong := bytearray(content))
+    graph = model.subgraphs[0]
+    (first, *_), place = bias_correction._with_bias(model), 3
+    bias = graph.tensors[graph.operators[first].inputs[2]]
+    model.buffers[bias.buffer].data.view(np.int32)[place] += round(0.5 / bias.quantization.scale[place])
+    expected = np.asarray(keras.ops.softmax(source.model(pixels[:, 0])))
+    before, after = (
+        np.abs(interpreted(file, pixels) - expected).mean()
+        for file in (bytes(wrong), bias_correction.correct_biases(bytes(wrong), reference, pixels))
+    )
+    assert after < before / 2
 
 
 def test_bad_input(run: Any, source: Source, folder: Path, tmp_path: Path) -> None:
