@@ -9,9 +9,10 @@ and the model card:
   float32  as the network is
   float16  weights of half the size; computes in float32 on CPUs
   dynamic  weights in int8, one scale a channel; what goes between layers stays float32
-  int8     weights and what goes between layers in int8, but for the first two convolutions, which stay in float32:
-           what few pixels change between frames would drown in 8 bits. Then biases are corrected, so that each layer is
-           right in the mean. --nofloat_stem is for chips that only know integers; it costs accuracy
+  int8     weights and what goes between layers in int8, but for the stem and the first stage, because later
+           layers cannot mend what is lost there, and the classifier (fc2), because 8 bits of a logit are coarse. Then
+           biases are corrected, so that each layer is right in the mean. --float_until=none, for chips that only know
+           integers, leaves nothing in float; it costs accuracy
 
 All have the same face: clips, uint8 (1, T, S, S, 3), RGB bytes as a camera gives them, to probabilities, float32 (1,
 classes). The normalisation is inside, the number of clips is fixed (--batch for more than 1: an open one is slower) and
@@ -40,7 +41,7 @@ from x3d_tf import _command
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole, writing
 
-from .bias_correction import CONVOLUTIONS, correct_biases, operator_name, read_model
+from .bias_correction import correct_biases, operator_name, read_model
 
 if TYPE_CHECKING:
     import keras
@@ -51,7 +52,8 @@ FLAGS = flags.FLAGS
 
 FORMATS = ("float32", "float16", "dynamic", "int8")
 CALIBRATION_CLIPS = 100
-STEM = "conv1_"  # how the names of its layers begin, and of no others
+FLOAT_UNTIL = {"none": "", "stem": "conv1_", "res2": "res2"}  # how names of layers of the last part in float begin
+CLASSIFIER = "fc2"
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")  # between integers and float, of which an int8 file has some
 
 
@@ -63,7 +65,7 @@ def define_flags() -> None:
     flags.DEFINE_string("calibration", None, "Folder of records: int8 takes its ranges from their training clips.")
     flags.DEFINE_string("split", None, "Part of those records; the run's training part, or train, unless given.")
     flags.DEFINE_integer("calibration_clips", CALIBRATION_CLIPS, "How many clips to calibrate with.", lower_bound=1)
-    flags.DEFINE_bool("float_stem", True, "Leave the first two convolutions of the int8 file in float.")
+    flags.DEFINE_enum("float_until", "res2", list(FLOAT_UNTIL), "What of the int8 file stays in float, besides fc2.")
     flags.DEFINE_integer("batch", 1, "Clips of a call.", lower_bound=1)
     flags.DEFINE_bool("force", False, "Replace files that are there already.")
 
@@ -79,7 +81,7 @@ def main() -> None:
 
     source = open_model(FLAGS.model)
     split = FLAGS.split or _training_split(source)
-    calibration = Calibration(FLAGS.calibration, split, FLAGS.calibration_clips, FLAGS.float_stem)
+    calibration = Calibration(FLAGS.calibration, split, FLAGS.calibration_clips, FLAGS.float_until)
     for path in export_tflite(
         source, Path(FLAGS.output), formats, batch=FLAGS.batch, calibration=calibration, force=FLAGS.force
     ):
@@ -98,13 +100,14 @@ class Calibration:
         records: the folder that ranges come from; None where nothing is to be calibrated.
         split: part of the records.
         clips: how many.
-        float_stem: whether what comes before the first block stays in float.
+        float_until: a key of `FLOAT_UNTIL`: the last part of the network, from the pixels on, that stays in float; the
+            classifier does, too, but with "none".
     """
 
     records: str | Path | None
     split: str = "train"
     clips: int = CALIBRATION_CLIPS
-    float_stem: bool = True
+    float_until: str = "res2"
 
 
 def _training_split(source: "Source") -> str:
@@ -156,7 +159,7 @@ def export_tflite(
 
     app = deployed(source.model, batch=batch)
     for form, path in paths.items():
-        content = convert(app, form, clips, float_stem=calibration.float_stem)
+        content = convert(app, form, clips, float_until=calibration.float_until)
         report = _report(content, form, source, calibration if form == "int8" else None)
         content = _with_files(content, source)
         report |= {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -202,92 +205,6 @@ def calibration_clips(source: "Source", calibration: Calibration, batch: int) ->
     return clips.reshape(calls, batch, *clips.shape[1:])
 
 
-def convert(app: "keras.Model", form: str, clips: NDArray[np.uint8] | None = None, *, float_stem: bool = True) -> bytes:
-    """Makes a TFLite file.
-
-    Args:
-        app: from `deployed`, of a fixed batch.
-        form: of `FORMATS`.
-        clips: from `calibration_clips`; for int8 only.
-        float_stem: see `Calibration`; for int8 only.
-
-    Raises:
-        RuntimeError: the converter gave what this package does not promise: an operator that is not builtin, or in an
-            int8 file one in float that was not to be.
-    """
-    import tensorflow as tf
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the converter does inside
-        if form == "int8":
-            assert clips is not None
-            content = _int8(app, clips, float_stem)
-        else:
-            converter = _converter(app, tf.uint8)
-            if form != "float32":
-                converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            if form == "float16":
-                converter.target_spec.supported_types = [tf.float16]
-            content = converter.convert()
-    _check(content, form, float_stem)
-    return content
-
-
-def _converter(app: "keras.Model", dtype: Any) -> Any:
-    import tensorflow as tf
-
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([_frozen(app, dtype)], tf.Module())
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    return converter
-
-
-def _int8(app: "keras.Model", clips: NDArray[np.uint8], float_stem: bool) -> bytes:
-    import tensorflow as tf
-
-    # Of what `TFLiteConverter.convert` calls; the converter itself has no way to leave operators out.
-    from tensorflow.lite.python.convert import mlir_quantize
-
-    reference = _converter(app, tf.float32).convert()
-    converter = _converter(app, tf.float32)
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    calls = tqdm(clips, "calibrating", leave=False, disable=None)
-    converter.representative_dataset = lambda: ([call.astype(np.float32)] for call in calls)
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter._experimental_calibrate_only = True
-    calibrated = converter.convert()
-    left = [operator.name for operator in operators(calibrated)[: _stem_size(calibrated)]] if float_stem else None
-    content = mlir_quantize(calibrated, denylisted_nodes=left, input_data_type=tf.uint8)
-    return correct_biases(content, reference, clips)
-
-
-def _stem_size(content: bytes) -> int:
-    """How many operators come before the first block."""
-    places = [
-        place
-        for place, operator in enumerate(operators(content))
-        if operator.kind in CONVOLUTIONS and any(part.startswith(STEM) for part in operator.name.split(";"))
-    ]
-    if not places:
-        raise RuntimeError(f"no convolution's name begins with {STEM}")
-    return places[-1] + 1
-
-
-def _frozen(app: "keras.Model", dtype: Any) -> Any:
-    """The model as a concrete function whose weights are constants: from variables the converter makes operators."""
-    import tensorflow as tf
-
-    weights = [
-        [tf.constant(value) for value in part] for part in (app.trainable_variables, app.non_trainable_variables)
-    ]
-
-    @tf.function(input_signature=[tf.TensorSpec(app.input_shape, dtype, name="clips")])
-    def probabilities(clips: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs, _ = app.stateless_call(*weights, tf.cast(clips, tf.float32), training=False)
-        return {"probabilities": outputs}
-
-    return probabilities.get_concrete_function()
-
-
 @dataclass(frozen=True)
 class Operator:
     """An operator of a TFLite file.
@@ -305,6 +222,97 @@ class Operator:
     @property
     def in_float(self) -> bool:
         return bool({"FLOAT16", "FLOAT32"} & self.types)
+
+    def is_of(self, start: str) -> bool:
+        """Whether the name of one of its layers begins so."""
+        return any(part.startswith(start) for part in self.name.split(";"))
+
+
+def convert(
+    app: "keras.Model", form: str, clips: NDArray[np.uint8] | None = None, *, float_until: str = "res2"
+) -> bytes:
+    """Makes a TFLite file.
+
+    Args:
+        app: from `deployed`, of a fixed batch.
+        form: of `FORMATS`.
+        clips: from `calibration_clips`; for int8 only.
+        float_until: see `Calibration`; for int8 only.
+
+    Raises:
+        RuntimeError: the converter gave what this package does not promise: an operator that is not builtin, or in an
+            int8 file one in float that was not to be.
+    """
+    import tensorflow as tf
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the converter does inside
+        if form == "int8":
+            assert clips is not None
+            content = _int8(app, clips, float_until)
+        else:
+            converter = _converter(app, tf.uint8)
+            if form != "float32":
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            if form == "float16":
+                converter.target_spec.supported_types = [tf.float16]
+            content = converter.convert()
+    _check(content, form, float_until)
+    return content
+
+
+def _converter(app: "keras.Model", dtype: Any) -> Any:
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([_frozen(app, dtype)], tf.Module())
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    return converter
+
+
+def _int8(app: "keras.Model", clips: NDArray[np.uint8], float_until: str) -> bytes:
+    import tensorflow as tf
+
+    # Of what `TFLiteConverter.convert` calls; the converter itself has no way to leave operators out.
+    from tensorflow.lite.python.convert import mlir_quantize
+
+    reference = _converter(app, tf.float32).convert()
+    converter = _converter(app, tf.float32)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    calls = tqdm(clips, "calibrating", leave=False, disable=None)
+    converter.representative_dataset = lambda: ([call.astype(np.float32)] for call in calls)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter._experimental_calibrate_only = True
+    calibrated = converter.convert()
+    left = [operator.name for operator in _to_leave(operators(calibrated), float_until)]
+    content = mlir_quantize(calibrated, denylisted_nodes=left or None, input_data_type=tf.uint8)
+    return correct_biases(content, reference, clips)
+
+
+def _to_leave(found: Sequence[Operator], float_until: str) -> list[Operator]:
+    """The operators of a file, in their order, that an int8 file has in float."""
+    if float_until == "none":
+        return []
+    (*_, last), (classifier, *_) = (
+        [place for place, operator in enumerate(found) if operator.is_of(start)]
+        for start in (FLOAT_UNTIL[float_until], CLASSIFIER)
+    )
+    return [*found[: last + 1], *found[classifier:]]
+
+
+def _frozen(app: "keras.Model", dtype: Any) -> Any:
+    """The model as a concrete function whose weights are constants: from variables the converter makes operators."""
+    import tensorflow as tf
+
+    weights = [
+        [tf.constant(value) for value in part] for part in (app.trainable_variables, app.non_trainable_variables)
+    ]
+
+    @tf.function(input_signature=[tf.TensorSpec(app.input_shape, dtype, name="clips")])
+    def probabilities(clips: tf.Tensor) -> dict[str, tf.Tensor]:
+        outputs, _ = app.stateless_call(*weights, tf.cast(clips, tf.float32), training=False)
+        return {"probabilities": outputs}
+
+    return probabilities.get_concrete_function()
 
 
 def operators(content: bytes) -> list[Operator]:
@@ -332,15 +340,14 @@ def left_in_float(content: bytes) -> list[Operator]:
     return [operator for operator in operators(content) if operator.in_float and operator.kind not in _CONVERSIONS]
 
 
-def _check(content: bytes, form: str, float_stem: bool) -> None:
+def _check(content: bytes, form: str, float_until: str) -> None:
     found = operators(content)
     custom = sorted({operator.kind for operator in found if operator.kind.startswith("CUSTOM")})
     if custom:
         raise RuntimeError(f"the {form} file has operators that are not TFLite's own: {', '.join(custom)}")
     if form != "int8":
         return
-    stem = set(found[: _stem_size(content)] if float_stem else [])
-    stray = sorted({operator.kind for operator in set(left_in_float(content)) - stem})
+    stray = sorted({operator.kind for operator in set(left_in_float(content)) - set(_to_leave(found, float_until))})
     if stray:
         raise RuntimeError(f"the int8 file computes these in float: {', '.join(stray)}")
 
@@ -358,10 +365,14 @@ def _report(content: bytes, form: str, source: "Source", calibration: Calibratio
 
 def _with_files(content: bytes, source: "Source") -> bytes:
     """The file with labels and card behind it, as a ZIP archive whose beginning no reader of TFLite files minds."""
+    files = {
+        "labels.txt": "\n".join(source.class_names) + "\n",
+        "model_card.json": json.dumps(source.card(), indent=1, ensure_ascii=False) + "\n",
+    }
     buffer = io.BytesIO(content)
     with zipfile.ZipFile(buffer, "a") as archive:
-        archive.writestr("labels.txt", "\n".join(source.class_names) + "\n")
-        archive.writestr("model_card.json", json.dumps(source.card(), indent=1, ensure_ascii=False) + "\n")
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name), text)  # of no date: the same network makes the same bytes
     return buffer.getvalue()
 
 
