@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from folding import machine, network, squares, versions  # the benchmark beside this one
 from x3d_tf.export import tflite
 from x3d_tf.export.models import open_model
 from x3d_tf.export.onnx import export_formats
@@ -25,7 +26,6 @@ from x3d_tf.export.saved_model import export_saved_model
 from x3d_tf.export.workers import Workers
 
 import x3d_tf
-from export import machine, network, squares, versions  # the benchmark beside this one
 from x3d_tf.modeling.deployed import deployed
 
 

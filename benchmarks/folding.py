@@ -12,8 +12,8 @@ form's time in units of the portable form's:
 Weights and moving statistics are random. The largest difference of any probability from the trainable network's is on
 made-up clips of coloured squares, and has to be below 1e-5.
 
-  python benchmarks/export.py
-  python benchmarks/export.py --network=x3d_m --batch=8 --threads=1 --json=folding.json
+  python benchmarks/folding.py
+  python benchmarks/folding.py --network=x3d_m --batch=8 --threads=1 --json=folding.json
 """
 
 import argparse
