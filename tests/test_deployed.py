@@ -38,15 +38,17 @@ def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
     return np.asarray(function(model(clips)))
 
 
-@pytest.mark.parametrize("batch", [None, 1, 2])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "batch"),
     [
-        {},
-        {"separable": False},
-        {"se": "none", "stem_kernel": 3, "task": "multi_label"},
-        {"shortcut_norm": "on_width_change", "input": "difference"},
-        {"swish": False, "swish_before": True, "se": "all", "drop_connect": 0.5},
+        ({}, 1),
+        ({}, None),
+        ({"separable": False}, 2),
+        ({"se": "none", "stem_kernel": 3, "task": "multi_label"}, None),
+        ({"shortcut_norm": "on_width_change", "input": "difference"}, 1),
+        ({"shortcut_norm": "on_width_change", "input": "difference"}, 2),
+        ({"swish": False, "swish_before": True, "se": "all", "drop_connect": 0.5}, None),
+        ({"swish": False, "swish_before": True, "se": "all", "drop_connect": 0.5}, 2),
     ],
     ids=str,
 )
@@ -54,7 +56,7 @@ def test_probabilities_are_the_networks(options: dict[str, Any], batch: int | No
     model = network(**options)
     pixels = clips(batch or 3)
     expected = probabilities(model, pixels)
-    assert batch == 1 or np.ptp(expected, axis=0).max() > 1e-3  # clips differ, so that mixing them up would show
+    assert batch == 1 or np.ptp(expected, axis=0).max() > 1e-4  # clips differ, so that mixing them up would show
     app = deployed(model, batch=batch)
     np.testing.assert_allclose(app(pixels), expected, atol=1e-5)
     np.testing.assert_allclose(app(pixels.astype("float32")), expected, atol=1e-5)
