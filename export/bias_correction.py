@@ -125,7 +125,12 @@ def _run(content: bytes, clips: NDArray[np.uint8]) -> Iterator[list[NDArray[Any]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's own copy of the interpreter is to go one day
-        interpreter = tf.lite.Interpreter(model_content=content, num_threads=os.cpu_count())
+        interpreter = tf.lite.Interpreter(
+            model_content=content,
+            num_threads=os.cpu_count(),
+            # XNNPACK of TensorFlow 2.20 does not return from some of these cut graphs
+            experimental_op_resolver_type=tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        )
     interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()
     for call in clips:

@@ -53,8 +53,16 @@ class Source:
         model = self.model
         return ViewSpec(temporal_views=1, resize=model.expansion.test_size, crop=model.clip.size, squeeze=model.squeeze)
 
-    def card(self) -> dict[str, Any]:
+    @property
+    def weights_sha256(self) -> str:
+        """Of the model's file: what tells its artefacts from those of other models."""
+        return hashlib.sha256(model_file(self.path).read_bytes()).hexdigest()
+
+    def card(self, batch: int | None = None) -> dict[str, Any]:
         """The model card: what an application must feed, what comes out, what it costs, where it comes from.
+
+        Args:
+            batch: clips of a call of the artefact; any number unless given.
 
         Values are those that JSON has. `input` has the entries of a run folder's `input.json`, and the pixels' form.
         """
@@ -72,7 +80,7 @@ class Source:
                 "resize": self.views.resize,
                 "resized": "both sides" if model.squeeze else "the short side",
                 "crop": clip.size,
-                "shape": ["clips", clip.frames, clip.size, clip.size, 3],
+                "shape": [batch or "N", clip.frames, clip.size, clip.size, 3],
                 "colours": "RGB",
                 "range": [0, 255],
                 "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",
@@ -85,7 +93,7 @@ class Source:
             "options": dataclasses.asdict(model.options),  # head_pool among them
             "gmacs_per_clip": count.macs / 1e9,
             "params": count.params,
-            "weights_sha256": hashlib.sha256(model_file(self.path).read_bytes()).hexdigest(),
+            "weights_sha256": self.weights_sha256,
             "training": self._training(),
         }
 

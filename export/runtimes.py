@@ -5,6 +5,7 @@ ImportError there and nowhere else.
 """
 
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from x3d_tf._checks import UserError, require
 
+CARD = "model_card.json"  # in a SavedModel's folder and in a .tflite file
 SIGNATURE, OUTPUT = "serving_default", "probabilities"  # of a SavedModel
 
 
@@ -27,12 +29,14 @@ class Runner(Protocol):
         clip: frames, height, width and channels of its clips; None where any number will do.
         batch: clips of a call; None where any number will do.
         operators: how often each operator is in its graph; empty where the runtime does not tell.
+        card: the model card that the exporter put into it, JSON; empty where there is none.
     """
 
     form: str
     clip: tuple[int | None, ...]
     batch: int | None
     operators: Mapping[str, int]
+    card: str
 
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (N, classes) of clips (N, T, H, W, 3)."""
@@ -84,10 +88,15 @@ def find_artefacts(folder: Path) -> list[Artefact]:
 def _artefact(path: Path) -> Artefact | None:
     if path.name == "saved_model.pb":
         return Artefact(path.parent, "tensorflow")
-    if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():  # some other XML
+    if path.suffix == ".xml" and not _is_openvino(path):  # some other XML
         return None
     runtime = {".tflite": "litert", ".onnx": "onnxruntime", ".xml": "openvino"}.get(path.suffix)
     return Artefact(path, runtime) if runtime else None
+
+
+def _is_openvino(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<net" in file.read(1000)
 
 
 def open_artefact(artefact: Artefact, threads: int) -> Runner:
@@ -109,6 +118,8 @@ class _TensorFlow:
         import tensorflow as tf
 
         _limit_threads(threads)
+        card = path / CARD
+        self.card = card.read_text(encoding="utf-8") if card.is_file() else ""
         self._tensor_of = tf.constant
         if (path / "saved_model.pb").is_file():
             self.form = "SavedModel"
@@ -165,6 +176,7 @@ class _LiteRT:
     def __init__(self, path: Path, threads: int) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+        self.card = _packed_card(path)
         plain = Interpreter(str(path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
         self.operators = Counter(entry["op_name"] for entry in plain._get_ops_details())
         self.form = f"TFLite {_precision(plain)}"
@@ -185,6 +197,13 @@ class _LiteRT:
         found = self._interpreter.get_tensor(self._output["index"])
         scale, zero = self._output["quantization"]
         return (found.astype(np.float32) - zero) * np.float32(scale) if scale else found
+
+
+def _packed_card(path: Path) -> str:
+    if not zipfile.is_zipfile(path):
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(CARD).decode() if CARD in archive.namelist() else ""
 
 
 def _quantised(clips: NDArray[np.uint8], details: Mapping[str, Any]) -> NDArray[Any]:
@@ -230,6 +249,7 @@ class _OnnxRuntime:
         self.batch, self.clip = batch, tuple(clip)
         self._dtype = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}[self._input.type]
         self.operators = _onnx_operators(path)
+        self.card = self._session.get_modelmeta().custom_metadata_map.get("card", "")
 
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._session.run(None, {self._input.name: clips.astype(self._dtype)})[0]
@@ -255,8 +275,12 @@ class _OpenVINO:
         import openvino
 
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        weights = path.with_suffix(".bin")
+        require(weights.is_file(), str(path), f"have its weights beside it, in {weights.name}", "no such file")
         core = openvino.Core()
         read = core.read_model(path)
+        known = read.has_rt_info(["x3d_tf", "card"])
+        self.card = str(read.get_rt_info(["x3d_tf", "card"]).astype(str)) if known else ""
         self.operators = Counter(node.get_type_name() for node in read.get_ordered_ops())
         self._model = core.compile_model(read, "CPU", settings)
         shape = self._model.input(0).get_partial_shape()

@@ -55,7 +55,9 @@ def main() -> None:
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     print(f"written: {folder} ({size / 1e6:.1f} MB)")
     for name, signature in card["signatures"].items():
-        inputs = ", ".join(f"{key}: {value['dtype']} {tuple(value['shape'])}" for key, value in signature.items())
+        inputs = ", ".join(
+            f"{key}: {value['dtype']} ({', '.join(map(str, value['shape']))})" for key, value in signature.items()
+        )
         print(f"  {name:16} {inputs}")
 
 
@@ -97,7 +99,7 @@ def place(output: Path, version: int | None, *, force: bool = False) -> Path:
     ok = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None and not name.isdigit()
     require(ok, "--output", "end in the model's name, letters, digits, _, . and -; versions get folders in it", name)
     require(not output.is_file(), "--output", "be a folder", str(output))
-    require(version is not None or not force, "--force", "come with --version, which it replaces", force)
+    require(version is not None or not force, "--force", "come with --version, which it replaces", "it alone")
     if version is None:
         names = [path.name for path in output.iterdir()] if output.is_dir() else []
         version = max((int(name) for name in names if name.isdecimal()), default=0) + 1
@@ -142,8 +144,7 @@ def _save(source: "Source", labels: Path, folder: Path) -> dict[str, Any]:
     tf.saved_model.save(module, str(folder), signatures=module.by_name(), options=options)
     inputs = {
         name: {
-            spec.name: {"dtype": spec.dtype.name, "shape": ["clips", *spec.shape[1:]]}
-            for spec in function.input_signature
+            spec.name: {"dtype": spec.dtype.name, "shape": ["N", *spec.shape[1:]]} for spec in function.input_signature
         }
         for name, function in module.by_name().items()
     }

@@ -56,7 +56,11 @@ class Signatures(tf.Module):
 
         @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, name="clips")])
         def float_clips(clips: tf.Tensor) -> Answer:
-            return answer(tf.ensure_shape(clips, shape))
+            finite = tf.debugging.Assert(  # some kernels would take a NaN for an ordinary pixel
+                tf.reduce_all(tf.math.is_finite(clips)), ["pixels must be finite numbers"]
+            )
+            with tf.control_dependencies([finite]):
+                return answer(tf.ensure_shape(clips, shape))
 
         @tf.function(input_signature=[tf.TensorSpec((None, frames), tf.string, name="frames")])
         def encoded_frames(frames: tf.Tensor) -> Answer:

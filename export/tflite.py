@@ -27,7 +27,7 @@ import json
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ def export_tflite(
     paths = {form: folder / f"{source.name}_{form}.tflite" for form in formats}
     taken = [str(path) for path in paths.values() if path.exists()]
     if taken and not force:
-        raise UserError(f"{', '.join(taken)} exists; give another --output, or replace it with --force")
+        raise UserError(f"there already: {', '.join(taken)}; give another --output, or replace with --force")
     # Before the first conversion, so that wrong records cost no waiting.
     clips = calibration_clips(source, calibration, batch) if "int8" in formats else None
     with writing(folder):
@@ -160,8 +160,9 @@ def export_tflite(
     app = deployed(source.model, batch=batch)
     for form, path in paths.items():
         content = convert(app, form, clips, float_until=calibration.float_until)
-        report = _report(content, form, source, calibration if form == "int8" else None)
-        content = _with_files(content, source)
+        card = {**source.card(batch), "artefact": f"TFLite {form}"}
+        report = _report(content, form, card, calibration if form == "int8" else None)
+        content = _with_files(content, source, card)
         report |= {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_whole(path, content)
         write_whole(path.with_suffix(".json"), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
@@ -352,22 +353,22 @@ def _check(content: bytes, form: str, float_until: str) -> None:
         raise RuntimeError(f"the int8 file computes these in float: {', '.join(stray)}")
 
 
-def _report(content: bytes, form: str, source: "Source", calibration: Calibration | None) -> dict[str, Any]:
+def _report(content: bytes, form: str, card: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:
     left = left_in_float(content) if form == "int8" else []
     return {
         "format": form,
         "operators": dict(Counter(operator.kind for operator in operators(content)).most_common()),
         "left_in_float": [{"operator": operator.kind, "name": operator.name} for operator in left],
         "calibration": calibration and {**asdict(calibration), "records": str(calibration.records)},
-        "card": source.card(),
+        "card": card,
     }
 
 
-def _with_files(content: bytes, source: "Source") -> bytes:
+def _with_files(content: bytes, source: "Source", card: Mapping[str, Any]) -> bytes:
     """The file with labels and card behind it, as a ZIP archive whose beginning no reader of TFLite files minds."""
     files = {
         "labels.txt": "\n".join(source.class_names) + "\n",
-        "model_card.json": json.dumps(source.card(), indent=1, ensure_ascii=False) + "\n",
+        "model_card.json": json.dumps(card, indent=1, ensure_ascii=False) + "\n",
     }
     buffer = io.BytesIO(content)
     with zipfile.ZipFile(buffer, "a") as archive:

@@ -26,6 +26,7 @@ class Opened:
     clip: tuple[int | None, ...]
     batch: int | None
     operators: Mapping[str, int]
+    card: str
 
 
 class NotRun(Exception):
@@ -119,7 +120,7 @@ def _answer(runners: dict[Artefact, Runner], threads: int, artefact: Artefact, q
 
 
 def _opened(runner: Runner) -> Opened:
-    return Opened(runner.form, runner.clip, runner.batch, dict(runner.operators))
+    return Opened(runner.form, runner.clip, runner.batch, dict(runner.operators), runner.card)
 
 
 def _seconds(runner: Runner, clips: NDArray[np.uint8]) -> float:

@@ -51,7 +51,7 @@ def test_the_card_says_what_to_feed_and_what_it_costs(run: Path) -> None:
         "resize": 73,
         "resized": "both sides",
         "crop": 64,
-        "shape": ["clips", 4, 64, 64, 3],
+        "shape": ["N", 4, 64, 64, 3],
         "colours": "RGB",
         "range": [0, 255],
         "normalisation": "inside the model: (value - 114.75) / 57.375",

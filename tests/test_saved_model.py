@@ -170,6 +170,7 @@ def test_broken_images_are_errors(loaded: Any, broken: bytes, message: str) -> N
         ("serving_default", np.zeros((1, FRAMES, SIZE, SIZE, 3), np.float32), "expected to be a uint8 tensor"),
         ("float_clips", np.zeros((1, FRAMES + 1, SIZE, SIZE, 3), np.float32), r"\[1,5,48,48,3\]"),
         ("float_clips", np.zeros((1, FRAMES, SIZE, SIZE, 3), np.uint8), "expected to be a float tensor"),
+        ("float_clips", np.full((1, FRAMES, SIZE, SIZE, 3), np.nan, np.float32), "pixels must be finite numbers"),
         ("serving_default", np.zeros((0, FRAMES, SIZE, SIZE, 3), np.uint8), "there must be a clip, got none"),
         ("encoded_frames", np.full((0, FRAMES), b""), "there must be a clip, got none"),
         ("encoded_frames", np.full((FRAMES,), b""), r"Shape of tensor frames \[4\]"),
@@ -297,9 +298,7 @@ def test_beside_the_graph() -> None:
     assert card["classes"] == list(NAMES)
     assert (card["input"]["frames"], card["input"]["resize"], card["input"]["crop"]) == (FRAMES, 54, SIZE)
     assert card["gmacs_per_clip"] > 0
-    assert card["signatures"]["serving_default"] == {
-        "clips": {"dtype": "uint8", "shape": ["clips", FRAMES, SIZE, SIZE, 3]}
-    }
+    assert card["signatures"]["serving_default"] == {"clips": {"dtype": "uint8", "shape": ["N", FRAMES, SIZE, SIZE, 3]}}
     assert [path.name for path in folder.parent.iterdir()] == ["1"]
 
 

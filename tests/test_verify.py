@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,12 @@ def artefacts(source: models.Source, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "phone").mkdir()
     (folder / "phone" / "good.tflite").write_bytes(good)
     (folder / "cut_off.tflite").write_bytes(good[: len(good) // 2])
+    for name, content in (("same", source.weights_sha256), ("other", "0" * 64)):
+        card = {"weights_sha256": content, "training": {"run": "yesterday"}}
+        shutil.copy(folder / "phone" / "good.tflite", folder / f"{name}_weights.tflite")
+        with zipfile.ZipFile(folder / f"{name}_weights.tflite", "a") as archive:
+            archive.writestr("model_card.json", json.dumps(card))
+    (folder / "no_weights.xml").write_text('<?xml version="1.0"?>\n<net name="x" version="11"></net>')
     (folder / ".good.tflite.partial").write_bytes(b"being written")
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "good.tflite").write_bytes(good)
@@ -110,11 +118,13 @@ def test_operators_are_those_of_the_form(rows: dict[str, verify.Row]) -> None:
         ("other_clip.tflite", "FAILED: its clip is 4 x 96 x 96 x 3, the model's 4 x 64 x 64 x 3"),
         ("other_classes.tflite", "FAILED: it has 2 classes, the model 3"),
         ("cut_off.tflite", "FAILED: "),
+        ("other_weights.tflite", "FAILED: it is made of other weights, those of the run yesterday"),
+        ("same_weights.tflite", "OK"),
     ],
 )
 def test_what_does_not_is_told_and_the_rest_goes_on(rows: dict[str, verify.Row], name: str, verdict: str) -> None:
     assert rows[name].verdict.startswith(verdict)
-    assert name == "undecided.tflite" or not rows[name].milliseconds
+    assert name in ("undecided.tflite", "same_weights.tflite") or not rows[name].milliseconds
 
 
 def test_a_runtime_that_is_not_installed_is_no_crash(rows: dict[str, verify.Row]) -> None:
@@ -127,8 +137,9 @@ def test_a_runtime_that_is_not_installed_is_no_crash(rows: dict[str, verify.Row]
 
 
 def test_only_artefacts_are_rows(rows: dict[str, verify.Row]) -> None:
-    others = ["cut_off.tflite", "nonsense.onnx", "other_classes.tflite", "other_clip.tflite", "good.tflite", "1"]
-    assert list(rows) == ["model.keras", *others, "undecided.tflite"]
+    others = ["cut_off.tflite", "no_weights.xml", "nonsense.onnx", "other_classes.tflite", "other_clip.tflite"]
+    others += ["other_weights.tflite", "good.tflite", "same_weights.tflite", "1", "undecided.tflite"]
+    assert list(rows) == ["model.keras", *others]
 
 
 def test_a_missing_package_is_told_from_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -275,6 +286,8 @@ def test_the_exit_status_says_whether_bounds_hold(
     assert [row["verdict"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["OK", *verdicts]
     with pytest.raises(ValueError, match=r"out\.json exists"):
         command(**paths)
+    with pytest.raises(ValueError, match=r"--json=.*b\.json: no such folder"):
+        command(**paths | {"json": tmp_path / "a" / "b.json"})
 
 
 def test_nothing_to_verify(command: Any, source: models.Source, tmp_path: Path) -> None:
@@ -291,7 +304,8 @@ def test_the_table_has_a_row_for_each_and_all_operators(tmp_path: Path) -> None:
         verify.Row(str(tmp_path / "a" / "b.onnx"), "", 5_000_000, "not run: onnxruntime is not installed"),
     ]
     lines = verify.table(rows, tmp_path, 7)
-    assert lines[0] == "7 clips"
+    assert lines[0] == "7 clips: too few for bounds of agreement, which one clip can break"
+    assert verify.table(rows, tmp_path, 20)[0] == "20 clips"
     assert re.search(r"model\.keras +Keras +1\.0e-07 +1\.0e-08 +100\.0% +4\.0 +20\.0 +11\.0 +1 OK", lines[2])
     assert re.search(r"^a/b\.onnx +- +- +- +- +5\.0 +- +- +- not run: onnxruntime", lines[3])
     assert lines[-2:] == ["  elsewhere/model.keras: Relu 3", "  a/b.onnx: not known"]

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -23,6 +24,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         logging.set_verbosity(logging.WARNING)  # TensorFlow's Python side tells of its inner workings
         if len(argv) > 1 and not positional:
             sys.exit(f"error: unexpected argument {argv[1]!r}; settings are flags, --help lists them")
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
             main(argv[1:]) if positional else main()
         except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
@@ -35,6 +37,10 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
 
     flags.FLAGS.set_gnu_getopt(positional)
     app.run(_main)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def quiet_tensorflow() -> None:
