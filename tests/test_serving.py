@@ -307,7 +307,8 @@ def test_examples_of_the_page(
     exec(code.replace('= "mine"', '= "tiny"').replace("models/mine", "models/tiny"), {})
     printed = capsys.readouterr().out
     assert "0." in printed or "e-" in printed
-    assert ("jump" in printed) == (place < 4)  # the last prints probabilities only
+    some = any(name in printed for name in ("jump", "a,b"))  # of six classes five are printed
+    assert some == (place < 4)  # the last prints probabilities only
 
 
 # ---- The container image
