@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_a_file_computes_what_the_network_does(form: str, batch: int | None, sou
         exporter.export_formats(source, tmp_path / "new", [form], batch=batch)
     facts = {"onnx": onnx_facts, "openvino": openvino_facts}[form](written[-1])
     assert facts.pop("labels").split("\n") == list(NAMES)
-    assert json.loads(facts.pop("card"))["input"]["frames"] == 4
+    assert json.loads(facts.pop("card"))["input"]["shape"] == [batch or "N", 4, 64, 64, 3]
     assert facts == {"inputs": ["clips"], "outputs": ["probabilities"], "types": ["uint8", "float32"]}
 
 
@@ -95,7 +96,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @NEEDS_OPENVINO
 def test_nothing_half_written(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(path: Path, _: Source) -> None:
+    def fails(path: Path, *_: object) -> None:
         assert path.is_file()
         raise RuntimeError("in the last step")
 
@@ -103,3 +104,15 @@ def test_nothing_half_written(source: Source, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RuntimeError, match="in the last step"):
         exporter.export_formats(source, tmp_path, ["openvino"])
     assert not list(tmp_path.iterdir())
+
+
+@NEEDS_OPENVINO
+def test_the_example_of_the_page(source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (
+        (Path(__file__).parent.parent / "export" / "README.md").read_text("utf-8").split("\n## ONNX and OpenVINO\n")[1]
+    )
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.M)
+    file = exporter.export_formats(source, tmp_path, ["openvino"])[-1]
+    exec(code.replace("exported/mine/x3d_s.xml", str(file)), {})
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in NAMES)

@@ -264,7 +264,12 @@ def test_a_wrong_bias_is_put_right(source: Source, files: dict[str, Path]) -> No
 
 
 def test_the_example_of_the_page(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parent.parent / "export" / "README.md").read_text("utf-8").split("\n## TFLite\n")[1]
+    page = (
+        (Path(__file__).parent.parent / "export" / "README.md")
+        .read_text("utf-8")
+        .split("\n## TFLite\n")[1]
+        .split("\n## ")[0]
+    )
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.M)
     exec(code.replace("exported/mine/x3d_s_int8.tflite", str(files["int8"])), {})
     printed = capsys.readouterr().out
