@@ -9,7 +9,7 @@ from typing import Any
 
 import x3d_tf
 from x3d_tf._checks import require
-from x3d_tf.data.clips import STRIDE_FPS, FrameSampling, ViewSpec
+from x3d_tf.data.clips import FrameSampling, ViewSpec, input_contract
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
@@ -73,13 +73,7 @@ class Source:
             "created_by": f"x3d_tf {x3d_tf.__version__}",
             "task": model.task,
             "input": {
-                "frames": clip.frames,
-                "stride": clip.stride,  # in frames of a video of this rate
-                "frames_per_second": STRIDE_FPS,
-                "frame_sampling": self.frame_sampling,
-                "resize": self.views.resize,
-                "resized": "both sides" if model.squeeze else "the short side",
-                "crop": clip.size,
+                **input_contract(model.expansion, self.frame_sampling, model.squeeze),
                 "shape": [batch or "N", clip.frames, clip.size, clip.size, 3],
                 "colours": "RGB",
                 "range": [0, 255],

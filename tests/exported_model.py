@@ -3,11 +3,14 @@
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import x3d_tf
+
+if TYPE_CHECKING:
+    from x3d_tf.export.models import Source
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
 NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
@@ -35,6 +38,21 @@ def model_file() -> Path:
     path = Path(_scratch().name) / "tiny.keras"
     x3d_tf.save(decided_network(), path, NAMES)
     return path
+
+
+def three_classes(folder: Path) -> "Source":
+    """A network for clips of 4 frames of 64 x 64, whose batch norms and classes are not as fresh ones; saved there."""
+    from x3d_tf.export.models import open_model
+
+    network = x3d_tf.build_x3d(x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2), num_classes=3)
+    draw = np.random.default_rng(0)
+    for layer in network.layers:
+        if hasattr(layer, "moving_mean"):
+            shape = layer.gamma.shape
+            layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
+    network.get_layer("fc2").kernel.assign(draw.normal(0, 0.3, network.get_layer("fc2").kernel.shape))
+    x3d_tf.save(x3d_tf.portable(network, ("hug", "kick", "wave")), folder / "model.keras")
+    return open_model(folder / "model.keras")
 
 
 @functools.cache

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exported_model import three_classes
 from x3d_tf.export import onnx as exporter
-from x3d_tf.export.models import Source, open_model
+from x3d_tf.export.models import Source
 from x3d_tf.export.runtimes import Artefact, open_artefact
 
 import x3d_tf
 
-TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")
 
 
@@ -27,16 +27,7 @@ NEEDS_ONNX, NEEDS_OPENVINO = without("onnx", "tf2onnx", "onnxruntime"), without(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    network = x3d_tf.build_x3d(TINY, num_classes=3)
-    draw = np.random.default_rng(0)
-    for layer in network.layers:
-        if hasattr(layer, "moving_mean"):
-            shape = layer.gamma.shape
-            layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
-    network.get_layer("fc2").kernel.assign(draw.normal(0, 0.3, network.get_layer("fc2").kernel.shape))
-    file = tmp_path_factory.mktemp("model") / "model.keras"
-    x3d_tf.save(x3d_tf.portable(network, NAMES), file)
-    return open_model(file)
+    return three_classes(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
+from exported_model import three_classes
 from video_fixtures import noise_video, numbered_frames, write_records, write_video
 from x3d_tf.export import clips as clips_module
 from x3d_tf.export import models, runtimes, verify, workers
@@ -21,23 +22,12 @@ from x3d_tf.export import models, runtimes, verify, workers
 import x3d_tf
 from x3d_tf.modeling.deployed import deployed
 
-TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> models.Source:
-    """A model file whose batch norms and classes are not as fresh ones."""
-    network = x3d_tf.build_x3d(TINY, num_classes=3)
-    draw = np.random.default_rng(0)
-    for layer in network.layers:
-        if hasattr(layer, "moving_mean"):
-            shape = layer.gamma.shape
-            layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
-    network.get_layer("fc2").kernel.assign(draw.normal(0, 0.3, network.get_layer("fc2").kernel.shape))
-    file = tmp_path_factory.mktemp("model") / "model.keras"
-    x3d_tf.save(x3d_tf.portable(network, NAMES), file)
-    return models.open_model(file)
+    return three_classes(tmp_path_factory.mktemp("model"))
 
 
 def tflite(function: Callable[[Any], Any], shape: tuple[int, ...], app: keras.Model | None = None) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from x3d_tf._checks import check_field_types, require
-from x3d_tf.modeling.expansion import ClipSpec
+from x3d_tf.modeling.expansion import ClipSpec, Expansion
 
 STRIDE_FPS = 30.0  # frames per second at which the paper and PySlowFast count temporal strides
 
@@ -52,6 +52,20 @@ class ViewSpec:
     def views(self) -> int:
         """Clips of one video, K times crops. View v is clip v // spatial_crops, crop v % spatial_crops."""
         return self.temporal_views * self.spatial_crops
+
+
+def input_contract(expansion: Expansion, frame_sampling: FrameSampling, squeeze: bool) -> dict[str, Any]:
+    """What applications have to feed a network, clips of RGB in 0..255, and how they are made from videos; for JSON."""
+    clip = expansion.clip
+    return {
+        "frames": clip.frames,
+        "stride": clip.stride,  # in frames of a video of this rate
+        "frames_per_second": STRIDE_FPS,
+        "frame_sampling": frame_sampling,
+        "resize": expansion.test_size,
+        "resized": "both sides" if squeeze else "the short side",
+        "crop": clip.size,
+    }
 
 
 def clip_length(clip: ClipSpec, fps: Any) -> Any:

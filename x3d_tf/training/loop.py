@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
-from x3d_tf.data.clips import STRIDE_FPS
+from x3d_tf.data.clips import input_contract
 from x3d_tf.data.datasets import HELD_OUT, hold_out, open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records, training_dataset
@@ -76,7 +76,8 @@ def train(
     trainer.fit(run, f"{config.fingerprint()} {manifest.fingerprint()}")
     print("Saving the model.")
     run.labels.write_text("".join(f"{name}\n" for name in manifest.classes), encoding="utf-8")
-    write_whole(run.input, json.dumps(_input_of(config), indent=1).encode())
+    contract = input_contract(config.expansion, config.dataset.frame_sampling, config.dataset.squeeze)
+    write_whole(run.input, json.dumps(contract, indent=1).encode())
     trainer.save_result(run)
     return run
 
@@ -259,20 +260,6 @@ class Trainer:
 
 
 _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
-
-
-def _input_of(config: TrainConfig) -> dict[str, Any]:
-    """What applications have to feed the model: clips of RGB in 0..255, made so from videos."""
-    clip, dataset = config.expansion.clip, config.dataset
-    return {
-        "frames": clip.frames,
-        "stride": clip.stride,  # in frames of a video of this rate
-        "frames_per_second": STRIDE_FPS,
-        "frame_sampling": dataset.frame_sampling,
-        "resize": config.expansion.test_size,
-        "resized": "both sides" if dataset.squeeze else "the short side",
-        "crop": clip.size,
-    }
 
 
 def _save_preview(run: RunFolder, manifest: Manifest, config: TrainConfig) -> None:
