@@ -99,11 +99,47 @@ def test_dense_convolution(kernel_size: tuple[int, int, int], stride: int, side:
 
 
 @pytest.mark.parametrize("side", [6, 7])
-def test_pointwise_convolution(side: int) -> None:
+@pytest.mark.parametrize("shapes", ["static", "open"])
+@pytest.mark.parametrize("form", [lowering.pointwise_conv3d, layers.pointwise_conv3d], ids=["tensorflow", "keras.ops"])
+def test_strided_pointwise_convolution(side: int, shapes: str, form: Any) -> None:
+    draw = np.random.default_rng(0)
+    x, kernel = draw.standard_normal((2, 3, side, side, 4)), draw.standard_normal((4, 5))
+    picked = x[:, :, ::2, ::2]
+    upstream = draw.standard_normal((*picked.shape[:4], 5))
+    x_gradient = np.zeros_like(x)
+    x_gradient[:, :, ::2, ::2] = upstream @ kernel.T
+    signature = tf.TensorSpec(x.shape if shapes == "static" else (None, None, None, None, 4), tf.float32)
+
+    @tf.function(input_signature=[signature, tf.TensorSpec(kernel.shape, tf.float32)])
+    def run(x: Any, kernel: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            y = form(x, kernel, 2)
+            loss = tf.reduce_sum(y * upstream.astype("float32"))
+        return y, *tape.gradient(loss, [x, kernel])
+
+    expected = (picked @ kernel, x_gradient, np.einsum("nthwc,nthwd->cd", picked, upstream))
+    for actual, wanted in zip(run(x.astype("float32"), kernel.astype("float32")), expected):
+        close(actual, wanted)
+
+
+@pytest.mark.parametrize("side", [6, 7])
+def test_pointwise_layer(side: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, side, side, 4)).astype("float32")
     layer = layers.PointwiseConv3D(5, stride=2)
     close(layer(x), x[:, :, ::2, ::2] @ np.asarray(layer.kernel))
     assert layer.compute_output_shape(x.shape) == (2, 3, -(-side // 2), -(-side // 2), 5)
+
+
+def test_swish_and_its_gradient() -> None:
+    x, upstream = np.random.default_rng(0).normal(0, 4, (2, 3, 50))
+    gate = 1 / (1 + np.exp(-x))
+    with tf.GradientTape() as tape:
+        given = tf.constant(x, tf.float32)
+        tape.watch(given)
+        y = layers.Swish()(given)
+    close(y, x * gate)
+    close(tape.gradient(y, given, tf.constant(upstream, tf.float32)), upstream * (gate + x * gate * (1 - gate)))
 
 
 def test_initialisation_counts_the_whole_fan_out() -> None:
@@ -167,7 +203,7 @@ def test_an_open_batch_is_grouped_as_it_comes() -> None:
 
 def test_batch_norm_gradients_equal_automatic_ones(float64: None) -> None:
     draw = np.random.default_rng(0)
-    rows, upstream = (tf.constant(draw.standard_normal((2, 40, 6)) * 2 + 1) for _ in range(2))
+    rows, upstream = (tf.constant(draw.standard_normal((2, 4, 10, 6)) * 2 + 1) for _ in range(2))
     gamma, beta = (tf.constant(draw.standard_normal(6)) for _ in range(2))
     results = []
     for form in (lowering.normalize, layers.normalize):
@@ -181,10 +217,10 @@ def test_batch_norm_gradients_equal_automatic_ones(float64: None) -> None:
 
 
 def test_statistics_are_exact_far_from_zero() -> None:
-    rows = (1000 + np.random.default_rng(0).standard_normal((1, 4096, 3))).astype("float32")
+    rows = (1000 + np.random.default_rng(0).standard_normal((1, 16, 256, 3))).astype("float32")
     y, _, variance = lowering.normalize(tf.constant(rows), tf.ones(3), tf.zeros(3), 1e-5)
-    close(variance[0, 0], rows.astype("float64").var(axis=(0, 1)), 1e-3)
-    close(np.std(y, axis=1), np.ones((1, 3)), 1e-3)
+    close(variance[0, 0, 0], rows.astype("float64").var(axis=(0, 1, 2)), 1e-3)
+    close(np.std(y, axis=(1, 2)), np.ones((1, 3)), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +230,7 @@ def test_statistics_are_exact_far_from_zero() -> None:
         layers.Conv3D(4, (1, 3, 3), 2),
         layers.ChannelwiseConv3D((3, 3, 3), 2),
         layers.GhostBatchNorm(4, gamma_initializer="zeros"),
+        layers.Swish(),
     ],
     ids=lambda layer: type(layer).__name__,
 )

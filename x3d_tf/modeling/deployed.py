@@ -124,6 +124,9 @@ class DeployedParts:
     def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
         return x  # in the convolution before it
 
+    def activation(self, x: Any, function: str, name: str) -> Any:
+        return layers.Activation(function, name=name)(x)
+
     def mean(self, x: Any, name: str) -> Any:
         frames = layers.GlobalAveragePooling2D(name=name)(x)
         return ops.mean(ops.reshape(frames, (self.frames, self._of_all(), x.shape[-1])), axis=0)

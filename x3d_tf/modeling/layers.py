@@ -1,7 +1,7 @@
 """The layers that Keras lacks: channel-wise and symmetric 3-D convolution, strided pointwise convolution, ghost batch
-norm, dropout that differs between devices.
+norm, swish with a fast gradient, dropout that differs between devices.
 
-All but the last take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side
+All but the last two take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side
 (TensorFlow's "same" padding differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form
 of one backend, in `lowerings`, computes the same.
 """
@@ -38,15 +38,24 @@ class PointwiseConv3D(keras.layers.Layer):
         )
 
     def call(self, x: Any) -> Any:
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        return ops.matmul(x, self.kernel)
+        if self.stride == 1:
+            return ops.matmul(x, self.kernel)
+        if keras.backend.backend() == "tensorflow":
+            from x3d_tf.modeling.lowerings import tensorflow as lowering
+
+            return lowering.pointwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
+        return pointwise_conv3d(x, self.kernel, self.stride)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return _output_shape(input_shape, self.stride, self.filters)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "filters": self.filters, "stride": self.stride}
+
+
+def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
+    """(N, T, H, W, C) with (C, filters): the product of every `stride`-th row and column."""
+    return ops.matmul(x[:, :, ::stride, ::stride], kernel)
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
@@ -179,10 +188,10 @@ class GhostBatchNorm(keras.layers.Layer):
             return x * ops.cast(scale, x.dtype) + ops.cast(shift, x.dtype)
         shape = ops.shape(x)
         groups = self.groups(shape[0])
-        rows = ops.reshape(x, (groups, shape[0] // groups * shape[1] * shape[2] * shape[3], shape[4]))
+        rows = ops.reshape(x, (groups, shape[0] // groups * shape[1], shape[2] * shape[3], shape[4]))
         # Statistics of half-precision numbers are summed in full precision.
         y, mean, variance = self._normalize(ops.cast(rows, self.variable_dtype), gamma, beta)
-        self._update(mean, variance, ops.shape(rows)[1])
+        self._update(mean, variance, ops.shape(rows)[1] * ops.shape(rows)[2])
         return ops.cast(ops.reshape(y, shape), x.dtype)
 
     def groups(self, batch: Any) -> Any:
@@ -207,7 +216,7 @@ class GhostBatchNorm(keras.layers.Layer):
         samples = ops.cast(samples, variance.dtype)
         unbiased = variance * (samples / ops.maximum(samples - 1, 1))
         for moving, new in ((self.moving_mean, mean), (self.moving_variance, unbiased)):
-            moving.assign(self.momentum * moving + (1 - self.momentum) * ops.mean(new, axis=(0, 1)))
+            moving.assign(self.momentum * moving + (1 - self.momentum) * ops.mean(new, axis=(0, 1, 2)))
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return tuple(input_shape)
@@ -220,6 +229,21 @@ class GhostBatchNorm(keras.layers.Layer):
             "epsilon": self.epsilon,
             "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
         }
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class Swish(keras.layers.Layer):
+    """x * sigmoid(x), in any shape."""
+
+    def call(self, x: Any) -> Any:
+        if keras.backend.backend() == "tensorflow":
+            from x3d_tf.modeling.lowerings import tensorflow as lowering
+
+            return lowering.swish(x)
+        return ops.silu(x)
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        return tuple(input_shape)
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
@@ -252,9 +276,9 @@ class _DeviceSeeds(keras.random.SeedGenerator):
 
 
 def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, Any, Any]:
-    """Rows (groups, samples, C) normalised, with each group's mean and biased variance, (groups, 1, C)."""
-    mean = ops.mean(rows, axis=1, keepdims=True)
-    variance = ops.mean(ops.square(rows - mean), axis=1, keepdims=True)
+    """Rows (groups, frames, positions, C) normalised, with each group's mean and biased variance, (groups, 1, 1, C)."""
+    mean = ops.mean(rows, axis=(1, 2), keepdims=True)
+    variance = ops.mean(ops.square(rows - mean), axis=(1, 2), keepdims=True)
     y = (rows - mean) * (gamma * ops.rsqrt(variance + epsilon)) + beta
     return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
 

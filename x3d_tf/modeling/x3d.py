@@ -24,6 +24,7 @@ from x3d_tf.modeling.layers import (
     Dropout,
     GhostBatchNorm,
     PointwiseConv3D,
+    Swish,
     conv_initializer,
 )
 
@@ -141,6 +142,9 @@ class ClipParts:
     def scaled(self, x: Any, scale: Any, name: str) -> Any:
         return layers.Multiply(name=name)([x, scale])
 
+    def activation(self, x: Any, function: str, name: str) -> Any:
+        return layers.Activation(function, name=name)(x)
+
     def clips(self, x: Any) -> Any:
         """The tensor as (N, T, H, W, C)."""
         return x
@@ -166,6 +170,9 @@ class TrainableParts(ClipParts):
 
     def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
         return GhostBatchNorm(self.options.bn_group, gamma_initializer=gamma, name=name)(x)
+
+    def activation(self, x: Any, function: str, name: str) -> Any:
+        return Swish(name=name)(x) if function == "silu" else super().activation(x, function, name)
 
     def drop_branch(self, x: Any, rate: float, name: str) -> Any:
         return Dropout(rate, noise_shape=(None, 1, 1, 1, 1), name=name)(x) if rate else x
@@ -220,7 +227,7 @@ def block(
     else:
         x = parts.conv(x, inner, (3, 1, 1), f"{name}_conv_a")
     x = parts.norm(x, f"{name}_conv_a_bn")
-    x = layers.Activation("silu" if options.swish_before else "relu", name=f"{name}_conv_a_act")(x)
+    x = parts.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
     if options.separable:
         x = parts.channelwise(x, (3, 3, 3), f"{name}_conv_b", stride)
     else:
@@ -228,7 +235,7 @@ def block(
     x = parts.norm(x, f"{name}_conv_b_bn")
     if architecture.has_se(index):
         x = squeeze_excitation(x, f"{name}_se", parts)
-    x = layers.Activation("silu" if options.swish else "relu", name=f"{name}_conv_b_act")(x)
+    x = parts.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
     x = parts.pointwise(x, stage.width, f"{name}_conv_c")
     x = parts.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # so that a fresh block is its shortcut
     x = parts.drop_branch(x, drop_rate, f"{name}_drop")

@@ -4,6 +4,7 @@ TensorFlow has no channel-wise 3-D convolution, and the gradient of its batch no
 decide the speed of X3D, so they are written out here; `layers` chooses between these forms and the portable ones.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ import tensorflow as tf
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
     """Convolves each channel on its own over time and space, padded by half the kernel on every side.
 
-    A depthwise 2-D convolution for each temporal tap of the kernel, whose results are shifted in time and added. The
-    shift works on rank 3 by slice and pad, for the gradient of strided slices is slow.
+    A depthwise 2-D convolution for each temporal tap of the kernel, whose results are shifted in time and added in one
+    pass over memory. The gradients are written out, for TensorFlow's own copy the shifted tensors and keep padded ones.
 
     Args:
         x: (N, T, H, W, C), any of the first four open.
@@ -26,24 +27,116 @@ def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
     """
     if kernel.shape[1] == kernel.shape[2] == 1 and stride == 1:
         return _temporal_conv(x, kernel)
-    n, t, h, w, c = _shape(x)
+    n, t, *image = _shape(x)
     taps = kernel.shape[0]
-    frames = tf.reshape(x, [n * t, h, w, c])
-    padding = "SAME"
-    if stride > 1:  # TensorFlow's own padding would be unequal on even sizes
-        ph, pw = kernel.shape[1] // 2, kernel.shape[2] // 2
-        frames, padding = tf.pad(frames, [[0, 0], [ph, ph], [pw, pw], [0, 0]]), "VALID"
-    total = None
-    for tap in range(taps):
-        shift = taps // 2 - tap  # frames by which this tap's result moves forward
-        if isinstance(t, int) and abs(shift) >= t:
-            continue
-        y = tf.nn.depthwise_conv2d(frames, kernel[tap, :, :, :, None], [1, stride, stride, 1], padding)
-        _, out_h, out_w, _ = _shape(y)
-        y = _shifted(tf.reshape(y, [n, t, out_h * out_w * c]), shift)
-        total = y if total is None else total + y
-    output = tf.reshape(total, [n, t, out_h, out_w, c])
-    return tf.ensure_shape(output, [*x.shape[:2], _static(out_h), _static(out_w), c])
+    # Forward moves of the taps' results, in frames. Where the clip is shorter than one, all it moves is left out.
+    shifts = {tap: taps // 2 - tap for tap in range(taps)}
+    shifts = {tap: shift for tap, shift in shifts.items() if not (isinstance(t, int) and abs(shift) >= t)}
+
+    @tf.custom_gradient
+    def run(x: Any, kernel: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+        frames = tf.reshape(x, [n * t, *image])
+        results = [_depthwise(frames, kernel[tap], stride) for tap in shifts]
+        _, *out_image = _shape(results[0])
+        output = _shift_and_add(tuple(shifts.values()), *(tf.reshape(y, [n, t, math.prod(out_image)]) for y in results))
+
+        def gradient(upstream: Any) -> tuple[Any, Any]:
+            upstream = tf.reshape(upstream, [n * t, *out_image])
+            parts = [_depthwise_input_gradient(frames, kernel[tap], upstream, stride) for tap in shifts]
+            rows = [tf.reshape(part, [n, t, math.prod(image)]) for part in parts]
+            x_gradient = _shift_and_add(tuple(-shift for shift in shifts.values()), *rows)
+            kernel_gradients = [tf.zeros_like(kernel[0])] * taps
+            for tap, shift in shifts.items():
+                kernel_gradients[tap] = _tap_gradient(frames, kernel[tap], upstream, stride, t, shift)
+            return tf.reshape(x_gradient, [n, t, *image]), tf.stack(kernel_gradients)
+
+        return tf.reshape(output, [n, t, *out_image]), gradient
+
+    output = run(x, kernel)
+    sides = [None if side is None else -(-side // stride) for side in x.shape[2:4]]
+    return tf.ensure_shape(output, [*x.shape[:2], *sides, x.shape[4]])
+
+
+def _tap_gradient(frames: Any, kernel: Any, upstream: Any, stride: int, t: Any, shift: int) -> Any:
+    """Gradient of one temporal tap, (kh, kw, C), whose result moves `shift` frames forward.
+
+    Frame f of the input meets frame f + shift of the upstream gradient. Leading slices copy nothing, so all frames of
+    all clips go in one call, and what crosses from one clip into the next is taken off again.
+    """
+    if not isinstance(t, int):
+        rows = tf.reshape(upstream, [-1, t, math.prod(_shape(upstream)[1:])])
+        upstream, shift = tf.reshape(_shifted(rows, -shift), tf.shape(upstream)), 0
+    if shift == 0:
+        return _depthwise_kernel_gradient(frames, kernel, upstream, stride)
+    distance = abs(shift)
+    earlier, later = (frames, upstream) if shift > 0 else (upstream, frames)
+    starts = tf.range(1, tf.shape(frames)[0] // t) * t  # of all clips but the first
+    last = tf.reshape(starts[:, None] + tf.range(-distance, 0), [-1])
+    pairs = [
+        (earlier[:-distance], later[distance:]),
+        (tf.gather(earlier, last), tf.gather(later, last + distance)),
+    ]
+    whole, across = (
+        _depthwise_kernel_gradient(*((first, kernel, last) if shift > 0 else (last, kernel, first)), stride)
+        for first, last in pairs
+    )
+    return whole - across
+
+
+def _depthwise(frames: Any, kernel: Any, stride: int) -> Any:
+    """Depthwise 2-D convolution of (frames, H, W, C) with (kh, kw, C), padded by half the kernel on every side."""
+    return tf.nn.depthwise_conv2d(frames, kernel[..., None], [1, stride, stride, 1], _padding(kernel, stride))
+
+
+def _depthwise_input_gradient(frames: Any, kernel: Any, upstream: Any, stride: int) -> Any:
+    padding = _padding(kernel, stride)
+    if stride > 1 and None not in frames.shape[1:3]:
+        # TensorFlow's "same", the faster one here, pads even sides unequally. A last row and column of zeros mend that.
+        kernel = tf.pad(kernel, [*([0, 1 - side % 2] for side in frames.shape[1:3]), [0, 0]])
+        padding = "SAME"
+    strides = [1, stride, stride, 1]
+    return tf.nn.depthwise_conv2d_backprop_input(tf.shape(frames), kernel[..., None], upstream, strides, padding)
+
+
+def _depthwise_kernel_gradient(frames: Any, kernel: Any, upstream: Any, stride: int) -> Any:
+    shape, strides = [*kernel.shape, 1], [1, stride, stride, 1]
+    padding = _padding(kernel, stride)
+    return tf.nn.depthwise_conv2d_backprop_filter(frames, shape, upstream, strides, padding)[..., 0]
+
+
+def _padding(kernel: Any, stride: int) -> Any:
+    """Half the kernel on every side, as TensorFlow wants to be told."""
+    if stride == 1:
+        return "SAME"
+    return [[0, 0], *([size // 2] * 2 for size in kernel.shape[:2]), [0, 0]]
+
+
+def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
+    """A 1x1x1 convolution that takes every `stride`-th row and column.
+
+    As a 2-D convolution, because picking the rows and columns by strided slices takes 4 times as long.
+
+    Args:
+        x: (N, T, H, W, C), any of the first four open.
+        kernel: (C, filters).
+        stride: of both spatial axes.
+
+    Returns:
+        (N, T, ceil(H / stride), ceil(W / stride), filters).
+    """
+    n, t, *image = _shape(x)
+    y = tf.nn.conv2d(tf.reshape(x, [n * t, *image]), kernel[None, None], stride, "VALID")
+    return tf.reshape(y, [n, t, *_shape(y)[1:]])
+
+
+def swish(x: Any) -> Any:
+    """x * sigmoid(x), whose gradient is computed in one pass over memory."""
+
+    @tf.custom_gradient
+    def run(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        return tf.nn.silu(x), lambda upstream: _swish_gradient(upstream, x)
+
+    return run(x)
 
 
 def _temporal_conv(x: Any, kernel: Any) -> Any:
@@ -76,12 +169,13 @@ def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, An
     """Batch norm of each group with its own statistics.
 
     Args:
-        rows: (groups, samples, C).
+        rows: (groups, frames, positions, C).
         gamma, beta: (C,).
         epsilon: added to the variance.
 
     Returns:
-        The normalised rows, and each group's mean and biased variance, (groups, 1, C), through which no gradient flows.
+        The normalised rows, and each group's mean and biased variance, (groups, 1, 1, C), through which no gradient
+        flows.
     """
 
     @tf.custom_gradient
@@ -96,11 +190,11 @@ def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, An
             mean_upstream = _mean(upstream)
             # of upstream times the normalised value, which is not kept: it is (rows - mean) * inverse
             mean_product = (_mean(_product(upstream, rows, mean))) * inverse
-            samples = tf.cast(tf.shape(rows)[1], rows.dtype)
+            samples = tf.cast(tf.shape(rows)[1] * tf.shape(rows)[2], rows.dtype)
             slope = -scale * inverse * mean_product
             rows_gradient = _affine2(upstream, rows, scale, slope, -scale * mean_upstream - slope * mean)
-            gamma_gradient = tf.reduce_sum(mean_product, [0, 1]) * samples
-            return rows_gradient, gamma_gradient, tf.reduce_sum(mean_upstream, [0, 1]) * samples
+            gamma_gradient = tf.reduce_sum(mean_product, [0, 1, 2]) * samples
+            return rows_gradient, gamma_gradient, tf.reduce_sum(mean_upstream, [0, 1, 2]) * samples
 
         return (output, mean, variance), gradient
 
@@ -123,12 +217,12 @@ def _on_gpu() -> bool:
 
 
 def _mean(rows: Any) -> Any:
-    """Mean over axis 1, kept: on a CPU as a product with a vector, which is faster than TensorFlow's reduction."""
-    if _on_gpu():  # whose matrix products round to 10 bits
-        return tf.reduce_mean(rows, axis=1, keepdims=True)
-    samples = tf.shape(rows)[1]
-    weights = tf.fill([tf.shape(rows)[0], 1, samples], tf.cast(1, rows.dtype) / tf.cast(samples, rows.dtype))
-    return tf.matmul(weights, rows)
+    """Mean over axes 1 and 2, kept: on a CPU by the pooling of whole frames, which is faster than a reduction."""
+    groups, frames, positions, channels = _shape(rows)
+    if isinstance(positions, int) and not _on_gpu():
+        images = tf.reshape(rows, [groups * frames, positions, 1, channels])
+        rows = tf.reshape(tf.nn.avg_pool2d(images, [positions, 1], 1, "VALID"), [groups, frames, 1, channels])
+    return tf.reduce_mean(rows, axis=[1, 2], keepdims=True)
 
 
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +233,18 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
         return (function if _on_gpu() else compiled)(*arguments)
 
     return call
+
+
+@_fused
+def _shift_and_add(shifts: tuple[int, ...], *results: Any) -> Any:
+    """The sum of rows (N, T, ...), each moved by its own number of frames forward in time, zeros coming in."""
+    return sum(_shifted(rows, shift) for rows, shift in zip(results[1:], shifts[1:])) + _shifted(results[0], shifts[0])
+
+
+@_fused
+def _swish_gradient(upstream: Any, x: Any) -> Any:
+    gate = tf.sigmoid(x)
+    return upstream * gate * (1 + x * (1 - gate))
 
 
 @_fused
