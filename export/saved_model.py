@@ -28,6 +28,7 @@ from x3d_tf._files import WriteError, partial_of, writing
 
 if TYPE_CHECKING:
     from .models import Source
+    from .signatures import Device
 
 FLAGS = flags.FLAGS
 
@@ -40,6 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "A run folder, or a .keras file that this package saved.", required=True)
     flags.DEFINE_string("output", None, "The served model's folder, whose name is its name.", required=True)
     flags.DEFINE_integer("version", None, "Its version; one more than the highest unless given.", lower_bound=1)
+    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "What it is made fast on. It runs on both.")
     flags.DEFINE_bool("force", False, "Replace the version, which --version must name, where it exists.")
 
 
@@ -50,7 +52,8 @@ def main() -> None:
     _command.quiet_tensorflow()
     from .models import open_model
 
-    folder = export_saved_model(open_model(FLAGS.model), output, FLAGS.version, force=FLAGS.force)
+    source = open_model(FLAGS.model)
+    folder = export_saved_model(source, output, FLAGS.version, force=FLAGS.force, device=FLAGS.device)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     print(f"written: {folder} ({size / 1e6:.1f} MB)")
@@ -61,7 +64,9 @@ def main() -> None:
         print(f"  {name:16} {inputs}")
 
 
-def export_saved_model(source: "Source", output: Path, version: int | None = None, *, force: bool = False) -> Path:
+def export_saved_model(
+    source: "Source", output: Path, version: int | None = None, *, force: bool = False, device: "Device" = "cpu"
+) -> Path:
     """Writes a version of a served model, whole or not at all.
 
     Args:
@@ -69,6 +74,7 @@ def export_saved_model(source: "Source", output: Path, version: int | None = Non
         output: folder of the served model, made where it is missing; its name is what clients ask for.
         version: one more than the highest that is there unless given.
         force: whether the version may be replaced.
+        device: what it is made fast on: "cpu" computes the clips of a request side by side, "gpu" as one batch.
 
     Returns:
         The version's folder, `output/version`.
@@ -81,7 +87,7 @@ def export_saved_model(source: "Source", output: Path, version: int | None = Non
     with _appearing(folder) as partial, tempfile.TemporaryDirectory() as scratch:
         labels = Path(scratch) / LABELS
         labels.write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
-        card = _save(source, labels, partial)
+        card = _save(source, labels, partial, device)
         (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (partial / "assets.extra").mkdir()
         _write_warmup(partial / "assets.extra" / WARMUP, source, output.resolve().name)
@@ -133,13 +139,13 @@ def _appearing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _save(source: "Source", labels: Path, folder: Path) -> dict[str, Any]:
+def _save(source: "Source", labels: Path, folder: Path, device: "Device") -> dict[str, Any]:
     """Writes TensorFlow's part; returns the model card."""
     import tensorflow as tf
 
     from .signatures import Signatures
 
-    module = Signatures(source, labels)
+    module = Signatures(source, labels, device)
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # nobody trains it further
     tf.saved_model.save(module, str(folder), signatures=module.by_name(), options=options)
     inputs = {

@@ -7,15 +7,17 @@ All take any number of clips N and give
 - `top_probabilities`: theirs, float32 (N, 5).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow as tf
 
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import ViewSpec
 from x3d_tf.modeling.deployed import deployed
+from x3d_tf.modeling.lowerings.tensorflow import clip_by_clip
 
 from .models import Source
 
@@ -24,7 +26,9 @@ MAX_PIXELS = 1 << 25  # of a frame: 8K video has 33,177,600. More is refused, fo
 MAX_ELONGATION = 16  # of a frame's sides: more, and scaling the short side up would make a huge picture of a small one
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"  # how files begin
 _DECODING = 8  # frames at a time
+_CHAINS = 8  # clips at a time on a CPU, one a core: more than a machine has cores cost it 3 %
 
+Device = Literal["cpu", "gpu"]
 Answer = dict[str, tf.Tensor]
 
 
@@ -39,11 +43,16 @@ class Signatures(tf.Module):
         labels: the file of the class names, which goes to the SavedModel's assets.
     """
 
-    def __init__(self, source: Source, labels: Path) -> None:
-        """T and S are the network's clip, whose frames are scaled and cropped as in testing."""
+    def __init__(self, source: Source, labels: Path, device: Device = "cpu") -> None:
+        """T and S are the network's clip, whose frames are scaled and cropped as in testing.
+
+        What is for CPUs runs the clips of a request side by side; what is for GPUs, as one batch. Both run on either.
+        """
         super().__init__()
-        network = deployed(source.model)
-        answer = _answering(lambda clips: network(clips, training=False), source.class_names)
+        network = deployed(source.model, batch=1 if device == "cpu" else None)
+        probabilities = functools.partial(network, training=False)
+        batches = clip_by_clip(probabilities, _CHAINS) if device == "cpu" else probabilities
+        answer = _answering(batches, source.class_names)
         frames, views = source.model.clip.frames, source.views
         shape = (None, frames, views.crop, views.crop, 3)
         self.labels = tf.saved_model.Asset(str(labels))

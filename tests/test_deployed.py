@@ -5,9 +5,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import x3d_tf
 from x3d_tf.modeling.deployed import deployed
+from x3d_tf.modeling.lowerings.tensorflow import clip_by_clip
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.4)  # res4 has two blocks
 
@@ -60,6 +62,15 @@ def test_probabilities_are_the_networks(options: dict[str, Any], batch: int | No
     app = deployed(model, batch=batch)
     np.testing.assert_allclose(app(pixels), expected, atol=1e-5)
     np.testing.assert_allclose(app(pixels.astype("float32")), expected, atol=1e-5)
+
+
+def test_clips_side_by_side() -> None:
+    model, pixels = network(), clips(8)
+    expected = probabilities(model, pixels)
+    signature = tf.TensorSpec((None, *pixels.shape[1:]), tf.uint8)
+    call = tf.function(clip_by_clip(deployed(model, batch=1), chains=3), input_signature=[signature])
+    for count in (1, 2, 3, 8):
+        np.testing.assert_allclose(call(pixels[:count]), expected[:count], atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["global", "fixed_probabilities", "fixed_logits"])

@@ -237,3 +237,37 @@ def test_statistics_are_exact_far_from_zero() -> None:
 def test_configurations_return(layer: keras.Layer) -> None:
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
     assert again.get_config() == layer.get_config()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("opened", [False, True])
+def test_clips_by_themselves(count: int, opened: bool) -> None:
+    """The network takes a single clip only, so that nothing but one at a time can give the values."""
+    clips = np.arange(count * 6, dtype="float32").reshape(count, 2, 3)
+    network = lambda clip: tf.reduce_sum(tf.ensure_shape(clip, (1, 2, 3)) ** 2, axis=1)  # noqa: E731
+    signature = tf.TensorSpec((None if opened else count, 2, 3), tf.float32)
+    call = tf.function(lowering.clip_by_clip(network, chains=3), input_signature=[signature])
+    close(call(clips), (clips**2).sum(1), 1e-3)
+    assert call.get_concrete_function().structured_outputs.shape.as_list() == [None if opened else count, 3]
+    loops = [op for op in call.get_concrete_function().graph.get_operations() if op.type.endswith("While")]
+    assert [op.get_attr("parallel_iterations") for op in loops] == ([3] if opened or count > 1 else [])
+
+
+@pytest.mark.parametrize(("on_gpu", "shapes"), [(True, [(5, 2)]), (False, [(1, 2)])])
+def test_graphics_cards_get_whole_batches(
+    on_gpu: bool, shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "_on_gpu", lambda: on_gpu)
+    seen = []
+
+    def network(clips: tf.Tensor) -> tf.Tensor:
+        seen.append(tuple(clips.shape))
+        return 2 * clips
+
+    close(tf.function(lowering.for_this_device(network))(tf.ones((5, 2))), np.full((5, 2), 2), 0)
+    assert seen == shapes
+
+
+def test_chains_are_at_least_one() -> None:
+    with pytest.raises(ValueError, match="chains must be at least 1, got 0"):
+        lowering.clip_by_clip(tf.identity, chains=0)

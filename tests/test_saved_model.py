@@ -79,6 +79,22 @@ def test_clips_of_both_types(loaded: Any, network: x3d_tf.X3D, count: int) -> No
         np.testing.assert_allclose(answer["top_probabilities"], np.take_along_axis(probabilities, order, 1), atol=1e-5)
 
 
+def test_for_gpus_a_request_is_one_batch(network: x3d_tf.X3D, tmp_path: Path) -> None:
+    loops = {"While", "StatelessWhile"}
+    folder = command.export_saved_model(open_model(model_file()), tmp_path / "mine", device="gpu")
+    given = clips(3)
+    answer = tf.saved_model.load(str(folder)).signatures["serving_default"](clips=tf.constant(given))
+    np.testing.assert_allclose(answer["probabilities"], expected(network, given), atol=1e-5)
+    assert not loops & answering_operations(folder)
+    assert loops & answering_operations(served_folder())
+
+
+def answering_operations(folder: Path) -> set[str]:
+    """Operations of the functions that hold the network, or call what does."""
+    functions = graph_of(folder).graph_def.library.function
+    return {node.op for f in functions if "answer" in f.signature.name for node in f.node_def}
+
+
 def test_values_between_whole_ones_are_not_rounded(loaded: Any, network: x3d_tf.X3D) -> None:
     given = clips(1).astype(np.float32) * 0.5 + 0.25
     answer = loaded.signatures["float_clips"](clips=tf.constant(given))["probabilities"]
@@ -272,7 +288,7 @@ np.save("probabilities.npy", answer["probabilities"])
 def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes a file instead of TensorFlow's part."""
 
-    def save(source: Source, labels: Path, folder: Path) -> dict[str, Any]:
+    def save(source: Source, labels: Path, folder: Path, device: str) -> dict[str, Any]:
         (folder / "saved_model.pb").write_text("new")
         return source.card() | {"signatures": {}}
 

@@ -24,6 +24,7 @@ from x3d_tf.data import transforms
 from x3d_tf.data.clips import STRIDE_FPS, FrameSampling, ViewSpec, frame_indices, view_starts
 from x3d_tf.data.video import Pixels, VideoError, probe, read_frames
 from x3d_tf.modeling.expansion import ClipSpec
+from x3d_tf.modeling.lowerings.tensorflow import for_this_device
 from x3d_tf.modeling.x3d import X3D
 
 RECORD_SHORT_SIDE = 256  # pixels, of the frames that build_records stores by default
@@ -263,11 +264,12 @@ class _Network:
             with tf.device("cpu"):  # where the clips of records are scaled too
                 return transforms.crops(transforms.resize(clip, views.resize, views.squeeze), crop, 1)[0]
 
-        @tf.function(input_signature=[tf.TensorSpec((None, frames, crop, crop, 3), tf.float32)])
         def probabilities(clips: tf.Tensor) -> tf.Tensor:
             return activation(tf.cast(model(clips, training=False), tf.float32))
 
-        self.prepare, self.probabilities = prepare, probabilities
+        batch = tf.TensorSpec((None, frames, crop, crop, 3), tf.float32)
+        self.prepare = prepare
+        self.probabilities = tf.function(for_this_device(probabilities), input_signature=[batch])
 
     def __call__(self, clips: Sequence[Any], path: Path) -> NDArray[np.float32]:
         """Probabilities of prepared clips, [clips, classes]."""

@@ -12,6 +12,7 @@ from x3d_tf._checks import UserError
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import evaluation_dataset, naming_records
+from x3d_tf.modeling.lowerings.tensorflow import for_this_device
 from x3d_tf.modeling.x3d import X3D
 
 _CLIPS = 8  # of one call of the network
@@ -76,7 +77,7 @@ def forward_of(model: X3D) -> Callable[[Any], Any]:
 
 @functools.lru_cache(maxsize=1)  # tests of one network follow each other, and its compilation takes seconds
 def _compiled(model: X3D, activation: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return tf.function(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32)))
+    return tf.function(for_this_device(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32))))
 
 
 def _clips(

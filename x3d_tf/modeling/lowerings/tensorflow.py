@@ -5,10 +5,13 @@ decide the speed of X3D, so they are written out here; `layers` chooses between 
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+
+from x3d_tf._checks import require
 
 
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
@@ -201,6 +204,48 @@ def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, An
     # not variables, which a custom gradient refuses
     output, mean, variance = run(rows, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
     return output, tf.stop_gradient(mean), tf.stop_gradient(variance)
+
+
+def clip_by_clip(network: Callable[[Any], Any], chains: int | None = None) -> Callable[[Any], Any]:
+    """Makes a function of one clip one of many, which runs several of them side by side.
+
+    On a CPU the operations of one clip are too small to gain from a second thread, and a whole batch does not fit its
+    caches. Clips that need not wait for each other keep each core busy with data of its own. They run side by side
+    inside a `tf.function` only.
+
+    Args:
+        network: from clips (1, T, H, W, 3) to float32 (1, classes).
+        chains: clips that run at a time, fixed when the function is traced; as many as there are cores unless given.
+
+    Returns:
+        The function from clips (N, T, H, W, 3) to float32 (N, classes), of any N, static or open.
+
+    Raises:
+        ValueError: `chains` below 1.
+    """
+    require(chains is None or chains >= 1, "chains", "be at least 1", chains)
+
+    def call(clips: Any) -> Any:
+        if clips.shape[0] == 1:
+            return network(clips)
+        return tf.map_fn(
+            lambda clip: network(clip[None])[0],
+            clips,
+            parallel_iterations=chains or _cores(),
+            fn_output_signature=tf.float32,
+        )
+
+    return call
+
+
+def for_this_device(network: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of any number of clips in its fast form: `clip_by_clip` on CPUs, itself on GPUs."""
+    return network if _on_gpu() else clip_by_clip(network)
+
+
+def _cores() -> int:
+    """How many operations TensorFlow runs at a time."""
+    return tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
 
 
 def seed_of_device(seed: Any) -> Any:
