@@ -32,6 +32,7 @@ def parser(
     help_forms = "names, patterns such as 'torch*', @ours or @peers; all by default"
     found.add_argument("--forms", nargs="+", metavar="FORM", help=help_forms)
     found.add_argument("--json", default=json, help=f"where to write the figures; {json} by default")
+    found.add_argument("--verbose", action="store_true", help="show what the frameworks print")
     return found
 
 
@@ -77,7 +78,8 @@ def measure_networks(forms: Sequence[Form], settings: argparse.Namespace, passes
         macs = x3d_tf.cost(network, num_classes=CLASSES).macs
         for batch in settings.batches:
             before = machine()
-            measurement = measure(forms, Case(network, batch, settings.threads), settings.rounds)
+            case = Case(network, batch, settings.threads, verbose=settings.verbose)
+            measurement = measure(forms, case, settings.rounds)
             table = figures(measurement, 2 * macs * passes) | {"machine_before": before}
             print("\n".join(network_table(table, settings.threads)), end="\n\n", flush=True)
             tables.append(table)

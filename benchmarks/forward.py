@@ -77,8 +77,9 @@ FORMS = (
     tflite("TFLite float16", "float16"),
     tflite("TFLite dynamic", "dynamic"),
     tflite("TFLite int8", "int8"),
-    tflite("TFLite int8, float until stem", "int8", float_until="stem"),
-    tflite("TFLite int8, all", "int8", float_until="none"),
+    # less of it in float
+    tflite("TFLite int8 stem", "int8", float_until="stem"),
+    tflite("TFLite int8 all", "int8", float_until="none"),
     exported("ONNX", "ONNX Runtime", "ours", "onnx", runtime="onnxruntime"),
     exported("OpenVINO", "OpenVINO", "ours", "openvino", runtime="openvino"),
     exported("OpenVINO bf16", "OpenVINO", "openvino", "openvino", exact=False, precision="bf16"),

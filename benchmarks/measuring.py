@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 BOUND = 1e-5  # of a probability, between float32 forms of equal weights
 SLOW_CALLS = 2  # of a form marked as slow
-MATMUL_SIZE = 2048
+MATMUL_SIZE = 2048  # of the matrix product that stands for the machine's speed
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,20 @@ class Case:
         network: a variant's name.
         batch: clips of a call.
         threads: of each process.
-        folder: for files, of this case alone; empty unless files are needed.
+        folder: for files, of this case alone.
+        layer: what is computed instead of the whole network.
+        verbose: whether frameworks may print to stderr.
     """
 
     network: str
     batch: int
     threads: int
     folder: str = ""
+    layer: Any = None
+    verbose: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.network}, batch {self.batch}{f', {self.layer}' if self.layer else ''}"
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,9 @@ class Measured:
         return self.form.exact and self.difference is not None and not self.difference < BOUND
 
 
+MATMUL = Work("matmul", "measuring:matrix_product")
+
+
 class Failed(Exception):
     """Work that could not be done; says why in one line."""
 
@@ -118,10 +128,11 @@ class Processes:
 
     Args:
         threads: of each.
+        verbose: whether what frameworks print reaches stderr.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, threads: int, verbose: bool = False) -> None:
+        self._threads, self._verbose = threads, verbose
         self._processes: dict[str, _Process] = {}
 
     def __enter__(self) -> "Processes":
@@ -154,7 +165,7 @@ class Processes:
 
     def _ask(self, process: str, *question: Any) -> Any:
         if process not in self._processes:
-            self._processes[process] = _Process(self._threads)
+            self._processes[process] = _Process(self._threads, self._verbose)
         try:
             return self._processes[process].ask(*question)
         except _Ended as error:
@@ -167,11 +178,11 @@ class _Ended(Exception):
 
 
 class _Process:
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, verbose: bool) -> None:
         os.environ.update(_environment(threads))  # before any library of its is loaded, and inherited by it
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, verbose), daemon=True)
         self._process.start()
         theirs.close()  # so that its end is noticed here
 
@@ -181,13 +192,16 @@ class _Process:
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join()
-            raise _Ended(f"its process ended with status {self._process.exitcode}") from error
+            status = self._process.exitcode
+            raise _Ended(f"its process ended with status {status}; --verbose shows what it printed") from error
         if isinstance(answer, Failed):
             raise answer
         return answer
 
     def end(self) -> None:
-        self._process.terminate()  # it holds nothing that is to be written
+        self._pipe.close()
+        self._process.join(1)  # libraries clean up, unless it is busy
+        self._process.terminate()
         self._process.join()
 
 
@@ -201,9 +215,11 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Any, verbose: bool) -> None:
     """Answers until it is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is interrupted too, and ends this
+    if not verbose:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(2, 1)  # what frameworks print is not part of the table
     warnings.simplefilter("ignore")
     calls: dict[str, Callable[[], Any]] = {}
@@ -268,19 +284,24 @@ def measure(forms: Sequence[Form], case: Case, rounds: int) -> Measurement:
 
     Processes are fresh: what torch compiled for another batch would make it compile for any batch now.
     """
-    title = f"{case.network}, batch {case.batch}"
-    with tempfile.TemporaryDirectory() as folder, Processes(case.threads) as processes:
-        case = Case(case.network, case.batch, case.threads, folder)
-        failures = _write_files(forms, case, processes, title)
-        found = _open_forms(forms, case, processes, failures, title)
-        product = Work("matmul", "measuring:matrix_product")
-        processes.open("matmul", product, case)
-        flops = []
-        for number in tqdm(range(rounds), f"{title}, rounds", leave=False, file=sys.stderr):
-            flops.append(2 * MATMUL_SIZE**3 / processes.seconds("matmul", product.process))
-            for row in found:
-                if not row.failure and not (row.form.slow and number >= SLOW_CALLS):
-                    _take_turn(row, processes)
+    with tempfile.TemporaryDirectory() as folder, Processes(case.threads, case.verbose) as processes:
+        return measure_in(processes, forms, replace(case, folder=folder), rounds)
+
+
+def measure_in(processes: Processes, forms: Sequence[Form], case: Case, rounds: int) -> Measurement:
+    """The same in processes that may have measured other cases before."""
+    failures = write_files(processes, forms, case)
+    found = _open_forms(processes, forms, case, failures)
+    processes.open("matmul", MATMUL, case)
+    flops = []
+    for number in tqdm(range(rounds), f"{case}, rounds", leave=False, file=sys.stderr):
+        flops.append(2 * MATMUL_SIZE**3 / processes.seconds("matmul", MATMUL.process))
+        for row in found:
+            if not row.failure and not (row.form.slow and number >= SLOW_CALLS):
+                _take_turn(row, processes)
+    for row in found:
+        if not row.failure:
+            processes.close(row.form.name, row.form.run.process)
     return Measurement(case, found, flops)
 
 
@@ -291,7 +312,7 @@ def _take_turn(row: Measured, processes: Processes) -> None:
         row.failure = str(error)
 
 
-def _write_files(forms: Sequence[Form], case: Case, processes: Processes, title: str) -> dict[str, str]:
+def write_files(processes: Processes, forms: Sequence[Form], case: Case) -> dict[str, str]:
     """Writes the forms' files; returns why those that could not be written could not, by `repr` of the work."""
     failures: dict[str, str] = {}
     works = {repr(form.file): (form.file, form) for form in forms if form.file is not None}
@@ -301,15 +322,13 @@ def _write_files(forms: Sequence[Form], case: Case, processes: Processes, title:
             processes.do(work, case)
         except Failed as error:
             failures[key] = str(error)
-        say(f"{title}: file of {form.name} {'failed' if key in failures else 'written'}, {_since(start)}")
+        say(f"{case}: file of {form.name} {'failed' if key in failures else 'written'}, {_since(start)}")
     for work, _ in works.values():
         processes.end(work.process)
     return failures
 
 
-def _open_forms(
-    forms: Sequence[Form], case: Case, processes: Processes, failures: Mapping[str, str], title: str
-) -> list[Measured]:
+def _open_forms(processes: Processes, forms: Sequence[Form], case: Case, failures: Mapping[str, str]) -> list[Measured]:
     """Makes and calls every form for the first time, and compares what they put out."""
     found, expected = [], {}
     for form in forms:
@@ -319,14 +338,13 @@ def _open_forms(
             continue
         start = time.monotonic()
         try:
-            own = Case(case.network, row.batch, case.threads, case.folder)
-            outputs = processes.open(form.name, form.run, own)
+            outputs = processes.open(form.name, form.run, replace(case, batch=row.batch))
         except Failed as error:
             row.failure = str(error)
         else:
             row.start = time.monotonic() - start
             row.difference = _difference(outputs, expected.setdefault(form.group, outputs))
-        say(f"{title}: {form.name} {'failed' if row.failure else 'ready'}, {_since(start)}")
+        say(f"{case}: {form.name} {'failed' if row.failure else 'ready'}, {_since(start)}")
     return found
 
 
@@ -338,7 +356,7 @@ def _difference(actual: Any, expected: Any) -> float | None:
     return float(np.abs(actual[:clips] - expected[:clips]).max())
 
 
-def matrix_product(case: Case) -> Callable[[], None]:
+def matrix_product(case: Any) -> Callable[[], None]:
     """A large float32 matrix product, for the machine's speed."""
     draw = np.random.default_rng(0)
     matrix = draw.random((MATMUL_SIZE, MATMUL_SIZE), dtype=np.float32)

@@ -16,6 +16,11 @@ PACKAGES = (
     *("x3d-tf", "tensorflow", "keras", "numpy", "torch", "pytorchvideo"),
     *("onnx", "onnxruntime", "tf2onnx", "openvino", "ai-edge-litert"),
 )
+# Beginnings of names of environment variables that change how fast frameworks are.
+VARIABLES = (
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TF_", "TORCH", "XLA_"),
+    *("MALLOC_", "GLIBC_", "LD_PRELOAD"),
+)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -126,6 +131,7 @@ def write_json(path: str | Path, settings: dict[str, Any], tables: list[Any]) ->
         "settings": settings,
         "versions": versions(),
         "machine": machine(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
         "tables": tables,
     }
     Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

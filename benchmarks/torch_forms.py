@@ -29,7 +29,11 @@ def network(name: str) -> Any:
     """The module, in evaluation mode, to logits; its weights are none of a fresh network."""
     known = pytorchvideo_models.SETTINGS
     require(name in known, "the network", f"be one that pytorchvideo has, {', '.join(known)}", name)
-    return pytorchvideo_models.standard(name).model
+    model = pytorchvideo_models.standard(name).model
+    for module in model.modules():
+        if isinstance(module, torch.nn.AvgPool3d):  # NumPy's integers, at which torch.compile gives up
+            module.kernel_size = tuple(int(size) for size in module.kernel_size)
+    return model
 
 
 def _prepared(case: Case, layout: str, compiled: bool, training: bool = False) -> tuple[Any, Any]:
