@@ -25,7 +25,7 @@ def write_saved_model(case: Case) -> None:
     export_saved_model(_source(case), Path(case.folder) / "serving")
 
 
-def write_tflite(case: Case, file: str, form: str, float_until: str = "res2") -> None:
+def write_tflite(case: Case, file: str, form: str) -> None:
     """Writes a TFLite file of the case's batch, int8 ones calibrated on made-up clips: speed depends on none."""
     from x3d_tf.export import tflite
 
@@ -34,7 +34,7 @@ def write_tflite(case: Case, file: str, form: str, float_until: str = "res2") ->
     app = deployed(_source(case).model, batch=case.batch)
     calls = -(-4 // case.batch)
     clips = squares(case.network, calls * case.batch)
-    content = tflite.convert(app, form, clips.reshape(calls, case.batch, *clips.shape[1:]), float_until=float_until)
+    content = tflite.convert(app, form, clips.reshape(calls, case.batch, *clips.shape[1:]))
     (Path(case.folder) / file).write_bytes(content)
 
 

@@ -29,14 +29,14 @@ def ours(name: str, form: str) -> Form:
     return Form(name, "ours", Work("TensorFlow", "tensorflow_forms:predict", {"form": form}))
 
 
-def tflite(name: str, form: str, **settings: str) -> Form:
+def tflite(name: str, form: str) -> Form:
     """A TFLite file."""
     file = f"{name}.tflite"
     return Form(
         name,
         "ours",
         Work("LiteRT", "file_forms:ours", {"file": file, "runtime": "litert"}),
-        Work("export", "file_forms:write_tflite", {"file": file, "form": form, **settings}),
+        Work("export", "file_forms:write_tflite", {"file": file, "form": form}),
         exact=form == "float32",
     )
 
@@ -64,7 +64,6 @@ def peer_file(name: str, process: str, function: str, *, exact: bool = True, **s
 FORMS = (
     ours("trainable", "trainable"),
     ours("portable", "portable"),
-    ours("unfolded", "unfolded"),
     ours("deployed", "deployed"),
     ours("frozen", "frozen"),
     Form(
@@ -77,9 +76,6 @@ FORMS = (
     tflite("TFLite float16", "float16"),
     tflite("TFLite dynamic", "dynamic"),
     tflite("TFLite int8", "int8"),
-    # less of it in float
-    tflite("TFLite int8 stem", "int8", float_until="stem"),
-    tflite("TFLite int8 all", "int8", float_until="none"),
     exported("ONNX", "ONNX Runtime", "ours", "onnx", runtime="onnxruntime"),
     exported("OpenVINO", "OpenVINO", "ours", "openvino", runtime="openvino"),
     exported("OpenVINO bf16", "OpenVINO", "openvino", "openvino", exact=False, precision="bf16"),
@@ -87,8 +83,8 @@ FORMS = (
     torch("torch channels_last_3d", layout="channels_last_3d"),
     torch("torch compile", compiled=True),
     torch("torch compile channels_last_3d", layout="channels_last_3d", compiled=True),
+    torch("torch compile frozen channels_last_3d", layout="channels_last_3d", compiled=True, frozen=True),
     torch("torch bf16 channels_last_3d", "bfloat16", layout="channels_last_3d"),
-    torch("torch compile bf16 channels_last_3d", "bfloat16", layout="channels_last_3d", compiled=True),
     peer_file("torch ONNX in ONNX Runtime", "ONNX Runtime", "onnxruntime"),
     peer_file("torch ONNX in OpenVINO float32", "OpenVINO", "openvino", precision="f32"),
     peer_file("torch ONNX in OpenVINO bf16", "OpenVINO", "openvino", exact=False, precision="bf16"),

@@ -3,9 +3,9 @@
 Of a network's plan: the temporal convolution of the stem, and of each stage the channel-wise convolution with and
 without stride, a pointwise convolution and a batch norm in training. Two tables: forward, and forward with the
 gradients of input and weights. Each framework has a process of its own, and in each round each form has its turn: one
-call that does not count, then one that is timed. Cells are medians in ms a clip; "speed" is how many times as fast as
-the faster of PyTorch's two our form is, the median of the rounds' ratios. The JSON file has the share of a matrix
-product's speed, too.
+call that does not count, then as many as take 20 ms, of which the mean is taken. Cells are medians in ms a clip;
+"speed" is how many times as fast as the faster of PyTorch's two our form is, the median of the rounds' ratios. The JSON
+file has the share of a matrix product's speed, too.
 
 keras.ops is the form that other backends of Keras run; where there is none, ours is it. Keras' own layers are
 Conv3D(groups=C), so slow that it gets two calls of one clip, Conv3D and BatchNormalization.
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from command import parser, run
+from command import chosen, parser, run
 from measuring import Case, Form, Processes, Work, measure_in
 from reporting import figures, machine, markdown, write_json
 
@@ -93,30 +93,34 @@ def layers_of(network: str) -> Iterator[Layer]:
         yield Layer(f"{stage}_0_conv_b_bn", "norm", leaving, filters=inner)
 
 
-def forms_of(layer: Layer) -> list[Form]:
-    """The forms of a layer."""
-
-    def form(name: str, process: str, **settings: Any) -> Form:
-        function = "torch_layers:make" if process == "PyTorch" else "tensorflow_layers:make"
-        ours = process != "PyTorch"
-        slow = settings.get("form") == "keras" and layer.kind == "channelwise"
-        return Form(name, "ours" if ours else "peers", Work(process, function, settings), slow=slow, reference=not ours)
-
-    forms = [form("ours", "TensorFlow", form="ours")]
-    if layer.kind != "pointwise":
-        forms.append(form("keras.ops", "TensorFlow", form="ops"))
-    forms += [form("torch channels_last_3d", "PyTorch", layout="channels_last_3d")]
-    forms += [form("torch contiguous", "PyTorch", layout="contiguous_format")]
-    return [*forms, form("Keras layer", "Keras", form="keras")]
+def ours(name: str, process: str, form: str) -> Form:
+    """A layer that TensorFlow runs."""
+    return Form(name, "ours", Work(process, "tensorflow_layers:make", {"form": form}))
 
 
-NAMES = ("ours", "keras.ops", "torch channels_last_3d", "torch contiguous", "Keras layer")
+def torch(name: str, layout: str) -> Form:
+    """A layer of PyTorch's."""
+    return Form(name, "peers", Work("PyTorch", "torch_layers:make", {"layout": layout}), reference=True)
+
+
+FORMS = (
+    ours("ours", "TensorFlow", "ours"),
+    ours("keras.ops", "TensorFlow", "ops"),
+    torch("torch channels_last_3d", "channels_last_3d"),
+    torch("torch contiguous", "contiguous_format"),
+    ours("Keras layer", "Keras", "keras"),
+)
+
+
+def forms_of(layer: Layer, forms: list[Form]) -> list[Form]:
+    """Those of the forms that a layer has."""
+    has = [form for form in forms if not (form.name == "keras.ops" and layer.kind == "pointwise")]
+    return [replace(form, slow=form.name == "Keras layer" and layer.kind == "channelwise") for form in has]
 
 
 def main() -> None:
     """Measures, prints the tables and writes the JSON file."""
-    rows = [Form(name, "peers" if name.startswith("torch") else "ours", Work("", "")) for name in NAMES]
-    flags = parser(__doc__, rows, networks=["x3d_s"], batches=[8], rounds=10, json="layers.json")
+    flags = parser(__doc__, FORMS, networks=["x3d_s"], batches=[8], rounds=10, json="layers.json")
     flags.add_argument("--layers", nargs="+", default=["*"], metavar="NAME", help="names or patterns such as 'res3*'")
     settings = flags.parse_args()
     tables: list[dict[str, Any]] = []
@@ -128,6 +132,7 @@ def main() -> None:
 
 def measure_all(case: Case, settings: argparse.Namespace, tables: list[dict[str, Any]]) -> None:
     """Measures the layers of a network, prints two tables and writes the JSON file after each."""
+    forms = chosen(FORMS, settings.forms)
     layers = [one for one in layers_of(case.network) if any(fnmatch.fnmatch(one.name, p) for p in settings.layers)]
     if not layers:
         known = ", ".join(layer.name for layer in layers_of(case.network))
@@ -137,8 +142,7 @@ def measure_all(case: Case, settings: argparse.Namespace, tables: list[dict[str,
             found = []
             for layer in layers:
                 own = replace(case, layer=replace(layer, gradients=passes > 1))
-                forms = [form for form in forms_of(layer) if _is_chosen(form, settings.forms)]
-                measurement = measure_in(processes, forms, own, settings.rounds)
+                measurement = measure_in(processes, forms_of(layer, forms), own, settings.rounds)
                 found.append(figures(measurement, 2 * layer.macs * passes) | {"layer": str(layer)})
         print(f"{case}, {mode}, {case.threads} threads, {settings.rounds} rounds, ms/clip\n")
         print("\n".join(table(found)), end="\n\n", flush=True)
@@ -146,21 +150,16 @@ def measure_all(case: Case, settings: argparse.Namespace, tables: list[dict[str,
         write_json(settings.json, vars(settings), [*tables, {"machine_after": machine()}])
 
 
-def _is_chosen(form: Form, patterns: list[str] | None) -> bool:
-    means = (pattern == f"@{form.group}" or fnmatch.fnmatch(form.name, pattern) for pattern in patterns or ["*"])
-    return any(means)
-
-
 def table(found: list[dict[str, Any]]) -> list[str]:
     """The lines of a table in Markdown: a row for each layer, a column for each form."""
-    rows = []
+    names, rows = [form.name for form in FORMS], []
     for layer in found:
         by_name = {form["name"]: form for form in layer["forms"]}
         ours = by_name.get("ours", {})
         speed = f"{ours['speed_over_reference']:.2f}" if "speed_over_reference" in ours else "-"
         notes = {form["failure"] for form in layer["forms"] if "failure" in form}
-        rows.append([layer["layer"], *(_cell(by_name.get(name)) for name in NAMES), speed, "; ".join(sorted(notes))])
-    return markdown(["layer", *NAMES, "speed", ""], rows)
+        rows.append([layer["layer"], *(_cell(by_name.get(name)) for name in names), speed, "; ".join(sorted(notes))])
+    return markdown(["layer", *names, "speed", ""], rows)
 
 
 def _cell(form: dict[str, Any] | None) -> str:

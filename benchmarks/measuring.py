@@ -1,8 +1,8 @@
 """Forms of a network that take turns, each framework in a process of its own.
 
 In each round every form is called twice, one after the other, and only the second call is timed: threads of whatever
-ran before may still spin, and caches are its. This module imports no framework, nor does any script beside it: forms
-are named by text, and imported by the process that runs them.
+ran before may still spin, and caches are its. A short call is repeated, and its mean is taken. This module imports no
+framework, nor does any script beside it: forms are named by text, and imported by the process that runs them.
 """
 
 import importlib
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 BOUND = 1e-5  # of a probability, between float32 forms of equal weights
 SLOW_CALLS = 2  # of a form marked as slow
+LEAST_SECONDS = 0.02  # that a timing takes
 MATMUL_SIZE = 2048  # of the matrix product that stands for the machine's speed
 
 
@@ -258,9 +259,11 @@ def _open(calls: dict[str, Any], name: str, function: str, settings: Mapping[str
 def _seconds(calls: dict[str, Any], name: str, warm: bool) -> float:
     if warm:
         calls[name]()
-    start = time.perf_counter()
-    calls[name]()
-    return time.perf_counter() - start
+    start, elapsed, count = time.perf_counter(), 0.0, 0
+    while elapsed < LEAST_SECONDS:
+        calls[name]()
+        elapsed, count = time.perf_counter() - start, count + 1
+    return elapsed / count
 
 
 def _close(calls: dict[str, Any], name: str) -> None:

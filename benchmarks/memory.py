@@ -1,6 +1,6 @@
-"""How much memory does a training step take, or a prediction, ours and our peers'?
+"""How much memory does a training step take, ours and PyTorch's?
 
-Each figure is of a fresh process that computes three times. Columns:
+Each figure is of a fresh process that takes three steps. Columns:
 
   peak MB    most memory that the whole process ever held, framework included
   model MB   the same, less what it held just before the network was built
@@ -10,78 +10,62 @@ Memory is what the system counts as resident (VmHWM). Where the system cannot st
 is built, both columns count from the start of the process.
 
   python benchmarks/memory.py
-  python benchmarks/memory.py --step forward --networks x3d_s x3d_m --batches 1 8 --json=memory.json
-  python benchmarks/memory.py --forms 'ours*' 'torch channels_last_3d'
+  python benchmarks/memory.py --networks x3d_s x3d_m --batches 1 8 --json=memory.json
+  python benchmarks/memory.py --forms ours 'torch channels_last_3d'
 """
 
 import sys
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forward
-import train_step
 from command import chosen, parser, run
-from measuring import Case, Failed, Form, Processes, Work, function_of, say, write_files
+from measuring import Case, Failed, Form, Processes, Work, function_of, say
 from reporting import markdown, write_json
+from train_step import ours, torch
 
-CALLS = 3
-FORMS = {
-    step: [form for form in forms if not form.slow]
-    for step, forms in {"train": train_step.FORMS, "forward": forward.FORMS}.items()
-}
+STEPS = 3
+# A further form is a line here.
+FORMS = (
+    ours("ours"),
+    torch("torch eager"),
+    torch("torch channels_last_3d", layout="channels_last_3d"),
+    torch("torch compile channels_last_3d", layout="channels_last_3d", compiled=True),
+)
 
 
 def main() -> None:
     """Measures, prints the tables and writes the JSON file."""
-    names = FORMS["train"] + FORMS["forward"]
-    flags = parser(__doc__, names, networks=["x3d_s"], batches=[8], rounds=1, json="memory.json")
-    flags.add_argument("--step", default="train", choices=list(FORMS), help="what to compute; train by default")
-    settings = flags.parse_args()
-    forms, tables = chosen(FORMS[settings.step], settings.forms), []
+    settings = parser(__doc__, FORMS, networks=["x3d_s"], batches=[8], rounds=1, json="memory.json").parse_args()
+    forms, tables = chosen(FORMS, settings.forms), []
     for network in settings.networks:
         for batch in settings.batches:
             case = Case(network, batch, settings.threads, verbose=settings.verbose)
-            rows = measure(forms, case, settings.rounds)
-            print(f"{case}, {settings.threads} threads, {settings.step}\n")
+            rows = [measure(form, case, settings.rounds) for form in forms]
+            print(f"{case}, {settings.threads} threads\n")
             print("\n".join(table(rows, batch)), end="\n\n", flush=True)
-            tables.append({"network": network, "batch": batch, "step": settings.step, "forms": rows})
+            tables.append({"network": network, "batch": batch, "forms": rows})
             write_json(settings.json, vars(settings), tables)
     print(f"written to {settings.json}")
 
 
-def measure(forms: list[Form], case: Case, rounds: int) -> list[dict[str, Any]]:
-    """The memory of each form, the largest of the rounds, or why there is none."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        case = replace(case, folder=folder)
-        with Processes(case.threads, case.verbose) as processes:
-            failures = write_files(processes, forms, case)
-        for form in forms:
-            row: dict[str, Any] = {"name": form.name}
-            try:
-                if repr(form.file) in failures:
-                    raise Failed(failures[repr(form.file)])
-                found = [measure_once(form, case) for _ in range(rounds)]
-                row |= {key: max(one[key] for one in found) for key in found[0]}
-            except Failed as error:
-                row["failure"] = str(error)
-            say(f"{case}: {form.name} {'failed' if 'failure' in row else 'measured'}")
-            rows.append(row)
-    return rows
-
-
-def measure_once(form: Form, case: Case) -> dict[str, int]:
-    """The memory of one fresh process, in bytes; see `peak`."""
-    settings = {"function": form.run.function, "settings": dict(form.run.settings)}
-    with Processes(case.threads, case.verbose) as processes:
-        return processes.do(Work(form.run.process, "memory:peak", settings), case)
+def measure(form: Form, case: Case, rounds: int) -> dict[str, Any]:
+    """The memory of a form, the largest of the rounds, each in a fresh process, or why there is none."""
+    work = Work(form.run.process, "memory:peak", {"function": form.run.function, "settings": dict(form.run.settings)})
+    row: dict[str, Any] = {"name": form.name}
+    try:
+        for _ in range(rounds):
+            with Processes(case.threads, case.verbose) as processes:
+                found = processes.do(work, case)
+            row |= {key: max(value, row.get(key, 0)) for key, value in found.items()}
+    except Failed as error:
+        row["failure"] = str(error)
+    say(f"{case}: {form.name} {'failed' if 'failure' in row else 'measured'}")
+    return row
 
 
 def peak(case: Case, function: str, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Makes a call and calls it `CALLS` times, in this process.
+    """Makes a training step and takes it `STEPS` times, in this process.
 
     Returns:
         `process`, the most bytes that it ever held, and `model`, the most since the network was built, less what it
@@ -91,7 +75,7 @@ def peak(case: Case, function: str, settings: Mapping[str, Any]) -> dict[str, in
     before, earlier = resident(), highest()
     restarted = restart_count()
     call = make(case, **settings)
-    for _ in range(CALLS):
+    for _ in range(STEPS):
         call()
     most = highest()
     return {"process": max(most, earlier), "model": most - before if restarted else most}

@@ -15,7 +15,6 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.modeling import deployed as deployed_form
 from x3d_tf.modeling import x3d
 from x3d_tf.modeling.deployed import deployed
 from x3d_tf.modeling.layers import ChannelwiseConv3D, GhostBatchNorm, conv_initializer
@@ -75,35 +74,14 @@ def _as_it_is(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
     return outputs
 
 
-def _unfolded(model: x3d_tf.X3D, batch: int) -> keras.Model:
-    with mock.patch.object(deployed_form, "DeployedParts", UnfoldedParts):
-        return deployed(model, batch=batch)
-
-
 # From the network and a batch to a model, and what makes probabilities of its outputs.
 FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
     "trainable": lambda model, batch: (model, _softmax),
     "portable": lambda model, batch: (x3d_tf.portable(model, [str(n) for n in range(CLASSES)]), _as_it_is),
-    "unfolded": lambda model, batch: (_unfolded(model, batch), _as_it_is),
     "deployed": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
     "frozen": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
     "grouped": lambda model, batch: (with_grouped_convolutions(model), _softmax),
 }
-
-
-class UnfoldedParts(deployed_form.DeployedParts):
-    """The layers of the deployed form, with batch norms left where they are."""
-
-    def __init__(self, model: x3d_tf.X3D, batch: int | None) -> None:
-        super().__init__(model, batch)
-        self.norms = {}
-
-    def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
-        own = self.model.get_layer(name)
-        layer = keras.layers.BatchNormalization(epsilon=own.epsilon, name=name)
-        y = layer(x)
-        layer.set_weights(own.get_weights())
-        return y
 
 
 class GroupedParts(x3d.TrainableParts):

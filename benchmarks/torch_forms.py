@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 from clips import normalized, squares
 from measuring import Case
 from numpy.typing import NDArray
@@ -55,7 +56,12 @@ def _arithmetic(precision: str) -> Any:
 
 
 def predict(
-    case: Case, *, layout: str = "contiguous_format", compiled: bool = False, precision: str = "float32"
+    case: Case,
+    *,
+    layout: str = "contiguous_format",
+    compiled: bool = False,
+    frozen: bool = False,
+    precision: str = "float32",
 ) -> Callable[[], NDArray[np.float32]]:
     """A mode of PyTorch's.
 
@@ -63,6 +69,7 @@ def predict(
         case: what to compute.
         layout: "contiguous_format" or "channels_last_3d".
         compiled: by torch.compile.
+        frozen: its weights compiled in as constants, so that batch norms are folded.
         precision: a key of `PRECISIONS`; by autocast.
     """
     model, clips = _prepared(case, layout, compiled)
@@ -71,6 +78,9 @@ def predict(
         with torch.inference_mode(), _arithmetic(precision):
             return torch.softmax(model(clips).float(), dim=1).numpy()
 
+    if frozen:
+        with torch._inductor.config.patch(freezing=True):  # no argument of torch.compile's reaches all who ask
+            call()
     return call
 
 
