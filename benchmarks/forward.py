@@ -44,7 +44,9 @@ def tflite(name: str, form: str) -> Form:
 def torch(name: str, precision: str = "float32", **settings: object) -> Form:
     """A mode of PyTorch's."""
     exact = precision == "float32"
-    work = Work("PyTorch", "torch_forms:predict", {"precision": precision, **settings})
+    # frozen in a process of its own: else torch takes what it compiled for the same module without
+    process = "PyTorch frozen" if settings.get("frozen") else "PyTorch"
+    work = Work(process, "torch_forms:predict", {"precision": precision, **settings})
     return Form(name, "peers", work, exact=exact, reference=exact)
 
 

@@ -318,16 +318,19 @@ def _take_turn(row: Measured, processes: Processes) -> None:
 def write_files(processes: Processes, forms: Sequence[Form], case: Case) -> dict[str, str]:
     """Writes the forms' files; returns why those that could not be written could not, by `repr` of the work."""
     failures: dict[str, str] = {}
-    works = {repr(form.file): (form.file, form) for form in forms if form.file is not None}
-    for key, (work, form) in works.items():
+    first: dict[str, Form] = {}  # that needs a file
+    for form in forms:
+        if form.file is not None:
+            first.setdefault(repr(form.file), form)
+    for key, form in first.items():
         start = time.monotonic()
         try:
-            processes.do(work, case)
+            processes.do(form.file, case)
         except Failed as error:
             failures[key] = str(error)
         say(f"{case}: file of {form.name} {'failed' if key in failures else 'written'}, {_since(start)}")
-    for work, _ in works.values():
-        processes.end(work.process)
+    for form in first.values():
+        processes.end(form.file.process)
     return failures
 
 

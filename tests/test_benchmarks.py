@@ -88,6 +88,19 @@ def test_what_goes_wrong_is_said_and_the_rest_goes_on() -> None:
         assert processes.do(measuring.Work("one", "test_benchmarks:double", {"by": 2}), case) == 6
 
 
+def test_short_calls_are_repeated() -> None:
+    calls: list[str] = []
+    found = measuring._seconds({"a": lambda: calls.append("a")}, "a", warm=True)
+    assert len(calls) > 2 and 0 < found < measuring.LEAST_SECONDS / 2
+
+
+def test_memory_is_of_the_whole_process_and_of_what_it_makes() -> None:
+    work = measuring.Work("one", "memory:peak", {"function": "measuring:matrix_product", "settings": {}})
+    with measuring.Processes(1) as processes:
+        found = processes.do(work, measuring.Case("x2d", 1, 1))
+    assert 2 * 4 * measuring.MATMUL_SIZE**2 <= found["model"] <= found["process"]
+
+
 @pytest.mark.parametrize("script", ["forward.py", "train_step.py", "layers.py", "memory.py"])
 def test_help_has_an_example(script: str) -> None:
     done = run(script, "--help")
