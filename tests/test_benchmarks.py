@@ -121,6 +121,7 @@ def test_predictions(tmp_path: Path) -> None:
     assert "| deployed" in done.stdout
 
 
+@pytest.mark.slow  # tracing a training step takes half a minute
 def test_training_steps(tmp_path: Path) -> None:
     flags = ("--networks", "x2d", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "out.json"))
     done = run("train_step.py", *flags, "--batches", "2", "--forms", "ours")
