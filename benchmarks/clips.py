@@ -1,0 +1,24 @@
+"""Clips to feed, made up."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+import x3d_tf
+from x3d_tf.modeling.expansion import as_expansion
+
+MEAN, STD = 0.45, 0.225  # of RGB in 0..1, as pytorchvideo's recipes normalise
+
+
+def squares(network: str, count: int) -> NDArray[np.uint8]:
+    """Clips of coloured squares of 16 pixels: uint8 (count, T, S, S, 3). The first of many are those of few."""
+    clip: x3d_tf.ClipSpec = as_expansion(network).clip
+    side = -(-clip.size // 16)
+    draw = np.random.default_rng(1)
+    colours = np.stack([draw.integers(0, 256, (clip.frames, side, side, 3)).astype(np.uint8) for _ in range(count)])
+    return colours.repeat(16, axis=2).repeat(16, axis=3)[:, :, : clip.size, : clip.size]
+
+
+def normalized(clips: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The same as PyTorch's networks take them: float32 (count, 3, T, S, S), contiguous."""
+    pixels = ((clips.astype(np.float32) / 255 - MEAN) / STD).astype(np.float32)
+    return np.ascontiguousarray(pixels.transpose(0, 4, 1, 2, 3))

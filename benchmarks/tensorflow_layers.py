@@ -1,0 +1,82 @@
+"""Single layers under TensorFlow: ours, their `keras.ops` twins, and Keras' own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+from measuring import Case
+from tensorflow_forms import limit_threads
+
+from x3d_tf.modeling import layers
+
+
+class OpsChannelwiseConv3D(layers.ChannelwiseConv3D):
+    """The channel-wise convolution as other backends run it."""
+
+    def call(self, x: Any) -> Any:
+        return layers.channelwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
+
+
+class OpsGhostBatchNorm(layers.GhostBatchNorm):
+    """The batch norm as other backends run it."""
+
+    def _normalize(self, rows: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
+        return layers.normalize(rows, gamma, beta, self.epsilon)
+
+
+def _layer(layer: Any, form: str) -> keras.Layer:
+    """The layer of a form: "ours", "ops" or "keras"."""
+    if layer.kind == "norm":
+        if form == "keras":
+            return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)
+        return {"ours": layers.GhostBatchNorm, "ops": OpsGhostBatchNorm}[form]()
+    if form == "keras":
+        groups = layer.filters if layer.kind == "channelwise" else 1
+        strides = (1, layer.stride, layer.stride)
+        return keras.Sequential(
+            [
+                keras.layers.ZeroPadding3D([size // 2 for size in layer.kernel]),
+                keras.layers.Conv3D(layer.filters, layer.kernel, strides=strides, groups=groups, use_bias=False),
+            ]
+        )
+    if layer.kind == "pointwise":
+        return layers.PointwiseConv3D(layer.filters, layer.stride)
+    kind = {"ours": layers.ChannelwiseConv3D, "ops": OpsChannelwiseConv3D}[form]
+    return kind(layer.kernel, layer.stride)
+
+
+def make(case: Case, form: str) -> Callable[[], None]:
+    """A layer's call: forward, or with the gradients of its input and its weights.
+
+    Args:
+        case: with a `layers.Layer`.
+        form: "ours", "ops" or "keras".
+    """
+    limit_threads(case.threads)
+    keras.utils.set_random_seed(0)
+    layer = _layer(case.layer, form)
+    x = tf.random.normal((case.batch, *case.layer.shape), seed=0)
+    layer.build(x.shape)
+    training = {"training": True} if case.layer.kind == "norm" else {}
+    if not case.layer.gradients:
+        forward = tf.function(lambda x: layer(x, **training))
+        return lambda: _wait(forward(x))
+    upstream = tf.random.normal(layer.compute_output_shape(x.shape), seed=1)
+
+    @tf.function
+    def with_gradients(x: Any, upstream: Any) -> Any:
+        weights = [variable.value for variable in layer.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, **training)
+        return y, tape.gradient(y, [x, *weights], output_gradients=upstream)
+
+    return lambda: _wait(with_gradients(x, upstream))
+
+
+def _wait(outputs: Any) -> None:
+    """Until the device has finished: its tensors' memory is looked at, not copied."""
+    for tensor in tf.nest.flatten(outputs):
+        tensor.numpy()

@@ -1,0 +1,53 @@
+"""Single layers under PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measuring import Case
+
+
+def make(case: Case, layout: str) -> Callable[[], None]:
+    """A layer's call: forward, or with the gradients of its input and its weights.
+
+    Args:
+        case: with a `layers.Layer`.
+        layout: "contiguous_format" or "channels_last_3d", of input, weights and upstream gradients.
+    """
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    memory_format = getattr(torch, layout)
+    layer = _layer(case.layer).to(memory_format=memory_format).train()
+    frames, height, width, channels = case.layer.shape
+    x = torch.randn(case.batch, channels, frames, height, width).contiguous(memory_format=memory_format)
+    if not case.layer.gradients:
+
+        def forward() -> None:
+            with torch.no_grad():
+                layer(x)
+
+        return forward
+    x.requires_grad_(True)
+    upstream = torch.randn_like(layer(x)).contiguous(memory_format=memory_format)
+    sources = [x, *layer.parameters()]
+
+    def with_gradients() -> None:
+        torch.autograd.grad(layer(x), sources, upstream)
+
+    return with_gradients
+
+
+def _layer(layer: Any) -> torch.nn.Module:
+    channels = layer.shape[-1]
+    if layer.kind == "norm":
+        return torch.nn.BatchNorm3d(channels)
+    return torch.nn.Conv3d(
+        channels,
+        layer.filters,
+        layer.kernel,
+        stride=(1, layer.stride, layer.stride),
+        padding=tuple(size // 2 for size in layer.kernel),
+        groups=channels if layer.kind == "channelwise" else 1,
+        bias=False,
+    )
