@@ -55,7 +55,7 @@ def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
 
         return tf.reshape(output, [n, t, *out_image]), gradient
 
-    output = run(x, kernel)
+    output = run(x, tf.convert_to_tensor(kernel))  # not a variable, which a custom gradient refuses
     sides = [None if side is None else -(-side // stride) for side in x.shape[2:4]]
     return tf.ensure_shape(output, [*x.shape[:2], *sides, x.shape[4]])
 
