@@ -105,6 +105,10 @@ class Execution:
             and "float16" scales the loss so that small gradients do not vanish.
         accumulation: parts that a step's batch is computed in, one after the other, where it does not fit into memory.
         steps_per_execution: steps between two looks of Python, which cost a fast device time.
+        recompute: what a step does not keep for its gradient but computes again, to the same result in less memory:
+            "activations" keeps the outputs of convolutions and not of batch norm, ReLU, swish and squeeze-excitation,
+            which costs little time; "blocks" keeps the outputs of residual blocks alone, and computes convolutions
+            twice, which pays in deep networks (X3D-L, XL): in others the first block's own gradient is the peak.
 
     Raises:
         SettingTypeError, UserError: naming the field, the rule and the value received.
@@ -113,6 +117,7 @@ class Execution:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     accumulation: int = 1
     steps_per_execution: int = 1
+    recompute: Literal["nothing", "activations", "blocks"] = "nothing"
 
     def __post_init__(self) -> None:
         check_field_types(self)

@@ -13,6 +13,7 @@ from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.recipe import Recipe, TrainConfig
 from x3d_tf.training.averaging import MovingAverage
 from x3d_tf.training.optimizer import SGD
+from x3d_tf.training.recomputation import forward_of
 from x3d_tf.training.schedule import schedule_of
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -46,6 +47,7 @@ class TrainStep:
         recipe, execution = config.recipe, config.execution
         self.model, self._strategy, self._batch = model, strategy, recipe.batch
         freeze(model, recipe)
+        self._forward = forward_of(model, execution.recompute)
         self.optimizer = _optimizer(model, recipe)
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
         self._scale = LossScale() if execution.precision == "float16" else None
@@ -157,7 +159,7 @@ class TrainStep:
 
     def _gradients(self, clips: Any, labels: Any) -> tuple[Any, Any, list[Any]]:
         with tf.GradientTape() as tape:
-            logits = self.model(clips, training=True)
+            logits = self._forward(clips)
             # the optimiser adds the devices' gradients up
             loss = tf.reduce_sum(self._losses(logits, labels)) / self._batch
             scaled = loss if self._scale is None else loss * self._scale.value

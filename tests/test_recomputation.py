@@ -1,0 +1,165 @@
+"""Steps that recompute are the same steps: weights, statistics, seeds, optimiser and loss.
+
+To the bit where operations are taken as they are; TensorFlow reorders those of a graph.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_step import config_of, dataset, make
+
+import x3d_tf
+from x3d_tf.modeling.lowerings import tensorflow as lowering
+from x3d_tf.runs.recipe import Execution
+from x3d_tf.training.recomputation import _blocks
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations as on a GPU: compiling them takes longer than these tests."""
+    monkeypatch.setattr(lowering, "_on_gpu", lambda: True)
+
+
+@pytest.fixture
+def eager(uncompiled: None) -> Iterator[None]:
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def state_after(
+    recompute: Any,
+    *,
+    recipe: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    strategy: tf.distribute.Strategy | None = None,
+    **execution: Any,
+) -> dict[str, np.ndarray]:
+    """All that two executions leave behind: the network's variables, the step's and the losses."""
+    dropping = {"dropout": 0.5, "drop_connect": 0.2, "bn_group": 4} | (options or {})
+    config = config_of(
+        {"ema": 0.5} | (recipe or {}),
+        init="somewhere",  # for frozen parts
+        model=x3d_tf.ModelOptions(**dropping),
+        execution=Execution(recompute=recompute, **execution),
+    )
+    strategy = strategy or tf.distribute.get_strategy()
+    with strategy.scope():
+        model, step = make(config, strategy=strategy)
+    part = config.recipe.batch // config.execution.accumulation // strategy.num_replicas_in_sync
+    stream = iter(strategy.distribute_datasets_from_function(lambda context: dataset(part)))
+    at_once = config.execution.steps_per_execution
+    state = {f"losses {n}": step(stream, at_once)[0].numpy() for n in range(2)}
+    for role, variables in {"network": model.variables, **step.variables}.items():
+        state |= {f"{role} {n}": variable.numpy() for n, variable in enumerate(variables)}
+    return state
+
+
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], bound: float = 0.0) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        atol = bound if value.dtype.kind == "f" else 0  # seeds and counts are equal
+        np.testing.assert_allclose(actual[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bfloat16"},
+        {"precision": "float16", "accumulation": 2},
+        {"recipe": {"trunk_rate": 0.0}},
+        {"recipe": {"batch_norm": "frozen"}},
+        {"options": {"separable": False, "input": "difference", "se": "none"}},
+    ],
+    ids=str,
+)
+def test_the_same_steps(eager: None, settings: dict[str, Any]) -> None:
+    expected = state_after("nothing", **settings)
+    for recompute in ("activations", "blocks"):
+        assert_same(state_after(recompute, **settings), expected)
+
+
+def test_the_same_steps_in_a_graph(uncompiled: None, float64: None) -> None:
+    settings: dict[str, Any] = {"accumulation": 2, "steps_per_execution": 2}
+    expected = state_after("nothing", **settings)
+    for recompute in ("activations", "blocks"):
+        assert_same(state_after(recompute, **settings), expected, 1e-10)
+
+
+def test_every_block_is_found() -> None:
+    names = dict(_blocks(x3d_tf.build_x3d("x3d_s", 2)))
+    assert list(names)[:4] == ["res2_0", "res2_1", "res2_2", "res3_0"] and len(names) == 3 + 5 + 11 + 7
+    assert names["res2_1"] == "res2_1" and names["res2_2"] == "res2"
+
+
+TWO_DEVICES = """
+import sys
+sys.path.insert(0, {tests!r})
+import keras, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import test_recomputation as test
+from x3d_tf.modeling.lowerings import tensorflow as lowering
+lowering._on_gpu = lambda: True
+keras.config.set_floatx("float64")
+keras.config.set_dtype_policy("float64")
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+states = [
+    test.state_after(recompute, strategy=strategy, accumulation=2, options={{"bn_group": 2}})
+    for recompute in ("nothing", {recompute!r})
+]
+test.assert_same(*states, 1e-10)
+"""
+
+
+@pytest.mark.parametrize("recompute", ["blocks", pytest.param("activations", marks=pytest.mark.slow)])
+def test_two_devices_take_the_same_steps(recompute: str) -> None:
+    run(TWO_DEVICES.format(tests=str(ROOT / "tests"), recompute=recompute))
+
+
+PEAK = """
+import sys
+sys.path.insert(0, {tests!r})
+import resource
+import numpy as np, tensorflow as tf
+from test_step import config_of
+from x3d_tf import build_x3d
+from x3d_tf.runs.recipe import Execution
+from x3d_tf.training.step import TrainStep
+model = build_x3d("x3d_xs")
+step = TrainStep(model, config_of(execution=Execution(recompute={recompute!r})), tf.distribute.get_strategy())
+clips = np.zeros((8, 4, 160, 160, 3), np.float32)
+stream = iter(tf.data.Dataset.from_tensors((clips, np.zeros(8, np.int32))).repeat())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(2):
+    step(stream, 1)
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["activations", "blocks"])
+def test_the_compiled_step_takes_less_memory(recompute: str) -> None:
+    """TensorFlow takes two runs of the same operations for one where it can, which would keep everything."""
+    kept, recomputed = (
+        int(run(PEAK.format(tests=str(ROOT / "tests"), recompute=each)).split("peak")[1])
+        for each in ("nothing", recompute)
+    )
+    assert recomputed < 0.8 * kept
+
+
+def run(code: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
