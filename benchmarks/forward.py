@@ -67,6 +67,7 @@ FORMS = (
     ours("trainable", "trainable"),
     ours("portable", "portable"),
     ours("deployed", "deployed"),
+    ours("deployed, clips side by side", "side by side"),
     ours("frozen", "frozen"),
     Form(
         "SavedModel",

@@ -28,6 +28,8 @@ STEPS = 3
 # A further form is a line here.
 FORMS = (
     ours("ours"),
+    ours("ours, recomputing activations", recompute="activations"),
+    ours("ours, recomputing blocks", recompute="blocks"),
     torch("torch eager"),
     torch("torch channels_last_3d", layout="channels_last_3d"),
     torch("torch compile channels_last_3d", layout="channels_last_3d", compiled=True),

@@ -1,5 +1,6 @@
 """Our forms that TensorFlow runs, to predict and to train. Each maker gets a case and gives the call to measure."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.modeling import x3d
 from x3d_tf.modeling.deployed import deployed
 from x3d_tf.modeling.layers import ChannelwiseConv3D, GhostBatchNorm, conv_initializer
+from x3d_tf.modeling.lowerings.tensorflow import clip_by_clip
 from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
 from x3d_tf.training.step import TrainStep, arithmetic
 
@@ -65,6 +67,12 @@ def predict(case: Case, form: str) -> Call:
     return lambda: finish(concrete(clips).numpy())  # an array, so that the device has finished
 
 
+def _side_by_side(model: x3d_tf.X3D) -> Callable[..., Any]:
+    """The deployed form of one clip, for many."""
+    single = functools.partial(deployed(model, batch=1), training=False)
+    return lambda clips, training: clip_by_clip(single)(clips)
+
+
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
@@ -80,6 +88,7 @@ FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
     "portable": lambda model, batch: (x3d_tf.portable(model, [str(n) for n in range(CLASSES)]), _as_it_is),
     "deployed": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
     "frozen": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
+    "side by side": lambda model, batch: (_side_by_side(model), _as_it_is),
     "grouped": lambda model, batch: (with_grouped_convolutions(model), _softmax),
 }
 

@@ -36,6 +36,8 @@ def torch(name: str, precision: str = "float32", **settings: object) -> Form:
 # A further form is a line here.
 FORMS = (
     ours("ours"),
+    ours("ours, recomputing activations", recompute="activations"),
+    ours("ours, recomputing blocks", recompute="blocks"),
     ours("ours bfloat16", precision="bfloat16"),
     torch("torch eager"),
     torch("torch channels_last_3d", layout="channels_last_3d"),
