@@ -108,6 +108,7 @@ def test_help_has_an_example(script: str) -> None:
     assert f"python benchmarks/{script}" in done.stdout
 
 
+@pytest.mark.slow
 def test_predictions(tmp_path: Path) -> None:
     flags = ("--networks", "x2d", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "out.json"))
     done = run("forward.py", *flags, "--forms", "trainable", "deployed")

@@ -76,7 +76,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
     [
         {},
         {"precision": "bfloat16"},
-        {"precision": "float16", "accumulation": 2},
+        pytest.param({"precision": "float16", "accumulation": 2}, marks=pytest.mark.slow),
         {"recipe": {"trunk_rate": 0.0}},
         {"recipe": {"batch_norm": "frozen"}},
         {"options": {"separable": False, "input": "difference", "se": "none"}},
@@ -122,7 +122,8 @@ test.assert_same(*states, 1e-10)
 """
 
 
-@pytest.mark.parametrize("recompute", ["blocks", pytest.param("activations", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["activations", "blocks"])
 def test_two_devices_take_the_same_steps(recompute: str) -> None:
     run(TWO_DEVICES.format(tests=str(ROOT / "tests"), recompute=recompute))
 
