@@ -7,7 +7,6 @@ framework, nor does any script beside it: forms are named by text, and imported 
 
 import importlib
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from x3d_tf._processes import Answering, Ended
 
 BOUND = 1e-5  # of a probability, between float32 forms of equal weights
 SLOW_CALLS = 2  # of a form marked as slow
@@ -134,7 +135,7 @@ class Processes:
 
     def __init__(self, threads: int, verbose: bool = False) -> None:
         self._threads, self._verbose = threads, verbose
-        self._processes: dict[str, _Process] = {}
+        self._processes: dict[str, Answering] = {}
 
     def __enter__(self) -> "Processes":
         return self
@@ -162,48 +163,17 @@ class Processes:
     def end(self, process: str) -> None:
         """Ends a process, if there is one of this name."""
         if process in self._processes:
-            self._processes.pop(process).end()
+            self._processes.pop(process).end(grace=1)  # libraries clean up, unless it is busy
 
     def _ask(self, process: str, *question: Any) -> Any:
         if process not in self._processes:
-            self._processes[process] = _Process(self._threads, self._verbose)
+            os.environ.update(_environment(self._threads))  # before any library of its is loaded, and inherited by it
+            self._processes[process] = Answering(_serve, self._verbose)
         try:
             return self._processes[process].ask(*question)
-        except _Ended as error:
+        except Ended as error:
             del self._processes[process]
-            raise Failed(str(error)) from error
-
-
-class _Ended(Exception):
-    """A process that is no more."""
-
-
-class _Process:
-    def __init__(self, threads: int, verbose: bool) -> None:
-        os.environ.update(_environment(threads))  # before any library of its is loaded, and inherited by it
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, verbose), daemon=True)
-        self._process.start()
-        theirs.close()  # so that its end is noticed here
-
-    def ask(self, *question: Any) -> Any:
-        try:
-            self._pipe.send(question)
-            answer = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            self._process.join()
-            status = self._process.exitcode
-            raise _Ended(f"its process ended with status {status}; --verbose shows what it printed") from error
-        if isinstance(answer, Failed):
-            raise answer
-        return answer
-
-    def end(self) -> None:
-        self._pipe.close()
-        self._process.join(1)  # libraries clean up, unless it is busy
-        self._process.terminate()
-        self._process.join()
+            raise Failed(f"{error}; --verbose shows what it printed") from error
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -3,7 +3,6 @@
 A runtime that is missing, refuses a file or brings its process down gives an error to whoever asks, and no more.
 """
 
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from x3d_tf._processes import Answering, Ended
 
 from .runtimes import PACKAGES, Artefact, Runner, open_artefact, probabilities, quiet
 
@@ -41,14 +42,14 @@ class Workers:
     """The processes. They start when they are needed and end with the block."""
 
     def __init__(self) -> None:
-        self._workers: dict[tuple[str, int], _Worker] = {}
+        self._workers: dict[tuple[str, int], Answering] = {}
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers.values():
-            worker.end()
+            worker.end()  # at once: it holds nothing that is to be written
 
     def open(self, artefact: Artefact, threads: int) -> Opened:
         """Opens an artefact; raises NotRun or Failed, as the other methods do."""
@@ -66,32 +67,11 @@ class Workers:
     def _ask(self, artefact: Artefact, threads: int, *question: Any) -> Any:
         key = (artefact.runtime, threads)
         if key not in self._workers:
-            self._workers[key] = _Worker(threads)
-        return self._workers[key].ask(artefact, *question)
-
-
-class _Worker:
-    def __init__(self, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
-        self._process.start()
-        theirs.close()  # so that its end is noticed here
-
-    def ask(self, *question: Any) -> Any:
+            self._workers[key] = Answering(_serve, threads)
         try:
-            self._pipe.send(question)
-            answer = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            self._process.join()
-            raise Failed(f"its process ended with status {self._process.exitcode}") from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def end(self) -> None:
-        self._process.terminate()  # it holds nothing that is to be written
-        self._process.join()
+            return self._workers[key].ask(artefact, *question)
+        except Ended as error:
+            raise Failed(str(error)) from error
 
 
 def _serve(pipe: Any, threads: int) -> None:

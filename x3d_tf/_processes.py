@@ -1,0 +1,45 @@
+"""Processes that answer questions, one after the other, through a pipe."""
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+
+class Ended(Exception):
+    """The process is no more; says with which status it ended."""
+
+
+class Answering:
+    """A process of its own that serves until it is ended, or brings itself down.
+
+    Args:
+        serve: what runs there, given its end of the pipe and the arguments. It sends one answer for each question that
+            it receives; one that is an exception is raised where it was asked. A module's function.
+        *arguments: of `serve`, such as can be pickled.
+    """
+
+    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its end is noticed here
+
+    def ask(self, *question: Any) -> Any:
+        """The answer to a question; raises Ended."""
+        try:
+            self._pipe.send(question)
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise Ended(f"its process ended with status {self._process.exitcode}") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self, grace: float = 0) -> None:
+        """Ends the process: closes the pipe, waits so many seconds for it to end by itself, and makes it end."""
+        self._pipe.close()
+        self._process.join(grace)
+        self._process.terminate()
+        self._process.join()
