@@ -7,6 +7,7 @@ of one backend, in `lowerings`, computes the same.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,11 +41,7 @@ class PointwiseConv3D(keras.layers.Layer):
     def call(self, x: Any) -> Any:
         if self.stride == 1:
             return ops.matmul(x, self.kernel)
-        if keras.backend.backend() == "tensorflow":
-            from x3d_tf.modeling.lowerings import tensorflow as lowering
-
-            return lowering.pointwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
-        return pointwise_conv3d(x, self.kernel, self.stride)
+        return _forms().pointwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return _output_shape(input_shape, self.stride, self.filters)
@@ -114,11 +111,7 @@ class ChannelwiseConv3D(keras.layers.Layer):
         )
 
     def call(self, x: Any) -> Any:
-        if keras.backend.backend() == "tensorflow":
-            from x3d_tf.modeling.lowerings import tensorflow as lowering
-
-            return lowering.channelwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
-        return channelwise_conv3d(x, self.kernel, self.stride)
+        return _forms().channelwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return _output_shape(input_shape, self.stride, input_shape[-1])
@@ -206,11 +199,7 @@ class GhostBatchNorm(keras.layers.Layer):
         return max(batch // self.group, 1)
 
     def _normalize(self, rows: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
-        if keras.backend.backend() == "tensorflow":
-            from x3d_tf.modeling.lowerings import tensorflow as lowering
-
-            return lowering.normalize(rows, gamma, beta, self.epsilon)
-        return normalize(rows, gamma, beta, self.epsilon)
+        return _forms().normalize(rows, gamma, beta, self.epsilon)
 
     def _update(self, mean: Any, variance: Any, samples: Any) -> None:
         samples = ops.cast(samples, variance.dtype)
@@ -236,11 +225,7 @@ class Swish(keras.layers.Layer):
     """x * sigmoid(x), in any shape."""
 
     def call(self, x: Any) -> Any:
-        if keras.backend.backend() == "tensorflow":
-            from x3d_tf.modeling.lowerings import tensorflow as lowering
-
-            return lowering.swish(x)
-        return ops.silu(x)
+        return _forms().swish(x)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return tuple(input_shape)
@@ -267,12 +252,7 @@ class _DeviceSeeds(keras.random.SeedGenerator):
         self.source = source
 
     def next(self, ordered: bool = True) -> Any:
-        seed = self.source.next(ordered)
-        if keras.backend.backend() == "tensorflow":
-            from x3d_tf.modeling.lowerings import tensorflow as lowering
-
-            return lowering.seed_of_device(seed)
-        return seed
+        return _forms().seed_of_device(self.source.next(ordered))
 
 
 def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, Any, Any]:
@@ -281,6 +261,25 @@ def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, An
     variance = ops.mean(ops.square(rows - mean), axis=(1, 2), keepdims=True)
     y = (rows - mean) * (gamma * ops.rsqrt(variance + epsilon)) + beta
     return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+
+def swish(x: Any) -> Any:
+    """x * sigmoid(x)."""
+    return ops.silu(x)
+
+
+def seed_of_device(seed: Any) -> Any:
+    """The seed itself: one device."""
+    return seed
+
+
+def _forms() -> Any:
+    """The module with the functions that do the layers' work: the backend's lowering, or this one."""
+    if keras.backend.backend() == "tensorflow":
+        from x3d_tf.modeling.lowerings import tensorflow as lowering
+
+        return lowering
+    return sys.modules[__name__]
 
 
 def _pad(x: Any, kernel: Sequence[int]) -> Any:

@@ -71,18 +71,13 @@ def _tap_gradient(frames: Any, kernel: Any, upstream: Any, stride: int, t: Any, 
         upstream, shift = tf.reshape(_shifted(rows, -shift), tf.shape(upstream)), 0
     if shift == 0:
         return _depthwise_kernel_gradient(frames, kernel, upstream, stride)
-    distance = abs(shift)
-    earlier, later = (frames, upstream) if shift > 0 else (upstream, frames)
     starts = tf.range(1, tf.shape(frames)[0] // t) * t  # of all clips but the first
-    last = tf.reshape(starts[:, None] + tf.range(-distance, 0), [-1])
-    pairs = [
-        (earlier[:-distance], later[distance:]),
-        (tf.gather(earlier, last), tf.gather(later, last + distance)),
-    ]
-    whole, across = (
-        _depthwise_kernel_gradient(*((first, kernel, last) if shift > 0 else (last, kernel, first)), stride)
-        for first, last in pairs
-    )
+    ends = tf.reshape(starts[:, None] + tf.range(-abs(shift), 0), [-1])  # frames that the next clip's would meet
+    if shift > 0:
+        pairs = [(frames[:-shift], upstream[shift:]), (tf.gather(frames, ends), tf.gather(upstream, ends + shift))]
+    else:
+        pairs = [(frames[-shift:], upstream[:shift]), (tf.gather(frames, ends - shift), tf.gather(upstream, ends))]
+    whole, across = (_depthwise_kernel_gradient(own, kernel, met, stride) for own, met in pairs)
     return whole - across
 
 
@@ -283,7 +278,7 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
 @_fused
 def _shift_and_add(shifts: tuple[int, ...], *results: Any) -> Any:
     """The sum of rows (N, T, ...), each moved by its own number of frames forward in time, zeros coming in."""
-    return sum(_shifted(rows, shift) for rows, shift in zip(results[1:], shifts[1:])) + _shifted(results[0], shifts[0])
+    return sum(_shifted(rows, shift) for rows, shift in zip(results, shifts))
 
 
 @_fused
