@@ -1,4 +1,4 @@
-"""Clips to feed, made up."""
+"""Clips to feed, made up, and the probabilities that come out."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,3 +22,9 @@ def normalized(clips: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The same as PyTorch's networks take them: float32 (count, 3, T, S, S), contiguous."""
     pixels = ((clips.astype(np.float32) / 255 - MEAN) / STD).astype(np.float32)
     return np.ascontiguousarray(pixels.transpose(0, 4, 1, 2, 3))
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities of logits (count, classes)."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)

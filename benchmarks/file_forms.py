@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clips import normalized, squares
+from clips import normalized, softmax, squares
 from measuring import Case
 from numpy.typing import NDArray
 from x3d_tf.export.runtimes import Artefact, open_artefact, quiet
@@ -69,8 +69,8 @@ def ours(case: Case, file: str, runtime: str) -> Call:
     return lambda: runner(clips)
 
 
-def openvino(case: Case, file: str, precision: str) -> Call:
-    """An .xml or .onnx file in OpenVINO, which computes in `precision`: "f32" or "bf16"."""
+def openvino(case: Case, file: str, precision: str, *, peer: bool = False) -> Call:
+    """An .xml or .onnx file, ours or pytorchvideo's, in OpenVINO, which computes in `precision`: "f32" or "bf16"."""
     import openvino
 
     settings = {
@@ -79,35 +79,24 @@ def openvino(case: Case, file: str, precision: str) -> Call:
         "PERFORMANCE_HINT": "LATENCY",
     }
     model = openvino.Core().compile_model(str(_path(case, file)), "CPU", settings)
-    clips = _clips(case, file)
-    return lambda: _probabilities(model(clips, share_inputs=True)[0])
+    clips = squares(case.network, case.batch)
+    if not peer:
+        return lambda: model(clips, share_inputs=True)[0]
+    given = normalized(clips)
+    return lambda: softmax(model(given, share_inputs=True)[0])
 
 
 def onnxruntime(case: Case, file: str) -> Call:
-    """An .onnx file in ONNX Runtime."""
+    """pytorchvideo's .onnx file in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
     session = onnxruntime.InferenceSession(str(_path(case, file)), options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
-    clips = _clips(case, file)
-    return lambda: _probabilities(session.run(None, {given.name: clips})[0])
+    clips = normalized(squares(case.network, case.batch))
+    return lambda: softmax(session.run(None, {given.name: clips})[0])
 
 
 def _path(case: Case, file: str) -> Path:
     return Path(case.folder) / file.format(network=case.network)
-
-
-def _clips(case: Case, file: str) -> NDArray[Any]:
-    """As the file takes them."""
-    clips = squares(case.network, case.batch)
-    return normalized(clips) if file == "pytorchvideo.onnx" else clips
-
-
-def _probabilities(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Ours are probabilities already, pytorchvideo's are logits."""
-    if (outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1, atol=0.05):  # of bfloat16 they are coarse
-        return outputs
-    powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)

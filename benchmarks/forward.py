@@ -53,14 +53,15 @@ def torch(name: str, precision: str = "float32", **settings: object) -> Form:
 def exported(name: str, process: str, function: str, form: str, *, exact: bool = True, **settings: str) -> Form:
     """What our ONNX exporter writes: "onnx" or "openvino"."""
     file = {"onnx": "{network}.onnx", "openvino": "{network}.xml"}[form]
-    run = Work(process, f"file_forms:{function}", {"file": file, **settings})
-    return Form(name, "ours", run, Work("export", "file_forms:write_exported", {"form": form}), exact=exact)
+    work = Work(process, f"file_forms:{function}", {"file": file, **settings})
+    return Form(name, "ours", work, Work("export", "file_forms:write_exported", {"form": form}), exact=exact)
 
 
-def peer_file(name: str, process: str, function: str, *, exact: bool = True, **settings: str) -> Form:
+def peer_file(name: str, process: str, function: str, *, exact: bool = True, **settings: object) -> Form:
     """pytorchvideo's ONNX."""
-    run = Work(process, f"file_forms:{function}", {"file": PEER_ONNX, **settings})
-    return Form(name, "peers", run, Work("PyTorch export", "torch_forms:export_onnx"), exact=exact)
+    work = Work(process, f"file_forms:{function}", {"file": PEER_ONNX, **settings})
+    written = Work("PyTorch export", "torch_forms:export_onnx", {"file": PEER_ONNX})
+    return Form(name, "peers", work, written, exact=exact)
 
 
 FORMS = (
@@ -89,8 +90,8 @@ FORMS = (
     torch("torch compile frozen channels_last_3d", layout="channels_last_3d", compiled=True, frozen=True),
     torch("torch bf16 channels_last_3d", "bfloat16", layout="channels_last_3d"),
     peer_file("torch ONNX in ONNX Runtime", "ONNX Runtime", "onnxruntime"),
-    peer_file("torch ONNX in OpenVINO float32", "OpenVINO", "openvino", precision="f32"),
-    peer_file("torch ONNX in OpenVINO bf16", "OpenVINO", "openvino", exact=False, precision="bf16"),
+    peer_file("torch ONNX in OpenVINO float32", "OpenVINO", "openvino", precision="f32", peer=True),
+    peer_file("torch ONNX in OpenVINO bf16", "OpenVINO", "openvino", exact=False, precision="bf16", peer=True),
     # in a process of its own: XLA compiles it, and it takes long
     Form("Keras Conv3D(groups=C)", "ours", Work("Keras", "tensorflow_forms:predict", {"form": "grouped"}), slow=True),
 )

@@ -10,8 +10,6 @@ same cores, so a step with fresh batches is slower even where it never waits.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
+from reporting import machine, versions
 
 import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
@@ -50,7 +48,13 @@ def main() -> None:
     rows = [f"X3D-S, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, {spec.records}"]
     rows += [f"  {name:46} {value:9.3f}" for name, value in figures.items()]
     print("\n".join(rows))
-    result = {"settings": vars(settings), "figures": figures, "versions": versions(), "machine": machine()}
+    gpus = [device.name for device in tf.config.list_physical_devices("GPU")]
+    result = {
+        "settings": vars(settings),
+        "figures": figures,
+        "versions": versions(),
+        "machine": machine() | {"gpus": gpus},
+    }
     Path(settings.json).write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {settings.json}")
 
@@ -129,23 +133,6 @@ def timed(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the figures."""
-    modules = {"tensorflow": tf, "keras": keras, "numpy": np, "x3d_tf": x3d_tf}
-    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on, and how busy that was."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [
-        tf.config.experimental.get_device_details(device).get("device_name", device.name)
-        for device in tf.config.list_physical_devices("GPU")
-    ]
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"system": platform.platform(), "cpus": cpus, "gpus": gpus, "load_average_1_minute": load}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from unittest import mock
 import keras
 import numpy as np
 import tensorflow as tf
-from clips import squares
+from clips import softmax, squares
 from command import CLASSES
 from measuring import Case
 from numpy.typing import NDArray
@@ -73,23 +73,18 @@ def _side_by_side(model: x3d_tf.X3D) -> Callable[..., Any]:
     return lambda clips, training: clip_by_clip(single)(clips)
 
 
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
 def _as_it_is(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
     return outputs
 
 
 # From the network and a batch to a model, and what makes probabilities of its outputs.
 FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
-    "trainable": lambda model, batch: (model, _softmax),
+    "trainable": lambda model, batch: (model, softmax),
     "portable": lambda model, batch: (x3d_tf.portable(model, [str(n) for n in range(CLASSES)]), _as_it_is),
     "deployed": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
     "frozen": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
     "side by side": lambda model, batch: (_side_by_side(model), _as_it_is),
-    "grouped": lambda model, batch: (with_grouped_convolutions(model), _softmax),
+    "grouped": lambda model, batch: (with_grouped_convolutions(model), softmax),
 }
 
 

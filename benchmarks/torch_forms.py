@@ -22,7 +22,6 @@ import pytorchvideo_models
 
 from x3d_tf._checks import require
 
-ONNX = "pytorchvideo.onnx"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,10 +96,7 @@ def train(
     """
     model, clips = _prepared(case, layout, compiled, training=True)
     labels = torch.arange(case.batch)
-    norms = [p for module in model.modules() if isinstance(module, torch.nn.BatchNorm3d) for p in module.parameters()]
-    others = list(set(model.parameters()) - set(norms))
-    groups = [{"params": norms}, {"params": others, "weight_decay": 5e-5}]
-    optimizer = torch.optim.SGD(groups, 1e-4, momentum=0.9, nesterov=True)
+    optimizer = pytorchvideo_models.optimizer(model, 1e-4, l2=5e-5)
 
     def call() -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -113,11 +109,11 @@ def train(
     return call
 
 
-def export_onnx(case: Case) -> None:
+def export_onnx(case: Case, file: str) -> None:
     """Writes the network, to logits, for float32 clips (batch, 3, T, S, S)."""
     import onnx  # what the exporter needs; here, so that its absence is said as such
 
-    path = Path(case.folder) / ONNX
+    path = Path(case.folder) / file
     clips = torch.from_numpy(normalized(squares(case.network, case.batch)))
     with torch.inference_mode():  # the older exporter: the newer one takes another package
         torch.onnx.export(network(case.network), (clips,), str(path), dynamo=False, input_names=["clips"])

@@ -86,21 +86,17 @@ class Reference:
         Returns:
             The gradients of the first step, by name.
         """
-        modules = self.model.modules()
-        norms = [p for module in modules if isinstance(module, torch.nn.BatchNorm3d) for p in module.parameters()]
-        others = list(set(self.model.parameters()) - set(norms))
-        groups = [{"params": norms}, {"params": others, "weight_decay": l2}]
-        optimizer = torch.optim.SGD(groups, rates[0], momentum=0.9, nesterov=True)
+        descent = optimizer(self.model, rates[0], l2)
         gradients: dict[str, np.ndarray] = {}
         self.model.train()
         for rate in rates:
-            for group in optimizer.param_groups:
+            for group in descent.param_groups:
                 group["lr"] = rate
-            optimizer.zero_grad()
+            descent.zero_grad()
             logits = self.model(self.normalized(clips))
             torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
             gradients = gradients or {n: p.grad.numpy().copy() for n, p in self.model.named_parameters()}
-            optimizer.step()
+            descent.step()
         self.model.eval()
         return gradients
 
@@ -116,6 +112,16 @@ class Reference:
         """Clips as pytorchvideo's recipes feed them."""
         dtype = next(self.model.parameters()).dtype
         return torch.from_numpy((clips / 255 - 0.45) / 0.225).permute(0, 4, 1, 2, 3).to(dtype)
+
+
+def optimizer(model: Any, rate: float, l2: float) -> Any:
+    """Nesterov's gradient descent with momentum 0.9; `l2` spares what batch norms learn."""
+    modules = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm3d)]
+    norms = [parameter for module in modules for parameter in module.parameters()]
+    others = list(set(model.parameters()) - set(norms))
+    return torch.optim.SGD(
+        [{"params": norms}, {"params": others, "weight_decay": l2}], rate, momentum=0.9, nesterov=True
+    )
 
 
 def standard(
