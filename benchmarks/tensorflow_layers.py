@@ -5,25 +5,11 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import ops
 from measuring import Case
 from tensorflow_forms import limit_threads
 
+import x3d_tf
 from x3d_tf.modeling import layers
-
-
-class OpsChannelwiseConv3D(layers.ChannelwiseConv3D):
-    """The channel-wise convolution as other backends run it."""
-
-    def call(self, x: Any) -> Any:
-        return layers.channelwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
-
-
-class OpsGhostBatchNorm(layers.GhostBatchNorm):
-    """The batch norm as other backends run it."""
-
-    def _normalize(self, rows: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
-        return layers.normalize(rows, gamma, beta, self.epsilon)
 
 
 def _layer(layer: Any, form: str) -> keras.Layer:
@@ -31,7 +17,7 @@ def _layer(layer: Any, form: str) -> keras.Layer:
     if layer.kind == "norm":
         if form == "keras":
             return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)
-        return {"ours": layers.GhostBatchNorm, "ops": OpsGhostBatchNorm}[form]()
+        return layers.GhostBatchNorm()
     if form == "keras":
         groups = layer.filters if layer.kind == "channelwise" else 1
         strides = (1, layer.stride, layer.stride)
@@ -43,8 +29,7 @@ def _layer(layer: Any, form: str) -> keras.Layer:
         )
     if layer.kind == "pointwise":
         return layers.PointwiseConv3D(layer.filters, layer.stride)
-    kind = {"ours": layers.ChannelwiseConv3D, "ops": OpsChannelwiseConv3D}[form]
-    return kind(layer.kernel, layer.stride)
+    return layers.ChannelwiseConv3D(layer.kernel, layer.stride)
 
 
 def make(case: Case, form: str) -> Callable[[], None]:
@@ -56,12 +41,13 @@ def make(case: Case, form: str) -> Callable[[], None]:
     """
     limit_threads(case.threads)
     keras.utils.set_random_seed(0)
+    x3d_tf.set_lowering("ops" if form == "ops" else "auto")  # of what is traced before this function ends
     layer = _layer(case.layer, form)
     x = tf.random.normal((case.batch, *case.layer.shape), seed=0)
     layer.build(x.shape)
     training = {"training": True} if case.layer.kind == "norm" else {}
     if not case.layer.gradients:
-        forward = tf.function(lambda x: layer(x, **training))
+        forward = tf.function(lambda x: layer(x, **training)).get_concrete_function(x)
         return lambda: _wait(forward(x))
     upstream = tf.random.normal(layer.compute_output_shape(x.shape), seed=1)
 
@@ -73,7 +59,8 @@ def make(case: Case, form: str) -> Callable[[], None]:
             y = layer(x, **training)
         return y, tape.gradient(y, [x, *weights], output_gradients=upstream)
 
-    return lambda: _wait(with_gradients(x, upstream))
+    call = with_gradients.get_concrete_function(x, upstream)
+    return lambda: _wait(call(x, upstream))
 
 
 def _wait(outputs: Any) -> None:

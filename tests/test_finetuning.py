@@ -12,7 +12,6 @@ from sklearn.metrics import average_precision_score
 import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.evaluation.testing import evaluate_run
-from x3d_tf.modeling.lowerings import tensorflow as lowering
 from x3d_tf.runs.checkpointing import checkpoint_steps, load_checkpoint
 from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
@@ -26,9 +25,9 @@ QUICK = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=12, warmup_
 @pytest.fixture(scope="module", autouse=True)
 def uncompiled() -> Any:
     """The lowering's operations one by one, as on a GPU: compiling them takes longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "_on_gpu", lambda: True)
-        yield
+    x3d_tf.set_lowering("gpu")
+    yield
+    x3d_tf.set_lowering("auto")
 
 
 def write(folder: Path, videos: int, **kwargs: Any) -> Path:

@@ -1,5 +1,6 @@
 """The layers against loops over single numbers, and the fast forms against the portable ones."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import x3d_tf
 from x3d_tf.modeling import layers
 from x3d_tf.modeling.lowerings import tensorflow as lowering
 
@@ -80,6 +82,21 @@ def test_channelwise_convolution(
         run(x.astype("float32"), kernel.astype("float32")), (expected, x_gradient, kernel_gradient)
     ):
         close(actual, wanted)
+
+
+def test_the_gradient_of_one_clip_takes_nothing_from_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow's kernel gradient of no frames, those of further clips, is at stride 2 what was in memory before."""
+    real = tf.nn.depthwise_conv2d_backprop_filter
+
+    def with_rubbish(frames: Any, shape: Any, *rest: Any) -> Any:
+        return real(frames, shape, *rest) if frames.shape[0] else tf.fill(shape, np.nan)
+
+    monkeypatch.setattr(tf.nn, "depthwise_conv2d_backprop_filter", with_rubbish)
+    kernel = tf.ones((3, 3, 3, 2))
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        y = lowering.channelwise_conv3d(tf.ones((1, 4, 6, 6, 2)), kernel, 2)
+    assert np.isfinite(tape.gradient(y, kernel)).all()
 
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [((1, 3, 3), 2), ((1, 3, 3), 1), ((3, 1, 1), 1)])
@@ -209,7 +226,7 @@ def test_batch_norm_gradients_equal_automatic_ones(float64: None) -> None:
     for form in (lowering.normalize, layers.normalize):
         with tf.GradientTape() as tape:
             tape.watch([rows, gamma, beta])
-            y, mean, variance = form(rows, gamma, beta, 1e-5)
+            (y,), mean, variance = form([rows], gamma, beta, 1e-5)
             loss = tf.reduce_sum(y * upstream)
         results.append([y, mean, variance, *tape.gradient(loss, [rows, gamma, beta])])
     for fast, plain in zip(*results):
@@ -218,7 +235,7 @@ def test_batch_norm_gradients_equal_automatic_ones(float64: None) -> None:
 
 def test_statistics_are_exact_far_from_zero() -> None:
     rows = (1000 + np.random.default_rng(0).standard_normal((1, 16, 256, 3))).astype("float32")
-    y, _, variance = lowering.normalize(tf.constant(rows), tf.ones(3), tf.zeros(3), 1e-5)
+    (y,), _, variance = lowering.normalize([tf.constant(rows)], tf.ones(3), tf.zeros(3), 1e-5)
     close(variance[0, 0, 0], rows.astype("float64").var(axis=(0, 1, 2)), 1e-3)
     close(np.std(y, axis=(1, 2)), np.ones((1, 3)), 1e-3)
 
@@ -253,11 +270,18 @@ def test_clips_by_themselves(count: int, opened: bool) -> None:
     assert [op.get_attr("parallel_iterations") for op in loops] == ([3] if opened or count > 1 else [])
 
 
-@pytest.mark.parametrize(("on_gpu", "shapes"), [(True, [(5, 2)]), (False, [(1, 2)])])
-def test_graphics_cards_get_whole_batches(
-    on_gpu: bool, shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lowering, "_on_gpu", lambda: on_gpu)
+@pytest.fixture
+def chosen(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The layers take the named lowering."""
+    x3d_tf.set_lowering(request.param)
+    yield
+    x3d_tf.set_lowering("auto")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shapes"), [("gpu", [(5, 2)]), ("ops", [(5, 2)]), ("cpu", [(1, 2)])], indirect=["chosen"]
+)
+def test_graphics_cards_get_whole_batches(chosen: None, shapes: list[tuple[int, ...]]) -> None:
     seen = []
 
     def network(clips: tf.Tensor) -> tf.Tensor:

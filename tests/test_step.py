@@ -15,8 +15,8 @@ import tensorflow as tf
 import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.modeling.layers import GhostBatchNorm
-from x3d_tf.modeling.lowerings import tensorflow as lowering
 from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
+from x3d_tf.training import forward
 from x3d_tf.training.averaging import MovingAverage
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.step import LossScale, TrainStep, arithmetic, balancing_weights
@@ -27,12 +27,13 @@ CLASSES = 3
 
 
 @pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def eager() -> Iterator[None]:
     """Operations one by one: compiling a step takes longer than these tests. Two devices take compiled ones below."""
-    monkeypatch.setattr(lowering, "_on_gpu", lambda: True)
+    x3d_tf.set_lowering("gpu")
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
+    x3d_tf.set_lowering("auto")
 
 
 def config_of(
@@ -219,7 +220,9 @@ def test_exact_statistics_of_one_batch_make_testing_equal_training() -> None:
     np.testing.assert_allclose(features(clips, training=False), expected, atol=1e-3)
 
 
-def test_exact_statistics_are_of_all_batches_and_draw_nothing() -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_exact_statistics_are_of_all_batches_and_draw_nothing(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: parts)
     model, _ = make(config_of(group=8, dropout=0.5))
     seeds = [variable.numpy().tolist() for variable in model.variables if "seed_generator" in variable.path]
     before = keras.Model(model.input, model.get_layer("conv1_bn").input)
@@ -282,14 +285,13 @@ def test_the_loss_scale_grows_after_many_good_steps() -> None:
 TWO_DEVICES = """
 import os, sys
 sys.path.insert(0, {tests!r})
-import keras, numpy as np, tensorflow as tf
+import keras, numpy as np, tensorflow as tf, x3d_tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_step
 from x3d_tf.modeling.layers import Dropout
-from x3d_tf.modeling.lowerings import tensorflow as lowering
 from x3d_tf.runs.recipe import Execution
-lowering._on_gpu = lambda: True
+x3d_tf.set_lowering("gpu")
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 with strategy.scope():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.architecture import ModelOptions
     from x3d_tf.modeling.cost import cost
     from x3d_tf.modeling.expansion import VARIANTS, ClipSpec, Expansion
+    from x3d_tf.modeling.lowerings import set_lowering
     from x3d_tf.modeling.portable import portable
     from x3d_tf.modeling.saving import load, save
     from x3d_tf.modeling.x3d import X3D, build_x3d
@@ -27,6 +28,7 @@ _ROOMS = {
     "load": "modeling.saving",
     "portable": "modeling.portable",
     "save": "modeling.saving",
+    "set_lowering": "modeling.lowerings",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "load",
     "portable",
     "save",
+    "set_lowering",
 ]
 __version__ = "0.1.0"
 

@@ -83,6 +83,9 @@ def main() -> None:
             print(f"tables: {FLAGS.output}/: comparison.csv, comparison.md")
         return
     _command.quiet_tensorflow()
+    from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
+
+    one_thread_an_operation()
     if FLAGS.watch:
         from x3d_tf.evaluation.watch import watch_run
 

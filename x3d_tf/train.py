@@ -32,7 +32,11 @@ def main() -> None:
     config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
     _command.quiet_tensorflow()
     from x3d_tf.evaluation.testing import evaluate_run, report_folder
+    from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
     from x3d_tf.training.loop import train
+
+    if parts_of_batch(config.recipe.batch // config.execution.accumulation, config.model.bn_group) > 1:
+        one_thread_an_operation()
 
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
     run = train(config, workdir, texts=texts)

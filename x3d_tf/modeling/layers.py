@@ -14,6 +14,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from x3d_tf.modeling.lowerings import lowering
+
 
 def conv_initializer(filters: int, kernel: Sequence[int] = (1, 1, 1)) -> keras.initializers.Initializer:
     """He normal over fan-out, not truncated and not divided by groups: the initialisation of the authors' code."""
@@ -175,17 +177,31 @@ class GhostBatchNorm(keras.layers.Layer):
 
     def call(self, x: Any, training: bool = False) -> Any:
         gamma, beta = ops.convert_to_tensor(self.gamma), ops.convert_to_tensor(self.beta)
-        if not (training and self.trainable):
+        parts = x if isinstance(x, list) else [x]
+        if training and self.trainable:
+            outputs = self._by_batch(parts, gamma, beta)
+        else:
             scale = gamma * ops.rsqrt(self.moving_variance + self.epsilon)
             shift = beta - self.moving_mean * scale
-            return x * ops.cast(scale, x.dtype) + ops.cast(shift, x.dtype)
-        shape = ops.shape(x)
-        groups = self.groups(shape[0])
-        rows = ops.reshape(x, (groups, shape[0] // groups * shape[1], shape[2] * shape[3], shape[4]))
+            outputs = [part * ops.cast(scale, part.dtype) + ops.cast(shift, part.dtype) for part in parts]
+        return outputs if isinstance(x, list) else outputs[0]
+
+    def _by_batch(self, parts: list[Any], gamma: Any, beta: Any) -> list[Any]:
+        shape = ops.shape(parts[0])
+        groups = self.groups(shape[0] * len(parts))
+        each = groups if len(parts) == 1 else max(groups // len(parts), 1)  # groups within a part
+        joined = len(parts) if len(parts) == 1 else max(len(parts) // groups, 1)  # parts of a group
+        rows_shape = (each, shape[0] // each * shape[1], shape[2] * shape[3], shape[4])
         # Statistics of half-precision numbers are summed in full precision.
-        y, mean, variance = self._normalize(ops.cast(rows, self.variable_dtype), gamma, beta)
-        self._update(mean, variance, ops.shape(rows)[1] * ops.shape(rows)[2])
-        return ops.cast(ops.reshape(y, shape), x.dtype)
+        rows = [ops.cast(ops.reshape(part, rows_shape), self.variable_dtype) for part in parts]
+        found = [
+            _forms().normalize(rows[first : first + joined], gamma, beta, self.epsilon)
+            for first in range(0, len(rows), joined)
+        ]
+        mean = sum(mean for _, mean, _ in found) / len(found)
+        variance = sum(variance for _, _, variance in found) / len(found)
+        self._update(mean, variance, rows_shape[1] * rows_shape[2] * joined)
+        return [ops.cast(ops.reshape(y, shape), parts[0].dtype) for ys, _, _ in found for y in ys]
 
     def groups(self, batch: Any) -> Any:
         """How many groups a batch makes: an int, or a tensor where the batch is one."""
@@ -197,9 +213,6 @@ class GhostBatchNorm(keras.layers.Layer):
                 f"and groups of {self.group} (bn_group)"
             )
         return max(batch // self.group, 1)
-
-    def _normalize(self, rows: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
-        return _forms().normalize(rows, gamma, beta, self.epsilon)
 
     def _update(self, mean: Any, variance: Any, samples: Any) -> None:
         samples = ops.cast(samples, variance.dtype)
@@ -242,7 +255,11 @@ class Dropout(keras.layers.Dropout):
         if not training or self.rate == 0:
             return x
         seed = _DeviceSeeds(self.seed_generator)
-        return keras.random.dropout(x, self.rate, noise_shape=self.noise_shape, seed=seed)
+        if not isinstance(x, list):
+            return keras.random.dropout(x, self.rate, noise_shape=self.noise_shape, seed=seed)
+        shape = [own or size for own, size in zip(self.noise_shape, ops.shape(x[0]))]
+        kept = keras.random.dropout(ops.ones((shape[0] * len(x), *shape[1:]), x[0].dtype), self.rate, seed=seed)
+        return [part * own for part, own in zip(x, ops.split(kept, len(x)))]
 
 
 class _DeviceSeeds(keras.random.SeedGenerator):
@@ -252,15 +269,25 @@ class _DeviceSeeds(keras.random.SeedGenerator):
         self.source = source
 
     def next(self, ordered: bool = True) -> Any:
-        return _forms().seed_of_device(self.source.next(ordered))
+        seed = self.source.next(ordered)
+        if keras.backend.backend() != "tensorflow":
+            return seed  # one device
+        from x3d_tf.modeling.lowerings.tensorflow import seed_of_device
+
+        return seed_of_device(seed)
 
 
-def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, Any, Any]:
-    """Rows (groups, frames, positions, C) normalised, with each group's mean and biased variance, (groups, 1, 1, C)."""
+def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
+    """Rows (groups, frames, positions, C) normalised, whose frames come in several parts.
+
+    Returns:
+        The parts, and each group's mean and biased variance, (groups, 1, 1, C).
+    """
+    rows = ops.concatenate(parts, axis=1)
     mean = ops.mean(rows, axis=(1, 2), keepdims=True)
     variance = ops.mean(ops.square(rows - mean), axis=(1, 2), keepdims=True)
     y = (rows - mean) * (gamma * ops.rsqrt(variance + epsilon)) + beta
-    return y, ops.stop_gradient(mean), ops.stop_gradient(variance)
+    return ops.split(y, len(parts), axis=1), ops.stop_gradient(mean), ops.stop_gradient(variance)
 
 
 def swish(x: Any) -> Any:
@@ -268,18 +295,13 @@ def swish(x: Any) -> Any:
     return ops.silu(x)
 
 
-def seed_of_device(seed: Any) -> Any:
-    """The seed itself: one device."""
-    return seed
-
-
 def _forms() -> Any:
     """The module with the functions that do the layers' work: the backend's lowering, or this one."""
-    if keras.backend.backend() == "tensorflow":
-        from x3d_tf.modeling.lowerings import tensorflow as lowering
+    if lowering() == "ops":
+        return sys.modules[__name__]
+    from x3d_tf.modeling.lowerings import tensorflow
 
-        return lowering
-    return sys.modules[__name__]
+    return tensorflow
 
 
 def _pad(x: Any, kernel: Sequence[int]) -> Any:

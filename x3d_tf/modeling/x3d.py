@@ -166,7 +166,11 @@ class TrainableParts(ClipParts):
         return ChannelwiseConv3D(kernel, stride, name=name)(x)
 
     def difference(self, x: Any, name: str) -> Any:
-        return layers.Subtract(name=name)([x[:, 1:], x[:, :-1]])
+        cut = [
+            layers.Cropping3D((frames, (0, 0), (0, 0)), "channels_last", name=f"{name}_{which}")(x)
+            for which, frames in (("next", (1, 0)), ("this", (0, 1)))
+        ]
+        return layers.Subtract(name=name)(cut)
 
     def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
         return GhostBatchNorm(self.options.bn_group, gamma_initializer=gamma, name=name)(x)

@@ -6,12 +6,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
 from x3d_tf.modeling.layers import GhostBatchNorm
+from x3d_tf.modeling.x3d import X3D
+from x3d_tf.training.forward import forward_of
 
 
 class PreciseStatistics:
@@ -22,11 +23,11 @@ class PreciseStatistics:
         strategy: where to compute.
     """
 
-    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    def __init__(self, model: X3D, strategy: tf.distribute.Strategy) -> None:
         self._strategy = strategy
         self._seeds = [variable for variable in model.variables if "seed_generator" in variable.path]
         self._norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]
-        self._inputs = keras.Model(model.input, [norm.input for norm in self._norms])
+        self._forward = forward_of(model)
         self._moments = tf.function(self._distributed_moments)
 
     def refresh(self, batches: Iterator[Any], count: int) -> None:
@@ -54,10 +55,19 @@ class PreciseStatistics:
 
     def _replica_moments(self, clips: Any) -> tuple[Any, Any]:
         """Means, and means of squares, of the channels that each layer sees, one layer after the other; float64."""
-        means, squares = [], []
-        for x in self._inputs(clips, training=True):
-            mean, variance = tf.nn.moments(tf.cast(x, tf.float32), axes=[0, 1, 2, 3])
-            mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
-            means.append(mean)
-            squares.append(variance + tf.square(mean))
+        seen: dict[str, tuple[Any, Any]] = {}
+
+        def observe(norm: GhostBatchNorm, parts: list[Any]) -> None:
+            seen[norm.name] = _moments(parts)
+
+        self._forward(clips, observe)
+        means, squares = zip(*(seen[norm.name] for norm in self._norms))
         return tf.concat(means, 0), tf.concat(squares, 0)
+
+
+def _moments(parts: list[Any]) -> tuple[Any, Any]:
+    """Means and means of squares of each channel over tensors of one shape, float64."""
+    moments = [tf.nn.moments(tf.cast(part, tf.float32), axes=[0, 1, 2, 3]) for part in parts]
+    pairs = [(tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)) for mean, variance in moments]
+    squares = [variance + tf.square(mean) for mean, variance in pairs]
+    return tf.add_n([mean for mean, _ in pairs]) / len(pairs), tf.add_n(squares) / len(pairs)

@@ -12,8 +12,8 @@ from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.recipe import Recipe, TrainConfig
 from x3d_tf.training.averaging import MovingAverage
+from x3d_tf.training.forward import forward_of
 from x3d_tf.training.optimizer import SGD
-from x3d_tf.training.recomputation import forward_of
 from x3d_tf.training.schedule import schedule_of
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}

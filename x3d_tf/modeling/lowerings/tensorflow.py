@@ -4,14 +4,16 @@ TensorFlow has no channel-wise 3-D convolution, and the gradient of its batch no
 decide the speed of X3D, so they are written out here; `layers` chooses between these forms and the portable ones.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from x3d_tf._checks import require
+from x3d_tf.modeling.lowerings import lowering
 
 
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
@@ -78,7 +80,7 @@ def _tap_gradient(frames: Any, kernel: Any, upstream: Any, stride: int, t: Any, 
     else:
         pairs = [(frames[-shift:], upstream[:shift]), (tf.gather(frames, ends - shift), tf.gather(upstream, ends))]
     whole, across = (_depthwise_kernel_gradient(own, kernel, met, stride) for own, met in pairs)
-    return whole - across
+    return whole - tf.where(tf.size(ends) > 0, across, 0)  # of no frames TensorFlow gives what was in memory before
 
 
 def _depthwise(frames: Any, kernel: Any, stride: int) -> Any:
@@ -163,42 +165,51 @@ def _static(size: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def normalize(rows: Any, gamma: Any, beta: Any, epsilon: float) -> tuple[Any, Any, Any]:
+def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
     """Batch norm of each group with its own statistics.
 
     Args:
-        rows: (groups, frames, positions, C).
+        parts: rows (groups, frames, positions, C), all of one shape; each holds a part of each group's frames.
         gamma, beta: (C,).
         epsilon: added to the variance.
 
     Returns:
-        The normalised rows, and each group's mean and biased variance, (groups, 1, 1, C), through which no gradient
-        flows.
+        The normalised rows of each part, and each group's mean and biased variance, (groups, 1, 1, C), through which no
+        gradient flows.
     """
 
     @tf.custom_gradient
-    def run(rows: Any, gamma: Any, beta: Any) -> tuple[tuple[Any, Any, Any], Callable[..., Any]]:
-        mean = _mean(rows)
-        variance = _mean(_centred_square(rows, mean))
+    def run(gamma: Any, beta: Any, *parts: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+        mean = _average(_mean(rows) for rows in parts)
+        variance = _average(_mean(_centred_square(rows, mean)) for rows in parts)
         inverse = tf.math.rsqrt(variance + epsilon)
         scale = inverse * gamma
-        output = _affine(rows, scale, beta - mean * scale)
+        shift = beta - mean * scale
+        outputs = [_affine(rows, scale, shift) for rows in parts]
 
-        def gradient(upstream: Any, *unused: Any) -> tuple[Any, Any, Any]:
-            mean_upstream = _mean(upstream)
+        def gradient(*upstreams: Any) -> tuple[Any, ...]:
+            upstreams = upstreams[: len(parts)]
+            mean_upstream = _average(_mean(upstream) for upstream in upstreams)
             # of upstream times the normalised value, which is not kept: it is (rows - mean) * inverse
-            mean_product = (_mean(_product(upstream, rows, mean))) * inverse
-            samples = tf.cast(tf.shape(rows)[1] * tf.shape(rows)[2], rows.dtype)
+            products = (_product(upstream, rows, mean) for upstream, rows in zip(upstreams, parts))
+            mean_product = _average(_mean(product) for product in products) * inverse
+            samples = tf.cast(tf.shape(parts[0])[1] * tf.shape(parts[0])[2] * len(parts), gamma.dtype)
             slope = -scale * inverse * mean_product
-            rows_gradient = _affine2(upstream, rows, scale, slope, -scale * mean_upstream - slope * mean)
-            gamma_gradient = tf.reduce_sum(mean_product, [0, 1, 2]) * samples
-            return rows_gradient, gamma_gradient, tf.reduce_sum(mean_upstream, [0, 1, 2]) * samples
+            shift = -scale * mean_upstream - slope * mean
+            gradients = [_affine2(upstream, rows, scale, slope, shift) for upstream, rows in zip(upstreams, parts)]
+            sums = [tf.reduce_sum(each, [0, 1, 2]) * samples for each in (mean_product, mean_upstream)]
+            return (*sums, *gradients)
 
-        return (output, mean, variance), gradient
+        return (*outputs, mean, variance), gradient
 
     # not variables, which a custom gradient refuses
-    output, mean, variance = run(rows, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
-    return output, tf.stop_gradient(mean), tf.stop_gradient(variance)
+    *outputs, mean, variance = run(tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta), *parts)
+    return outputs, tf.stop_gradient(mean), tf.stop_gradient(variance)
+
+
+def _average(values: Iterable[Any]) -> Any:
+    values = list(values)
+    return values[0] if len(values) == 1 else tf.add_n(values) / len(values)
 
 
 def clip_by_clip(network: Callable[[Any], Any], chains: int | None = None) -> Callable[[Any], Any]:
@@ -235,7 +246,35 @@ def clip_by_clip(network: Callable[[Any], Any], chains: int | None = None) -> Ca
 
 def for_this_device(network: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A function of any number of clips in its fast form: `clip_by_clip` on CPUs, itself on GPUs."""
-    return network if _on_gpu() else clip_by_clip(network)
+    return clip_by_clip(network) if lowering() == "cpu" else network
+
+
+def one_thread_an_operation() -> None:
+    """Has TensorFlow run operations of clips that are side by side on one thread each, which is faster on CPUs.
+
+    To be called before TensorFlow computes anything; does nothing later, where there is a GPU, or where the environment
+    sets `TF_NUM_INTRAOP_THREADS`.
+    """
+    if lowering() == "cpu" and "TF_NUM_INTRAOP_THREADS" not in os.environ:
+        with contextlib.suppress(RuntimeError):  # it has computed something
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+
+
+def parts_of_batch(clips: int | None, group: int) -> int:
+    """Into how many equal parts to take a training batch so that they run side by side: as many as there are cores.
+
+    Args:
+        clips: of the batch; None, which makes one part, where it is open.
+        group: clips of a batch-norm group, which share a part or make several.
+    """
+    if clips is None or lowering() != "cpu":
+        return 1
+    group = min(clips, group)
+    for parts in range(min(_cores(), clips), 1, -1):
+        part = clips // parts
+        if clips % parts == 0 and (group % part == 0 or part % group == 0):
+            return parts
+    return 1
 
 
 def _cores() -> int:
@@ -252,14 +291,10 @@ def seed_of_device(seed: Any) -> Any:
     return seed + tf.stack([device * 0x3C6EF372, tf.zeros_like(device)])  # far from the seeds that people choose
 
 
-def _on_gpu() -> bool:
-    return bool(tf.config.list_physical_devices("GPU"))
-
-
 def _mean(rows: Any) -> Any:
     """Mean over axes 1 and 2, kept: on a CPU by the pooling of whole frames, which is faster than a reduction."""
     groups, frames, positions, channels = _shape(rows)
-    if isinstance(positions, int) and not _on_gpu():
+    if isinstance(positions, int) and lowering() == "cpu":
         images = tf.reshape(rows, [groups * frames, positions, 1, channels])
         rows = tf.reshape(tf.nn.avg_pool2d(images, [positions, 1], 1, "VALID"), [groups, frames, 1, channels])
     return tf.reduce_mean(rows, axis=[1, 2], keepdims=True)
@@ -270,7 +305,7 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled = tf.function(function, jit_compile=True)
 
     def call(*arguments: Any) -> Any:
-        return (function if _on_gpu() else compiled)(*arguments)
+        return (compiled if lowering() == "cpu" else function)(*arguments)
 
     return call
 

@@ -1,4 +1,4 @@
-"""Steps that recompute are the same steps: weights, statistics, seeds, optimiser and loss.
+"""Steps that recompute, or take their clips side by side, are the same steps: weights, statistics, seeds, loss.
 
 To the bit where operations are taken as they are; TensorFlow reorders those of a graph.
 """
@@ -18,15 +18,18 @@ from test_step import config_of, dataset, make
 import x3d_tf
 from x3d_tf.modeling.lowerings import tensorflow as lowering
 from x3d_tf.runs.recipe import Execution
-from x3d_tf.training.recomputation import _blocks
+from x3d_tf.training import forward
+from x3d_tf.training.forward import _blocks
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def uncompiled() -> Iterator[None]:
     """Operations as on a GPU: compiling them takes longer than these tests."""
-    monkeypatch.setattr(lowering, "_on_gpu", lambda: True)
+    x3d_tf.set_lowering("gpu")
+    yield
+    x3d_tf.set_lowering("auto")
 
 
 @pytest.fixture
@@ -96,6 +99,50 @@ def test_the_same_steps_in_a_graph(uncompiled: None, float64: None) -> None:
         assert_same(state_after(recompute, **settings), expected, 1e-10)
 
 
+SIDE_BY_SIDE: list[tuple[dict[str, Any], int]] = [
+    ({}, 2),
+    ({}, 4),
+    ({}, 8),
+    ({"options": {"bn_group": 16}}, 2),
+    ({"options": {"bn_group": 2}}, 2),
+    ({"recipe": {"batch_norm": "frozen"}}, 2),
+    ({"options": {"separable": False, "input": "difference", "se": "none"}}, 2),
+]
+
+
+@pytest.mark.parametrize(("settings", "parts"), SIDE_BY_SIDE, ids=str)
+def test_clips_side_by_side_are_the_batch(
+    eager: None, float64: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], parts: int
+) -> None:
+    expected = state_after("nothing", **settings)
+    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: parts)
+    assert_same(state_after("nothing", **settings), expected, 1e-12)
+
+
+@pytest.mark.parametrize("recompute", ["activations", "blocks"])
+def test_clips_side_by_side_recompute(eager: None, monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
+    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 2)
+    assert_same(state_after(recompute), state_after("nothing"))
+
+
+@pytest.mark.parametrize(
+    ("cores", "clips", "group", "parts"),
+    [
+        *((2, 8, 8, 2), (2, 8, 16, 2), (2, 16, 8, 2), (2, 1, 8, 1), (2, None, 8, 1), (2, 7, 8, 1), (3, 8, 8, 2)),
+        *((8, 8, 8, 8), (6, 12, 12, 6), (4, 24, 8, 3), (16, 8, 8, 8), (1, 8, 8, 1)),
+    ],
+)
+def test_parts_share_groups_evenly(
+    monkeypatch: pytest.MonkeyPatch, cores: int, clips: int | None, group: int, parts: int
+) -> None:
+    monkeypatch.setattr(lowering, "_cores", lambda: cores)
+    assert lowering.parts_of_batch(clips, group) == parts
+
+
+def test_graphics_cards_take_the_batch_at_once(uncompiled: None) -> None:
+    assert lowering.parts_of_batch(8, 8) == 1
+
+
 def test_every_block_is_found() -> None:
     names = dict(_blocks(x3d_tf.build_x3d("x3d_s", 2)))
     assert list(names)[:4] == ["res2_0", "res2_1", "res2_2", "res3_0"] and len(names) == 3 + 5 + 11 + 7
@@ -108,9 +155,8 @@ sys.path.insert(0, {tests!r})
 import keras, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import test_recomputation as test
-from x3d_tf.modeling.lowerings import tensorflow as lowering
-lowering._on_gpu = lambda: True
+import test_forward as test, x3d_tf
+x3d_tf.set_lowering("gpu")
 keras.config.set_floatx("float64")
 keras.config.set_dtype_policy("float64")
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
