@@ -26,10 +26,15 @@ from x3d_tf.training.step import TrainStep, arithmetic
 Call = Callable[[], NDArray[np.float32]]
 
 
-def limit_threads(threads: int) -> None:
-    """For the whole process; to be called before TensorFlow computes anything."""
-    if tf.config.threading.get_intra_op_parallelism_threads() != threads:
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
+def limit_threads(threads: int, *, side_by_side: bool = False) -> None:
+    """For the whole process; to be called before TensorFlow computes anything.
+
+    Args:
+        threads: in all.
+        side_by_side: an operation gets one of them, as in our commands where clips are taken side by side.
+    """
+    if tf.config.threading.get_inter_op_parallelism_threads() != threads:
+        tf.config.threading.set_intra_op_parallelism_threads(1 if side_by_side else threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
@@ -53,7 +58,7 @@ def predict(case: Case, form: str) -> Call:
         case: what to compute.
         form: a key of `FORWARD`.
     """
-    limit_threads(case.threads)
+    limit_threads(case.threads, side_by_side="side by side" in form)
     model = network(case.network)
     function, finish = FORWARD[form](model, case.batch)
     clips = tf.constant(squares(case.network, case.batch))
@@ -67,9 +72,9 @@ def predict(case: Case, form: str) -> Call:
     return lambda: finish(concrete(clips).numpy())  # an array, so that the device has finished
 
 
-def _side_by_side(model: x3d_tf.X3D) -> Callable[..., Any]:
-    """The deployed form of one clip, for many."""
-    single = functools.partial(deployed(model, batch=1), training=False)
+def _side_by_side(network: Callable[..., Any]) -> Callable[..., Any]:
+    """Clip by clip, several at a time."""
+    single = functools.partial(network, training=False)
     return lambda clips, training: clip_by_clip(single)(clips)
 
 
@@ -83,7 +88,8 @@ FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
     "portable": lambda model, batch: (x3d_tf.portable(model, [str(n) for n in range(CLASSES)]), _as_it_is),
     "deployed": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
     "frozen": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
-    "side by side": lambda model, batch: (_side_by_side(model), _as_it_is),
+    "trainable side by side": lambda model, batch: (_side_by_side(model), softmax),
+    "deployed side by side": lambda model, batch: (_side_by_side(deployed(model, batch=1)), _as_it_is),
     "grouped": lambda model, batch: (with_grouped_convolutions(model), softmax),
 }
 
@@ -128,7 +134,7 @@ def train(
         options: fields of `ModelOptions`.
         **execution: fields of `Execution`.
     """
-    limit_threads(case.threads)
+    limit_threads(case.threads, side_by_side=not grouped)
     config = TrainConfig(
         expansion=x3d_tf.VARIANTS[case.network].expansion,
         model=x3d_tf.ModelOptions(**(options or {})),
