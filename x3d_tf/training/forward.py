@@ -36,6 +36,7 @@ def forward_of(model: X3D, recompute: str = "nothing") -> Callable[..., Any]:
     segments = [_Segment(_between(model, inputs, output), inputs, output, again) for inputs, output, again in cuts]
     head = keras.Model(last, model.output)
 
+    @tf.autograph.experimental.do_not_convert
     def forward(clips: Any, observe: _Observer | None = None) -> Any:
         parts = parts_of_batch(clips.shape[0], model.options.bn_group)
         if parts == 1 and recompute == "nothing" and observe is None:

@@ -16,6 +16,14 @@ from x3d_tf._checks import require
 from x3d_tf.modeling.lowerings import lowering
 
 
+def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces a function once for all layers of the same shapes.
+
+    Not being inlined, it is also optimised once: a network's graph is smaller, and ready in half the time.
+    """
+    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+
+
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
     """Convolves each channel on its own over time and space, padded by half the kernel on every side.
 
@@ -32,34 +40,46 @@ def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
     """
     if kernel.shape[1] == kernel.shape[2] == 1 and stride == 1:
         return _temporal_conv(x, kernel)
-    n, t, *image = _shape(x)
-    taps = kernel.shape[0]
-    # Forward moves of the taps' results, in frames. Where the clip is shorter than one, all it moves is left out.
-    shifts = {tap: taps // 2 - tap for tap in range(taps)}
-    shifts = {tap: shift for tap, shift in shifts.items() if not (isinstance(t, int) and abs(shift) >= t)}
 
     @tf.custom_gradient
     def run(x: Any, kernel: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-        frames = tf.reshape(x, [n * t, *image])
-        results = [_depthwise(frames, kernel[tap], stride) for tap in shifts]
-        _, *out_image = _shape(results[0])
-        output = _shift_and_add(tuple(shifts.values()), *(tf.reshape(y, [n, t, math.prod(out_image)]) for y in results))
-
-        def gradient(upstream: Any) -> tuple[Any, Any]:
-            upstream = tf.reshape(upstream, [n * t, *out_image])
-            parts = [_depthwise_input_gradient(frames, kernel[tap], upstream, stride) for tap in shifts]
-            rows = [tf.reshape(part, [n, t, math.prod(image)]) for part in parts]
-            x_gradient = _shift_and_add(tuple(-shift for shift in shifts.values()), *rows)
-            kernel_gradients = [tf.zeros_like(kernel[0])] * taps
-            for tap, shift in shifts.items():
-                kernel_gradients[tap] = _tap_gradient(frames, kernel[tap], upstream, stride, t, shift)
-            return tf.reshape(x_gradient, [n, t, *image]), tf.stack(kernel_gradients)
-
-        return tf.reshape(output, [n, t, *out_image]), gradient
+        return _channelwise(x, kernel, stride), lambda upstream: _channelwise_gradients(x, kernel, upstream, stride)
 
     output = run(x, tf.convert_to_tensor(kernel))  # not a variable, which a custom gradient refuses
     sides = [None if side is None else -(-side // stride) for side in x.shape[2:4]]
     return tf.ensure_shape(output, [*x.shape[:2], *sides, x.shape[4]])
+
+
+@_traced_once
+def _channelwise(x: Any, kernel: Any, stride: int) -> Any:
+    n, t, *image = _shape(x)
+    shifts = _shifts(kernel, t)
+    frames = tf.reshape(x, [n * t, *image])
+    results = [_depthwise(frames, kernel[tap], stride) for tap in shifts]
+    _, *out_image = _shape(results[0])
+    rows = [tf.reshape(result, [n, t, math.prod(out_image)]) for result in results]
+    return tf.reshape(_shift_and_add(tuple(shifts.values()), *rows), [n, t, *out_image])
+
+
+@_traced_once
+def _channelwise_gradients(x: Any, kernel: Any, upstream: Any, stride: int) -> tuple[Any, Any]:
+    n, t, *image = _shape(x)
+    shifts = _shifts(kernel, t)
+    frames = tf.reshape(x, [n * t, *image])
+    upstream = tf.reshape(upstream, [n * t, *_shape(upstream)[2:]])
+    parts = [_depthwise_input_gradient(frames, kernel[tap], upstream, stride) for tap in shifts]
+    rows = [tf.reshape(part, [n, t, math.prod(image)]) for part in parts]
+    x_gradient = _shift_and_add(tuple(-shift for shift in shifts.values()), *rows)
+    kernel_gradients = [tf.zeros_like(kernel[0])] * kernel.shape[0]
+    for tap, shift in shifts.items():
+        kernel_gradients[tap] = _tap_gradient(frames, kernel[tap], upstream, stride, t, shift)
+    return tf.reshape(x_gradient, [n, t, *image]), tf.stack(kernel_gradients)
+
+
+def _shifts(kernel: Any, t: Any) -> dict[int, int]:
+    """By temporal tap, the forward move of its result in frames. A tap that moves all of a short clip is left out."""
+    shifts = {tap: kernel.shape[0] // 2 - tap for tap in range(kernel.shape[0])}
+    return {tap: shift for tap, shift in shifts.items() if not (isinstance(t, int) and abs(shift) >= t)}
 
 
 def _tap_gradient(frames: Any, kernel: Any, upstream: Any, stride: int, t: Any, shift: int) -> Any:
@@ -180,31 +200,44 @@ def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tu
 
     @tf.custom_gradient
     def run(gamma: Any, beta: Any, *parts: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
-        mean = _average(_mean(rows) for rows in parts)
-        variance = _average(_mean(_centred_square(rows, mean)) for rows in parts)
-        inverse = tf.math.rsqrt(variance + epsilon)
-        scale = inverse * gamma
-        shift = beta - mean * scale
-        outputs = [_affine(rows, scale, shift) for rows in parts]
+        outputs, mean, variance = _normalized(parts, gamma, beta, epsilon)
 
         def gradient(*upstreams: Any) -> tuple[Any, ...]:
-            upstreams = upstreams[: len(parts)]
-            mean_upstream = _average(_mean(upstream) for upstream in upstreams)
-            # of upstream times the normalised value, which is not kept: it is (rows - mean) * inverse
-            products = (_product(upstream, rows, mean) for upstream, rows in zip(upstreams, parts))
-            mean_product = _average(_mean(product) for product in products) * inverse
-            samples = tf.cast(tf.shape(parts[0])[1] * tf.shape(parts[0])[2] * len(parts), gamma.dtype)
-            slope = -scale * inverse * mean_product
-            shift = -scale * mean_upstream - slope * mean
-            gradients = [_affine2(upstream, rows, scale, slope, shift) for upstream, rows in zip(upstreams, parts)]
-            sums = [tf.reduce_sum(each, [0, 1, 2]) * samples for each in (mean_product, mean_upstream)]
-            return (*sums, *gradients)
+            upstreams = upstreams[: len(parts)]  # not those of the statistics
+            return _normalized_gradients(upstreams, parts, gamma, mean, variance, epsilon)
 
         return (*outputs, mean, variance), gradient
 
     # not variables, which a custom gradient refuses
     *outputs, mean, variance = run(tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta), *parts)
     return outputs, tf.stop_gradient(mean), tf.stop_gradient(variance)
+
+
+@_traced_once
+def _normalized(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
+    mean = _average(_mean(rows) for rows in parts)
+    variance = _average(_mean(_centred_square(rows, mean)) for rows in parts)
+    scale = tf.math.rsqrt(variance + epsilon) * gamma
+    shift = beta - mean * scale
+    return [_affine(rows, scale, shift) for rows in parts], mean, variance
+
+
+@_traced_once
+def _normalized_gradients(
+    upstreams: Sequence[Any], parts: Sequence[Any], gamma: Any, mean: Any, variance: Any, epsilon: float
+) -> tuple[Any, ...]:
+    inverse = tf.math.rsqrt(variance + epsilon)
+    scale = inverse * gamma
+    mean_upstream = _average(_mean(upstream) for upstream in upstreams)
+    # of upstream times the normalised value, which is not kept: it is (rows - mean) * inverse
+    products = (_product(upstream, rows, mean) for upstream, rows in zip(upstreams, parts))
+    mean_product = _average(_mean(product) for product in products) * inverse
+    samples = tf.cast(tf.shape(parts[0])[1] * tf.shape(parts[0])[2] * len(parts), gamma.dtype)
+    slope = -scale * inverse * mean_product
+    shift = -scale * mean_upstream - slope * mean
+    gradients = [_affine2(upstream, rows, scale, slope, shift) for upstream, rows in zip(upstreams, parts)]
+    sums = [tf.reduce_sum(each, [0, 1, 2]) * samples for each in (mean_product, mean_upstream)]
+    return (*sums, *gradients)
 
 
 def _average(values: Iterable[Any]) -> Any:
