@@ -105,6 +105,7 @@ def assert_the_same(a: RunFolder, b: RunFolder) -> None:
     assert scores[0] == scores[1] and len(scores[0]) == 3
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_a_validation_ends_as_if_it_had_not_been(
     whole: RunFolder, records: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,7 @@ def test_the_same_steps(eager: None, settings: dict[str, Any]) -> None:
         assert_same(state_after(recompute, **settings), expected)
 
 
+@pytest.mark.slow
 def test_the_same_steps_in_a_graph(uncompiled: None, float64: None) -> None:
     settings: dict[str, Any] = {"accumulation": 2, "steps_per_execution": 2}
     expected = state_after("nothing", **settings)
@@ -101,7 +102,6 @@ def test_the_same_steps_in_a_graph(uncompiled: None, float64: None) -> None:
 
 SIDE_BY_SIDE: list[tuple[dict[str, Any], int]] = [
     ({}, 2),
-    ({}, 4),
     ({}, 8),
     ({"options": {"bn_group": 16}}, 2),
     ({"options": {"bn_group": 2}}, 2),

@@ -292,6 +292,53 @@ def test_graphics_cards_get_whole_batches(chosen: None, shapes: list[tuple[int, 
     assert seen == shapes
 
 
+@pytest.mark.parametrize("chosen", ["ops", "cpu", "gpu"], indirect=True)
+def test_all_lowerings_compute_the_same(chosen: None) -> None:
+    keras.utils.set_random_seed(0)
+    parts = [
+        layers.ChannelwiseConv3D((3, 3, 3), 2),
+        layers.GhostBatchNorm(2),
+        layers.Swish(),
+        layers.PointwiseConv3D(5),
+    ]
+    network = keras.Sequential(parts)
+    x = tf.constant(np.random.default_rng(0).standard_normal((4, 3, 6, 6, 4)), tf.float32)
+    network(x)
+    for weight in network.trainable_variables:
+        weight.assign(np.random.default_rng(1).standard_normal(weight.shape))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = network(x, training=True)
+        loss = tf.reduce_sum(y**2)
+    results = [y, *tape.gradient(loss, [x, *(weight.value for weight in network.trainable_variables)])]
+    for found, expected in zip(results, _by_itself(network, x)):
+        close(found, expected)
+
+
+def _by_itself(network: keras.Sequential, x: Any) -> list[Any]:
+    """The same in operations that are written out here, with automatic gradients."""
+    values = [tf.constant(weight.numpy()) for weight in network.trainable_variables]
+    with tf.GradientTape() as tape:
+        tape.watch([x, *values])
+        kernel, gamma, beta, matrix = values
+        padded = tf.pad(x, [[0, 0], *[[1, 1]] * 3, [0, 0]])
+        y = sum(padded[:, a : a + 3, b : b + 5 : 2, c : c + 5 : 2] * kernel[a, b, c] for a, b, c in np.ndindex(3, 3, 3))
+        groups = [
+            (part - tf.reduce_mean(part, [0, 1, 2, 3])) / tf.sqrt(tf.math.reduce_variance(part, [0, 1, 2, 3]) + 1e-5)
+            for part in tf.split(y, 2)
+        ]
+        y = tf.concat(groups, 0) * gamma + beta
+        y = tf.matmul(y * tf.sigmoid(y), matrix)
+        loss = tf.reduce_sum(y**2)
+    return [y, *tape.gradient(loss, [x, *values])]
+
+
+@pytest.mark.parametrize("name", ["tpu", "CPU", ""])
+def test_another_lowering_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"lowering must be among auto, ops, cpu, gpu, got '{name}'"):
+        x3d_tf.set_lowering(name)
+
+
 def test_chains_are_at_least_one() -> None:
     with pytest.raises(ValueError, match="chains must be at least 1, got 0"):
         lowering.clip_by_clip(tf.identity, chains=0)

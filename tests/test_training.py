@@ -293,6 +293,7 @@ train(config, {workdir!r}, strategy=tf.distribute.MirroredStrategy(devices))
 """
 
 
+@pytest.mark.slow
 def test_two_devices_compute_what_one_does(records: Path, tmp_path: Path) -> None:
     """Batch norm in groups of four on one device of eight clips, or on two devices of four."""
     histories, weights = [], []

@@ -143,6 +143,9 @@ class GhostBatchNorm(keras.layers.Layer):
     moving statistics take the mean over groups (and devices) of the means and of the unbiased variances, as PyTorch
     does.
 
+    A batch may come as a list of its parts, equal in size, several to a group or several groups to each; so do the
+    outputs.
+
     Args:
         group: clips of a group. A smaller batch is one group.
         momentum: share of the moving statistics that a step keeps.
@@ -188,7 +191,7 @@ class GhostBatchNorm(keras.layers.Layer):
 
     def _by_batch(self, parts: list[Any], gamma: Any, beta: Any) -> list[Any]:
         shape = ops.shape(parts[0])
-        groups = self.groups(shape[0] * len(parts))
+        groups = self.groups(shape[0] * len(parts))  # a tensor where the batch is open, which comes in one part
         each = groups if len(parts) == 1 else max(groups // len(parts), 1)  # groups within a part
         joined = len(parts) if len(parts) == 1 else max(len(parts) // groups, 1)  # parts of a group
         rows_shape = (each, shape[0] // each * shape[1], shape[2] * shape[3], shape[4])
@@ -249,6 +252,7 @@ class Dropout(keras.layers.Dropout):
     """Keras' dropout, but each device of a distribution strategy drops other elements.
 
     By itself every device draws from the same state, so that a clip on one loses what its neighbour on another does.
+    A batch may come as a list of its parts, equal in size, which lose what they would lose as a whole.
     """
 
     def call(self, x: Any, training: bool = False) -> Any:

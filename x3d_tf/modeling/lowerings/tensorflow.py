@@ -5,6 +5,7 @@ decide the speed of X3D, so they are written out here; `layers` chooses between 
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,12 @@ def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Not being inlined, it is also optimised once: a network's graph is smaller, and ready in half the time.
     """
-    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+
+    @functools.cache
+    def traced(lowering: str) -> Callable[..., Any]:  # which decides what is in the trace
+        return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+
+    return lambda *arguments: traced(lowering())(*arguments)
 
 
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
