@@ -33,7 +33,8 @@ def forward_of(model: X3D, recompute: str = "nothing") -> Callable[..., Any]:
     """
     first, last = model.input, model.get_layer("conv5").output
     cuts = {"nothing": _whole, "activations": _around_activations, "blocks": _around_blocks}[recompute](model)
-    segments = [_Segment(_between(model, inputs, output), inputs, output, again) for inputs, output, again in cuts]
+    makers = {id(layer.output): layer for layer in model.layers}
+    segments = [_Segment(_between(makers, inputs, output), inputs, output, again) for inputs, output, again in cuts]
     head = keras.Model(last, model.output)
 
     @tf.autograph.experimental.do_not_convert
@@ -93,9 +94,13 @@ def _blocks(model: X3D) -> Iterator[tuple[str, str]]:
             yield block, stage_name if index == stage.depth - 1 else block
 
 
-def _between(model: X3D, inputs: Iterable[Any], output: Any) -> list[Any]:
-    """The layers that make the output of the inputs, in an order in which they can be called."""
-    makers = {id(layer.output): layer for layer in model.layers}
+def _between(makers: dict[int, Any], inputs: Iterable[Any], output: Any) -> list[Any]:
+    """The layers that make the output of the inputs, in an order in which they can be called.
+
+    Args:
+        makers: by the `id` of a tensor of the network, the layer that puts it out.
+        inputs, output: such tensors.
+    """
     found: dict[int, Any] = {id(tensor): None for tensor in inputs}
 
     def visit(tensor: Any) -> None:

@@ -187,10 +187,6 @@ def _shape(x: Any) -> list[Any]:
     return [size if size is not None else dynamic[axis] for axis, size in enumerate(x.shape)]
 
 
-def _static(size: Any) -> int | None:
-    return size if isinstance(size, int) else None
-
-
 def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
     """Batch norm of each group with its own statistics.
 
