@@ -23,6 +23,8 @@ from reporting import machine, versions
 import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.pipeline import training_dataset
+from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
+from x3d_tf.training.forward import forward_of
 
 NETWORK = x3d_tf.VARIANTS["x3d_s"].expansion
 
@@ -30,6 +32,7 @@ NETWORK = x3d_tf.VARIANTS["x3d_s"].expansion
 def main() -> None:
     """Measures, prints the table and writes the JSON file."""
     settings = parse_arguments()
+    one_thread_an_operation(parts_of_batch(settings.batch, x3d_tf.ModelOptions().bn_group))
     made_up = settings.records is None
     spec = DatasetSpec(
         settings.records or "data/moving_shapes",
@@ -114,6 +117,7 @@ def step_times(batches: Iterator[Any], classes: int, settings: argparse.Namespac
 def training_step(classes: int) -> Callable[[tf.Tensor, tf.Tensor], float]:
     """Forward, backward and update of X3D-S; returns the loss, so that the device has finished."""
     model = x3d_tf.build_x3d(NETWORK, num_classes=classes)
+    forward = forward_of(model)
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True)
     optimizer.build(model.trainable_variables)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -121,7 +125,7 @@ def training_step(classes: int) -> Callable[[tf.Tensor, tf.Tensor], float]:
     @tf.function
     def step(clips: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            loss = loss_of(labels, model(clips, training=True))
+            loss = loss_of(labels, forward(clips))
         optimizer.apply_gradients(zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables))
         return loss
 

@@ -78,7 +78,7 @@ class Form:
             loss, or nothing.
         file: its function writes what `run` reads. It runs once for all forms that need it, before anything is
             measured, in a process that ends then.
-        exact: whether it computes in float32, so that its outputs must be those of its group's first form.
+        exact: whether it computes in float32, so that its outputs must be those of its group's first such form.
         reference: whether it may be what the others' speed is given in units of: the fastest one is.
         slow: called with one clip, and only `SLOW_CALLS` times after the first.
     """
@@ -101,7 +101,7 @@ class Measured:
         batch: clips of a call.
         seconds: of one call, in each round in which it took part.
         start: seconds until its first call had ended, compiling included.
-        difference: largest, of an output from those of its group's first form.
+        difference: largest, of an output from those of its group's first exact form; None before that.
         failure: why it was not measured; empty if it was.
     """
 
@@ -319,7 +319,9 @@ def _open_forms(processes: Processes, forms: Sequence[Form], case: Case, failure
             row.failure = str(error)
         else:
             row.start = time.monotonic() - start
-            row.difference = _difference(outputs, expected.setdefault(form.group, outputs))
+            if form.exact:
+                expected.setdefault(form.group, outputs)
+            row.difference = _difference(outputs, expected.get(form.group))
         say(f"{case}: {form.name} {'failed' if row.failure else 'ready'}, {_since(start)}")
     return found
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from measuring import Measured, Measurement
 
+from x3d_tf._machine import usable_cpus
+
 PACKAGES = (
     *("x3d-tf", "tensorflow", "keras", "numpy", "torch", "pytorchvideo"),
     *("onnx", "onnxruntime", "tf2onnx", "openvino", "ai-edge-litert"),
@@ -150,9 +152,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """What it ran on, and how busy that is now."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"system": platform.platform(), "cpu": _cpu_model(), "cpus": cpus, "load_average_1_minute": load}
+    return {"system": platform.platform(), "cpu": _cpu_model(), "cpus": usable_cpus(), "load_average_1_minute": load}
 
 
 def _cpu_model() -> str:

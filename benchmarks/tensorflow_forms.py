@@ -134,7 +134,7 @@ def train(
         options: fields of `ModelOptions`.
         **execution: fields of `Execution`.
     """
-    limit_threads(case.threads, side_by_side=not grouped)
+    limit_threads(case.threads, side_by_side=not grouped and case.batch >= case.threads)
     config = TrainConfig(
         expansion=x3d_tf.VARIANTS[case.network].expansion,
         model=x3d_tf.ModelOptions(**(options or {})),
@@ -159,4 +159,4 @@ def _one_batch(case: Case, config: TrainConfig) -> tf.data.Dataset:
     labels = tf.range(case.batch, dtype=tf.int32)
     parts = config.execution.accumulation
     whole = tf.data.Dataset.from_tensors((clips, labels))
-    return (whole if parts == 1 else whole.unbatch().batch(case.batch // parts)).repeat()
+    return (whole if parts == 1 else whole.unbatch().batch(case.batch // parts, drop_remainder=True)).repeat()

@@ -8,7 +8,6 @@ section 4.2, there without data). The file's size and speed stay as they are.
 
 import copy
 import functools
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from x3d_tf._machine import usable_cpus
 
 CONVOLUTIONS = ("CONV_2D", "CONV_3D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")  # all that has trained weights
 
@@ -129,7 +130,7 @@ def _run(content: bytes, clips: NDArray[np.uint8]) -> Iterator[list[NDArray[Any]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's own copy of the interpreter is to go one day
         interpreter = tf.lite.Interpreter(
-            model_content=content, num_threads=os.cpu_count(), experimental_op_resolver_type=kernels
+            model_content=content, num_threads=usable_cpus(), experimental_op_resolver_type=kernels
         )
     interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()

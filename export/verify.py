@@ -209,10 +209,12 @@ def _reference(source: "Source", clips: "NDArray[np.uint8]") -> "NDArray[np.floa
     """Probabilities of the trained network, as its accuracy was measured."""
     import numpy as np
 
-    from x3d_tf.evaluation.views import forward_of
+    from x3d_tf.evaluation.views import probabilities_of
 
-    forward = forward_of(source.model)
-    return np.concatenate([forward(clips[first : first + 8]).numpy() for first in range(0, len(clips), 8)])
+    network = probabilities_of(source.model, clips.shape[2])
+    return np.concatenate(
+        [network(clips[first : first + 8].astype(np.float32)).numpy() for first in range(0, len(clips), 8)]
+    )
 
 
 @contextmanager

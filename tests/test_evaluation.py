@@ -48,7 +48,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     from x3d_tf.evaluation import views as module
 
     spec = ViewSpec(temporal_views=3, resize=8, crop=8)
-    levels = np.array([[0, 1, 2], [2, 1, 1]])  # of the views of two videos
+    levels = np.float32([[0, 1, 2], [2, 1, 1]])  # of the views of two videos
     clips = np.ones((2, 3, 1, 8, 8, 3), "float32") * levels[:, :, None, None, None, None] * 100
 
     def dataset(*_: object, **__: object) -> tf.data.Dataset:

@@ -119,6 +119,21 @@ def test_clips_side_by_side_are_the_batch(
     assert_same(state_after("nothing", **settings), expected, 1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"accumulation": 2}], ids=str)
+def test_clips_side_by_side_in_a_graph_of_the_forms_for_cpus(
+    float64: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    x3d_tf.set_lowering("cpu")
+    try:
+        monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 1)
+        expected = state_after("nothing", **settings)
+        monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 2)
+        assert_same(state_after("nothing", **settings), expected, 1e-10)
+    finally:
+        x3d_tf.set_lowering("auto")
+
+
 @pytest.mark.parametrize("recompute", ["activations", "blocks"])
 def test_clips_side_by_side_recompute(eager: None, monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
     monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 2)

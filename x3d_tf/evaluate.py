@@ -83,9 +83,10 @@ def main() -> None:
             print(f"tables: {FLAGS.output}/: comparison.csv, comparison.md")
         return
     _command.quiet_tensorflow()
+    from x3d_tf.evaluation.views import CLIPS_A_CALL
     from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
 
-    one_thread_an_operation()
+    one_thread_an_operation(CLIPS_A_CALL)
     if FLAGS.watch:
         from x3d_tf.evaluation.watch import watch_run
 

@@ -57,12 +57,13 @@ def main(videos: list[str]) -> None:
     outputs = _outputs()
     _command.quiet_tensorflow()
     from x3d_tf.evaluation.prediction import csv_table, json_document, list_videos, predict_videos
+    from x3d_tf.evaluation.views import CLIPS_A_CALL
     from x3d_tf.modeling.expansion import name_of
     from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
     from x3d_tf.modeling.saving import load
 
     if FLAGS.views != 1 and FLAGS.window is None:  # one clip alone is faster with all threads
-        one_thread_an_operation()
+        one_thread_an_operation(CLIPS_A_CALL)
     paths = list_videos(videos)
     model = load(FLAGS.model)
     task = model.task

@@ -35,9 +35,7 @@ def main() -> None:
     from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
     from x3d_tf.training.loop import train
 
-    if parts_of_batch(config.recipe.batch // config.execution.accumulation, config.model.bn_group) > 1:
-        one_thread_an_operation()
-
+    one_thread_an_operation(parts_of_batch(config.recipe.batch // config.execution.accumulation, config.model.bn_group))
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
     run = train(config, workdir, texts=texts)
     report = report_folder(run, config.dataset, config.test_views)

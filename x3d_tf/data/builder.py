@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import WriteError
+from x3d_tf._machine import usable_cpus
 from x3d_tf.data import index
 from x3d_tf.data.build_folder import BuildFolder, Finished, opened
 from x3d_tf.data.manifest import Manifest
@@ -119,7 +120,7 @@ def build_records(
         if folder.is_finished:
             result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)
         else:
-            result = _Build(folder, sources, encode, workers or _cpus(), progress).run(settings)
+            result = _Build(folder, sources, encode, workers or usable_cpus(), progress).run(settings)
         folder.clean()
     return result
 
@@ -285,10 +286,6 @@ def _file_size(path: Path) -> float:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _encode_or_reason(video: Video, short_side: int, quality: int) -> EncodedVideo | VideoError:

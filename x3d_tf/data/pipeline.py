@@ -181,7 +181,9 @@ def evaluation_dataset(
 
     # 30 views of 16 frames at 356² pixels are 730 MB, so that only a few videos may be under way.
     videos = tf.data.Dataset.range(len(table)).map(load, num_parallel_calls=PARALLEL_VIDEOS)
-    return videos.batch(batch_videos).prefetch(1).with_options(_options())
+    options = _options()
+    options.autotune.enabled = False  # there is nothing to tune, and the end of the dataset would wait for its thread
+    return videos.batch(batch_videos).prefetch(1).with_options(options)
 
 
 @contextmanager

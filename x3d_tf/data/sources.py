@@ -166,7 +166,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     Raises:
         UserError: the file cannot be read, an empty line between names, a name that is there twice.
     """
-    names = [line.strip() for line in _text_of(path, "classes").rstrip().split("\n")]
+    names = [line.strip() for line in text_of(path, "classes").rstrip().split("\n")]
     seen: dict[str, int] = {}
     for line, name in enumerate(names, 1):
         require(bool(name), f"{path}, line {line}", "name a class: each line counts", name)
@@ -199,7 +199,7 @@ class _Row:
 
 def _rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
     """The columns of a csv file, and its rows as they are asked for."""
-    reader = csv.reader(io.StringIO(_text_of(table, "csv"), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text_of(table, "csv"), newline=""), strict=True)
     lines = _numbered(table, reader)
     header = [name.strip() for name in next(lines, (1, []))[1]]
     for name in COLUMNS[:2]:
@@ -362,7 +362,7 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _text_of(path: Path, setting: str) -> str:
+def text_of(path: Path, setting: str) -> str:
     """The content of a text file, which may begin with a byte order mark."""
     try:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)

@@ -23,13 +23,12 @@ from x3d_tf._files import partial_of
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import STRIDE_FPS, FrameSampling, ViewSpec, frame_indices, view_starts
 from x3d_tf.data.video import Pixels, VideoError, probe, read_frames
+from x3d_tf.evaluation.views import CLIPS_A_CALL, probabilities_of
 from x3d_tf.modeling.expansion import ClipSpec
-from x3d_tf.modeling.lowerings.tensorflow import for_this_device
 from x3d_tf.modeling.x3d import X3D
 
 RECORD_SHORT_SIDE = 256  # pixels, of the frames that build_records stores by default
 DEFAULT_VIEWS = 10  # of a whole video; of a window, one
-_CLIPS = 8  # of one call of the network
 _BAR = "{percentage:3.0f}% |{bar:20}| {n:.1f}/{total} videos, {remaining} left{postfix}"
 
 
@@ -253,23 +252,18 @@ class _Sampler:
 
 
 class _Network:
-    """A network as a function of one trace."""
+    """A network and what comes before it, each of one trace."""
 
     def __init__(self, model: X3D, views: ViewSpec) -> None:
-        activation = tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax
-        frames, crop, self.classes = model.clip.frames, views.crop, model.num_classes
+        self.classes = model.num_classes
+        self.probabilities = probabilities_of(model, views.crop)
 
-        @tf.function(input_signature=[tf.TensorSpec((frames, None, None, 3), tf.uint8)])
+        @tf.function(input_signature=[tf.TensorSpec((model.clip.frames, None, None, 3), tf.uint8)])
         def prepare(clip: tf.Tensor) -> tf.Tensor:
             with tf.device("cpu"):  # where the clips of records are scaled too
-                return transforms.crops(transforms.resize(clip, views.resize, views.squeeze), crop, 1)[0]
+                return transforms.crops(transforms.resize(clip, views.resize, views.squeeze), views.crop, 1)[0]
 
-        def probabilities(clips: tf.Tensor) -> tf.Tensor:
-            return activation(tf.cast(model(clips, training=False), tf.float32))
-
-        batch = tf.TensorSpec((None, frames, crop, crop, 3), tf.float32)
         self.prepare = prepare
-        self.probabilities = tf.function(for_this_device(probabilities), input_signature=[batch])
 
     def __call__(self, clips: Sequence[Any], path: Path) -> NDArray[np.float32]:
         """Probabilities of prepared clips, [clips, classes]."""
@@ -358,7 +352,7 @@ class _Part:
 
 def _batches(cuts: Iterable[Cut]) -> Iterator[list[Cut]]:
     cuts = iter(cuts)
-    while batch := list(itertools.islice(cuts, _CLIPS)):
+    while batch := list(itertools.islice(cuts, CLIPS_A_CALL)):
         yield batch
 
 

@@ -15,7 +15,7 @@ from x3d_tf.data.pipeline import evaluation_dataset, naming_records
 from x3d_tf.modeling.lowerings.tensorflow import for_this_device
 from x3d_tf.modeling.x3d import X3D
 
-_CLIPS = 8  # of one call of the network
+CLIPS_A_CALL = 8  # of the network
 
 
 def predict_split(
@@ -47,7 +47,7 @@ def predict_split(
         UserError: a setting out of range; no such split; records that are missing or damaged; probabilities that are
             not numbers.
     """
-    forward = forward_of(model)
+    network = probabilities_of(model, views.crop)
     records = manifest.split(split).records
     sums = np.zeros((len(records), model.num_classes), np.float32)
     batches = _clips(manifest, split, model, views, clip_starts, frame_sampling)
@@ -57,7 +57,7 @@ def predict_split(
         tqdm(total=total, unit=" clips", desc="testing", leave=None, mininterval=1.0, disable=not progress) as bar,
     ):
         for clips, video in batches:
-            probabilities = forward(clips).numpy()
+            probabilities = network(clips).numpy()
             finite = np.isfinite(probabilities).all(axis=1)
             if not finite.all():
                 first = records[int(video[int(finite.argmin())])].media_id
@@ -70,14 +70,23 @@ def predict_split(
     return sums / np.float32(views.views)
 
 
-def forward_of(model: X3D) -> Callable[[Any], Any]:
-    """The function from clips to probabilities, float32 whatever the network computes in."""
-    return _compiled(model, tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax)
+def probabilities_of(model: X3D, crop: int) -> Callable[[Any], Any]:
+    """The compiled function from clips to probabilities, whatever precision the network computes in.
+
+    Args:
+        model: logits out; its `task` chooses softmax or sigmoid.
+        crop: pixels, both sides of the clips.
+
+    Returns:
+        The function from float32 (N, T, crop, crop, 3), RGB in 0..255, to float32 (N, classes), of any N.
+    """
+    return _compiled(model, tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax, crop)
 
 
 @functools.lru_cache(maxsize=1)  # tests of one network follow each other, and its compilation takes seconds
-def _compiled(model: X3D, activation: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return tf.function(for_this_device(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32))))
+def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Callable[[Any], Any]:
+    network = for_this_device(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32)))
+    return tf.function(network, input_signature=[tf.TensorSpec((None, model.clip.frames, crop, crop, 3), tf.float32)])
 
 
 def _clips(
@@ -91,4 +100,4 @@ def _clips(
     dataset = evaluation_dataset(
         manifest, split, model.clip, views, clip_starts=clip_starts, frame_sampling=frame_sampling
     )
-    return dataset.flat_map(one_by_one).batch(_CLIPS).prefetch(2)
+    return dataset.flat_map(one_by_one).batch(CLIPS_A_CALL).prefetch(2)

@@ -104,6 +104,7 @@ class Execution:
         precision: of the network's arithmetic; "bfloat16" and "float16" keep weights, statistics and loss in float32,
             and "float16" scales the loss so that small gradients do not vanish.
         accumulation: parts that a step's batch is computed in, one after the other, where it does not fit into memory.
+            Batch norm sees one part at a time: groups have no more clips than that.
         steps_per_execution: steps between two looks of Python, which cost a fast device time.
         recompute: what a step does not keep for its gradient but computes again, to the same result in less memory:
             "activations" keeps the outputs of convolutions and not of batch norm, ReLU, swish and squeeze-excitation,

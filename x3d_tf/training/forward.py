@@ -29,7 +29,8 @@ def forward_of(model: X3D, recompute: str = "nothing") -> Callable[..., Any]:
         recompute: what the gradient computes again, as `Execution.recompute` says.
 
     Returns:
-        The function. Another argument, `observe`, is called with each batch norm and the parts of its input.
+        The function. Another argument, `observe`, is called with each batch norm and the parts of its input; not of
+        what is recomputed.
     """
     first, last = model.input, model.get_layer("conv5").output
     cuts = {"nothing": _whole, "activations": _around_activations, "blocks": _around_blocks}[recompute](model)

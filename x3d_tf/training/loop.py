@@ -21,6 +21,7 @@ from x3d_tf.data.pipeline import naming_records, training_dataset
 from x3d_tf.data.preview import save_preview
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.portable import portable
 from x3d_tf.modeling.saving import describe, load, save
 from x3d_tf.modeling.x3d import X3D
@@ -253,9 +254,12 @@ class Trainer:
         reference = config.recipe.reference_batch
         scaled = f" (Recipe.steps = {config.recipe.steps} is of Recipe.reference_batch = {reference})"
         scaled = scaled if reference != self.batch else ""
+        clips = self.batch // devices // config.execution.accumulation
+        parts = parts_of_batch(clips, config.model.bn_group)
+        side_by_side = f", {parts} parts of its batch side by side" if parts > 1 else ""
         return (
             f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on {devices} "
-            f"device{'s' if devices > 1 else ''}: {self.steps} steps of {self.batch} clips{scaled}"
+            f"device{'s' if devices > 1 else ''}{side_by_side}: {self.steps} steps of {self.batch} clips{scaled}"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from x3d_tf._checks import require
+from x3d_tf._machine import usable_cpus
 from x3d_tf.modeling.lowerings import lowering
 
 
@@ -116,8 +117,9 @@ def _depthwise(frames: Any, kernel: Any, stride: int) -> Any:
 
 def _depthwise_input_gradient(frames: Any, kernel: Any, upstream: Any, stride: int) -> Any:
     padding = _padding(kernel, stride)
-    if stride > 1 and None not in frames.shape[1:3]:
-        # TensorFlow's "same", the faster one here, pads even sides unequally. A last row and column of zeros mend that.
+    if stride == 2 and None not in frames.shape[1:3]:
+        # TensorFlow's "same", the faster one here, pads even sides unequally. A last row and column of zeros mend that
+        # where every second one is taken.
         kernel = tf.pad(kernel, [*([0, 1 - side % 2] for side in frames.shape[1:3]), [0, 0]])
         padding = "SAME"
     strides = [1, stride, stride, 1]
@@ -284,13 +286,17 @@ def for_this_device(network: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return clip_by_clip(network) if lowering() == "cpu" else network
 
 
-def one_thread_an_operation() -> None:
+def one_thread_an_operation(side_by_side: int) -> None:
     """Has TensorFlow run operations of clips that are side by side on one thread each, which is faster on CPUs.
 
     To be called before TensorFlow computes anything; does nothing later, where there is a GPU, or where the environment
     sets `TF_NUM_INTRAOP_THREADS`.
+
+    Args:
+        side_by_side: parts that do not wait for each other. Where they are fewer than the cores, which would leave some
+            idle, operations keep their threads.
     """
-    if lowering() == "cpu" and "TF_NUM_INTRAOP_THREADS" not in os.environ:
+    if lowering() == "cpu" and side_by_side >= _cores() and "TF_NUM_INTRAOP_THREADS" not in os.environ:
         with contextlib.suppress(RuntimeError):  # it has computed something
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
@@ -314,7 +320,7 @@ def parts_of_batch(clips: int | None, group: int) -> int:
 
 def _cores() -> int:
     """How many operations TensorFlow runs at a time."""
-    return tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
+    return tf.config.threading.get_inter_op_parallelism_threads() or usable_cpus()
 
 
 def seed_of_device(seed: Any) -> Any:
