@@ -1,0 +1,157 @@
+"""AVA's files: what they say, and what is wrong with them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from x3d_tf._checks import UserError
+from x3d_tf.data.ava import (
+    NO_ACTION,
+    KeyFrame,
+    ava_actions,
+    read_boxes,
+    read_exclusions,
+    read_label_map,
+    write_detections,
+)
+
+LABELS = Path(__file__).parents[2] / "shared" / "data" / "labels"
+ACTIONS = {1: "sit", 3: "wave"}
+ROW = "film,0902,0.1,0.2,0.3,0.4,1,0.5\n"
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode("latin-1"))
+    return path
+
+
+def test_rows_become_columns(tmp_path: Path) -> None:
+    text = "b,1000,0.1,0.2,0.3,0.4,3,17\na,0902,0,0,1,1,,0\n\nb,1000,0.1,0.2,0.3,0.4,1,17\n"
+    table = read_boxes(written(tmp_path / "a.csv", text), "ground truth", ACTIONS)
+    assert table.key_frames == (KeyFrame("b", 1000), KeyFrame("a", 902))
+    assert table.frames.tolist() == [0, 1, 0]
+    assert table.actions.tolist() == [3, NO_ACTION, 1]
+    np.testing.assert_array_equal(table.boxes, [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4]])
+    assert table.scores.tolist() == [1, 1, 1]
+
+
+def test_detections_have_scores(tmp_path: Path) -> None:
+    table = read_boxes(written(tmp_path / "a.csv", ROW + ROW.replace("0.5", "-2e-3")), "detections", ACTIONS)
+    assert table.scores.tolist() == [0.5, -0.002]
+    write_detections(tmp_path / "b.csv", table)
+    assert (tmp_path / "b.csv").read_text() == (
+        "film,0902,0.100,0.200,0.300,0.400,1,0.5000\nfilm,0902,0.100,0.200,0.300,0.400,1,-0.0020\n"
+    )
+
+
+def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+    table = read_boxes(written(tmp_path / "a.csv", ""), "detections", ACTIONS)
+    assert len(table) == 0 and table.boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize("kind", ["ground truth", "detections"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("film,0902,0.1,0.2,0.3,0.4,1\n", "have the 8 columns video_id,timestamp,x1,y1,x2,y2,action_id,"),
+        ("film,0902,0.1,0.2,0.3,0.4,1,0.5,6\n", "have the 8 columns"),
+        (",0902,0.1,0.2,0.3,0.4,1,0.5\n", "name a video, got ''"),
+        (ROW.replace("0902", "901"), "have a timestamp in 902..1798, whole seconds, got '901'"),
+        (ROW.replace("0902", "1799"), "have a timestamp in 902..1798, whole seconds, got '1799'"),
+        (ROW.replace("0902", "1e3"), "have a timestamp in"),
+        (ROW.replace("0902", "٣٣٣٣".encode().decode("latin-1")), "have a timestamp in"),
+        (ROW.replace("0.3", "1.3"), "have a box inside the frame, x1,y1,x2,y2 in 0..1"),
+        (ROW.replace("0.2", "-0.2"), "have a box inside the frame"),
+        (ROW.replace("0.2", "nan"), "have a box inside the frame"),
+        (ROW.replace("0.2", "left"), "have a box inside the frame"),
+        (ROW.replace("0.1", "0.9"), "have a box with x1 <"),
+        (ROW.replace("0.2", "0.5"), "have a box with x1 <"),
+        (ROW.replace(",1,", ",2,"), "have an action_id of the label map, got '2'"),
+        (ROW.replace(",1,", ",wave,"), "have an action_id of the label map, got 'wave'"),
+        ("film,0902,\xff\n", "must be UTF-8"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, kind: Any, line: str, message: str) -> None:
+    path = written(tmp_path / "a.csv", ROW + ROW + line + ROW)
+    with pytest.raises(UserError) as error:
+        read_boxes(path, kind, ACTIONS)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "UTF-8" in message or f"{path}, line 3 must" in str(error.value)
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "", "high"])
+def test_scores_are_numbers(tmp_path: Path, score: str) -> None:
+    path = written(tmp_path / "a.csv", ROW.replace("0.5", score))
+    with pytest.raises(UserError, match=rf"line 1 must have a score that is a number, got '{score}'"):
+        read_boxes(path, "detections", ACTIONS)
+
+
+def test_detections_may_be_empty_once_they_are_rounded(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", ROW.replace("0.1", "0.3"))
+    assert len(read_boxes(path, "detections", ACTIONS)) == 1
+    with pytest.raises(UserError, match="x1 < x2"):
+        read_boxes(path, "ground truth", ACTIONS)
+
+
+def test_other_seconds_of_other_videos(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", ROW.replace("0902", "0"))
+    assert read_boxes(path, "detections", ACTIONS, seconds=(0, 10**9)).key_frames == (KeyFrame("film", 0),)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    for read in (lambda path: read_boxes(path, "detections", ACTIONS), read_exclusions, read_label_map):
+        with pytest.raises(UserError, match=r"none\.csv cannot be read: No such file"):
+            read(tmp_path / "none.csv")
+
+
+def test_exclusions(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", "film,0902\nfilm,1798\n")
+    assert read_exclusions(path) == {KeyFrame("film", 902), KeyFrame("film", 1798)}
+    with pytest.raises(UserError, match=r"line 1 must have the 2 columns video_id,timestamp"):
+        read_exclusions(written(tmp_path / "b.csv", "film,0902,1\n"))
+
+
+@pytest.mark.parametrize("key", ["id", "label_id"])
+def test_label_maps_of_both_spellings(tmp_path: Path, key: str) -> None:
+    first = 'item {\n  name: "sit {down}"\n  KEY: 12\n  label_type: PERSON_MOVEMENT\n}\n'
+    text = (first + "item { KEY: 3 name: 'id: 4' }").replace("KEY", key)
+    assert read_label_map(written(tmp_path / "a.pbtxt", text)) == {12: "sit {down}", 3: "id: 4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold items"),
+        ("1: sit\n2: wave\n", "line 1 must be items"),
+        ('item {\n name: "a"\n id: 1\n}\nitem {\n name: "b"\n', "line 5 must be items"),
+        ('item { name: "a" }', "line 1 must hold name:"),
+        ("item { id: 1 }", "line 1 must hold name:"),
+        ('item { name: "a" id: 0 }', "line 1 must have an id of at least 1, got 0"),
+        ('item { name: "a" id: 1 }\nitem { name: "b" id: 1 }', "line 2 must have an id of its own, got 1"),
+    ],
+)
+def test_bad_label_maps(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path / "a.pbtxt", text)
+    with pytest.raises(UserError) as error:
+        read_label_map(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_actions_of_ava_that_a_part_of_its_label_map_lacks_are_left_out(tmp_path: Path) -> None:
+    part = {number: name for number, name in ava_actions().items() if number != 2}
+    path = written(tmp_path / "a.csv", ROW + ROW.replace(",1,", ",2,") + ROW.replace(",1,", ",80,"))
+    assert read_boxes(path, "detections", part).actions.tolist() == [1, 80]
+    with pytest.raises(UserError, match="'81'"):
+        read_boxes(written(tmp_path / "b.csv", ROW.replace(",1,", ",81,")), "detections", part)
+    with pytest.raises(UserError, match="'2'"):
+        read_boxes(path, "detections", {**part, 3: "something else"})
+
+
+@pytest.mark.skipif(not LABELS.is_dir(), reason="AVA's own label map is not there")
+def test_the_actions_are_avas() -> None:
+    evaluated = read_label_map(LABELS / "ava_v2.2_60classes.pbtxt")
+    assert len(evaluated) == 60 and len(ava_actions()) == 80
+    assert evaluated.items() <= ava_actions().items()

@@ -1,0 +1,245 @@
+"""AVA's files: boxes with actions, person boxes, label maps and exclusions. Imports no TensorFlow.
+
+Boxes are on key frames, one a second of a film: in the files a video's name and a second, from 902 to 1798 of AVA's.
+Files are read as untrusted input: errors name file, line, rule and value.
+"""
+
+import csv
+import math
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from x3d_tf._checks import UserError, require
+from x3d_tf.data.sources import read_classes, text_of
+
+FIRST_SECOND, LAST_SECOND = 902, 1798  # of AVA's key frames
+NO_ACTION = 0  # in place of the number of an action, which count from 1
+
+LabelMap = Mapping[int, str]  # names of the actions by their numbers
+Kind = Literal["ground truth", "detections"]
+_COLUMNS = {
+    "ground truth": "video_id,timestamp,x1,y1,x2,y2,action_id,person_id",
+    "detections": "video_id,timestamp,x1,y1,x2,y2,action_id,score",
+}
+
+
+class KeyFrame(NamedTuple):
+    """A frame that boxes are on: the video's name, and the second of the film."""
+
+    video: str
+    second: int
+
+
+@dataclass(frozen=True, eq=False)
+class BoxTable:
+    """The rows of a file of boxes, as columns of one length.
+
+    Attributes:
+        key_frames: those that boxes are on, in the order of their first rows.
+        frames: position in `key_frames`, int32 [n].
+        boxes: x1, y1, x2, y2 in [0, 1] of the frame, float64 [n, 4].
+        actions: numbers of the label map, or `NO_ACTION`, int32 [n].
+        scores: float64 [n]; of ground truth 1.
+    """
+
+    key_frames: tuple[KeyFrame, ...]
+    frames: NDArray[np.int32]
+    boxes: NDArray[np.float64]
+    actions: NDArray[np.int32]
+    scores: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+def ava_actions() -> dict[int, str]:
+    """AVA's 80 actions by their numbers, of which evaluation takes 60."""
+    with resources.as_file(resources.files("x3d_tf.data") / "labels" / "ava.txt") as path:
+        return dict(enumerate(read_classes(path), 1))
+
+
+def read_boxes(
+    path: str | Path,
+    kind: Kind,
+    label_map: LabelMap,
+    *,
+    seconds: tuple[int, int] = (FIRST_SECOND, LAST_SECOND),
+) -> BoxTable:
+    """Reads a csv file of boxes: no header, eight columns.
+
+    Args:
+        path: `video_id,timestamp,x1,y1,x2,y2,action_id` and then `person_id` of ground truth, `score` of detections. A
+            box of several actions has a row for each. An empty action is that of a box alone, as person detectors give
+            them.
+        kind: what the last column is.
+        label_map: the actions there are. If it is a part of AVA's, rows of AVA's other actions are left out.
+        seconds: the first and the last that a timestamp may be.
+
+    Raises:
+        UserError: the file cannot be read; a line that does not have these columns, with a timestamp that is no second
+            in the range, a box that is not inside the frame or whose sides are reversed, an action that the label map
+            does not name, or a score that is not a number. Ground truth without width or height is an error too;
+            detections may have none once they are rounded.
+    """
+    path = Path(path)
+    left_out = _actions_left_out(label_map)
+    numbers: dict[KeyFrame, int] = {}
+    columns = (array("i"), array("d"), array("i"), array("d"))
+    frames, coordinates, actions, scores = columns
+    for line in _lines(path, _COLUMNS[kind]):
+        frame = KeyFrame(line.video(), line.second(*seconds))
+        box = line.box(empty=kind == "detections")
+        action = line.action(label_map, left_out)
+        score = line.score() if kind == "detections" else 1.0
+        if action is None:
+            continue
+        frames.append(numbers.setdefault(frame, len(numbers)))
+        coordinates.extend(box)
+        actions.append(action)
+        scores.append(score)
+    return BoxTable(
+        tuple(numbers),
+        np.array(frames, np.int32),
+        np.array(coordinates, np.float64).reshape(-1, 4),
+        np.array(actions, np.int32),
+        np.array(scores, np.float64),
+    )
+
+
+def read_exclusions(path: str | Path) -> set[KeyFrame]:
+    """Reads the key frames that do not count: `video_id,timestamp`, no header.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no such pair.
+    """
+    return {
+        KeyFrame(line.video(), line.second(FIRST_SECOND, LAST_SECOND))
+        for line in _lines(Path(path), "video_id,timestamp")
+    }
+
+
+def read_label_map(path: str | Path) -> dict[int, str]:
+    """Reads the names of actions by their numbers from a .pbtxt file.
+
+    It holds entries `item { name: "..." id: N }`, or with `label_id: N` as from AVA v2.2 on; other fields are passed
+    over.
+
+    Raises:
+        UserError: the file cannot be read; what is no such entry; a number that is not positive or there twice.
+    """
+    path = Path(path)
+    text = text_of(path, "label_map")
+    found: dict[int, str] = {}
+    end = 0
+    for item in re.finditer(r'\s*(?:item|label)\s*\{((?:[^{}"\']|"[^"\n]*"|\'[^\'\n]*\')*)\}', text):
+        if item.start() != end:
+            break
+        end = item.end()
+        where = f"{path}, line {text.count(chr(10), 0, item.start(1)) + 1}"
+        names = re.findall(r'\bname\s*:\s*(?:"([^"\n]*)"|\'([^\'\n]*)\')', item.group(1))
+        numbers = re.findall(r"\b(?:label_)?id\s*:\s*(-?\d+)", re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', '""', item.group(1)))
+        whole = len(names) == len(numbers) == 1
+        require(whole, where, 'hold name: "..." and one of id: N and label_id: N', item.group(1).strip())
+        number = int(numbers[0])
+        require(1 <= number < 2**31, where, "have an id of at least 1", number)
+        require(number not in found, where, "have an id of its own", number)
+        found[number] = "".join(names[0])
+    rest = text[end:]
+    line = text.count("\n", 0, end + len(rest) - len(rest.lstrip())) + 1
+    require(not rest.strip(), f"{path}, line {line}", 'be items { name: "..." id: N }', rest.strip()[:60])
+    require(bool(found), str(path), 'hold items { name: "..." id: N }', "none")
+    return found
+
+
+def write_detections(path: Path, table: BoxTable) -> None:
+    """Writes detections in AVA's format: boxes to three decimals, scores to four."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for frame, box, action, score in zip(table.frames, table.boxes, table.actions, table.scores, strict=True):
+            video, second = table.key_frames[frame]
+            writer.writerow([video, f"{second:04d}", *(f"{x:.3f}" for x in box), action or "", f"{score:.4f}"])
+
+
+def _actions_left_out(label_map: LabelMap) -> frozenset[int]:
+    """AVA's actions that a part of its label map does not name; none beside another label map."""
+    ava = ava_actions()
+    return frozenset(ava.keys() - label_map.keys() if label_map.items() <= ava.items() else ())
+
+
+def _lines(path: Path, columns: str) -> Iterator["_Line"]:
+    count = columns.count(",") + 1
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            for cells in reader:
+                line = _Line(path, reader.line_num, cells)
+                if cells:
+                    line.check(len(cells) == count, f"have the {count} columns {columns}", cells)
+                    yield line
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be UTF-8: {error}") from error
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num} is not csv: {error}") from error
+
+
+class _Line(NamedTuple):
+    """A line of a file of boxes; what is asked for is checked."""
+
+    path: Path
+    number: int
+    cells: list[str]
+
+    def check(self, condition: bool, rule: str, value: object) -> None:
+        if not condition:
+            require(False, f"{self.path}, line {self.number}", rule, value)
+
+    def video(self) -> str:
+        self.check(bool(self.cells[0]), "name a video", self.cells[0])
+        return self.cells[0]
+
+    def second(self, first: int, last: int) -> int:
+        text = self.cells[1]
+        second = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+        self.check(first <= second <= last, f"have a timestamp in {first}..{last}, whole seconds", text)
+        return second
+
+    def box(self, *, empty: bool) -> tuple[float, float, float, float]:
+        """The corners; `empty` allows boxes without width or height."""
+        try:
+            x1, y1, x2, y2 = map(float, self.cells[2:6])
+        except ValueError:
+            x1 = y1 = x2 = y2 = math.nan
+        inside = 0 <= x1 <= 1 and 0 <= y1 <= 1 and 0 <= x2 <= 1 and 0 <= y2 <= 1
+        self.check(inside, "have a box inside the frame, x1,y1,x2,y2 in 0..1", self.cells[2:6])
+        ordered = x1 <= x2 and y1 <= y2 if empty else x1 < x2 and y1 < y2
+        self.check(ordered, f"have a box with x1 {'<=' if empty else '<'} x2 and y1 likewise", self.cells[2:6])
+        return x1, y1, x2, y2
+
+    def action(self, label_map: LabelMap, left_out: frozenset[int]) -> int | None:
+        """The number of the action; None is one to leave out."""
+        text = self.cells[6]
+        if not text:
+            return NO_ACTION
+        action = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+        if action in label_map:
+            return action
+        self.check(action in left_out, "have an action_id of the label map", text)
+        return None
+
+    def score(self) -> float:
+        try:
+            score = float(self.cells[7])
+        except ValueError:
+            score = math.nan
+        self.check(math.isfinite(score), "have a score that is a number", self.cells[7])
+        return score
