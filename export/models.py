@@ -13,12 +13,17 @@ from x3d_tf.data.clips import FrameSampling, ViewSpec, input_contract
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.modeling.saving import load, model_file
-from x3d_tf.modeling.x3d import MEAN, STD, X3D
+from x3d_tf.modeling.saving import load, load_classifier, model_file
+from x3d_tf.modeling.x3d import MEAN, STD, Network
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 
 _METRICS = ("top1", "top5", "map")  # of a report, for the card
+_OUTPUTS = {
+    "single_label": "probabilities that add up to 1",
+    "multi_label": "a probability of each class by itself",
+    "detection": "for each box a score of each action by itself; boxes are x1, y1, x2, y2 in 0..1 of the clip",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +32,13 @@ class Source:
 
     Attributes:
         path: what was opened: a run folder or a `.keras` file.
-        model: the trainable network, with its classifier.
+        model: the trainable network, with its classifier, or a detector.
         class_names: one for each output.
         run: the settings of the run, where `path` is a run folder that still has them; else None.
     """
 
     path: Path
-    model: X3D
+    model: Network
     class_names: tuple[str, ...]
     run: TrainConfig | None
 
@@ -79,9 +84,7 @@ class Source:
                 "range": [0, 255],
                 "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",
             },
-            "output": "probabilities that add up to 1"
-            if model.task == "single_label"
-            else "a probability of each class by itself",
+            "output": _OUTPUTS[model.task],
             "classes": list(self.class_names),
             "expansion": dataclasses.asdict(model.expansion),
             "options": dataclasses.asdict(model.options),  # head_pool among them
@@ -111,16 +114,21 @@ class Source:
         }
 
 
-def open_model(path: str | Path) -> Source:
+def open_model(path: str | Path, *, detectors: bool = False) -> Source:
     """Opens a run folder, or a `.keras` file that this package saved, for export.
 
     Warns where the classes have no names but numbers.
 
+    Args:
+        path: of it.
+        detectors: whether it may be a detector, too.
+
     Raises:
-        UserError: no such file; one that this package did not save; a network without classifier; a damaged run.
+        UserError: no such file; one that this package did not save; a network without classifier; a detector where that
+            may not be; a damaged run.
     """
     path = Path(path)
-    model = load(path)
+    model = load(path) if detectors else load_classifier(path)
     require(model.include_top, f"the network of {path}", "have its classifier (include_top)", model.include_top)
     names = model.class_names
     if names == tuple(str(number) for number in range(len(names))):

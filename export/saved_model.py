@@ -4,7 +4,8 @@
 
 writes version 1 of a model called "mine" to serving/mine/1, and the next time version 2. A server that watches
 serving/mine takes the new version over by itself. The model can then be asked with uint8 clips (serving_default),
-float32 clips (float_clips) and the JPEG or PNG files of frames (encoded_frames), any number of clips at a time.
+float32 clips (float_clips) and the JPEG or PNG files of frames (encoded_frames), any number of clips at a time. A
+detector is asked with uint8 clips and boxes (detect, and serving_default, which is the same).
 
 The folder of a version holds, beside TensorFlow's files, model_card.json (what to feed, what comes out, what it costs,
 how it was trained), assets/labels.txt (class names) and assets.extra/tf_serving_warmup_requests, which a server answers
@@ -15,7 +16,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ def main() -> None:
     _command.quiet_tensorflow()
     from .models import open_model
 
-    source = open_model(FLAGS.model)
+    source = open_model(FLAGS.model, detectors=True)
     folder = export_saved_model(source, output, FLAGS.version, force=FLAGS.force, device=FLAGS.device)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
@@ -143,9 +144,10 @@ def _save(source: "Source", labels: Path, folder: Path, device: "Device") -> dic
     """Writes TensorFlow's part; returns the model card."""
     import tensorflow as tf
 
-    from .signatures import Signatures
+    from .signatures import DetectorSignatures, Signatures
 
-    module = Signatures(source, labels, device)
+    of = DetectorSignatures if source.model.task == "detection" else Signatures
+    module = of(source, labels, device)
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # nobody trains it further
     tf.saved_model.save(module, str(folder), signatures=module.by_name(), options=options)
     inputs = {
@@ -159,36 +161,46 @@ def _save(source: "Source", labels: Path, folder: Path, device: "Device") -> dic
 
 def _write_warmup(path: Path, source: "Source", model: str) -> None:
     """Writes a request of one clip for each signature, all grey, as a TFRecord of PredictionLog messages."""
-    import numpy as np
     import tensorflow as tf
-
-    from x3d_tf.data.video import encode_jpeg
 
     clip = source.model.clip
     shape = (1, clip.frames, clip.size, clip.size, 3)
-    side = source.views.resize
-    frame = encode_jpeg(np.full((side, side * 4 // 3, 3), _GREY, np.uint8))
-    requests = {  # make_tensor_proto writes one value that stands for all
-        "serving_default": ("clips", tf.make_tensor_proto(_GREY, tf.uint8, shape)),
-        "float_clips": ("clips", tf.make_tensor_proto(_GREY, tf.float32, shape)),
-        "encoded_frames": ("frames", tf.make_tensor_proto(frame, tf.string, shape[:2])),
-    }
+    grey = tf.make_tensor_proto(_GREY, tf.uint8, shape)  # one value that stands for all
+    if source.model.task == "detection":
+        asked = {"clips": grey, "boxes": tf.make_tensor_proto([[[0.0, 0.0, 1.0, 1.0]]], tf.float32)}
+        requests = {"serving_default": asked, "detect": asked}
+    else:
+        frame = _grey_frame(source.views.resize)
+        requests = {
+            "serving_default": {"clips": grey},
+            "float_clips": {"clips": tf.make_tensor_proto(_GREY, tf.float32, shape)},
+            "encoded_frames": {"frames": tf.make_tensor_proto(frame, tf.string, shape[:2])},
+        }
     with tf.io.TFRecordWriter(str(path)) as writer:
-        for signature, (name, tensor) in requests.items():
-            writer.write(prediction_log(model, signature, name, tensor.SerializeToString()))
+        for signature, inputs in requests.items():
+            tensors = {name: tensor.SerializeToString() for name, tensor in inputs.items()}
+            writer.write(prediction_log(model, signature, tensors))
 
 
-def prediction_log(model: str, signature: str, name: str, tensor: bytes) -> bytes:
+def _grey_frame(side: int) -> bytes:
+    """A JPEG file."""
+    import numpy as np
+
+    from x3d_tf.data.video import encode_jpeg
+
+    return encode_jpeg(np.full((side, side * 4 // 3, 3), _GREY, np.uint8))
+
+
+def prediction_log(model: str, signature: str, inputs: Mapping[str, bytes]) -> bytes:
     """A `tensorflow.serving.PredictionLog` of one request, spelt out: its classes are in a package of their own.
 
     Args:
         model, signature: what is asked.
-        name: of its input.
-        tensor: the input, a serialised `tensorflow.TensorProto`.
+        inputs: by their names, as serialised `tensorflow.TensorProto`s.
     """
     spec = _message((1, model.encode()), (3, signature.encode()))  # ModelSpec: name, signature_name
-    entry = _message((1, name.encode()), (2, tensor))  # of a map: key, value
-    request = _message((1, spec), (2, entry))  # PredictRequest: model_spec, inputs
+    entries = [_message((1, name.encode()), (2, tensor)) for name, tensor in inputs.items()]  # of a map: key, value
+    request = _message((1, spec), *((2, entry) for entry in entries))  # PredictRequest: model_spec, inputs
     return _message((6, _message((1, request))))  # PredictionLog: predict_log; PredictLog: request
 
 

@@ -1,6 +1,6 @@
 """What a served model can be asked: the signatures of a SavedModel, as graphs of stock TensorFlow operations.
 
-All take any number of clips N and give
+Those of classifiers take any number of clips N and give
 
 - `probabilities`: float32 (N, classes),
 - `top_classes`: names of the most probable classes, highest first, strings (N, 5), or as many as there are classes,
@@ -80,6 +80,49 @@ class Signatures(tf.Module):
     def by_name(self) -> dict[str, Any]:
         """The signatures, `tf.function`s, as `tf.saved_model.save` takes them."""
         return {name: getattr(self, name) for name in ("serving_default", "float_clips", "encoded_frames")}
+
+
+class DetectorSignatures(tf.Module):
+    """A detector.
+
+    Attributes:
+        detect: `clips`, uint8 (N, T, S, S, 3), RGB, and `boxes`, float32 (N, B, 4): x1, y1, x2, y2 in [0, 1] of the
+            clip, to which they are clipped, padded with zeros. Gives `scores`, float32 (N, B, classes) in [0, 1].
+        labels: the file of the class names, which goes to the SavedModel's assets.
+    """
+
+    def __init__(self, source: Source, labels: Path, device: Device = "cpu") -> None:
+        super().__init__()
+        network = deployed(source.model, batch=1 if device == "cpu" else None)
+        scores = functools.partial(network, training=False)
+        batches = clip_by_clip(scores, _CHAINS) if device == "cpu" else scores
+        clip = source.model.clip
+        shape = (None, clip.frames, clip.size, clip.size, 3)
+        self.labels = tf.saved_model.Asset(str(labels))
+        self.weights = [variable.value for variable in network.variables]  # a SavedModel holds what its module does
+
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec(shape, tf.uint8, name="clips"),
+                tf.TensorSpec((None, None, 4), tf.float32, name="boxes"),
+            ]
+        )
+        def detect(clips: tf.Tensor, boxes: tf.Tensor) -> Answer:
+            count = tf.shape(clips)[0]
+            checks = [
+                tf.debugging.Assert(count > 0, ["there must be a clip, got none"]),
+                tf.debugging.Assert(tf.shape(boxes)[0] == count, ["boxes must be of as many clips as there are"]),
+                tf.debugging.Assert(tf.reduce_all(tf.math.is_finite(boxes)), ["boxes must be finite numbers"]),
+            ]
+            with tf.control_dependencies(checks):
+                given = {"clip": tf.cast(tf.ensure_shape(clips, shape), tf.float32)}
+                return {"scores": batches(given | {"boxes": tf.ensure_shape(boxes, (None, None, 4))})}
+
+        self.detect = detect
+
+    def by_name(self) -> dict[str, Any]:
+        """The signatures as `tf.saved_model.save` takes them."""
+        return {"detect": self.detect, "serving_default": self.detect}
 
 
 def _answering(network: Callable[[tf.Tensor], tf.Tensor], class_names: Sequence[str]) -> Callable[[tf.Tensor], Answer]:

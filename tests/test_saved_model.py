@@ -341,7 +341,7 @@ def test_warmup_requests_are_answered(loaded: Any) -> None:
 def test_long_fields_of_a_message() -> None:
     logs = pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
     tensor = tf.make_tensor_proto(np.arange(100_000, dtype=np.uint8))
-    written = command.prediction_log("m" * 127, "s" * 128, "clips", tensor.SerializeToString())
+    written = command.prediction_log("m" * 127, "s" * 128, {"clips": tensor.SerializeToString()})
     request = logs.PredictionLog.FromString(written).predict_log.request
     assert request.model_spec.name == "m" * 127
     assert request.model_spec.signature_name == "s" * 128

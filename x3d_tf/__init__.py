@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from x3d_tf.data.batches import dataset
     from x3d_tf.modeling.architecture import ModelOptions
     from x3d_tf.modeling.cost import cost
+    from x3d_tf.modeling.detection import Detector, build_detector
     from x3d_tf.modeling.expansion import VARIANTS, ClipSpec, Expansion
     from x3d_tf.modeling.lowerings import set_lowering
     from x3d_tf.modeling.portable import portable
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "ClipSpec": "modeling.expansion",
+    "Detector": "modeling.detection",
     "Expansion": "modeling.expansion",
     "ModelOptions": "modeling.architecture",
     "VARIANTS": "modeling.expansion",
     "X3D": "modeling.x3d",
+    "build_detector": "modeling.detection",
     "build_x3d": "modeling.x3d",
     "cost": "modeling.cost",
     "dataset": "data.batches",
@@ -35,8 +38,10 @@ __all__ = [
     "VARIANTS",
     "X3D",
     "ClipSpec",
+    "Detector",
     "Expansion",
     "ModelOptions",
+    "build_detector",
     "build_x3d",
     "cost",
     "dataset",

@@ -126,9 +126,9 @@ def _training(model: Path, variant: str, shortcut_norm: str) -> str:
 def _to_pytorch(model: Path, output: Path) -> None:
     print(f"reading {model} ...", file=sys.stderr)
     from x3d_tf.modeling.conversion import export_checkpoint
-    from x3d_tf.modeling.saving import load
+    from x3d_tf.modeling.saving import load_classifier
 
-    network = load(model)
+    network = load_classifier(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     print(export_checkpoint(network, output, FLAGS.to))
     print(f"written: {output}")

@@ -60,12 +60,12 @@ def main(videos: list[str]) -> None:
     from x3d_tf.evaluation.views import CLIPS_A_CALL
     from x3d_tf.modeling.expansion import name_of
     from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
-    from x3d_tf.modeling.saving import load
+    from x3d_tf.modeling.saving import load_classifier
 
     if FLAGS.views != 1 and FLAGS.window is None:  # one clip alone is faster with all threads
         one_thread_an_operation(CLIPS_A_CALL)
     paths = list_videos(videos)
-    model = load(FLAGS.model)
+    model = load_classifier(FLAGS.model)
     task = model.task
     results = predict_videos(
         model,

@@ -22,7 +22,7 @@ from x3d_tf.evaluation.testing import (
     measurement_of_run,
     weights_of,
 )
-from x3d_tf.modeling.saving import load
+from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.runs.run_folder import RunFolder
 
 CLIPS = (1, 3, 5, 7, 10)
@@ -59,7 +59,9 @@ def sweep_run(run: RunFolder, *, output: str | None = None, overwrite: bool = Fa
     asked = _without_views(procedure)
     folders = {k: Path(output) / f"{k}clips" if output else folder_of(run, asked, k) for k in CLIPS}
     folder = Path(output) if output else folder_of(run, asked, "sweep_")
-    return _sweep(measurement_of_run(run, asked, load(run.root), weights_of(run.root)), folder, folders, overwrite)
+    return _sweep(
+        measurement_of_run(run, asked, load_classifier(run.root), weights_of(run.root)), folder, folders, overwrite
+    )
 
 
 def sweep_file(file: str | Path, *, output: str, overwrite: bool = False, **procedure: Any) -> Sweep:

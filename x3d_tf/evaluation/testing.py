@@ -17,7 +17,7 @@ from x3d_tf.evaluation.reports import RESULTS_NAME, Predictions, Report, refuse_
 from x3d_tf.evaluation.views import predict_split
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.modeling.saving import load, model_file
+from x3d_tf.modeling.saving import load_classifier, model_file
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
@@ -253,7 +253,7 @@ def measurement_of_file(file: Path, procedure: Procedure) -> Measurement:
     if procedure.records is None or procedure.split is None:
         raise UserError(f"to test the file {file}, say on what: give --records and --split")
     dataset = DatasetSpec(procedure.records, train_split=procedure.split, eval_split=procedure.split)
-    model = load(file)
+    model = load_classifier(file)
     return Measurement(
         model=with_head_pool(model, procedure.head_pool),
         weights=weights_of(file),
@@ -290,7 +290,7 @@ def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool =
     asked = Procedure(**procedure)
     folder = Path(output) if output else folder_of(run, asked)
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
-    report = measurement_of_run(run, asked, load(run.root), weights_of(run.root)).report(folder)
+    report = measurement_of_run(run, asked, load_classifier(run.root), weights_of(run.root)).report(folder)
     print(describe(report))
     return report
 

@@ -18,28 +18,33 @@ import numpy as np
 from keras import layers, ops
 
 from x3d_tf._checks import require
+from x3d_tf.modeling import detection
 from x3d_tf.modeling.architecture import plan, pool_window
+from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import GhostBatchNorm
-from x3d_tf.modeling.x3d import MEAN, STD, X3D, graph
+from x3d_tf.modeling.roi_align import regions
+from x3d_tf.modeling.x3d import MEAN, STD, Network, graph
 
 
-def deployed(model: X3D, *, size: int | None = None, batch: int | None = None) -> keras.Model:
+def deployed(model: Network, *, size: int | None = None, batch: int | None = None) -> keras.Model:
     """Makes the inference form of a trained network.
 
     Args:
-        model: the trainable network, with its classifier.
+        model: the trainable network, with its classifier, or a detector.
         size: side of the clip in pixels; the training crop unless given.
         batch: clips of a call; any number unless given.
 
     Returns:
         A model from clips (batch, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (batch,
-        num_classes), float32. It cannot be trained: its weights are those of folded layers.
+        num_classes), float32; of a detector from {"clip": such clips, "boxes": (batch, B, 4)} of any B to scores
+        (batch, B, num_classes). It cannot be trained: its weights are those of folded layers.
 
     Raises:
         ValueError: not a trainable network, one without classifier, or a batch below 1.
     """
-    trainable = isinstance(model, X3D)
-    require(trainable, "the model", "be a trainable network, from build_x3d or load", type(model).__name__)
+    trainable = isinstance(model, Network)
+    rule = "be a trainable network, from build_x3d, build_detector or load"
+    require(trainable, "the model", rule, type(model).__name__)
     require(
         model.include_top, "the network of a deployed model", "have its classifier (include_top)", model.include_top
     )
@@ -49,16 +54,25 @@ def deployed(model: X3D, *, size: int | None = None, batch: int | None = None) -
     options = model.options
     if pool_window(size) == pool_window(model.clip.size):  # one window, so that all ways of pooling agree
         options = dataclasses.replace(options, head_pool="global")
-    logits = graph(
-        _time_major(clip),
-        plan(model.expansion, options),
-        DeployedParts(model, batch),
-        train_size=model.clip.size,
-        num_classes=model.num_classes,
-    )
-    function = {"single_label": "softmax", "multi_label": "sigmoid"}[model.task]
-    probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)
-    app = keras.Model(clip, probabilities, name=model.name)
+    architecture, parts = plan(model.expansion, options), DeployedParts(model, batch)
+    if isinstance(model, Detector):
+        boxes = keras.Input((None, 4), batch_size=batch, name="boxes")
+        logits = detection.graph(
+            _time_major(clip),
+            boxes,
+            architecture=architecture,
+            parts=parts,
+            head=model.head,
+            num_classes=model.num_classes,
+        )
+        app = keras.Model({"clip": clip, "boxes": boxes}, detection.scores(logits), name=model.name)
+    else:
+        logits = graph(
+            _time_major(clip), architecture, parts, train_size=model.clip.size, num_classes=model.num_classes
+        )
+        function = {"single_label": "softmax", "multi_label": "sigmoid"}[model.task]
+        probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)
+        app = keras.Model(clip, probabilities, name=model.name)
     for layer in app.layers:
         if isinstance(layer, layers.Dense):  # of squeeze-excitation and head; the parts fill their own
             layer.set_weights(model.get_layer(layer.name).get_weights())
@@ -73,7 +87,7 @@ class DeployedParts:
         batch: N; any unless given.
     """
 
-    def __init__(self, model: X3D, batch: int | None) -> None:
+    def __init__(self, model: Network, batch: int | None) -> None:
         self.model, self.batch, self.frames = model, batch, model.clip.frames
         self.norms = {id(layer.input): layer for layer in model.layers if isinstance(layer, GhostBatchNorm)}
         self.middle = 0.0  # what zero, of the trainable network's normalised pixels, is in the pixels of this one
@@ -143,6 +157,9 @@ class DeployedParts:
         """The tensor as (N, T, H, W, C)."""
         x = ops.reshape(x, (self.frames, self._of_all(), *x.shape[1:]))
         return ops.transpose(x, (1, 0, 2, 3, 4))
+
+    def regions(self, x: Any, boxes: Any, clips: Any, name: str) -> Any:
+        return regions(x, boxes, *clips.shape[1:3])
 
     def drop_branch(self, x: Any, rate: float, name: str) -> Any:
         return x

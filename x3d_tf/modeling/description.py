@@ -12,7 +12,7 @@ from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion, Task
 
 if TYPE_CHECKING:
-    from x3d_tf.modeling.x3d import X3D
+    from x3d_tf.modeling.x3d import Network
 
 FORMAT_VERSION = 1
 
@@ -29,8 +29,9 @@ class Description:
         class_names: one for each output, or none where there is no classifier.
         form: `trainable` (this package's layers, logits) or `portable` (stock layers, probabilities).
         size: side of the portable form's clip in pixels; the training crop for the trainable one.
-        task: whether a clip has one class or any number of them.
+        task: whether a clip has one class or any number of them, or boxes on it have.
         squeeze: whether frames are to be scaled to squares before a crop is cut out, instead of by their short side.
+        detection_head: "full" or "simple" of a detector; else none.
 
     Raises:
         UserError: naming the field, the rule and the value received.
@@ -45,6 +46,7 @@ class Description:
     size: int
     task: Task = "single_label"
     squeeze: bool = False
+    detection_head: Literal["full", "simple"] | None = None
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -61,9 +63,12 @@ class Description:
         require(self.options.stem_kernel <= 99, "options.stem_kernel", "be at most 99", self.options.stem_kernel)
         expected = self.num_classes if self.include_top else 0
         require(len(self.class_names) == expected, "class_names", f"be {expected}", len(self.class_names))
+        detects = self.task == "detection"
+        fits = (self.detection_head is not None) == detects and (self.include_top or not detects)
+        require(fits, "detection_head", f"be there in detectors alone (task {self.task!r})", self.detection_head)
 
     @classmethod
-    def of(cls, model: "X3D", *, class_names: tuple[str, ...], form: Any, size: int | None = None) -> "Description":
+    def of(cls, model: "Network", *, class_names: tuple[str, ...], form: Any, size: int | None = None) -> "Description":
         """Describes a built network."""
         return cls(
             model.expansion,
@@ -75,6 +80,7 @@ class Description:
             size or model.clip.size,
             model.task,
             model.squeeze,
+            getattr(model, "head", None),
         )
 
     def to_json(self) -> str:

@@ -6,7 +6,8 @@ from typing import Literal
 
 from x3d_tf._checks import check_field_types, require
 
-Task = Literal["single_label", "multi_label"]  # whether a clip has one class or any number of them
+# A clip has one class, or any number of them; or each of the boxes on its middle frame has any number.
+Task = Literal["single_label", "multi_label", "detection"]
 
 BASE_CROP = 112  # pixels: the crop of X2D, paper Table 1
 BASE_SCALE = (128, 160)  # pixels: short side of X2D's training frames, from the smallest to the largest

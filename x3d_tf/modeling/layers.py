@@ -15,6 +15,7 @@ import keras
 from keras import ops
 
 from x3d_tf.modeling.lowerings import lowering
+from x3d_tf.modeling.roi_align import REGION_BINS, regions
 
 
 def conv_initializer(filters: int, kernel: Sequence[int] = (1, 1, 1)) -> keras.initializers.Initializer:
@@ -279,6 +280,20 @@ class _DeviceSeeds(keras.random.SeedGenerator):
         from x3d_tf.modeling.lowerings.tensorflow import seed_of_device
 
         return seed_of_device(seed)
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class Regions(keras.layers.Layer):
+    """What `roi_align.regions` computes, of [maps, boxes, clips] of any size."""
+
+    def call(self, inputs: Any) -> Any:
+        maps, boxes, clips = inputs
+        height, width = ops.shape(clips)[2:4]
+        return regions(maps, boxes, height, width)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        maps, boxes, _ = input_shape
+        return (*boxes[:2], REGION_BINS, REGION_BINS, maps[-1])
 
 
 def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:

@@ -13,29 +13,34 @@ import numpy as np
 from keras import layers, ops
 
 from x3d_tf._checks import require
+from x3d_tf.modeling import detection
 from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.description import Description, named_or_numbered
+from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import ChannelwiseConv3D
-from x3d_tf.modeling.x3d import X3D, ClipParts, graph
+from x3d_tf.modeling.x3d import ClipParts, Network, graph
 
 
-def portable(model: X3D, class_names: Sequence[str] | None = None, *, size: int | None = None) -> keras.Model:
+def portable(model: Network, class_names: Sequence[str] | None = None, *, size: int | None = None) -> keras.Model:
     """Makes the application's form of a trained network.
 
     Args:
-        model: the trainable network, with its classifier.
+        model: the trainable network, with its classifier, or a detector.
         class_names: one for each output; numbered, with a warning, unless given.
         size: side of the clip in pixels; the training crop unless given.
 
     Returns:
-        A model from clips (N, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (N, num_classes).
+        A model from clips (N, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (N, num_classes); of a
+        detector from {"clip": such clips, "boxes": (N, B, 4)} of any B to scores (N, B, num_classes).
         `x3d_tf.save` writes it with its class names; Keras' own `save` leaves them out.
 
     Raises:
         ValueError: a network without classifier, or as many names as it has no outputs for.
     """
-    trainable = isinstance(model, X3D)
-    require(trainable, "the model", "be a trainable network, from build_x3d or load", type(model).__name__)
+    trainable = isinstance(model, Network)
+    require(
+        trainable, "the model", "be a trainable network, from build_x3d, build_detector or load", type(model).__name__
+    )
     require(
         model.include_top, "the network of a portable model", "have its classifier (include_top)", model.include_top
     )
@@ -50,13 +55,20 @@ def portable(model: X3D, class_names: Sequence[str] | None = None, *, size: int 
     return app
 
 
-def build_portable(model: X3D, size: int) -> keras.Model:
+def build_portable(model: Network, size: int) -> keras.Model:
     """The application's form with fresh weights."""
     clip = keras.Input((model.clip.frames, size, size, 3), name="clip")
+    architecture, parts = plan(model.expansion, model.options), PortableParts()
+    if isinstance(model, Detector):
+        inputs = {"clip": clip, "boxes": keras.Input((None, 4), name="boxes")}
+        logits = detection.graph(
+            **inputs, architecture=architecture, parts=parts, head=model.head, num_classes=model.num_classes
+        )
+        return keras.Model(inputs, detection.scores(logits), name=model.name)
     logits = graph(
         clip,
-        plan(model.expansion, model.options),
-        PortableParts(),
+        architecture,
+        parts,
         train_size=model.clip.size,
         num_classes=model.num_classes,
     )
@@ -65,7 +77,7 @@ def build_portable(model: X3D, size: int) -> keras.Model:
     return keras.Model(clip, probabilities, name=model.name)
 
 
-def take_weights(model: X3D, app: keras.Model) -> None:
+def take_weights(model: Network, app: keras.Model) -> None:
     """Copies the weights of the application's form into the trainable network."""
     for target, sources in _pairs(model, app):
         arrays = [source.get_weights() for source in sources]
@@ -73,7 +85,7 @@ def take_weights(model: X3D, app: keras.Model) -> None:
         target.set_weights([w.reshape(t.shape) for w, t in zip(joined, target.weights)])
 
 
-def _pairs(model: X3D, app: keras.Model) -> Iterator[tuple[keras.Layer, list[keras.Layer]]]:
+def _pairs(model: Network, app: keras.Model) -> Iterator[tuple[keras.Layer, list[keras.Layer]]]:
     """Each layer with weights of the trainable network, and the layers that hold them in the application's form."""
     for layer in model.layers:
         if isinstance(layer, ChannelwiseConv3D) and layer.kernel_size[1:] != (1, 1):

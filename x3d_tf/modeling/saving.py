@@ -5,13 +5,17 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import keras
 
 from x3d_tf._checks import UserError, require
 from x3d_tf.modeling.description import Description, named_or_numbered
+from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.portable import build_portable, take_weights
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.modeling.x3d import X3D, Network
+
+_Model = TypeVar("_Model", X3D, Detector)
 
 MEMBER = "x3d_tf.json"
 _UNREADABLE = (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
@@ -24,7 +28,7 @@ def save(
     """Writes a `.keras` file of a trainable network or of its portable form.
 
     Args:
-        model: from `build_x3d`, `load` or `portable`.
+        model: from `build_x3d`, `build_detector`, `load` or `portable`.
         path: ends in `.keras`.
         class_names: for a trainable network, one for each output; numbered, with a warning, unless given.
         overwrite: whether a file that is there may be replaced.
@@ -46,19 +50,21 @@ def save(
 
 
 def _description(model: keras.Model, class_names: Sequence[str] | None) -> Description:
-    if isinstance(model, X3D):
+    if isinstance(model, Network):
         if not model.include_top:
             return Description.of(model, class_names=(), form="trainable")
         names = named_or_numbered(class_names, model.num_classes)
         return Description.of(model, class_names=names, form="trainable")
     description = getattr(model, "description", None)
     if not isinstance(description, Description):
-        raise ValueError(f"x3d_tf.save takes a model of x3d_tf.build_x3d, load or portable, got {model!r}")
+        raise ValueError(
+            f"x3d_tf.save takes a model of x3d_tf.build_x3d, build_detector, load or portable, got {model!r}"
+        )
     require(class_names is None, "class_names", "be given to x3d_tf.portable, which has them already", class_names)
     return description
 
 
-def load(path: str | Path) -> X3D:
+def load(path: str | Path) -> X3D | Detector:
     """Builds the trainable network of a run folder or of a `.keras` file that this package saved.
 
     Only numbers and names are read from the file, never code.
@@ -67,20 +73,62 @@ def load(path: str | Path) -> X3D:
         path: a run folder, which holds `model.keras`, or the file.
 
     Returns:
-        The network; its `class_names` are the file's.
+        The network, or the detector of such a file; its `class_names` are the file's.
 
     Raises:
         UserError: no such file, or one that this package did not save.
     """
     path = model_file(path)
     description = describe(path)
-    model = X3D(
+    return _filled(_detector(description) if description.task == "detection" else _classifier(description), path)
+
+
+def load_classifier(path: str | Path) -> X3D:
+    """As `load`, for what works with classifiers alone.
+
+    Raises:
+        UserError: besides, the file of a detector.
+    """
+    path = model_file(path)
+    description = describe(path)
+    if description.task == "detection":
+        raise UserError(f"{path} is a detector, which gives scores of boxes; a network that classifies clips is needed")
+    return _filled(_classifier(description), path)
+
+
+def load_detector(path: str | Path) -> Detector:
+    """As `load`, for what works with detectors alone.
+
+    Raises:
+        UserError: besides, the file of a classifier.
+    """
+    path = model_file(path)
+    description = describe(path)
+    if description.task != "detection":
+        raise UserError(f"{path} is no detector but classifies clips (its task is {description.task})")
+    return _filled(_detector(description), path)
+
+
+def _classifier(description: Description) -> X3D:
+    return X3D(
         description.expansion,
         description.num_classes,
         description.options,
         include_top=description.include_top,
         task=description.task,
     )
+
+
+def _detector(description: Description) -> Detector:
+    assert description.detection_head is not None  # a description of a detector has one
+    return Detector(
+        description.expansion, description.num_classes, description.options, head=description.detection_head
+    )
+
+
+def _filled(model: _Model, path: Path) -> _Model:
+    """The network with weights and names of the file."""
+    description = describe(path)
     try:
         if description.form == "portable":
             app = build_portable(model, description.size)

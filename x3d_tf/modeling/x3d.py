@@ -1,7 +1,7 @@
 """X3D as one flat Keras graph: `network` writes it down once, whatever layers it is made of."""
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any
 
 import keras
 from keras import layers, ops
@@ -24,10 +24,13 @@ from x3d_tf.modeling.layers import (
     Dropout,
     GhostBatchNorm,
     PointwiseConv3D,
+    Regions,
     Swish,
     conv_initializer,
 )
+from x3d_tf.modeling.roi_align import regions
 
+_TASKS = ("single_label", "multi_label")
 MEAN, STD = 0.45 * 255, 0.225 * 255  # of RGB in 0..255, one value for all channels (PySlowFast)
 
 
@@ -70,18 +73,44 @@ def build_x3d(
     )
 
 
-@keras.saving.register_keras_serializable("x3d_tf")
-class X3D(keras.Model):
-    """The trainable network. `build_x3d` makes it; its configuration is what that was given.
+class Network(keras.Model):
+    """What the classifier and the detector share.
 
     Attributes:
         expansion, options, num_classes, include_top, task: what it was built from.
         class_names: one for each output, of a network that `x3d_tf.load` read; else none.
         squeeze: whether it was trained on frames that were scaled to squares; those it is tested on then are, too.
+        trunk_end: name of the layer whose output the head takes.
+        logits: the tensor of the network's graph that a loss takes.
     """
 
+    expansion: Expansion
+    options: ModelOptions
+    num_classes: int
+    include_top: bool
+    task: Task
     class_names: tuple[str, ...] = ()
     squeeze: bool = False
+    trunk_end: str = "conv5"
+
+    @property
+    def clip(self) -> ClipSpec:
+        """The clip that the network is made for."""
+        return self.expansion.clip
+
+    @property
+    def logits(self) -> Any:
+        return self.output
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Network":
+        parts = {"expansion": Expansion(**config["expansion"]), "options": ModelOptions(**config["options"])}
+        return cls(**(config | parts))
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class X3D(Network):
+    """The trainable network. `build_x3d` makes it; its configuration is what that was given."""
 
     def __init__(
         self,
@@ -95,7 +124,7 @@ class X3D(keras.Model):
         **kwargs: Any,
     ) -> None:
         require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
-        require(task in get_args(Task), "task", f"be among {', '.join(get_args(Task))}", task)
+        require(task in _TASKS, "task", f"be among {', '.join(_TASKS)}", task)
         clips = keras.Input((None, None, None, 3), name="clip")
         outputs = graph(
             clips,
@@ -104,15 +133,9 @@ class X3D(keras.Model):
             train_size=expansion.clip.size,
             num_classes=num_classes if include_top else None,
         )
-        name = name or "".join(c if c.isalnum() else "_" for c in name_of(expansion)).strip("_")
-        super().__init__(inputs=clips, outputs=outputs, name=name, **kwargs)
+        super().__init__(inputs=clips, outputs=outputs, name=name or layer_name(expansion), **kwargs)
         self.expansion, self.options = expansion, options
         self.num_classes, self.include_top, self.task = num_classes, include_top, task
-
-    @property
-    def clip(self) -> ClipSpec:
-        """The clip that the network is made for."""
-        return self.expansion.clip
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -124,10 +147,10 @@ class X3D(keras.Model):
             "name": self.name,
         }
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "X3D":
-        parts = {"expansion": Expansion(**config["expansion"]), "options": ModelOptions(**config["options"])}
-        return cls(**(config | parts))
+
+def layer_name(expansion: Expansion) -> str:
+    """What Keras takes as a name of a network of these factors."""
+    return "".join(c if c.isalnum() else "_" for c in name_of(expansion)).strip("_")
 
 
 class ClipParts:
@@ -148,6 +171,10 @@ class ClipParts:
     def clips(self, x: Any) -> Any:
         """The tensor as (N, T, H, W, C)."""
         return x
+
+    def regions(self, x: Any, boxes: Any, clips: Any, name: str) -> Any:
+        """Maps (N, H, W, C) in boxes (N, B, 4) of the clips: (N, B, 7, 7, C)."""
+        return regions(x, boxes, clips.shape[2], clips.shape[3])
 
 
 class TrainableParts(ClipParts):
@@ -178,6 +205,9 @@ class TrainableParts(ClipParts):
     def activation(self, x: Any, function: str, name: str) -> Any:
         return Swish(name=name)(x) if function == "silu" else super().activation(x, function, name)
 
+    def regions(self, x: Any, boxes: Any, clips: Any, name: str) -> Any:
+        return Regions(name=name, dtype=x.dtype)([x, boxes, clips])
+
     def drop_branch(self, x: Any, rate: float, name: str) -> Any:
         return Dropout(rate, noise_shape=(None, 1, 1, 1, 1), name=name)(x) if rate else x
 
@@ -198,6 +228,12 @@ def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int
     Returns:
         Logits (N, num_classes), or pool5 (N, head_width).
     """
+    x = conv5(trunk(clips, architecture, parts), architecture, parts)
+    return head(x, architecture.options, parts, window=pool_window(train_size), num_classes=num_classes)
+
+
+def trunk(clips: Any, architecture: Architecture, parts: Any) -> Any:
+    """Up to res5; arguments as `graph`."""
     x = parts.normalize(clips, "normalize")
     if architecture.options.input == "difference":
         x = parts.difference(x, "difference")
@@ -210,9 +246,13 @@ def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int
             x = block(x, f"{stage_name}_{index}", architecture, stage, index, rate, parts)
             last = index == stage.depth - 1  # whose output goes by the stage's own name
             x = layers.ReLU(name=stage_name if last else f"{stage_name}_{index}")(x)
+    return x
+
+
+def conv5(x: Any, architecture: Architecture, parts: Any) -> Any:
+    """The last convolution: 1x1x1, to the width of the head."""
     x = parts.pointwise(x, architecture.head_width, "conv5_conv")
-    x = layers.ReLU(name="conv5")(parts.norm(x, "conv5_bn"))
-    return head(x, architecture.options, parts, window=pool_window(train_size), num_classes=num_classes)
+    return layers.ReLU(name="conv5")(parts.norm(x, "conv5_bn"))
 
 
 def block(
@@ -258,11 +298,8 @@ def squeeze_excitation(x: Any, name: str, parts: Any) -> Any:
 
 
 def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes: int | None) -> Any:
-    """From conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5.
-
-    Computed in the precision of the weights under mixed precision too: it costs little there.
-    """
-    x, full = parts.clips(x), keras.config.dtype_policy().variable_dtype
+    """From conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5."""
+    x, full = parts.clips(x), full_precision()
     x = ops.cast(x, full) if x.dtype != full else x
     if options.head_pool == "global" or num_classes is None:
         x = layers.GlobalAveragePooling3D(name="pool5", dtype=full)(x)
@@ -271,11 +308,7 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
         x = layers.AveragePooling2D(window, strides=1, name="pool5", dtype=full)(x)
     if num_classes is None:
         return x
-    initializer = conv_initializer(FC1_WIDTH)
-    x = layers.Dense(FC1_WIDTH, "relu", use_bias=False, kernel_initializer=initializer, name="fc1", dtype=full)(x)
-    x = parts.dropout(x, "dropout")
-    normal = keras.initializers.RandomNormal(stddev=0.01)
-    x = layers.Dense(num_classes, kernel_initializer=normal, name="fc2", dtype=full)(x)
+    x = fc2(parts.dropout(fc1(x), "dropout"), num_classes)
     if options.head_pool == "fixed_logits":
         x = ops.mean(x, axis=(1, 2))
     elif options.head_pool == "fixed_probabilities":
@@ -283,3 +316,23 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
         peak = ops.max(x, axis=(1, 2), keepdims=True)  # taken out, so that no class underflows in all windows
         x = ops.log(ops.mean(ops.exp(x - peak), axis=(1, 2))) + ops.squeeze(peak, axis=(1, 2))
     return x
+
+
+def fc1(x: Any) -> Any:
+    """The hidden layer of the classifier, along the last axis."""
+    initializer = conv_initializer(FC1_WIDTH)
+    dense = layers.Dense(
+        FC1_WIDTH, "relu", use_bias=False, kernel_initializer=initializer, name="fc1", dtype=full_precision()
+    )
+    return dense(x)
+
+
+def fc2(x: Any, num_classes: int) -> Any:
+    """Its last layer: logits."""
+    normal = keras.initializers.RandomNormal(stddev=0.01)
+    return layers.Dense(num_classes, kernel_initializer=normal, name="fc2", dtype=full_precision())(x)
+
+
+def full_precision() -> str:
+    """The precision of the weights, in which heads compute under mixed precision too: it costs little there."""
+    return str(keras.config.dtype_policy().variable_dtype)

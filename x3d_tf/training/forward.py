@@ -15,14 +15,14 @@ import tensorflow as tf
 from x3d_tf.modeling.architecture import STAGE_NAMES, plan
 from x3d_tf.modeling.layers import Dropout, GhostBatchNorm
 from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.modeling.x3d import Network
 
 _Parts = list[Any]  # of a tensor: some of the batch's clips each
 _Observer = Callable[[GhostBatchNorm, _Parts], None]  # of what goes into a batch norm
 
 
-def forward_of(model: X3D, recompute: str = "nothing") -> Callable[..., Any]:
-    """The network in training as a function from clips to logits, which updates the layers' state as the model does.
+def forward_of(model: Network, recompute: str = "nothing") -> Callable[..., Any]:
+    """The network in training as a function from its input to logits, which updates its state as the model does.
 
     Args:
         model: frozen as it is to stay.
@@ -32,21 +32,25 @@ def forward_of(model: X3D, recompute: str = "nothing") -> Callable[..., Any]:
         The function. Another argument, `observe`, is called with each batch norm and the parts of its input; not of
         what is recomputed.
     """
-    first, last = model.input, model.get_layer("conv5").output
+    first, last = model.get_layer("clip").output, model.get_layer(model.trunk_end).output
     cuts = {"nothing": _whole, "activations": _around_activations, "blocks": _around_blocks}[recompute](model)
     makers = {id(layer.output): layer for layer in model.layers}
     segments = [_Segment(_between(makers, inputs, output), inputs, output, again) for inputs, output, again in cuts]
-    head = keras.Model(last, model.output)
+    more = model.input if isinstance(model.input, dict) else {}  # of a detector: the clips and their boxes
+    head = keras.Model({"trunk": last, **more}, model.logits)
+    whole = keras.Model(model.input, model.logits)
 
     @tf.autograph.experimental.do_not_convert
-    def forward(clips: Any, observe: _Observer | None = None) -> Any:
+    def forward(given: Any, observe: _Observer | None = None) -> Any:
+        clips = given["clip"] if more else given
         parts = parts_of_batch(clips.shape[0], model.options.bn_group)
         if parts == 1 and recompute == "nothing" and observe is None:
-            return model(clips, training=True)
+            return whole(given, training=True)
         values = {id(first): tf.split(tf.cast(clips, first.dtype), parts)}
         for segment in segments:
             values[id(segment.output)] = segment([values[id(tensor)] for tensor in segment.inputs], observe)
-        return head(tf.concat(values[id(last)], 0), training=True)
+        trunk = tf.concat(values[id(last)], 0)
+        return head({"trunk": trunk, **(given if more else {})}, training=True)
 
     return forward
 
@@ -54,28 +58,28 @@ def forward_of(model: X3D, recompute: str = "nothing") -> Callable[..., Any]:
 _Cut = tuple[list[Any], Any, bool]  # inputs of a segment, its output, whether to recompute it
 
 
-def _whole(model: X3D) -> Iterator[_Cut]:
-    yield [model.input], model.get_layer("conv5").output, False
+def _whole(model: Network) -> Iterator[_Cut]:
+    yield [model.get_layer("clip").output], model.get_layer(model.trunk_end).output, False
 
 
-def _around_blocks(model: X3D) -> Iterator[_Cut]:
+def _around_blocks(model: Network) -> Iterator[_Cut]:
     """Keeps the outputs of the stem and of the residual blocks."""
-    x = model.input
+    x = model.get_layer("clip").output
     for name in ("conv1", *(end for _, end in _blocks(model))):
         y = model.get_layer(name).output
         yield [x], y, True
         x = y
-    yield [x], model.get_layer("conv5").output, False
+    yield [x], model.get_layer(model.trunk_end).output, False
 
 
-def _around_activations(model: X3D) -> Iterator[_Cut]:
+def _around_activations(model: Network) -> Iterator[_Cut]:
     """Keeps also the outputs of the convolutions: batch norm, activations and squeeze-excitation are recomputed.
 
     A convolution ends the segment of what comes before it, for its gradient needs its input, not its output: the
     former is recomputed, and the convolution itself falls away, being of no use.
     """
     x = model.get_layer("conv1").output
-    yield [model.input], x, False
+    yield [model.get_layer("clip").output], x, False
     for block, end in _blocks(model):
         a, b, c = (model.get_layer(f"{block}_conv_{role}").output for role in "abc")
         y = model.get_layer(end).output
@@ -84,10 +88,10 @@ def _around_activations(model: X3D) -> Iterator[_Cut]:
         yield [b], c, True
         yield [x, c], y, False
         x = y
-    yield [x], model.get_layer("conv5").output, False
+    yield [x], model.get_layer(model.trunk_end).output, False
 
 
-def _blocks(model: X3D) -> Iterator[tuple[str, str]]:
+def _blocks(model: Network) -> Iterator[tuple[str, str]]:
     """Names of the residual blocks in order, each with the name of the layer that ends it."""
     for stage_name, stage in zip(STAGE_NAMES, plan(model.expansion, model.options).stages):
         for index in range(stage.depth):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from x3d_tf._checks import UserError
 from x3d_tf.modeling.architecture import plan
-from x3d_tf.modeling.saving import load
+from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
 
 
@@ -50,7 +50,7 @@ def start_from(model: X3D, source: str | Path) -> Transfer:
         UserError: no such file, or a network of other widths or depths (names the layers that do not fit), or one that
             takes other input or has other activations.
     """
-    other = load(source)
+    other = load_classifier(source)
     theirs = {layer.name: layer for layer in other.layers if layer.weights}
     if not model.class_names or other.class_names != model.class_names:
         theirs.pop("fc2", None)

@@ -23,7 +23,7 @@ from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.portable import portable
-from x3d_tf.modeling.saving import describe, load, save
+from x3d_tf.modeling.saving import describe, load_classifier, save
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.checkpointing import Checkpoints
 from x3d_tf.runs.recipe import TrainConfig
@@ -197,7 +197,7 @@ class Trainer:
     def save_result(self, run: RunFolder) -> None:
         """Writes the portable form of the network, of its best validation where the recipe has patience."""
         if self.config.recipe.patience:
-            save(portable(load(run.best), self.manifest.classes), run.model)
+            save(portable(load_classifier(run.best), self.manifest.classes), run.model)
             return
         with self._tested_weights():
             save(portable(self.model, self.manifest.classes), run.model)

@@ -257,11 +257,12 @@ def clip_by_clip(network: Callable[[Any], Any], chains: int | None = None) -> Ca
     inside a `tf.function` only.
 
     Args:
-        network: from clips (1, T, H, W, 3) to float32 (1, classes).
+        network: from clips (1, T, H, W, 3), or a structure of tensors of one clip, to float32 (1, ...).
         chains: clips that run at a time, fixed when the function is traced; as many as there are cores unless given.
 
     Returns:
-        The function from clips (N, T, H, W, 3) to float32 (N, classes), of any N, static or open.
+        The function from clips (N, T, H, W, 3), or such a structure of N, to float32 (N, ...), of any N, static or
+        open.
 
     Raises:
         ValueError: `chains` below 1.
@@ -269,10 +270,10 @@ def clip_by_clip(network: Callable[[Any], Any], chains: int | None = None) -> Ca
     require(chains is None or chains >= 1, "chains", "be at least 1", chains)
 
     def call(clips: Any) -> Any:
-        if clips.shape[0] == 1:
+        if tf.nest.flatten(clips)[0].shape[0] == 1:
             return network(clips)
         return tf.map_fn(
-            lambda clip: network(clip[None])[0],
+            lambda clip: network(tf.nest.map_structure(lambda part: part[None], clip))[0],
             clips,
             parallel_iterations=chains or _cores(),
             fn_output_signature=tf.float32,

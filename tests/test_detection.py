@@ -1,0 +1,187 @@
+"""The detector: its graph against a naive head, its size, its files, its steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_roi_align import naive
+
+import x3d_tf
+from x3d_tf._checks import UserError
+from x3d_tf.modeling.cost import cost
+from x3d_tf.modeling.saving import load_classifier, load_detector
+
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
+NAMES = ("sit", "wave", "point")
+HEADS = ("full", "simple")
+
+
+def detector(head: Any = "full", **options: Any) -> Any:
+    """Nothing is left at its first value, and scores of boxes differ."""
+    keras.utils.set_random_seed(0)
+    network = x3d_tf.build_detector(TINY, num_classes=3, head=head, **options)
+    draw = np.random.default_rng(0)
+    for layer in network.layers:
+        for weight in layer.weights:
+            if "seed" not in weight.path and weight.ndim == 1:
+                weight.assign(draw.uniform(0.5, 1.5, weight.shape))
+    fc2 = network.get_layer("fc2")
+    fc2.kernel.assign(draw.standard_normal(fc2.kernel.shape) * (0.03 if head == "full" else 0.3))
+    fc2.bias.assign(np.zeros(3))
+    return network
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def network(request: pytest.FixtureRequest) -> Any:
+    return detector(request.param)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(1)
+    corners = np.sort(draw.uniform(0, 1, (2, 3, 2, 2)), axis=2).reshape(2, 3, 4).astype("float32")
+    corners[1, 2] = 0  # padding
+    return {"clip": draw.integers(0, 256, (2, 4, 64, 64, 3), dtype=np.uint8), "boxes": corners}
+
+
+@pytest.mark.parametrize("size", [64, 72])  # 72 / 32 is no whole number of cells
+def test_the_head_is_what_a_naive_one_computes(network: Any, size: int) -> None:
+    clip = np.zeros((1, 4, size, size, 3), np.uint8)  # not alike everywhere, as noise would be
+    clip[:, :, : size // 3] = np.linspace(0, 255, size)[:, None]
+    boxes = np.float32([[[0.1, 0.2, 0.9, 0.7], [-0.3, 0.5, 0.4, 1.2], [0, 0, 1, 1]]])
+    trunk = keras.Model(network.input, network.get_layer(network.trunk_end).output)
+    maps = np.asarray(trunk({"clip": clip, "boxes": boxes}))[0].mean(axis=0)  # (H, W, C)
+    pooled = naive(maps, np.clip(boxes[0], 0, 1) * size, 7, 1 / 32, True).max(axis=(1, 2))
+    if network.head == "full":
+        pooled = np.maximum(pooled @ np.asarray(network.get_layer("fc1").kernel), 0)
+    fc2 = network.get_layer("fc2")
+    expected = 1 / (1 + np.exp(-(pooled @ np.asarray(fc2.kernel) + np.asarray(fc2.bias))))
+    assert np.ptp(expected, axis=0).max() > 3e-3  # boxes differ, by far more than the bound
+    np.testing.assert_allclose(network({"clip": clip, "boxes": boxes})[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("x3d_m", 3.106), ("x3d_xl", 10.3)])
+def test_parameters_are_those_of_the_classifier(name: str, millions: float) -> None:
+    """The paper's Table 8 has 3.1 M for X3D-M; the convention is cost's, which leaves batch norm out."""
+    counted = cost(name, num_classes=80)
+    network = x3d_tf.build_detector(name)
+    assert sum(int(np.prod(weight.shape)) for weight in network.trainable_variables) == counted.params
+    assert counted.params_paper / 1e6 == pytest.approx(millions, abs=0.05 if millions > 5 else 0.0005)
+
+
+def test_a_portable_file_loads_without_this_package(
+    network: Any, inputs: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    x3d_tf.save(x3d_tf.portable(network, NAMES), tmp_path / "detector.keras")
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    code = (
+        "import numpy as np, sys, tensorflow as tf\n"
+        "model = tf.keras.models.load_model('detector.keras')\n"
+        "scores = [model(dict(np.load('inputs.npz'))), model({k: v[:1, :2] if k == 'boxes' else v[:1] for k, v in "
+        "np.load('inputs.npz').items()})]\n"
+        "assert 'x3d_tf' not in sys.modules\n"
+        "np.savez('scores.npz', *scores)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    expected = np.asarray(network(inputs))
+    found = np.load(tmp_path / "scores.npz")
+    np.testing.assert_allclose(found["arr_0"], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["arr_1"], expected[:1, :2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["trainable", "portable"])
+def test_files_make_the_detector_again(network: Any, inputs: dict[str, np.ndarray], tmp_path: Path, form: str) -> None:
+    path = tmp_path / "detector.keras"
+    if form == "portable":
+        x3d_tf.save(x3d_tf.portable(network, NAMES), path)
+    else:
+        x3d_tf.save(network, path, NAMES)
+    again = x3d_tf.load(path)
+    assert again.class_names == NAMES and again.head == network.head and again.task == "detection"
+    np.testing.assert_array_equal(again(inputs), network(inputs))
+    np.testing.assert_array_equal(load_detector(path)(inputs), network(inputs))
+    with pytest.raises(UserError, match="is a detector"):
+        load_classifier(path)
+
+
+def test_classifiers_are_no_detectors(tmp_path: Path) -> None:
+    x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=3), tmp_path / "a.keras", NAMES)
+    with pytest.raises(UserError, match="is no detector but classifies clips"):
+        load_detector(tmp_path / "a.keras")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"head": "large"}, "head must be among full, simple, got 'large'"),
+        ({"head_pool": "fixed_logits"}, "build_detector's options must be among"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        x3d_tf.build_detector(TINY, **settings)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A version of a served detector."""
+    from x3d_tf.export.models import open_model
+    from x3d_tf.export.saved_model import export_saved_model
+
+    folder = tmp_path_factory.mktemp("detector")
+    x3d_tf.save(x3d_tf.portable(detector(), NAMES), folder / "detector.keras")
+    return export_saved_model(open_model(folder / "detector.keras", detectors=True), folder / "actions")
+
+
+def test_a_saved_model_gives_the_same_scores(served: Path, inputs: dict[str, np.ndarray]) -> None:
+    module = tf.saved_model.load(str(served))
+    expected = np.asarray(detector()(inputs))
+    for name in ("detect", "serving_default"):
+        answer = module.signatures[name](clips=tf.constant(inputs["clip"]), boxes=tf.constant(inputs["boxes"]))
+        np.testing.assert_allclose(answer["scores"], expected, rtol=0, atol=1e-5)
+    one = module.signatures["detect"](clips=tf.constant(inputs["clip"][:1]), boxes=tf.constant(inputs["boxes"][:1, :1]))
+    np.testing.assert_allclose(one["scores"], expected[:1, :1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": np.zeros((1, 3, 4), "float32")}, "boxes must be of as many clips"),
+        ({"boxes": np.full((2, 3, 4), np.nan, "float32")}, "boxes must be finite"),
+        ({"clips": np.zeros((0, 4, 64, 64, 3), np.uint8)}, "there must be a clip, got none"),
+    ],
+)
+def test_a_saved_model_refuses(
+    served: Path, inputs: dict[str, np.ndarray], change: dict[str, np.ndarray], message: str
+) -> None:
+    module = tf.saved_model.load(str(served))
+    given = {"clips": inputs["clip"], "boxes": inputs["boxes"]} | change
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        module.signatures["detect"](**{name: tf.constant(value) for name, value in given.items()})
+
+
+def test_the_version_says_what_it_is(served: Path) -> None:
+    card = json.loads((served / "model_card.json").read_text())
+    assert card["task"] == "detection" and card["classes"] == list(NAMES)
+    assert card["signatures"]["detect"] == {
+        "clips": {"dtype": "uint8", "shape": ["N", 4, 64, 64, 3]},
+        "boxes": {"dtype": "float32", "shape": ["N", None, 4]},
+    }
+    assert (served / "assets" / "labels.txt").read_text().split() == list(NAMES)
+    logs = tf.data.TFRecordDataset(str(served / "assets.extra" / "tf_serving_warmup_requests"))
+    assert [b"detect" in log for log in logs.as_numpy_iterator()] == [False, True]
+
+
+def test_other_exporters_take_no_detector(tmp_path: Path) -> None:
+    from x3d_tf.export.models import open_model
+
+    x3d_tf.save(x3d_tf.portable(detector(), NAMES), tmp_path / "detector.keras")
+    with pytest.raises(UserError, match="is a detector"):
+        open_model(tmp_path / "detector.keras")
