@@ -56,7 +56,9 @@ class Source:
     def views(self) -> ViewSpec:
         """How frames become the network's clip: one clip of a video, its centre crop."""
         model = self.model
-        return ViewSpec(temporal_views=1, resize=model.expansion.test_size, crop=model.clip.size, squeeze=model.squeeze)
+        return ViewSpec(
+            temporal_views=1, resize=model.expansion.test_size, crop=model.tested_size, squeeze=model.squeeze
+        )
 
     @property
     def weights_sha256(self) -> str:
@@ -78,8 +80,8 @@ class Source:
             "created_by": f"x3d_tf {x3d_tf.__version__}",
             "task": model.task,
             "input": {
-                **input_contract(model.expansion, self.frame_sampling, model.squeeze),
-                "shape": [batch or "N", clip.frames, clip.size, clip.size, 3],
+                **input_contract(model.expansion, self.frame_sampling, model.squeeze, model.tested_size),
+                "shape": [batch or "N", clip.frames, model.tested_size, model.tested_size, 3],
                 "colours": "RGB",
                 "range": [0, 255],
                 "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",

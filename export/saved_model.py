@@ -164,7 +164,7 @@ def _write_warmup(path: Path, source: "Source", model: str) -> None:
     import tensorflow as tf
 
     clip = source.model.clip
-    shape = (1, clip.frames, clip.size, clip.size, 3)
+    shape = (1, clip.frames, source.model.tested_size, source.model.tested_size, 3)
     grey = tf.make_tensor_proto(_GREY, tf.uint8, shape)  # one value that stands for all
     if source.model.task == "detection":
         asked = {"clips": grey, "boxes": tf.make_tensor_proto([[[0.0, 0.0, 1.0, 1.0]]], tf.float32)}

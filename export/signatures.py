@@ -97,7 +97,7 @@ class DetectorSignatures(tf.Module):
         scores = functools.partial(network, training=False)
         batches = clip_by_clip(scores, _CHAINS) if device == "cpu" else scores
         clip = source.model.clip
-        shape = (None, clip.frames, clip.size, clip.size, 3)
+        shape = (None, clip.frames, source.model.tested_size, source.model.tested_size, 3)
         self.labels = tf.saved_model.Asset(str(labels))
         self.weights = [variable.value for variable in network.variables]  # a SavedModel holds what its module does
 

@@ -6,7 +6,7 @@ import pytest
 
 from x3d_tf import VARIANTS, Expansion, ModelOptions, configs
 from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.runs.recipe import Recipe, TrainConfig
+from x3d_tf.runs.recipe import Detection, Recipe, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = sorted(path.stem for path in (ROOT / "gin").glob("x*.gin"))
@@ -66,6 +66,23 @@ def test_the_recipe_for_fine_tuning_equals_its_python() -> None:
     assert configs.parse(files, ['TrainConfig.init="runs/x3d_s"']).config == expected
     with pytest.raises(ValueError, match=r"TrainConfig\.init must be given where"):
         configs.parse(files)
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+@pytest.mark.parametrize("name", ["x3d_m", "x3d_xl"])
+def test_the_recipes_for_ava_equal_their_python(name: str, version: str) -> None:
+    expected = TrainConfig(
+        VARIANTS[name].expansion,
+        ModelOptions(),
+        DatasetSpec(records=f"data/ava_v{version}", eval_split="val"),
+        Recipe(steps=14000, warmup_steps=1000, schedule="steps", decay_steps=(7000, 10500), weight_decay=1e-7),
+        detection=Detection(),
+        checkpoint_steps=500,
+    )
+    file = f"gin/ava/{name}_v{version}.gin"
+    assert configs.parse([file]).config == expected
+    assert TrainConfig.from_json(expected.to_json()) == expected
+    assert f"--gin_file={file}" in (ROOT / file).read_text()
 
 
 def test_later_files_and_bindings_win() -> None:

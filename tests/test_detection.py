@@ -18,6 +18,7 @@ from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.saving import load_classifier, load_detector
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
+SIZE = TINY.test_size  # 73, no whole number of cells
 NAMES = ("sit", "wave", "point")
 HEADS = ("full", "simple")
 
@@ -47,7 +48,7 @@ def inputs() -> dict[str, np.ndarray]:
     draw = np.random.default_rng(1)
     corners = np.sort(draw.uniform(0, 1, (2, 3, 2, 2)), axis=2).reshape(2, 3, 4).astype("float32")
     corners[1, 2] = 0  # padding
-    return {"clip": draw.integers(0, 256, (2, 4, 64, 64, 3), dtype=np.uint8), "boxes": corners}
+    return {"clip": draw.integers(0, 256, (2, 4, SIZE, SIZE, 3), dtype=np.uint8), "boxes": corners}
 
 
 @pytest.mark.parametrize("size", [64, 72])  # 72 / 32 is no whole number of cells
@@ -119,7 +120,7 @@ def test_classifiers_are_no_detectors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": "large"}, "head must be among full, simple, got 'large'"),
+        ({"head": "large"}, "head must be among full, simple, frame, got 'large'"),
         ({"head_pool": "fixed_logits"}, "build_detector's options must be among"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
     ],
@@ -155,7 +156,7 @@ def test_a_saved_model_gives_the_same_scores(served: Path, inputs: dict[str, np.
     [
         ({"boxes": np.zeros((1, 3, 4), "float32")}, "boxes must be of as many clips"),
         ({"boxes": np.full((2, 3, 4), np.nan, "float32")}, "boxes must be finite"),
-        ({"clips": np.zeros((0, 4, 64, 64, 3), np.uint8)}, "there must be a clip, got none"),
+        ({"clips": np.zeros((0, 4, SIZE, SIZE, 3), np.uint8)}, "there must be a clip, got none"),
     ],
 )
 def test_a_saved_model_refuses(
@@ -171,7 +172,7 @@ def test_the_version_says_what_it_is(served: Path) -> None:
     card = json.loads((served / "model_card.json").read_text())
     assert card["task"] == "detection" and card["classes"] == list(NAMES)
     assert card["signatures"]["detect"] == {
-        "clips": {"dtype": "uint8", "shape": ["N", 4, 64, 64, 3]},
+        "clips": {"dtype": "uint8", "shape": ["N", 4, SIZE, SIZE, 3]},
         "boxes": {"dtype": "float32", "shape": ["N", None, 4]},
     }
     assert (served / "assets" / "labels.txt").read_text().split() == list(NAMES)

@@ -1,5 +1,8 @@
 """Average precision of detection: against AVA's rule one step after the other, and its published evaluators."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ from x3d_tf.evaluation.detection_metrics import (
     mean_over_classes,
 )
 
-ORACLE = Path(__file__).parents[2] / "shared" / "data" / "ava_eval"
+ROOT = Path(__file__).parents[1]
+ORACLE = ROOT.parent / "shared" / "data" / "ava_eval"
 
 
 def naive(truth: list[Any], found: list[Any], label: int, threshold: float = 0.5) -> float:
@@ -136,3 +140,77 @@ def test_the_published_evaluators_give_the_same() -> None:
     each = detection_average_precisions(table(truth), table(found), found.scores, np.array(list(actions)))
     np.testing.assert_allclose(each, [0.17045454545, 0.0, 0.11111111], atol=1e-8)
     assert mean_over_classes(each) == pytest.approx(0.09385521885521886, abs=1e-12)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "x3d_tf.evaluate", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """Three boxes, of which two are found, and one more that is excluded."""
+    rows = [f"film,{second},0.1,0.1,0.5,0.5" for second in (902, 903, 904)]
+    truth = [f"{rows[0]},1,0", f"{rows[1]},1,0", f"{rows[1]},2,0", f"{rows[2]},1,0"]
+    found = [f"{rows[0]},1,0.9", f"{rows[1]},2,0.8", f"{rows[2]},2,0.99"]
+    named = 'item { name: "sit" id: 1 }\nitem { name: "wave" id: 2 }\nitem { name: "run" id: 3 }\n'
+    content = {"groundtruth": truth, "detections": found, "exclusions": ["film,904"], "label_map": [named]}
+    for name, lines in content.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    return {name: f"--{name}={tmp_path / name}" for name in content}
+
+
+def test_files_are_measured_by_a_command(files: dict[str, str], tmp_path: Path) -> None:
+    done = command(*files.values(), f"--output={tmp_path / 'report'}")
+    assert done.returncode == 0, done.stderr
+    assert "frame mAP at IoU 0.5: 75.0000% over 2 actions on 2 key frames, 2 boxes found" in done.stdout
+    assert "1 boxes found do not count" in done.stdout and "1 actions of the label map are not in" in done.stdout
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["map"] == 0.75 and results["classes_with_positives"] == 2
+    assert (tmp_path / "report" / "per_class.csv").read_text().splitlines() == [
+        "action_id,action,positives,average_precision",
+        "1,sit,2,0.5",
+        "2,wave,1,1",
+        "3,run,0,",
+    ]
+    assert (tmp_path / "report" / "per_class.png").read_bytes().startswith(b"\x89PNG")
+    again = command(*files.values(), f"--output={tmp_path / 'report'}")
+    assert again.returncode == 1 and "holds a report already" in again.stderr
+
+
+def test_the_command_takes_what_goes_together(files: dict[str, str]) -> None:
+    assert "takes --groundtruth" in command(files["detections"]).stderr
+    assert "--groundtruth must not be given without --detections" in command("--run=x", files["groundtruth"]).stderr
+    done = command(files["detections"], files["groundtruth"], "--views=3")
+    assert done.returncode == 1 and "--views must not be given with --detections" in done.stderr
+
+
+@pytest.mark.slow
+def test_millions_of_detections_fit_into_little_memory() -> None:
+    """57,000 key frames with 5 boxes of 60 actions each, in a process that says what it took."""
+    done = subprocess.run([sys.executable, "-c", MILLIONS], capture_output=True, text=True, check=True)
+    mean, _, kilobytes = map(float, done.stdout.split())
+    assert 0 < mean < 1 and kilobytes < 4e6
+
+
+MILLIONS = """
+import resource, time
+import numpy as np
+from x3d_tf.evaluation.detection_metrics import LabeledBoxes, detection_average_precisions, mean_over_classes
+draw, frames, boxes, actions = np.random.default_rng(0), 57_000, 5, 60
+corners = draw.uniform(0, 0.5, (frames * boxes, 2))
+found = np.concatenate([corners, corners + draw.uniform(0.1, 0.5, corners.shape)], axis=1)
+real = np.repeat(found + draw.normal(0, 0.02, found.shape), 2, axis=0)
+numbers = np.repeat(np.arange(frames, dtype=np.int32), boxes)
+truth = LabeledBoxes(np.repeat(numbers, 2), real, draw.integers(1, actions + 1, len(real)))
+rows = LabeledBoxes(
+    np.repeat(numbers, actions),
+    np.repeat(found, actions, axis=0),
+    np.tile(np.arange(1, actions + 1, dtype=np.int16), len(found)),
+)
+scores = draw.random(len(rows), dtype=np.float32)
+start = time.perf_counter()
+each = detection_average_precisions(truth, rows, scores, np.arange(1, actions + 1))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(mean_over_classes(each), time.perf_counter() - start, peak)
+"""

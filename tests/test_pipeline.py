@@ -143,7 +143,7 @@ def test_clips_equal_a_plain_loop(manifest: Manifest, videos: list[EncodedVideo]
             place = place_of(
                 tf.constant(step, tf.int64), tf.constant(member, tf.int64), records=RECORDS, batch=BATCH, seed=5
             )
-            chance = pipeline._chances(5, place).numpy()
+            chance = pipeline.chances(5, place).numpy()
             record = int(labels[member])
             start = chance[0] * last_start(LENGTHS[record], 30.0, CLIP)
             frames = decoded(videos[record])[frame_indices(start, LENGTHS[record], 30.0, CLIP)]
@@ -184,13 +184,13 @@ def test_views_equal_a_plain_loop(
 ) -> None:
     views = ViewSpec(temporal_views=4, spatial_crops=crops, resize=20, crop=16)
     jpegs = tf.Variable(0, dtype=tf.int64)
-    decode = pipeline._decode
+    decode = pipeline.decode_frames
 
     def counting(encoded: tf.Tensor) -> tf.Tensor:
         with tf.control_dependencies([jpegs.assign_add(tf.size(encoded, tf.int64))]):
             return decode(tf.identity(encoded))
 
-    monkeypatch.setattr(pipeline, "_decode", counting)
+    monkeypatch.setattr(pipeline, "decode_frames", counting)
     dataset = evaluation_dataset(manifest, "train", CLIP, views, batch_videos=4, clip_starts=clip_starts)
     elements = list(dataset.as_numpy_iterator())
     assert [len(labels) for _, labels, _ in elements] == [4, 4, 3]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_x3d_s_learns_the_made_up_videos(tmp_path: Path) -> None:
-    """Twenty minutes on two slow cores."""
+    """Fifteen minutes on two slow cores."""
     command = [sys.executable, "-m", "x3d_tf.train", f"--gin_file={ROOT / 'gin' / 'x3d_s.gin'}"]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
     results = json.loads((tmp_path / "runs/x3d_s/evaluation/moving_shapes_test_10center/results.json").read_text())

@@ -131,3 +131,26 @@ def _drawable(text: str, width: int = 40) -> str:
     """Text with long lines wrapped, and with what is no Unicode (bytes of file names) escaped."""
     lines = text.encode("utf-8", "backslashreplace").decode().splitlines()
     return "\n".join("\n".join(textwrap.wrap(line, width)) for line in lines)
+
+
+def save_precisions(
+    precisions: np.ndarray, positives: np.ndarray, class_names: Sequence[str], path: Path, title: str
+) -> None:
+    """Average precision of classes as bars, best first, as a PNG.
+
+    Args:
+        precisions: in [0, 1], or nan: left out.
+        positives: how often each class is there, written beside the bars.
+        class_names: one a class.
+        path: replaced if it is there.
+        title: of the figure.
+    """
+    order = [place for place in np.argsort(-precisions, kind="stable") if not np.isnan(precisions[place])]
+    with _figure(path, figsize=(9, 1.2 + 0.22 * max(len(order), 3))) as figure:
+        axes = figure.subplots()
+        axes.barh(range(len(order)), [100 * precisions[place] for place in order])
+        names = [f"{_drawable(class_names[place], 60)} ({positives[place]})" for place in order]
+        axes.set_yticks(range(len(order)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 100), xlabel="average precision in % (in brackets: boxes in the ground truth)", title=title)
+        axes.grid(axis="x", alpha=0.3)

@@ -11,6 +11,13 @@ A csv file that lists them, with paths relative to --videos (without it, to the 
 Its first line names the columns: path,label and any of split,start,end. Split is train, val or test (or as in --splits;
 or none, and --split); start and end are the seconds to keep. "run;jump" are two labels, and make a multi-label task.
 
+Action detection: AVA's videos, or folders of their frames, and its csv files of boxes, one for each split:
+  python -m x3d_tf.build_records --videos=ava/videos_15min --output=data/ava \\
+      --boxes=train=ava/ava_train_v2.2.csv --boxes=val=ava/ava_val_v2.2.csv --proposals=val=ava/person_boxes_val.csv \\
+      --exclusions=val=ava/ava_val_excluded_timestamps_v2.2.csv
+A record then is the 2.7 seconds around a key frame. Proposals are the boxes of a person detector, in the same format
+with a score in the last column. --label_map names the actions of other lists.
+
 Whether the records are whole:
   python -m x3d_tf.build_records --verify --output=data/my_records
 
@@ -20,20 +27,24 @@ tells it from other builds. Records take 6 to 26 times the room of the videos: t
 on, and --quality=85 or a smaller --short_side make them smaller.
 """
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
 from x3d_tf import _command
-from x3d_tf._checks import UserError
+from x3d_tf._checks import UserError, require
 from x3d_tf.data.build_folder import FAILURES_NAME
-from x3d_tf.data.builder import BuildResult, build_records
+from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
+from x3d_tf.data.key_frames import FIRST_MINUTE
 from x3d_tf.data.sources import default_splits
 
 FLAGS = flags.FLAGS
 
+_OF_BOXES = ("proposals", "exclusions", "label_map", "starts_at")
 _SMALLEST_OF_X3D_S = 182  # pixels to which it scales the short side; smaller frames would be blown up
 
 
@@ -41,6 +52,11 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("videos", None, "Folder that holds a folder of videos for each class; with --csv, its files.")
     flags.DEFINE_string("csv", None, "File that lists the videos, in place of folders.")
+    flags.DEFINE_multi_string("boxes", None, "SPLIT=FILE: a csv of boxes and actions, in AVA's format. Once a split.")
+    flags.DEFINE_multi_string("proposals", None, "SPLIT=FILE: with --boxes, a csv of a person detector's boxes.")
+    flags.DEFINE_multi_string("exclusions", None, "SPLIT=FILE: with --boxes, a csv of key frames to leave out.")
+    flags.DEFINE_string("label_map", None, "With --boxes: a .pbtxt of the actions; AVA's 80 unless given.")
+    flags.DEFINE_float("starts_at", FIRST_MINUTE, "With --boxes: second of the film at which the files begin.")
     flags.DEFINE_string("output", None, "Folder for the records: new, empty, or of this build.", required=True)
     flags.DEFINE_list("splits", None, "Names of the folders in --videos, or in --csv's column, that are the splits.")
     flags.DEFINE_float("split", None, "Part of each class's videos that becomes the test split, such as 0.2.")
@@ -60,25 +76,58 @@ def main() -> None:
         return
     if FLAGS.videos is None and FLAGS.csv is None:
         raise UserError("--videos=FOLDER or --csv=FILE must say where the videos are")
-    if not (FLAGS.csv or FLAGS.splits or FLAGS.split is not None or default_splits(Path(FLAGS.videos))):
+    _check_boxes()
+    if not (FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None or default_splits(Path(FLAGS.videos))):
         print('All videos become the split "train". Training also needs some to test on: --split=0.2, or --splits.')
     try:
-        result = build_records(
-            FLAGS.videos,
-            FLAGS.output,
-            csv=FLAGS.csv,
-            splits=FLAGS.splits,
-            split=FLAGS.split,
-            classes=FLAGS.classes,
-            short_side=FLAGS.short_side,
-            quality=FLAGS.quality,
-            seed=FLAGS.seed,
-            workers=FLAGS.workers,
-        )
+        result = _build_key_frames() if FLAGS.boxes else _build_videos()
     except KeyboardInterrupt:
         print("\nThe same command goes on after the last finished shard.", file=sys.stderr)
         raise
     print("\n".join(summary(result)))
+
+
+def _coding() -> dict[str, Any]:
+    return {name: FLAGS[name].value for name in ("short_side", "quality", "seed", "workers")}
+
+
+def _build_videos() -> BuildResult:
+    how = {name: FLAGS[name].value for name in ("csv", "splits", "split", "classes")}
+    return build_records(FLAGS.videos, FLAGS.output, **how, **_coding())
+
+
+def _build_key_frames() -> BuildResult:
+    return build_key_frames(
+        FLAGS.videos,
+        FLAGS.output,
+        _by_split("boxes"),
+        proposals=_by_split("proposals"),
+        exclusions=_by_split("exclusions"),
+        label_map=FLAGS.label_map,
+        starts_at=FLAGS.starts_at,
+        **_coding(),
+    )
+
+
+def _by_split(name: str) -> dict[str, str]:
+    """Files by their splits, of a flag whose values are SPLIT=FILE."""
+    found: dict[str, str] = {}
+    for value in FLAGS[name].value or ():
+        split, _, file = value.partition("=")
+        good = bool(re.fullmatch(r"\w+", split)) and bool(file) and split not in found
+        require(good, f"--{name}", "be SPLIT=FILE, once for each split", value)
+        found[split] = file
+    return found
+
+
+def _check_boxes() -> None:
+    """Raises `UserError` where flags do not go together."""
+    others = ("csv", "splits", "split", "classes") if FLAGS.boxes else _OF_BOXES
+    given = [f"--{name}" for name in others if FLAGS[name].present]
+    if given and FLAGS.boxes:
+        raise UserError(f"--boxes takes --videos, not {', '.join(given)}")
+    if given:
+        raise UserError(f"{', '.join(given)} must not be given without --boxes")
 
 
 def _verify() -> None:
@@ -100,16 +149,18 @@ def _verify() -> None:
 def summary(result: BuildResult) -> list[str]:
     """Lines that say what a build wrote, what to watch out for, and what to run next."""
     manifest = result.manifest
-    several = ", several of a video" if manifest.task == "multi_label" else ""
+    detects = manifest.task == "detection"
+    several = {"multi_label": ", several of a video", "detection": " of boxes on key frames"}.get(manifest.task, "")
+    kind, thing = ("key frames", "box") if detects else ("videos", "video")
     done = "; they were finished already" if result.was_finished else ""
     lines = [f"{manifest.folder}: {len(manifest.classes)} classes{several}{done}"]
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
-        lines.append(f"  {name}: {len(split.records)} videos, {size / 1e6:.1f} MB in {len(split.shards)} shards")
+        lines.append(f"  {name}: {len(split.records)} {kind}, {size / 1e6:.1f} MB in {len(split.shards)} shards")
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
-            lines.append(f"  {name} has no video of {len(missing)} classes: {', '.join(missing)}")
+            lines.append(f"  {name} has no {thing} of {len(missing)} classes: {', '.join(missing)}")
     if len(manifest.classes) == 1 and manifest.task == "single_label":
         lines.append("  There is one class only: a network has nothing to tell it from.")
     if result.failures:

@@ -14,6 +14,10 @@ Accuracy over cost, with 1, 3, 5, 7 and 10 clips of each video; goes on where it
 The checkpoints of a run that is training in another process, as they come:
   python -m x3d_tf.evaluate --run=runs/x3d_s --watch --views=1
 
+A csv file of action detections in AVA's format, of whatever made it (frame mAP at IoU 0.5):
+  python -m x3d_tf.evaluate --detections=found.csv --groundtruth=ava_val_v2.2.csv --label_map=ava_60.pbtxt \\
+      --exclusions=ava_val_excluded_timestamps_v2.2.csv --output=reports/ava
+
 One table of the reports of several runs, beside the paper's figures:
   python -m x3d_tf.evaluate --compare=runs/a --compare=runs/b --output=reports/a_b
 
@@ -23,6 +27,7 @@ probabilities of all views are averaged. With several labels a video, results ar
 have positives.
 """
 
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -43,6 +48,12 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "compare", None, "Print a table of a run's reports, testing nothing; may be given several times."
     )
+    flags.DEFINE_string("detections", None, "A csv to measure: video_id,timestamp,x1,y1,x2,y2,action_id,score.")
+    flags.DEFINE_string("groundtruth", None, "With --detections: a csv of the real boxes, person_id in place of score.")
+    flags.DEFINE_string(
+        "label_map", None, "With --detections: a .pbtxt of the actions that count; AVA's 60 unless given."
+    )
+    flags.DEFINE_string("exclusions", None, "With --detections: a csv of what does not count, video_id,timestamp.")
     flags.DEFINE_bool("sweep", False, "Test with 1, 3, 5, 7 and 10 clips of each video and plot accuracy over cost.")
     flags.DEFINE_bool("watch", False, "Test each new checkpoint of the run until it is finished.")
     flags.DEFINE_float("poll_seconds", 30.0, "With --watch: time from one look to the next.", lower_bound=0.1)
@@ -82,6 +93,9 @@ def main() -> None:
         if FLAGS.output:
             print(f"tables: {FLAGS.output}/: comparison.csv, comparison.md")
         return
+    if FLAGS.detections:
+        _measure_detections()
+        return
     _command.quiet_tensorflow()
     from x3d_tf.evaluation.views import CLIPS_A_CALL
     from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
@@ -105,6 +119,21 @@ def main() -> None:
         print(f"results: {report.folder}/: {', '.join(sorted(path.name for path in report.folder.glob('[!.]*')))}")
 
 
+def _measure_detections() -> None:
+    from x3d_tf.evaluation import detection_reports
+    from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
+
+    if FLAGS.output:
+        refuse_to_replace(Path(FLAGS.output) / RESULTS_NAME, FLAGS.overwrite)
+    settings, scores = detection_reports.evaluate_files(
+        FLAGS.detections, FLAGS.groundtruth, FLAGS.label_map, FLAGS.exclusions
+    )
+    print("\n".join(detection_reports.summary(scores)))
+    if FLAGS.output:
+        detection_reports.write_detection_report(Path(FLAGS.output), settings, scores)
+        print(f"results: {FLAGS.output}/: per_class.csv, per_class.png, results.json")
+
+
 def _procedure() -> dict[str, Any]:
     return {
         "records": FLAGS.records,
@@ -119,10 +148,10 @@ def _procedure() -> dict[str, Any]:
 
 def _check_flags() -> None:
     """Raises `UserError` where flags do not go together."""
-    given = [name for name in ("run", "model", "compare") if FLAGS[name].value]
+    given = [name for name in ("run", "model", "compare", "detections") if FLAGS[name].value]
     if len(given) != 1:
         there = ", ".join(f"--{name}" for name in given) or "none"
-        raise UserError(f"exactly one of --run, --model and --compare must be given, got {there}")
+        raise UserError(f"exactly one of --run, --model, --compare and --detections must be given, got {there}")
 
     def refuse(names: tuple[str, ...], why: str) -> None:
         found = [f"--{name}" for name in names if FLAGS[name].value != FLAGS[name].default]
@@ -131,6 +160,12 @@ def _check_flags() -> None:
 
     if FLAGS.compare:
         refuse((*_HOW, "sweep", "watch"), "with --compare, which tests nothing")
+    if FLAGS.detections:
+        refuse((*_HOW, "sweep", "watch"), "with --detections, which are there already")
+        if not FLAGS.groundtruth:
+            raise UserError(f"--detections={FLAGS.detections} takes --groundtruth, the csv of the real boxes")
+    else:
+        refuse(("groundtruth", "label_map", "exclusions"), "without --detections")
     if FLAGS.sweep:
         refuse(("views", "watch"), "with --sweep, which takes 1, 3, 5, 7 and 10 clips")
     if FLAGS.watch:

@@ -31,14 +31,17 @@ def main() -> None:
     parsed = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
     _command.quiet_tensorflow()
+    from x3d_tf.evaluation.detecting import detector_report_folder
     from x3d_tf.evaluation.testing import evaluate_run, report_folder
     from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
+    from x3d_tf.modeling.saving import describe
     from x3d_tf.training.loop import train
 
     one_thread_an_operation(parts_of_batch(config.recipe.batch // config.execution.accumulation, config.model.bn_group))
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
     run = train(config, workdir, texts=texts)
-    report = report_folder(run, config.dataset, config.test_views)
+    detects = describe(run.root).task == "detection"
+    report = detector_report_folder(run) if detects else report_folder(run, config.dataset, config.test_views)
     if not (report / "results.json").is_file():
         evaluate_run(run)
     files = ", ".join(sorted(path.name for path in report.glob("[!.]*")))

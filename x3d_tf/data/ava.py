@@ -5,6 +5,7 @@ Files are read as untrusted input: errors name file, line, rule and value.
 """
 
 import csv
+import io
 import math
 import re
 from array import array
@@ -16,11 +17,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
 from x3d_tf.data.sources import read_classes, text_of
 
+# Those of AVA's 80 actions that its evaluation takes, the ones with 25 boxes or more in the validation set.
+EVALUATED = frozenset(range(1, 81)) - {
+    *(2, 16, 18, 19, 21, 23, 25, 31, 32, 33, 35, 39, 40, 42, 44, 50, 53, 55, 71, 75),
+}
 FIRST_SECOND, LAST_SECOND = 902, 1798  # of AVA's key frames
+_LINES_AN_UPDATE = 100_000  # of the progress bar
 NO_ACTION = 0  # in place of the number of an action, which count from 1
 
 LabelMap = Mapping[int, str]  # names of the actions by their numbers
@@ -48,6 +55,7 @@ class BoxTable:
         boxes: x1, y1, x2, y2 in [0, 1] of the frame, float64 [n, 4].
         actions: numbers of the label map, or `NO_ACTION`, int32 [n].
         scores: float64 [n]; of ground truth 1.
+        lines: of the file, from 1, int32 [n].
     """
 
     key_frames: tuple[KeyFrame, ...]
@@ -55,6 +63,7 @@ class BoxTable:
     boxes: NDArray[np.float64]
     actions: NDArray[np.int32]
     scores: NDArray[np.float64]
+    lines: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -64,6 +73,11 @@ def ava_actions() -> dict[int, str]:
     """AVA's 80 actions by their numbers, of which evaluation takes 60."""
     with resources.as_file(resources.files("x3d_tf.data") / "labels" / "ava.txt") as path:
         return dict(enumerate(read_classes(path), 1))
+
+
+def evaluated_actions() -> dict[int, str]:
+    """The 60 actions that AVA's evaluation takes."""
+    return {number: name for number, name in ava_actions().items() if number in EVALUATED}
 
 
 def read_boxes(
@@ -92,8 +106,8 @@ def read_boxes(
     path = Path(path)
     left_out = _actions_left_out(label_map)
     numbers: dict[KeyFrame, int] = {}
-    columns = (array("i"), array("d"), array("i"), array("d"))
-    frames, coordinates, actions, scores = columns
+    frames, actions, lines = array("i"), array("i"), array("i")
+    coordinates, scores = array("d"), array("d")
     for line in _lines(path, _COLUMNS[kind]):
         frame = KeyFrame(line.video(), line.second(*seconds))
         box = line.box(empty=kind == "detections")
@@ -105,12 +119,14 @@ def read_boxes(
         coordinates.extend(box)
         actions.append(action)
         scores.append(score)
+        lines.append(line.number)
     return BoxTable(
         tuple(numbers),
         np.array(frames, np.int32),
         np.array(coordinates, np.float64).reshape(-1, 4),
         np.array(actions, np.int32),
         np.array(scores, np.float64),
+        np.array(lines, np.int32),
     )
 
 
@@ -177,13 +193,19 @@ def _actions_left_out(label_map: LabelMap) -> frozenset[int]:
 def _lines(path: Path, columns: str) -> Iterator["_Line"]:
     count = columns.count(",") + 1
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
+        # in the middle of millions of lines it is good to know where one stands
+        with (
+            path.open("rb") as file,
+            tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, leave=None, delay=3) as bar,
+        ):
+            reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
             for cells in reader:
                 line = _Line(path, reader.line_num, cells)
                 if cells:
                     line.check(len(cells) == count, f"have the {count} columns {columns}", cells)
                     yield line
+                if reader.line_num % _LINES_AN_UPDATE == 0:
+                    bar.update(file.tell() - bar.n)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

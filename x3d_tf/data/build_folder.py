@@ -8,6 +8,7 @@ Imports no TensorFlow. While a build goes on its folder holds:
 """
 
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -157,7 +158,9 @@ def _described(sources: Sources) -> list[list[Any]]:
     rows = []
     for split, videos in sources.splits.items():
         for video in videos:
-            rows.append([split, video.media_id, list(video.classes), video.start, video.end, *_state_of(video.path)])
+            row = [split, video.media_id, list(video.classes), video.start, video.end, *_state_of(video.path)]
+            known = [] if video.annotation is None else [hashlib.sha256(repr(video.annotation).encode()).hexdigest()]
+            rows.append([*row, *known])
     return rows
 
 

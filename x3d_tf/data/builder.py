@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -27,13 +27,29 @@ from x3d_tf._files import WriteError
 from x3d_tf._machine import usable_cpus
 from x3d_tf.data import index
 from x3d_tf.data.build_folder import BuildFolder, Finished, opened
+from x3d_tf.data.frame_folders import encode_folder
+from x3d_tf.data.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Sources, Video, find_videos, read_csv
-from x3d_tf.data.video import EncodedVideo, VideoError, encode_video
+from x3d_tf.data.video import EncodedVideo, VideoError, encode_video, place_of
 
 ESTIMATE_FROM = 16  # videos, from which the size of all is estimated
 
 Encode = Callable[[Video], EncodedVideo | VideoError]
+
+
+@dataclass(frozen=True)
+class _Coding:
+    """How frames are stored: short side in pixels, quality of JPEG, and the processes that do it."""
+
+    short_side: int
+    quality: int
+    workers: int | None
+
+    def __post_init__(self) -> None:
+        require(self.short_side >= 1, "short_side", "be at least 1 pixel", self.short_side)
+        require(1 <= self.quality <= 95, "quality", "be in 1..95", self.quality)
+        require(self.workers is None or self.workers >= 1, "workers", "be at least 1", self.workers)
 
 
 @dataclass(frozen=True)
@@ -97,9 +113,7 @@ def build_records(
             or of something else; no video that can be read; a disk too small, full or without permission: what is
             finished stays.
     """
-    require(short_side >= 1, "short_side", "be at least 1 pixel", short_side)
-    require(1 <= quality <= 95, "quality", "be in 1..95", quality)
-    require(workers is None or workers >= 1, "workers", "be at least 1", workers)
+    coding = _Coding(short_side, quality, workers)
     root = None if videos is None else Path(videos)
     names = None if classes is None else Path(classes)
     if csv is not None:
@@ -108,19 +122,76 @@ def build_records(
         sources = find_videos(root, splits=splits, split=split, seed=seed, classes=names)
     else:
         raise UserError("videos or csv must be given")
+    draw = {"splits": list(splits) if splits else None, "split": split}  # tell builds apart before their videos do
+    return _build(sources, Path(output), "videos" if csv is None else "csv", coding, seed, draw, progress)
+
+
+def build_key_frames(
+    videos: str | Path,
+    output: str | Path,
+    boxes: Mapping[str, str | Path],
+    *,
+    proposals: Mapping[str, str | Path] | None = None,
+    exclusions: Mapping[str, str | Path] | None = None,
+    label_map: str | Path | None = None,
+    starts_at: float = FIRST_MINUTE,
+    short_side: int = 256,
+    quality: int = 95,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = True,
+) -> BuildResult:
+    """Turns the key frames that AVA's files name into records of action detection, one with the frames around each.
+
+    Otherwise as `build_records`.
+
+    Args:
+        videos: holds for each video a file `NAME.*`, or a folder `NAME` with its frames as images, 30 a second.
+        output: folder for the records: new, empty, or of the same build.
+        boxes: by split, the csv file of boxes and their actions; see `x3d_tf.data.ava.read_boxes`.
+        proposals: by split, that of the boxes of a person detector, with scores.
+        exclusions: by split, that of key frames to leave out.
+        label_map: .pbtxt file of the actions; AVA's 80 unless given.
+        starts_at: second of the film at which the files begin; AVA's are cut at minute 15.
+        short_side, quality, seed, workers, progress: see `build_records`.
+
+    Raises:
+        UserError: see `build_records` and `key_frames.find_key_frames`. Videos that are missing, or end before a key
+            frame, are listed in `failures.csv`.
+    """
+    coding = _Coding(short_side, quality, workers)
+
+    def paths(given: Mapping[str, str | Path] | None) -> dict[str, Path]:
+        return {split: Path(path) for split, path in (given or {}).items()}
+
+    sources = find_key_frames(
+        Path(videos),
+        paths(boxes),
+        proposals=paths(proposals),
+        exclusions=paths(exclusions),
+        label_map=None if label_map is None else Path(label_map),
+        starts_at=starts_at,
+        seed=seed,
+    )
+    margin = {"margin": MARGIN, "starts_at": starts_at}
+    return _build(sources, Path(output), "key frames", coding, seed, margin, progress)
+
+
+def _build(
+    sources: Sources, output: Path, source: str, coding: _Coding, seed: int, draw: dict[str, Any], progress: bool
+) -> BuildResult:
     settings: dict[str, int | float | str] = {
-        "source": "videos" if csv is None else "csv",
-        "short_side": short_side,
-        "quality": quality,
+        "source": source,
+        "short_side": coding.short_side,
+        "quality": coding.quality,
         "seed": seed,
     }
-    encode = partial(_encode_or_reason, short_side=short_side, quality=quality)
-    draw = {"splits": list(splits) if splits else None, "split": split}  # tell builds apart before their videos do
-    with opened(Path(output), settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:
+    encode = partial(_encode_or_reason, short_side=coding.short_side, quality=coding.quality)
+    with opened(output, settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:
         if folder.is_finished:
             result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)
         else:
-            result = _Build(folder, sources, encode, workers or usable_cpus(), progress).run(settings)
+            result = _Build(folder, sources, encode, coding.workers or usable_cpus(), progress).run(settings)
         folder.clean()
     return result
 
@@ -205,7 +276,10 @@ class _Build:
         from x3d_tf.data.records import Source, write_shard
 
         labels = {name: label for label, name in enumerate(self.sources.classes)}
-        sources = [Source(v.media_id, tuple(sorted(labels[name] for name in v.classes))) for v in shard.videos]
+        sources = [
+            Source(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.start, v.annotation)
+            for v in shard.videos
+        ]
         failed: list[tuple[str, str]] = []
 
         def take(result: EncodedVideo | VideoError) -> None:
@@ -289,10 +363,16 @@ def _size(count: float) -> str:
 
 
 def _encode_or_reason(video: Video, short_side: int, quality: int) -> EncodedVideo | VideoError:
+    encode = encode_folder if video.path.is_dir() else encode_video
     try:
-        return encode_video(video.path, short_side, quality, video.start, video.end)
+        encoded = encode(video.path, short_side, quality, video.start, video.end)
     except VideoError as error:
         return error
+    if video.annotation is not None:
+        last = video.start + (len(encoded.frames) - 1) / encoded.fps
+        if place_of(video.annotation.second, video.start, encoded.fps) >= len(encoded.frames):
+            return VideoError(video.path, f"ends at {last:.1f} s, before the key frame {video.media_id}")
+    return encoded
 
 
 def _in_parallel(videos: Sequence[Video], encode: Encode, workers: int) -> Iterator[EncodedVideo | VideoError]:

@@ -54,8 +54,13 @@ class ViewSpec:
         return self.temporal_views * self.spatial_crops
 
 
-def input_contract(expansion: Expansion, frame_sampling: FrameSampling, squeeze: bool) -> dict[str, Any]:
-    """What applications have to feed a network, clips of RGB in 0..255, and how they are made from videos; for JSON."""
+def input_contract(
+    expansion: Expansion, frame_sampling: FrameSampling, squeeze: bool, crop: int | None = None
+) -> dict[str, Any]:
+    """What applications have to feed a network, clips of RGB in 0..255, and how they are made from videos; for JSON.
+
+    `crop` is the side of the clip where that is not the training crop.
+    """
     clip = expansion.clip
     return {
         "frames": clip.frames,
@@ -64,7 +69,7 @@ def input_contract(expansion: Expansion, frame_sampling: FrameSampling, squeeze:
         "frame_sampling": frame_sampling,
         "resize": expansion.test_size,
         "resized": "both sides" if squeeze else "the short side",
-        "crop": clip.size,
+        "crop": crop or clip.size,
     }
 
 
@@ -138,6 +143,28 @@ def frame_indices(
     position = xp.expand_dims(_float64(start, xp), -1) + offsets  # [..., T]
     inside = xp.minimum(xp.maximum(position, 0.0), _float64(frames, xp) - 1.0)
     return xp.asarray(inside, dtype=xp.int64)  # truncates
+
+
+def key_frame_indices(key_frame: Any, frames: Any, fps: Any, clip: ClipSpec, xp: Any = np) -> Any:
+    """Indices of the frames of the clip around a key frame.
+
+    The key frame is the first of the second half; frames lie τ apart, counted at 30 frames a second. X3D-S, whose clip
+    is 78 frames long, leaves it out itself. (PySlowFast `utils.get_sequence`.)
+
+    Args:
+        key_frame: its index.
+        frames, fps: length of the video and its rate.
+        clip: the network's clip.
+        xp: array namespace.
+
+    Returns:
+        int64 [T] in 0..frames-1; a clip that reaches past an end repeats the frame there.
+    """
+    fps = _float64(fps, xp)
+    steps = xp.floor(xp.arange(clip.frames, dtype=xp.float64) * (clip.stride * fps) / STRIDE_FPS)
+    half = xp.floor(clip_length(clip, fps) / 2)
+    position = _float64(key_frame, xp) - half + steps
+    return xp.asarray(xp.minimum(xp.maximum(position, 0.0), _float64(frames, xp) - 1.0), dtype=xp.int64)
 
 
 def resized_shape(height: Any, width: Any, short_side: Any, xp: Any = np) -> tuple[Any, Any]:

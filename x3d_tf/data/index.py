@@ -34,7 +34,8 @@ class Record(NamedTuple):
         length: bytes of the record's data.
         frames: frames of the video.
         fps: frames per second.
-        labels: its classes, ascending indices into `Manifest.classes`; exactly one where the task is single-label.
+        labels: its classes, ascending indices into `Manifest.classes`; exactly one where the task is single-label. Of
+            a key frame, those of all its boxes.
         media_id: the video's name: its path below the folder it came from.
     """
 

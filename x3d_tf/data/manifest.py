@@ -19,6 +19,11 @@ from x3d_tf.modeling.expansion import Task
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2  # 1 had no task, and in place of labels one label a record; it is read too
 
+_LABELS: dict[Task, tuple[int, float, str]] = {  # of a record: fewest, most, and the rule in words
+    "single_label": (1, 1, "be exactly one"),
+    "multi_label": (1, math.inf, "be one or more, ascending"),
+    "detection": (0, math.inf, "be ascending"),
+}
 _T = TypeVar("_T")
 
 
@@ -31,7 +36,8 @@ class Manifest:
         classes: names of the classes in the order of their labels, shared by all splits.
         splits: the parts by name.
         settings: how the records were made, for people and for comparison: names to numbers or strings.
-        task: "single_label" where every record has exactly one label, "multi_label" where it has one or more.
+        task: "single_label" where every record has exactly one label, "multi_label" where it has one or more,
+            "detection" where it is of a key frame, whose boxes have any number.
     """
 
     folder: Path
@@ -105,10 +111,8 @@ class Manifest:
         classes = tuple(reader.items(content.get("classes"), str, "classes"))
         reader.check(len(set(classes)) == len(classes) > 0, "classes", "be distinct names", classes)
         parts = reader.of_type(content.get("splits"), dict, "splits")
-        several = task == "multi_label"
         splits = {
-            name: _split_from_json(reader, name, part, Path(folder), len(classes), several)
-            for name, part in parts.items()
+            name: _split_from_json(reader, name, part, Path(folder), len(classes), task) for name, part in parts.items()
         }
         return cls(Path(folder), classes, splits, settings, task)
 
@@ -122,7 +126,7 @@ def _split_to_json(split: Split) -> dict[str, Any]:
     }
 
 
-def _split_from_json(reader: "_Reader", name: str, content: Any, folder: Path, classes: int, several: bool) -> Split:
+def _split_from_json(reader: "_Reader", name: str, content: Any, folder: Path, classes: int, task: Task) -> Split:
     where = f"splits.{name}"
     content = reader.of_type(content, dict, where)
     entries = reader.of_type(content.get("shards"), list, f"{where}.shards")
@@ -135,7 +139,7 @@ def _split_from_json(reader: "_Reader", name: str, content: Any, folder: Path, c
 
         records = read_index([folder / shard.file for shard in shards])
     for i, record in enumerate(records):
-        _check_record(reader, f"{where}.records[{i}]", record, shards, classes, several)
+        _check_record(reader, f"{where}.records[{i}]", record, shards, classes, task)
     return Split(shards, records)
 
 
@@ -169,7 +173,7 @@ def _labels_from_json(reader: "_Reader", where: str, column: Any) -> list[tuple[
 
 
 def _check_record(
-    reader: "_Reader", where: str, record: Record, shards: tuple[Shard, ...], classes: int, several: bool
+    reader: "_Reader", where: str, record: Record, shards: tuple[Shard, ...], classes: int, task: Task
 ) -> None:
     reader.check(0 <= record.shard < len(shards), f"{where}.shard", f"be in 0..{len(shards) - 1}", record.shard)
     last = shards[record.shard].bytes - FOOTER_BYTES
@@ -179,8 +183,8 @@ def _check_record(
     reader.check(0 < record.fps < math.inf, f"{where}.fps", "be positive", record.fps)
     labels = record.labels
     reader.check(all(0 <= label < classes for label in labels), f"{where}.labels", f"be in 0..{classes - 1}", labels)
-    rule = "be one or more, ascending" if several else "be exactly one"
-    counted = len(labels) >= 1 and list(labels) == sorted(set(labels)) if several else len(labels) == 1
+    least, most, rule = _LABELS[task]
+    counted = least <= len(labels) <= most and list(labels) == sorted(set(labels))
     reader.check(counted, f"{where}.labels", rule, labels)
 
 

@@ -75,41 +75,69 @@ def training_dataset(
 
     While iterating, tf.errors.InvalidArgumentError names the shard and the record that cannot be read.
     """
-    table = _Table(_manifest(records), split)
-    require(1 <= batch <= len(table), "batch", f"be in 1..{len(table)}, the records of split {split!r}", batch)
-    index, workers = worker
-    require(0 <= index < workers, "worker", "be (index, count) with 0 <= index < count", worker)
-    require(batch % workers == 0, "batch", f"be divisible by the number of workers, {workers}", batch)
-    share = batch // workers
-    size = share if replica_batch is None else replica_batch
-    require(size >= 1 and share % size == 0, "replica_batch", f"divide the {share} clips of a worker", size)
-    require(start_step >= 0, "start_step", "be at least 0", start_step)
-    low, high = jitter
-    require(clip.size <= low <= high, "jitter", f"be ascending, from at least the crop, {clip.size}", jitter)
+    table = RecordTable(opened(records), split)
+    places = training_places(table, batch=batch, seed=seed, start_step=start_step, worker=worker)
+    size = replica_share(batch, worker, replica_batch)
+    check_jitter(jitter, clip)
 
     @tf.autograph.experimental.do_not_convert  # plain graph code, whose errors should reach the caller as they are
-    def load(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        step, member = number // share, index * share + number % share
-        place = place_of(step, member, records=len(table), batch=batch, seed=seed)
-        chance = _chances(seed, place)  # [5]
+    def load(place: Place) -> tuple[tf.Tensor, tf.Tensor]:
+        chance = chances(seed, place)  # [5]
 
         def decode(parsed: ParsedRecord) -> tf.Tensor:
             frames = tf.shape(parsed.frames, tf.int64)[0]
             start = chance[0] * last_start(frames, parsed.fps, clip, xp=tnp)
             chosen = frame_indices(start, frames, parsed.fps, clip, frame_sampling, xp=tnp)
-            return _decode(tf.gather(parsed.frames, chosen))
+            return decode_frames(tf.gather(parsed.frames, chosen))
 
         pixels = tf.ensure_shape(table.read(place.record, decode), (clip.frames, None, None, 3))
-        short_side = tf.cast(tf.round(low + chance[1] * (high - low)), tf.int64)
-        pixels = transforms.resize(pixels, short_side, squeeze)
+        pixels = transforms.resize(pixels, jittered(jitter, chance[1]), squeeze)
         pixels = transforms.random_crop(pixels, clip.size, chance[2:4])
         if flip:
             pixels = transforms.flip(pixels, chance[4] < 0.5)
         return pixels, table.target(place.record)
 
-    numbers = tf.data.Dataset.range(start_step * share, tf.int64.max)
-    clips = numbers.map(load, num_parallel_calls=tf.data.AUTOTUNE)
-    return clips.batch(size, drop_remainder=True).prefetch(2).with_options(_options())
+    clips = places.map(load, num_parallel_calls=tf.data.AUTOTUNE)
+    return clips.batch(size, drop_remainder=True).prefetch(2).with_options(deterministic())
+
+
+def training_places(
+    table: "RecordTable", *, batch: int, seed: int, start_step: int, worker: tuple[int, int]
+) -> tf.data.Dataset:
+    """Where this worker's clips stand, one `Place` after the other; arguments as `training_dataset`."""
+    require(1 <= batch <= len(table), "batch", f"be in 1..{len(table)}, the records of split {table.split!r}", batch)
+    index, workers = worker
+    require(0 <= index < workers, "worker", "be (index, count) with 0 <= index < count", worker)
+    require(batch % workers == 0, "batch", f"be divisible by the number of workers, {workers}", batch)
+    require(start_step >= 0, "start_step", "be at least 0", start_step)
+    share = batch // workers
+
+    @tf.autograph.experimental.do_not_convert
+    def place(number: tf.Tensor) -> Place:
+        step, member = number // share, index * share + number % share
+        return place_of(step, member, records=len(table), batch=batch, seed=seed)
+
+    return tf.data.Dataset.range(start_step * share, tf.int64.max).map(place)
+
+
+def replica_share(batch: int, worker: tuple[int, int], replica_batch: int | None) -> int:
+    """Clips of one element: `replica_batch`, or all that this worker gets of a step."""
+    share = batch // worker[1]
+    size = share if replica_batch is None else replica_batch
+    require(size >= 1 and share % size == 0, "replica_batch", f"divide the {share} clips of a worker", size)
+    return size
+
+
+def check_jitter(jitter: tuple[int, int], clip: ClipSpec) -> None:
+    """Raises `UserError` unless frames of these short sides hold a crop."""
+    low, high = jitter
+    require(clip.size <= low <= high, "jitter", f"be ascending, from at least the crop, {clip.size}", jitter)
+
+
+def jittered(jitter: tuple[int, int], chance: tf.Tensor) -> tf.Tensor:
+    """The short side in pixels that a number in [0, 1) chooses; int64."""
+    low, high = jitter
+    return tf.cast(tf.round(low + chance * (high - low)), tf.int64)
 
 
 def place_of(step: tf.Tensor, member: tf.Tensor, *, records: int, batch: int, seed: int) -> Place:
@@ -158,7 +186,7 @@ def evaluation_dataset(
 
     While iterating, tf.errors.InvalidArgumentError names the shard and the record that cannot be read.
     """
-    table = _Table(_manifest(records), split)
+    table = RecordTable(opened(records), split)
     require(batch_videos >= 1, "batch_videos", "be at least 1", batch_videos)
 
     @tf.autograph.experimental.do_not_convert  # plain graph code, whose errors should reach the caller as they are
@@ -168,7 +196,7 @@ def evaluation_dataset(
             starts = view_starts(frames, parsed.fps, clip, views.temporal_views, clip_starts, xp=tnp)
             chosen = frame_indices(starts, frames, parsed.fps, clip, frame_sampling, xp=tnp)  # [clips, T]
             unique, positions = tf.unique(tf.reshape(chosen, [-1]))
-            pixels = _decode(tf.gather(parsed.frames, unique))
+            pixels = decode_frames(tf.gather(parsed.frames, unique))
             return pixels, tf.reshape(positions, [views.temporal_views, clip.frames])
 
         pixels, positions = table.read(record, decode)
@@ -181,7 +209,7 @@ def evaluation_dataset(
 
     # 30 views of 16 frames at 356² pixels are 730 MB, so that only a few videos may be under way.
     videos = tf.data.Dataset.range(len(table)).map(load, num_parallel_calls=PARALLEL_VIDEOS)
-    options = _options()
+    options = deterministic()
     options.autotune.enabled = False  # there is nothing to tune, and the end of the dataset would wait for its thread
     return videos.batch(batch_videos).prefetch(1).with_options(options)
 
@@ -200,13 +228,13 @@ def naming_records() -> Iterator[None]:
         raise UserError(f"{found.group(1)}; the shard is damaged, or was replaced: build the records again") from error
 
 
-class _Table:
+class RecordTable:
     """Where the records of a split lie, as tensors that the graph can index."""
 
     def __init__(self, manifest: Manifest, split: str) -> None:
         part = manifest.split(split)
         require(len(part.records) > 0, f"split {split!r} of {manifest.folder}", "hold records", 0)
-        self._split, self._count = split, len(part.records)
+        self.split, self._count = split, len(part.records)
         with tf.device("cpu"):  # where tf.data runs; by itself a process with a GPU puts numbers there
             self._paths = tf.constant([str(manifest.folder / shard.file) for shard in part.shards])
             self._sizes = tf.constant([shard.bytes for shard in part.shards], tf.int64)
@@ -254,7 +282,7 @@ class _Table:
         nothing = tf.nest.map_structure(_zeros, found.element_spec)  # its first part is the bool False
         readable, content = found.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1).get_single_element()
         byte, number = tf.strings.as_string(offset), tf.strings.as_string(record)
-        place = f" of split {self._split}, at byte "
+        place = f" of split {self.split}, at byte "
         where = tf.strings.join([path, ": cannot read or decode record ", number, place, byte])
         with tf.control_dependencies([tf.debugging.Assert(readable, [where])]):
             return tf.nest.map_structure(tf.identity, content)
@@ -264,7 +292,7 @@ def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
     return tf.zeros([size or 0 for size in spec.shape], spec.dtype)
 
 
-def _decode(jpegs: tf.Tensor) -> tf.Tensor:
+def decode_frames(jpegs: tf.Tensor) -> tf.Tensor:
     """JPEG files, string [n], to pixels, uint8 [n, height, width, 3]."""
 
     def decode(jpeg: tf.Tensor) -> tf.Tensor:
@@ -274,17 +302,19 @@ def _decode(jpegs: tf.Tensor) -> tf.Tensor:
     return tf.map_fn(decode, jpegs, fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8))
 
 
-def _chances(seed: int, place: Place) -> tf.Tensor:
+def chances(seed: int, place: Place) -> tf.Tensor:
     """Five uniform numbers in [0, 1) for start, scale, top, left and mirroring; float64."""
     key = tf.random.fold_in(tf.stack([tf.constant(seed, tf.int64), place.epoch]), place.slot)
     return tf.random.stateless_uniform([5], key, dtype=tf.float64, alg="philox")
 
 
-def _manifest(records: Manifest | str | Path) -> Manifest:
+def opened(records: Manifest | str | Path) -> Manifest:
+    """The manifest, read where its folder is given."""
     return records if isinstance(records, Manifest) else Manifest.load(records)
 
 
-def _options() -> tf.data.Options:
+def deterministic() -> tf.data.Options:
+    """Options of all datasets: their order is fixed, and no strategy changes what a worker reads."""
     options = tf.data.Options()
     options.deterministic = True
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF

@@ -13,6 +13,15 @@ from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records, place_of, training_dataset
 from x3d_tf.modeling.expansion import ClipSpec
 
+_COLOURS = (
+    ("red", (230, 30, 30)),
+    ("green", (30, 200, 30)),
+    ("blue", (60, 90, 255)),
+    ("yellow", (240, 220, 30)),
+    ("magenta", (230, 40, 230)),
+    ("cyan", (30, 220, 220)),
+)
+
 
 def save_preview(
     manifest: Manifest,
@@ -69,6 +78,51 @@ def save_preview(
     title = f"{manifest.folder}, {split}: the first clips of training, {clip.frames} frames of {clip.size}² pixels"
     _plots.save_clips(rows, captions, Path(path), title)
     return Path(path)
+
+
+def save_box_preview(manifest: Manifest, split: str, stream: tf.data.Dataset, path: str | Path, clips: int = 8) -> Path:
+    """Draws the first training clips of key frames as a PNG, with their boxes in colours and what each does.
+
+    Args:
+        manifest, split: the records.
+        stream: of `training_key_frames`, one clip an element.
+        path: replaced if it is there.
+        clips: rows of the sheet.
+
+    Returns:
+        The path.
+    """
+    rows, captions = [], []
+    with naming_records():
+        for inputs, labels in stream.take(clips).as_numpy_iterator():
+            pixels, boxes = np.clip(np.round(inputs["clip"][0]), 0, 255), inputs["boxes"][0]
+            lines = []
+            for number, (box, own) in enumerate(zip(boxes, labels[0])):
+                name, colour = _COLOURS[number % len(_COLOURS)]
+                draw_box(pixels, box, colour)
+                lines.append(f"{name}: {label_text(own, manifest.classes) or 'nothing'}")
+            rows.append(pixels)
+            captions.append("\n".join(lines) or "no box")
+    _plots.save_clips(rows, captions, Path(path), f"{manifest.folder}, {split}: the first clips of training")
+    return Path(path)
+
+
+def draw_box(pixels: np.ndarray, box: Any, colour: tuple[int, int, int], width: int = 2) -> None:
+    """Draws the outline of a box into pictures.
+
+    Args:
+        pixels: [..., height, width, 3], written to.
+        box: x1, y1, x2, y2 in [0, 1].
+        colour: RGB.
+        width: of the line in pixels, inwards.
+    """
+    height, across = pixels.shape[-3:-1]
+    x1, x2 = (round(float(x) * (across - 1)) for x in (box[0], box[2]))
+    y1, y2 = (round(float(y) * (height - 1)) for y in (box[1], box[3]))
+    inside = pixels[..., y1 : y2 + 1, x1 : x2 + 1, :]
+    for edge in (slice(None, width), slice(-width, None)):
+        inside[..., edge, :, :] = colour
+        inside[..., :, edge, :] = colour
 
 
 def label_text(label: Any, classes: tuple[str, ...]) -> str:

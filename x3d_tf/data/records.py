@@ -16,21 +16,41 @@ import tensorflow as tf
 from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, partial_of, writing
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, index_shard, plan_shards
-from x3d_tf.data.video import EncodedVideo, VideoError
+from x3d_tf.data.sources import Annotation, Box
+from x3d_tf.data.video import EncodedVideo, VideoError, place_of
 
 _CONTEXT = {
     "clip/label/index": tf.io.RaggedFeature(tf.int64),
     "clip/media_id": tf.io.FixedLenFeature([], tf.string),
     "image/frame_rate": tf.io.FixedLenFeature([], tf.float32),
 }
+NO_LABEL = -1  # in place of the class of a box that does nothing
+_PROPOSAL = "proposal"
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+_REGIONS = {
+    **{f"region/bbox/{name}": tf.io.RaggedFeature(tf.float32) for name in _SIDES},
+    **{f"{_PROPOSAL}/region/bbox/{name}": tf.io.RaggedFeature(tf.float32) for name in _SIDES},
+    f"{_PROPOSAL}/region/label/confidence": tf.io.RaggedFeature(tf.float32),
+    "region/label/index": tf.io.RaggedFeature(tf.int64),
+    "region/is_annotated": tf.io.FixedLenSequenceFeature([], tf.int64),
+}
 _FRAMES = {"image/encoded": tf.io.FixedLenSequenceFeature([], tf.string)}
 
 
 class Source(NamedTuple):
-    """A video on its way into a record: its name, and its classes as ascending indices."""
+    """A video on its way into a record.
+
+    Attributes:
+        media_id: its name.
+        labels: its classes as ascending indices.
+        start: second of the file of its first frame.
+        annotation: what is known of one of its frames, which makes it a record of action detection.
+    """
 
     media_id: str
     labels: tuple[int, ...]
+    start: float = 0.0
+    annotation: Annotation | None = None
 
 
 class ParsedRecord(NamedTuple):
@@ -41,12 +61,32 @@ class ParsedRecord(NamedTuple):
         labels: the classes' indices, int64 [labels].
         fps: float32.
         media_id: string.
+        serialized: the record itself.
     """
 
     frames: tf.Tensor
     labels: tf.Tensor
     fps: tf.Tensor
     media_id: tf.Tensor
+    serialized: tf.Tensor
+
+
+class ParsedAnnotation(NamedTuple):
+    """What is known of a key frame, as tensors.
+
+    Attributes:
+        key_frame: its place among the record's frames, int64.
+        boxes: x1, y1, x2, y2 in [0, 1] of the frame, one row for each pair of a box and a class, float32 [n, 4].
+        labels: the classes, or `NO_LABEL`, int64 [n].
+        proposals: boxes of a detector of persons, float32 [m, 4].
+        scores: of the proposals, float32 [m].
+    """
+
+    key_frame: tf.Tensor
+    boxes: tf.Tensor
+    labels: tf.Tensor
+    proposals: tf.Tensor
+    scores: tf.Tensor
 
 
 def encode_record(video: EncodedVideo, source: Source, classes: Sequence[str]) -> bytes:
@@ -65,10 +105,72 @@ def encode_record(video: EncodedVideo, source: Source, classes: Sequence[str]) -
         "image/encoded": tf.train.FeatureList(feature=[_bytes([jpeg]) for jpeg in video.frames]),
         "image/timestamp": tf.train.FeatureList(feature=[_ints([time]) for time in microseconds]),
     }
+    if source.annotation is not None:
+        frames |= _regions(source.annotation, place_of(source.annotation.second, source.start, video.fps), microseconds)
     example = tf.train.SequenceExample(
         context=tf.train.Features(feature=context), feature_lists=tf.train.FeatureLists(feature_list=frames)
     )
     return bytes(example.SerializeToString(deterministic=True))  # else the order of map entries may vary
+
+
+def _regions(annotation: Annotation, key_frame: int, microseconds: Sequence[int]) -> dict[str, tf.train.FeatureList]:
+    """Boxes in MediaSequence's words, one list for each frame; all but the key frame's are empty.
+
+    A region is a pair of a box and one of its classes; a box without a class has the class -1. What a detector of
+    persons found stands under the prefix `proposal`.
+    """
+    regions = [
+        (box, label)
+        for box, labels in zip(annotation.boxes, annotation.labels, strict=True)
+        for label in labels or (NO_LABEL,)
+    ]
+    lists = _boxes("region/bbox", [box for box, _ in regions])
+    lists["region/label/index"] = _ints([label for _, label in regions])
+    lists |= _boxes(f"{_PROPOSAL}/region/bbox", annotation.proposals)
+    lists[f"{_PROPOSAL}/region/label/confidence"] = _floats(annotation.scores)
+    columns = {
+        name: tf.train.FeatureList(
+            feature=[feature if number == key_frame else _emptied(feature) for number in range(len(microseconds))]
+        )
+        for name, feature in lists.items()
+    }
+    marks = [_ints([int(number == key_frame)]) for number in range(len(microseconds))]
+    times = [_ints([time]) for time in microseconds]
+    columns["region/is_annotated"] = tf.train.FeatureList(feature=marks)
+    columns["region/timestamp"] = tf.train.FeatureList(feature=times)
+    return columns
+
+
+def _boxes(prefix: str, boxes: Sequence[Box]) -> dict[str, tf.train.Feature]:
+    return {f"{prefix}/{name}": _floats([box[side] for box in boxes]) for side, name in enumerate(_SIDES)}
+
+
+def _emptied(feature: tf.train.Feature) -> tf.train.Feature:
+    return _floats(()) if feature.HasField("float_list") else _ints(())
+
+
+def parse_annotation(serialized: tf.Tensor) -> ParsedAnnotation:
+    """What is known of a record's key frame, in a graph or eagerly.
+
+    Raises:
+        tf.errors.InvalidArgumentError: bytes that are no record, or one without a key frame.
+    """
+    _, lists = tf.io.parse_single_sequence_example(serialized, {}, _REGIONS)
+    marked = tf.reshape(tf.where(lists["region/is_annotated"] > 0), [-1])
+    one = tf.debugging.assert_equal(tf.size(marked), 1, "a record of action detection has one key frame")
+    with tf.control_dependencies([one]):
+        key_frame = marked[0]
+
+    def boxes(prefix: str) -> tf.Tensor:
+        return tf.stack([lists[f"{prefix}/{name}"][key_frame] for name in _SIDES], -1)
+
+    return ParsedAnnotation(
+        key_frame,
+        boxes("region/bbox"),
+        lists["region/label/index"][key_frame],
+        boxes(f"{_PROPOSAL}/region/bbox"),
+        lists[f"{_PROPOSAL}/region/label/confidence"][key_frame],
+    )
 
 
 def parse_record(serialized: tf.Tensor) -> ParsedRecord:
@@ -79,7 +181,11 @@ def parse_record(serialized: tf.Tensor) -> ParsedRecord:
     """
     context, lists = tf.io.parse_single_sequence_example(serialized, _CONTEXT, _FRAMES)
     return ParsedRecord(
-        lists["image/encoded"], context["clip/label/index"], context["image/frame_rate"], context["clip/media_id"]
+        lists["image/encoded"],
+        context["clip/label/index"],
+        context["image/frame_rate"],
+        context["clip/media_id"],
+        serialized,
     )
 
 
@@ -236,6 +342,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _ints(values: Sequence[int]) -> tf.train.Feature:
     return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+
+
+def _floats(values: Sequence[float]) -> tf.train.Feature:
+    return tf.train.Feature(float_list=tf.train.FloatList(value=values))
 
 
 def _bytes(values: Sequence[bytes]) -> tf.train.Feature:

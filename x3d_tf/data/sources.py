@@ -22,7 +22,28 @@ from x3d_tf.modeling.expansion import Task
 
 COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two have to be there
 LABEL_SEPARATOR = ";"
+Box = tuple[float, float, float, float]
 SPLIT_NAMES = ("train", "val", "test")  # that a csv file's column may hold without their being named
+
+
+class Annotation(NamedTuple):
+    """What is known of a frame of a video, its key frame: who does what, and what a detector of persons found.
+
+    Boxes are x1, y1, x2, y2 in [0, 1] of the frame.
+
+    Attributes:
+        second: of the file, where the frame is.
+        boxes: each once.
+        labels: of each box its classes, ascending indices; none of a box alone.
+        proposals: boxes found.
+        scores: of the proposals.
+    """
+
+    second: float
+    boxes: tuple[Box, ...]
+    labels: tuple[tuple[int, ...], ...]
+    proposals: tuple[Box, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 class Video(NamedTuple):
@@ -34,6 +55,7 @@ class Video(NamedTuple):
         classes: names of its classes, none twice.
         start: seconds of the file to leave out at the beginning.
         end: second of the file to stop before; None is its end.
+        annotation: of one of the frames between, where a record is of that.
     """
 
     path: Path
@@ -41,6 +63,7 @@ class Video(NamedTuple):
     classes: tuple[str, ...]
     start: float = 0.0
     end: float | None = None
+    annotation: Annotation | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ def find_videos(
         for name in splits:
             if not (videos / name).is_dir():
                 raise UserError(f"splits: {videos / name} is not a folder")
-        found = {name: _in_order(_in_class_folders(videos / name, videos, names, unusable), seed) for name in splits}
+        found = {name: in_order(_in_class_folders(videos / name, videos, names, unusable), seed) for name in splits}
     if not any(found.values()):
         beside = f"; {len(unusable)} entries are no such folders" if unusable else ""
         raise UserError(f"videos: {videos} holds no folder with files for each class{beside}")
@@ -154,7 +177,7 @@ def read_csv(
         )
     task: Task = "multi_label" if several else "single_label"
     if "split" in header:
-        ordered = {name: _in_order(found[name], seed) for name in allowed if name in found}
+        ordered = {name: in_order(found[name], seed) for name in allowed if name in found}
     else:
         ordered = _by_fraction(found["train"], split, seed)
     return Sources(ordered, unusable, names or _classes_of(ordered), task)
@@ -302,7 +325,7 @@ def _in_class_folders(
 def _by_fraction(videos: list[Video], part: float | None, seed: int) -> dict[str, list[Video]]:
     """All for training, or a part of the files of each class for testing; all pieces of a file go together."""
     if part is None:
-        return {"train": _in_order(videos, seed)}
+        return {"train": in_order(videos, seed)}
     files: dict[Path, list[Video]] = {}
     for video in sorted(videos, key=lambda video: video.start):
         files.setdefault(video.path, []).append(video)
@@ -318,10 +341,10 @@ def _by_fraction(videos: list[Video], part: float | None, seed: int) -> dict[str
         count = min(max(round(part * len(group)), 1), len(group) - 1)
         test += [video for members in shuffled[:count] for video in members]
         train += [video for members in shuffled[count:] for video in members]
-    return {"train": _in_order(train, seed), "test": _in_order(test, seed)}
+    return {"train": in_order(train, seed), "test": in_order(test, seed)}
 
 
-def _in_order(videos: list[Video], seed: int) -> list[Video]:
+def in_order(videos: list[Video], seed: int) -> list[Video]:
     """All videos, shuffled by a hash of seed and name: classes mix, and one video more or less moves no other."""
     return sorted(videos, key=lambda video: _hash(video, seed))
 

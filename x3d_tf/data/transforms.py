@@ -32,9 +32,14 @@ def random_crop(clip: tf.Tensor, size: int, chance: tf.Tensor) -> tf.Tensor:
         chance: two numbers in [0, 1), float64 [2]; uniform ones make all places equally likely, those at the bottom and
             right edges too (which PySlowFast leaves out).
     """
+    return crop(clip, *random_place(clip, size, chance), size)
+
+
+def random_place(clip: tf.Tensor, size: int, chance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Top and left of the square that `random_crop` cuts out, int32."""
     room = tf.shape(clip)[1:3] - size + 1
     top, left = tf.unstack(tf.cast(tf.floor(chance * tf.cast(room, tf.float64)), tf.int32))
-    return _crop(clip, top, left, size)
+    return top, left
 
 
 def flip(clip: tf.Tensor, mirrored: tf.Tensor) -> tf.Tensor:
@@ -50,9 +55,10 @@ def crops(clip: tf.Tensor, size: int, spatial_crops: int) -> tf.Tensor:
     """
     shape = tf.shape(clip, tf.int64)
     places = crop_offsets(shape[1], shape[2], size, spatial_crops, xp=tnp)
-    return tf.stack([_crop(clip, top, left, size) for top, left in places])
+    return tf.stack([crop(clip, top, left, size) for top, left in places])
 
 
-def _crop(clip: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:
+def crop(clip: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:
+    """Cuts out the square of `size` pixels whose first row and column are `top` and `left`."""
     cut = clip[:, top : top + size, left : left + size]
     return tf.ensure_shape(cut, (clip.shape[0], size, size, 3))

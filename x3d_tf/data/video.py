@@ -133,8 +133,8 @@ def encode_video(
             no frame between `start` and `end`.
     """
     timing = _read_timing(path)
-    first = math.ceil(start * timing.fps - TIME_TOLERANCE)
-    stop = None if end is None else math.ceil(end * timing.fps - TIME_TOLERANCE)
+    first = first_from(start, timing.fps)
+    stop = None if end is None else first_from(end, timing.fps)
     if stop is not None and stop <= first:
         raise VideoError(path, f"has no frame between {start} s and {end} s: it has {timing.fps:g} a second")
     frames: list[bytes] = []
@@ -150,6 +150,16 @@ def encode_video(
     if not frames:
         raise VideoError(path, f"ends before {start} s, where it was to start")
     return EncodedVideo(frames, float(np.float32(timing.fps)))
+
+
+def first_from(second: float, fps: float) -> int:
+    """The first frame that is not before a second of the video."""
+    return math.ceil(second * fps - TIME_TOLERANCE)
+
+
+def place_of(second: float, start: float, fps: float) -> int:
+    """Where the frame of a second lies among those from `start` on: the nearest one."""
+    return round(second * fps) - first_from(start, fps)
 
 
 def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:

@@ -13,10 +13,12 @@ from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.comparison import describe
+from x3d_tf.evaluation.detecting import evaluate_detector
 from x3d_tf.evaluation.reports import RESULTS_NAME, Predictions, Report, refuse_to_replace, write_report
 from x3d_tf.evaluation.views import predict_split
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.modeling.saving import describe as describe_file
 from x3d_tf.modeling.saving import load_classifier, model_file
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.recipe import TrainConfig
@@ -274,7 +276,7 @@ def weights_of(path: Path) -> dict[str, Any]:
 
 
 def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **procedure: Any) -> Report:
-    """Tests the model of a finished run and writes a report.
+    """Tests the model of a finished run and writes a report. That of a detector is `evaluate_detector`'s.
 
     Args:
         run: the run.
@@ -287,6 +289,10 @@ def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool =
         UserError: the run has no model yet; the records are missing, damaged or of other classes; a report is there; a
             setting out of range.
     """
+    if describe_file(run.root).task == "detection":
+        unused = sorted(name for name, value in procedure.items() if value != getattr(Procedure(), name))
+        require(not unused, f"the test of a detector, {run.root},", "take no other procedure than the run's", unused)
+        return evaluate_detector(run, output=output, overwrite=overwrite)
     asked = Procedure(**procedure)
     folder = Path(output) if output else folder_of(run, asked)
     refuse_to_replace(folder / RESULTS_NAME, overwrite)

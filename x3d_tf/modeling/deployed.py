@@ -31,7 +31,8 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
 
     Args:
         model: the trainable network, with its classifier, or a detector.
-        size: side of the clip in pixels; the training crop unless given.
+        size: side of the clip in pixels; the training crop, of a detector all of the frame's short side, 128γs, unless
+            given.
         batch: clips of a call; any number unless given.
 
     Returns:
@@ -49,7 +50,7 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
         model.include_top, "the network of a deployed model", "have its classifier (include_top)", model.include_top
     )
     require(batch is None or batch >= 1, "batch", "be at least 1", batch)
-    size = size or model.clip.size
+    size = size or model.tested_size
     clip = keras.Input((model.clip.frames, size, size, 3), batch_size=batch, name="clip")
     options = model.options
     if pool_window(size) == pool_window(model.clip.size):  # one window, so that all ways of pooling agree

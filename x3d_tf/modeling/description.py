@@ -31,7 +31,7 @@ class Description:
         size: side of the portable form's clip in pixels; the training crop for the trainable one.
         task: whether a clip has one class or any number of them, or boxes on it have.
         squeeze: whether frames are to be scaled to squares before a crop is cut out, instead of by their short side.
-        detection_head: "full" or "simple" of a detector; else none.
+        detection_head: of a detector "full", "simple" or "frame"; else none.
 
     Raises:
         UserError: naming the field, the rule and the value received.
@@ -46,7 +46,7 @@ class Description:
     size: int
     task: Task = "single_label"
     squeeze: bool = False
-    detection_head: Literal["full", "simple"] | None = None
+    detection_head: Literal["full", "simple", "frame"] | None = None
 
     def __post_init__(self) -> None:
         check_field_types(self)

@@ -16,7 +16,7 @@ from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion, Task, as_expansion
 from x3d_tf.modeling.x3d import Network, TrainableParts, conv5, fc1, fc2, full_precision, layer_name, trunk
 
-DetectionHead = Literal["full", "simple"]
+DetectionHead = Literal["full", "simple", "frame"]
 
 
 def build_detector(
@@ -32,7 +32,8 @@ def build_detector(
     Args:
         network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
         num_classes: actions, of which a box has any number; AVA's 80 unless given.
-        head: "full" has conv5 and fc1, as the paper's parameters say; "simple" is one linear layer on res5.
+        head: "full" has conv5 and fc1, as the paper's parameters say; "simple" is one linear layer on res5. "frame" is
+            "full" without RoIAlign, blind to the boxes: each gets the scores of the whole frame, for comparison.
         name: of the model; the variant's name and "_detector" unless given.
         **options: the fields of `ModelOptions` but head_pool.
 
@@ -59,7 +60,7 @@ class Detector(Network):
     """The trainable detector. `build_detector` makes it; its configuration is what that was given.
 
     Attributes:
-        head: "full" or "simple".
+        head: "full", "simple" or "frame".
     """
 
     task: Task = "detection"
@@ -93,7 +94,11 @@ class Detector(Network):
         name = name or f"{layer_name(expansion)}_detector"
         super().__init__(inputs=inputs, outputs=scores(logits), name=name, **kwargs)
         self.expansion, self.options, self.num_classes, self.head = expansion, options, num_classes, head
-        self.trunk_end = "conv5" if head == "full" else "res5"
+        self.trunk_end = "res5" if head == "simple" else "conv5"
+
+    @property
+    def tested_size(self) -> int:
+        return self.expansion.test_size
 
     @property
     def logits(self) -> Any:
@@ -119,19 +124,22 @@ def graph(
         boxes: (N, B, 4), x1, y1, x2, y2 in [0, 1] of the clip.
         architecture: what to build.
         parts: makes the layers, as `x3d.TrainableParts` does.
-        head: "full" or "simple".
+        head: "full", "simple" or "frame".
         num_classes: outputs for a box.
 
     Returns:
         Logits (N, B, num_classes).
     """
     x = trunk(clip, architecture, parts)
-    if head == "full":
+    if head != "simple":
         x = conv5(x, architecture, parts)
-    x = ops.cast(parts.clips(x), full_precision())
-    x = parts.regions(ops.mean(x, axis=1), boxes, clip, "regions")  # [N, B, 7, 7, C]
-    x = ops.max(x, axis=(2, 3))
-    if head == "full":
+    x = ops.mean(ops.cast(parts.clips(x), full_precision()), axis=1)  # [N, H, W, C]
+    if head == "frame":
+        x = ops.max(x, axis=(1, 2), keepdims=True)[:, 0]  # [N, 1, C]
+        x = ops.add(x, ops.zeros_like(boxes[..., :1]))
+    else:
+        x = ops.max(parts.regions(x, boxes, clip, "regions"), axis=(2, 3))  # [N, B, C]
+    if head != "simple":
         x = fc1(x)
     return fc2(parts.dropout(x, "dropout"), num_classes)
 

@@ -27,7 +27,8 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
     Args:
         model: the trainable network, with its classifier, or a detector.
         class_names: one for each output; numbered, with a warning, unless given.
-        size: side of the clip in pixels; the training crop unless given.
+        size: side of the clip in pixels; the training crop, of a detector all of the frame's short side, 128γs, unless
+            given.
 
     Returns:
         A model from clips (N, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (N, num_classes); of a
@@ -44,7 +45,7 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
     require(
         model.include_top, "the network of a portable model", "have its classifier (include_top)", model.include_top
     )
-    names, size = named_or_numbered(class_names, model.num_classes), size or model.clip.size
+    names, size = named_or_numbered(class_names, model.num_classes), size or model.tested_size
     require(len(names) == model.num_classes, "class_names", f"be {model.num_classes}, one an output", len(names))
     app = build_portable(model, size)
     for source, targets in _pairs(model, app):

@@ -99,6 +99,11 @@ class Network(keras.Model):
         return self.expansion.clip
 
     @property
+    def tested_size(self) -> int:
+        """Side in pixels of the one centre crop that tests, and applications by default, take."""
+        return self.clip.size
+
+    @property
     def logits(self) -> Any:
         return self.output
 

@@ -22,11 +22,13 @@ class Recipe:
 
     Attributes:
         batch: clips of one step, over all devices.
-        reference_batch: clips of one step that the next three fields are stated for.
-        learning_rate: highest value of the half-period cosine, η.
+        reference_batch: clips of one step that the next four fields are stated for.
+        learning_rate: highest value of the schedule, η.
         steps: length of the run.
-        warmup_steps: steps of linear warm-up, which ends at the cosine's value.
+        warmup_steps: steps of linear warm-up, which ends at the schedule's value.
+        decay_steps: of the schedule "steps", the steps from which on the rate is a tenth of what it was.
         warmup_start: where the warm-up starts, in units of η.
+        schedule: "cosine" is half a period of it, from η to 0; "steps" is constant between `decay_steps`.
         momentum: of Nesterov's kind.
         weight_decay: L2 added to the gradient of everything but batch norm.
         ema: decay of the moving average of all weights that is tested and saved in their place, in [0, 1); 0 is none.
@@ -49,7 +51,9 @@ class Recipe:
     learning_rate: float = 1.6
     steps: int = 60_000
     warmup_steps: int = 8_000
+    decay_steps: tuple[int, ...] = ()
     warmup_start: float = 0.1
+    schedule: Literal["cosine", "steps"] = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-5
     ema: float = 0.0
@@ -66,6 +70,12 @@ class Recipe:
         require(0 < self.learning_rate < math.inf, "Recipe.learning_rate", "be positive", self.learning_rate)
         within = 0 <= self.warmup_steps < self.steps
         require(within, "Recipe.warmup_steps", f"be in [0, steps = {self.steps})", self.warmup_steps)
+        places = self.decay_steps
+        rising = list(places) == sorted(set(places)) and all(self.warmup_steps <= step < self.steps for step in places)
+        rule = f"rise between warmup_steps = {self.warmup_steps} and steps = {self.steps}"
+        require(rising, "Recipe.decay_steps", rule, places)
+        rule = 'be given with Recipe.schedule = "steps", and with that alone'
+        require(bool(places) == (self.schedule == "steps"), "Recipe.decay_steps", rule, places)
         require(0 <= self.warmup_start <= 1, "Recipe.warmup_start", "be in [0, 1]", self.warmup_start)
         require(0 <= self.momentum < 1, "Recipe.momentum", "be in [0, 1)", self.momentum)
         for name in ("weight_decay", "precise_bn_batches", "trunk_rate", "patience"):
@@ -94,6 +104,11 @@ class Recipe:
     def scaled_warmup_steps(self) -> int:
         """Warm-up steps of `batch` clips."""
         return round(self.warmup_steps * self.reference_batch / self.batch)
+
+    @property
+    def scaled_decay_steps(self) -> tuple[int, ...]:
+        """`decay_steps` of `batch` clips."""
+        return tuple(round(step * self.reference_batch / self.batch) for step in self.decay_steps)
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,33 @@ class Execution:
 
 
 @dataclass(frozen=True)
+class Detection:
+    """What concerns action detection alone. Records of key frames make a run one (paper, section 5 and appendix A.1).
+
+    Attributes:
+        head: see `x3d_tf.build_detector`.
+        proposal_iou: boxes of a person detector that overlap an annotated one by more are training samples of it.
+        negatives: whether its other boxes are samples, too, of a person who does nothing (the paper has none).
+        test_boxes: "proposals" tests on the boxes of the person detector, "annotated" on those that are known.
+        score: lowest of a detector's boxes that is tested.
+
+    Raises:
+        SettingTypeError, UserError: naming the field, the rule and the value received.
+    """
+
+    head: Literal["full", "simple", "frame"] = "full"
+    proposal_iou: float = 0.9
+    negatives: bool = False
+    test_boxes: Literal["proposals", "annotated"] = "proposals"
+    score: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        require(0 < self.proposal_iou < 1, "Detection.proposal_iou", "be in (0, 1)", self.proposal_iou)
+        require(0 <= self.score <= 1, "Detection.score", "be in [0, 1]", self.score)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides the outcome of a run: the same configuration gives the same run.
 
@@ -136,6 +178,7 @@ class TrainConfig:
         dataset: the records to train and to test on.
         recipe: how it is trained.
         execution: how that is computed.
+        detection: what concerns detectors alone.
         init: a run folder or a `.keras` file of this package whose weights the run starts from; fresh ones unless
             given. Where its classes are others, the classifier is new.
         test_views: clips of each test video whose probabilities are averaged (K of K-Center testing).
@@ -151,6 +194,7 @@ class TrainConfig:
     dataset: DatasetSpec = field(default_factory=lambda: DatasetSpec(records="data/records"))
     recipe: Recipe = field(default_factory=Recipe)
     execution: Execution = field(default_factory=Execution)
+    detection: Detection = field(default_factory=Detection)
     init: str | None = None
     test_views: int = 10
     checkpoint_steps: int = 1000
@@ -194,7 +238,7 @@ class TrainConfig:
             given: dict[str, dict[str, Any]] = {}
             for name, value in json.loads(text).items():
                 part, setting = name.split(".")
-                given.setdefault(part, {})[setting] = value
+                given.setdefault(part, {})[setting] = tuple(value) if isinstance(value, list) else value
             parts = {name: part(**given.pop(part.__name__, {})) for name, part in PARTS.items()}
             config = cls(**parts, **given.pop("TrainConfig", {}))
             require(not given, "a configuration", "hold only known settings", ", ".join(given))
@@ -216,4 +260,5 @@ PARTS: dict[str, Any] = {
     "dataset": DatasetSpec,
     "recipe": Recipe,
     "execution": Execution,
+    "detection": Detection,
 }

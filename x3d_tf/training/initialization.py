@@ -5,8 +5,10 @@ from pathlib import Path
 
 from x3d_tf._checks import UserError
 from x3d_tf.modeling.architecture import plan
-from x3d_tf.modeling.saving import load_classifier
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.modeling.saving import load
+from x3d_tf.modeling.x3d import Network
+
+_HEAD = ("conv5", "fc")  # how the names of layers begin that a head may lack
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class Transfer:
         return text
 
 
-def start_from(model: X3D, source: str | Path) -> Transfer:
+def start_from(model: Network, source: str | Path) -> Transfer:
     """Copies the weights of a run or a model file into a network, all that fit its classes.
 
     Clip size, frames and stride may differ: no weight depends on them. The classifier fc2 is taken only where the class
-    names are the same.
+    names are the same. A detector starts from a classifier or a detector, whatever their heads.
 
     Args:
         model: with `class_names`.
@@ -50,12 +52,13 @@ def start_from(model: X3D, source: str | Path) -> Transfer:
         UserError: no such file, or a network of other widths or depths (names the layers that do not fit), or one that
             takes other input or has other activations.
     """
-    other = load_classifier(source)
+    other = load(source)
     theirs = {layer.name: layer for layer in other.layers if layer.weights}
-    if not model.class_names or other.class_names != model.class_names:
+    same_head = getattr(other, "head", None) == getattr(model, "head", None)  # of detectors
+    if not model.class_names or other.class_names != model.class_names or not same_head:
         theirs.pop("fc2", None)
     ours = {layer.name: layer for layer in model.layers if layer.weights}
-    new = [name for name in ours if name not in theirs and name.startswith("fc")]
+    new = [name for name in ours if name not in theirs and name.startswith(_HEAD)]
     _raise_misfits(model, other, str(source), [name for name in ours if name not in new])
     taken = [name for name in ours if name not in new]
     for name in taken:
@@ -65,7 +68,7 @@ def start_from(model: X3D, source: str | Path) -> Transfer:
     return Transfer(str(source), tuple(taken), tuple(new), pools if pools[0] != pools[1] else None)
 
 
-def _raise_misfits(model: X3D, other: X3D, source: str, wanted: list[str]) -> None:
+def _raise_misfits(model: Network, other: Network, source: str, wanted: list[str]) -> None:
     for name in ("input", "swish", "swish_before", "shortcut_norm"):  # of which no shape tells, or not plainly
         there, here = getattr(other.options, name), getattr(model.options, name)
         if there != here:
@@ -76,7 +79,7 @@ def _raise_misfits(model: X3D, other: X3D, source: str, wanted: list[str]) -> No
             )
     ours, theirs = _shapes(model), _shapes(other)
     misfits = [name for name in wanted if ours[name] != theirs.get(name)]
-    misfits += [name for name in theirs if name not in ours and not name.startswith("fc")]
+    misfits += [name for name in theirs if name not in ours and not name.startswith(_HEAD)]
     if misfits:
         raise UserError(
             f"TrainConfig.init: {source} is of another network: {len(misfits)} layers do not fit, the first is "
@@ -85,10 +88,10 @@ def _raise_misfits(model: X3D, other: X3D, source: str, wanted: list[str]) -> No
         )
 
 
-def _shapes(network: X3D) -> dict[str, list[tuple[int, ...]]]:
+def _shapes(network: Network) -> dict[str, list[tuple[int, ...]]]:
     return {layer.name: [tuple(w.shape) for w in layer.weights] for layer in network.layers if layer.weights}
 
 
-def _stages(network: X3D) -> str:
+def _stages(network: Network) -> str:
     stages = plan(network.expansion, network.options).stages
     return ", ".join(f"{stage.depth}x{stage.width} ({stage.inner_width} inside)" for stage in stages)

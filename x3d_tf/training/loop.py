@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
 from x3d_tf.data.clips import input_contract
 from x3d_tf.data.datasets import HELD_OUT, hold_out, open_dataset
+from x3d_tf.data.index import Record
+from x3d_tf.data.key_frame_pipeline import training_key_frames, with_actions
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records, training_dataset
-from x3d_tf.data.preview import save_preview
+from x3d_tf.data.preview import save_box_preview, save_preview
 from x3d_tf.modeling.cost import cost
+from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.portable import portable
-from x3d_tf.modeling.saving import describe, load_classifier, save
+from x3d_tf.modeling.saving import describe, load, save
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.checkpointing import Checkpoints
 from x3d_tf.runs.recipe import TrainConfig
@@ -32,7 +35,7 @@ from x3d_tf.training.history import History
 from x3d_tf.training.initialization import start_from
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.step import TrainStep, arithmetic, balancing_weights
-from x3d_tf.training.validation import Validation
+from x3d_tf.training.validation import DetectorValidation, Score, Validation
 
 _ROW_STEPS = 10  # steps that a row of the history averages over
 
@@ -77,7 +80,8 @@ def train(
     trainer.fit(run, f"{config.fingerprint()} {manifest.fingerprint()}")
     print("Saving the model.")
     run.labels.write_text("".join(f"{name}\n" for name in manifest.classes), encoding="utf-8")
-    contract = input_contract(config.expansion, config.dataset.frame_sampling, config.dataset.squeeze)
+    size = trainer.model.tested_size
+    contract = input_contract(config.expansion, config.dataset.frame_sampling, config.dataset.squeeze, size)
     write_whole(run.input, json.dumps(contract, indent=1).encode())
     trainer.save_result(run)
     return run
@@ -102,14 +106,18 @@ class Trainer:
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
             with arithmetic(config.execution.precision):
-                self.model = X3D(config.expansion, len(manifest.classes), config.model, task=manifest.task)
+                self.model = _network(config, manifest)
             self.model.class_names, self.model.squeeze = manifest.classes, config.dataset.squeeze
             self.step = TrainStep(self.model, config, strategy, self._class_weights())
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
         split = HELD_OUT if config.dataset.validation_fraction else config.dataset.validation_split
-        resize = config.expansion.test_size
-        self.validation = Validation(self.model, manifest, split, config.dataset, resize) if split else None
+        self.validation = self._validation_on(split) if split else None
+
+    def _validation_on(self, split: str) -> Callable[[], Score]:
+        if isinstance(self.model, Detector):
+            return DetectorValidation(self.model, self.manifest, split, self.config.detection)
+        return Validation(self.model, self.manifest, split, self.config.dataset, self.config.expansion.test_size)
 
     def fit(self, run: RunFolder, fingerprint: str) -> None:
         """Trains from the newest checkpoint of the run, or from the start, to the last step or the end of patience.
@@ -122,7 +130,7 @@ class Trainer:
         first = checkpoints.restore()
         if not first:
             self._start()
-        per_epoch = len(self.manifest.split(self.config.dataset.train_split).records) // self.batch
+        per_epoch = len(_training_records(self.manifest, self.config)) // self.batch
         history = History(run, self.config, per_epoch, first)
         print(self._describe(run) + (f", from the checkpoint of step {first}" if first else ""))
         print("The first step takes longer: TensorFlow compiles it.")
@@ -197,7 +205,7 @@ class Trainer:
     def save_result(self, run: RunFolder) -> None:
         """Writes the portable form of the network, of its best validation where the recipe has patience."""
         if self.config.recipe.patience:
-            save(portable(load_classifier(run.best), self.manifest.classes), run.model)
+            save(portable(load(run.best), self.manifest.classes), run.model)
             return
         with self._tested_weights():
             save(portable(self.model, self.manifest.classes), run.model)
@@ -223,19 +231,12 @@ class Trainer:
         config = self.config
 
         def for_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
-            return training_dataset(
+            return training_clips(
                 self.manifest,
-                config.dataset.train_split,
-                config.expansion.clip,
-                jitter=config.expansion.jitter,
-                flip=config.dataset.flip,
-                batch=self.batch,
-                seed=config.seed,
+                config,
                 start_step=first,
                 worker=(context.input_pipeline_id, context.num_input_pipelines),
                 replica_batch=context.get_per_replica_batch_size(self.batch) // config.execution.accumulation,
-                frame_sampling=config.dataset.frame_sampling,
-                squeeze=config.dataset.squeeze,
             )
 
         return self.strategy.distribute_datasets_from_function(for_worker)
@@ -267,28 +268,62 @@ _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
 
 
 def _save_preview(run: RunFolder, manifest: Manifest, config: TrainConfig) -> None:
-    if not run.preview.is_file():
-        save_preview(
-            manifest,
-            config.dataset.train_split,
-            config.expansion.clip,
-            run.preview,
-            jitter=config.expansion.jitter,
-            flip=config.dataset.flip,
-            batch=config.recipe.batch,
-            seed=config.seed,
-            frame_sampling=config.dataset.frame_sampling,
-            squeeze=config.dataset.squeeze,
-        )
+    if run.preview.is_file():
+        return
+    if manifest.task == "detection":
+        stream = training_clips(manifest, config, replica_batch=1)
+        save_box_preview(manifest, config.dataset.train_split, stream, run.preview)
+        return
+    save_preview(
+        manifest,
+        config.dataset.train_split,
+        config.expansion.clip,
+        run.preview,
+        jitter=config.expansion.jitter,
+        flip=config.dataset.flip,
+        batch=config.recipe.batch,
+        seed=config.seed,
+        frame_sampling=config.dataset.frame_sampling,
+        squeeze=config.dataset.squeeze,
+    )
+
+
+def training_clips(manifest: Manifest, config: TrainConfig, **which: Any) -> tf.data.Dataset:
+    """The clips of a run; `which` are start_step, worker and replica_batch of `training_dataset`."""
+    common: dict[str, Any] = {
+        "jitter": config.expansion.jitter,
+        "flip": config.dataset.flip,
+        "batch": config.recipe.batch,
+        "seed": config.seed,
+        **which,
+    }
+    place = (manifest, config.dataset.train_split, config.expansion.clip)
+    if manifest.task == "detection":
+        detection = config.detection
+        return training_key_frames(*place, proposal_iou=detection.proposal_iou, negatives=detection.negatives, **common)
+    dataset = config.dataset
+    return training_dataset(*place, frame_sampling=dataset.frame_sampling, squeeze=dataset.squeeze, **common)
 
 
 def _check_records(manifest: Manifest, config: TrainConfig) -> None:
     split = config.dataset.train_split
-    held = len(manifest.split(split).records)
+    held = len(_training_records(manifest, config))
     fits = config.recipe.batch <= held
     rest = " less those held out for validation" if config.dataset.validation_fraction else ""
     rule = f"be at most {held}, the records of split {split!r}{rest} (Recipe.reference_batch goes with it)"
     require(fits, "Recipe.batch", rule, config.recipe.batch)
+
+
+def _training_records(manifest: Manifest, config: TrainConfig) -> tuple[Record, ...]:
+    records = manifest.split(config.dataset.train_split).records
+    return with_actions(records) if manifest.task == "detection" else records
+
+
+def _network(config: TrainConfig, manifest: Manifest) -> X3D | Detector:
+    classes = len(manifest.classes)
+    if manifest.task == "detection":
+        return Detector(config.expansion, classes, config.model, head=config.detection.head)
+    return X3D(config.expansion, classes, config.model, task=manifest.task)
 
 
 def _check_batch(config: TrainConfig, replicas: int) -> None:

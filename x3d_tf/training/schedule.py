@@ -1,6 +1,7 @@
-"""The learning rate over a run: half a cosine, warmed up linearly (paper, appendix A.3)."""
+"""The learning rate over a run, warmed up linearly: half a cosine, or steps (paper, appendices A.3 and A.1)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -26,18 +27,49 @@ class CosineWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
     def __call__(self, step: Any) -> Any:
         step = ops.cast(step, keras.config.floatx())
         rate = 0.5 * self.peak * (ops.cos(math.pi * step / self.steps) + 1)
-        if not self.warmup_steps:
-            return rate
-        first = self.peak * self.warmup_start
         last = 0.5 * self.peak * (math.cos(math.pi * self.warmup_steps / self.steps) + 1)
-        return ops.where(step < self.warmup_steps, first + (last - first) * step / self.warmup_steps, rate)
+        return _warmed_up(step, rate, self.warmup_steps, self.peak * self.warmup_start, last)
 
     def get_config(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
-def schedule_of(recipe: Recipe) -> CosineWithWarmup:
+@keras.saving.register_keras_serializable("x3d_tf")
+class StepsWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
+    """A tenth of the rate from each of some steps on, after a linear rise to the peak.
+
+    Args:
+        peak: the rate before the first of them, η.
+        decay_steps: ascending, none before the end of the warm-up.
+        warmup_steps: steps of the rise.
+        warmup_start: where the rise begins, in units of the peak.
+    """
+
+    def __init__(
+        self, peak: float, decay_steps: Sequence[int], warmup_steps: int = 0, warmup_start: float = 0.1
+    ) -> None:
+        self.peak, self.decay_steps = peak, list(decay_steps)
+        self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
+
+    def __call__(self, step: Any) -> Any:
+        step = ops.cast(step, keras.config.floatx())
+        rate = ops.convert_to_tensor(self.peak, keras.config.floatx())
+        for number, start in enumerate(self.decay_steps, 1):
+            rate = ops.where(step >= start, self.peak * 10.0**-number, rate)
+        return _warmed_up(step, rate, self.warmup_steps, self.peak * self.warmup_start, self.peak)
+
+    def get_config(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def _warmed_up(step: Any, rate: Any, steps: int, first: float, last: float) -> Any:
+    """A rate with a rise from `first` to `last` before it."""
+    return ops.where(step < steps, first + (last - first) * step / steps, rate) if steps else rate
+
+
+def schedule_of(recipe: Recipe) -> CosineWithWarmup | StepsWithWarmup:
     """The schedule of a recipe at its batch."""
-    return CosineWithWarmup(
-        recipe.scaled_learning_rate, recipe.scaled_steps, recipe.scaled_warmup_steps, recipe.warmup_start
-    )
+    peak, warmup = recipe.scaled_learning_rate, (recipe.scaled_warmup_steps, recipe.warmup_start)
+    if recipe.schedule == "steps":
+        return StepsWithWarmup(peak, recipe.scaled_decay_steps, *warmup)
+    return CosineWithWarmup(peak, recipe.scaled_steps, *warmup)

@@ -9,10 +9,11 @@ import numpy as np
 import tensorflow as tf
 
 from x3d_tf.modeling.layers import GhostBatchNorm
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.modeling.x3d import Network
 from x3d_tf.runs.recipe import Recipe, TrainConfig
 from x3d_tf.training.averaging import MovingAverage
 from x3d_tf.training.forward import forward_of
+from x3d_tf.training.objectives import Objective
 from x3d_tf.training.optimizer import SGD
 from x3d_tf.training.schedule import schedule_of
 
@@ -42,17 +43,21 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: X3D, config: TrainConfig, strategy: tf.distribute.Strategy, class_weights: np.ndarray | None = None
+        self,
+        model: Network,
+        config: TrainConfig,
+        strategy: tf.distribute.Strategy,
+        class_weights: np.ndarray | None = None,
     ) -> None:
         recipe, execution = config.recipe, config.execution
-        self.model, self._strategy, self._batch = model, strategy, recipe.batch
+        self.model, self._strategy = model, strategy
         freeze(model, recipe)
         self._forward = forward_of(model, execution.recompute)
         self.optimizer = _optimizer(model, recipe)
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
         self._scale = LossScale() if execution.precision == "float16" else None
-        self._class_weights = None if class_weights is None else tf.constant(class_weights, tf.float32)
         self._parts = execution.accumulation
+        self._objective = Objective(model.task, recipe.batch, self._parts, class_weights)
         self._sums: list[tf.Variable] = []
         if self._parts > 1 or self._scale is not None:
             # each device its own, which the optimiser adds up
@@ -80,12 +85,13 @@ class TrainStep:
         """Takes steps.
 
         Args:
-            batches: iterator of the strategy over (clips, labels), one element for each part of a step.
+            batches: iterator of the strategy over (clips, labels), one element for each part of a step; of a detector
+                ({"clip": clips, "boxes": boxes}, labels).
             steps: how many; 1 unless the configuration executes several at once.
 
         Returns:
-            Loss and accuracy of each step, float32 [steps]; the accuracy is the share of clips whose highest score is
-            of one of their classes.
+            Loss and accuracy of each step, float32 [steps]; the accuracy is the share of clips, or boxes, whose highest
+            score is of one of their classes.
         """
         return self._steps(batches, tf.constant(steps))
 
@@ -102,20 +108,20 @@ class TrainStep:
 
     def _one(self, batches: Any) -> tuple[Any, Any]:
         if self._sums:
-            loss, correct = self._accumulated(batches)
+            loss, accuracy = self._accumulated(batches)
         else:
-            loss, correct = self._over_devices(self._update, next(batches))
+            loss, accuracy = self._over_devices(self._update, next(batches))
         if self.average is not None:
             self.average.update(self._strategy, self.optimizer.iterations.value)
-        return loss, correct / self._batch
+        return loss, accuracy
 
     def _accumulated(self, batches: Any) -> tuple[Any, Any]:
         """A step whose gradients are added up before they are used: its parts', or to see whether they overflow."""
         self._strategy.run(self._clear)
-        loss = correct = tf.constant(0.0)
+        loss = accuracy = tf.constant(0.0)
         for _ in tf.range(self._parts):
-            part_loss, part_correct = self._over_devices(self._add, next(batches))
-            loss, correct = loss + part_loss, correct + part_correct
+            part_loss, part_accuracy = self._over_devices(self._add, next(batches))
+            loss, accuracy = loss + part_loss, accuracy + part_accuracy
         if self._scale is None:
             self._strategy.run(self._apply)
         else:
@@ -125,7 +131,7 @@ class TrainStep:
             else:
                 self._strategy.run(self._apply)
             self._scale.update(overflows > 0)
-        return loss, correct
+        return loss, accuracy
 
     def _over_devices(self, function: Any, batch: Any) -> list[Any]:
         results = self._strategy.run(function, args=batch)
@@ -133,20 +139,20 @@ class TrainStep:
 
     # What one device does.
 
-    def _update(self, clips: Any, labels: Any) -> tuple[Any, Any]:
-        loss, correct, gradients = self._gradients(clips, labels)
+    def _update(self, given: Any, labels: Any) -> tuple[Any, Any]:
+        loss, accuracy, gradients = self._gradients(given, labels)
         self.optimizer.apply(gradients, self.model.trainable_variables)
-        return loss, correct
+        return loss, accuracy
 
     def _clear(self) -> None:
         for total in self._sums:
             total.assign(tf.zeros_like(total))
 
-    def _add(self, clips: Any, labels: Any) -> tuple[Any, Any]:
-        loss, correct, gradients = self._gradients(clips, labels)
+    def _add(self, given: Any, labels: Any) -> tuple[Any, Any]:
+        loss, accuracy, gradients = self._gradients(given, labels)
         for total, gradient in zip(self._sums, gradients):
             total.assign_add(gradient)
-        return loss, correct
+        return loss, accuracy
 
     def _apply(self) -> None:
         factor = 1.0 if self._scale is None else 1.0 / self._scale.value
@@ -157,27 +163,12 @@ class TrainStep:
         finite = [tf.reduce_all(tf.math.is_finite(total.read_value())) for total in self._sums]
         return 1.0 - tf.cast(tf.reduce_all(finite), tf.float32)
 
-    def _gradients(self, clips: Any, labels: Any) -> tuple[Any, Any, list[Any]]:
+    def _gradients(self, given: Any, labels: Any) -> tuple[Any, Any, list[Any]]:
         with tf.GradientTape() as tape:
-            logits = self._forward(clips)
-            # the optimiser adds the devices' gradients up
-            loss = tf.reduce_sum(self._losses(logits, labels)) / self._batch
+            loss, accuracy = self._objective(self._forward(given), labels, given)
             scaled = loss if self._scale is None else loss * self._scale.value
-        gradients = tape.gradient(scaled, self.model.trainable_variables)
-        best = tf.argmax(logits, axis=1, output_type=tf.int32)
-        if self.model.task == "multi_label":
-            correct = tf.gather(labels, best, axis=1, batch_dims=1)
-        else:
-            correct = tf.cast(tf.equal(best, labels), tf.float32)
-        return tf.cast(loss, tf.float32), tf.reduce_sum(correct), gradients
-
-    def _losses(self, logits: Any, labels: Any) -> Any:
-        """Loss of each clip, [clips]."""
-        if self.model.task == "multi_label":
-            each = tf.nn.sigmoid_cross_entropy_with_logits(tf.cast(labels, logits.dtype), logits)
-            return tf.reduce_mean(each, axis=1)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        return losses if self._class_weights is None else losses * tf.gather(self._class_weights, labels)
+        gradients = tape.gradient(scaled, self.model.trainable_variables)  # the optimiser adds the devices' up
+        return tf.cast(loss, tf.float32), tf.cast(accuracy, tf.float32), gradients
 
 
 class LossScale:
@@ -202,7 +193,7 @@ class LossScale:
         self._good_steps.assign(tf.where(grown, tf.zeros_like(good), good))
 
 
-def freeze(model: X3D, recipe: Recipe) -> None:
+def freeze(model: Network, recipe: Recipe) -> None:
     """Marks as not trainable what the recipe freezes: the trunk, or batch norm."""
     for layer in model.layers:
         frozen_norm = recipe.frozen_norms and isinstance(layer, GhostBatchNorm)
@@ -215,7 +206,7 @@ def in_trunk(layer: keras.Layer) -> bool:
     return layer.name not in ("fc1", "fc2")
 
 
-def _optimizer(model: X3D, recipe: Recipe) -> SGD:
+def _optimizer(model: Network, recipe: Recipe) -> SGD:
     optimizer = SGD(schedule_of(recipe), recipe.momentum, l2=recipe.weight_decay)
     norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]
     optimizer.exclude(weight for norm in norms for weight in norm.trainable_weights)

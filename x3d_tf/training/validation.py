@@ -1,5 +1,6 @@
 """Tests of a network while it trains: on one clip from the middle of each video, always the same."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -8,17 +9,20 @@ from x3d_tf._checks import UserError
 from x3d_tf.data.clips import ViewSpec
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
+from x3d_tf.evaluation.detecting import score_split
 from x3d_tf.evaluation.metrics import mean_average_precision, top_k_accuracy
 from x3d_tf.evaluation.views import predict_split
+from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.runs.recipe import Detection
 
 
 class Score(NamedTuple):
     """A validation: higher accuracy is better, and of equal ones the lower loss.
 
     Attributes:
-        accuracy: top-1, or mean average precision where videos have several labels.
-        loss: mean cross-entropy of the probabilities.
+        accuracy: top-1, or mean average precision where videos, or boxes, have several labels.
+        loss: mean cross-entropy of the probabilities; of a detector what its precision lacks.
     """
 
     accuracy: float
@@ -67,3 +71,24 @@ class Validation:
             likelihood = probabilities[self._truth]
             accuracy = top_k_accuracy(probabilities, self._truth.argmax(axis=1), 1)
         return Score(accuracy, float(-np.mean(np.log(np.maximum(likelihood, tiny)))))
+
+
+class DetectorValidation:
+    """Tests a detector on a split: frame mAP, which takes the place of the accuracy.
+
+    Args:
+        model: whose weights may change from one call to the next.
+        manifest, split: the records, of key frames.
+        detection: which boxes are tested.
+    """
+
+    def __init__(self, model: Detector, manifest: Manifest, split: str, detection: Detection) -> None:
+        self._model, self._manifest, self._split, self._detection = model, manifest, split, detection
+        if not manifest.split(split).records:
+            raise UserError(f"split {split!r} of {manifest.folder} holds no records to validate on")
+
+    def __call__(self) -> Score:
+        """Scores the weights as they are."""
+        _, scores = score_split(self._model, self._manifest, self._split, self._detection)
+        precision = 0.0 if math.isnan(scores.mean) else scores.mean
+        return Score(precision, 1 - precision)

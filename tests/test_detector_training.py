@@ -1,0 +1,264 @@
+"""Training and testing action detectors: the objective, the steps, a run from AVA's files to a report."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from video_fixtures import numbered_frames, write_video
+
+import x3d_tf
+from x3d_tf._checks import UserError
+from x3d_tf.data.ava import read_boxes
+from x3d_tf.data.builder import build_key_frames
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.evaluation.detecting import score_split
+from x3d_tf.evaluation.testing import evaluate_run
+from x3d_tf.modeling.detection import Detector
+from x3d_tf.modeling.layers import GhostBatchNorm
+from x3d_tf.modeling.saving import load_detector
+from x3d_tf.runs.recipe import Detection, Execution, Recipe, TrainConfig
+from x3d_tf.training import forward
+from x3d_tf.training.initialization import start_from
+from x3d_tf.training.loop import train
+from x3d_tf.training.objectives import Objective
+from x3d_tf.training.schedule import schedule_of
+from x3d_tf.training.step import TrainStep
+
+ROOT = Path(__file__).parents[1]
+TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
+RECIPE = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=6, warmup_steps=1, weight_decay=1e-7)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Operations one by one: compiling a step takes longer than these tests."""
+    x3d_tf.set_lowering("gpu")
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+    x3d_tf.set_lowering("auto")
+
+
+def given(boxes: int, padding: int, clips: int = 4) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random clips of so many boxes each, and targets."""
+    draw = np.random.default_rng(0)
+    corners = np.sort(draw.uniform(0, 1, (clips, boxes, 2, 2)), axis=2).reshape(clips, boxes, 4)
+    labels = draw.integers(0, 2, (clips, boxes, 3)).astype("float32")
+    pad = [(0, 0), (0, padding), (0, 0)]
+    pixels = draw.integers(0, 256, (clips, 4, 32, 32, 3)).astype("float32")
+    return {"clip": pixels, "boxes": np.pad(corners, pad).astype("float32")}, np.pad(labels, pad)
+
+
+def test_the_loss_is_the_mean_over_boxes_and_classes() -> None:
+    draw = np.random.default_rng(1)
+    inputs, labels = given(3, 0)
+    logits = draw.standard_normal((4, 3, 3)).astype("float32")
+    inputs["boxes"][0, 1] = 0  # padding
+    real = np.ones((4, 3), bool)
+    real[0, 1] = False
+    p = 1 / (1 + np.exp(-logits[real]))
+    expected = -np.mean(np.where(labels[real] > 0, np.log(p), np.log(1 - p)))
+    loss, accuracy = Objective("detection", 4)(tf.constant(logits), tf.constant(labels), inputs)
+    assert float(loss) == pytest.approx(expected, abs=1e-6)
+    right = [row[scores.argmax()] for row, scores in zip(labels[real], logits[real])]
+    assert float(accuracy) == pytest.approx(np.mean(right), abs=1e-6)
+
+
+def test_a_step_without_boxes_has_no_loss() -> None:
+    inputs, labels = given(0, 2)
+    loss, accuracy = Objective("detection", 4)(tf.zeros((4, 2, 3)), tf.constant(labels), inputs)
+    assert float(loss) == float(accuracy) == 0
+
+
+def state_after(padding: int = 0, parts: int = 1, monkeypatch: Any = None, **execution: Any) -> list[np.ndarray]:
+    """Losses and weights after two steps on the same clips, however their boxes are padded."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    if monkeypatch is not None:
+        monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: parts)
+    config = TrainConfig(TINY, recipe=RECIPE, dataset=DatasetSpec("unused"), execution=Execution(**execution))
+    model = Detector(TINY, 3, x3d_tf.ModelOptions(dropout=0.0, bn_group=2))
+    for layer in model.layers:
+        if isinstance(layer, GhostBatchNorm):
+            layer.gamma.assign(np.ones(layer.gamma.shape))
+    step = TrainStep(model, config, tf.distribute.get_strategy())
+    inputs, labels = given(3, padding)
+    share = 4 // config.execution.accumulation
+    stream = iter(tf.data.Dataset.from_tensor_slices((inputs, labels)).repeat().batch(share, drop_remainder=True))
+    losses = [step(stream, 1)[0].numpy() for _ in range(2)]
+    return [*losses, *(variable.numpy() for variable in model.variables)]
+
+
+def assert_same(actual: list[np.ndarray], expected: list[np.ndarray], bound: float) -> None:
+    for value, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(value, other, rtol=0, atol=bound)
+
+
+def test_padding_changes_nothing(uncompiled: None) -> None:
+    assert_same(state_after(padding=5), state_after(), 1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "activations", "blocks"])
+def test_clips_side_by_side_and_recomputed(
+    uncompiled: None, monkeypatch: pytest.MonkeyPatch, float64: None, recompute: str
+) -> None:
+    expected = state_after(parts=1, monkeypatch=monkeypatch)
+    assert_same(state_after(parts=2, monkeypatch=monkeypatch, recompute=recompute), expected, 1e-10)
+
+
+TWO_DEVICES = """
+import sys
+sys.path.insert(0, {tests!r})
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import test_detector_training as test
+from x3d_tf.training.objectives import Objective
+inputs, labels = test.given(3, 2)
+inputs["boxes"][0] = 0  # other numbers of boxes on the devices
+logits = np.random.default_rng(1).standard_normal((4, 5, 3)).astype("float32")
+objective = Objective("detection", 4)
+alone = objective(tf.constant(logits), tf.constant(labels), inputs)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+@tf.function
+def both():
+    def one():
+        number = tf.distribute.get_replica_context().replica_id_in_sync_group
+        cut = lambda array: tf.gather(tf.reshape(array, (2, 2, *array.shape[1:])), number)
+        return objective(cut(logits), cut(labels), {{name: cut(value) for name, value in inputs.items()}})
+    return [strategy.reduce("SUM", part, None) for part in strategy.run(one)]
+np.testing.assert_allclose(both(), alone, atol=1e-6)
+"""
+
+
+def test_devices_add_up_to_the_mean_over_all_boxes() -> None:
+    code = TWO_DEVICES.format(tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_rates_fall_in_steps() -> None:
+    recipe = Recipe(
+        batch=512, learning_rate=1.6, steps=100, warmup_steps=10, schedule="steps", decay_steps=(50, 80), warmup_start=0
+    )
+    rates = [float(schedule_of(recipe)(step)) for step in (0, 10, 20, 99, 100, 159, 160, 199)]
+    np.testing.assert_allclose(rates, [0, 0.4, 0.8, 0.8, 0.08, 0.08, 0.008, 0.008], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay_steps": (5,)}, 'Recipe.decay_steps must be given with Recipe.schedule = "steps", and with that alone'),
+        ({"schedule": "steps"}, "must be given with"),
+        ({"schedule": "steps", "decay_steps": (5, 3)}, "must rise between warmup_steps = 1 and steps = 6"),
+        ({"schedule": "steps", "decay_steps": (6,)}, "must rise between"),
+    ],
+)
+def test_decay_steps_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Recipe(**{"steps": 6, "warmup_steps": 1, **settings})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of four key frames to train on and three to test on, one of them excluded."""
+    root = tmp_path_factory.mktemp("ava")
+    write_video(root / "videos" / "film.mp4", numbered_frames(240))
+    boxes = ("0.1,0.1,0.4,0.9", "0.5,0.2,0.9,0.8")
+    rows = [f"film,{903 + n // 2:04d},{boxes[n % 2]},{n % 2 + 1},{n % 2}\n" for n in range(8)]
+    (root / "truth.csv").write_text("".join(rows))
+    near = ["film,0903,0.1,0.1,0.4,0.88,,0.9\n", "film,0904,0.1,0.1,0.4,0.5,,0.9\n", "film,0905,0,0,1,1,,0.5\n"]
+    (root / "found.csv").write_text("".join(near))
+    (root / "actions.pbtxt").write_text('item { name: "sit" id: 1 }\nitem { name: "wave" id: 2 }\n')
+    (root / "out.csv").write_text("film,0906\n")
+    truth = {"train": root / "truth.csv", "test": root / "truth.csv"}
+    out, found = {"test": root / "out.csv"}, {"test": root / "found.csv"}
+    build_key_frames(
+        root / "videos",
+        root / "records",
+        truth,
+        proposals=found,
+        exclusions=out,
+        label_map=root / "actions.pbtxt",
+        progress=False,
+    )
+    return root
+
+
+def config_of(folder: Path, **changes: Any) -> TrainConfig:
+    fields = {
+        "expansion": TINY,
+        "dataset": DatasetSpec(str(folder / "records"), validation_split="test"),
+        "recipe": RECIPE,
+        "detection": Detection(test_boxes="annotated"),
+        "checkpoint_steps": 3,
+    }
+    return TrainConfig(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train(config_of(folder), tmp_path_factory.mktemp("runs") / "detector")
+
+
+def test_a_run_leaves_a_detector(run: Any) -> None:
+    model = load_detector(run.root)
+    assert model.class_names == ("sit", "wave") and model.num_classes == 2
+    assert run.preview.read_bytes().startswith(b"\x89PNG")
+    rows = run.read_history()
+    assert rows[-1]["step"] == 6 and 0 <= rows[-1]["validation_accuracy"] <= 1
+    contract = json.loads(run.input.read_text())
+    assert (contract["resize"], contract["crop"]) == (TINY.test_size, TINY.test_size)
+
+
+@pytest.mark.parametrize("boxes", ["annotated", "proposals"])
+def test_its_report_is_that_of_its_detections(folder: Path, run: Any, tmp_path: Path, boxes: str) -> None:
+    config = config_of(folder, detection=Detection(test_boxes=boxes))
+    run.config.write_text(config.to_json())
+    try:
+        report = evaluate_run(run, output=str(tmp_path / "report"))
+    finally:
+        run.config.write_text(config_of(folder).to_json())
+    manifest = Manifest.load(folder / "records")
+    found, scores = score_split(load_detector(run.root), manifest, "test", config.detection, progress=False)
+    assert report.results["map"] == scores.mean and 0 < scores.mean <= 1
+    assert scores.key_frames == 3 and scores.positives.tolist() == [3, 3]  # one is excluded
+    frames = [found.key_frames[number].second for number in found.frames]
+    if boxes == "annotated":
+        assert sorted(frames) == sorted([903, 904, 905] * 4)  # two boxes of two actions each
+    else:
+        assert sorted(frames) == [903, 903, 904, 904]  # of one box each that is sure enough
+    written = read_boxes(report.folder / "detections.csv", "detections", {1: "sit", 2: "wave"})
+    np.testing.assert_allclose(written.boxes, found.boxes, rtol=0, atol=5.1e-4)
+    np.testing.assert_allclose(written.scores, found.scores, rtol=0, atol=5.1e-5)
+    assert [written.key_frames[number].second for number in written.frames] == frames
+    assert written.actions.tolist() == found.actions.tolist()
+    with (report.folder / "per_class.csv").open() as file:
+        assert [row["action"] for row in csv.DictReader(file)] == ["sit", "wave"]
+    assert (report.folder / "per_class.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_views_are_a_detectors_own(run: Any) -> None:
+    with pytest.raises(UserError, match=r"take no other procedure than the run's, got \['temporal_views'\]"):
+        evaluate_run(run, temporal_views=3)
+
+
+@pytest.mark.parametrize("head", ["full", "simple"])
+def test_a_detector_starts_from_a_classifier(head: Any, tmp_path: Path) -> None:
+    classifier = x3d_tf.build_x3d(TINY, num_classes=5)
+    x3d_tf.save(classifier, tmp_path / "a.keras", tuple("abcde"))
+    model = x3d_tf.build_detector(TINY, num_classes=3, head=head)
+    transfer = start_from(model, tmp_path / "a.keras")
+    assert transfer.new == ("fc2",) and "res5_0_conv_a" in transfer.taken
+    for name in transfer.taken:
+        for ours, theirs in zip(model.get_layer(name).get_weights(), classifier.get_layer(name).get_weights()):
+            np.testing.assert_array_equal(ours, theirs)

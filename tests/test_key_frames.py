@@ -1,0 +1,261 @@
+"""Key frames: from AVA's files and videos into records, and from those into clips with boxes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from video_fixtures import number_of, numbered_frames, write_video
+
+import x3d_tf
+from x3d_tf._checks import UserError
+from x3d_tf.data import boxes as moving
+from x3d_tf.data.builder import build_key_frames
+from x3d_tf.data.clips import key_frame_indices
+from x3d_tf.data.key_frame_pipeline import testing_key_frames as clips_to_test
+from x3d_tf.data.key_frame_pipeline import training_key_frames as train_clips
+from x3d_tf.data.key_frames import find_key_frames
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.records import ParsedAnnotation, parse_annotation, parse_record
+
+CLIP = x3d_tf.ClipSpec(4, 5, 32)  # 10 frames before the key frame, 5 after it
+ACTIONS = 'item { name: "sit" id: 1 }\nitem { name: "wave" id: 2 }\nitem { name: "run" id: 4 }\n'
+A, B = "0.250,0.250,0.750,0.500", "0.1,0.1,0.2,0.2"
+TRUTH = f"film,0902,{A},1,0\nfilm,0902,{A},4,0\nfilm,0902,{B},,1\nfilm,0904,{A},2,0\nclip,0902,{A},1,0\n"
+PROPOSALS = f"film,0902,0.26,0.25,0.75,0.5,,0.95\nfilm,0902,{B},,0.7\nfilm,0903,{B},,0.9\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of 30 frames a second, one of 15, and lists."""
+    root = tmp_path_factory.mktemp("ava")
+    write_video(root / "videos" / "film.mp4", numbered_frames(150), options={"qscale": "2"})
+    write_video(root / "videos" / "clip.mkv", numbered_frames(75), fps=15)
+    for name, text in (("train.csv", TRUTH), ("found.csv", PROPOSALS), ("actions.pbtxt", ACTIONS)):
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> Manifest:
+    return build_key_frames(
+        folder / "videos",
+        folder / "records",
+        {"train": folder / "train.csv"},
+        proposals={"train": folder / "found.csv"},
+        label_map=folder / "actions.pbtxt",
+        workers=1,
+        progress=False,
+    ).manifest
+
+
+def content(manifest: Manifest, media_id: str) -> tuple[Any, ParsedAnnotation]:
+    (record,) = (record for record in manifest.splits["train"].records if record.media_id == media_id)
+    shard = manifest.folder / manifest.splits["train"].shards[record.shard].file
+    data = tf.constant(shard.read_bytes()[record.offset : record.offset + record.length])
+    return parse_record(data), parse_annotation(data)
+
+
+def place(manifest: Manifest, media_id: str) -> int:
+    return [record.media_id for record in manifest.splits["train"].records].index(media_id)
+
+
+def test_records_hold_what_is_known_of_a_key_frame(records: Manifest) -> None:
+    assert records.task == "detection" and records.classes == ("sit", "wave", "action 3", "run")
+    assert Manifest.load(records.folder) == records
+    labels = {record.media_id: record.labels for record in records.splits["train"].records}
+    assert labels == {"film,0902": (0, 3), "film,0904": (1,), "clip,0902": (0,), "film,0903": ()}
+    parsed, known = content(records, "film,0902")
+    np.testing.assert_array_equal(known.boxes, np.float32([[0.25, 0.25, 0.75, 0.5]] * 2 + [[0.1, 0.1, 0.2, 0.2]]))
+    assert known.labels.numpy().tolist() == [0, 3, -1]
+    np.testing.assert_array_equal(known.proposals, np.float32([[0.26, 0.25, 0.75, 0.5], [0.1, 0.1, 0.2, 0.2]]))
+    np.testing.assert_array_equal(known.scores, np.float32([0.95, 0.7]))
+    assert number_of(tf.io.decode_jpeg(parsed.frames[int(known.key_frame)]).numpy()) == 60 % 50
+    assert len(parsed.frames) == 60 + 41 - (60 - 41)  # frames 19 to 100
+    _, nothing = content(records, "film,0903")
+    assert nothing.boxes.shape == (0, 4) and nothing.labels.shape == (0,) and nothing.proposals.shape == (1, 4)
+
+
+def test_the_key_frame_is_its_seconds_also_at_other_rates_and_near_an_end(records: Manifest) -> None:
+    parsed, known = content(records, "clip,0902")
+    assert number_of(tf.io.decode_jpeg(parsed.frames[int(known.key_frame)]).numpy()) == 30
+    parsed, known = content(records, "film,0904")
+    assert number_of(tf.io.decode_jpeg(parsed.frames[int(known.key_frame)]).numpy()) == 120 % 50
+    assert len(parsed.frames) - int(known.key_frame) == 150 - 120  # to the end of the video
+
+
+def test_folders_of_frames_make_the_same_records(folder: Path, records: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "videos" / "film").mkdir(parents=True)
+    for number, pixels in enumerate(numbered_frames(150)):
+        Image.fromarray(pixels).save(tmp_path / "videos" / "film" / f"film_{number + 1:06d}.jpg", quality=95)
+    given = {"train": tmp_path / "train.csv"}
+    given["train"].write_text("".join(line for line in TRUTH.splitlines(True) if line.startswith("film")))
+    made = build_key_frames(tmp_path / "videos", tmp_path / "records", given, label_map=folder / "actions.pbtxt")
+    for media_id in ("film,0902", "film,0904"):
+        (ours, known), (theirs, same) = content(made.manifest, media_id), content(records, media_id)
+        assert len(ours.frames) == len(theirs.frames) and int(known.key_frame) == int(same.key_frame)
+        np.testing.assert_array_equal(known.boxes, same.boxes)
+        for a, b in zip(ours.frames.numpy(), theirs.frames.numpy()):
+            assert number_of(tf.io.decode_jpeg(a).numpy()) == number_of(tf.io.decode_jpeg(b).numpy())
+    first = (tmp_path / "videos" / "film" / "film_000061.jpg").read_bytes()
+    assert content(made.manifest, "film,0902")[0].frames[41].numpy() == first  # not coded again
+
+
+def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.csv").write_text("film,0902\n")
+    (tmp_path / "more.csv").write_text(TRUTH + f"gone,0902,{A},1,0\ngone,0903,{A},1,0\nclip,0950,{A},1,0\n")
+    made = build_key_frames(
+        folder / "videos",
+        tmp_path / "records",
+        {"train": tmp_path / "more.csv"},
+        exclusions={"train": tmp_path / "out.csv"},
+        label_map=folder / "actions.pbtxt",
+    )
+    assert {record.media_id for record in made.manifest.splits["train"].records} == {"film,0904", "clip,0902"}
+    failures = (tmp_path / "records" / "failures.csv").read_text()
+    assert "no such video" in failures and f"{tmp_path / 'more.csv'} names it" in failures
+    assert made.failures == 2 and "clip.mkv" in failures
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": "film,0902,0,0,1,1,3,0\n"}, "line 1 must have an action_id of the label map, got '3'"),
+        ({"starts_at": 903.0}, "line 1 must have a timestamp from 903 on, where videos begin, got 902"),
+        ({"boxes": f"gone,0902,{A},1,0\n"}, "none of the 1 videos that .* name is in"),
+        (
+            {"exclusions": {"test": Path("x")}},
+            r"exclusions must be of the splits that have boxes, train, got \['test'\]",
+        ),
+        ({"videos": Path("nowhere")}, "nowhere is not a folder"),
+    ],
+)
+def test_what_is_wrong_with_the_lists(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    changes = dict(changes)
+    (tmp_path / "train.csv").write_text(changes.pop("boxes", TRUTH))
+    videos = changes.pop("videos", folder / "videos")
+    settings = {"label_map": folder / "actions.pbtxt"} | changes
+    with pytest.raises(UserError, match=message):
+        find_key_frames(videos, {"train": tmp_path / "train.csv"}, **settings)
+
+
+def test_the_frames_of_a_clip_lie_around_its_key_frame() -> None:
+    """PySlowFast's sequence, range(c - h, c + h, τ), clamped; XXL's stride is not whole."""
+    m, s, xxl = (x3d_tf.VARIANTS[name].expansion.clip for name in ("x3d_m", "x3d_s", "x3d_xxl"))
+    assert key_frame_indices(100, 1000, 30.0, m).tolist() == list(range(60, 140, 5))
+    assert key_frame_indices(100, 1000, 30.0, s).tolist() == list(range(61, 139, 6))
+    assert key_frame_indices(100, 1000, 30.0, xxl).tolist() == [60 + int(2.5 * i) for i in range(32)]
+    assert key_frame_indices(10, 30, 30.0, m).tolist() == [min(max(i, 0), 29) for i in range(-30, 50, 5)]
+    assert key_frame_indices(50, 1000, 15.0, m).tolist() == [50 - 20 + int(2.5 * i) for i in range(16)]
+
+
+def test_test_clips_are_the_centre_and_keep_every_box(records: Manifest) -> None:
+    found = list(clips_to_test(records, "train", CLIP, resize=36, crop=36, batch=2, score=0.9))
+    assert [row for _, about in found for row in about.record.numpy()] == [0, 1, 2, 3]
+    ((inputs, about),) = clips_to_test(records, "train", CLIP, resize=36, crop=36, batch=4, proposals=False)
+    row = place(records, "film,0902")
+    assert int(about.count[row]) == 2 and int(about.count[place(records, "film,0903")]) == 0
+    np.testing.assert_allclose(about.original[row], np.float32([[0.25, 0.25, 0.75, 0.5], [0.1, 0.1, 0.2, 0.2]]))
+    np.testing.assert_array_equal(about.labels[row], [0, 3, -1])
+    np.testing.assert_array_equal(about.truth[row, 1], np.float32([0.25, 0.25, 0.75, 0.5]))
+    # 64 x 48 becomes 48 x 36, of which columns 6 to 41 are seen
+    expected = (np.array([16, 12, 48, 24]) * 0.75 - [6, 0, 6, 0]) / 36
+    np.testing.assert_allclose(inputs["boxes"][row, 0], expected, atol=1e-6)
+    numbers = [number_of(frame) for frame in inputs["clip"][row].numpy()]
+    assert numbers == [(60 - 10 + 5 * i) % 50 for i in range(4)]
+
+
+def naive_boxes(
+    box: list[float], width: int, height: int, short: int, top: int, left: int, size: int, flip: bool
+) -> Any:
+    """PySlowFast's rule, box by box."""
+    x1, y1, x2, y2 = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    x1, x2 = (min(max(x, 0), width - 1) for x in (x1, x2))
+    y1, y2 = (min(max(y, 0), height - 1) for y in (y1, y2))
+    long = max(width, height) * short // min(width, height)
+    ratio = long / max(width, height)
+    x1, x2, y1, y2 = x1 * ratio - left, x2 * ratio - left, y1 * ratio - top, y2 * ratio - top
+    if flip:
+        x1, x2 = size - x2 - 1, size - x1 - 1
+    return [min(max(value, 0), size - 1) for value in (x1, y1, x2, y2)]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_boxes_move_with_the_pixels(graph: bool) -> None:
+    draw = np.random.default_rng(0)
+    given = np.sort(draw.uniform(-0.1, 1.1, (20, 2, 2)), axis=1).reshape(20, 4).astype("float32")
+
+    def moved() -> Any:
+        before, after = tf.constant([48, 66]), tf.constant([36, 49])
+        boxes = moving.scaled(moving.in_pixels(tf.constant(given), 48, 66), before, after)
+        return moving.flipped(moving.cropped(boxes, tf.constant(3), tf.constant(10), 32), 32)
+
+    found = (tf.function(moved) if graph else moved)()
+    expected = [naive_boxes(list(box), 66, 48, 36, 3, 10, 32, True) for box in given]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_proposals_near_a_box_are_samples_of_it() -> None:
+    known = ParsedAnnotation(
+        tf.constant(0),
+        tf.constant([[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.5, 0.5]]),
+        tf.constant([1, 0, 2], tf.int64),
+        tf.constant([[0.0, 0.0, 0.5, 0.49], [0.0, 0.0, 0.5, 0.4], [0.51, 0.5, 1.0, 1.0]]),
+        tf.constant([0.9, 0.9, 0.9]),
+    )
+    boxes = moving.annotated(known, 3)
+    np.testing.assert_array_equal(boxes.boxes, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
+    np.testing.assert_array_equal(boxes.labels, [[0, 1, 1], [1, 0, 0]])
+    matched = moving.with_proposals(boxes, known.proposals, 0.9, negatives=False)
+    np.testing.assert_array_equal(matched.labels, [[0, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 0]])
+    np.testing.assert_array_equal(matched.boxes[2:], tf.gather(known.proposals, [0, 2]))
+    every = moving.with_proposals(boxes, known.proposals, 0.9, negatives=True)
+    np.testing.assert_array_equal(every.labels[2:], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    none = moving.LabeledBoxes(tf.zeros((0, 4)), tf.zeros((0, 3)))
+    assert moving.with_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
+    assert moving.with_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist() == [[0] * 3] * 3
+
+
+def training(records: Manifest, **changes: Any) -> Callable[[int], Any]:
+    settings: dict[str, Any] = {"jitter": (36, 44), "flip": True, "batch": 2, "seed": 3}
+    stream = train_clips(records, "train", CLIP, **(settings | changes))
+    return lambda count: list(stream.take(count))
+
+
+def test_training_clips_come_with_boxes_and_targets(records: Manifest) -> None:
+    for inputs, labels in training(records)(6):
+        clips, boxes = inputs["clip"], inputs["boxes"].numpy()
+        assert clips.shape == (2, 4, 32, 32, 3) and boxes.shape[::2] == (2, 4) and labels.shape[::2] == (2, 4)
+        assert boxes.shape[1] == labels.shape[1]
+        real = (boxes[..., 2:] > boxes[..., :2]).all(-1)
+        assert (boxes >= 0).all() and (boxes <= 31 / 32).all() and real.any()
+        assert not labels.numpy()[~real].any() and not boxes[~real].any()
+
+
+def test_training_skips_what_nobody_does(records: Manifest) -> None:
+    """Three key frames have an action; the fourth has a proposal alone."""
+    with pytest.raises(UserError, match=r"batch must be in 1\.\.3"):
+        training(records, batch=4)
+
+
+def test_training_clips_follow_from_seed_and_step(records: Manifest) -> None:
+    whole, later = training(records)(4), training(records, start_step=2)(2)
+    for (inputs, labels), (same, again) in zip(whole[2:], later):
+        np.testing.assert_array_equal(inputs["clip"], same["clip"])
+        np.testing.assert_array_equal(inputs["boxes"], same["boxes"])
+        np.testing.assert_array_equal(labels, again)
+
+
+def test_a_crop_that_shows_no_box_gives_none(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("film,0902,0.0,0.0,0.01,0.02,1,0\nfilm,0903,0.0,0.0,0.01,0.02,1,0\n")
+    made = build_key_frames(folder / "videos", tmp_path / "records", {"train": tmp_path / "a.csv"})
+    shapes = {tuple(inputs["boxes"].shape) for inputs, _ in training(made.manifest, flip=False)(8)}
+    assert (2, 0, 4) in shapes
+
+
+def test_clips_longer_than_records_are_refused(records: Manifest) -> None:
+    with pytest.raises(UserError, match=r"the network's clip must span at most 2\.73 s.*got '3\.00 s'"):
+        train_clips(records, "train", x3d_tf.ClipSpec(18, 5, 32), jitter=(36, 44), flip=True, batch=2, seed=0)

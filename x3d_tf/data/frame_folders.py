@@ -1,0 +1,61 @@
+"""Videos that come as folders of images, one a frame, as AVA's are often kept. Imports no TensorFlow."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from x3d_tf.data.clips import resized_shape
+from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg, first_from
+
+FPS = 30.0  # at which frames are taken out of AVA's videos
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def encode_folder(
+    folder: Path, short_side: int = 256, quality: int = 95, start: float = 0.0, end: float | None = None
+) -> EncodedVideo:
+    """The frames of a folder as JPEG files; arguments as `video.encode_video`.
+
+    Images in the order of their names are the frames, 30 a second. JPEG files in RGB that need not be scaled are taken
+    as they are.
+
+    Raises:
+        VideoError: a folder without images, or none between `start` and `end`; an image that cannot be read, or of
+            another size than those before.
+    """
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    if not images:
+        raise VideoError(folder, f"holds no images ({', '.join(SUFFIXES)})")
+    first, stop = first_from(start, FPS), len(images) if end is None else first_from(end, FPS)
+    frames: list[bytes] = []
+    sizes: dict[tuple[int, int], None] = {}
+    for path in images[first:stop]:
+        jpeg, size = _jpeg(path, short_side, quality)
+        frames.append(jpeg)
+        sizes.setdefault(size)
+        if len(sizes) > 1:
+            before, now = sizes
+            raise VideoError(path, f"is of another size than the frames before, {now} instead of {before}")
+    if not frames:
+        raise VideoError(folder, f"ends before {start:g} s: it has {len(images)} frames, {FPS:g} a second")
+    return EncodedVideo(frames, FPS)
+
+
+def _jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
+    """A JPEG file of the image, and its height and width."""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            height, width = image.height, image.width
+            if min(height, width) <= short_side and image.format == "JPEG" and image.mode == "RGB":
+                image.load()  # raises where it is damaged
+                return content, (height, width)
+            pixels = image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+        raise VideoError(path, f"cannot be read as an image: {error}") from error
+    if min(height, width) > short_side:
+        height, width = (int(side) for side in resized_shape(height, width, short_side))
+        pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
+    return encode_jpeg(np.asarray(pixels), quality), (height, width)

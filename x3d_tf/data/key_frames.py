@@ -1,0 +1,148 @@
+"""Which key frames of which videos become records of action detection: AVA's lists of boxes, beside its videos.
+
+Imports no TensorFlow.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from x3d_tf._checks import UserError, require
+from x3d_tf.data.ava import (
+    NO_ACTION,
+    BoxTable,
+    KeyFrame,
+    LabelMap,
+    ava_actions,
+    read_boxes,
+    read_exclusions,
+    read_label_map,
+)
+from x3d_tf.data.sources import Annotation, Box, Sources, Video, in_order
+from x3d_tf.data.video import VideoError
+
+FIRST_MINUTE = 900.0  # second of a film at which AVA's videos begin
+MARGIN = 41 / 30  # seconds that a record holds before and after its key frame: X3D-M looks at 40 frames of 30 a second
+
+
+def find_key_frames(
+    videos: Path,
+    boxes: Mapping[str, Path],
+    *,
+    proposals: Mapping[str, Path] | None = None,
+    exclusions: Mapping[str, Path] | None = None,
+    label_map: Path | None = None,
+    starts_at: float = FIRST_MINUTE,
+    seed: int = 0,
+) -> Sources:
+    """The key frames that csv files of boxes name; a record holds the frames around one.
+
+    Args:
+        videos: holds for each video of the csv files a file `NAME.*`, or a folder `NAME` of its frames as images.
+        boxes: by split, the csv file of ground truth; see `ava.read_boxes`.
+        proposals: by split, that of the boxes of a person detector, with scores.
+        exclusions: by split, that of key frames to leave out.
+        label_map: the actions; AVA's 80 unless given.
+        starts_at: second of the film at which the files begin, of whose whole the timestamps count the seconds.
+        seed: of the order.
+
+    Returns:
+        The sources, of task "detection": class k is action k + 1. Key frames of videos that are not there are unusable.
+
+    Raises:
+        UserError: what is wrong with a file, with its line; a timestamp before the videos begin; none of the videos is
+            there.
+    """
+    if not videos.is_dir():
+        raise UserError(f"videos: {videos} is not a folder")
+    for name, given in (("proposals", proposals), ("exclusions", exclusions)):
+        unknown = sorted(set(given or ()) - set(boxes))
+        require(not unknown, name, f"be of the splits that have boxes, {', '.join(boxes)}", unknown)
+    actions = ava_actions() if label_map is None else read_label_map(label_map)
+    names, files = _class_names(actions), _files_by_name(videos)
+    splits: dict[str, list[Video]] = {}
+    unusable: dict[str, VideoError] = {}
+    for split, path in boxes.items():
+        truth, of_found = read_boxes(path, "ground truth", actions), (proposals or {}).get(split)
+        found = read_boxes(of_found, "detections", actions) if of_found else None
+        left_out = read_exclusions(exclusions[split]) if exclusions and split in exclusions else set()
+        members = splits.setdefault(split, [])
+        for frame, annotation in _annotations(truth, found, starts_at, (path, of_found)).items():
+            if frame in left_out:
+                continue
+            if frame.video not in files:
+                unusable.setdefault(frame.video, VideoError(videos / frame.video, f"no such video ({path} names it)"))
+                continue
+            members.append(_video(files[frame.video], frame, annotation, names))
+    if not any(splits.values()):
+        lists = ", ".join(map(str, boxes.values()))
+        raise UserError(f"none of the {len(unusable)} videos that {lists} name is in {videos}")
+    ordered = {split: in_order(members, seed) for split, members in splits.items()}
+    return Sources(ordered, list(unusable.values()), names, "detection")
+
+
+def _files_by_name(videos: Path) -> dict[str, Path]:
+    """Files and folders by their names without ending.
+
+    Raises:
+        UserError: two of one name.
+    """
+    found: dict[str, Path] = {}
+    for entry in sorted(videos.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        name = entry.name if entry.is_dir() else entry.stem
+        require(name not in found, f"videos: {videos}", "hold each video once", [str(found.get(name)), str(entry)])
+        found[name] = entry
+    return found
+
+
+def _class_names(actions: LabelMap) -> tuple[str, ...]:
+    """One for each number up to the highest: those that the label map leaves out are AVA's, or have no name."""
+    ava = ava_actions()
+    others = ava if actions.items() <= ava.items() else {}
+    return tuple(actions.get(n) or others.get(n) or f"action {n}" for n in range(1, max(actions) + 1))
+
+
+def _annotations(
+    truth: BoxTable, found: BoxTable | None, starts_at: float, paths: tuple[Path, Path | None]
+) -> dict[KeyFrame, Annotation]:
+    """What is known of each key frame, in the order in which the files name them."""
+    proposals: dict[KeyFrame, list[tuple[Box, float]]] = {}
+    labels: dict[KeyFrame, dict[Box, set[int]]] = {}
+    for frame, box, action, _ in _rows(truth, starts_at, paths[0]):
+        own = labels.setdefault(frame, {}).setdefault(box, set())
+        if action != NO_ACTION:
+            own.add(action - 1)
+    for frame, box, _, score in _rows(found, starts_at, paths[1]) if found is not None else ():
+        proposals.setdefault(frame, []).append((box, score))
+    return {
+        frame: Annotation(
+            frame.second - starts_at,
+            tuple(labels.get(frame, {})),
+            tuple(tuple(sorted(own)) for own in labels.get(frame, {}).values()),
+            tuple(box for box, _ in proposals.get(frame, ())),
+            tuple(score for _, score in proposals.get(frame, ())),
+        )
+        for frame in dict.fromkeys((*labels, *proposals))
+    }
+
+
+def _rows(table: BoxTable, starts_at: float, path: Path | None) -> Iterator[tuple[KeyFrame, Box, int, float]]:
+    for number, box, action, score, line in zip(table.frames, table.boxes, table.actions, table.scores, table.lines):
+        frame = table.key_frames[number]
+        rule = f"have a timestamp from {starts_at:g} on, where videos begin"
+        require(frame.second >= starts_at, f"{path}, line {line}", rule, frame.second)
+        x1, y1, x2, y2 = box.tolist()
+        yield frame, (x1, y1, x2, y2), int(action), float(score)
+
+
+def _video(file: Path, frame: KeyFrame, annotation: Annotation, names: tuple[str, ...]) -> Video:
+    present = sorted({label for own in annotation.labels for label in own})
+    return Video(
+        file,
+        f"{frame.video},{frame.second:04d}",
+        tuple(names[label] for label in present),
+        max(annotation.second - MARGIN, 0.0),
+        annotation.second + MARGIN,
+        annotation,
+    )

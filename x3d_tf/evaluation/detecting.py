@@ -1,0 +1,205 @@
+"""Tests of action detectors on records of key frames: one clip around each, its centre crop (paper, section 5)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from x3d_tf._checks import UserError
+from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, write_detections
+from x3d_tf.data.datasets import open_dataset
+from x3d_tf.data.key_frame_pipeline import testing_key_frames
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.pipeline import naming_records
+from x3d_tf.evaluation.detection_reports import (
+    DetectionScores,
+    score_detections,
+    summary,
+    write_detection_report,
+)
+from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace
+from x3d_tf.evaluation.views import CLIPS_A_CALL
+from x3d_tf.modeling.cost import cost
+from x3d_tf.modeling.detection import Detector
+from x3d_tf.modeling.expansion import ClipSpec, name_of
+from x3d_tf.modeling.lowerings.tensorflow import for_this_device
+from x3d_tf.modeling.saving import load_detector, model_file
+from x3d_tf.runs.recipe import Detection
+from x3d_tf.runs.run_folder import RunFolder
+
+
+@dataclass(frozen=True, eq=False)
+class Detected:
+    """What a detector says of the boxes of a split, and what is true.
+
+    Attributes:
+        records: place in the split of the record of each box, int64 [n].
+        boxes: in [0, 1] of the frame, float32 [n, 4].
+        scores: float32 [n, classes].
+        truth_records, truth_boxes, truth_labels: the annotated boxes, one row for each pair of a box and a class, [m],
+            [m, 4] and [m].
+    """
+
+    records: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    truth_records: NDArray[np.int64]
+    truth_boxes: NDArray[np.float32]
+    truth_labels: NDArray[np.int64]
+
+    def tables(self, manifest: Manifest, split: str) -> tuple[BoxTable, BoxTable]:
+        """Truth and detections as AVA's files have them: each box found has a row for every action."""
+        frames = tuple(_key_frame(record.media_id) for record in manifest.split(split).records)
+        classes = self.scores.shape[1]
+        sure = np.ones(len(self.truth_labels))
+        truth = _table(frames, self.truth_records, self.truth_boxes, self.truth_labels + 1, sure)
+        found = _table(
+            frames,
+            np.repeat(self.records, classes),
+            np.repeat(self.boxes, classes, axis=0),
+            np.tile(np.arange(1, classes + 1), len(self.records)),
+            self.scores.reshape(-1),
+        )
+        return truth, found
+
+
+def detect_split(
+    model: Detector, manifest: Manifest, split: str, detection: Detection, *, progress: bool = True
+) -> Detected:
+    """Scores the boxes of a split.
+
+    Args:
+        model: the detector.
+        manifest: of the records.
+        split: which part.
+        detection: which boxes are tested.
+        progress: whether a bar on stderr tells how far it is.
+
+    Raises:
+        UserError: no such split; records that are missing or damaged; scores that are not numbers.
+    """
+    side = model.expansion.test_size
+    scores_of = scoring(model, side)
+    batches = testing_key_frames(
+        manifest,
+        split,
+        model.clip,
+        resize=side,
+        crop=side,
+        batch=CLIPS_A_CALL,
+        proposals=detection.test_boxes == "proposals",
+        score=detection.score,
+    )
+    rows: list[tuple[Any, ...]] = []
+    total = len(manifest.split(split).records)
+    with (
+        naming_records(),
+        tqdm(total=total, unit=" clips", desc="testing", leave=None, mininterval=1.0, disable=not progress) as bar,
+    ):
+        for inputs, about in batches:
+            scores = scores_of(inputs).numpy()
+            if not np.isfinite(scores).all():
+                raise UserError(f"the network gives scores that are not numbers on {manifest.folder}, {split}")
+            for place in range(len(scores)):
+                count, known = int(about.count[place]), about.labels[place].numpy() >= 0
+                own, truth = about.original[place].numpy()[:count], about.truth[place].numpy()[known]
+                record = int(about.record[place])
+                labels = about.labels[place].numpy()[known]
+                found = (np.full(count, record), own, scores[place, :count])
+                rows.append((*found, np.full(len(labels), record), truth, labels))
+            bar.update(len(scores))
+    return Detected(*(np.concatenate(column) for column in zip(*rows)))
+
+
+def scoring(model: Detector, side: int) -> Callable[[Any], Any]:
+    """The compiled function from {"clip", "boxes"} to scores, float32 (N, B, classes); clips of `side` pixels."""
+    network = for_this_device(lambda given: model(given, training=False))
+    clip = tf.TensorSpec((None, model.clip.frames, side, side, 3), tf.float32)
+    return tf.function(network, input_signature=[{"clip": clip, "boxes": tf.TensorSpec((None, None, 4), tf.float32)}])
+
+
+def score_split(
+    model: Detector, manifest: Manifest, split: str, detection: Detection, *, progress: bool = True
+) -> tuple[BoxTable, DetectionScores]:
+    """Frame mAP of a detector on a split, over the 60 actions of AVA's evaluation or else all classes.
+
+    Returns:
+        The detections, and their scores.
+    """
+    truth, found = detect_split(model, manifest, split, detection, progress=progress).tables(manifest, split)
+    return found, score_detections(truth, found, _measured(manifest.classes))
+
+
+def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: bool = False) -> Report:
+    """Tests the detector of a finished run and writes a report, with all detections in AVA's format.
+
+    Args:
+        run: the run.
+        output: folder of the report; `evaluation/RECORDS_SPLIT_BOXES` in the run folder unless given.
+        overwrite: whether a report that is there may be replaced.
+
+    Raises:
+        UserError: the run has no model yet; records that are missing or damaged; a report is there.
+    """
+    config = run.read_config()
+    split = config.dataset.eval_split
+    folder = Path(output) if output else detector_report_folder(run)
+    refuse_to_replace(folder / RESULTS_NAME, overwrite)
+    manifest = open_dataset(config.dataset)
+    model = load_detector(run.root)
+    found, scores = score_split(model, manifest, split, config.detection)
+    side = model.expansion.test_size
+    clip = ClipSpec(model.clip.frames, model.clip.stride, side)
+    counted = cost(model.expansion, clip, num_classes=model.num_classes, options=model.options)
+    settings = {
+        "network": name_of(model.expansion),
+        "head": model.head,
+        "records": str(manifest.folder),
+        "records_sha256": manifest.fingerprint(),
+        "split": split,
+        "boxes_tested": config.detection.test_boxes,
+        "views": f"centre crop of {side}²",
+        "gmacs_per_clip": counted.macs / 1e9,
+        "params": counted.params,
+        "weights": str(model_file(run.root)),
+        "seed": config.seed,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_detections(folder / "detections.csv", found)
+    report = write_detection_report(folder, settings, scores)
+    print("\n".join(summary(scores)))
+    return report
+
+
+def detector_report_folder(run: RunFolder) -> Path:
+    """Where the report of a detector goes by itself."""
+    config = run.read_config()
+    dataset = config.dataset
+    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{config.detection.test_boxes}"
+
+
+def _measured(classes: tuple[str, ...]) -> dict[int, str]:
+    if classes == tuple(ava_actions().values()):
+        return {number: classes[number - 1] for number in sorted(EVALUATED)}
+    return dict(enumerate(classes, 1))
+
+
+def _key_frame(media_id: str) -> KeyFrame:
+    video, _, second = media_id.rpartition(",")
+    return KeyFrame(video, int(second))
+
+
+def _table(frames: tuple[KeyFrame, ...], places: Any, boxes: Any, actions: Any, scores: Any) -> BoxTable:
+    return BoxTable(
+        frames,
+        places.astype(np.int32),
+        boxes.astype(np.float64),
+        actions.astype(np.int32),
+        scores.astype(np.float64),
+        np.zeros(len(places), np.int32),
+    )

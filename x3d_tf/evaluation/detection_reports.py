@@ -1,0 +1,171 @@
+"""Frame mAP of action detections by AVA's protocol, and the report of it. Imports no TensorFlow."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from x3d_tf import _plots
+from x3d_tf.data.ava import (
+    BoxTable,
+    KeyFrame,
+    LabelMap,
+    evaluated_actions,
+    read_boxes,
+    read_exclusions,
+    read_label_map,
+)
+from x3d_tf.evaluation.detection_metrics import LabeledBoxes, detection_average_precisions, mean_over_classes
+from x3d_tf.evaluation.reports import RESULTS_NAME, Report, write_csv, write_json
+
+IOU = 0.5  # of a box found and a real one that match
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionScores:
+    """What a comparison of detections with the truth found.
+
+    Attributes:
+        actions: numbers and names of the actions that were measured.
+        precisions: average precision of each, float64; nan where there is none in the truth.
+        positives: boxes of each in the truth.
+        key_frames: of the truth.
+        boxes: found, less those left out.
+        left_out: boxes found that have no width or height, that are on excluded key frames, or that have no action.
+    """
+
+    actions: dict[int, str]
+    precisions: NDArray[np.float64]
+    positives: NDArray[np.int64]
+    key_frames: int
+    boxes: int
+    left_out: int
+
+    @property
+    def mean(self) -> float:
+        """Over the actions that there are in the truth; nan if there is none."""
+        return mean_over_classes(self.precisions)
+
+
+def score_detections(
+    truth: BoxTable, found: BoxTable, actions: LabelMap, excluded: Collection[KeyFrame] = ()
+) -> DetectionScores:
+    """Average precision of each action over all key frames, where boxes overlap by half.
+
+    Args:
+        truth, found: boxes; what has no action of the label map does not count.
+        actions: those to measure.
+        excluded: key frames that do not count.
+    """
+    numbers = {frame: number for number, frame in enumerate(dict.fromkeys((*found.key_frames, *truth.key_frames)))}
+    kept = np.array([frame not in excluded for frame in numbers], bool)
+    real, _ = _counted(truth, numbers, kept)
+    detected, places = _counted(found, numbers, kept)
+    labels = np.array(list(actions))
+    sides = detected.boxes[:, 2:] - detected.boxes[:, :2]
+    valid = int((sides > 0).all(axis=1).sum())
+    return DetectionScores(
+        dict(actions),
+        detection_average_precisions(real, detected, found.scores[places], labels, iou=IOU),
+        np.array([(real.labels == label).sum() for label in labels]),
+        len(np.unique(real.frames)),
+        valid,
+        len(found) - valid,
+    )
+
+
+def _counted(
+    table: BoxTable, numbers: Mapping[KeyFrame, int], kept: NDArray[np.bool_]
+) -> tuple[LabeledBoxes, NDArray[np.int64]]:
+    """The rows that count, with common numbers of key frames, and their places."""
+    frames = np.array([numbers[frame] for frame in table.key_frames], np.int64)[table.frames]
+    places = np.flatnonzero(kept[frames] & (table.actions > 0)) if len(table) else np.zeros(0, np.int64)
+    return LabeledBoxes(frames[places], table.boxes[places], table.actions[places]), places
+
+
+def evaluate_files(
+    detections: str | Path,
+    groundtruth: str | Path,
+    label_map: str | Path | None,
+    exclusions: str | Path | None = None,
+) -> tuple[dict[str, Any], DetectionScores]:
+    """Measures a file of detections.
+
+    Args:
+        detections, groundtruth: see `x3d_tf.data.ava.read_boxes`.
+        label_map: the actions to measure; the 60 that AVA's evaluation takes unless given.
+        exclusions: key frames that do not count.
+
+    Returns:
+        What was measured, for results.json, and the scores.
+
+    Raises:
+        UserError: a file that cannot be read, or what is wrong with one of its lines.
+    """
+    actions = evaluated_actions() if label_map is None else read_label_map(label_map)
+    truth = read_boxes(groundtruth, "ground truth", actions)
+    found = read_boxes(detections, "detections", actions)
+    excluded = read_exclusions(exclusions) if exclusions else set()
+    settings = {
+        "detections": str(detections),
+        "groundtruth": str(groundtruth),
+        "label_map": str(label_map or "AVA's 60 actions"),
+        "exclusions": str(exclusions) if exclusions else None,
+    }
+    return settings, score_detections(truth, found, actions, excluded)
+
+
+def write_detection_report(folder: Path, settings: Mapping[str, Any], scores: DetectionScores) -> Report:
+    """Writes results.json, per_class.csv and per_class.png; a folder that has results.json has the rest of it.
+
+    Args:
+        folder: made if absent; a report that is there is replaced.
+        settings: what was measured and how, for results.json.
+        scores: what came out.
+    """
+    results = {
+        **settings,
+        "map": scores.mean,
+        "iou": IOU,
+        "classes": len(scores.actions),
+        "classes_with_positives": int((scores.positives > 0).sum()),
+        "key_frames": scores.key_frames,
+        "boxes": scores.boxes,
+        "boxes_left_out": scores.left_out,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the rest is of this test
+    write_csv(folder / "per_class.csv", _rows(scores))
+    names = list(scores.actions.values())
+    title = f"frame mAP at IoU {IOU:g}: {scores.mean:.1%}"
+    _plots.save_precisions(scores.precisions, scores.positives, names, folder / "per_class.png", title)
+    write_json(folder / RESULTS_NAME, results)
+    return Report(folder, results)
+
+
+def _rows(scores: DetectionScores) -> Iterable[Sequence[Any]]:
+    yield ["action_id", "action", "positives", "average_precision"]
+    for (number, name), held, precision in zip(scores.actions.items(), scores.positives, scores.precisions):
+        yield [number, name, held, "" if math.isnan(precision) else f"{precision:.6g}"]
+
+
+def summary(scores: DetectionScores, worst_and_best: int = 3) -> list[str]:
+    """Lines for people."""
+    present = int((scores.positives > 0).sum())
+    lines = [
+        f"frame mAP at IoU {IOU:g}: {scores.mean:.4%} over {present} actions on {scores.key_frames} key frames, "
+        f"{scores.boxes} boxes found"
+    ]
+    if scores.left_out:
+        lines.append(f"{scores.left_out} boxes found do not count: without width or height, excluded, or no action")
+    if missing := len(scores.actions) - present:
+        lines.append(f"{missing} actions of the label map are not in the ground truth and do not count")
+    ranked = [place for place in np.argsort(-scores.precisions, kind="stable") if scores.positives[place]]
+    if len(ranked) > 2 * worst_and_best:
+        ranked = ranked[:worst_and_best] + ranked[-worst_and_best:]
+    names = list(scores.actions.values())
+    return [*lines, *(f"  {scores.precisions[place]:7.2%}  {names[place]}" for place in ranked)]
