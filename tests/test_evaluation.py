@@ -206,7 +206,7 @@ def test_weights_that_are_not_numbers_are_refused(
 ) -> None:
     broken = testing.with_head_pool(network, "fixed_logits")  # a copy
     broken.get_layer("fc2").bias.assign([float("nan"), 0])
-    monkeypatch.setattr(testing, "load", lambda _: broken)
+    monkeypatch.setattr(testing, "load_classifier", lambda _: broken)
     with pytest.raises(UserError, match=r"probabilities that are not numbers for square/0 of .*square"):
         evaluate_run(run, temporal_views=1)
     assert not list(run.evaluations.glob("*/results.json"))
@@ -270,7 +270,7 @@ def test_several_labels_give_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(testing, "predict_split", lambda *_, **__: scores)
     model = x3d_tf.X3D(TINY, 3, x3d_tf.ModelOptions())
     model.class_names, model.task = ("a", "b", "c"), "multi_label"
-    monkeypatch.setattr(testing, "load", lambda _: model)
+    monkeypatch.setattr(testing, "load_classifier", lambda _: model)
     monkeypatch.setattr(testing, "open_dataset", lambda _: Several())
     file = tmp_path / "model.keras"
     file.write_bytes(b"weights")

@@ -216,8 +216,8 @@ def test_runs_without_a_report_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "exactly one of --run, --model and --compare must be given, got none"),
-        ("--run=a --model=b", "exactly one of --run, --model and --compare must be given, got --run, --model"),
+        ("", "--run, --model, --compare and --detections must be given, got none"),
+        ("--run=a --model=b", "--run, --model, --compare and --detections must be given, got --run, --model"),
         ("--model=b --records=c", "--model=b takes --split, --output too"),
         ("--run=a --sweep --views=3", "--views must not be given with --sweep"),
         ("--model=a --watch", "--model must not be given with --watch"),

@@ -1,5 +1,7 @@
 """Key frames: from AVA's files and videos into records, and from those into clips with boxes."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,3 +261,37 @@ def test_a_crop_that_shows_no_box_gives_none(folder: Path, tmp_path: Path) -> No
 def test_clips_longer_than_records_are_refused(records: Manifest) -> None:
     with pytest.raises(UserError, match=r"the network's clip must span at most 2\.73 s.*got '3\.00 s'"):
         train_clips(records, "train", x3d_tf.ClipSpec(18, 5, 32), jitter=(36, 44), flip=True, batch=2, seed=0)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "x3d_tf.build_records", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_command_builds_them(folder: Path, tmp_path: Path, records: Manifest) -> None:
+    done = command(
+        f"--videos={folder / 'videos'}",
+        f"--output={tmp_path / 'records'}",
+        f"--boxes=train={folder / 'train.csv'}",
+        f"--proposals=train={folder / 'found.csv'}",
+        f"--label_map={folder / 'actions.pbtxt'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 classes of boxes on key frames" in done.stdout and "train: 4 key frames" in done.stdout
+    assert "train has no box of 1 classes: action 3" in done.stdout
+    assert Manifest.load(tmp_path / "records").fingerprint() == records.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--boxes=a.csv",), "--boxes must be SPLIT=FILE, once for each split, got 'a.csv'"),
+        (("--boxes=a=1.csv", "--boxes=a=2.csv"), "--boxes must be SPLIT=FILE, once for each split, got 'a=2.csv'"),
+        (("--boxes=a=1.csv", "--split=0.2"), "--boxes takes --videos, not --split"),
+        (("--label_map=a",), "--label_map must not be given without --boxes"),
+        (("--boxes=a=none.csv",), "none.csv cannot be read: No such file or directory"),
+    ],
+)
+def test_flags_that_do_not_go_together(folder: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = command(f"--videos={folder / 'videos'}", f"--output={tmp_path / 'records'}", *arguments)
+    assert done.returncode == 1 and message in done.stderr

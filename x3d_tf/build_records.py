@@ -40,6 +40,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.data.build_folder import FAILURES_NAME
 from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.key_frames import FIRST_MINUTE
+from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import default_splits
 
 FLAGS = flags.FLAGS
@@ -165,17 +166,27 @@ def summary(result: BuildResult) -> list[str]:
         lines.append("  There is one class only: a network has nothing to tell it from.")
     if result.failures:
         lines.append(f"  {result.failures} files are left out; {manifest.folder / FAILURES_NAME} gives the reasons")
+    return [*lines, *_next(manifest, detects)]
+
+
+def _next(manifest: Manifest, detects: bool) -> list[str]:
+    """What to run next."""
     names = list(manifest.splits)
     if len(names) == 1:
-        return [*lines, "Training also needs videos to test on: build with --split=0.2, or with --splits."]
+        how = "another --boxes=SPLIT=FILE" if detects else "--split=0.2, or with --splits"
+        return [f"Training also needs videos to test on: build with {how}."]
+    tested = "val" if detects else "test"
     bindings = [f'DatasetSpec.records="{manifest.folder}"']
     bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
-    bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != "test" else []
+    bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != tested else []
     options = " ".join(f"--gin_bindings='{binding}'" for binding in bindings)
-    small = int(manifest.settings.get("short_side", 256)) < _SMALLEST_OF_X3D_S
-    recipes = "--gin_file=gin/few_videos.gin" if small else "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
+    recipes = "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
+    if detects:
+        recipes = "--gin_file=gin/ava/x3d_m_v2.2.gin"
+    elif int(manifest.settings.get("short_side", 256)) < _SMALLEST_OF_X3D_S:
+        recipes = "--gin_file=gin/few_videos.gin"
     run = f"--workdir=runs/{Path(manifest.folder).resolve().name}"
-    return [*lines, "Train on them with:", f"  python -m x3d_tf.train {recipes} {options} {run}"]
+    return ["Train on them with:", f"  python -m x3d_tf.train {recipes} {options} {run}"]
 
 
 if __name__ == "__main__":
