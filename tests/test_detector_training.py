@@ -107,7 +107,7 @@ def test_padding_changes_nothing(uncompiled: None) -> None:
     assert_same(state_after(padding=5), state_after(), 1e-6)
 
 
-@pytest.mark.parametrize("recompute", ["nothing", "activations"])
+@pytest.mark.parametrize("recompute", ["nothing", pytest.param("activations", marks=pytest.mark.slow)])
 def test_clips_side_by_side_and_recomputed(
     uncompiled: None, monkeypatch: pytest.MonkeyPatch, float64: None, recompute: str
 ) -> None:

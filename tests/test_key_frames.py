@@ -17,6 +17,7 @@ from x3d_tf._checks import UserError
 from x3d_tf.data import boxes as moving
 from x3d_tf.data.builder import build_key_frames
 from x3d_tf.data.clips import key_frame_indices
+from x3d_tf.data.datasets import DatasetSpec, hold_out
 from x3d_tf.data.key_frame_pipeline import testing_key_frames as clips_to_test
 from x3d_tf.data.key_frame_pipeline import training_key_frames as train_clips
 from x3d_tf.data.key_frames import find_key_frames
@@ -295,3 +296,25 @@ def test_a_command_builds_them(folder: Path, tmp_path: Path, records: Manifest) 
 def test_flags_that_do_not_go_together(folder: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     done = command(f"--videos={folder / 'videos'}", f"--output={tmp_path / 'records'}", *arguments)
     assert done.returncode == 1 and message in done.stderr
+
+
+def test_each_pipeline_takes_its_own_records(records: Manifest, tmp_path: Path) -> None:
+    from video_fixtures import noise_video, write_records
+
+    with pytest.raises(UserError, match="holds key frames with boxes"):
+        x3d_tf.dataset(records.folder, CLIP, training=True, batch=2)
+    with pytest.raises(UserError, match="holds key frames with boxes"):
+        x3d_tf.dataset(records.folder, CLIP, training=False, batch=2, split="train")
+    whole = write_records(tmp_path / "records", {"train": [noise_video(0, 8), noise_video(1, 8)]})
+    with pytest.raises(UserError, match="holds whole videos"):
+        training(whole)
+    with pytest.raises(UserError, match="holds whole videos"):
+        clips_to_test(whole, "train", CLIP, resize=36, crop=36)
+
+
+def test_key_frames_of_a_video_are_held_out_together(records: Manifest) -> None:
+    spec = DatasetSpec(str(records.folder), eval_split="train", validation_fraction=0.5)
+    for seed in range(4):
+        parts = hold_out(records, spec, seed).splits
+        videos = [{record.media_id.split(",")[0] for record in parts[name].records} for name in ("train", "validation")]
+        assert sorted(map(sorted, videos)) == [["clip"], ["film"]]

@@ -40,22 +40,11 @@ def main() -> None:
     spec = replace(spec, eval_split=spec.train_split)  # there need be nothing to test on yet
     _command.quiet_tensorflow()
     from x3d_tf.data.datasets import hold_out, open_dataset
-    from x3d_tf.data.preview import save_preview
+    from x3d_tf.training.clips import save_training_preview
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_preview(
-        hold_out(open_dataset(spec), spec, config.seed),
-        spec.train_split,
-        config.expansion.clip,
-        output,
-        jitter=config.expansion.jitter,
-        flip=spec.flip,
-        batch=config.recipe.batch,
-        seed=config.seed,
-        frame_sampling=spec.frame_sampling,
-        squeeze=spec.squeeze,
-        clips=FLAGS.clips,
-    )
+    manifest = hold_out(open_dataset(spec), spec, config.seed)
+    save_training_preview(manifest, replace(config, dataset=spec), output, FLAGS.clips)
     print(f"written: {output}")
 
 

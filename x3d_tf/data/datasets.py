@@ -5,6 +5,7 @@ Imports no TensorFlow, so that configurations can be read without it.
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -82,8 +83,9 @@ def open_dataset(spec: DatasetSpec) -> Manifest:
 def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
     """The records with a part of the training videos in a split of its own, "validation", if the settings ask for it.
 
-    The choice is by a hash of the files' names, so that it does not depend on their order; all pieces of a file go
-    together. A part of each class is taken; files that are of several classes count as one more.
+    The choice is by a hash of the files' names, so that it does not depend on their order; all pieces of a file, and
+    all key frames of a video, go together. A part of each class is taken; files that are of several classes, and all
+    videos with key frames, count as one more.
 
     Raises:
         UserError: the training split has too few videos, or there is another split of that name.
@@ -96,28 +98,34 @@ def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
             "DatasetSpec.validation_fraction"
         )
     split = manifest.split(spec.train_split)
-    held = _drawn_files(split.records, spec.validation_fraction, seed)
+    file = _video_of if manifest.task == "detection" else file_of
+    held = _drawn_files(split.records, file, spec.validation_fraction, seed)
     if not held:
         raise UserError(
             f"DatasetSpec.validation_fraction needs two videos of a class in split {spec.train_split!r} of "
             f"{manifest.folder}"
         )
     parts = {
-        spec.train_split: Split(split.shards, tuple(r for r in split.records if file_of(r.media_id) not in held)),
-        HELD_OUT: Split(split.shards, tuple(r for r in split.records if file_of(r.media_id) in held)),
+        spec.train_split: Split(split.shards, tuple(r for r in split.records if file(r.media_id) not in held)),
+        HELD_OUT: Split(split.shards, tuple(r for r in split.records if file(r.media_id) in held)),
     }
     return replace(manifest, splits=manifest.splits | parts)
 
 
-def _drawn_files(records: tuple[Record, ...], fraction: float, seed: int) -> set[str]:
+def _video_of(media_id: str) -> str:
+    """The video that a key frame is of, by its name."""
+    return media_id.rpartition(",")[0]
+
+
+def _drawn_files(records: tuple[Record, ...], file: Callable[[str], str], fraction: float, seed: int) -> set[str]:
     labels: dict[str, set[int]] = defaultdict(set)
     for record in records:
-        labels[file_of(record.media_id)] |= set(record.labels)
+        labels[file(record.media_id)] |= set(record.labels)
     groups: dict[int | None, list[str]] = defaultdict(list)
-    for file, of_file in labels.items():
-        groups[next(iter(of_file)) if len(of_file) == 1 else None].append(file)
+    for name, of_file in labels.items():
+        groups[next(iter(of_file)) if len(of_file) == 1 and file is file_of else None].append(name)
     drawn: set[str] = set()
     for files in groups.values():
-        files.sort(key=lambda file: hashlib.sha256(f"{seed}:{file}".encode()).digest())
+        files.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
         drawn |= set(files[: min(max(round(fraction * len(files)), 1), len(files) - 1)])
     return drawn

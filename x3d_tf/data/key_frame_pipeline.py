@@ -84,7 +84,7 @@ def training_key_frames(
     Raises:
         UserError: as `pipeline.training_dataset`; a clip longer than what records of key frames hold.
     """
-    manifest = _with_actions(opened(records), split)
+    manifest = _with_actions(_of_key_frames(opened(records)), split)
     classes = len(manifest.classes)
     table = RecordTable(manifest, split)
     _check_length(clip)
@@ -144,7 +144,7 @@ def testing_key_frames(
     Raises:
         UserError: a setting out of range, a damaged manifest, a clip longer than what records of key frames hold.
     """
-    table = RecordTable(opened(records), split)
+    table = RecordTable(_of_key_frames(opened(records)), split)
     _check_length(clip)
     require(1 <= crop <= resize, "crop", f"be in 1..{resize}, the short side of the frames", crop)
 
@@ -188,6 +188,12 @@ def _resized(pixels: tf.Tensor, boxes: tf.Tensor, short_side: tf.Tensor) -> tupl
     before = tf.shape(pixels)[1:3]
     resized = transforms.resize(pixels, short_side)
     return resized, moving.scaled(moving.in_pixels(boxes, before[0], before[1]), before, tf.shape(resized)[1:3])
+
+
+def _of_key_frames(manifest: Manifest) -> Manifest:
+    if manifest.task != "detection":
+        raise UserError(f"{manifest.folder} holds whole videos: build_records --boxes makes records of key frames")
+    return manifest
 
 
 def with_actions(records: Sequence[Record]) -> tuple[Record, ...]:

@@ -75,7 +75,7 @@ def training_dataset(
 
     While iterating, tf.errors.InvalidArgumentError names the shard and the record that cannot be read.
     """
-    table = RecordTable(opened(records), split)
+    table = RecordTable(_of_whole_videos(opened(records)), split)
     places = training_places(table, batch=batch, seed=seed, start_step=start_step, worker=worker)
     size = replica_share(batch, worker, replica_batch)
     check_jitter(jitter, clip)
@@ -186,7 +186,7 @@ def evaluation_dataset(
 
     While iterating, tf.errors.InvalidArgumentError names the shard and the record that cannot be read.
     """
-    table = RecordTable(opened(records), split)
+    table = RecordTable(_of_whole_videos(opened(records)), split)
     require(batch_videos >= 1, "batch_videos", "be at least 1", batch_videos)
 
     @tf.autograph.experimental.do_not_convert  # plain graph code, whose errors should reach the caller as they are
@@ -311,6 +311,12 @@ def chances(seed: int, place: Place) -> tf.Tensor:
 def opened(records: Manifest | str | Path) -> Manifest:
     """The manifest, read where its folder is given."""
     return records if isinstance(records, Manifest) else Manifest.load(records)
+
+
+def _of_whole_videos(manifest: Manifest) -> Manifest:
+    if manifest.task == "detection":
+        raise UserError(f"{manifest.folder} holds key frames with boxes: x3d_tf.data.key_frame_pipeline reads them")
+    return manifest
 
 
 def deterministic() -> tf.data.Options:

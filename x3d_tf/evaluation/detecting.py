@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from x3d_tf._checks import UserError
 from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, write_detections
+from x3d_tf.data.boxes import have_area
 from x3d_tf.data.datasets import open_dataset
 from x3d_tf.data.key_frame_pipeline import testing_key_frames
 from x3d_tf.data.manifest import Manifest
@@ -43,6 +44,7 @@ class Detected:
         scores: float32 [n, classes].
         truth_records, truth_boxes, truth_labels: the annotated boxes, one row for each pair of a box and a class, [m],
             [m, 4] and [m].
+        outside: how many of the boxes the centre crop shows nothing of; their scores are those of no pixel.
     """
 
     records: NDArray[np.int64]
@@ -51,6 +53,7 @@ class Detected:
     truth_records: NDArray[np.int64]
     truth_boxes: NDArray[np.float32]
     truth_labels: NDArray[np.int64]
+    outside: int
 
     def tables(self, manifest: Manifest, split: str) -> tuple[BoxTable, BoxTable]:
         """Truth and detections as AVA's files have them: each box found has a row for every action."""
@@ -96,6 +99,7 @@ def detect_split(
         score=detection.score,
     )
     rows: list[tuple[Any, ...]] = []
+    outside = 0
     total = len(manifest.split(split).records)
     with (
         naming_records(),
@@ -109,11 +113,15 @@ def detect_split(
                 count, known = int(about.count[place]), about.labels[place].numpy() >= 0
                 own, truth = about.original[place].numpy()[:count], about.truth[place].numpy()[known]
                 record = int(about.record[place])
+                outside += int((~have_area(inputs["boxes"][place, :count]).numpy()).sum())
                 labels = about.labels[place].numpy()[known]
                 found = (np.full(count, record), own, scores[place, :count])
                 rows.append((*found, np.full(len(labels), record), truth, labels))
             bar.update(len(scores))
-    return Detected(*(np.concatenate(column) for column in zip(*rows)))
+    if outside and progress:
+        tqdm.write(f"{outside} boxes lie outside the centre crop; they keep their place among the detections")
+    records, boxes, scores, *truth = (np.concatenate(column) for column in zip(*rows))
+    return Detected(records, boxes, scores, truth[0], truth[1], truth[2], outside)
 
 
 def scoring(model: Detector, side: int) -> Callable[[Any], Any]:
@@ -164,7 +172,9 @@ def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: b
         "split": split,
         "boxes_tested": config.detection.test_boxes,
         "views": f"centre crop of {side}²",
+        "videos": len(manifest.split(split).records),  # key frames, one clip each
         "gmacs_per_clip": counted.macs / 1e9,
+        "gmacs_per_video": counted.macs / 1e9,
         "params": counted.params,
         "weights": str(model_file(run.root)),
         "seed": config.seed,

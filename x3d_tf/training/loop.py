@@ -17,10 +17,9 @@ from x3d_tf._files import write_whole
 from x3d_tf.data.clips import input_contract
 from x3d_tf.data.datasets import HELD_OUT, hold_out, open_dataset
 from x3d_tf.data.index import Record
-from x3d_tf.data.key_frame_pipeline import training_key_frames, with_actions
+from x3d_tf.data.key_frame_pipeline import with_actions
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import naming_records, training_dataset
-from x3d_tf.data.preview import save_box_preview, save_preview
+from x3d_tf.data.pipeline import naming_records
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
@@ -31,6 +30,7 @@ from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.checkpointing import Checkpoints
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.training.clips import save_training_preview, training_clips
 from x3d_tf.training.history import History
 from x3d_tf.training.initialization import start_from
 from x3d_tf.training.precise_bn import PreciseStatistics
@@ -75,7 +75,8 @@ def train(
     manifest = open_dataset(config.dataset)
     records = hold_out(manifest, config.dataset, config.seed)
     _check_records(records, config)
-    _save_preview(run, records, config)
+    if not run.preview.is_file():
+        save_training_preview(records, config, run.preview)
     trainer = Trainer(config, records, strategy or tf.distribute.MirroredStrategy())
     trainer.fit(run, f"{config.fingerprint()} {manifest.fingerprint()}")
     print("Saving the model.")
@@ -265,44 +266,6 @@ class Trainer:
 
 
 _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
-
-
-def _save_preview(run: RunFolder, manifest: Manifest, config: TrainConfig) -> None:
-    if run.preview.is_file():
-        return
-    if manifest.task == "detection":
-        stream = training_clips(manifest, config, replica_batch=1)
-        save_box_preview(manifest, config.dataset.train_split, stream, run.preview)
-        return
-    save_preview(
-        manifest,
-        config.dataset.train_split,
-        config.expansion.clip,
-        run.preview,
-        jitter=config.expansion.jitter,
-        flip=config.dataset.flip,
-        batch=config.recipe.batch,
-        seed=config.seed,
-        frame_sampling=config.dataset.frame_sampling,
-        squeeze=config.dataset.squeeze,
-    )
-
-
-def training_clips(manifest: Manifest, config: TrainConfig, **which: Any) -> tf.data.Dataset:
-    """The clips of a run; `which` are start_step, worker and replica_batch of `training_dataset`."""
-    common: dict[str, Any] = {
-        "jitter": config.expansion.jitter,
-        "flip": config.dataset.flip,
-        "batch": config.recipe.batch,
-        "seed": config.seed,
-        **which,
-    }
-    place = (manifest, config.dataset.train_split, config.expansion.clip)
-    if manifest.task == "detection":
-        detection = config.detection
-        return training_key_frames(*place, proposal_iou=detection.proposal_iou, negatives=detection.negatives, **common)
-    dataset = config.dataset
-    return training_dataset(*place, frame_sampling=dataset.frame_sampling, squeeze=dataset.squeeze, **common)
 
 
 def _check_records(manifest: Manifest, config: TrainConfig) -> None:
