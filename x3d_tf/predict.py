@@ -8,6 +8,12 @@ What happens when in a long video: a prediction for every 5 seconds of it, or fo
   python -m x3d_tf.predict --model=runs/mine --window=5 --csv=out.csv film.mkv
   python -m x3d_tf.predict --model=runs/mine --window=5 --hop=1 --csv=out.csv film.mkv
 
+What each person does, once a second, with a model of action detection: boxes from a csv file (AVA's columns; the
+timestamps are seconds of the video) or from a person detector, a SavedModel with TensorFlow's object detection
+signature; detections in AVA's format, and the video with boxes and actions drawn into it:
+  python -m x3d_tf.predict --model=runs/ava party.mp4 --boxes=persons.csv --csv=out.csv --draw=drawn/
+  python -m x3d_tf.predict --model=runs/ava party.mp4 --person_detector=efficientdet/ --draw=drawn/
+
 A prediction is the mean of 10 clips spread evenly over a video (--views), as in testing; of a window it is one clip, in
 its middle. Any format that FFmpeg decodes will do, and videos of any length. Files that cannot be read are named on
 stderr and in the output files, and the rest goes on; the exit status is then 1. With a multi-label model each class has
@@ -34,6 +40,8 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 
+_OF_CLASSIFIERS = ("views", "window", "hop", "short_side", "frame_sampling", "json", "contact_sheet")
+_OF_DETECTORS = ("boxes", "person_detector", "box_score", "action_score", "draw")
 _SHEET_ROWS, _SHEET_FRAMES = 30, 6  # of the contact sheet, at most
 
 
@@ -48,6 +56,11 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "File for all predictions.")
     flags.DEFINE_string("csv", None, "File for all predictions as a table.")
     flags.DEFINE_string("contact_sheet", None, f"PNG of frames and classes; at most {_SHEET_ROWS} rows.")
+    flags.DEFINE_string("boxes", None, "Of a detector of actions: a csv of the persons' boxes.")
+    flags.DEFINE_string("person_detector", None, "Instead: a SavedModel that finds persons. It is a program: trust it.")
+    flags.DEFINE_float("box_score", 0.8, "Lowest score of a box.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float("action_score", 0.5, "Lowest score of an action to show.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_string("draw", None, "Folder for mp4 files with boxes and actions.")
     flags.DEFINE_bool("overwrite", False, "Replace output files that are there already.")
 
 
@@ -62,9 +75,12 @@ def main(videos: list[str]) -> None:
     from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
     from x3d_tf.modeling.saving import load_classifier
 
+    paths = list_videos(videos)
+    if _check_task() == "detection":
+        _act(paths)
+        return
     if FLAGS.views != 1 and FLAGS.window is None:  # one clip alone is faster with all threads
         one_thread_an_operation(CLIPS_A_CALL)
-    paths = list_videos(videos)
     model = load_classifier(FLAGS.model)
     task = model.task
     results = predict_videos(
@@ -117,6 +133,63 @@ def main(videos: list[str]) -> None:
         print(f"written: {', '.join(written)}")
     if failures:
         sys.exit(f"{failures} of {len(paths)} files could not be read")
+
+
+def _check_task() -> str:
+    """The model's task, once it is sure that the flags go with it."""
+    from x3d_tf.modeling.saving import describe
+
+    task = describe(FLAGS.model).task
+    given = [f"--{name}" for name in (_OF_CLASSIFIERS if task == "detection" else _OF_DETECTORS) if FLAGS[name].present]
+    if given:
+        what = "a model of action detection" if task == "detection" else "a model that classifies videos"
+        raise UserError(f"{', '.join(given)} must not be given with {FLAGS.model}, {what}")
+    if task == "detection" and (FLAGS.boxes is None) == (FLAGS.person_detector is None):
+        raise UserError(f"{FLAGS.model} detects actions in boxes: give one of --boxes and --person_detector")
+    return task
+
+
+def _act(paths: Sequence[Path]) -> None:
+    """Predicts what persons do, as the flags say."""
+    from x3d_tf.data.ava import write_detections
+    from x3d_tf.evaluation import acting
+    from x3d_tf.modeling.saving import load_detector
+
+    names_of = [path.stem for path in paths]
+    require(len(set(names_of)) == len(names_of), "the videos", "have distinct names, which boxes go by", names_of)
+    drawn = {path: Path(FLAGS.draw) / f"{path.stem}.mp4" for path in paths} if FLAGS.draw else {}
+    for output in drawn.values():
+        require_free(str(output), FLAGS.overwrite)
+    listed = acting.boxes_of_file(FLAGS.boxes, FLAGS.box_score) if FLAGS.boxes else None
+    finder = acting.PersonDetector(FLAGS.person_detector, FLAGS.box_score) if FLAGS.person_detector else None
+    model = load_detector(FLAGS.model)
+    found: dict[str, list[acting.Acting]] = {}
+    failures = 0
+    for path in paths:
+        persons = finder if listed is None else listed.get(path.stem)
+        try:
+            if persons is None:
+                raise VideoError(path, f"{FLAGS.boxes} has no boxes of {path.stem}")
+            own = []
+            for each in acting.act_in_video(model, path, persons):
+                own.append(each)
+                for number, actions in enumerate(acting.in_words(each, model.class_names, FLAGS.action_score), 1):
+                    line = ", ".join(actions) or "nothing of which the network is sure"
+                    tqdm.write(f"{path.name}  {each.second:5d} s  person {number}: {line}")
+            if drawn:
+                drawn[path].parent.mkdir(parents=True, exist_ok=True)
+                acting.draw_video(path, drawn[path], own, model.class_names, FLAGS.action_score)
+            found[path.stem] = own
+        except VideoError as error:
+            tqdm.write(f"error: {error}", file=sys.stderr)
+            failures += 1
+    if FLAGS.csv:
+        write_detections(Path(FLAGS.csv), acting.detections(found))
+    written = [str(drawn[path]) for path in drawn if path.stem in found] + ([FLAGS.csv] if FLAGS.csv else [])
+    if written:
+        print(f"written: {', '.join(written)}")
+    if failures:
+        sys.exit(f"{failures} of {len(paths)} files could not be predicted")
 
 
 def _outputs() -> list[str]:

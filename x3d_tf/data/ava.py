@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import partial_of, writing
 from x3d_tf.data.sources import read_classes, text_of
 
 # Those of AVA's 80 actions that its evaluation takes, the ones with 25 boxes or more in the validation set.
@@ -176,12 +177,18 @@ def read_label_map(path: str | Path) -> dict[int, str]:
 
 
 def write_detections(path: Path, table: BoxTable) -> None:
-    """Writes detections in AVA's format: boxes to three decimals, scores to four."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    """Writes detections in AVA's format, boxes to three decimals and scores to four; whole or not at all.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    partial = partial_of(path)
+    with writing(path), partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for frame, box, action, score in zip(table.frames, table.boxes, table.actions, table.scores, strict=True):
             video, second = table.key_frames[frame]
             writer.writerow([video, f"{second:04d}", *(f"{x:.3f}" for x in box), action or "", f"{score:.4f}"])
+    partial.replace(path)
 
 
 def _actions_left_out(label_map: LabelMap) -> frozenset[int]:

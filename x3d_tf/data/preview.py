@@ -13,7 +13,7 @@ from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records, place_of, training_dataset
 from x3d_tf.modeling.expansion import ClipSpec
 
-_COLOURS = (
+COLOURS = (  # of boxes: name and RGB
     ("red", (230, 30, 30)),
     ("green", (30, 200, 30)),
     ("blue", (60, 90, 255)),
@@ -98,7 +98,7 @@ def save_box_preview(manifest: Manifest, split: str, stream: tf.data.Dataset, pa
             pixels, boxes = np.clip(np.round(inputs["clip"][0]), 0, 255), inputs["boxes"][0]
             lines = []
             for number, (box, own) in enumerate(zip(boxes, labels[0])):
-                name, colour = _COLOURS[number % len(_COLOURS)]
+                name, colour = COLOURS[number % len(COLOURS)]
                 draw_box(pixels, box, colour)
                 lines.append(f"{name}: {label_text(own, manifest.classes) or 'nothing'}")
             rows.append(pixels)

@@ -1,0 +1,174 @@
+"""Predicting what persons in video files do: boxes from files and from a detector, tables and drawn videos."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from video_fixtures import numbered_frames, write_video
+
+import x3d_tf
+from x3d_tf._checks import UserError
+from x3d_tf.data import transforms
+from x3d_tf.data.ava import read_boxes
+from x3d_tf.data.clips import key_frame_indices
+from x3d_tf.data.video import VideoError, probe, read_frames
+from x3d_tf.evaluation.acting import (
+    Acting,
+    PersonDetector,
+    act_in_video,
+    boxes_of_file,
+    detections,
+    draw_video,
+    in_words,
+)
+
+ROOT = Path(__file__).parents[1]
+TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
+NAMES = ("sit", "talk to (e.g., self, a person, a group)", "wave")
+ROWS = (
+    "film,0000,0.1,0.1,0.5,0.9,,0.9\nfilm,0001,0.5,0.2,0.9,0.8,,0.95\nfilm,0001,0,0,1,1,,0.3\nfilm,0001,0,0,1,1,7,0.8\n"
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    network = x3d_tf.build_detector(TINY, num_classes=3)
+    fc2 = network.get_layer("fc2")
+    fc2.kernel.assign(np.random.default_rng(0).standard_normal(fc2.kernel.shape) * 0.1)
+    network.class_names = NAMES
+    return network
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wide video of two and a half seconds."""
+    return write_video(tmp_path_factory.mktemp("videos") / "film.mp4", numbered_frames(75, 48, 97))
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    (tmp_path / "boxes.csv").write_text(ROWS)
+    return tmp_path / "boxes.csv"
+
+
+def test_every_second_is_what_the_network_says_of_the_clip_around_it(model: Any, film: Path, listed: Path) -> None:
+    found = list(act_in_video(model, film, boxes_of_file(listed, 0.8)["film"], progress=False))
+    assert [each.second for each in found] == [0, 1, 2]
+    assert [len(each.boxes) for each in found] == [1, 2, 0]
+    frames = np.stack([frame.pixels for frame in read_frames(film)])
+    for each, box in ((found[0], [0.1, 0.1, 0.5, 0.9]), (found[1], [0.5, 0.2, 0.9, 0.8])):
+        clip = frames[key_frame_indices(30 * each.second, 75, 30.0, model.clip)]
+        given = {"clip": transforms.resize(clip, TINY.test_size).numpy()[None], "boxes": np.float32([[box]])}
+        np.testing.assert_allclose(each.scores[:1], model(given)[0], rtol=0, atol=1e-5)
+    assert found[2].scores.shape == (0, 3)
+
+
+def test_detections_are_rows_of_avas_format(model: Any) -> None:
+    one = Acting(3, np.float32([[0, 0, 1, 1], [0.1, 0.1, 0.2, 0.2]]), np.float32([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
+    none = Acting(4, np.zeros((0, 4), np.float32), np.zeros((0, 3), np.float32))
+    table = detections({"a": [one, none], "b": [one]})
+    assert [tuple(table.key_frames[number]) for number in table.frames] == [("a", 3)] * 6 + [("b", 3)] * 6
+    assert table.actions.tolist() == [1, 2, 3] * 4
+    np.testing.assert_allclose(table.scores[:6], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], atol=1e-7)
+    np.testing.assert_allclose(table.boxes[3], [0.1, 0.1, 0.2, 0.2], atol=1e-7)
+    assert len(detections({})) == 0 and len(detections({"a": [none]})) == 0
+
+
+def test_words_are_the_surest_actions() -> None:
+    one = Acting(0, np.zeros((2, 4), np.float32), np.float32([[0.2, 0.9, 0.6], [0.1, 0.1, 0.1]]))
+    assert in_words(one, NAMES, 0.5) == [["talk to (e.g., self, a person, a group) 90%", "wave 60%"], []]
+
+
+def save_person_detector(folder: Path, classes: tuple[float, ...] = (1, 1, 3, 1)) -> Path:
+    """Finds three persons and a car wherever it looks; one of the persons it is not sure of, one has no area."""
+
+    class Finder(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((1, None, None, 3), tf.uint8, name="input_tensor")])
+        def __call__(self, picture: Any) -> dict[str, Any]:
+            boxes = [[[0.2, 0.1, 0.8, 0.4], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.9]]]
+            return {
+                "detection_boxes": tf.constant(boxes),
+                "detection_scores": tf.constant([[0.9, 0.5, 0.9, 0.9]]),
+                "detection_classes": tf.constant([classes], tf.float32),
+                "num_detections": tf.constant([4.0]),
+            }
+
+    finder = Finder()
+    tf.saved_model.save(finder, str(folder), signatures=finder.__call__)
+    return folder
+
+
+def test_any_detector_of_tensorflows_signature_finds_persons(model: Any, film: Path, tmp_path: Path) -> None:
+    persons = PersonDetector(save_person_detector(tmp_path / "finder"), 0.8)
+    found = list(act_in_video(model, film, persons, progress=False))
+    assert [each.boxes.shape for each in found] == [(1, 4)] * 3
+    np.testing.assert_allclose(found[0].boxes, [[0.1, 0.2, 0.4, 0.8]], atol=1e-6)
+
+
+def test_other_saved_models_are_refused(tmp_path: Path) -> None:
+    class Other(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((1,), tf.float32, name="x")])
+        def __call__(self, x: Any) -> dict[str, Any]:
+            return {"y": x}
+
+    other = Other()
+    tf.saved_model.save(other, str(tmp_path / "other"), signatures=other.__call__)
+    with pytest.raises(UserError, match="must take one picture and give detection_boxes"):
+        PersonDetector(tmp_path / "other", 0.8)
+    with pytest.raises(UserError, match="is no SavedModel"):
+        PersonDetector(tmp_path / "nothing", 0.8)
+
+
+def test_a_drawn_video_has_boxes_that_stay_until_half_way_to_the_next(film: Path, tmp_path: Path) -> None:
+    box = np.float32([[0.25, 0.25, 0.75, 0.75]])
+    none = np.zeros((0, 4), np.float32), np.zeros((0, 3), np.float32)
+    acting = [Acting(0, *none), Acting(1, box, np.float32([[0.9, 0.1, 0.1]])), Acting(2, *none)]
+    draw_video(film, tmp_path / "drawn.mp4", acting, NAMES, 0.5)
+    info = probe(tmp_path / "drawn.mp4")
+    assert (info.width, info.height, info.delivered) == (96, 48, 75)
+    frames = [frame.pixels.astype(int) for frame in read_frames(tmp_path / "drawn.mp4")]
+    reddish = [frame[12:36, 24:26, 0].mean() - frame[12:36, 24:26, 1].mean() > 40 for frame in frames]
+    assert reddish == [15 <= number < 45 for number in range(75)]
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn.mp4"]
+
+
+def test_what_cannot_be_read_leaves_nothing(tmp_path: Path, model: Any) -> None:
+    (tmp_path / "words.mp4").write_text("no video\n" * 100)
+    with pytest.raises(VideoError):
+        list(act_in_video(model, tmp_path / "words.mp4", lambda second, pixels: np.zeros((0, 4), np.float32)))
+    with pytest.raises(VideoError):
+        draw_video(tmp_path / "words.mp4", tmp_path / "drawn.mp4", [], NAMES, 0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["words.mp4"]
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "x3d_tf.predict", *map(str, arguments)]
+    return subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command_writes_and_draws(model: Any, film: Path, listed: Path, tmp_path: Path) -> None:
+    x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "model.keras")
+    (tmp_path / "words.mp4").write_text("no video\n" * 100)
+    common = (f"--model={tmp_path / 'model.keras'}", f"--boxes={listed}", f"--draw={tmp_path / 'drawn'}")
+    done = command(*common, f"--csv={tmp_path / 'out.csv'}", "--action_score=0", film, tmp_path / "words.mp4")
+    assert done.returncode == 1 and "1 of 2 files could not be predicted" in done.stderr
+    assert "has no boxes of words" in done.stderr
+    assert "film.mp4      1 s  person 2: " in done.stdout and "written: " in done.stdout
+    table = read_boxes(tmp_path / "out.csv", "detections", dict(enumerate(NAMES, 1)), seconds=(0, 9))
+    assert len(table) == 3 * 3
+    assert probe(tmp_path / "drawn" / "film.mp4").delivered == 75
+    again = command(*common, film)
+    assert again.returncode == 1 and "film.mp4 exists" in again.stderr
+
+
+def test_flags_go_with_the_task(model: Any, film: Path, tmp_path: Path) -> None:
+    x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "a.keras")
+    x3d_tf.save(x3d_tf.portable(x3d_tf.build_x3d(TINY, 3), NAMES), tmp_path / "b.keras")
+    a, b = (f"--model={tmp_path / name}" for name in ("a.keras", "b.keras"))
+    assert "give one of --boxes and --person_detector" in command(a, film).stderr
+    assert "--views must not be given with" in command(a, "--views=3", "--boxes=x", film).stderr
+    assert "--boxes must not be given with" in command(b, "--boxes=x", film).stderr

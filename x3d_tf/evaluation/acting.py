@@ -1,0 +1,233 @@
+"""What the persons in a video file do, once a second: their boxes come from a csv file or from a person detector.
+
+As in AVA: a clip around each whole second, whose boxes stand still for it. Other than in tests the network sees the
+whole frame and not its centre square, so that persons at the sides are seen, too.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from x3d_tf._checks import UserError, require
+from x3d_tf._files import partial_of, writing
+from x3d_tf.data import transforms
+from x3d_tf.data.ava import BoxTable, KeyFrame, ava_actions, read_boxes
+from x3d_tf.data.clips import key_frame_indices
+from x3d_tf.data.preview import COLOURS
+from x3d_tf.data.sources import Box
+from x3d_tf.data.video import Pixels, probe, read_frames
+from x3d_tf.evaluation.prediction import RECORD_SHORT_SIDE, cut_clips
+from x3d_tf.modeling.detection import Detector
+
+Boxes = NDArray[np.float32]  # x1, y1, x2, y2 in [0, 1] of the frame, [n, 4]
+Persons = Callable[[int, Pixels], Boxes]  # by second and picture
+
+_PERSON = 1  # number of the class in COCO's label map, which TensorFlow's detectors share
+_UNLIMITED = 1 << 30  # pixels
+_CODEC = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+
+
+class Acting(NamedTuple):
+    """What persons do at a second of a video.
+
+    Attributes:
+        second: from its start.
+        boxes: x1, y1, x2, y2 in [0, 1] of the frame, float32 [n, 4].
+        scores: float32 [n, classes].
+    """
+
+    second: int
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+
+
+def boxes_of_file(path: str | Path, score: float) -> Mapping[str, Persons]:
+    """The boxes that a csv file lists, by the names of the videos without ending.
+
+    Args:
+        path: in the format of `ava.read_boxes`, whose actions do not matter; timestamps count the video's seconds.
+        score: boxes with a lower one are left out.
+
+    Raises:
+        UserError: the file cannot be read, or what is wrong with one of its lines.
+    """
+    table = read_boxes(path, "detections", ava_actions(), seconds=(0, 10**8))
+    found: dict[str, dict[int, dict[Box, None]]] = {}  # each box once, whatever it does
+    for number, box, sure in zip(table.frames, table.boxes, table.scores):
+        frame = table.key_frames[number]
+        seconds = found.setdefault(frame.video, {})
+        x1, y1, x2, y2 = box.tolist()
+        if sure >= score and x1 < x2 and y1 < y2:
+            seconds.setdefault(frame.second, {})[x1, y1, x2, y2] = None
+
+    def persons(seconds: Mapping[int, Mapping[Box, None]]) -> Persons:
+        return lambda second, pixels: np.array(list(seconds.get(second, ())), np.float32).reshape(-1, 4)
+
+    return {video: persons(seconds) for video, seconds in found.items()}
+
+
+class PersonDetector:
+    """Boxes by a SavedModel with the signature of TensorFlow's object detection.
+
+    It takes a picture, uint8 (1, H, W, 3), and gives `detection_boxes` (1, n, 4) as y1, x1, y2, x2 in [0, 1],
+    `detection_scores` and `detection_classes` (1, n), 1 being a person. A SavedModel is a program: run those that you
+    trust.
+
+    Args:
+        path: its folder.
+        score: boxes with a lower one are left out.
+
+    Raises:
+        UserError: there is no such model, or it has another signature.
+    """
+
+    def __init__(self, path: str | Path, score: float) -> None:
+        try:
+            self._module = tf.saved_model.load(str(path))  # which its signatures live by
+            self._signature = self._module.signatures["serving_default"]
+        except (OSError, KeyError, ValueError, AttributeError, tf.errors.OpError) as error:
+            raise UserError(f"{path} is no SavedModel with a signature serving_default: {error}") from error
+        given, outputs = self._signature.structured_input_signature[1], self._signature.structured_outputs
+        wanted = ("detection_boxes", "detection_classes", "detection_scores")
+        fits = len(given) == 1 and set(wanted) <= set(outputs)
+        rule = f"take one picture and give {', '.join(wanted)}"
+        require(fits, f"the signature of {path}", rule, [*given, *outputs])
+        ((self._input, self._spec),) = given.items()
+        self._score = score
+
+    def __call__(self, second: int, pixels: Pixels) -> Boxes:
+        """The persons in a picture."""
+        answer = self._signature(**{self._input: tf.cast(pixels[None], self._spec.dtype)})
+        boxes, scores, classes = (answer[f"detection_{part}"].numpy()[0] for part in ("boxes", "scores", "classes"))
+        chosen = boxes[(scores >= self._score) & (np.round(classes) == _PERSON)][:, [1, 0, 3, 2]]
+        chosen = np.clip(chosen, 0, 1).astype(np.float32)
+        return chosen[(chosen[:, 2:] > chosen[:, :2]).all(axis=1)]
+
+
+def act_in_video(model: Detector, path: str | Path, persons: Persons, *, progress: bool = True) -> Iterator[Acting]:
+    """Scores the actions of the persons in a video, second by second; memory does not grow with its length.
+
+    Args:
+        model: the detector.
+        path: the video.
+        persons: gives the boxes of a second.
+        progress: whether a bar on stderr tells how far it is.
+
+    Yields:
+        One for each whole second that the video reaches, from 0.
+
+    Raises:
+        VideoError: it cannot be read, or breaks off.
+        UserError: scores that are not numbers.
+    """
+    info = probe(path)
+    fps, clip, side = float(np.float32(info.fps)), model.clip, model.expansion.test_size
+    count = max(1, math.ceil(info.delivered / fps - 1e-6))
+    keys = [round(second * fps) for second in range(count) if round(second * fps) < info.delivered]
+    chosen = [key_frame_indices(key, info.delivered, fps, clip) for key in keys]
+    parts = [np.union1d(frames, key)[None] for frames, key in zip(chosen, keys)]
+    scores_of = tf.function(lambda given: model(given, training=False), reduce_retracing=True)
+    frames = (frame.pixels for frame in read_frames(path, max(RECORD_SHORT_SIDE, side)))
+    with tqdm(total=len(keys), desc=Path(path).name, unit=" s", leave=None, disable=not progress) as bar:
+        for cut in cut_clips(frames, parts):
+            places = parts[cut.part][0]
+            boxes = persons(cut.part, cut.pixels[np.searchsorted(places, keys[cut.part])])
+            scores = np.zeros((0, model.num_classes), np.float32)
+            if len(boxes):
+                pixels = transforms.resize(cut.pixels[np.searchsorted(places, chosen[cut.part])], side)
+                scores = scores_of({"clip": pixels[None], "boxes": tf.constant(boxes[None])}).numpy()[0]
+                if not np.isfinite(scores).all():
+                    raise UserError(f"the network gives scores that are not numbers for {path}")
+            bar.update()
+            yield Acting(cut.part, boxes, scores)
+
+
+def detections(acting: Mapping[str, Sequence[Acting]]) -> BoxTable:
+    """Boxes and scores as AVA's files have them: a row for each action of a box.
+
+    Args:
+        acting: by the name of the video.
+    """
+    frames = tuple(KeyFrame(video, each.second) for video, own in acting.items() for each in own)
+    rows = [each for own in acting.values() for each in own]
+    classes = max((each.scores.shape[1] for each in rows), default=0)
+    counts = [len(each.boxes) for each in rows]
+    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(each.boxes for each in rows)])
+    scores = np.concatenate([np.zeros((0, classes), np.float32), *(each.scores for each in rows)])
+    return BoxTable(
+        frames,
+        np.repeat(np.arange(len(rows), dtype=np.int32), [count * classes for count in counts]),
+        np.repeat(boxes, classes, axis=0).astype(np.float64),
+        np.tile(np.arange(1, classes + 1, dtype=np.int32), len(boxes)),
+        scores.reshape(-1).astype(np.float64),
+        np.zeros(len(boxes) * classes, np.int32),
+    )
+
+
+def draw_video(
+    path: str | Path, output: str | Path, acting: Sequence[Acting], names: Sequence[str], score: float
+) -> None:
+    """Writes a video as an mp4 file with its boxes and what they do; boxes stay half a second before and after theirs.
+
+    Args:
+        path: the video.
+        output: ends in .mp4; replaced if it is there, and whole or not there.
+        acting: of its seconds, from 0.
+        names: of the actions.
+        score: actions with a lower one are not written; three at most of a box.
+
+    Raises:
+        VideoError: the video cannot be read.
+        WriteError: the file cannot be written.
+    """
+    output = Path(output)
+    partial = partial_of(output)
+    rate = Fraction(probe(path).fps).limit_denominator(1001)
+    try:
+        with writing(output), av.open(str(partial), "w", format="mp4") as container:
+            stream: Any = None
+            for number, frame in enumerate(read_frames(path, _UNLIMITED)):
+                height, width = (side // 2 * 2 for side in frame.pixels.shape[:2])  # which its chroma wants
+                if stream is None:
+                    stream = container.add_stream(_CODEC, rate=rate)
+                    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                place = min(math.floor(number / rate + Fraction(1, 2)), len(acting) - 1)
+                picture = _drawn(frame.pixels[:height, :width], acting[place], names, score)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            if stream is not None:
+                container.mux(stream.encode())
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def in_words(acting: Acting, names: Sequence[str], score: float) -> list[list[str]]:
+    """What each box does: up to three actions of at least that score, highest first."""
+    best = [np.argsort(-scores, kind="stable")[:3] for scores in acting.scores]
+    return [
+        [f"{names[index]} {scores[index]:.0%}" for index in own if scores[index] >= score]
+        for own, scores in zip(best, acting.scores)
+    ]
+
+
+def _drawn(pixels: Pixels, acting: Acting, names: Sequence[str], score: float) -> Pixels:
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    pen, size = ImageDraw.Draw(picture), max(10, picture.height // 30)
+    font = ImageFont.load_default(size)
+    for number, (box, actions) in enumerate(zip(acting.boxes, in_words(acting, names, score))):
+        _, colour = COLOURS[number % len(COLOURS)]
+        x1, y1, x2, y2 = (float(x) * side for x, side in zip(box, (picture.width, picture.height) * 2))
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=max(2, size // 6))
+        for row, text in enumerate(actions):
+            place = (x1 + size // 4, y1 + row * size)
+            pen.text(place, text, fill=colour, font=font, stroke_width=1, stroke_fill=(0, 0, 0))
+    return np.asarray(picture)
