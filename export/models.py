@@ -11,7 +11,7 @@ import x3d_tf
 from x3d_tf._checks import require
 from x3d_tf.data.clips import FrameSampling, ViewSpec, input_contract
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
-from x3d_tf.modeling.cost import cost
+from x3d_tf.modeling.detection import cost_of
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import load, load_classifier, model_file
 from x3d_tf.modeling.x3d import MEAN, STD, Network
@@ -74,13 +74,14 @@ class Source:
         Values are those that JSON has. `input` has the entries of a run folder's `input.json`, and the pixels' form.
         """
         model, clip = self.model, self.model.clip
-        count = cost(model.expansion, num_classes=model.num_classes, options=model.options)
+        count = cost_of(model)
+        sampling = "key_frame" if model.task == "detection" else self.frame_sampling
         return {
             "network": name_of(model.expansion),
             "created_by": f"x3d_tf {x3d_tf.__version__}",
             "task": model.task,
             "input": {
-                **input_contract(model.expansion, self.frame_sampling, model.squeeze, model.tested_size),
+                **input_contract(model.expansion, sampling, model.squeeze, model.tested_size),
                 "shape": [batch or "N", clip.frames, model.tested_size, model.tested_size, 3],
                 "colours": "RGB",
                 "range": [0, 255],

@@ -108,6 +108,11 @@ def test_what_is_not_there(tmp_path: Path) -> None:
             read(tmp_path / "none.csv")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("film,0902\n", encoding="utf-8-sig")
+    assert read_exclusions(tmp_path / "a.csv") == {KeyFrame("film", 902)}
+
+
 def test_exclusions(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", "film,0902\nfilm,1798\n")
     assert read_exclusions(path) == {KeyFrame("film", 902), KeyFrame("film", 1798)}
@@ -130,8 +135,9 @@ def test_label_maps_of_both_spellings(tmp_path: Path, key: str) -> None:
         ('item {\n name: "a"\n id: 1\n}\nitem {\n name: "b"\n', "line 5 must be items"),
         ('item { name: "a" }', "line 1 must hold name:"),
         ("item { id: 1 }", "line 1 must hold name:"),
-        ('item { name: "a" id: 0 }', "line 1 must have an id of at least 1, got 0"),
+        ('item { name: "a" id: 0 }', "line 1 must have an id in 1..100000, got 0"),
         ('item { name: "a" id: 1 }\nitem { name: "b" id: 1 }', "line 2 must have an id of its own, got 1"),
+        ('item { name: "a" id: 1 }\nitem { name: "a" id: 2 }', "line 2 must have a name of its own, got 'a'"),
     ],
 )
 def test_bad_label_maps(tmp_path: Path, text: str, message: str) -> None:

@@ -18,11 +18,13 @@ from x3d_tf.data import boxes as moving
 from x3d_tf.data.builder import build_key_frames
 from x3d_tf.data.clips import key_frame_indices
 from x3d_tf.data.datasets import DatasetSpec, hold_out
+from x3d_tf.data.frame_folders import encode_folder
 from x3d_tf.data.key_frame_pipeline import testing_key_frames as clips_to_test
 from x3d_tf.data.key_frame_pipeline import training_key_frames as train_clips
 from x3d_tf.data.key_frames import find_key_frames
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.records import ParsedAnnotation, parse_annotation, parse_record
+from x3d_tf.data.video import VideoError
 
 CLIP = x3d_tf.ClipSpec(4, 5, 32)  # 10 frames before the key frame, 5 after it
 ACTIONS = 'item { name: "sit" id: 1 }\nitem { name: "wave" id: 2 }\nitem { name: "run" id: 4 }\n'
@@ -318,3 +320,59 @@ def test_key_frames_of_a_video_are_held_out_together(records: Manifest) -> None:
         parts = hold_out(records, spec, seed).splits
         videos = [{record.media_id.split(",")[0] for record in parts[name].records} for name in ("train", "validation")]
         assert sorted(map(sorted, videos)) == [["clip"], ["film"]]
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Videos of a red rectangle on grey, somewhere off the centre, whose box is known."""
+    root = tmp_path_factory.mktemp("marked")
+    rows = []
+    for number, (x, y) in enumerate([(4, 6), (60, 30), (40, 4), (10, 40)]):
+        frames = np.full((150, 64, 96, 3), 90, np.uint8)
+        frames[:, y : y + 20, x : x + 28] = (250, 20, 20)
+        write_video(root / "videos" / f"v{number}.mp4", frames, options={"qscale": "2"})
+        box = (x / 96, y / 64, (x + 28) / 96, (y + 20) / 64)
+        rows.append(f"v{number},0902,{','.join(map(str, box))},1,0\n")
+    (root / "a.csv").write_text("".join(rows))
+    return build_key_frames(root / "videos", root / "records", {"train": root / "a.csv"}, progress=False).manifest
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_boxes_are_where_the_pixels_are(marked: Manifest, flip: bool) -> None:
+    """In training, through scale, crop and mirroring; and in tests."""
+    batches = training(marked, flip=flip, batch=4)(12)
+    tested = clips_to_test(marked, "train", CLIP, resize=40, crop=40, batch=4, proposals=False)
+    seen = 0
+    for inputs in [*(inputs for inputs, _ in batches), *(inputs for inputs, _ in tested)]:
+        for clip, boxes in zip(inputs["clip"].numpy(), inputs["boxes"].numpy()):
+            red = (clip[0, :, :, 0] - clip[0, :, :, 1]) > 80
+            for x1, y1, x2, y2 in boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)] * len(clip[0]):
+                rows, columns = np.mgrid[: len(red), : len(red)]
+                inside = (columns > x1 + 2) & (columns < x2 - 2) & (rows > y1 + 2) & (rows < y2 - 2)
+                around = (columns > x1 - 2) & (columns < x2 + 2) & (rows > y1 - 2) & (rows < y2 + 2)
+                assert red[inside].all() and not red[~around].any()
+                seen += inside.any()
+    assert seen > 20
+
+
+def test_a_box_found_is_one_whatever_it_is_said_to_do(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "found.csv").write_text(f"film,0902,{B},1,0.8\nfilm,0902,{B},12,0.9\n")
+    sources = find_key_frames(
+        folder / "videos",
+        {"train": folder / "train.csv"},
+        proposals={"train": tmp_path / "found.csv"},
+        label_map=folder / "actions.pbtxt",
+    )
+    (video,) = (video for video in sources.splits["train"] if video.media_id == "film,0902")
+    assert video.annotation is not None
+    assert (video.annotation.proposals, video.annotation.scores) == (((0.1, 0.1, 0.2, 0.2),), (0.9,))
+
+
+def test_images_are_ordered_by_their_numbers(tmp_path: Path) -> None:
+    for number in (1, 2, 10):
+        Image.fromarray(numbered_frames(11)[number]).save(tmp_path / f"{number}.jpg", quality=95)
+    found = [number_of(tf.io.decode_jpeg(jpeg).numpy()) for jpeg in encode_folder(tmp_path).frames]
+    assert found == [1, 2, 10]
+    (tmp_path / "cover.jpg").write_bytes((tmp_path / "1.jpg").read_bytes())
+    with pytest.raises(VideoError, match="does not end with a number"):
+        encode_folder(tmp_path)

@@ -28,6 +28,7 @@ EVALUATED = frozenset(range(1, 81)) - {
     *(2, 16, 18, 19, 21, 23, 25, 31, 32, 33, 35, 39, 40, 42, 44, 50, 53, 55, 71, 75),
 }
 FIRST_SECOND, LAST_SECOND = 902, 1798  # of AVA's key frames
+_MOST_ACTIONS = 100_000
 _LINES_AN_UPDATE = 100_000  # of the progress bar
 NO_ACTION = 0  # in place of the number of an action, which count from 1
 
@@ -150,7 +151,8 @@ def read_label_map(path: str | Path) -> dict[int, str]:
     over.
 
     Raises:
-        UserError: the file cannot be read; what is no such entry; a number that is not positive or there twice.
+        UserError: the file cannot be read; what is no such entry; a number out of range; a number or a name that is
+            there twice.
     """
     path = Path(path)
     text = text_of(path, "label_map")
@@ -166,9 +168,11 @@ def read_label_map(path: str | Path) -> dict[int, str]:
         whole = len(names) == len(numbers) == 1
         require(whole, where, 'hold name: "..." and one of id: N and label_id: N', item.group(1).strip())
         number = int(numbers[0])
-        require(1 <= number < 2**31, where, "have an id of at least 1", number)
+        name = "".join(names[0])
+        require(1 <= number <= _MOST_ACTIONS, where, f"have an id in 1..{_MOST_ACTIONS}", number)
         require(number not in found, where, "have an id of its own", number)
-        found[number] = "".join(names[0])
+        require(name not in found.values(), where, "have a name of its own", name)
+        found[number] = name
     rest = text[end:]
     line = text.count("\n", 0, end + len(rest) - len(rest.lstrip())) + 1
     require(not rest.strip(), f"{path}, line {line}", 'be items { name: "..." id: N }', rest.strip()[:60])
@@ -205,7 +209,7 @@ def _lines(path: Path, columns: str) -> Iterator["_Line"]:
             path.open("rb") as file,
             tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, leave=None, delay=3) as bar,
         ):
-            reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+            reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
             for cells in reader:
                 line = _Line(path, reader.line_num, cells)
                 if cells:

@@ -174,17 +174,26 @@ def build_key_frames(
         seed=seed,
     )
     margin = {"margin": MARGIN, "starts_at": starts_at}
-    return _build(sources, Path(output), "key frames", coding, seed, margin, progress)
+    facts = {"proposals": ",".join(sorted(proposals or {}))}  # the splits that have some
+    return _build(sources, Path(output), "key frames", coding, seed, margin, progress, facts)
 
 
 def _build(
-    sources: Sources, output: Path, source: str, coding: _Coding, seed: int, draw: dict[str, Any], progress: bool
+    sources: Sources,
+    output: Path,
+    source: str,
+    coding: _Coding,
+    seed: int,
+    draw: dict[str, Any],
+    progress: bool,
+    facts: Mapping[str, str] | None = None,
 ) -> BuildResult:
     settings: dict[str, int | float | str] = {
         "source": source,
         "short_side": coding.short_side,
         "quality": coding.quality,
         "seed": seed,
+        **(facts or {}),
     }
     encode = partial(_encode_or_reason, short_side=coding.short_side, quality=coding.quality)
     with opened(output, settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:

@@ -55,11 +55,11 @@ class ViewSpec:
 
 
 def input_contract(
-    expansion: Expansion, frame_sampling: FrameSampling, squeeze: bool, crop: int | None = None
+    expansion: Expansion, frame_sampling: FrameSampling | Literal["key_frame"], squeeze: bool, crop: int | None = None
 ) -> dict[str, Any]:
     """What applications have to feed a network, clips of RGB in 0..255, and how they are made from videos; for JSON.
 
-    `crop` is the side of the clip where that is not the training crop.
+    `crop` is the side of the clip where that is not the training crop; "key_frame" is what `key_frame_indices` does.
     """
     clip = expansion.clip
     return {

@@ -1,6 +1,8 @@
 """Videos that come as folders of images, one a frame, as AVA's are often kept. Imports no TensorFlow."""
 
+import functools
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,14 @@ def encode_folder(
 ) -> EncodedVideo:
     """The frames of a folder as JPEG files; arguments as `video.encode_video`.
 
-    Images in the order of their names are the frames, 30 a second. JPEG files in RGB that need not be scaled are taken
-    as they are.
+    Images in the order of the numbers that their names end with are the frames, 30 a second. JPEG files in RGB that
+    need not be scaled are taken as they are.
 
     Raises:
         VideoError: a folder without images, or none between `start` and `end`; an image that cannot be read, or of
             another size than those before.
     """
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    images = _images(folder, folder.stat().st_mtime_ns)
     if not images:
         raise VideoError(folder, f"holds no images ({', '.join(SUFFIXES)})")
     first, stop = first_from(start, FPS), len(images) if end is None else first_from(end, FPS)
@@ -41,6 +43,24 @@ def encode_folder(
     if not frames:
         raise VideoError(folder, f"ends before {start:g} s: it has {len(images)} frames, {FPS:g} a second")
     return EncodedVideo(frames, FPS)
+
+
+@functools.lru_cache(maxsize=2)  # the key frames of a video are encoded one after the other
+def _images(folder: Path, changed: int) -> list[Path]:
+    """The images of a folder in their order.
+
+    Raises:
+        VideoError: one whose name does not end with a number, which no other has.
+    """
+    numbers: dict[int, Path] = {}
+    for path in folder.iterdir():
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        number = re.search(r"[0-9]+$", path.stem)
+        if number is None or int(number.group()) in numbers:
+            raise VideoError(path, "has a name that does not end with a number of its own, which orders the frames")
+        numbers[int(number.group())] = path
+    return [numbers[number] for number in sorted(numbers)]
 
 
 def _jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:

@@ -64,6 +64,7 @@ def training_key_frames(
     replica_batch: int | None = None,
     proposal_iou: float = 0.9,
     negatives: bool = False,
+    score: float = 0.8,
 ) -> tf.data.Dataset:
     """Training clips around key frames without end: one random scale, crop and mirroring of each key frame an epoch.
 
@@ -75,6 +76,7 @@ def training_key_frames(
             `pipeline.training_dataset`.
         proposal_iou: boxes of the person detector that overlap an annotated one by more are further samples of it.
         negatives: whether other boxes of the detector are samples, too, of a person who does nothing.
+        score: lowest of a detector's boxes that is a sample.
 
     Returns:
         Dataset of ({"clip": clips, "boxes": boxes}, labels): float32 [replica_batch, T, S, S, 3], RGB in 0..255;
@@ -97,7 +99,9 @@ def training_key_frames(
         chance = chances(seed, place)  # of [start, scale, top, left, mirroring] the first is not needed
         pixels, known = table.read(place.record, _decoder(clip))
         samples = moving.annotated(known, classes)
-        samples = moving.with_proposals(samples, known.proposals, proposal_iou, negatives=negatives)
+        samples = moving.with_proposals(
+            samples, known.proposals[known.scores >= score], proposal_iou, negatives=negatives
+        )
         pixels, boxes = _resized(pixels, samples.boxes, jittered(jitter, chance[1]))
         top, left = transforms.random_place(pixels, clip.size, chance[2:4])
         pixels, boxes = transforms.crop(pixels, top, left, clip.size), moving.cropped(boxes, top, left, clip.size)
@@ -194,6 +198,13 @@ def _of_key_frames(manifest: Manifest) -> Manifest:
     if manifest.task != "detection":
         raise UserError(f"{manifest.folder} holds whole videos: build_records --boxes makes records of key frames")
     return manifest
+
+
+def require_proposals(manifest: Manifest, split: str) -> None:
+    """Raises `UserError` where records that `build_key_frames` made have no boxes of a detector in a split."""
+    splits = str(manifest.settings.get("proposals", split)).split(",")
+    rule = 'be "annotated" on records that were built without --proposals of that split'
+    require(split in splits, f"Detection.test_boxes for split {split!r} of {manifest.folder}", rule, "proposals")
 
 
 def with_actions(records: Sequence[Record]) -> tuple[Record, ...]:

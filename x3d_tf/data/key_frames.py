@@ -63,7 +63,8 @@ def find_key_frames(
     unusable: dict[str, VideoError] = {}
     for split, path in boxes.items():
         truth, of_found = read_boxes(path, "ground truth", actions), (proposals or {}).get(split)
-        found = read_boxes(of_found, "detections", actions) if of_found else None
+        # a box found is one whatever it is said to do
+        found = read_boxes(of_found, "detections", {**ava_actions(), **actions}) if of_found else None
         left_out = read_exclusions(exclusions[split]) if exclusions and split in exclusions else set()
         members = splits.setdefault(split, [])
         for frame, annotation in _annotations(truth, found, starts_at, (path, of_found)).items():
@@ -76,8 +77,18 @@ def find_key_frames(
     if not any(splits.values()):
         lists = ", ".join(map(str, boxes.values()))
         raise UserError(f"none of the {len(unusable)} videos that {lists} name is in {videos}")
-    ordered = {split: in_order(members, seed) for split, members in splits.items()}
+    for split, members in splits.items():
+        require(bool(members), f"{boxes[split]}", f"name key frames of videos in {videos} for split {split}", "none")
+    ordered = {split: _in_order(members, seed) for split, members in splits.items()}
     return Sources(ordered, list(unusable.values()), names, "detection")
+
+
+def _in_order(members: list[Video], seed: int) -> list[Video]:
+    """Films shuffled by a hash of their names, the key frames of each in a row: what is read of a file serves all."""
+    names = {video.media_id.rpartition(",")[0]: video for video in members}
+    films = in_order([video._replace(media_id=name) for name, video in names.items()], seed)
+    places = {film.media_id: place for place, film in enumerate(films)}
+    return sorted(members, key=lambda video: (places[video.media_id.rpartition(",")[0]], video.start))
 
 
 def _files_by_name(videos: Path) -> dict[str, Path]:
@@ -107,21 +118,22 @@ def _annotations(
     truth: BoxTable, found: BoxTable | None, starts_at: float, paths: tuple[Path, Path | None]
 ) -> dict[KeyFrame, Annotation]:
     """What is known of each key frame, in the order in which the files name them."""
-    proposals: dict[KeyFrame, list[tuple[Box, float]]] = {}
+    proposals: dict[KeyFrame, dict[Box, float]] = {}
     labels: dict[KeyFrame, dict[Box, set[int]]] = {}
     for frame, box, action, _ in _rows(truth, starts_at, paths[0]):
         own = labels.setdefault(frame, {}).setdefault(box, set())
         if action != NO_ACTION:
             own.add(action - 1)
     for frame, box, _, score in _rows(found, starts_at, paths[1]) if found is not None else ():
-        proposals.setdefault(frame, []).append((box, score))
+        own_scores = proposals.setdefault(frame, {})
+        own_scores[box] = max(score, own_scores.get(box, score))
     return {
         frame: Annotation(
             frame.second - starts_at,
             tuple(labels.get(frame, {})),
             tuple(tuple(sorted(own)) for own in labels.get(frame, {}).values()),
-            tuple(box for box, _ in proposals.get(frame, ())),
-            tuple(score for _, score in proposals.get(frame, ())),
+            tuple(proposals.get(frame, {})),
+            tuple(proposals.get(frame, {}).values()),
         )
         for frame in dict.fromkeys((*labels, *proposals))
     }

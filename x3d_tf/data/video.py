@@ -1,5 +1,6 @@
 """Reads video files with PyAV and turns them into JPEG frames. Imports no TensorFlow: worker processes stay small."""
 
+import functools
 import io
 import math
 from collections.abc import Iterator
@@ -216,6 +217,15 @@ class _Timing:
 
 
 def _read_timing(path: str | Path) -> _Timing:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return _timing(path, None)
+    return _timing(path, (status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)  # many pieces of a video are often read one after the other
+def _timing(path: str | Path, state: tuple[int, int] | None) -> _Timing:
     """Reads all packets without decoding them: only all timestamps together tell whether the rate is constant."""
     with _opened(path) as container:
         stream = container.streams.video[0]

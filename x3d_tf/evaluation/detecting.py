@@ -1,5 +1,6 @@
 """Tests of action detectors on records of key frames: one clip around each, its centre crop (paper, section 5)."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf._checks import UserError
-from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, write_detections
+from x3d_tf._checks import UserError, require
+from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions
 from x3d_tf.data.boxes import have_area
 from x3d_tf.data.datasets import open_dataset
-from x3d_tf.data.key_frame_pipeline import testing_key_frames
+from x3d_tf.data.key_frame_pipeline import require_proposals, testing_key_frames
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records
 from x3d_tf.evaluation.detection_reports import (
@@ -25,11 +26,10 @@ from x3d_tf.evaluation.detection_reports import (
 )
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace
 from x3d_tf.evaluation.views import CLIPS_A_CALL
-from x3d_tf.modeling.cost import cost
-from x3d_tf.modeling.detection import Detector
-from x3d_tf.modeling.expansion import ClipSpec, name_of
+from x3d_tf.modeling.detection import Detector, cost_of
+from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.lowerings.tensorflow import for_this_device
-from x3d_tf.modeling.saving import load_detector, model_file
+from x3d_tf.modeling.saving import load_detector, weights_of
 from x3d_tf.runs.recipe import Detection
 from x3d_tf.runs.run_folder import RunFolder
 
@@ -140,6 +140,7 @@ def score_split(
         The detections, and their scores.
     """
     truth, found = detect_split(model, manifest, split, detection, progress=progress).tables(manifest, split)
+    require(len(truth) > 0, f"split {split!r} of {manifest.folder}", "hold annotated boxes to measure with", "none")
     return found, score_detections(truth, found, _measured(manifest.classes))
 
 
@@ -159,11 +160,12 @@ def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: b
     folder = Path(output) if output else detector_report_folder(run)
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
     manifest = open_dataset(config.dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.detection.test_boxes == "proposals":
+        require_proposals(manifest, split)
     model = load_detector(run.root)
     found, scores = score_split(model, manifest, split, config.detection)
-    side = model.expansion.test_size
-    clip = ClipSpec(model.clip.frames, model.clip.stride, side)
-    counted = cost(model.expansion, clip, num_classes=model.num_classes, options=model.options)
+    side, counted = model.tested_size, cost_of(model)
     settings = {
         "network": name_of(model.expansion),
         "head": model.head,
@@ -171,18 +173,23 @@ def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: b
         "records_sha256": manifest.fingerprint(),
         "split": split,
         "boxes_tested": config.detection.test_boxes,
+        "lowest_score_of_a_box": config.detection.score,
+        "frames": model.clip.frames,
+        "stride": model.clip.stride,
+        "resize": side,
+        "crop": side,
+        "options": dataclasses.asdict(model.options),
         "views": f"centre crop of {side}²",
         "videos": len(manifest.split(split).records),  # key frames, one clip each
         "gmacs_per_clip": counted.macs / 1e9,
         "gmacs_per_video": counted.macs / 1e9,
         "params": counted.params,
-        "weights": str(model_file(run.root)),
+        **weights_of(run.root),
         "seed": config.seed,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_detections(folder / "detections.csv", found)
-    report = write_detection_report(folder, settings, scores)
+    report = write_detection_report(folder, settings, scores, found)
     print("\n".join(summary(scores)))
+    print(f"{counted.macs / 1e9:.3f} GMACs a clip of {model.clip.frames} x {side}², {counted.params:,} parameters")
     return report
 
 

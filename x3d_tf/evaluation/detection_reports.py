@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x3d_tf import _plots
+from x3d_tf._checks import require
 from x3d_tf.data.ava import (
     BoxTable,
     KeyFrame,
@@ -18,6 +19,7 @@ from x3d_tf.data.ava import (
     read_boxes,
     read_exclusions,
     read_label_map,
+    write_detections,
 )
 from x3d_tf.evaluation.detection_metrics import LabeledBoxes, detection_average_precisions, mean_over_classes
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, write_csv, write_json
@@ -34,8 +36,8 @@ class DetectionScores:
         precisions: average precision of each, float64; nan where there is none in the truth.
         positives: boxes of each in the truth.
         key_frames: of the truth.
-        boxes: found, less those left out.
-        left_out: boxes found that have no width or height, that are on excluded key frames, or that have no action.
+        boxes: rows of detections, of a box and an action each, less those left out.
+        left_out: rows whose box has no width or height, that are on excluded key frames, or of no action to measure.
     """
 
     actions: dict[int, str]
@@ -67,7 +69,7 @@ def score_detections(
     detected, places = _counted(found, numbers, kept)
     labels = np.array(list(actions))
     sides = detected.boxes[:, 2:] - detected.boxes[:, :2]
-    valid = int((sides > 0).all(axis=1).sum())
+    valid = int(((sides > 0).all(axis=1) & np.isin(detected.labels, labels)).sum())
     return DetectionScores(
         dict(actions),
         detection_average_precisions(real, detected, found.scores[places], labels, iou=IOU),
@@ -110,6 +112,10 @@ def evaluate_files(
     truth = read_boxes(groundtruth, "ground truth", actions)
     found = read_boxes(detections, "detections", actions)
     excluded = read_exclusions(exclusions) if exclusions else set()
+    shared = set(truth.key_frames) - excluded
+    require(bool(shared), str(groundtruth), "have boxes of these actions on key frames that are not excluded", "none")
+    common = not len(found) or bool(shared & set(found.key_frames))
+    require(common, str(detections), f"have key frames of {groundtruth}", str(found.key_frames[:1]))
     settings = {
         "detections": str(detections),
         "groundtruth": str(groundtruth),
@@ -119,13 +125,16 @@ def evaluate_files(
     return settings, score_detections(truth, found, actions, excluded)
 
 
-def write_detection_report(folder: Path, settings: Mapping[str, Any], scores: DetectionScores) -> Report:
+def write_detection_report(
+    folder: Path, settings: Mapping[str, Any], scores: DetectionScores, found: BoxTable | None = None
+) -> Report:
     """Writes results.json, per_class.csv and per_class.png; a folder that has results.json has the rest of it.
 
     Args:
         folder: made if absent; a report that is there is replaced.
         settings: what was measured and how, for results.json.
         scores: what came out.
+        found: the detections, to be written beside it.
     """
     results = {
         **settings,
@@ -139,6 +148,8 @@ def write_detection_report(folder: Path, settings: Mapping[str, Any], scores: De
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the rest is of this test
+    if found is not None:
+        write_detections(folder / "detections.csv", found)
     write_csv(folder / "per_class.csv", _rows(scores))
     names = list(scores.actions.values())
     title = f"frame mAP at IoU {IOU:g}: {scores.mean:.1%}"
@@ -158,10 +169,11 @@ def summary(scores: DetectionScores, worst_and_best: int = 3) -> list[str]:
     present = int((scores.positives > 0).sum())
     lines = [
         f"frame mAP at IoU {IOU:g}: {scores.mean:.4%} over {present} actions on {scores.key_frames} key frames, "
-        f"{scores.boxes} boxes found"
+        f"{scores.boxes} detections"
     ]
     if scores.left_out:
-        lines.append(f"{scores.left_out} boxes found do not count: without width or height, excluded, or no action")
+        why = "without width or height, excluded, or of other actions"
+        lines.append(f"{scores.left_out} detections do not count: {why}")
     if missing := len(scores.actions) - present:
         lines.append(f"{missing} actions of the label map are not in the ground truth and do not count")
     ranked = [place for place in np.argsort(-scores.precisions, kind="stable") if scores.positives[place]]

@@ -177,6 +177,8 @@ def read_results(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is damaged: {name} must {rule}, got {value!r}. Make it anew with --overwrite")
 
     check("the file", "hold a JSON object", isinstance(results, dict))
+    if "detections" in results:
+        raise UserError(f"{path} is of a csv file of detections: it tells of no network to compare")
     for name in _TEXTS:
         check(name, "be text", isinstance(results.get(name), str))
     for name in _COUNTS:

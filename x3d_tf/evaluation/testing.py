@@ -1,6 +1,5 @@
 """Multi-view testing of a run or of a model file: from what is asked for to a report."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from x3d_tf.evaluation.views import predict_split
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import describe as describe_file
-from x3d_tf.modeling.saving import load_classifier, model_file
+from x3d_tf.modeling.saving import load_classifier, weights_of
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
@@ -266,13 +265,6 @@ def measurement_of_file(file: Path, procedure: Procedure) -> Measurement:
         frame_sampling=procedure.frame_sampling or "slowfast",
         seed=None,
     )
-
-
-def weights_of(path: Path) -> dict[str, Any]:
-    """Name and SHA-256 of a model file, for the report."""
-    file = model_file(path)
-    with file.open("rb") as content:
-        return {"weights": str(file), "weights_sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **procedure: Any) -> Report:

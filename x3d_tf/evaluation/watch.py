@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from x3d_tf._checks import UserError, require
+from x3d_tf.data.datasets import open_dataset
 from x3d_tf.evaluation.reports import other_settings, read_results, write_csv, write_json
 from x3d_tf.evaluation.testing import Procedure, folder_of, measurement_of_run
 from x3d_tf.modeling.x3d import X3D
@@ -41,6 +42,8 @@ def watch_run(
     """
     require(poll_seconds > 0, "poll_seconds", "be positive", poll_seconds)
     asked = Procedure(**procedure)
+    if open_dataset(run.read_config().dataset).task == "detection":
+        raise UserError(f"{run.root} trains a detector, which cannot be watched: DatasetSpec.validation_split tests it")
     watch = _Watch(run, asked, overwrite)
     print(f"watching {run.checkpoints} until {run.model} is there; Ctrl-C stops, the same command goes on")
     while True:

@@ -113,8 +113,8 @@ def _block(
     yield _conv(f"{name}_conv_a", (frames, shape[1], shape[2], inner), width * (1 if separable else 3))
     yield _conv(f"{name}_conv_b", (frames, side, side, inner), 27 if separable else inner * 9)
     if se:
-        yield _fully_connected(f"{name}_se_reduce", inner, se_width(inner), bias=True, paper_bias=False)
-        yield _fully_connected(f"{name}_se_expand", se_width(inner), inner, bias=True, paper_bias=False)
+        yield fully_connected(f"{name}_se_reduce", inner, se_width(inner), bias=True, paper_bias=False)
+        yield fully_connected(f"{name}_se_expand", se_width(inner), inner, bias=True, paper_bias=False)
     yield _conv(f"{name}_conv_c", (frames, side, side, stage.width), inner)
 
 
@@ -124,8 +124,8 @@ def _head(architecture: Architecture, shape: tuple[int, ...], train_size: int, n
     positions = 1
     if architecture.options.head_pool != "global":
         positions = max(1, side - pool_window(train_size) + 1)  # windows of the training size, along one axis
-    yield _fully_connected("fc1", width, FC1_WIDTH, bias=False, paper_bias=True, side=positions)
-    yield _fully_connected("fc2", FC1_WIDTH, num_classes, bias=True, paper_bias=True, side=positions)
+    yield fully_connected("fc1", width, FC1_WIDTH, bias=False, paper_bias=True, side=positions)
+    yield fully_connected("fc2", FC1_WIDTH, num_classes, bias=True, paper_bias=True, side=positions)
 
 
 def _conv(name: str, shape: tuple[int, int, int, int], inputs: int, *, norm: bool = True) -> LayerCost:
@@ -134,7 +134,8 @@ def _conv(name: str, shape: tuple[int, int, int, int], inputs: int, *, norm: boo
     return LayerCost(name, shape, Cost(outputs * inputs, weights + 2 * shape[-1] * norm, weights, outputs))
 
 
-def _fully_connected(name: str, inputs: int, outputs: int, *, bias: bool, paper_bias: bool, side: int = 1) -> LayerCost:
+def fully_connected(name: str, inputs: int, outputs: int, *, bias: bool, paper_bias: bool, side: int = 1) -> LayerCost:
+    """A dense layer at `side` x `side` positions."""
     positions, weights = side * side, inputs * outputs
     params, params_paper = weights + outputs * bias, weights + outputs * paper_bias
     return LayerCost(

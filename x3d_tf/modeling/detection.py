@@ -13,7 +13,8 @@ from keras import layers, ops
 
 from x3d_tf._checks import require
 from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan
-from x3d_tf.modeling.expansion import Expansion, Task, as_expansion
+from x3d_tf.modeling.cost import Cost, fully_connected, layer_costs
+from x3d_tf.modeling.expansion import ClipSpec, Expansion, Task, as_expansion
 from x3d_tf.modeling.x3d import Network, TrainableParts, conv5, fc1, fc2, full_precision, layer_name, trunk
 
 DetectionHead = Literal["full", "simple", "frame"]
@@ -147,3 +148,13 @@ def graph(
 def scores(logits: Any) -> Any:
     """What applications get, float32 in (0, 1)."""
     return layers.Activation("sigmoid", name="scores", dtype="float32")(logits)
+
+
+def cost_of(model: Network) -> Cost:
+    """Of a network, or of a detector with one box, on the clip that it is tested on."""
+    clip = ClipSpec(model.clip.frames, model.clip.stride, model.tested_size)
+    rows = layer_costs(model.expansion, clip, num_classes=model.num_classes, options=model.options)
+    if getattr(model, "head", None) == "simple":
+        inputs = plan(model.expansion, model.options).stages[-1].width
+        rows = [*rows[:-3], fully_connected("fc2", inputs, model.num_classes, bias=True, paper_bias=True)]
+    return sum((row.cost for row in rows), Cost())

@@ -1,11 +1,12 @@
 """Model files: Keras' own format with one more member, `x3d_tf.json`, which `load` builds the network from."""
 
+import hashlib
 import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import keras
 
@@ -186,3 +187,10 @@ def model_file(path: str | Path) -> Path:
         hint = "; a run writes its model when it is finished" if path.is_dir() else ""
         raise UserError(f"{file}: no such model file or run folder{hint}")
     return file
+
+
+def weights_of(path: Path) -> dict[str, Any]:
+    """Name and SHA-256 of a model file, for the report."""
+    file = model_file(path)
+    with file.open("rb") as content:
+        return {"weights": str(file), "weights_sha256": hashlib.file_digest(content, "sha256").hexdigest()}

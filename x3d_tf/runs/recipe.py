@@ -150,7 +150,7 @@ class Detection:
         proposal_iou: boxes of a person detector that overlap an annotated one by more are training samples of it.
         negatives: whether its other boxes are samples, too, of a person who does nothing (the paper has none).
         test_boxes: "proposals" tests on the boxes of the person detector, "annotated" on those that are known.
-        score: lowest of a detector's boxes that is tested.
+        score: lowest of a detector's boxes that is tested, or a training sample.
 
     Raises:
         SettingTypeError, UserError: naming the field, the rule and the value received.

@@ -23,8 +23,8 @@ def training_clips(manifest: Manifest, config: TrainConfig, **which: Any) -> tf.
     }
     place = (manifest, config.dataset.train_split, config.expansion.clip)
     if manifest.task == "detection":
-        detection = config.detection
-        return training_key_frames(*place, proposal_iou=detection.proposal_iou, negatives=detection.negatives, **common)
+        common |= {name: getattr(config.detection, name) for name in ("proposal_iou", "negatives", "score")}
+        return training_key_frames(*place, **common)
     dataset = config.dataset
     return training_dataset(*place, frame_sampling=dataset.frame_sampling, squeeze=dataset.squeeze, **common)
 

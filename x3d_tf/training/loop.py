@@ -17,7 +17,7 @@ from x3d_tf._files import write_whole
 from x3d_tf.data.clips import input_contract
 from x3d_tf.data.datasets import HELD_OUT, hold_out, open_dataset
 from x3d_tf.data.index import Record
-from x3d_tf.data.key_frame_pipeline import with_actions
+from x3d_tf.data.key_frame_pipeline import require_proposals, with_actions
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records
 from x3d_tf.modeling.cost import cost
@@ -82,7 +82,8 @@ def train(
     print("Saving the model.")
     run.labels.write_text("".join(f"{name}\n" for name in manifest.classes), encoding="utf-8")
     size = trainer.model.tested_size
-    contract = input_contract(config.expansion, config.dataset.frame_sampling, config.dataset.squeeze, size)
+    sampling = "key_frame" if manifest.task == "detection" else config.dataset.frame_sampling
+    contract = input_contract(config.expansion, sampling, config.dataset.squeeze, size)
     write_whole(run.input, json.dumps(contract, indent=1).encode())
     trainer.save_result(run)
     return run
@@ -270,11 +271,23 @@ _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
 
 def _check_records(manifest: Manifest, config: TrainConfig) -> None:
     split = config.dataset.train_split
+    if manifest.task == "detection":
+        _check_detection(manifest, config)
     held = len(_training_records(manifest, config))
     fits = config.recipe.batch <= held
     rest = " less those held out for validation" if config.dataset.validation_fraction else ""
     rule = f"be at most {held}, the records of split {split!r}{rest} (Recipe.reference_batch goes with it)"
     require(fits, "Recipe.batch", rule, config.recipe.batch)
+
+
+def _check_detection(manifest: Manifest, config: TrainConfig) -> None:
+    dataset = config.dataset
+    for name, plain in (("squeeze", False), ("frame_sampling", "slowfast")):
+        value, rule = getattr(dataset, name), f"stay {plain!r} for key frames, which have a rule of their own"
+        require(value == plain, f"DatasetSpec.{name}", rule, value)
+    if config.detection.test_boxes == "proposals":
+        for split in filter(None, (dataset.eval_split, dataset.validation_split)):
+            require_proposals(manifest, split)
 
 
 def _training_records(manifest: Manifest, config: TrainConfig) -> tuple[Record, ...]:
