@@ -156,6 +156,7 @@ def test_a_checkpoint_is_a_network(whole: RunFolder, tmp_path: Path) -> None:
         load_checkpoint(damaged, 12)
 
 
+@pytest.mark.slow
 def test_several_labels_are_learnt_and_tested(tmp_path: Path) -> None:
     folder = write(tmp_path / "records", videos=8, also=("bright",))
     recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=40, warmup_steps=5, weight_decay=0)

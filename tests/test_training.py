@@ -59,6 +59,7 @@ def finished(records: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFold
     return train(config_of(records), tmp_path_factory.mktemp("runs") / "square", texts={"config.gin": "# bindings"})
 
 
+@pytest.mark.slow
 def test_it_learns_eight_clips_by_heart(records: Path, tmp_path: Path) -> None:
     run = train(config_of(records, recipe=EIGHT), tmp_path / "run")
     assert evaluate_run(run).results["top1"] == 1.0
@@ -187,6 +188,7 @@ def final_weights(workdir: Path) -> dict[str, np.ndarray]:
     return {key: reader.get_tensor(key) for key in keys}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(records: Path, tmp_path: Path) -> None:
     whole = start(records, tmp_path / "whole")
     killed = start(records, tmp_path / "killed")
@@ -314,6 +316,7 @@ def test_two_devices_compute_what_one_does(records: Path, tmp_path: Path) -> Non
         np.testing.assert_allclose(two, one, atol=2e-3 * max(1e-2, np.abs(one).max()))
 
 
+@pytest.mark.slow
 def test_real_clips_become_a_model(shared_data: Path, tmp_path: Path) -> None:
     """Video files to predictions, by the commands alone."""
     videos = tmp_path / "videos"
