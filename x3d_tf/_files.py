@@ -26,6 +26,17 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name when the block has ended well, and is gone if it has not."""
+    partial = partial_of(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file, whole or not at all; what was there before stays until then.
 

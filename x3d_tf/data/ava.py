@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
-from x3d_tf._files import partial_of, writing
+from x3d_tf._files import appearing, writing
 from x3d_tf.data.sources import read_classes, text_of
 
 # Those of AVA's 80 actions that its evaluation takes, the ones with 25 boxes or more in the validation set.
@@ -180,19 +180,42 @@ def read_label_map(path: str | Path) -> dict[int, str]:
     return found
 
 
+def of_all_actions(
+    key_frames: tuple[KeyFrame, ...],
+    frames: NDArray[np.integer],
+    boxes: NDArray[np.floating],
+    scores: NDArray[np.floating],
+) -> BoxTable:
+    """A table with a row for each action of each box.
+
+    Args:
+        key_frames: of the table.
+        frames: position in them of each box, [n].
+        boxes: in [0, 1] of the frame, [n, 4].
+        scores: of each box and action, [n, actions].
+    """
+    count, actions = scores.shape
+    return BoxTable(
+        key_frames,
+        np.repeat(frames, actions).astype(np.int32),
+        np.repeat(boxes, actions, axis=0).astype(np.float64),
+        np.tile(np.arange(1, actions + 1, dtype=np.int32), count),
+        scores.reshape(-1).astype(np.float64),
+        np.zeros(count * actions, np.int32),
+    )
+
+
 def write_detections(path: Path, table: BoxTable) -> None:
     """Writes detections in AVA's format, boxes to three decimals and scores to four; whole or not at all.
 
     Raises:
         WriteError: the file cannot be written.
     """
-    partial = partial_of(path)
-    with writing(path), partial.open("w", encoding="utf-8", newline="") as file:
+    with writing(path), appearing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for frame, box, action, score in zip(table.frames, table.boxes, table.actions, table.scores, strict=True):
             video, second = table.key_frames[frame]
             writer.writerow([video, f"{second:04d}", *(f"{x:.3f}" for x in box), action or "", f"{score:.4f}"])
-    partial.replace(path)
 
 
 def _actions_left_out(label_map: LabelMap) -> frozenset[int]:

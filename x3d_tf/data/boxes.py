@@ -45,8 +45,8 @@ def flipped(boxes: tf.Tensor, width: int) -> tf.Tensor:
 
 
 def have_area(boxes: tf.Tensor) -> tf.Tensor:
-    """Which boxes have a width and a height, bool [n]."""
-    return tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1)
+    """Which boxes [..., 4] have a width and a height, bool [...]."""
+    return tf.reduce_all(boxes[..., 2:] > boxes[..., :2], axis=-1)
 
 
 def overlaps(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
@@ -59,7 +59,7 @@ def overlaps(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
 
 def annotated(parsed: ParsedAnnotation, classes: int) -> LabeledBoxes:
     """The boxes of a key frame, each once, with all that it does."""
-    boxes, places, _ = tf.raw_ops.UniqueWithCountsV2(x=parsed.boxes, axis=[0])
+    boxes, places = tf.raw_ops.UniqueV2(x=parsed.boxes, axis=[0])
     hot = tf.one_hot(parsed.labels, classes)  # nothing of a box without a class
     labels = tf.math.unsorted_segment_max(hot, places, tf.shape(boxes)[0])
     return LabeledBoxes(tf.reshape(boxes, [-1, 4]), labels)

@@ -168,9 +168,7 @@ def testing_key_frames(
     shapes = ({"clip": sides, "boxes": (None, 4)}, BoxesToTest((), (None, 4), (), (None, 4), (None,)))
     zero, nothing = tf.constant(0, tf.int64), tf.constant(NO_LABEL, tf.int64)
     padding = ({"clip": 0.0, "boxes": 0.0}, BoxesToTest(zero, 0.0, zero, 0.0, nothing))
-    options = deterministic()
-    options.autotune.enabled = False  # there is nothing to tune, and the end of the dataset would wait for its thread
-    return clips.padded_batch(batch, shapes, padding).prefetch(1).with_options(options)
+    return clips.padded_batch(batch, shapes, padding).prefetch(1).with_options(deterministic(tuned=False))
 
 
 def _decoder(clip: ClipSpec) -> Any:

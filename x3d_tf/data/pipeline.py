@@ -209,9 +209,7 @@ def evaluation_dataset(
 
     # 30 views of 16 frames at 356² pixels are 730 MB, so that only a few videos may be under way.
     videos = tf.data.Dataset.range(len(table)).map(load, num_parallel_calls=PARALLEL_VIDEOS)
-    options = deterministic()
-    options.autotune.enabled = False  # there is nothing to tune, and the end of the dataset would wait for its thread
-    return videos.batch(batch_videos).prefetch(1).with_options(options)
+    return videos.batch(batch_videos).prefetch(1).with_options(deterministic(tuned=False))
 
 
 @contextmanager
@@ -319,9 +317,13 @@ def _of_whole_videos(manifest: Manifest) -> Manifest:
     return manifest
 
 
-def deterministic() -> tf.data.Options:
-    """Options of all datasets: their order is fixed, and no strategy changes what a worker reads."""
+def deterministic(*, tuned: bool = True) -> tf.data.Options:
+    """Options of all datasets: their order is fixed, and no strategy changes what a worker reads.
+
+    `tuned` is for those with something to tune: the end of a dataset waits for the thread that does it, up to a minute.
+    """
     options = tf.data.Options()
     options.deterministic = True
+    options.autotune.enabled = tuned
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return options

@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
-from x3d_tf._files import partial_of, writing
+from x3d_tf._files import appearing, writing
 from x3d_tf.data import transforms
-from x3d_tf.data.ava import BoxTable, KeyFrame, ava_actions, read_boxes
+from x3d_tf.data.ava import BoxTable, KeyFrame, ava_actions, of_all_actions, read_boxes
 from x3d_tf.data.clips import key_frame_indices
 from x3d_tf.data.preview import COLOURS
 from x3d_tf.data.sources import Box
@@ -160,17 +160,10 @@ def detections(acting: Mapping[str, Sequence[Acting]]) -> BoxTable:
     frames = tuple(KeyFrame(video, each.second) for video, own in acting.items() for each in own)
     rows = [each for own in acting.values() for each in own]
     classes = max((each.scores.shape[1] for each in rows), default=0)
-    counts = [len(each.boxes) for each in rows]
+    places = np.repeat(np.arange(len(rows)), [len(each.boxes) for each in rows])
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(each.boxes for each in rows)])
     scores = np.concatenate([np.zeros((0, classes), np.float32), *(each.scores for each in rows)])
-    return BoxTable(
-        frames,
-        np.repeat(np.arange(len(rows), dtype=np.int32), [count * classes for count in counts]),
-        np.repeat(boxes, classes, axis=0).astype(np.float64),
-        np.tile(np.arange(1, classes + 1, dtype=np.int32), len(boxes)),
-        scores.reshape(-1).astype(np.float64),
-        np.zeros(len(boxes) * classes, np.int32),
-    )
+    return of_all_actions(frames, places, boxes, scores)
 
 
 def draw_video(
@@ -190,24 +183,19 @@ def draw_video(
         WriteError: the file cannot be written.
     """
     output = Path(output)
-    partial = partial_of(output)
     rate = Fraction(probe(path).fps).limit_denominator(1001)
-    try:
-        with writing(output), av.open(str(partial), "w", format="mp4") as container:
-            stream: Any = None
-            for number, frame in enumerate(read_frames(path, _UNLIMITED)):
-                height, width = (side // 2 * 2 for side in frame.pixels.shape[:2])  # which its chroma wants
-                if stream is None:
-                    stream = container.add_stream(_CODEC, rate=rate)
-                    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                place = min(math.floor(number / rate + Fraction(1, 2)), len(acting) - 1)
-                picture = _drawn(frame.pixels[:height, :width], acting[place], names, score)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            if stream is not None:
-                container.mux(stream.encode())
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(output), appearing(output) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream: Any = None
+        for number, frame in enumerate(read_frames(path, _UNLIMITED)):
+            height, width = (side // 2 * 2 for side in frame.pixels.shape[:2])  # which its chroma wants
+            if stream is None:
+                stream = container.add_stream(_CODEC, rate=rate)
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            place = min(math.floor(number / rate + Fraction(1, 2)), len(acting) - 1)
+            picture = _drawn(frame.pixels[:height, :width], acting[place], names, score)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        if stream is not None:
+            container.mux(stream.encode())
 
 
 def in_words(acting: Acting, names: Sequence[str], score: float) -> list[list[str]]:

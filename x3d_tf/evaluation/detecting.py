@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
-from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions
+from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, of_all_actions
 from x3d_tf.data.boxes import have_area
 from x3d_tf.data.datasets import open_dataset
 from x3d_tf.data.key_frame_pipeline import require_proposals, testing_key_frames
@@ -58,16 +58,16 @@ class Detected:
     def tables(self, manifest: Manifest, split: str) -> tuple[BoxTable, BoxTable]:
         """Truth and detections as AVA's files have them: each box found has a row for every action."""
         frames = tuple(_key_frame(record.media_id) for record in manifest.split(split).records)
-        classes = self.scores.shape[1]
-        sure = np.ones(len(self.truth_labels))
-        truth = _table(frames, self.truth_records, self.truth_boxes, self.truth_labels + 1, sure)
-        found = _table(
+        count = len(self.truth_labels)
+        truth = BoxTable(
             frames,
-            np.repeat(self.records, classes),
-            np.repeat(self.boxes, classes, axis=0),
-            np.tile(np.arange(1, classes + 1), len(self.records)),
-            self.scores.reshape(-1),
+            self.truth_records.astype(np.int32),
+            self.truth_boxes.astype(np.float64),
+            (self.truth_labels + 1).astype(np.int32),
+            np.ones(count),
+            np.zeros(count, np.int32),
         )
+        found = of_all_actions(frames, self.records, self.boxes, self.scores)
         return truth, found
 
 
@@ -209,14 +209,3 @@ def _measured(classes: tuple[str, ...]) -> dict[int, str]:
 def _key_frame(media_id: str) -> KeyFrame:
     video, _, second = media_id.rpartition(",")
     return KeyFrame(video, int(second))
-
-
-def _table(frames: tuple[KeyFrame, ...], places: Any, boxes: Any, actions: Any, scores: Any) -> BoxTable:
-    return BoxTable(
-        frames,
-        places.astype(np.int32),
-        boxes.astype(np.float64),
-        actions.astype(np.int32),
-        scores.astype(np.float64),
-        np.zeros(len(places), np.int32),
-    )

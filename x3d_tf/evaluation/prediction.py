@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
-from x3d_tf._files import partial_of
+from x3d_tf._files import appearing
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import STRIDE_FPS, FrameSampling, ViewSpec, frame_indices, view_starts
 from x3d_tf.data.video import Pixels, VideoError, probe, read_frames
@@ -429,11 +429,9 @@ def _whole_file(path: Path, overwrite: bool) -> Iterator[TextIO]:
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; give another path, or overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)
-    try:
-        # file names that are no UTF-8 come out as escapes
-        with partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # file names that are no UTF-8 come out as escapes
+    with (
+        appearing(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        yield file

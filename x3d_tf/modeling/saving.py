@@ -81,7 +81,9 @@ def load(path: str | Path) -> X3D | Detector:
     """
     path = model_file(path)
     description = describe(path)
-    return _filled(_detector(description) if description.task == "detection" else _classifier(description), path)
+    if description.task == "detection":
+        return _filled(_detector(description), description, path)
+    return _filled(_classifier(description), description, path)
 
 
 def load_classifier(path: str | Path) -> X3D:
@@ -94,7 +96,7 @@ def load_classifier(path: str | Path) -> X3D:
     description = describe(path)
     if description.task == "detection":
         raise UserError(f"{path} is a detector, which gives scores of boxes; a network that classifies clips is needed")
-    return _filled(_classifier(description), path)
+    return _filled(_classifier(description), description, path)
 
 
 def load_detector(path: str | Path) -> Detector:
@@ -107,7 +109,7 @@ def load_detector(path: str | Path) -> Detector:
     description = describe(path)
     if description.task != "detection":
         raise UserError(f"{path} is no detector but classifies clips (its task is {description.task})")
-    return _filled(_detector(description), path)
+    return _filled(_detector(description), description, path)
 
 
 def _classifier(description: Description) -> X3D:
@@ -127,9 +129,8 @@ def _detector(description: Description) -> Detector:
     )
 
 
-def _filled(model: _Model, path: Path) -> _Model:
+def _filled(model: _Model, description: Description, path: Path) -> _Model:
     """The network with weights and names of the file."""
-    description = describe(path)
     try:
         if description.form == "portable":
             app = build_portable(model, description.size)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from x3d_tf.data.boxes import have_area
 from x3d_tf.modeling.expansion import Task
 
 
@@ -47,8 +48,7 @@ class Objective:
         return tf.reduce_sum(losses) / self._batch, tf.reduce_sum(_best_is_right(logits, labels)) / self._batch
 
     def _boxes(self, logits: Any, labels: Any, given: Any) -> tuple[Any, Any]:
-        boxes = given["boxes"]
-        real = tf.cast(tf.reduce_all(boxes[..., 2:] > boxes[..., :2], axis=-1), logits.dtype)  # (clips, boxes)
+        real = tf.cast(have_area(given["boxes"]), logits.dtype)  # (clips, boxes): padding has none
         context = tf.distribute.get_replica_context()
         count = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(real)) * self._parts
         weights = real / tf.maximum(count, 1)  # a step may show no box
