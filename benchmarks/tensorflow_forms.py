@@ -150,7 +150,7 @@ def train(
             model = with_grouped_convolutions(model) if grouped else model
         step = TrainStep(model, config, strategy)
     batches = iter(strategy.distribute_datasets_from_function(lambda context: _one_batch(case, config)))
-    return lambda: float(step(batches, 1)[0][0])  # the loss, so that the device has finished
+    return lambda: float(step(batches, 1)["loss"][0])  # the loss, so that the device has finished
 
 
 def _one_batch(case: Case, config: TrainConfig) -> tf.data.Dataset:

@@ -32,7 +32,19 @@ Device = Literal["cpu", "gpu"]
 Answer = dict[str, tf.Tensor]
 
 
-class Signatures(tf.Module):
+class _Served(tf.Module):
+    """A network, and what its SavedModel holds besides."""
+
+    def __init__(self, source: Source, labels: Path, device: Device) -> None:
+        super().__init__()
+        network = deployed(source.model, batch=1 if device == "cpu" else None)
+        answers = functools.partial(network, training=False)
+        self.batches = clip_by_clip(answers, _CHAINS) if device == "cpu" else answers
+        self.labels = tf.saved_model.Asset(str(labels))
+        self.weights = [variable.value for variable in network.variables]  # a SavedModel holds what its module does
+
+
+class Signatures(_Served):
     """The network, what goes before it and what comes after it.
 
     Attributes:
@@ -48,15 +60,10 @@ class Signatures(tf.Module):
 
         What is for CPUs runs the clips of a request side by side; what is for GPUs, as one batch. Both run on either.
         """
-        super().__init__()
-        network = deployed(source.model, batch=1 if device == "cpu" else None)
-        probabilities = functools.partial(network, training=False)
-        batches = clip_by_clip(probabilities, _CHAINS) if device == "cpu" else probabilities
-        answer = _answering(batches, source.class_names)
+        super().__init__(source, labels, device)
+        answer = _answering(self.batches, source.class_names)
         frames, views = source.model.clip.frames, source.views
         shape = (None, frames, views.crop, views.crop, 3)
-        self.labels = tf.saved_model.Asset(str(labels))
-        self.weights = [variable.value for variable in network.variables]  # a SavedModel holds what its module does
 
         # What a server feeds has been held against a signature's types but not its shapes: the graph itself does that.
         @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, name="clips")])
@@ -82,7 +89,7 @@ class Signatures(tf.Module):
         return {name: getattr(self, name) for name in ("serving_default", "float_clips", "encoded_frames")}
 
 
-class DetectorSignatures(tf.Module):
+class DetectorSignatures(_Served):
     """A detector.
 
     Attributes:
@@ -92,14 +99,9 @@ class DetectorSignatures(tf.Module):
     """
 
     def __init__(self, source: Source, labels: Path, device: Device = "cpu") -> None:
-        super().__init__()
-        network = deployed(source.model, batch=1 if device == "cpu" else None)
-        scores = functools.partial(network, training=False)
-        batches = clip_by_clip(scores, _CHAINS) if device == "cpu" else scores
-        clip = source.model.clip
+        super().__init__(source, labels, device)
+        batches, clip = self.batches, source.model.clip
         shape = (None, clip.frames, source.model.tested_size, source.model.tested_size, 3)
-        self.labels = tf.saved_model.Asset(str(labels))
-        self.weights = [variable.value for variable in network.variables]  # a SavedModel holds what its module does
 
         @tf.function(
             input_signature=[

@@ -18,9 +18,9 @@ from x3d_tf.data.clips import key_frame_indices
 from x3d_tf.data.video import VideoError, probe, read_frames
 from x3d_tf.evaluation.acting import (
     Acting,
+    ListedBoxes,
     PersonDetector,
     act_in_video,
-    boxes_of_file,
     detections,
     draw_video,
     in_words,
@@ -56,7 +56,7 @@ def listed(tmp_path: Path) -> Path:
 
 
 def test_every_second_is_what_the_network_says_of_the_clip_around_it(model: Any, film: Path, listed: Path) -> None:
-    found = list(act_in_video(model, film, boxes_of_file(listed, 0.8)["film"], progress=False))
+    found = list(act_in_video(model, film, ListedBoxes(listed, 0.8).of_video("film"), progress=False))
     assert [each.second for each in found] == [0, 1, 2]
     assert [len(each.boxes) for each in found] == [1, 2, 0]
     frames = np.stack([frame.pixels for frame in read_frames(film)])
@@ -75,6 +75,7 @@ def test_detections_are_rows_of_avas_format(model: Any) -> None:
     assert table.actions.tolist() == [1, 2, 3] * 4
     np.testing.assert_allclose(table.scores[:6], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], atol=1e-7)
     np.testing.assert_allclose(table.boxes[3], [0.1, 0.1, 0.2, 0.2], atol=1e-7)
+    assert detections({"a": [one]}, 900).key_frames == (("a", 903),)
     assert len(detections({})) == 0 and len(detections({"a": [none]})) == 0
 
 
@@ -121,6 +122,60 @@ def test_other_saved_models_are_refused(tmp_path: Path) -> None:
         PersonDetector(tmp_path / "other", 0.8)
     with pytest.raises(UserError, match="is no SavedModel"):
         PersonDetector(tmp_path / "nothing", 0.8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"detection_boxes": [[[10.0, 20.0, 40.0, 90.0]]]},
+            "detection_boxes of .* must be numbers in .*, not pixels",
+        ),
+        ({"detection_boxes": [[[np.nan] * 4]]}, "detection_boxes of .* must be numbers in"),
+        ({"detection_scores": [0.9]}, r"must be \(1, n, 4\), \(1, n\) and \(1, n\), got"),
+        ({"side": 320}, "the person detector .* fails on the picture of second 7, 97 x 48 pixels: "),
+    ],
+)
+def test_what_is_wrong_with_its_answers(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    answer: dict[str, Any] = {
+        "detection_boxes": [[[0.0, 0.0, 1.0, 1.0]]],
+        "detection_scores": [[0.9]],
+        "detection_classes": [[1.0]],
+        **changes,
+    }
+    side = answer.pop("side", None)
+
+    class Finder(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((1, None, None, 3), tf.uint8, name="input_tensor")])
+        def __call__(self, picture: Any) -> dict[str, Any]:
+            if side:
+                tf.debugging.assert_equal(tf.shape(picture)[1], side)
+            return {name: tf.constant(value, tf.float32) for name, value in answer.items()}
+
+    finder = Finder()
+    tf.saved_model.save(finder, str(tmp_path / "finder"), signatures=finder.__call__)
+    with pytest.raises(UserError, match=message):
+        PersonDetector(tmp_path / "finder", 0.8)(7, np.zeros((48, 97, 3), np.uint8))
+
+
+def test_boxes_that_are_left_out_are_told(listed: Path) -> None:
+    boxes = ListedBoxes(listed, 0.8)
+    assert boxes.unsure == 1 and boxes.of_video("other") is None
+    assert [boxes.after("film", seconds) for seconds in (0, 1, 2)] == [3, 2, 0]
+    later = listed.with_name("later.csv")
+    later.write_text(ROWS.replace(",000", ",090"))
+    frame = np.zeros((48, 97, 3), np.uint8)
+    ours, theirs = boxes.of_video("film"), ListedBoxes(later, 0.8, 900).of_video("film")
+    assert ours is not None and theirs is not None
+    for second in (0, 1, 2):
+        np.testing.assert_array_equal(ours(second, frame), theirs(second, frame))
+    with pytest.raises(UserError, match="line 1 must have a timestamp in 900"):
+        ListedBoxes(listed, 0.8, 900)
+    with pytest.raises(UserError, match=r"score, the last column, of 0\.99 or more .--box_score., got '0\.95 at most'"):
+        ListedBoxes(listed, 0.99)
+    listed.write_text("")
+    with pytest.raises(UserError, match="got 'no boxes'"):
+        ListedBoxes(listed, 0.8)
 
 
 def test_a_drawn_video_has_boxes_that_stay_until_half_way_to_the_next(film: Path, tmp_path: Path) -> None:

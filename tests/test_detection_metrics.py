@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from x3d_tf._checks import UserError
 from x3d_tf.data.ava import BoxTable, read_boxes, read_label_map
 from x3d_tf.evaluation.detection_metrics import (
     LabeledBoxes,
@@ -16,6 +17,7 @@ from x3d_tf.evaluation.detection_metrics import (
     intersection_over_union,
     mean_over_classes,
 )
+from x3d_tf.evaluation.detection_reports import evaluate_files
 
 ROOT = Path(__file__).parents[1]
 ORACLE = ROOT.parent / "shared" / "data" / "ava_eval"
@@ -176,6 +178,19 @@ def test_files_are_measured_by_a_command(files: dict[str, str], tmp_path: Path) 
     assert (tmp_path / "report" / "per_class.png").read_bytes().startswith(b"\x89PNG")
     again = command(*files.values(), f"--output={tmp_path / 'report'}")
     assert again.returncode == 1 and "holds a report already" in again.stderr
+
+
+def test_rows_that_do_not_count_are_counted(files: dict[str, str], tmp_path: Path) -> None:
+    """Of AVA's actions those that are not evaluated; on excluded key frames."""
+    paths = {name: value.partition("=")[2] for name, value in files.items()}
+    with Path(paths["detections"]).open("a") as file:
+        file.write("film,905,0.1,0.1,0.5,0.5,2,0.5\n" * 3)  # "crouch/kneel"
+    Path(paths["groundtruth"]).write_text("film,902,0.1,0.1,0.5,0.5,1,0\n")
+    _, scores = evaluate_files(paths["detections"], paths["groundtruth"], None, paths["exclusions"])
+    assert (scores.boxes, scores.left_out) == (1, 5)
+    Path(paths["exclusions"]).write_text("other,904\n")
+    with pytest.raises(UserError, match=r"exclusions must have key frames of the videos of .*, got '1 of others'"):
+        evaluate_files(paths["detections"], paths["groundtruth"], None, paths["exclusions"])
 
 
 def test_the_command_takes_what_goes_together(files: dict[str, str]) -> None:

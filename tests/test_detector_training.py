@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
 from x3d_tf._checks import UserError
-from x3d_tf.data.ava import read_boxes
+from x3d_tf.data.ava import KeyFrame, read_boxes
 from x3d_tf.data.builder import build_key_frames
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.detecting import score_split
+from x3d_tf.evaluation.detection_reports import evaluate_files, score_detections
 from x3d_tf.evaluation.testing import evaluate_run
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import GhostBatchNorm
@@ -31,6 +33,7 @@ from x3d_tf.training.loop import train
 from x3d_tf.training.objectives import Objective
 from x3d_tf.training.schedule import schedule_of
 from x3d_tf.training.step import TrainStep
+from x3d_tf.training.validation import DetectorValidation
 
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
@@ -62,20 +65,22 @@ def test_the_loss_is_the_mean_over_boxes_and_classes() -> None:
     inputs, labels = given(3, 0)
     logits = draw.standard_normal((4, 3, 3)).astype("float32")
     inputs["boxes"][0, 1] = 0  # padding
+    inputs["boxes"][2, 0] = inputs["boxes"][3, 0] = 1  # not shown
     real = np.ones((4, 3), bool)
-    real[0, 1] = False
+    real[[0, 2, 3], [1, 0, 0]] = False
     p = 1 / (1 + np.exp(-logits[real]))
     expected = -np.mean(np.where(labels[real] > 0, np.log(p), np.log(1 - p)))
-    loss, accuracy = Objective("detection", 4)(tf.constant(logits), tf.constant(labels), inputs)
+    loss, accuracy, left_out = Objective("detection", 4)(tf.constant(logits), tf.constant(labels), inputs)
     assert float(loss) == pytest.approx(expected, abs=1e-6)
     right = [row[scores.argmax()] for row, scores in zip(labels[real], logits[real])]
     assert float(accuracy) == pytest.approx(np.mean(right), abs=1e-6)
+    assert float(left_out) == 2
 
 
 def test_a_step_without_boxes_has_no_loss() -> None:
     inputs, labels = given(0, 2)
-    loss, accuracy = Objective("detection", 4)(tf.zeros((4, 2, 3)), tf.constant(labels), inputs)
-    assert float(loss) == float(accuracy) == 0
+    loss, accuracy, left_out = Objective("detection", 4)(tf.zeros((4, 2, 3)), tf.constant(labels), inputs)
+    assert float(loss) == float(accuracy) == float(left_out) == 0
 
 
 def state_after(padding: int = 0, parts: int = 1, monkeypatch: Any = None, **execution: Any) -> list[np.ndarray]:
@@ -94,7 +99,7 @@ def state_after(padding: int = 0, parts: int = 1, monkeypatch: Any = None, **exe
     inputs, labels = given(3, padding)
     share = 4 // config.execution.accumulation
     stream = iter(tf.data.Dataset.from_tensor_slices((inputs, labels)).repeat().batch(share, drop_remainder=True))
-    losses = [step(stream, 1)[0].numpy() for _ in range(2)]
+    losses = [step(stream, 1)["loss"].numpy() for _ in range(2)]
     return [*losses, *(variable.numpy() for variable in model.variables)]
 
 
@@ -144,6 +149,45 @@ def test_devices_add_up_to_the_mean_over_all_boxes() -> None:
     code = TWO_DEVICES.format(tests=str(ROOT / "tests"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+RUNS = """
+import sys
+sys.path.insert(0, {tests!r})
+import keras, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from pathlib import Path
+import numpy as np
+import test_detector_training as test
+from x3d_tf import ModelOptions
+if {execution!r} == "float64":
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    execution = test.Execution()
+else:
+    execution = test.Execution(precision={execution!r}, accumulation=2)
+recipe = test.Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=4, warmup_steps=1, precise_bn_batches=2)
+config = test.config_of(
+    Path({folder!r}), recipe=recipe, execution=execution, model=ModelOptions(dropout=0.0, bn_group=2)
+)
+for name, devices in (("one", ["CPU:0"]), ("two", ["CPU:0", "CPU:1"])):
+    run = test.train(config, Path({to!r}) / name, strategy=tf.distribute.MirroredStrategy(devices))
+    np.savez(run.root / "weights", *test.load_detector(run.root).get_weights())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("execution", "bound"), [("float64", 1e-6), ("bfloat16", 0.1)])
+def test_a_run_on_two_devices_is_that_on_one(folder: Path, tmp_path: Path, execution: str, bound: float) -> None:
+    """With batch norm measured anew; in bfloat16 with a step in two parts. Weights of runs are saved in float32."""
+    code = RUNS.format(tests=str(ROOT / "tests"), folder=str(folder), to=str(tmp_path), execution=execution)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (list(np.load(tmp_path / name / "weights.npz").values()) for name in ("one", "two"))
+    for ours, theirs in zip(one, two, strict=True):
+        assert np.isfinite(ours).all()
+        assert np.linalg.norm(ours - theirs) <= bound * max(np.linalg.norm(ours), 1e-3)
 
 
 def test_rates_fall_in_steps() -> None:
@@ -216,12 +260,15 @@ def test_a_run_leaves_a_detector(run: Any) -> None:
     assert run.preview.read_bytes().startswith(b"\x89PNG")
     rows = run.read_history()
     assert rows[-1]["step"] == 6 and 0 <= rows[-1]["validation_accuracy"] <= 1
+    assert all(row["boxes_left_out"] >= 0 for row in rows)
     contract = json.loads(run.input.read_text())
     assert (contract["resize"], contract["crop"]) == (TINY.test_size, TINY.test_size)
 
 
 @pytest.mark.parametrize("boxes", ["annotated", "proposals"])
-def test_its_report_is_that_of_its_detections(folder: Path, run: Any, tmp_path: Path, boxes: str) -> None:
+def test_its_report_is_that_of_its_detections(
+    folder: Path, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], boxes: str
+) -> None:
     config = config_of(folder, detection=Detection(test_boxes=boxes))
     run.config.write_text(config.to_json())
     try:
@@ -231,6 +278,15 @@ def test_its_report_is_that_of_its_detections(folder: Path, run: Any, tmp_path: 
     manifest = Manifest.load(folder / "records")
     found, scores = score_split(load_detector(run.root), manifest, "test", config.detection, progress=False)
     assert report.results["map"] == scores.mean and 0 < scores.mean <= 1
+    assert report.results["key_frames_missing"] == 0
+    table = capsys.readouterr().out
+    assert f"{100 * scores.mean:.1f} %" in table and "3 key frames" in table and "centre crop of 36²" in table
+    files = (report.folder / "detections.csv", folder / "truth.csv", folder / "actions.pbtxt", folder / "out.csv")
+    _, of_files = evaluate_files(*files)
+    assert of_files.key_frames == scores.key_frames and of_files.positives.tolist() == scores.positives.tolist()
+    rounded = replace(found, boxes=found.boxes.round(3), scores=np.array([float(f"{x:.4f}") for x in found.scores]))
+    truth = read_boxes(folder / "truth.csv", "ground truth", scores.actions)
+    assert of_files.mean == score_detections(truth, rounded, scores.actions, {KeyFrame("film", 906)}).mean
     assert scores.key_frames == 3 and scores.positives.tolist() == [3, 3]  # one is excluded
     frames = [found.key_frames[number].second for number in found.frames]
     if boxes == "annotated":
@@ -245,6 +301,34 @@ def test_its_report_is_that_of_its_detections(folder: Path, run: Any, tmp_path: 
     with (report.folder / "per_class.csv").open() as file:
         assert [row["action"] for row in csv.DictReader(file)] == ["sit", "wave"]
     assert (report.folder / "per_class.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_tells_of_key_frames_without_a_record(folder: Path, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "truth.csv").write_text((folder / "truth.csv").read_text() + "gone,0902,0.1,0.1,0.4,0.9,1,0\n" * 2)
+    built = build_key_frames(
+        folder / "videos",
+        tmp_path / "records",
+        {"train": folder / "truth.csv", "test": tmp_path / "truth.csv"},
+        label_map=folder / "actions.pbtxt",
+        progress=False,
+    )
+    assert built.manifest.settings["key_frames_test"] == 5 and len(built.manifest.splits["test"].records) == 4
+    run.config.write_text(config_of(tmp_path).to_json())
+    try:
+        report = evaluate_run(run, output=str(tmp_path / "report"))
+    finally:
+        run.config.write_text(config_of(folder).to_json())
+    assert report.results["key_frames_missing"] == 1
+
+
+def test_validation_may_take_some_key_frames(folder: Path, run: Any) -> None:
+    manifest, model = Manifest.load(folder / "records"), load_detector(run.root)
+    every = [Detection(test_boxes="annotated", validation_every=number) for number in (2, 452, 1000)]
+    taken = DetectorValidation(model, manifest, "test", every[0])._manifest.splits["test"].records
+    assert [record.media_id for record in taken] == ["film,0904"]
+    assert 0 <= DetectorValidation(model, manifest, "test", every[1])().accuracy <= 1
+    with pytest.raises(UserError, match="no records whose seconds 1000 divides to validate on"):
+        DetectorValidation(model, manifest, "test", every[2])
 
 
 def test_views_are_a_detectors_own(run: Any) -> None:

@@ -61,7 +61,7 @@ def state_after(
     part = config.recipe.batch // config.execution.accumulation // strategy.num_replicas_in_sync
     stream = iter(strategy.distribute_datasets_from_function(lambda context: dataset(part)))
     at_once = config.execution.steps_per_execution
-    state = {f"losses {n}": step(stream, at_once)[0].numpy() for n in range(2)}
+    state = {f"losses {n}": step(stream, at_once)["loss"].numpy() for n in range(2)}
     for role, variables in {"network": model.variables, **step.variables}.items():
         state |= {f"{role} {n}": variable.numpy() for n, variable in enumerate(variables)}
     return state

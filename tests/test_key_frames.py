@@ -1,5 +1,7 @@
 """Key frames: from AVA's files and videos into records, and from those into clips with boxes."""
 
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,11 +21,12 @@ from x3d_tf.data.builder import build_key_frames
 from x3d_tf.data.clips import key_frame_indices
 from x3d_tf.data.datasets import DatasetSpec, hold_out
 from x3d_tf.data.frame_folders import encode_folder
-from x3d_tf.data.key_frame_pipeline import testing_key_frames as clips_to_test
+from x3d_tf.data.key_frame_pipeline import evaluation_key_frames
 from x3d_tf.data.key_frame_pipeline import training_key_frames as train_clips
 from x3d_tf.data.key_frames import find_key_frames
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.records import ParsedAnnotation, parse_annotation, parse_record
+from x3d_tf.data.verify import verify_records
 from x3d_tf.data.video import VideoError
 
 CLIP = x3d_tf.ClipSpec(4, 5, 32)  # 10 frames before the key frame, 5 after it
@@ -109,6 +112,25 @@ def test_folders_of_frames_make_the_same_records(folder: Path, records: Manifest
     assert content(made.manifest, "film,0902")[0].frames[41].numpy() == first  # not coded again
 
 
+def test_proposals_of_other_splits_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """One list of a person detector may serve all splits."""
+    (tmp_path / "a.csv").write_text(f"clip,0902,{A},1,0\n")
+    (tmp_path / "b.csv").write_text(f"gone,0902,{A},1,0\n")
+
+    def sources(name: str) -> Any:
+        return find_key_frames(
+            folder / "videos",
+            {"train": tmp_path / name},
+            proposals={"train": tmp_path / "found.csv"},
+            label_map=folder / "actions.pbtxt",
+        )
+
+    (tmp_path / "found.csv").write_text(PROPOSALS + f"clip,0903,{B},999,0.9\n")
+    assert [video.media_id for video in sources("a.csv").splits["train"]] == ["clip,0902", "clip,0903"]
+    with pytest.raises(UserError, match=r"found\.csv must have boxes of the videos of .*b\.csv, got 'none'"):
+        sources("b.csv")
+
+
 def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out.csv").write_text("film,0902\n")
     (tmp_path / "more.csv").write_text(TRUTH + f"gone,0902,{A},1,0\ngone,0903,{A},1,0\nclip,0950,{A},1,0\n")
@@ -131,6 +153,7 @@ def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_p
         ({"boxes": "film,0902,0,0,1,1,3,0\n"}, "line 1 must have an action_id of the label map, got '3'"),
         ({"starts_at": 903.0}, "line 1 must have a timestamp from 903 on, where videos begin, got 902"),
         ({"boxes": f"gone,0902,{A},1,0\n"}, "none of the 1 videos that .* name is in"),
+        ({"boxes": ""}, "train.csv must name key frames for split train, less the excluded ones, got 'none'"),
         (
             {"exclusions": {"test": Path("x")}},
             r"exclusions must be of the splits that have boxes, train, got \['test'\]",
@@ -158,9 +181,9 @@ def test_the_frames_of_a_clip_lie_around_its_key_frame() -> None:
 
 
 def test_test_clips_are_the_centre_and_keep_every_box(records: Manifest) -> None:
-    found = list(clips_to_test(records, "train", CLIP, resize=36, crop=36, batch=2, score=0.9))
+    found = list(evaluation_key_frames(records, "train", CLIP, resize=36, crop=36, batch=2, score=0.9))
     assert [row for _, about in found for row in about.record.numpy()] == [0, 1, 2, 3]
-    ((inputs, about),) = clips_to_test(records, "train", CLIP, resize=36, crop=36, batch=4, proposals=False)
+    ((inputs, about),) = evaluation_key_frames(records, "train", CLIP, resize=36, crop=36, batch=4, proposals=False)
     row = place(records, "film,0902")
     assert int(about.count[row]) == 2 and int(about.count[place(records, "film,0903")]) == 0
     np.testing.assert_allclose(about.original[row], np.float32([[0.25, 0.25, 0.75, 0.5], [0.1, 0.1, 0.2, 0.2]]))
@@ -219,9 +242,38 @@ def test_proposals_near_a_box_are_samples_of_it() -> None:
     np.testing.assert_array_equal(matched.boxes[2:], tf.gather(known.proposals, [0, 2]))
     every = moving.with_proposals(boxes, known.proposals, 0.9, negatives=True)
     np.testing.assert_array_equal(every.labels[2:], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
-    none = moving.LabeledBoxes(tf.zeros((0, 4)), tf.zeros((0, 3)))
+    none = moving.Samples(tf.zeros((0, 4)), tf.zeros((0, 3)))
     assert moving.with_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
     assert moving.with_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist() == [[0] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("region/bbox/xmin", 5.0, "boxes within the frame"),
+        ("proposal/region/bbox/ymin", 0.9, "boxes within the frame"),
+        ("proposal/region/label/confidence", -1.0, "scores in [0, 1]"),
+        ("region/label/index", 2, "boxes of its classes"),
+    ],
+)
+def test_boxes_are_verified(records: Manifest, tmp_path: Path, key: str, value: float, problem: str) -> None:
+    manifest = json.loads((records.folder / "manifest.json").read_text())
+    (entry,) = manifest["splits"]["train"]["shards"]
+    examples = list(tf.data.TFRecordDataset(str(records.folder / entry["file"])).as_numpy_iterator())
+    place_of_film = place(records, "film,0902")
+    changed = tf.train.SequenceExample.FromString(examples[place_of_film])
+    kind = "float_list" if isinstance(value, float) else "int64_list"
+    lists = [getattr(feature, kind).value for feature in changed.feature_lists.feature_list[key].feature]
+    (of_the_key_frame,) = filter(None, lists)
+    of_the_key_frame[0] = value
+    examples[place_of_film] = changed.SerializeToString()
+    with tf.io.TFRecordWriter(str(tmp_path / entry["file"])) as writer:
+        for example in examples:
+            writer.write(example)
+    entry["sha256"] = hashlib.sha256((tmp_path / entry["file"]).read_bytes()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (report,) = verify_records(tmp_path, progress=False)
+    assert len(report.problems) == 1 and f"(film,0902) does not have {problem}" in report.problems[0]
 
 
 def training(records: Manifest, **changes: Any) -> Callable[[int], Any]:
@@ -236,8 +288,10 @@ def test_training_clips_come_with_boxes_and_targets(records: Manifest) -> None:
         assert clips.shape == (2, 4, 32, 32, 3) and boxes.shape[::2] == (2, 4) and labels.shape[::2] == (2, 4)
         assert boxes.shape[1] == labels.shape[1]
         real = (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        assert (boxes >= 0).all() and (boxes <= 31 / 32).all() and real.any()
-        assert not labels.numpy()[~real].any() and not boxes[~real].any()
+        padded = (boxes == 0).all(-1)
+        assert (boxes >= 0).all() and (boxes[real] <= 31 / 32).all() and real.any()
+        assert not labels.numpy()[padded].any()
+        assert (boxes[~real & ~padded] == 1).all()  # which the crop does not show
 
 
 def test_training_skips_what_nobody_does(records: Manifest) -> None:
@@ -254,11 +308,13 @@ def test_training_clips_follow_from_seed_and_step(records: Manifest) -> None:
         np.testing.assert_array_equal(labels, again)
 
 
-def test_a_crop_that_shows_no_box_gives_none(folder: Path, tmp_path: Path) -> None:
+def test_a_box_that_the_crop_does_not_show_is_a_point(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("film,0902,0.0,0.0,0.01,0.02,1,0\nfilm,0903,0.0,0.0,0.01,0.02,1,0\n")
     made = build_key_frames(folder / "videos", tmp_path / "records", {"train": tmp_path / "a.csv"})
-    shapes = {tuple(inputs["boxes"].shape) for inputs, _ in training(made.manifest, flip=False)(8)}
-    assert (2, 0, 4) in shapes
+    boxes = np.concatenate([inputs["boxes"] for inputs, _ in training(made.manifest, flip=False)(8)])
+    assert boxes.shape == (16, 1, 4)
+    points = (boxes == 1).all(-1)
+    assert points.any() and (boxes[~points][:, 2:] > boxes[~points][:, :2]).all()
 
 
 def test_clips_longer_than_records_are_refused(records: Manifest) -> None:
@@ -282,6 +338,8 @@ def test_a_command_builds_them(folder: Path, tmp_path: Path, records: Manifest) 
     assert done.returncode == 0, done.stderr
     assert "4 classes of boxes on key frames" in done.stdout and "train: 4 key frames" in done.stdout
     assert "train has no box of 1 classes: action 3" in done.stdout
+    checked = command("--verify", f"--output={tmp_path / 'records'}")
+    assert checked.returncode == 0 and "train: 4 videos" in checked.stdout + checked.stderr
     assert Manifest.load(tmp_path / "records").fingerprint() == records.fingerprint()
 
 
@@ -311,7 +369,7 @@ def test_each_pipeline_takes_its_own_records(records: Manifest, tmp_path: Path) 
     with pytest.raises(UserError, match="holds whole videos"):
         training(whole)
     with pytest.raises(UserError, match="holds whole videos"):
-        clips_to_test(whole, "train", CLIP, resize=36, crop=36)
+        evaluation_key_frames(whole, "train", CLIP, resize=36, crop=36)
 
 
 def test_key_frames_of_a_video_are_held_out_together(records: Manifest) -> None:
@@ -341,7 +399,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def test_boxes_are_where_the_pixels_are(marked: Manifest, flip: bool) -> None:
     """In training, through scale, crop and mirroring; and in tests."""
     batches = training(marked, flip=flip, batch=4)(12)
-    tested = clips_to_test(marked, "train", CLIP, resize=40, crop=40, batch=4, proposals=False)
+    tested = evaluation_key_frames(marked, "train", CLIP, resize=40, crop=40, batch=4, proposals=False)
     seen = 0
     for inputs in [*(inputs for inputs, _ in batches), *(inputs for inputs, _ in tested)]:
         for clip, boxes in zip(inputs["clip"].numpy(), inputs["boxes"].numpy()):

@@ -107,9 +107,9 @@ def test_losses_of_steps_at_once_come_one_by_one() -> None:
     _, double = make(config_of(execution=Execution(steps_per_execution=2)))
     stream = batches()
     expected = [single(stream, 1) for _ in range(3)]
-    losses, accuracies = double(batches(), 3)
-    np.testing.assert_allclose(losses, [float(loss[0]) for loss, _ in expected], rtol=1e-6)
-    np.testing.assert_allclose(accuracies, [float(accuracy[0]) for _, accuracy in expected])
+    measured = double(batches(), 3)
+    np.testing.assert_allclose(measured["loss"], [float(one["loss"][0]) for one in expected], rtol=1e-6)
+    np.testing.assert_allclose(measured["accuracy"], [float(one["accuracy"][0]) for one in expected])
 
 
 def test_loss_and_accuracy_are_of_the_batch() -> None:
@@ -117,7 +117,7 @@ def test_loss_and_accuracy_are_of_the_batch() -> None:
     clips, labels = (part.numpy() for part in next(batches()))
     logits = model(clips, training=True).numpy()
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    loss, accuracy = step(batches(), 1)
+    loss, accuracy = step(batches(), 1).values()
     assert float(loss[0]) == pytest.approx(-np.mean(np.log(probabilities[range(8), labels])), rel=1e-4)
     assert float(accuracy[0]) == np.mean(logits.argmax(axis=1) == labels)
 
@@ -129,7 +129,7 @@ def test_several_labels_have_losses_of_their_own() -> None:
     logits = model(clips, training=True).numpy().astype("float64")
     probabilities = 1 / (1 + np.exp(-logits))
     likelihood = np.where(truth == 1, probabilities, 1 - probabilities)
-    loss, accuracy = step(batches(labels=labels), 1)
+    loss, accuracy = step(batches(labels=labels), 1).values()
     assert float(loss[0]) == pytest.approx(-np.mean(np.log(likelihood)), rel=1e-4)
     assert float(accuracy[0]) == np.mean(truth[range(8), logits.argmax(axis=1)])
 
@@ -140,7 +140,7 @@ def test_class_weights_weigh_the_loss() -> None:
     clips, labels = (part.numpy() for part in next(batches()))
     logits = model(clips, training=True).numpy()
     nll = np.log(np.exp(logits).sum(axis=1)) - logits[range(8), labels]
-    assert float(step(batches(), 1)[0][0]) == pytest.approx(np.mean(nll * weights[labels]), rel=1e-4)
+    assert float(step(batches(), 1)["loss"][0]) == pytest.approx(np.mean(nll * weights[labels]), rel=1e-4)
 
 
 def test_balancing_makes_classes_count_the_same() -> None:
@@ -244,7 +244,7 @@ def test_half_precision_keeps_what_must_be_exact(precision: Any) -> None:
     assert model(next(batches())[0]).dtype == tf.float32
     assert keras.config.dtype_policy().name == "float32"
     stream, half_stream = batches(), batches()
-    losses = [(float(full(stream, 1)[0][0]), float(step(half_stream, 1)[0][0])) for _ in range(3)]
+    losses = [(float(full(stream, 1)["loss"][0]), float(step(half_stream, 1)["loss"][0])) for _ in range(3)]
     for expected, actual in losses:
         assert actual == pytest.approx(expected, abs=0.1)
 

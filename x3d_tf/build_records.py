@@ -134,7 +134,8 @@ def _check_boxes() -> None:
 def _verify() -> None:
     from x3d_tf.data.verify import verify_records  # imports TensorFlow
 
-    given = [f"--{name}" for name in ("videos", "csv", "splits", "split", "classes") if FLAGS[name].present]
+    sources = ("videos", "csv", "splits", "split", "classes", "boxes", *_OF_BOXES)
+    given = [f"--{name}" for name in sources if FLAGS[name].present]
     if given:
         raise UserError(f"--verify takes --output only, not {', '.join(given)}")
     problems: list[str] = []
@@ -179,14 +180,18 @@ def _next(manifest: Manifest, detects: bool) -> list[str]:
     bindings = [f'DatasetSpec.records="{manifest.folder}"']
     bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
     bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != tested else []
-    options = " ".join(f"--gin_bindings='{binding}'" for binding in bindings)
     recipes = "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
+    begin = "Train on them with:"
     if detects:
         recipes = "--gin_file=gin/ava/x3d_m_v2.2.gin"
+        begin = "Train on them, from weights of Kinetics (TrainConfig.init; without it from random ones), with:"
+        trained = sum(bool(record.labels) for record in manifest.splits[names[0]].records)
+        bindings += ['TrainConfig.init="runs/x3d_m_kinetics"', f"Recipe.batch={min(64, trained // 8 * 8 or trained)}"]
     elif int(manifest.settings.get("short_side", 256)) < _SMALLEST_OF_X3D_S:
         recipes = "--gin_file=gin/few_videos.gin"
+    options = " ".join(f"--gin_bindings='{binding}'" for binding in bindings)
     run = f"--workdir=runs/{Path(manifest.folder).resolve().name}"
-    return ["Train on them with:", f"  python -m x3d_tf.train {recipes} {options} {run}"]
+    return [begin, f"  python -m x3d_tf.train {recipes} {options} {run}"]
 
 
 if __name__ == "__main__":

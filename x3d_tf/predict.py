@@ -8,9 +8,10 @@ What happens when in a long video: a prediction for every 5 seconds of it, or fo
   python -m x3d_tf.predict --model=runs/mine --window=5 --csv=out.csv film.mkv
   python -m x3d_tf.predict --model=runs/mine --window=5 --hop=1 --csv=out.csv film.mkv
 
-What each person does, once a second, with a model of action detection: boxes from a csv file (AVA's columns; the
-timestamps are seconds of the video) or from a person detector, a SavedModel with TensorFlow's object detection
-signature; detections in AVA's format, and the video with boxes and actions drawn into it:
+What each person does, once a second, with a model of action detection: boxes from a csv file (AVA's columns, the last a
+score; the timestamps are seconds of the video, or of the film with --starts_at) or from a person detector, a SavedModel
+with TensorFlow's object detection signature; detections in AVA's format, and the video with boxes and actions drawn
+into it, without its sound:
   python -m x3d_tf.predict --model=runs/ava party.mp4 --boxes=persons.csv --csv=out.csv --draw=drawn/
   python -m x3d_tf.predict --model=runs/ava party.mp4 --person_detector=efficientdet/ --draw=drawn/
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 
 _OF_CLASSIFIERS = ("views", "window", "hop", "short_side", "frame_sampling", "json", "contact_sheet")
-_OF_DETECTORS = ("boxes", "person_detector", "box_score", "action_score", "draw")
+_OF_DETECTORS = ("boxes", "person_detector", "box_score", "action_score", "draw", "starts_at")
 _SHEET_ROWS, _SHEET_FRAMES = 30, 6  # of the contact sheet, at most
 
 
@@ -59,6 +60,9 @@ def define_flags() -> None:
     flags.DEFINE_string("boxes", None, "Of a detector of actions: a csv of the persons' boxes.")
     flags.DEFINE_string("person_detector", None, "Instead: a SavedModel that finds persons. It is a program: trust it.")
     flags.DEFINE_float("box_score", 0.8, "Lowest score of a box.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_integer(
+        "starts_at", 0, "Timestamp of the first frames, in --boxes and --csv; 900 of AVA's cut videos.", lower_bound=0
+    )
     flags.DEFINE_float("action_score", 0.5, "Lowest score of an action to show.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_string("draw", None, "Folder for mp4 files with boxes and actions.")
     flags.DEFINE_bool("overwrite", False, "Replace output files that are there already.")
@@ -160,13 +164,18 @@ def _act(paths: Sequence[Path]) -> None:
     drawn = {path: Path(FLAGS.draw) / f"{path.stem}.mp4" for path in paths} if FLAGS.draw else {}
     for output in drawn.values():
         require_free(str(output), FLAGS.overwrite)
-    listed = acting.boxes_of_file(FLAGS.boxes, FLAGS.box_score) if FLAGS.boxes else None
+    for path in paths:
+        if path.is_dir() or not path.exists():
+            raise UserError(f"{path} is no file: actions are detected in video files")
+    listed = acting.ListedBoxes(FLAGS.boxes, FLAGS.box_score, FLAGS.starts_at) if FLAGS.boxes else None
+    if listed and listed.unsure:
+        print(f"{FLAGS.boxes}: {listed.unsure} rows have a score below {FLAGS.box_score:g} (--box_score)")
     finder = acting.PersonDetector(FLAGS.person_detector, FLAGS.box_score) if FLAGS.person_detector else None
     model = load_detector(FLAGS.model)
     found: dict[str, list[acting.Acting]] = {}
     failures = 0
     for path in paths:
-        persons = finder if listed is None else listed.get(path.stem)
+        persons = finder if listed is None else listed.of_video(path.stem)
         try:
             if persons is None:
                 raise VideoError(path, f"{FLAGS.boxes} has no boxes of {path.stem}")
@@ -176,6 +185,8 @@ def _act(paths: Sequence[Path]) -> None:
                 for number, actions in enumerate(acting.in_words(each, model.class_names, FLAGS.action_score), 1):
                     line = ", ".join(actions) or "nothing of which the network is sure"
                     tqdm.write(f"{path.name}  {each.second:5d} s  person {number}: {line}")
+            if listed and (late := listed.after(path.stem, len(own))):
+                tqdm.write(f"{path.name}: {late} boxes of {FLAGS.boxes} are of seconds after its last, {len(own) - 1}")
             if drawn:
                 drawn[path].parent.mkdir(parents=True, exist_ok=True)
                 acting.draw_video(path, drawn[path], own, model.class_names, FLAGS.action_score)
@@ -184,7 +195,7 @@ def _act(paths: Sequence[Path]) -> None:
             tqdm.write(f"error: {error}", file=sys.stderr)
             failures += 1
     if FLAGS.csv:
-        write_detections(Path(FLAGS.csv), acting.detections(found))
+        write_detections(Path(FLAGS.csv), acting.detections(found, FLAGS.starts_at))
     written = [str(drawn[path]) for path in drawn if path.stem in found] + ([FLAGS.csv] if FLAGS.csv else [])
     if written:
         print(f"written: {', '.join(written)}")

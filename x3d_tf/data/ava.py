@@ -34,6 +34,7 @@ NO_ACTION = 0  # in place of the number of an action, which count from 1
 
 LabelMap = Mapping[int, str]  # names of the actions by their numbers
 Kind = Literal["ground truth", "detections"]
+ANY_ACTION: LabelMap = dict.fromkeys(range(1, _MOST_ACTIONS + 1), "")  # for boxes whose actions do not matter
 _COLUMNS = {
     "ground truth": "video_id,timestamp,x1,y1,x2,y2,action_id,person_id",
     "detections": "video_id,timestamp,x1,y1,x2,y2,action_id,score",
@@ -58,6 +59,7 @@ class BoxTable:
         actions: numbers of the label map, or `NO_ACTION`, int32 [n].
         scores: float64 [n]; of ground truth 1.
         lines: of the file, from 1, int32 [n].
+        other_actions: rows of the file that are not here, because their actions are AVA's and not of the label map.
     """
 
     key_frames: tuple[KeyFrame, ...]
@@ -66,6 +68,7 @@ class BoxTable:
     actions: NDArray[np.int32]
     scores: NDArray[np.float64]
     lines: NDArray[np.int32]
+    other_actions: int = 0
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -110,12 +113,14 @@ def read_boxes(
     numbers: dict[KeyFrame, int] = {}
     frames, actions, lines = array("i"), array("i"), array("i")
     coordinates, scores = array("d"), array("d")
+    others = 0
     for line in _lines(path, _COLUMNS[kind]):
         frame = KeyFrame(line.video(), line.second(*seconds))
         box = line.box(empty=kind == "detections")
         action = line.action(label_map, left_out)
         score = line.score() if kind == "detections" else 1.0
         if action is None:
+            others += 1
             continue
         frames.append(numbers.setdefault(frame, len(numbers)))
         coordinates.extend(box)
@@ -129,6 +134,7 @@ def read_boxes(
         np.array(actions, np.int32),
         np.array(scores, np.float64),
         np.array(lines, np.int32),
+        others,
     )
 
 

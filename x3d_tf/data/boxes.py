@@ -11,8 +11,8 @@ import tensorflow as tf
 from x3d_tf.data.records import ParsedAnnotation
 
 
-class LabeledBoxes(NamedTuple):
-    """Boxes, float32 [n, 4] in [0, 1] of the frame, and what each does, float32 [n, classes] of 0 and 1."""
+class Samples(NamedTuple):
+    """Boxes to train on, float32 [n, 4] in [0, 1] of the frame, and what each does, float32 [n, classes] of 0 and 1."""
 
     boxes: tf.Tensor
     labels: tf.Tensor
@@ -57,15 +57,15 @@ def overlaps(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     return tf.math.divide_no_nan(shared, areas[0][:, None] + areas[1][None] - shared)
 
 
-def annotated(parsed: ParsedAnnotation, classes: int) -> LabeledBoxes:
+def annotated(parsed: ParsedAnnotation, classes: int) -> Samples:
     """The boxes of a key frame, each once, with all that it does."""
     boxes, places = tf.raw_ops.UniqueV2(x=parsed.boxes, axis=[0])
     hot = tf.one_hot(parsed.labels, classes)  # nothing of a box without a class
     labels = tf.math.unsorted_segment_max(hot, places, tf.shape(boxes)[0])
-    return LabeledBoxes(tf.reshape(boxes, [-1, 4]), labels)
+    return Samples(tf.reshape(boxes, [-1, 4]), labels)
 
 
-def with_proposals(known: LabeledBoxes, proposals: tf.Tensor, iou: float, *, negatives: bool) -> LabeledBoxes:
+def with_proposals(known: Samples, proposals: tf.Tensor, iou: float, *, negatives: bool) -> Samples:
     """Annotated boxes, and after them those found that overlap one by more than `iou`, with the labels of the best.
 
     Args:
@@ -81,4 +81,4 @@ def with_proposals(known: LabeledBoxes, proposals: tf.Tensor, iou: float, *, neg
     labels = tf.where(match[:, None], labels, 0.0)
     if not negatives:
         proposals, labels = proposals[match], labels[match]
-    return LabeledBoxes(tf.concat([known.boxes, proposals], 0), tf.concat([known.labels, labels], 0))
+    return Samples(tf.concat([known.boxes, proposals], 0), tf.concat([known.labels, labels], 0))

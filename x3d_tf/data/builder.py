@@ -31,7 +31,7 @@ from x3d_tf.data.frame_folders import encode_folder
 from x3d_tf.data.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Sources, Video, find_videos, read_csv
-from x3d_tf.data.video import EncodedVideo, VideoError, encode_video, place_of
+from x3d_tf.data.video import EncodedVideo, VideoError, encode_video, frame_at
 
 ESTIMATE_FROM = 16  # videos, from which the size of all is estimated
 
@@ -174,8 +174,7 @@ def build_key_frames(
         seed=seed,
     )
     margin = {"margin": MARGIN, "starts_at": starts_at}
-    facts = {"proposals": ",".join(sorted(proposals or {}))}  # the splits that have some
-    return _build(sources, Path(output), "key frames", coding, seed, margin, progress, facts)
+    return _build(sources, Path(output), "key frames", coding, seed, margin, progress)
 
 
 def _build(
@@ -186,14 +185,13 @@ def _build(
     seed: int,
     draw: dict[str, Any],
     progress: bool,
-    facts: Mapping[str, str] | None = None,
 ) -> BuildResult:
     settings: dict[str, int | float | str] = {
         "source": source,
         "short_side": coding.short_side,
         "quality": coding.quality,
         "seed": seed,
-        **(facts or {}),
+        **sources.facts,
     }
     encode = partial(_encode_or_reason, short_side=coding.short_side, quality=coding.quality)
     with opened(output, settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:
@@ -379,7 +377,7 @@ def _encode_or_reason(video: Video, short_side: int, quality: int) -> EncodedVid
         return error
     if video.annotation is not None:
         last = video.start + (len(encoded.frames) - 1) / encoded.fps
-        if place_of(video.annotation.second, video.start, encoded.fps) >= len(encoded.frames):
+        if frame_at(video.annotation.second, video.start, encoded.fps) >= len(encoded.frames):
             return VideoError(video.path, f"ends at {last:.1f} s, before the key frame {video.media_id}")
     return encoded
 

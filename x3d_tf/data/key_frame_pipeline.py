@@ -1,7 +1,6 @@
 """Records of key frames -> clips with boxes, in tf.data; otherwise as `pipeline`, whose order of clips this shares."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.data import boxes as moving
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import STRIDE_FPS, key_frame_indices
-from x3d_tf.data.index import Record, Split
+from x3d_tf.data.index import Record
 from x3d_tf.data.key_frames import MARGIN
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import (
@@ -68,8 +67,8 @@ def training_key_frames(
 ) -> tf.data.Dataset:
     """Training clips around key frames without end: one random scale, crop and mirroring of each key frame an epoch.
 
-    Boxes move with the pixels. Those of which the crop shows nothing are left out, and so are key frames in which
-    nobody does anything.
+    Boxes move with the pixels. Those of which the crop shows nothing become points, which count nothing in training;
+    key frames in which nobody does anything are left out.
 
     Args:
         records, split, clip, jitter, flip, batch, seed, start_step, worker, replica_batch: see
@@ -80,13 +79,18 @@ def training_key_frames(
 
     Returns:
         Dataset of ({"clip": clips, "boxes": boxes}, labels): float32 [replica_batch, T, S, S, 3], RGB in 0..255;
-        float32 [replica_batch, B, 4], x1, y1, x2, y2 in [0, 1] of the clip, padded with zeros; float32 [replica_batch,
-        B, classes] of 0 and 1, also padded. B is that of the clip with the most boxes, and may be 0.
+        float32 [replica_batch, B, 4], x1, y1, x2, y2 in [0, 1] of the clip, padded with zeros, those that the crop does
+        not show all ones; float32 [replica_batch, B, classes] of 0 and 1, also padded. B is that of the clip with the
+        most boxes, and may be 0.
 
     Raises:
         UserError: as `pipeline.training_dataset`; a clip longer than what records of key frames hold.
     """
-    manifest = _with_actions(_of_key_frames(opened(records)), split)
+    manifest = _of_key_frames(opened(records))
+    acting = with_actions(manifest.split(split).records)
+    if not acting:
+        raise UserError(f"split {split!r} of {manifest.folder} has no key frame with an action to train on")
+    manifest = manifest.keeping(split, acting)
     classes = len(manifest.classes)
     table = RecordTable(manifest, split)
     _check_length(clip)
@@ -109,15 +113,15 @@ def training_key_frames(
             mirrored = chance[4] < 0.5
             pixels = transforms.flip(pixels, mirrored)
             boxes = tf.where(mirrored, moving.flipped(boxes, clip.size), boxes)
-        seen = moving.have_area(boxes)
-        return {"clip": pixels, "boxes": boxes[seen] / clip.size}, samples.labels[seen]
+        boxes = tf.where(moving.have_area(boxes)[:, None], boxes / clip.size, 1.0)
+        return {"clip": pixels, "boxes": boxes}, samples.labels
 
     clips = places.map(load, num_parallel_calls=tf.data.AUTOTUNE)
     shapes = ({"clip": (clip.frames, clip.size, clip.size, 3), "boxes": (None, 4)}, (None, classes))
     return clips.padded_batch(size, shapes, drop_remainder=True).prefetch(2).with_options(deterministic())
 
 
-def testing_key_frames(
+def evaluation_key_frames(
     records: Manifest | str | Path,
     split: str,
     clip: ClipSpec,
@@ -208,15 +212,6 @@ def require_proposals(manifest: Manifest, split: str) -> None:
 def with_actions(records: Sequence[Record]) -> tuple[Record, ...]:
     """Those of the key frames in which somebody does something: the ones to train on."""
     return tuple(record for record in records if record.labels)
-
-
-def _with_actions(manifest: Manifest, split: str) -> Manifest:
-    """The records with only those key frames of a split in which somebody does something."""
-    part = manifest.split(split)
-    kept = Split(part.shards, with_actions(part.records))
-    if not kept.records:
-        raise UserError(f"split {split!r} of {manifest.folder} has no key frame with an action to train on")
-    return replace(manifest, splits=manifest.splits | {split: kept})
 
 
 def _check_length(clip: ClipSpec) -> None:

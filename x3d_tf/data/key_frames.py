@@ -8,6 +8,7 @@ from pathlib import Path
 
 from x3d_tf._checks import UserError, require
 from x3d_tf.data.ava import (
+    ANY_ACTION,
     NO_ACTION,
     BoxTable,
     KeyFrame,
@@ -39,14 +40,16 @@ def find_key_frames(
     Args:
         videos: holds for each video of the csv files a file `NAME.*`, or a folder `NAME` of its frames as images.
         boxes: by split, the csv file of ground truth; see `ava.read_boxes`.
-        proposals: by split, that of the boxes of a person detector, with scores.
+        proposals: by split, that of the boxes of a person detector, with scores; those of videos that `boxes` does not
+            name for the split are left out.
         exclusions: by split, that of key frames to leave out.
         label_map: the actions; AVA's 80 unless given.
         starts_at: second of the film at which the files begin, of whose whole the timestamps count the seconds.
         seed: of the order.
 
     Returns:
-        The sources, of task "detection": class k is action k + 1. Key frames of videos that are not there are unusable.
+        The sources, of task "detection": class k is action k + 1. Videos that are not there are unusable. The facts are
+        the splits that have proposals, and how many key frames the lists name for each, `key_frames_SPLIT`.
 
     Raises:
         UserError: what is wrong with a file, with its line; a timestamp before the videos begin; none of the videos is
@@ -61,34 +64,55 @@ def find_key_frames(
     names, files = _class_names(actions), _files_by_name(videos)
     splits: dict[str, list[Video]] = {}
     unusable: dict[str, VideoError] = {}
+    facts: dict[str, int | str] = {"proposals": ",".join(sorted(proposals or {}))}
     for split, path in boxes.items():
         truth, of_found = read_boxes(path, "ground truth", actions), (proposals or {}).get(split)
         # a box found is one whatever it is said to do
-        found = read_boxes(of_found, "detections", {**ava_actions(), **actions}) if of_found else None
+        found = read_boxes(of_found, "detections", ANY_ACTION) if of_found else None
         left_out = read_exclusions(exclusions[split]) if exclusions and split in exclusions else set()
         members = splits.setdefault(split, [])
-        for frame, annotation in _annotations(truth, found, starts_at, (path, of_found)).items():
-            if frame in left_out:
-                continue
+        annotations = _annotations(truth, found, starts_at, (path, of_found))
+        named = [frame for frame in annotations if frame not in left_out]
+        facts[key_frames_of(split)] = len(named)
+        for frame in named:
             if frame.video not in files:
                 unusable.setdefault(frame.video, VideoError(videos / frame.video, f"no such video ({path} names it)"))
                 continue
-            members.append(_video(files[frame.video], frame, annotation, names))
+            members.append(_video(files[frame.video], frame, annotations[frame], names))
+    for split, path in boxes.items():
+        rule = f"name key frames for split {split}, less the excluded ones"
+        require(bool(facts[key_frames_of(split)]), str(path), rule, "none")
     if not any(splits.values()):
         lists = ", ".join(map(str, boxes.values()))
         raise UserError(f"none of the {len(unusable)} videos that {lists} name is in {videos}")
     for split, members in splits.items():
         require(bool(members), f"{boxes[split]}", f"name key frames of videos in {videos} for split {split}", "none")
     ordered = {split: _in_order(members, seed) for split, members in splits.items()}
-    return Sources(ordered, list(unusable.values()), names, "detection")
+    return Sources(ordered, list(unusable.values()), names, "detection", facts)
+
+
+def key_frames_of(split: str) -> str:
+    """The setting of a manifest that says how many key frames the lists name for a split, found or not."""
+    return f"key_frames_{split}"
 
 
 def _in_order(members: list[Video], seed: int) -> list[Video]:
     """Films shuffled by a hash of their names, the key frames of each in a row: what is read of a file serves all."""
-    names = {video.media_id.rpartition(",")[0]: video for video in members}
+    names = {key_frame_of(video.media_id).video: video for video in members}
     films = in_order([video._replace(media_id=name) for name, video in names.items()], seed)
     places = {film.media_id: place for place, film in enumerate(films)}
-    return sorted(members, key=lambda video: (places[video.media_id.rpartition(",")[0]], video.start))
+    return sorted(members, key=lambda video: (places[key_frame_of(video.media_id).video], video.start))
+
+
+def key_frame_of(media_id: str) -> KeyFrame:
+    """The key frame that a record is of, by its name.
+
+    Raises:
+        UserError: no name of a key frame.
+    """
+    video, _, second = media_id.rpartition(",")
+    require(second.isdecimal(), "the name of a record of a key frame", "be VIDEO,SECOND", media_id)
+    return KeyFrame(video, int(second))
 
 
 def _files_by_name(videos: Path) -> dict[str, Path]:
@@ -119,14 +143,18 @@ def _annotations(
 ) -> dict[KeyFrame, Annotation]:
     """What is known of each key frame, in the order in which the files name them."""
     proposals: dict[KeyFrame, dict[Box, float]] = {}
+    videos = {frame.video for frame in truth.key_frames}  # a list of boxes found may be of all splits
     labels: dict[KeyFrame, dict[Box, set[int]]] = {}
     for frame, box, action, _ in _rows(truth, starts_at, paths[0]):
         own = labels.setdefault(frame, {}).setdefault(box, set())
         if action != NO_ACTION:
             own.add(action - 1)
     for frame, box, _, score in _rows(found, starts_at, paths[1]) if found is not None else ():
+        if frame.video not in videos:
+            continue
         own_scores = proposals.setdefault(frame, {})
         own_scores[box] = max(score, own_scores.get(box, score))
+    require(found is None or bool(proposals), str(paths[1]), f"have boxes of the videos of {paths[0]}", "none")
     return {
         frame: Annotation(
             frame.second - starts_at,

@@ -7,7 +7,8 @@ against its rule before anything relies on it.
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -62,6 +63,10 @@ class Manifest:
             size = path.stat().st_size
             require(size == shard.bytes, f"size of {path}", f"be {shard.bytes} bytes, as {MANIFEST_NAME} says", size)
         return self.splits[name]
+
+    def keeping(self, name: str, records: Sequence[Record]) -> "Manifest":
+        """The same, but of the named part only these records."""
+        return replace(self, splits=self.splits | {name: Split(self.splits[name].shards, tuple(records))})
 
     def fingerprint(self) -> str:
         """A hash that two folders share if their classes, their shards and their tasks are equal."""

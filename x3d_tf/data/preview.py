@@ -96,8 +96,9 @@ def save_box_preview(manifest: Manifest, split: str, stream: tf.data.Dataset, pa
     with naming_records():
         for inputs, labels in stream.take(clips).as_numpy_iterator():
             pixels, boxes = np.clip(np.round(inputs["clip"][0]), 0, 255), inputs["boxes"][0]
+            shown = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
             lines = []
-            for number, (box, own) in enumerate(zip(boxes, labels[0])):
+            for number, (box, own) in enumerate(zip(boxes[shown], labels[0][shown])):
                 name, colour = COLOURS[number % len(COLOURS)]
                 draw_box(pixels, box, colour)
                 lines.append(f"{name}: {label_text(own, manifest.classes) or 'nothing'}")

@@ -17,7 +17,7 @@ from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, partial_of, writing
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, index_shard, plan_shards
 from x3d_tf.data.sources import Annotation, Box
-from x3d_tf.data.video import EncodedVideo, VideoError, place_of
+from x3d_tf.data.video import EncodedVideo, VideoError, frame_at
 
 _CONTEXT = {
     "clip/label/index": tf.io.RaggedFeature(tf.int64),
@@ -106,7 +106,7 @@ def encode_record(video: EncodedVideo, source: Source, classes: Sequence[str]) -
         "image/timestamp": tf.train.FeatureList(feature=[_ints([time]) for time in microseconds]),
     }
     if source.annotation is not None:
-        frames |= _regions(source.annotation, place_of(source.annotation.second, source.start, video.fps), microseconds)
+        frames |= _regions(source.annotation, frame_at(source.annotation.second, source.start, video.fps), microseconds)
     example = tf.train.SequenceExample(
         context=tf.train.Features(feature=context), feature_lists=tf.train.FeatureLists(feature_list=frames)
     )

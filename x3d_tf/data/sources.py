@@ -10,7 +10,7 @@ import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,12 +75,14 @@ class Sources:
         unusable: what was found and cannot become a record, with reasons.
         classes: names of the classes in the order of their labels.
         task: whether a video may have several classes.
+        facts: what else of them goes to the manifest's settings.
     """
 
     splits: dict[str, list[Video]]
     unusable: list[VideoError]
     classes: tuple[str, ...]
     task: Task
+    facts: Mapping[str, int | str] = field(default_factory=dict)
 
 
 def find_videos(

@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError
 from x3d_tf.data.index import Record, Shard
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
-from x3d_tf.data.records import parse_record
+from x3d_tf.data.records import NO_LABEL, ParsedAnnotation, parse_annotation, parse_record
+from x3d_tf.modeling.expansion import Task
 
 _BUFFER_BYTES = 1 << 20  # of reading
 
@@ -41,7 +44,8 @@ def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[Spl
     """Reads all shards of a folder of records, one split after the other.
 
     Checked are the shards' sizes and SHA-256, the checksums of all records, that each parses and agrees with the
-    manifest in its place, classes, rate, name and number of frames, and that its first frame decodes.
+    manifest in its place, classes, rate, name and number of frames, and that its first frame decodes; of key frames
+    also that their boxes are within the frame, and of the classes that the manifest says.
 
     Raises:
         UserError: there is no manifest, or it is damaged itself.
@@ -57,7 +61,7 @@ def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[Spl
                 records.setdefault(record.shard, []).append(record)
             for number, shard in enumerate(split.shards):
                 try:
-                    _verify_shard(manifest.folder / shard.file, shard, records.get(number, []))
+                    _verify_shard(manifest.folder / shard.file, shard, records.get(number, []), manifest.task)
                 except UserError as error:
                     problems.append(str(error))
                 bar.update(shard.bytes)
@@ -65,7 +69,7 @@ def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[Spl
             yield SplitReport(name, len(split.shards), len(split.records), frames, tuple(problems))
 
 
-def _verify_shard(path: Path, shard: Shard, records: list[Record]) -> None:
+def _verify_shard(path: Path, shard: Shard, records: list[Record], task: Task) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing")
     size = path.stat().st_size
@@ -78,7 +82,7 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record]) -> None:
         where = f"{path}, record {number} at byte {record.offset} ({record.media_id})"
         try:
             serialized = next(stored, None)
-            _verify_record(where, serialized, record)
+            _verify_record(where, serialized, record, task)
         except tf.errors.DataLossError as error:
             raise UserError(f"{where} does not have its checksum") from error
         except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
@@ -89,7 +93,7 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record]) -> None:
         raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} says")
 
 
-def _verify_record(where: str, serialized: tf.Tensor | None, record: Record) -> None:
+def _verify_record(where: str, serialized: tf.Tensor | None, record: Record, task: Task) -> None:
     if serialized is None:
         raise UserError(f"{where} is not there")
     parsed = parse_record(serialized)
@@ -104,3 +108,23 @@ def _verify_record(where: str, serialized: tf.Tensor | None, record: Record) -> 
         if value != getattr(record, field):
             raise UserError(f"{where} has {field} {value!r}, and {MANIFEST_NAME} says {getattr(record, field)!r}")
     tf.io.decode_jpeg(parsed.frames[0], channels=3)
+    if task == "detection":
+        _verify_boxes(where, parse_annotation(serialized), record)
+
+
+def _verify_boxes(where: str, known: ParsedAnnotation, record: Record) -> None:
+    """That what is said of a key frame is of its frames and its classes, and of boxes within the frame."""
+    labels = known.labels.numpy()
+    found = {
+        "a key frame that is one of its frames": 0 <= int(known.key_frame) < record.frames,
+        "boxes of its classes": tuple(np.unique(labels[labels != NO_LABEL]).tolist()) == record.labels,
+        "boxes within the frame": all(_in_frame(boxes.numpy()) for boxes in (known.boxes, known.proposals)),
+        "scores in [0, 1]": bool(((known.scores >= 0) & (known.scores <= 1)).numpy().all()),
+    }
+    for what, holds in found.items():
+        if not holds:
+            raise UserError(f"{where} does not have {what}")
+
+
+def _in_frame(boxes: NDArray[np.float32]) -> bool:
+    return bool(((boxes >= 0) & (boxes <= 1)).all() and (boxes[:, :2] <= boxes[:, 2:]).all())

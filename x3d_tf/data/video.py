@@ -158,7 +158,7 @@ def first_from(second: float, fps: float) -> int:
     return math.ceil(second * fps - TIME_TOLERANCE)
 
 
-def place_of(second: float, start: float, fps: float) -> int:
+def frame_at(second: float, start: float, fps: float) -> int:
     """Where the frame of a second lies among those from `start` on: the nearest one."""
     return round(second * fps) - first_from(start, fps)
 

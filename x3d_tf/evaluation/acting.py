@@ -20,7 +20,7 @@ from tqdm import tqdm
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import appearing, writing
 from x3d_tf.data import transforms
-from x3d_tf.data.ava import BoxTable, KeyFrame, ava_actions, of_all_actions, read_boxes
+from x3d_tf.data.ava import ANY_ACTION, BoxTable, KeyFrame, of_all_actions, read_boxes
 from x3d_tf.data.clips import key_frame_indices
 from x3d_tf.data.preview import COLOURS
 from x3d_tf.data.sources import Box
@@ -50,29 +50,43 @@ class Acting(NamedTuple):
     scores: NDArray[np.float32]
 
 
-def boxes_of_file(path: str | Path, score: float) -> Mapping[str, Persons]:
-    """The boxes that a csv file lists, by the names of the videos without ending.
+class ListedBoxes:
+    """The boxes that a csv file lists.
 
     Args:
-        path: in the format of `ava.read_boxes`, whose actions do not matter; timestamps count the video's seconds.
+        path: in the format of `ava.read_boxes`, with a score in the last column, whose actions do not matter.
         score: boxes with a lower one are left out.
+        starts_at: timestamp of the videos' first frame.
 
     Raises:
-        UserError: the file cannot be read, or what is wrong with one of its lines.
+        UserError: the file cannot be read, or what is wrong with one of its lines; no box has that score.
     """
-    table = read_boxes(path, "detections", ava_actions(), seconds=(0, 10**8))
-    found: dict[str, dict[int, dict[Box, None]]] = {}  # each box once, whatever it does
-    for number, box, sure in zip(table.frames, table.boxes, table.scores):
-        frame = table.key_frames[number]
-        seconds = found.setdefault(frame.video, {})
-        x1, y1, x2, y2 = box.tolist()
-        if sure >= score and x1 < x2 and y1 < y2:
-            seconds.setdefault(frame.second, {})[x1, y1, x2, y2] = None
 
-    def persons(seconds: Mapping[int, Mapping[Box, None]]) -> Persons:
+    def __init__(self, path: str | Path, score: float, starts_at: int = 0) -> None:
+        table = read_boxes(path, "detections", ANY_ACTION, seconds=(starts_at, 10**9 - 1))
+        self._of: dict[str, dict[int, dict[Box, None]]] = {}  # each box once, whatever it does
+        sure = table.scores >= score
+        rule = f"have boxes with a score, the last column, of {score:g} or more (--box_score)"
+        highest = f"{table.scores.max():g} at most" if len(table) else "no boxes"
+        require(bool(sure.any()), str(path), rule, highest)
+        self.unsure = len(table) - int(sure.sum())  # rows left out
+        for number, box, taken in zip(table.frames, table.boxes, sure):
+            frame = table.key_frames[number]
+            seconds = self._of.setdefault(frame.video, {})
+            x1, y1, x2, y2 = box.tolist()
+            if taken and x1 < x2 and y1 < y2:
+                seconds.setdefault(frame.second - starts_at, {})[x1, y1, x2, y2] = None
+
+    def of_video(self, name: str) -> Persons | None:
+        """Those of a video, by its name without ending; None where the file does not name it."""
+        seconds = self._of.get(name)
+        if seconds is None:
+            return None
         return lambda second, pixels: np.array(list(seconds.get(second, ())), np.float32).reshape(-1, 4)
 
-    return {video: persons(seconds) for video, seconds in found.items()}
+    def after(self, name: str, seconds: int) -> int:
+        """How many boxes of a video are of seconds that it does not reach."""
+        return sum(len(boxes) for second, boxes in self._of.get(name, {}).items() if second >= seconds)
 
 
 class PersonDetector:
@@ -102,13 +116,29 @@ class PersonDetector:
         rule = f"take one picture and give {', '.join(wanted)}"
         require(fits, f"the signature of {path}", rule, [*given, *outputs])
         ((self._input, self._spec),) = given.items()
-        self._score = score
+        self._path, self._score = path, score
 
     def __call__(self, second: int, pixels: Pixels) -> Boxes:
-        """The persons in a picture."""
-        answer = self._signature(**{self._input: tf.cast(pixels[None], self._spec.dtype)})
-        boxes, scores, classes = (answer[f"detection_{part}"].numpy()[0] for part in ("boxes", "scores", "classes"))
-        chosen = boxes[(scores >= self._score) & (np.round(classes) == _PERSON)][:, [1, 0, 3, 2]]
+        """The persons in a picture.
+
+        Raises:
+            UserError: the model fails on it, or gives something else than its signature says.
+        """
+        try:
+            answer = self._signature(**{self._input: tf.cast(pixels[None], self._spec.dtype)})
+        except (ValueError, TypeError, tf.errors.OpError) as error:
+            reason = str(error).strip().splitlines()[0]
+            what = f"on the picture of second {second}, {pixels.shape[1]} x {pixels.shape[0]} pixels"
+            raise UserError(f"the person detector {self._path} fails {what}: {reason}") from error
+        boxes, scores, classes = (answer[f"detection_{part}"].numpy() for part in ("boxes", "scores", "classes"))
+        shapes = [boxes.shape, scores.shape, classes.shape]
+        count = boxes.shape[1] if boxes.ndim == 3 else 0
+        of_one = f"detection_boxes, scores and classes of {self._path}"
+        require(shapes == [(1, count, 4), (1, count), (1, count)], of_one, "be (1, n, 4), (1, n) and (1, n)", shapes)
+        chosen = boxes[0][(scores[0] >= self._score) & (np.round(classes[0]) == _PERSON)][:, [1, 0, 3, 2]]
+        inside = bool(((chosen >= -1) & (chosen <= 2)).all())  # which NaN is not; a little outside is usual
+        rule = "be numbers in 0..1 of the picture, not pixels"
+        require(inside, f"detection_boxes of {self._path}", rule, np.array2string(chosen[:1], precision=4))
         chosen = np.clip(chosen, 0, 1).astype(np.float32)
         return chosen[(chosen[:, 2:] > chosen[:, :2]).all(axis=1)]
 
@@ -151,13 +181,14 @@ def act_in_video(model: Detector, path: str | Path, persons: Persons, *, progres
             yield Acting(cut.part, boxes, scores)
 
 
-def detections(acting: Mapping[str, Sequence[Acting]]) -> BoxTable:
+def detections(acting: Mapping[str, Sequence[Acting]], starts_at: int = 0) -> BoxTable:
     """Boxes and scores as AVA's files have them: a row for each action of a box.
 
     Args:
         acting: by the name of the video.
+        starts_at: timestamp of the videos' first frame.
     """
-    frames = tuple(KeyFrame(video, each.second) for video, own in acting.items() for each in own)
+    frames = tuple(KeyFrame(video, each.second + starts_at) for video, own in acting.items() for each in own)
     rows = [each for own in acting.values() for each in own]
     classes = max((each.scores.shape[1] for each in rows), default=0)
     places = np.repeat(np.arange(len(rows)), [len(each.boxes) for each in rows])

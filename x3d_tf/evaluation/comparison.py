@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from x3d_tf._checks import UserError, require
-from x3d_tf.evaluation.published import differences, published_for
+from x3d_tf.evaluation.published import PublishedAccuracy, PublishedPrecision, differences, published_for
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, write_csv
 
-_PAPER = "paper's top-1"
-_NUMERIC = ("videos", "top-1", "top-5", "mAP", "GMACs a video", "M parameters", _PAPER)
+_PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
+_NUMERIC = ("videos", "top-1", "top-5", "mAP", "GMACs a video", "M parameters", _PAPERS_TOP1, _PAPERS_MAP)
 _EMPTY = "-"
 
 
@@ -46,7 +46,7 @@ def table(reports: Sequence[Report]) -> list[dict[str, str]]:
 def _row(report: Report) -> dict[str, str]:
     r = report.results
     views = round(r["gmacs_per_video"] / r["gmacs_per_clip"]) if r["gmacs_per_clip"] else 0
-    published = published_for(r) if "top1" in r else None
+    published = published_for(r)
     return {
         "report": str(report.folder),
         "network": r["network"],
@@ -59,7 +59,8 @@ def _row(report: Report) -> dict[str, str]:
         "mAP": _percent(r, "map"),
         "GMACs a video": f"{r['gmacs_per_clip']:.4g} x {views}",
         "M parameters": f"{r['params'] / 1e6:.3f}" if "params" in r else _EMPTY,
-        _PAPER: f"{published.top1:.4g}" if published else _EMPTY,
+        _PAPERS_TOP1: f"{published.top1:.4g}" if isinstance(published, PublishedAccuracy) else _EMPTY,
+        _PAPERS_MAP: f"{published.map:.4g}" if isinstance(published, PublishedPrecision) else _EMPTY,
         "paper": _verdict(r) if published else _EMPTY,
     }
 
@@ -69,22 +70,32 @@ def _verdict(results: Mapping[str, Any]) -> str:
     if published is None:
         return _EMPTY
     found = differences(results, published)
-    source = f"{published.source}, {published.views}"
+    source = _source(published)
     return f"not comparable: {', '.join(found)} ({source})" if found else f"comparable ({source})"
+
+
+def _source(published: PublishedAccuracy | PublishedPrecision) -> str:
+    if isinstance(published, PublishedPrecision):
+        weights = f"from weights of {published.pretrained}"
+        return f"Table 8, AVA v{published.version}, {weights}, {published.gmacs} GMACs a clip"
+    return f"{published.source}, {published.views}"
 
 
 def describe(report: Report) -> str:
     """A report in a line for people, and in a second one what the paper prints of the network."""
     r, row = report.results, _row(report)
     measured = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
+    thing = "key frame" if "boxes_tested" in r else "video"
     line = (
-        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(measured)} ({r['videos']} videos, "
-        f"{r['classes']} classes, {r['views']}, {row['GMACs a video']} GMACs a video, "
+        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(measured)} ({r['videos']} {thing}s, "
+        f"{r['classes']} classes, {r['views']}, {row['GMACs a video']} GMACs a {thing}, "
         f"{row['M parameters']} M parameters)"
     )
     if row["paper"] == _EMPTY:
         return line
-    return f"{line}\nthe paper's top-1 on Kinetics-400: {row[_PAPER]} %, {row['paper']}"
+    if row[_PAPERS_MAP] != _EMPTY:
+        return f"{line}\nthe paper's mAP on AVA: {row[_PAPERS_MAP]} %, {row['paper']}"
+    return f"{line}\nthe paper's top-1 on Kinetics-400: {row[_PAPERS_TOP1]} %, {row['paper']}"
 
 
 def _percent(results: Mapping[str, Any], name: str) -> str:

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
-from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, of_all_actions
+from x3d_tf.data.ava import EVALUATED, BoxTable, ava_actions, of_all_actions
 from x3d_tf.data.boxes import have_area
 from x3d_tf.data.datasets import open_dataset
-from x3d_tf.data.key_frame_pipeline import require_proposals, testing_key_frames
+from x3d_tf.data.key_frame_pipeline import evaluation_key_frames, require_proposals
+from x3d_tf.data.key_frames import key_frame_of, key_frames_of
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records
+from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.detection_reports import (
     DetectionScores,
     score_detections,
@@ -57,7 +59,7 @@ class Detected:
 
     def tables(self, manifest: Manifest, split: str) -> tuple[BoxTable, BoxTable]:
         """Truth and detections as AVA's files have them: each box found has a row for every action."""
-        frames = tuple(_key_frame(record.media_id) for record in manifest.split(split).records)
+        frames = tuple(key_frame_of(record.media_id) for record in manifest.split(split).records)
         count = len(self.truth_labels)
         truth = BoxTable(
             frames,
@@ -88,7 +90,7 @@ def detect_split(
     """
     side = model.expansion.test_size
     scores_of = scoring(model, side)
-    batches = testing_key_frames(
+    batches = evaluation_key_frames(
         manifest,
         split,
         model.clip,
@@ -166,6 +168,9 @@ def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: b
     model = load_detector(run.root)
     found, scores = score_split(model, manifest, split, config.detection)
     side, counted = model.tested_size, cost_of(model)
+    records = len(manifest.split(split).records)
+    named = manifest.settings.get(key_frames_of(split))
+    missing = max(named - records, 0) if isinstance(named, int) else 0
     settings = {
         "network": name_of(model.expansion),
         "head": model.head,
@@ -180,7 +185,8 @@ def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: b
         "crop": side,
         "options": dataclasses.asdict(model.options),
         "views": f"centre crop of {side}²",
-        "videos": len(manifest.split(split).records),  # key frames, one clip each
+        "videos": records,  # key frames, one clip each
+        "key_frames_missing": missing,
         "gmacs_per_clip": counted.macs / 1e9,
         "gmacs_per_video": counted.macs / 1e9,
         "params": counted.params,
@@ -189,7 +195,9 @@ def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: b
     }
     report = write_detection_report(folder, settings, scores, found)
     print("\n".join(summary(scores)))
-    print(f"{counted.macs / 1e9:.3f} GMACs a clip of {model.clip.frames} x {side}², {counted.params:,} parameters")
+    if missing:
+        print(f"{missing} key frames of the lists that the records were made from have no record and do not count")
+    print(describe(report))
     return report
 
 
@@ -204,8 +212,3 @@ def _measured(classes: tuple[str, ...]) -> dict[int, str]:
     if classes == tuple(ava_actions().values()):
         return {number: classes[number - 1] for number in sorted(EVALUATED)}
     return dict(enumerate(classes, 1))
-
-
-def _key_frame(media_id: str) -> KeyFrame:
-    video, _, second = media_id.rpartition(",")
-    return KeyFrame(video, int(second))

@@ -76,7 +76,7 @@ def score_detections(
         np.array([(real.labels == label).sum() for label in labels]),
         len(np.unique(real.frames)),
         valid,
-        len(found) - valid,
+        len(found) - valid + found.other_actions,
     )
 
 
@@ -114,8 +114,12 @@ def evaluate_files(
     excluded = read_exclusions(exclusions) if exclusions else set()
     shared = set(truth.key_frames) - excluded
     require(bool(shared), str(groundtruth), "have boxes of these actions on key frames that are not excluded", "none")
+    named = "; ".join(f"{frame.video} at {frame.second}" for frame in found.key_frames[:3])
     common = not len(found) or bool(shared & set(found.key_frames))
-    require(common, str(detections), f"have key frames of {groundtruth}", str(found.key_frames[:1]))
+    require(common, str(detections), f"have key frames of {groundtruth}", named)
+    videos = {frame.video for frame in (*truth.key_frames, *found.key_frames)}
+    matched = not exclusions or any(frame.video in videos for frame in excluded)
+    require(matched, str(exclusions), f"have key frames of the videos of {groundtruth}", f"{len(excluded)} of others")
     settings = {
         "detections": str(detections),
         "groundtruth": str(groundtruth),

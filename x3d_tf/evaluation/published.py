@@ -1,4 +1,4 @@
-"""The accuracies that the paper prints for Kinetics-400, and what keeps a result from being held against them.
+"""What the paper prints for Kinetics-400 and AVA, and what keeps a result from being held against it.
 
 Imports no TensorFlow.
 """
@@ -50,23 +50,60 @@ ACCURACIES = (
 )
 
 
-def published_for(results: Mapping[str, Any]) -> PublishedAccuracy | None:
-    """The paper's accuracy of a report's network: with the report's views if it prints those, else with its usual ones.
+@dataclass(frozen=True)
+class PublishedPrecision:
+    """A frame mAP of action detection that the paper prints in its Table 8.
+
+    Attributes:
+        network: a variant's name.
+        version: of AVA.
+        map: in percent, on the validation videos, with one centre crop.
+        gmacs: of a clip, as the paper prints them: those of the network for Kinetics.
+        pretrained: the data whose weights training began with.
+    """
+
+    network: str
+    version: str
+    map: float
+    gmacs: float
+    pretrained: str
+
+
+PRECISIONS = (
+    PublishedPrecision("x3d_xl", "2.1", 26.1, 48.4, "Kinetics-400"),
+    PublishedPrecision("x3d_m", "2.2", 23.2, 6.2, "Kinetics-600"),
+    PublishedPrecision("x3d_xl", "2.2", 27.4, 48.4, "Kinetics-600"),
+)
+
+
+def published_for(results: Mapping[str, Any]) -> PublishedAccuracy | PublishedPrecision | None:
+    """What the paper prints of a report's network.
 
     Args:
         results: the content of a results.json.
+
+    Returns:
+        Of action detection the precision on the report's version of AVA if it prints one, else on the newest. Of whole
+        videos the accuracy with the report's views if it prints one, else with its usual ones. None where the paper has
+        no such figure.
     """
-    rows = [row for row in ACCURACIES if row.network == results["network"]]
+    network = results["network"]
+    if "boxes_tested" in results:
+        found = [row for row in reversed(PRECISIONS) if row.network == network]
+        return next((row for row in found if row.version == ava_version(results)), found[0] if found else None)
+    rows = [row for row in ACCURACIES if row.network == network] if "map" not in results else []
     return next((row for row in rows if row.views == results["views"]), rows[0] if rows else None)
 
 
-def differences(results: Mapping[str, Any], published: PublishedAccuracy) -> list[str]:
+def differences(results: Mapping[str, Any], published: PublishedAccuracy | PublishedPrecision) -> list[str]:
     """What a report did otherwise than the paper, in words; a report with none may be held against it.
 
     Args:
         results: the content of a results.json.
         published: of the same network.
     """
+    if isinstance(published, PublishedPrecision):
+        return _differences_of_detection(results, published)
     expansion = VARIANTS[published.network].expansion
     size = expansion.clip.size if published.views.endswith("-Center") else expansion.test_size
     changed = _changed_options(results)
@@ -81,6 +118,32 @@ def differences(results: Mapping[str, Any], published: PublishedAccuracy) -> lis
         f"other network ({', '.join(changed)})": bool(changed),
     }
     return [name for name, holds in found.items() if holds]
+
+
+def _differences_of_detection(results: Mapping[str, Any], published: PublishedPrecision) -> list[str]:
+    size = VARIANTS[published.network].expansion.test_size
+    changed = _changed_options(results) + (["head"] if results.get("head") != "full" else [])
+    ava = ava_version(results) == published.version
+    missing = results.get("key_frames_missing", 0)
+    boxes = (results["boxes_tested"], results.get("lowest_score_of_a_box"))
+    found = {
+        "other data": not ava,
+        "other split": ava and results["split"] not in ("val", "validate", "validation"),
+        f"{missing} key frames missing": missing != 0,
+        "other boxes": boxes != ("proposals", 0.8),
+        "other crop": (results.get("resize"), results.get("crop")) != (size, size),
+        f"other network ({', '.join(changed)})": bool(changed),
+    }
+    return [name for name, holds in found.items() if holds]
+
+
+def ava_version(results: Mapping[str, Any]) -> str | None:
+    """The version of AVA that the records call themselves, "2.1" or "2.2", by the name of their folder.
+
+    None where that names none, or where the actions that were measured are not AVA's 60.
+    """
+    name = re.fullmatch(r"ava[^0-9]*(2)[^0-9]?([12])([^0-9].*)?", Path(results["records"]).name.lower())
+    return f"{name[1]}.{name[2]}" if name and results["classes"] == 60 else None
 
 
 def is_kinetics400(results: Mapping[str, Any]) -> bool:

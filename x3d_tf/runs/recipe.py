@@ -151,6 +151,8 @@ class Detection:
         negatives: whether its other boxes are samples, too, of a person who does nothing (the paper has none).
         test_boxes: "proposals" tests on the boxes of the person detector, "annotated" on those that are known.
         score: lowest of a detector's boxes that is tested, or a training sample.
+        validation_every: validation while training takes the key frames whose seconds this divides; PySlowFast takes
+            every fourth. The test afterwards takes all.
 
     Raises:
         SettingTypeError, UserError: naming the field, the rule and the value received.
@@ -161,11 +163,14 @@ class Detection:
     negatives: bool = False
     test_boxes: Literal["proposals", "annotated"] = "proposals"
     score: float = 0.8
+    validation_every: int = 1
 
     def __post_init__(self) -> None:
         check_field_types(self)
         require(0 < self.proposal_iou < 1, "Detection.proposal_iou", "be in (0, 1)", self.proposal_iou)
         require(0 <= self.score <= 1, "Detection.score", "be in [0, 1]", self.score)
+        every = self.validation_every
+        require(every >= 1, "Detection.validation_every", "be at least 1", every)
 
 
 @dataclass(frozen=True)

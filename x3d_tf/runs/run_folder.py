@@ -19,7 +19,9 @@ HISTORY_FIELDS = (
     "clips_per_second",
     "validation_accuracy",
     "validation_loss",
+    "boxes_left_out",
 )
+_OPTIONAL_FIELDS = HISTORY_FIELDS[-3:]
 
 
 class RunFolder:
@@ -102,11 +104,11 @@ class RunFolder:
         with self.history.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 try:
-                    measured = {name: float(row[name]) for name in HISTORY_FIELDS[:-2]}
-                    validated = {name: float(row[name]) for name in HISTORY_FIELDS[-2:] if row.get(name)}
+                    measured = {name: float(row[name]) for name in HISTORY_FIELDS if name not in _OPTIONAL_FIELDS}
+                    optional = {name: float(row[name]) for name in _OPTIONAL_FIELDS if row.get(name)}
                 except (KeyError, TypeError, ValueError):  # a row that was cut off when the run was killed
                     break
-                rows.append(measured | validated)
+                rows.append(measured | optional)
         return rows
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
@@ -114,14 +116,14 @@ class RunFolder:
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, HISTORY_FIELDS)
         writer.writeheader()
-        writer.writerows(_with_whole_step(row) for row in rows)
+        writer.writerows(_with_whole_counts(row) for row in rows)
         write_whole(self.history, table.getvalue().encode())
 
     def append_history(self, row: dict[str, float]) -> None:
         """Adds a row to `history.csv`, which has been written."""
         with self.history.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, HISTORY_FIELDS).writerow(_with_whole_step(row))
+            csv.DictWriter(file, HISTORY_FIELDS).writerow(_with_whole_counts(row))
 
 
-def _with_whole_step(row: dict[str, float]) -> dict[str, float]:
-    return row | {"step": int(row["step"])}
+def _with_whole_counts(row: dict[str, float]) -> dict[str, float]:
+    return row | {name: int(row[name]) for name in ("step", "boxes_left_out") if name in row}

@@ -36,13 +36,14 @@ def forward_of(model: Network, recompute: str = "nothing") -> Callable[..., Any]
     cuts = {"nothing": _whole, "activations": _around_activations, "blocks": _around_blocks}[recompute](model)
     makers = {id(layer.output): layer for layer in model.layers}
     segments = [_Segment(_between(makers, inputs, output), inputs, output, again) for inputs, output, again in cuts]
-    more = model.input if isinstance(model.input, dict) else {}  # of a detector: the clips and their boxes
-    head = keras.Model({"trunk": last, **more}, model.logits)
+    detects = isinstance(model.input, dict)
+    more = model.input if detects else {}  # the clips and their boxes
+    head = keras.Model([last, *more.values()] if detects else last, model.logits)
     whole = keras.Model(model.input, model.logits)
 
     @tf.autograph.experimental.do_not_convert
     def forward(given: Any, observe: _Observer | None = None) -> Any:
-        clips = given["clip"] if more else given
+        clips = given["clip"] if detects else given
         parts = parts_of_batch(clips.shape[0], model.options.bn_group)
         if parts == 1 and recompute == "nothing" and observe is None:
             return whole(given, training=True)
@@ -50,7 +51,7 @@ def forward_of(model: Network, recompute: str = "nothing") -> Callable[..., Any]
         for segment in segments:
             values[id(segment.output)] = segment([values[id(tensor)] for tensor in segment.inputs], observe)
         trunk = tf.concat(values[id(last)], 0)
-        return head({"trunk": trunk, **(given if more else {})}, training=True)
+        return head([trunk, *(given[name] for name in more)] if detects else trunk, training=True)
 
     return forward
 

@@ -32,12 +32,12 @@ class History:
         self.rows: list[dict[str, float]] = [row for row in run.read_history() if row["step"] <= first]
         run.write_history(self.rows)
         self.writer = tf.summary.create_file_writer(str(run.tensorboard))
-        self.pending: list[tuple[Any, Any]] = []
+        self.pending: list[dict[str, Any]] = []
         self.started = time.perf_counter()
 
-    def add(self, result: tuple[Any, Any]) -> None:
-        """Takes losses and accuracies of some steps, [steps], without waiting for them."""
-        self.pending.append(result)
+    def add(self, measured: dict[str, Any]) -> None:
+        """Takes what `TrainStep` says of some steps, without waiting for it."""
+        self.pending.append(measured)
 
     def end_row(self, step: int) -> str:
         """Averages what was added since the last row, up to `step`, and returns it in a few words.
@@ -45,7 +45,8 @@ class History:
         Raises:
             UserError: a loss is not a number.
         """
-        losses, accuracies = (np.concatenate([np.asarray(part) for part in column]) for column in zip(*self.pending))
+        measured = {name: np.concatenate([part[name].numpy() for part in self.pending]) for name in self.pending[0]}
+        losses = measured["loss"]
         for offset, loss in enumerate(losses, start=step - len(losses) + 1):
             if not math.isfinite(loss):
                 raise UserError(
@@ -59,9 +60,11 @@ class History:
             "epoch": step / self.steps_per_epoch,
             "learning_rate": float(self.schedule(step - 1)),
             "loss": float(np.mean(losses)),
-            "accuracy": float(np.mean(accuracies)),
+            "accuracy": float(np.mean(measured["accuracy"])),
             "clips_per_second": len(losses) * self.config.recipe.batch / elapsed,
         }
+        if "boxes_left_out" in measured:
+            row["boxes_left_out"] = int(np.sum(measured["boxes_left_out"]))
         self.pending.clear()
         self.rows.append(row)
         self.run.append_history(row)
@@ -97,6 +100,10 @@ class History:
             if score.beats(best):
                 best, since = score, 0
         return best, since
+
+    def boxes_left_out(self) -> int:
+        """Of all rows; 0 of networks that see no boxes."""
+        return int(sum(row.get("boxes_left_out", 0) for row in self.rows))
 
     def save_plots(self) -> None:
         """Draws the curves so far."""

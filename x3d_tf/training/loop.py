@@ -143,6 +143,8 @@ class Trainer:
             self._save_interrupted(checkpoints, history)
             raise
         history.save_plots()  # also of a run that was killed between its last checkpoint and here
+        if left_out := history.boxes_left_out():
+            print(f"{left_out} boxes were no samples: the crops of their clips did not show them")
 
     def _loop(self, run: RunFolder, checkpoints: Checkpoints, history: History, first: int, bar: Any) -> None:
         if first and self._is_checkpoint(first):  # anew, for it may have been interrupted; it gives the same

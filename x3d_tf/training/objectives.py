@@ -1,4 +1,4 @@
-"""What a step minimises, and the share of right answers that it reports."""
+"""What a step minimises, and what it reports besides."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from x3d_tf.modeling.expansion import Task
 
 
 class Objective:
-    """Loss and accuracy of one device's part of a step; all parts of all devices add up to the step's.
+    """What one device measures on its part of a step; all parts of all devices add up to the step's.
 
     Args:
         task: of the network. A clip's loss is the cross-entropy of its class (softmax), or the mean of those of all
@@ -19,20 +19,25 @@ class Objective:
         batch: clips of a step, over all devices.
         parts: that a step is computed in, one after the other. Each counts the same where boxes are counted.
         class_weights: factor of the loss of each class's clips, float32 [classes]; of single-label tasks only.
+
+    Attributes:
+        measures: the names of what is measured, the loss first.
     """
 
     def __init__(self, task: Task, batch: int, parts: int = 1, class_weights: np.ndarray | None = None) -> None:
         self._of = {"single_label": self._single, "multi_label": self._several, "detection": self._boxes}[task]
         self._batch, self._parts = batch, parts
         self._class_weights = None if class_weights is None else tf.constant(class_weights, tf.float32)
+        self.measures = ("loss", "accuracy") + (("boxes_left_out",) if task == "detection" else ())
 
-    def __call__(self, logits: Any, labels: Any, given: Any) -> tuple[Any, Any]:
-        """Loss and accuracy.
+    def __call__(self, logits: Any, labels: Any, given: Any) -> tuple[Any, ...]:
+        """A scalar for each of `measures`.
 
         Args:
             logits: (clips, classes); of a detector (clips, boxes, classes).
             labels: int32 (clips,), or float32 of 0 and 1 in the shape of the logits.
-            given: what the network was given; of a detector a dict with `boxes`, (clips, boxes, 4).
+            given: what the network was given; of a detector a dict with `boxes`, (clips, boxes, 4). Those without width
+                or height count nothing: padding, which is zeros, and boxes that a crop left out.
         """
         return self._of(logits, labels, given)
 
@@ -47,14 +52,16 @@ class Objective:
         losses = tf.reduce_mean(_sigmoid_cross_entropies(logits, labels), axis=1)
         return tf.reduce_sum(losses) / self._batch, tf.reduce_sum(_best_is_right(logits, labels)) / self._batch
 
-    def _boxes(self, logits: Any, labels: Any, given: Any) -> tuple[Any, Any]:
-        real = tf.cast(have_area(given["boxes"]), logits.dtype)  # (clips, boxes): padding has none
+    def _boxes(self, logits: Any, labels: Any, given: Any) -> tuple[Any, Any, Any]:
+        seen = have_area(given["boxes"])  # (clips, boxes)
+        left_out = tf.math.count_nonzero(tf.reduce_any(given["boxes"] != 0, axis=-1) & ~seen, dtype=tf.float32)
+        real = tf.cast(seen, logits.dtype)
         context = tf.distribute.get_replica_context()
         count = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(real)) * self._parts
         weights = real / tf.maximum(count, 1)  # a step may show no box
         losses = tf.reduce_mean(_sigmoid_cross_entropies(logits, labels), axis=2)
         right = _best_is_right(logits, labels)
-        return tf.reduce_sum(losses * weights), tf.reduce_sum(right * tf.cast(weights, right.dtype))
+        return tf.reduce_sum(losses * weights), tf.reduce_sum(right * tf.cast(weights, right.dtype)), left_out
 
 
 def _sigmoid_cross_entropies(logits: Any, labels: Any) -> Any:

@@ -81,7 +81,7 @@ class TrainStep:
         """Steps taken."""
         return int(keras.ops.convert_to_numpy(self.optimizer.iterations))
 
-    def __call__(self, batches: Any, steps: int) -> tuple[Any, Any]:
+    def __call__(self, batches: Any, steps: int) -> dict[str, Any]:
         """Takes steps.
 
         Args:
@@ -90,38 +90,39 @@ class TrainStep:
             steps: how many; 1 unless the configuration executes several at once.
 
         Returns:
-            Loss and accuracy of each step, float32 [steps]; the accuracy is the share of clips, or boxes, whose highest
-            score is of one of their classes.
+            "loss" and "accuracy" of each step, float32 [steps]; the accuracy is the share of clips, or boxes, whose
+            highest score is of one of their classes. Of a detector also "boxes_left_out", how many its crops do not
+            show.
         """
         return self._steps(batches, tf.constant(steps))
 
-    def _many(self, batches: Any, steps: Any) -> tuple[Any, Any]:
-        losses, accuracies = tf.TensorArray(tf.float32, steps), tf.TensorArray(tf.float32, steps)
+    def _many(self, batches: Any, steps: Any) -> dict[str, Any]:
+        rows = tf.TensorArray(tf.float32, steps)
         for index in tf.range(steps):
-            loss, accuracy = self._one(batches)
-            losses, accuracies = losses.write(index, loss), accuracies.write(index, accuracy)
-        return losses.stack(), accuracies.stack()
+            rows = rows.write(index, self._one(batches))
+        return self._named(rows.stack())
 
-    def _single(self, batches: Any, steps: Any) -> tuple[Any, Any]:
-        loss, accuracy = self._one(batches)
-        return loss[None], accuracy[None]
+    def _single(self, batches: Any, steps: Any) -> dict[str, Any]:
+        return self._named(self._one(batches)[None])
 
-    def _one(self, batches: Any) -> tuple[Any, Any]:
-        if self._sums:
-            loss, accuracy = self._accumulated(batches)
-        else:
-            loss, accuracy = self._over_devices(self._update, next(batches))
+    def _named(self, rows: Any) -> dict[str, Any]:
+        """What was measured, [steps, measures], by its name."""
+        names = self._objective.measures
+        return dict(zip(names, tf.unstack(rows, num=len(names), axis=1)))
+
+    def _one(self, batches: Any) -> Any:
+        """Takes a step; what was measured, float32 [measures]."""
+        measured = self._accumulated(batches) if self._sums else self._over_devices(self._update, next(batches))
         if self.average is not None:
             self.average.update(self._strategy, self.optimizer.iterations.value)
-        return loss, accuracy
+        return measured
 
-    def _accumulated(self, batches: Any) -> tuple[Any, Any]:
+    def _accumulated(self, batches: Any) -> Any:
         """A step whose gradients are added up before they are used: its parts', or to see whether they overflow."""
         self._strategy.run(self._clear)
-        loss = accuracy = tf.constant(0.0)
+        measured = tf.zeros(len(self._objective.measures))
         for _ in tf.range(self._parts):
-            part_loss, part_accuracy = self._over_devices(self._add, next(batches))
-            loss, accuracy = loss + part_loss, accuracy + part_accuracy
+            measured += self._over_devices(self._add, next(batches))
         if self._scale is None:
             self._strategy.run(self._apply)
         else:
@@ -131,28 +132,27 @@ class TrainStep:
             else:
                 self._strategy.run(self._apply)
             self._scale.update(overflows > 0)
-        return loss, accuracy
+        return measured
 
-    def _over_devices(self, function: Any, batch: Any) -> list[Any]:
-        results = self._strategy.run(function, args=batch)
-        return [self._strategy.reduce(tf.distribute.ReduceOp.SUM, result, axis=None) for result in results]
+    def _over_devices(self, function: Any, batch: Any) -> Any:
+        return self._strategy.reduce(tf.distribute.ReduceOp.SUM, self._strategy.run(function, args=batch), axis=None)
 
     # What one device does.
 
-    def _update(self, given: Any, labels: Any) -> tuple[Any, Any]:
-        loss, accuracy, gradients = self._gradients(given, labels)
+    def _update(self, given: Any, labels: Any) -> Any:
+        measured, gradients = self._gradients(given, labels)
         self.optimizer.apply(gradients, self.model.trainable_variables)
-        return loss, accuracy
+        return measured
 
     def _clear(self) -> None:
         for total in self._sums:
             total.assign(tf.zeros_like(total))
 
-    def _add(self, given: Any, labels: Any) -> tuple[Any, Any]:
-        loss, accuracy, gradients = self._gradients(given, labels)
+    def _add(self, given: Any, labels: Any) -> Any:
+        measured, gradients = self._gradients(given, labels)
         for total, gradient in zip(self._sums, gradients):
             total.assign_add(gradient)
-        return loss, accuracy
+        return measured
 
     def _apply(self) -> None:
         factor = 1.0 if self._scale is None else 1.0 / self._scale.value
@@ -163,12 +163,13 @@ class TrainStep:
         finite = [tf.reduce_all(tf.math.is_finite(total.read_value())) for total in self._sums]
         return 1.0 - tf.cast(tf.reduce_all(finite), tf.float32)
 
-    def _gradients(self, given: Any, labels: Any) -> tuple[Any, Any, list[Any]]:
+    def _gradients(self, given: Any, labels: Any) -> tuple[Any, list[Any]]:
         with tf.GradientTape() as tape:
-            loss, accuracy = self._objective(self._forward(given), labels, given)
+            measured = self._objective(self._forward(given), labels, given)
+            loss = measured[0]
             scaled = loss if self._scale is None else loss * self._scale.value
         gradients = tape.gradient(scaled, self.model.trainable_variables)  # the optimiser adds the devices' up
-        return tf.cast(loss, tf.float32), tf.cast(accuracy, tf.float32), gradients
+        return tf.stack([tf.cast(part, tf.float32) for part in measured]), gradients
 
 
 class LossScale:
