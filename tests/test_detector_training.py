@@ -178,16 +178,16 @@ for name, devices in (("one", ["CPU:0"]), ("two", ["CPU:0", "CPU:1"])):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("execution", "bound"), [("float64", 1e-6), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("execution", "bound"), [("float64", 1e-5), ("bfloat16", 0.1)])
 def test_a_run_on_two_devices_is_that_on_one(folder: Path, tmp_path: Path, execution: str, bound: float) -> None:
-    """With batch norm measured anew; in bfloat16 with a step in two parts. Weights of runs are saved in float32."""
+    """With batch norm measured anew, in float32; in bfloat16 with a step in two parts."""
     code = RUNS.format(tests=str(ROOT / "tests"), folder=str(folder), to=str(tmp_path), execution=execution)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (list(np.load(tmp_path / name / "weights.npz").values()) for name in ("one", "two"))
     for ours, theirs in zip(one, two, strict=True):
         assert np.isfinite(ours).all()
-        assert np.linalg.norm(ours - theirs) <= bound * max(np.linalg.norm(ours), 1e-3)
+        assert np.linalg.norm(ours - theirs) <= bound * max(np.linalg.norm(ours), 0.05)
 
 
 def test_rates_fall_in_steps() -> None:

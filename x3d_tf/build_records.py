@@ -46,6 +46,7 @@ from x3d_tf.data.sources import default_splits
 FLAGS = flags.FLAGS
 
 _OF_BOXES = ("proposals", "exclusions", "label_map", "starts_at")
+_MISSING_SHOWN = 10  # classes without a video
 _SMALLEST_OF_X3D_S = 182  # pixels to which it scales the short side; smaller frames would be blown up
 
 
@@ -162,11 +163,15 @@ def summary(result: BuildResult) -> list[str]:
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
-            lines.append(f"  {name} has no {thing} of {len(missing)} classes: {', '.join(missing)}")
+            first = ", ".join(missing[:_MISSING_SHOWN]) + (", ..." if len(missing) > _MISSING_SHOWN else "")
+            lines.append(f"  {name} has no {thing} of {len(missing)} classes: {first}")
     if len(manifest.classes) == 1 and manifest.task == "single_label":
         lines.append("  There is one class only: a network has nothing to tell it from.")
     if result.failures:
-        lines.append(f"  {result.failures} files are left out; {manifest.folder / FAILURES_NAME} gives the reasons")
+        left_out = "videos or key frames" if detects else "files"
+        lines.append(
+            f"  {result.failures} {left_out} are left out; {manifest.folder / FAILURES_NAME} gives the reasons"
+        )
     return [*lines, *_next(manifest, detects)]
 
 

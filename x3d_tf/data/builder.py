@@ -374,7 +374,7 @@ def _encode_or_reason(video: Video, short_side: int, quality: int) -> EncodedVid
     try:
         encoded = encode(video.path, short_side, quality, video.start, video.end)
     except VideoError as error:
-        return error
+        return VideoError(error.path, f"{error.reason} (key frame {video.media_id})") if video.annotation else error
     if video.annotation is not None:
         last = video.start + (len(encoded.frames) - 1) / encoded.fps
         if frame_at(video.annotation.second, video.start, encoded.fps) >= len(encoded.frames):
