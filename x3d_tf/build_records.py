@@ -168,10 +168,8 @@ def summary(result: BuildResult) -> list[str]:
     if len(manifest.classes) == 1 and manifest.task == "single_label":
         lines.append("  There is one class only: a network has nothing to tell it from.")
     if result.failures:
-        left_out = "videos or key frames" if detects else "files"
-        lines.append(
-            f"  {result.failures} {left_out} are left out; {manifest.folder / FAILURES_NAME} gives the reasons"
-        )
+        what = "videos or key frames" if detects else "files"
+        lines.append(f"  {result.failures} {what} are left out; {manifest.folder / FAILURES_NAME} gives the reasons")
     return [*lines, *_next(manifest, detects)]
 
 
