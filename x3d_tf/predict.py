@@ -37,7 +37,9 @@ from x3d_tf.data.video import VideoError
 from x3d_tf.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from x3d_tf.evaluation.acting import Acting, Persons
     from x3d_tf.evaluation.prediction import Prediction
+    from x3d_tf.modeling.detection import Detector
 
 FLAGS = flags.FLAGS
 
@@ -165,7 +167,7 @@ def _act(paths: Sequence[Path]) -> None:
     for output in drawn.values():
         require_free(str(output), FLAGS.overwrite)
     for path in paths:
-        if path.is_dir() or not path.exists():
+        if not path.is_file():
             raise UserError(f"{path} is no file: actions are detected in video files")
     listed = acting.ListedBoxes(FLAGS.boxes, FLAGS.box_score, FLAGS.starts_at) if FLAGS.boxes else None
     if listed and listed.unsure:
@@ -179,12 +181,7 @@ def _act(paths: Sequence[Path]) -> None:
         try:
             if persons is None:
                 raise VideoError(path, f"{FLAGS.boxes} has no boxes of {path.stem}")
-            own = []
-            for each in acting.act_in_video(model, path, persons):
-                own.append(each)
-                for number, actions in enumerate(acting.in_words(each, model.class_names, FLAGS.action_score), 1):
-                    line = ", ".join(actions) or "nothing of which the network is sure"
-                    tqdm.write(f"{path.name}  {each.second:5d} s  person {number}: {line}")
+            own = _act_in(model, path, persons)
             if listed and (late := listed.after(path.stem, len(own))):
                 tqdm.write(f"{path.name}: {late} boxes of {FLAGS.boxes} are of seconds after its last, {len(own) - 1}")
             if drawn:
@@ -201,6 +198,19 @@ def _act(paths: Sequence[Path]) -> None:
         print(f"written: {', '.join(written)}")
     if failures:
         sys.exit(f"{failures} of {len(paths)} files could not be predicted")
+
+
+def _act_in(model: "Detector", path: Path, persons: "Persons") -> "list[Acting]":
+    """What persons do in each second of a video, also printed."""
+    from x3d_tf.evaluation.acting import act_in_video, in_words
+
+    own = []
+    for each in act_in_video(model, path, persons):
+        own.append(each)
+        for number, actions in enumerate(in_words(each, model.class_names, FLAGS.action_score), 1):
+            line = ", ".join(actions) or "nothing of which the network is sure"
+            tqdm.write(f"{path.name}  {each.second:5d} s  person {number}: {line}")
+    return own
 
 
 def _outputs() -> list[str]:
