@@ -164,12 +164,12 @@ from x3d_tf import ModelOptions
 if {execution!r} == "float64":
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
-    execution = test.Execution()
-else:
-    execution = test.Execution(precision={execution!r}, accumulation=2)
+    execution, group = test.Execution(), 2
+else:  # each device has one clip of a part
+    execution, group = test.Execution(precision={execution!r}, accumulation=2), 1
 recipe = test.Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=4, warmup_steps=1, precise_bn_batches=2)
 config = test.config_of(
-    Path({folder!r}), recipe=recipe, execution=execution, model=ModelOptions(dropout=0.0, bn_group=2)
+    Path({folder!r}), recipe=recipe, execution=execution, model=ModelOptions(dropout=0.0, bn_group=group)
 )
 for name, devices in (("one", ["CPU:0"]), ("two", ["CPU:0", "CPU:1"])):
     run = test.train(config, Path({to!r}) / name, strategy=tf.distribute.MirroredStrategy(devices))
