@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -38,6 +39,11 @@ def check_field_types(instance: Any) -> None:
             hint = hints[field.name]
             expected = str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
             raise SettingTypeError(f"{type(instance).__name__}.{field.name} must be {expected}, got {value!r}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first ten of names that may be many, for a message."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _matches(value: object, hint: Any) -> bool:

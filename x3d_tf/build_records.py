@@ -36,7 +36,7 @@ from absl import flags
 from tqdm import tqdm
 
 from x3d_tf import _command
-from x3d_tf._checks import UserError, require
+from x3d_tf._checks import UserError, require, some
 from x3d_tf.data.build_folder import FAILURES_NAME
 from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.key_frames import FIRST_MINUTE
@@ -46,7 +46,6 @@ from x3d_tf.data.sources import default_splits
 FLAGS = flags.FLAGS
 
 _OF_BOXES = ("proposals", "exclusions", "label_map", "starts_at")
-_MISSING_SHOWN = 10  # classes without a video
 _SMALLEST_OF_X3D_S = 182  # pixels to which it scales the short side; smaller frames would be blown up
 
 
@@ -163,8 +162,7 @@ def summary(result: BuildResult) -> list[str]:
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
-            first = ", ".join(missing[:_MISSING_SHOWN]) + (", ..." if len(missing) > _MISSING_SHOWN else "")
-            lines.append(f"  {name} has no {thing} of {len(missing)} classes: {first}")
+            lines.append(f"  {name} has no {thing} of {len(missing)} classes: {some(missing)}")
     if len(manifest.classes) == 1 and manifest.task == "single_label":
         lines.append("  There is one class only: a network has nothing to tell it from.")
     if result.failures:

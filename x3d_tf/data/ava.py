@@ -9,7 +9,7 @@ import io
 import math
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,7 +34,6 @@ NO_ACTION = 0  # in place of the number of an action, which count from 1
 
 LabelMap = Mapping[int, str]  # names of the actions by their numbers
 Kind = Literal["ground truth", "detections"]
-ANY_ACTION: LabelMap = dict.fromkeys(range(1, _MOST_ACTIONS + 1), "")  # for boxes whose actions do not matter
 _COLUMNS = {
     "ground truth": "video_id,timestamp,x1,y1,x2,y2,action_id,person_id",
     "detections": "video_id,timestamp,x1,y1,x2,y2,action_id,score",
@@ -88,7 +87,7 @@ def evaluated_actions() -> dict[int, str]:
 def read_boxes(
     path: str | Path,
     kind: Kind,
-    label_map: LabelMap,
+    label_map: LabelMap | None,
     *,
     seconds: tuple[int, int] = (FIRST_SECOND, LAST_SECOND),
 ) -> BoxTable:
@@ -99,7 +98,8 @@ def read_boxes(
             box of several actions has a row for each. An empty action is that of a box alone, as person detectors give
             them.
         kind: what the last column is.
-        label_map: the actions there are. If it is a part of AVA's, rows of AVA's other actions are left out.
+        label_map: the actions there are. If it is a part of AVA's, rows of AVA's other actions are left out. None where
+            actions do not matter.
         seconds: the first and the last that a timestamp may be.
 
     Raises:
@@ -109,7 +109,8 @@ def read_boxes(
             detections may have none once they are rounded.
     """
     path = Path(path)
-    left_out = _actions_left_out(label_map)
+    known = range(1, _MOST_ACTIONS + 1) if label_map is None else label_map
+    left_out = _actions_left_out(label_map) if label_map is not None else frozenset()
     numbers: dict[KeyFrame, int] = {}
     frames, actions, lines = array("i"), array("i"), array("i")
     coordinates, scores = array("d"), array("d")
@@ -117,7 +118,7 @@ def read_boxes(
     for line in _lines(path, _COLUMNS[kind]):
         frame = KeyFrame(line.video(), line.second(*seconds))
         box = line.box(empty=kind == "detections")
-        action = line.action(label_map, left_out)
+        action = line.action(known, left_out)
         score = line.score() if kind == "detections" else 1.0
         if action is None:
             others += 1
@@ -287,13 +288,13 @@ class _Line(NamedTuple):
         self.check(ordered, f"have a box with x1 {'<=' if empty else '<'} x2 and y1 likewise", self.cells[2:6])
         return x1, y1, x2, y2
 
-    def action(self, label_map: LabelMap, left_out: frozenset[int]) -> int | None:
+    def action(self, known: Container[int], left_out: frozenset[int]) -> int | None:
         """The number of the action; None is one to leave out."""
         text = self.cells[6]
         if not text:
             return NO_ACTION
         action = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
-        if action in label_map:
+        if action in known:
             return action
         self.check(action in left_out, "have an action_id of the label map", text)
         return None

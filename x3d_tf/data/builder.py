@@ -178,13 +178,7 @@ def build_key_frames(
 
 
 def _build(
-    sources: Sources,
-    output: Path,
-    source: str,
-    coding: _Coding,
-    seed: int,
-    draw: dict[str, Any],
-    progress: bool,
+    sources: Sources, output: Path, source: str, coding: _Coding, seed: int, draw: dict[str, Any], progress: bool
 ) -> BuildResult:
     settings: dict[str, int | float | str] = {
         "source": source,

@@ -12,8 +12,7 @@ from typing import Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
 from x3d_tf.data.clips import FrameSampling
-from x3d_tf.data.index import Record, Split, file_of
-from x3d_tf.data.key_frames import key_frame_of
+from x3d_tf.data.index import Record, Split, file_of, video_and_second
 from x3d_tf.data.manifest import Manifest
 
 HELD_OUT = "validation"  # name of the split that is held out of the training videos
@@ -114,7 +113,7 @@ def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
 
 
 def _video_of(media_id: str) -> str:
-    return key_frame_of(media_id).video
+    return video_and_second(media_id)[0]
 
 
 def _drawn_files(records: tuple[Record, ...], file: Callable[[str], str], fraction: float, seed: int) -> set[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from x3d_tf._checks import UserError
+from x3d_tf._checks import UserError, require
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
 
@@ -23,6 +23,22 @@ def piece_name(file: str, start: float | None, end: float | None) -> str:
 def file_of(media_id: str) -> str:
     """The file that a piece is of, by its name as `piece_name` makes it."""
     return re.sub(r"#[\d.e+-]*-[\d.e+-]*$", "", media_id)
+
+
+def key_frame_name(video: str, second: int) -> str:
+    """The name of the record of a key frame: `video,0902`."""
+    return f"{video},{second:04d}"
+
+
+def video_and_second(media_id: str) -> tuple[str, int]:
+    """The video and the second that a key frame is of, by its name as `key_frame_name` makes it.
+
+    Raises:
+        UserError: no name of a key frame.
+    """
+    video, _, second = media_id.rpartition(",")
+    require(second.isdecimal(), "the name of a record of a key frame", "be VIDEO,SECOND", media_id)
+    return video, int(second)
 
 
 class Record(NamedTuple):

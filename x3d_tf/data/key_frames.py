@@ -8,7 +8,6 @@ from pathlib import Path
 
 from x3d_tf._checks import UserError, require
 from x3d_tf.data.ava import (
-    ANY_ACTION,
     NO_ACTION,
     BoxTable,
     KeyFrame,
@@ -18,6 +17,7 @@ from x3d_tf.data.ava import (
     read_exclusions,
     read_label_map,
 )
+from x3d_tf.data.index import key_frame_name, video_and_second
 from x3d_tf.data.sources import Annotation, Box, Sources, Video, in_order
 from x3d_tf.data.video import VideoError
 
@@ -68,7 +68,7 @@ def find_key_frames(
     for split, path in boxes.items():
         truth, of_found = read_boxes(path, "ground truth", actions), (proposals or {}).get(split)
         # a box found is one whatever it is said to do
-        found = read_boxes(of_found, "detections", ANY_ACTION) if of_found else None
+        found = read_boxes(of_found, "detections", None) if of_found else None
         left_out = read_exclusions(exclusions[split]) if exclusions and split in exclusions else set()
         members = splits.setdefault(split, [])
         annotations = _annotations(truth, found, starts_at, (path, of_found))
@@ -98,21 +98,10 @@ def key_frames_of(split: str) -> str:
 
 def _in_order(members: list[Video], seed: int) -> list[Video]:
     """Films shuffled by a hash of their names, the key frames of each in a row: what is read of a file serves all."""
-    names = {key_frame_of(video.media_id).video: video for video in members}
+    names = {video_and_second(video.media_id)[0]: video for video in members}
     films = in_order([video._replace(media_id=name) for name, video in names.items()], seed)
     places = {film.media_id: place for place, film in enumerate(films)}
-    return sorted(members, key=lambda video: (places[key_frame_of(video.media_id).video], video.start))
-
-
-def key_frame_of(media_id: str) -> KeyFrame:
-    """The key frame that a record is of, by its name.
-
-    Raises:
-        UserError: no name of a key frame.
-    """
-    video, _, second = media_id.rpartition(",")
-    require(second.isdecimal(), "the name of a record of a key frame", "be VIDEO,SECOND", media_id)
-    return KeyFrame(video, int(second))
+    return sorted(members, key=lambda video: (places[video_and_second(video.media_id)[0]], video.start))
 
 
 def _files_by_name(videos: Path) -> dict[str, Path]:
@@ -180,7 +169,7 @@ def _video(file: Path, frame: KeyFrame, annotation: Annotation, names: tuple[str
     present = sorted({label for own in annotation.labels for label in own})
     return Video(
         file,
-        f"{frame.video},{frame.second:04d}",
+        key_frame_name(*frame),
         tuple(names[label] for label in present),
         max(annotation.second - MARGIN, 0.0),
         annotation.second + MARGIN,

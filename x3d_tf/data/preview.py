@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from x3d_tf import _plots
 from x3d_tf._checks import require
+from x3d_tf.data.boxes import have_area
 from x3d_tf.data.clips import FrameSampling
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records, place_of, training_dataset
@@ -96,7 +97,7 @@ def save_box_preview(manifest: Manifest, split: str, stream: tf.data.Dataset, pa
     with naming_records():
         for inputs, labels in stream.take(clips).as_numpy_iterator():
             pixels, boxes = np.clip(np.round(inputs["clip"][0]), 0, 255), inputs["boxes"][0]
-            shown = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+            shown = have_area(boxes).numpy()
             lines = []
             for number, (box, own) in enumerate(zip(boxes[shown], labels[0][shown])):
                 name, colour = COLOURS[number % len(COLOURS)]

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import appearing, writing
 from x3d_tf.data import transforms
-from x3d_tf.data.ava import ANY_ACTION, BoxTable, KeyFrame, of_all_actions, read_boxes
+from x3d_tf.data.ava import BoxTable, KeyFrame, of_all_actions, read_boxes
+from x3d_tf.data.boxes import have_area
 from x3d_tf.data.clips import key_frame_indices
 from x3d_tf.data.preview import COLOURS
 from x3d_tf.data.sources import Box
@@ -63,7 +64,7 @@ class ListedBoxes:
     """
 
     def __init__(self, path: str | Path, score: float, starts_at: int = 0) -> None:
-        table = read_boxes(path, "detections", ANY_ACTION, seconds=(starts_at, 10**9 - 1))
+        table = read_boxes(path, "detections", None, seconds=(starts_at, 10**9 - 1))
         self._of: dict[str, dict[int, dict[Box, None]]] = {}  # each box once, whatever it does
         sure = table.scores >= score
         rule = f"have boxes with a score, the last column, of {score:g} or more (--box_score)"
@@ -140,7 +141,7 @@ class PersonDetector:
         rule = "be numbers in 0..1 of the picture, not pixels"
         require(inside, f"detection_boxes of {self._path}", rule, np.array2string(chosen[:1], precision=4))
         chosen = np.clip(chosen, 0, 1).astype(np.float32)
-        return chosen[(chosen[:, 2:] > chosen[:, :2]).all(axis=1)]
+        return chosen[have_area(chosen).numpy()]
 
 
 def act_in_video(model: Detector, path: str | Path, persons: Persons, *, progress: bool = True) -> Iterator[Acting]:

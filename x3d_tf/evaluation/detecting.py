@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
-from x3d_tf.data.ava import EVALUATED, BoxTable, ava_actions, of_all_actions
+from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, of_all_actions
 from x3d_tf.data.boxes import have_area
 from x3d_tf.data.datasets import open_dataset
+from x3d_tf.data.index import video_and_second
 from x3d_tf.data.key_frame_pipeline import evaluation_key_frames, require_proposals
-from x3d_tf.data.key_frames import key_frame_of, key_frames_of
+from x3d_tf.data.key_frames import key_frames_of
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records
 from x3d_tf.evaluation.comparison import describe
@@ -59,7 +60,7 @@ class Detected:
 
     def tables(self, manifest: Manifest, split: str) -> tuple[BoxTable, BoxTable]:
         """Truth and detections as AVA's files have them: each box found has a row for every action."""
-        frames = tuple(key_frame_of(record.media_id) for record in manifest.split(split).records)
+        frames = tuple(KeyFrame(*video_and_second(record.media_id)) for record in manifest.split(split).records)
         count = len(self.truth_labels)
         truth = BoxTable(
             frames,

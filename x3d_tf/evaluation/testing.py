@@ -1,13 +1,12 @@
 """Multi-view testing of a run or of a model file: from what is asked for to a report."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from x3d_tf._checks import UserError, check_field_types, require
+from x3d_tf._checks import UserError, check_field_types, require, some
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.manifest import Manifest
@@ -127,8 +126,8 @@ class Measurement:
         unknown = [name for name in self.manifest.classes if name not in known]
         if unknown:
             raise UserError(
-                f"{folder} has {len(unknown)} classes that the model does not know: {_some(unknown)}; it knows "
-                f"{len(known)}: {_some(known)}. To know them, train from it (TrainConfig.init)"
+                f"{folder} has {len(unknown)} classes that the model does not know: {some(unknown)}; it knows "
+                f"{len(known)}: {some(known)}. To know them, train from it (TrainConfig.init)"
             )
         task = self.model.task
         require(self.manifest.task == task, f"task of {folder}", f"be the model's, {task}", self.manifest.task)
@@ -324,7 +323,3 @@ def report_folder(run: RunFolder, dataset: DatasetSpec, views: int | str) -> Pat
     """Where the report of a test goes by itself; `views` is a number of centre clips, or says it in words."""
     words = f"{views}center" if isinstance(views, int) else views
     return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{words}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

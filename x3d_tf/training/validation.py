@@ -8,7 +8,7 @@ import numpy as np
 from x3d_tf._checks import UserError
 from x3d_tf.data.clips import ViewSpec
 from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.data.key_frames import key_frame_of
+from x3d_tf.data.index import video_and_second
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.detecting import score_split
 from x3d_tf.evaluation.metrics import mean_average_precision, top_k_accuracy
@@ -86,7 +86,7 @@ class DetectorValidation:
     def __init__(self, model: Detector, manifest: Manifest, split: str, detection: Detection) -> None:
         every = detection.validation_every
         records = manifest.split(split).records
-        taken = [record for record in records if key_frame_of(record.media_id).second % every == 0]
+        taken = [record for record in records if video_and_second(record.media_id)[1] % every == 0]
         if not taken:
             of_these = f" whose seconds {every} divides" if every > 1 else ""
             raise UserError(f"split {split!r} of {manifest.folder} holds no records{of_these} to validate on")
