@@ -1,0 +1,224 @@
+"""Gives training .gin files that try to run code, to hang or to exhaust memory: each must end in one line.
+
+The named ones go to the command, with a module at hand that leaves a canary file behind if it is imported. --count
+random mutants of the package's own recipes are parsed in a worker process; they must be refused in one line or be a
+recipe.
+
+  python tests/trials/hostile_recipes.py --count=300 --seed=0
+"""
+
+import os
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, Broke, Report, Worker, arguments, outcome_of, refused, run, scratch
+
+GOOD = (ROOT / "gin" / "x3d_s.gin").read_text()
+DYNAMIC = "from __gin__ import dynamic_registration\n"
+CANARY = "canary"
+TOUCH = f"touch {CANARY}"
+
+# what runs code: name -> files, of which evil.gin is the one given
+CODE: dict[str, dict[str, str]] = {
+    "import": {"evil.gin": f"import evilmod\n{GOOD}"},
+    "import after bindings": {"evil.gin": f"{GOOD}\nimport evilmod\n"},
+    "import as": {"evil.gin": f"import evilmod as fine\n{GOOD}"},
+    "from import": {"evil.gin": f"from evilmod import name\n{GOOD}"},
+    "import of a package's module": {"evil.gin": f"import evilpack.evilmod\n{GOOD}"},
+    "import of what is loaded": {"evil.gin": f"import os\n{GOOD}"},
+    "import in an include": {"evil.gin": f"include 'other.gin'\n{GOOD}", "other.gin": "import evilmod\n"},
+    "import two includes deep": {
+        "evil.gin": "include 'a.gin'\n",
+        "a.gin": f"{GOOD}\ninclude 'b.gin'\n",
+        "b.gin": "import evilmod\n",
+    },
+    "dynamic registration, subprocess": {
+        "evil.gin": f"{DYNAMIC}import subprocess\nimport x3d_tf.runs.recipe\n{GOOD}"
+        f"subprocess.getoutput.cmd = '{TOUCH}'\nTrainConfig.init = @subprocess.getoutput()\n"
+    },
+    "dynamic registration, os": {
+        "evil.gin": f"{DYNAMIC}import os\n{GOOD}os.system.command = '{TOUCH}'\nTrainConfig.seed = @os.system()\n"
+    },
+    "dynamic registration in an include": {
+        "evil.gin": f"include 'other.gin'\n{GOOD}",
+        "other.gin": f"{DYNAMIC}import subprocess\nsubprocess.getoutput.cmd = '{TOUCH}'\n"
+        "TrainConfig.init = @subprocess.getoutput()\n",
+    },
+    "reference to gin's own": {"evil.gin": f"{GOOD}\nTrainConfig.init = @gin.singleton()\n"},
+    "reference to a singleton": {
+        "evil.gin": f"{GOOD}\nTrainConfig.init = @x/singleton()\nx/singleton.constructor=@a\n"
+    },
+    "expression": {"evil.gin": f"{GOOD}\nRecipe.steps = __import__('os').system('{TOUCH}')\n"},
+    "lambda": {"evil.gin": f"{GOOD}\nRecipe.steps = (lambda: 1)()\n"},
+}
+
+# what hangs, exhausts memory or breaks the parser
+BROKEN: dict[str, dict[str, str | bytes]] = {
+    "includes itself": {"evil.gin": "include 'evil.gin'\n"},
+    "includes in a circle": {"evil.gin": "include 'a.gin'\n", "a.gin": "include './evil.gin'\n"},
+    "nests 50 includes": {
+        "evil.gin": "include '1.gin'\n",
+        **{f"{number}.gin": f"include '{number + 1}.gin'\n" for number in range(1, 50)},
+        "50.gin": GOOD,
+    },
+    "includes an endless file": {"evil.gin": "include '/dev/zero'\n"},
+    "includes a file of the system": {"evil.gin": f"include '/etc/passwd'\n{GOOD}"},
+    "includes what lies above": {"evil.gin": f"include '../above.gin'\n{GOOD}"},
+    "includes a folder": {"evil.gin": f"include '.'\n{GOOD}"},
+    "includes nothing": {"evil.gin": f"include ''\n{GOOD}"},
+    "deep brackets": {"evil.gin": f"{GOOD}\nRecipe.decay_steps = {'(' * 5000}{')' * 5000}\n"},
+    "deep lists": {"evil.gin": f"{GOOD}\nRecipe.decay_steps = {'[' * 100_000}\n"},
+    "open bracket": {"evil.gin": f"{GOOD}\nRecipe.decay_steps = (1,\n"},
+    "open string": {"evil.gin": f"{GOOD}\nTrainConfig.init = '''abc\n"},
+    "open quote": {"evil.gin": f"{GOOD}\nTrainConfig.init = 'abc\n"},
+    "unknown name": {"evil.gin": f"{GOOD}\nRecipe.steps = unknown\n"},
+    "unknown macro": {"evil.gin": f"{GOOD}\nRecipe.steps = %unknown\n"},
+    "macro of itself": {"evil.gin": f"{GOOD}\na = %b\nb = %a\nRecipe.steps = %a\n"},
+    "reference to itself": {"evil.gin": f"{GOOD}\nTrainConfig.recipe = @TrainConfig()\n"},
+    "indentation": {"evil.gin": f"{GOOD}\n   Recipe.steps = 5\n \tRecipe.batch = 2\n"},
+    "zero bytes": {"evil.gin": b"\0" * 100},
+    "no UTF-8": {"evil.gin": b"\xff\xfe\xfa" + GOOD.encode()},
+    "terminal's escapes": {"evil.gin": f"{GOOD}\nRecipe.\x1b]0;title\x07steps = 5\n"},
+    "escapes in a value": {"evil.gin": f"{GOOD}\nTrainConfig.init = 'a\x1b[2Jb'\n"},
+    "20 MB": {"evil.gin": "# filler\n" * 2_000_000 + "Recipe.steps = unknown\n"},
+    "number of 10,000 digits": {"evil.gin": f"{GOOD}\nRecipe.steps = {'9' * 10_000}\n"},
+    "number beyond any": {"evil.gin": f"{GOOD}\nRecipe.learning_rate = 1e999\n"},
+    "network beyond any": {"evil.gin": f"{GOOD}\nExpansion.gamma_d = 1e9\n"},
+    "clip beyond any": {"evil.gin": f"{GOOD}\nExpansion.gamma_t = 1000000000000\n"},
+    "scope": {"evil.gin": f"{GOOD}\nevil/Recipe.steps = 5\n"},
+}
+
+BINDINGS = {
+    "binding that imports": ["import evilmod"],
+    "binding that imports in its second line": ["Recipe.steps=5\nimport evilmod"],
+    "binding that includes": ["include 'other.gin'"],
+    "bindings of dynamic registration": [
+        DYNAMIC.strip(),
+        "import subprocess",
+        f"subprocess.getoutput.cmd='{TOUCH}'",
+        "TrainConfig.init=@subprocess.getoutput()",
+    ],
+}
+
+
+def prepare(folder: Path, files: dict[str, Any]) -> Path:
+    """Writes the files of a trial beside the module that leaves the canary."""
+    evil = "import pathlib\npathlib.Path('canary').touch()\nname = 1\n"
+    for name, content in {
+        "evilmod.py": evil,
+        "evilpack/__init__.py": evil,
+        "evilpack/evilmod.py": evil,
+        **files,
+    }.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder.parent / "above.gin").write_text("import evilmod\n")
+    return folder
+
+
+def attempt(report: Report, folder: Path, files: dict[str, Any], bindings: list[str]) -> str | None:
+    """One command; the trial's folder is on its path, as the folder is in which it runs."""
+    prepare(folder, files)
+    words = [f"--gin_bindings={binding}" for binding in bindings]
+    ended = run(
+        "x3d_tf.train",
+        "--gin_file=evil.gin",
+        *words,
+        f"--workdir={folder / 'run'}",
+        folder=folder,
+        seconds=report.chosen.seconds,
+        megabytes=1500,
+    )
+    if (folder / CANARY).exists():
+        return "CODE WAS RUN: the canary file is there"
+    return refused(ended)
+
+
+def pipe(report: Report, folder: Path) -> str | None:
+    """A named pipe that nobody writes to, as the recipe."""
+    folder.mkdir()
+    os.mkfifo(folder / "evil.gin")
+    return attempt_of_path(report, folder, "evil.gin")
+
+
+def attempt_of_path(report: Report, folder: Path, path: str) -> str | None:
+    folder.mkdir(exist_ok=True)
+    words = (f"--gin_file={path}", f"--workdir={folder / 'run'}")
+    return refused(run("x3d_tf.train", *words, folder=folder, seconds=report.chosen.seconds, megabytes=1500))
+
+
+def parser() -> Callable[[str], tuple[str, str]]:
+    """In the worker: returns what parses a file."""
+    from x3d_tf import configs
+
+    return lambda path: outcome_of(lambda: configs.parse([path]).config)
+
+
+def mutants(report: Report, folder: Path) -> None:
+    """Random mutants: bytes replaced, lines dropped, doubled, swapped, words of gin put in."""
+    reader = Worker(parser, seconds=10, megabytes=1000)
+    words = [
+        "include ",
+        "import os\n",
+        "from ",
+        "@",
+        "%",
+        "(",
+        ")",
+        "'",
+        '"',
+        "\\\n",
+        "\t",
+        "=",
+        "#",
+        "\0",
+        "1e9",
+        "-",
+        "/",
+    ]
+    recipes = sorted((ROOT / "gin").rglob("*.gin"))
+    for number in range(report.chosen.count):
+        draw = random.Random(f"{report.chosen.seed}/{number}")
+        text = list(draw.choice(recipes).read_text())
+        for _ in range(draw.randint(1, 6)):
+            place = draw.randrange(len(text))
+            text[place : place + draw.choice((0, 1, 1, 5))] = draw.choice([*words, chr(draw.randrange(256))])
+        path = folder / "mutant.gin"
+        path.write_text("".join(text), encoding="utf-8", errors="replace")
+        try:
+            kind, told = reader.ask(str(path))
+            report.note(f"mutants that were {'recipes' if kind == 'gives' else 'refused'}")
+            odd = "\n" in told if kind == "refuses" else False
+            problem = f"ends in a traceback: {told}" if kind == "breaks" else "not one line" if odd else None
+        except Broke as error:
+            problem = f"the parser {error}"
+        report.add(f"mutant {number}", problem)
+    reader.close()
+
+
+def main() -> None:
+    """Runs the trials."""
+    report = Report("hostile_recipes", arguments(__doc__ or "", count=300, seconds=45))
+    with scratch() as folder:
+        files: dict[str, dict[str, Any]] = {**CODE, **BROKEN}
+        named: list[tuple[str, dict[str, Any], list[str]]] = [(name, files[name], []) for name in files]
+        other = {"evil.gin": GOOD, "other.gin": "import evilmod\n"}
+        named += [(name, other, bindings) for name, bindings in BINDINGS.items()]
+        trials = [
+            (name, partial(attempt, report, folder / str(number), written, bindings))
+            for number, (name, written, bindings) in enumerate(named)
+        ]
+        trials.append(("a pipe", partial(pipe, report, folder / "pipe")))
+        trials += [(path, partial(attempt_of_path, report, folder / "path", path)) for path in ("/dev/zero", "/", "")]
+        report.run(trials)
+        if not report.chosen.only or report.chosen.only in "mutant":
+            mutants(report, folder)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
