@@ -67,7 +67,7 @@ def _jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, 
     """A JPEG file of the image, and its height and width."""
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:  # no other decoder of Pillow
             height, width = image.height, image.width
             if min(height, width) <= short_side and image.format == "JPEG" and image.mode == "RGB":
                 image.load()  # raises where it is damaged
