@@ -24,6 +24,7 @@ from x3d_tf.modeling.expansion import Task
 COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two have to be there
 LABEL_SEPARATOR = ";"
 Box = tuple[float, float, float, float]
+State = tuple[int, int]  # size and time of a file, or what stands for them: equal while the content is
 _LONGEST = 1e6  # seconds of a video that a list may name: beyond, times have no precision of a frame
 SPLIT_NAMES = ("train", "val", "test")  # that a csv file's column may hold without their being named
 
@@ -58,6 +59,7 @@ class Video(NamedTuple):
         start: seconds of the file to leave out at the beginning.
         end: second of the file to stop before; None is its end.
         annotation: of one of the frames between, where a record is of that.
+        state: of the file when the build began, to notice a change; None where that does not matter.
     """
 
     path: Path
@@ -66,6 +68,7 @@ class Video(NamedTuple):
     start: float = 0.0
     end: float | None = None
     annotation: Annotation | None = None
+    state: State | None = None
 
 
 @dataclass(frozen=True)
