@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ BUILD_NAME = "build.json"
 FAILURES_NAME = "failures.csv"
 STATE_NAME = ".build"
 
+_STAT_THREADS = 16  # a network disk answers late; AVA's frames are 12 million files
 _STATE = slice(5, 7)  # where size and time of its file stand in the description of a record
 
 
@@ -141,8 +143,9 @@ def opened(root: Path, settings: dict[str, Any], sources: Sources) -> Iterator[B
             or another process builds into it.
         WriteError: it cannot be written.
     """
-    paths = {video.path for videos in sources.splits.values() for video in videos}
-    states = {path: state_of(path) for path in paths}
+    paths = list({video.path for videos in sources.splits.values() for video in videos})
+    with ThreadPoolExecutor(_STAT_THREADS) as threads:
+        states = dict(zip(paths, threads.map(state_of, paths), strict=True))
     wanted = {"settings": settings, "classes": list(sources.classes), "videos": _described(sources, states)}
     folder = BuildFolder(root, states)
     if root.exists() and not root.is_dir():
