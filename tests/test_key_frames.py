@@ -453,3 +453,11 @@ def test_names_of_key_frames_that_are_none(second: str) -> None:
     with pytest.raises(UserError, match="the name of a record of a key frame must be VIDEO,SECOND, got 'film,"):
         video_and_second(f"film,{second}")
     assert video_and_second("a,film,0902") == ("a,film", 902)
+
+
+def test_an_action_that_is_called_as_a_missing_one_would_be(folder: Path, tmp_path: Path) -> None:
+    """Else the manifest would have a class twice, which is an error only once all videos are decoded."""
+    (tmp_path / "map.pbtxt").write_text('item { name: "action 2" id: 1 }\nitem { name: "run" id: 12 }')
+    (tmp_path / "train.csv").write_text(f"film,0902,{A},12,0\n")
+    with pytest.raises(UserError, match=r"label_map must name no action as .*, got \['action 2'\]"):
+        find_key_frames(folder / "videos", {"train": tmp_path / "train.csv"}, label_map=tmp_path / "map.pbtxt")
