@@ -9,6 +9,7 @@ import pytest
 from x3d_tf._checks import UserError
 from x3d_tf.data.ava import (
     NO_ACTION,
+    BoxTable,
     KeyFrame,
     ava_actions,
     evaluated_actions,
@@ -62,6 +63,10 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
         (ROW.replace("0902", "901"), "have a timestamp in 902..1798, whole seconds, got '901'"),
         (ROW.replace("0902", "1799"), "have a timestamp in 902..1798, whole seconds, got '1799'"),
         (ROW.replace("0902", "1e3"), "have a timestamp in"),
+        (ROW.replace("0902", "1_000"), "have a timestamp in"),
+        (ROW.replace("0902", "9" * 5000), "have a timestamp in"),
+        (ROW.replace("0.1", "0_0.1"), "have a box inside the frame"),
+        (ROW.replace("0.4", "1e999"), "have a box inside the frame"),
         (ROW.replace("0902", "٣٣٣٣".encode().decode("latin-1")), "have a timestamp in"),
         (ROW.replace("0.3", "1.3"), "have a box inside the frame, x1,y1,x2,y2 in 0..1"),
         (ROW.replace("0.2", "-0.2"), "have a box inside the frame"),
@@ -136,6 +141,19 @@ def test_label_maps_of_both_spellings(tmp_path: Path, key: str) -> None:
         ('item { name: "a" }', "line 1 must hold name:"),
         ("item { id: 1 }", "line 1 must hold name:"),
         ('item { name: "a" id: 0 }', "line 1 must have an id in 1..100000, got 0"),
+        ('item { name: "a" id: -1 }', "line 1 must have an id in 1..100000, got -1"),
+        ('item { name: "a" id: 1_0 }', "line 1 must have an id in 1..100000, got 1_0"),
+        ('item { name: "a" id: 1e1 }', "line 1 must have an id in 1..100000, got 1e1"),
+        ('item { name: "a" id: }', "line 1 must have an id in 1..100000, got "),
+        (
+            'item { name: "a" id: 1 }\nitem {\n name: "b" id: ' + "9" * 5000 + " }",
+            "line 2 must have an id in 1..100000",
+        ),
+        ('item { name: "a" id: 1 }\nitem { name: "a\rb" id: 2 }', "line 2 must name a class in one line of text"),
+        ('item { name: "" id: 2 }', "line 1 must name a class in one line of text"),
+        ("item { " * 100_000, "line 1 must be items"),
+        ('item { name: "a" id: 1 }\n' + " " * 100_000 + "x", "line 2 must be items"),
+        ('item { name: "a" ' + "x " * 300_000, "line 1 must be items"),
         ('item { name: "a" id: 1 }\nitem { name: "b" id: 1 }', "line 2 must have an id of its own, got 1"),
         ('item { name: "a" id: 1 }\nitem { name: "a" id: 2 }', "line 2 must have a name of its own, got 'a'"),
     ],
@@ -145,6 +163,33 @@ def test_bad_label_maps(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         read_label_map(path)
     assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_hundred_thousand_actions(tmp_path: Path) -> None:
+    """Takes minutes where the lines before an item, or the names, are gone through for each."""
+    text = "".join(f'item {{\n  name: "action {n}"\n  id: {n}\n}}\n' for n in range(1, 100_001))
+    with pytest.raises(UserError, match="line 400001 must have an id of its own, got 7"):
+        read_label_map(written(tmp_path / "a.pbtxt", text + "item { name: 'more' id: 7 }"))
+
+
+@pytest.mark.parametrize(
+    "video", ["-5KQ66BBWC4", "=cmd|' /C calc'!A0", "'-abc", "'=x", "a,b", "+1", "@x", "c\rd", 'q"']
+)
+def test_names_of_videos_are_read_back_as_they_were(tmp_path: Path, video: str) -> None:
+    table = BoxTable(
+        (KeyFrame(video, 902),),
+        np.zeros(1, np.int32),
+        np.array([[0.1, 0.2, 0.3, 0.4]]),
+        np.ones(1, np.int32),
+        np.array([-0.25]),
+        np.zeros(1, np.int32),
+    )
+    write_detections(tmp_path / "a.csv", table)
+    text = (tmp_path / "a.csv").read_bytes().decode()
+    assert text.startswith("-5KQ66BBWC4,") == (video == "-5KQ66BBWC4")  # AVA's evaluators look for the name
+    assert text.endswith(("1,-0.2500\n", '"1","-0.2500"\n'))
+    assert (text[0], text[:2]) not in {("=", text[:2]), ("+", text[:2]), ("@", text[:2])}
+    assert read_boxes(tmp_path / "a.csv", "detections", ACTIONS).key_frames == table.key_frames
 
 
 def test_actions_of_ava_that_a_part_of_its_label_map_lacks_are_left_out(tmp_path: Path) -> None:

@@ -7,11 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from video_fixtures import die_on_three, numbered_frames, write_video
+from video_fixtures import (
+    DiesAtStart,
+    die_on_three,
+    hang_where_marked,
+    numbered_frames,
+    trouble_by_name,
+    write_video,
+)
 
+from x3d_tf._checks import UserError
 from x3d_tf.build_records import summary
-from x3d_tf.data import index
-from x3d_tf.data.builder import build_records, encode_all
+from x3d_tf.data import builder, encoding, frame_folders, index
+from x3d_tf.data.builder import build_records
+from x3d_tf.data.encoding import Retryable, encode_all, state_of
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Video, find_videos
 from x3d_tf.data.video import EncodedVideo, VideoError
@@ -61,9 +70,9 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
     monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     for workers in (1, 3):
         build_records(clips, tmp_path / str(workers), split=0.4, workers=workers, progress=False)
-    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    files = sorted(path.name for path in (tmp_path / "1").iterdir() if path.is_file())
     assert len([name for name in files if name.endswith(".tfrecord")]) > 2
-    assert files == sorted(path.name for path in (tmp_path / "3").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "3").iterdir() if path.is_file())
     for name in files:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
@@ -121,6 +130,14 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
         (["notes"], {}, "holds no folder with files for each class"),
         (["a/1"], {}, "none of the 1 videos can be read; the reasons are in"),
         (["a/1", "out/1"], {}, "output: .*out is not empty"),
+        (["a/1"], {"split": 0.2}, "split test has no videos. Give it some, or leave it out with --splits"),
+        (
+            ["one/a/1", "two/notes"],
+            {"splits": ["one", "two"]},
+            "split two has no videos: 1 entries cannot be used, such as .*two/notes: is not in a class folder",
+        ),
+        (["a/1"], {"timeout": 0.0}, "timeout must be above 0 and at most 1,000,000 seconds, got 0"),
+        (["a/1"], {"timeout": float("inf")}, "timeout must be above 0 and at most 1,000,000 seconds, got inf"),
         (["a/1"], {"quality": 96}, "quality must be in 1..95, got 96"),
         (["a/1"], {"short_side": 0}, "short_side must be at least 1 pixel, got 0"),
         (["a/1"], {"workers": 0}, "workers must be at least 1, got 0"),
@@ -194,6 +211,88 @@ def test_a_file_that_kills_its_worker_is_left_out() -> None:
             assert isinstance(result, EncodedVideo)
             assert result.frames == [str(number).encode()]
     assert len(results) == 8
+
+
+def test_trouble_with_one_video_is_that_videos(tmp_path: Path) -> None:
+    names = ["first", "hangs", "changes", "replaced", "memory", "last"]
+    videos = []
+    for path in (tmp_path / name for name in names):
+        path.write_text("video")
+        videos.append(Video(path, "", (), state=state_of(path)))
+    (tmp_path / "replaced").write_text("other")
+    os.utime(tmp_path / "replaced", ns=(0, 0))
+    results = dict(zip(names, encode_all(videos, trouble_by_name, workers=2, timeout=3), strict=True))
+    for name in ("first", "last"):
+        assert results[name] == EncodedVideo([name.encode()], 30.0)
+    failures = {name: result for name, result in results.items() if isinstance(result, VideoError)}
+    assert {name: failure.reason for name, failure in failures.items()} == {
+        "hangs": "takes longer than 3 s (--timeout)",
+        "changes": "changed while the records were built",
+        "replaced": "changed while the records were built",
+        "memory": "takes more memory than there is",
+    }
+    assert [name for name, failure in failures.items() if isinstance(failure, Retryable)] == names[1:4]
+
+
+def test_a_fault_of_the_package_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="a fault") as caught:
+        list(encode_all([Video(Path("fault"), "", ())], trouble_by_name, workers=1))
+    assert "trouble_by_name" in caught.value.__notes__[0]
+
+
+def test_a_worker_that_cannot_start_is_no_fault_of_the_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = [Video(Path(str(number)), "", ()) for number in range(3)]
+    with pytest.raises(UserError, match="a worker process cannot start: its process ended with status 3 before it was"):
+        list(encode_all(videos, DiesAtStart(), workers=2))
+
+    def no_memory(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(encoding, "Answering", no_memory)
+    with pytest.raises(UserError, match="a worker process cannot be started: Cannot allocate memory; use fewer"):
+        list(encode_all(videos, die_on_three, workers=2))
+
+
+def test_a_video_that_hangs_is_listed_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/first", "a/hangs", "b/last"):
+        write_video(tmp_path / "in" / f"{name}.mp4", numbered_frames(3))
+    (tmp_path / "in" / ".hang").touch()
+    monkeypatch.setattr(builder, "encode_or_reason", hang_where_marked)
+
+    def build(output: Path) -> builder.BuildResult:
+        return build_records(tmp_path / "in", output, workers=1, timeout=3, progress=False)
+
+    result = build(tmp_path / "out")
+    assert names(result.manifest, "train") == {"a/first.mp4", "b/last.mp4"}
+    assert (result.failures, result.to_retry) == (1, 1)
+    assert "hangs.mp4,takes longer than 3 s (--timeout)" in (tmp_path / "out" / "failures.csv").read_text()
+    assert any("1 of them took too long" in line for line in summary(result))
+    (tmp_path / "in" / ".hang").unlink()
+    again = build(tmp_path / "out")
+    assert (again.failures, again.to_retry, again.was_finished) == (0, 0, False)
+    fresh = build(tmp_path / "fresh")
+    assert again.manifest.splits == fresh.manifest.splits
+    for path in (tmp_path / "fresh").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert build(tmp_path / "out").was_finished
+
+
+def test_folders_of_frames_that_change_are_noticed(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.jpg").write_text("frame")
+    (tmp_path / "notes").touch()
+    state = state_of(tmp_path)
+    frame_folders._listed.cache_clear()
+    assert frame_folders.is_unchanged(tmp_path, state, 0.0, None)
+    (tmp_path / "notes").write_text("not a frame")
+    assert state_of(tmp_path) == state
+    (tmp_path / "40.jpg").write_text("another")  # in place: the folder itself does not change
+    assert state_of(tmp_path) != state
+    assert frame_folders.is_unchanged(tmp_path, state, 0.0, 1.0)  # frames 0 to 29
+    assert not frame_folders.is_unchanged(tmp_path, state, 1.0, 2.0)
+    frame_folders._listed.cache_clear()
+    assert not frame_folders.is_unchanged(tmp_path, state, 0.0, 1.0)  # a process that lists the folder now
+    assert not frame_folders.is_unchanged(tmp_path / "gone", state, 0.0, None)
 
 
 def command(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -21,6 +21,7 @@ from x3d_tf.data.builder import build_key_frames
 from x3d_tf.data.clips import key_frame_indices
 from x3d_tf.data.datasets import DatasetSpec, hold_out
 from x3d_tf.data.frame_folders import encode_folder
+from x3d_tf.data.index import video_and_second
 from x3d_tf.data.key_frame_pipeline import evaluation_key_frames
 from x3d_tf.data.key_frame_pipeline import training_key_frames as train_clips
 from x3d_tf.data.key_frames import find_key_frames
@@ -434,3 +435,29 @@ def test_images_are_ordered_by_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "cover.jpg").write_bytes((tmp_path / "1.jpg").read_bytes())
     with pytest.raises(VideoError, match="does not end with a number"):
         encode_folder(tmp_path)
+
+
+def test_only_jpeg_and_png_are_read(tmp_path: Path) -> None:
+    """Pillow has decoders of some forty formats, which a name does not keep it from using."""
+    Image.fromarray(numbered_frames(1)[0]).save(tmp_path / "1.png")
+    assert len(encode_folder(tmp_path).frames) == 1
+    for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "EPS"):
+        (tmp_path / form).mkdir()
+        Image.fromarray(numbered_frames(1)[0]).save(tmp_path / form / "1.jpg", form)
+        with pytest.raises(VideoError, match="cannot be read as an image: cannot identify image file"):
+            encode_folder(tmp_path / form)
+
+
+@pytest.mark.parametrize("second", ["", "-1", "1_0", "９", "9" * 5000, "9" * 30])
+def test_names_of_key_frames_that_are_none(second: str) -> None:
+    with pytest.raises(UserError, match="the name of a record of a key frame must be VIDEO,SECOND, got 'film,"):
+        video_and_second(f"film,{second}")
+    assert video_and_second("a,film,0902") == ("a,film", 902)
+
+
+def test_an_action_that_is_called_as_a_missing_one_would_be(folder: Path, tmp_path: Path) -> None:
+    """Else the manifest would have a class twice, which is an error only once all videos are decoded."""
+    (tmp_path / "map.pbtxt").write_text('item { name: "action 2" id: 1 }\nitem { name: "run" id: 12 }')
+    (tmp_path / "train.csv").write_text(f"film,0902,{A},12,0\n")
+    with pytest.raises(UserError, match=r"label_map must name no action as .*, got \['action 2'\]"):
+        find_key_frames(folder / "videos", {"train": tmp_path / "train.csv"}, label_map=tmp_path / "map.pbtxt")

@@ -18,6 +18,7 @@ from test_transforms import naive_resize
 from video_fixtures import numbered_frames, write_records, write_video
 
 import x3d_tf
+from x3d_tf import _csv
 from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
 from x3d_tf.data.pipeline import evaluation_dataset
 from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
@@ -368,6 +369,21 @@ def test_an_empty_document_is_json(tmp_path: Path) -> None:
     with json_document(tmp_path / "a.json", {}, ("a",)):
         pass
     assert json.loads((tmp_path / "a.json").read_text()) == {"classes": ["a"], "predictions": []}
+
+
+def test_names_in_the_table_are_no_formulas(tmp_path: Path) -> None:
+    names = ("=run", "-jump")
+    with csv_table(tmp_path / "a.csv", names) as add:
+        add(Prediction(Path("=x.mp4"), 0.0, 1.0, np.float32([0.25, 0.75]), RESULTS[0].thumbnails))
+        add(VideoError("@y.mp4", "+bad"))
+    text = (tmp_path / "a.csv").read_text()
+    assert text.splitlines()[1:] == ["'=x.mp4,0.000,1.000,'-jump,,0.25,0.75", "'@y.mp4,,,,'+bad,,"]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(_csv.dicts(file))
+    assert [(row["video"], row["predicted"], row["error"]) for row in rows] == [
+        ("=x.mp4", "-jump", ""),
+        ("@y.mp4", "", "+bad"),
+    ]
 
 
 @pytest.mark.parametrize(

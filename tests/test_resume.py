@@ -18,10 +18,13 @@ from x3d_tf.build_records import summary
 from x3d_tf.data import builder, index
 from x3d_tf.data.build_folder import opened
 from x3d_tf.data.builder import BuildResult, build_records
+from x3d_tf.data.encoding import Retryable
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Video, find_videos
 from x3d_tf.data.verify import verify_records
 from x3d_tf.data.video import EncodedVideo, VideoError
+
+SLOW: set[str] = set()  # names of videos that take too long
 
 
 @pytest.fixture
@@ -40,13 +43,18 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     decoded: list[str] = []
     pictures = noise_video(0, 9)
 
-    def encode_all(videos: Sequence[Video], encode: Any, workers: int) -> Iterator[EncodedVideo | VideoError]:
+    def encode_all(videos: Sequence[Video], *_: object) -> Iterator[EncodedVideo | VideoError]:
         for video in videos:
             decoded.append(video.path.name)
             number = int(video.path.name[-1])
-            bad = video.path.name.startswith("bad")
-            yield VideoError(video.path, "is bad") if bad else EncodedVideo(pictures.frames[: number + 1], 30.0)
+            if video.path.name in SLOW:
+                yield Retryable(video.path, "is slow")
+            elif "bad" in video.path.read_text():
+                yield VideoError(video.path, "is bad")
+            else:
+                yield EncodedVideo(pictures.frames[: number + 1], 30.0)
 
+    SLOW.clear()
     monkeypatch.setattr(builder, "encode_all", encode_all)
     monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     return decoded
@@ -108,7 +116,7 @@ def test_a_build_that_was_stopped_anywhere_ends_as_if_it_was_not(
         decoding.clear()
         result = build(videos, output)
         assert content(output) == expected
-        assert not (output / ".build").exists()
+        assert {path.stem for path in output.glob(".build/*.json")} == set(sizes)  # one video failed
         assert (result.manifest.splits, result.failures) == (whole.manifest.splits, whole.failures)
         assert len(decoding) == (0 if finished else sum(count for name, count in sizes.items() if name not in noted))
     assert stops >= 2 * (2 + 2 * 4 + 1)  # build.json, failures.csv; each shard and its note; manifest.json
@@ -196,6 +204,88 @@ def test_other_videos_make_another_build(videos: Path, decoding: list[str], tmp_
         build(videos, tmp_path / "out")
     (videos / "test" / "run" / "6").unlink()
     assert build(videos, tmp_path / "out").was_finished
+
+
+def test_videos_that_took_too_long_are_tried_again(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(videos, tmp_path / "whole")
+    expected = content(tmp_path / "whole")
+    for number in range(100):
+        output = tmp_path / str(number)
+        SLOW.update(("1", "4"))
+        first = build(videos, output)
+        assert (first.failures, first.to_retry) == (4, 2)
+        SLOW.clear()
+        go_on = stop_at(monkeypatch, number, before=number % 2 == 0)
+        try:
+            build(videos, output)
+            break
+        except KeyboardInterrupt:
+            go_on()
+        result = build(videos, output)
+        assert content(output) == expected
+        assert (result.failures, result.to_retry) == (2, 0)
+        decoding.clear()
+        assert build(videos, output).was_finished and not decoding
+    go_on()
+    assert content(output) == expected
+    assert number > 4
+
+
+def test_a_failed_video_that_is_mended_is_tried_again(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(videos, tmp_path / "out")
+    decoding.clear()
+    assert build(videos, tmp_path / "out").was_finished and not decoding
+    (videos / "train" / "jump" / "bad 3").write_text("mended")
+    again = build(videos, tmp_path / "out")
+    assert not again.was_finished and "bad 3" in decoding and len(decoding) <= 2
+    build(videos, tmp_path / "fresh")
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_a_mended_video_and_a_kill_at_any_moment(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = videos / "train" / "jump" / "bad 3"
+    before, status = bad.read_text(), bad.stat()
+    expected: dict[str, bytes] = {}
+    for number in range(100):
+        bad.write_text(before)
+        os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))
+        output = tmp_path / str(number)
+        build(videos, output)
+        bad.write_text("mended")
+        os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns + 5))
+        if not expected:
+            build(videos, tmp_path / "fresh")
+            expected = content(tmp_path / "fresh")
+        go_on = stop_at(monkeypatch, number, before=number % 2 == 0)
+        try:
+            build(videos, output)
+            break
+        except KeyboardInterrupt:
+            go_on()
+        build(videos, output)
+        assert content(output) == expected
+    go_on()
+    assert content(output) == expected
+    assert number > 3
+
+
+def test_a_split_of_which_nothing_can_be_read_is_an_error(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    (videos / "test" / "run" / "5").write_text("bad")
+    message = "none of the 1 videos of split test can be read; the reasons are in .*failures.csv"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            build(videos, tmp_path / "out")
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    (videos / "test" / "run" / "5").write_text("mended")
+    decoding.clear()
+    build(videos, tmp_path / "out")
+    assert decoding == ["5"]
 
 
 def test_a_build_without_a_finished_shard_makes_way(
@@ -344,8 +434,8 @@ def test_a_killed_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "import sys, time\n"
         "from x3d_tf.data import builder, index\n"
         "real = builder.encode_all\n"
-        "def encode_all(videos, encode, workers):\n"
-        "    for number, result in enumerate(real(videos, encode, workers)):\n"
+        "def encode_all(*arguments):\n"
+        "    for number, result in enumerate(real(*arguments)):\n"
         "        if number == 2:\n"
         "            time.sleep(600)\n"
         "        yield result\n"

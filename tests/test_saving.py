@@ -183,6 +183,8 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
         ({"class_names": ["a"]}, "class_names must be 3, got 1"),
         ({"class_names": [1, 2, 3]}, "class_names must be"),
         ({"class_names": "abc"}, "class_names must be a list"),
+        ({"class_names": ["a", "b\nc", "d"]}, r"class_names\[1\] must name a class in one line of text"),
+        ({"class_names": ["a", "b", "c\r"]}, r"class_names\[2\] must name a class in one line of text"),
         ({"expansion": {"gamma_d": 1e9}}, "blocks of the network must be at most 10000"),
         ({"expansion": {"gamma_w": 1e6}}, "channels of the network must be at most 100000"),
         ({"expansion": {"gamma_w": -1}}, "gamma_w must be positive"),

@@ -98,7 +98,13 @@ def test_missing_files_are_left_out_by_name(tmp_path: Path) -> None:
         ("path,label\na.mp4,\n", {}, "line 2, column label must name a class, or several separated by ;, got ''"),
         ("path,label\na.mp4,run;\n", {}, "line 2, column label must name a class, .*got 'run;'"),
         ("path,label\na.mp4,run;jump;run\n", {}, "column label must name no class twice, got 'run;jump;run'"),
-        ('path,label\na.mp4,"ru\nn"\n', {}, r"line 2, column label must name classes without line breaks"),
+        ('path,label\na.mp4,"ru\nn"\n', {}, "line 2, column label must name a class in one line of text"),
+        ('path,label\na.mp4,"run;ru\u2028n"\n', {}, "line 2, column label must name a class in one line of text"),
+        ("path,label\na.mp4,ru\0n\n", {}, r"must name a class in one line of text, .*got 'ru\\x00n'"),
+        ("path,label,start\na.mp4,run,1_0\n", {}, "line 2, column start must be seconds, .*got '1_0'"),
+        ("path,label,start\na.mp4,run,１\n", {}, "line 2, column start must be seconds, .*got '１'"),
+        ("path,label,start\na.mp4,run,1e999\n", {}, "line 2, column start must be seconds, .*got '1e999'"),
+        ("path,label,end\na.mp4,run,1e300\n", {}, "line 2, column end must be seconds, .*got '1e300'"),
         ("path,label,split\na.mp4,run,tran\n", {}, r"column split must be one of train, val, test .*got 'tran'"),
         ("path,label,split\na.mp4,run,\n", {}, "line 2, column split must be one of train, val, test .*got ''"),
         ("path,label,split\na.mp4,run,test\n", {"splits": ["a", "b"]}, "split must be one of a, b .*got 'test'"),
@@ -152,7 +158,7 @@ def test_a_file_of_classes_orders_them(tmp_path: Path) -> None:
     assert folders.classes == ("sit", "run", "jump")
 
 
-@pytest.mark.parametrize("label", ["3", "-1", "walk", "1.0", "²", "9" * 5000])
+@pytest.mark.parametrize("label", ["3", "-1", "walk", "1.0", "²", "1_0", "9" * 400])
 def test_labels_that_are_no_class(tmp_path: Path, label: str) -> None:
     (tmp_path / "classes.txt").write_text("sit\nrun\njump\n")
     rule = r"must be one of the 3 names in the file of classes, or a number in 0\.\.2, got"
@@ -165,13 +171,15 @@ def test_labels_that_are_no_class(tmp_path: Path, label: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "line 1 must name a class"),
+        ("", "line 1 must name a class: each"),
         ("a\n\nb\n", "line 2 must name a class: each line counts, got ''"),
         ("a\nb\na\n", "line 3 must not repeat line 1, got 'a'"),
+        ("a\nb\rc\n", r"line 2 must name a class in one line of text, .*got 'b\\rc'"),
+        ("a\nb\u0085c\n", "line 2 must name a class in one line of text"),
     ],
 )
 def test_a_wrong_file_of_classes(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "classes.txt").write_text(content)
+    (tmp_path / "classes.txt").write_text(content, newline="")
     with pytest.raises(ValueError, match=f"classes.txt, {message}"):
         read_classes(tmp_path / "classes.txt")
 
@@ -216,3 +224,30 @@ def test_folders_without_videos_and_loops(tmp_path: Path) -> None:
     (tmp_path / "run" / "nowhere").symlink_to(tmp_path / "gone")
     (tmp_path / "run" / "round").symlink_to("round")
     assert len(find_videos(tmp_path).splits["train"]) == 3  # of which two will fail
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+def test_class_folders_whose_names_are_several_lines(tmp_path: Path, separator: str) -> None:
+    for number, name in enumerate((f"ru{separator}n", f"run{separator}")):
+        folder = tmp_path / str(number)
+        touch(folder, "jump/a", f"{name}/b")
+        with pytest.raises(ValueError, match=r"the name of (?s:.*) must name a class in one line of text") as caught:
+            find_videos(folder)
+        assert repr(name) in str(caught.value)
+
+
+def test_a_hundred_thousand_classes_and_labels(tmp_path: Path) -> None:
+    """Takes minutes where a label is looked for from the first class on."""
+    names = [f"class {number}" for number in range(100_000)]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    labels = ";".join(reversed(names))
+    table = listed(tmp_path, f"path,label\na.mp4,{labels[:120_000].rpartition(';')[0]}\nb.mp4,99999\n")
+    sources = read_csv(table, classes=tmp_path / "classes.txt")
+    (several,) = (video for video in sources.splits["train"] if len(video.classes) > 1)
+    assert several.classes[0] == "class 99999" and len(several.classes) > 9_000
+
+
+def test_cells_that_the_package_guards_are_read_back(tmp_path: Path) -> None:
+    touch(tmp_path, "=a.mp4", "'=b.mp4")
+    sources = read_csv(listed(tmp_path, "path,label\n'=a.mp4,'@run\n''=b.mp4,'jump\n"))
+    assert found(sources) == {"train": {("=a.mp4", "@run"), ("'=b.mp4", "'jump")}}

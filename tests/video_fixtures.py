@@ -1,6 +1,7 @@
 """Small videos and records that the tests of the data modules share."""
 
 import os
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from x3d_tf.data.encoding import encode_or_reason
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Video
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
@@ -100,3 +102,34 @@ def die_on_three(video: Video) -> EncodedVideo | VideoError:
     if video.path.name == "3":
         os._exit(1)
     return EncodedVideo([video.path.name.encode()], 30.0)
+
+
+def trouble_by_name(video: Video) -> EncodedVideo | VideoError:
+    """What a worker does on files that hang, change, take all memory, or meet a fault of the package."""
+    match video.path.name:
+        case "hangs":
+            time.sleep(600)
+        case "changes":
+            video.path.write_text("longer than before")
+        case "memory":
+            raise MemoryError
+        case "fault":
+            raise ZeroDivisionError("a fault")
+    return EncodedVideo([video.path.name.encode()], 30.0)
+
+
+def hang_where_marked(video: Video, short_side: int, quality: int) -> EncodedVideo | VideoError:
+    """Encodes a video, but hangs at `hangs.mp4` while there is a file `.hang` in the folder of the class folders."""
+    if video.path.stem == "hangs" and (video.path.parents[1] / ".hang").exists():
+        time.sleep(600)
+    return encode_or_reason(video, short_side, quality)
+
+
+class DiesAtStart:
+    """An `encode` that ends the process in which it arrives."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (3,)
+
+    def __call__(self, video: Video) -> EncodedVideo | VideoError:
+        raise NotImplementedError

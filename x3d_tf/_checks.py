@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+_LONGEST_SHOWN = 500  # characters of a value in a message
+
 
 class UserError(ValueError):
     """Something that whoever called can mend: commands print its message and no traceback."""
@@ -19,7 +21,16 @@ class SettingTypeError(UserError, TypeError):
 def require(condition: bool, setting: str, rule: str, value: object) -> None:
     """Raises `UserError("setting must rule, got value")` unless `condition` holds."""
     if not condition:
-        raise UserError(f"{setting} must {rule}, got {value!r}")
+        raise UserError(f"{setting} must {rule}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """The value for a message, which stays a line: what comes from a file may be any length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 def check_field_types(instance: Any) -> None:

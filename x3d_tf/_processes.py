@@ -9,6 +9,10 @@ class Ended(Exception):
     """The process is no more; says with which status it ended."""
 
 
+class TimedOut(Exception):
+    """The process did not answer in time."""
+
+
 class Answering:
     """A process of its own that serves until it is ended, or brings itself down.
 
@@ -25,10 +29,12 @@ class Answering:
         self._process.start()
         theirs.close()  # so that its end is noticed here
 
-    def ask(self, *question: Any) -> Any:
-        """The answer to a question; raises Ended."""
+    def ask(self, *question: Any, timeout: float | None = None) -> Any:
+        """The answer to a question; raises Ended, or TimedOut after so many seconds, and then can only be ended."""
         try:
             self._pipe.send(question)
+            if not self._pipe.poll(timeout):
+                raise TimedOut(f"its process did not answer within {timeout:g} s")
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join()
@@ -43,3 +49,11 @@ class Answering:
         self._process.join(grace)
         self._process.terminate()
         self._process.join()
+
+    def kill(self, grace: float = 5) -> None:
+        """Ends the process at once, busy or not; who waits for its answer gets Ended.
+
+        Waits so many seconds: one that hangs in the kernel, on a disk that does not answer, outlives even this.
+        """
+        self._process.kill()
+        self._process.join(grace)

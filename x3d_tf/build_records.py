@@ -22,7 +22,10 @@ Whether the records are whole:
   python -m x3d_tf.build_records --verify --output=data/my_records
 
 Any format that FFmpeg decodes will do. Files that cannot be decoded are listed in failures.csv, beside the records. A
-build that was stopped, or even killed, goes on when the same command is given again. --output keeps a build.json that
+build that was stopped, or even killed, goes on when the same command is given again. It then also tries again the
+videos that took longer than --timeout or changed while they were read, and those that failed and have changed since.
+In --csv a leading ' before text that begins with = + - or @ is removed: the csv files that the package writes have it,
+so that no spreadsheet takes such a name for a formula. --output keeps a build.json that
 tells it from other builds. Records take 6 to 26 times the room of the videos: the command says how much before it goes
 on, and --quality=85 or a smaller --short_side make them smaller.
 """
@@ -39,6 +42,7 @@ from x3d_tf import _command
 from x3d_tf._checks import UserError, require, some
 from x3d_tf.data.build_folder import FAILURES_NAME
 from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
+from x3d_tf.data.encoding import TIMEOUT
 from x3d_tf.data.key_frames import FIRST_MINUTE
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import default_splits
@@ -66,6 +70,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("quality", 95, "Of the stored JPEG frames, 1 to 95.")
     flags.DEFINE_integer("seed", 0, "Of the order of the videos, and of which --split chooses.")
     flags.DEFINE_integer("workers", None, "Processes that decode; one for each CPU by default.")
+    flags.DEFINE_float("timeout", TIMEOUT, "Seconds that decoding one video may take. Defaults to 600.")
     flags.DEFINE_bool("verify", False, "Read the records in --output whole and say what is damaged; builds nothing.")
 
 
@@ -89,7 +94,7 @@ def main() -> None:
 
 
 def _coding() -> dict[str, Any]:
-    return {name: FLAGS[name].value for name in ("short_side", "quality", "seed", "workers")}
+    return {name: FLAGS[name].value for name in ("short_side", "quality", "seed", "workers", "timeout")}
 
 
 def _build_videos() -> BuildResult:
@@ -168,6 +173,9 @@ def summary(result: BuildResult) -> list[str]:
     if result.failures:
         what = "videos or key frames" if detects else "files"
         lines.append(f"  {result.failures} {what} are left out; {manifest.folder / FAILURES_NAME} gives the reasons")
+    if result.to_retry:
+        why = "took too long, or changed while they were read"
+        lines.append(f"  {result.to_retry} of them {why}: the same command tries them again")
     return [*lines, *_next(manifest, detects)]
 
 

@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import appearing, writing
+from x3d_tf._text import check_class_name, decimal, whole
 from x3d_tf.data.sources import read_classes, text_of
 
 # Those of AVA's 80 actions that its evaluation takes, the ones with 25 boxes or more in the validation set.
@@ -31,6 +33,11 @@ FIRST_SECOND, LAST_SECOND = 902, 1798  # of AVA's key frames
 _MOST_ACTIONS = 100_000
 _LINES_AN_UPDATE = 100_000  # of the progress bar
 NO_ACTION = 0  # in place of the number of an action, which count from 1
+
+_TEXT = r'"[^"\n]*"|\'[^\'\n]*\''
+_ITEM = re.compile(rf"\s*+(?:item|label)\s*+\{{((?:[^{{}}\"']++|{_TEXT})*+)\}}")
+_ITEM_NAME = re.compile(r'\bname\s*+:\s*+(?:"([^"\n]*)"|\'([^\'\n]*)\')')
+_ITEM_ID = re.compile(r"\b(?:label_)?id\s*+:\s*+([^\s,;]*)")
 
 LabelMap = Mapping[int, str]  # names of the actions by their numbers
 Kind = Literal["ground truth", "detections"]
@@ -164,27 +171,35 @@ def read_label_map(path: str | Path) -> dict[int, str]:
     path = Path(path)
     text = text_of(path, "label_map")
     found: dict[int, str] = {}
-    end = 0
-    for item in re.finditer(r'\s*(?:item|label)\s*\{((?:[^{}"\']|"[^"\n]*"|\'[^\'\n]*\')*)\}', text):
-        if item.start() != end:
-            break
-        end = item.end()
-        where = f"{path}, line {text.count(chr(10), 0, item.start(1)) + 1}"
-        names = re.findall(r'\bname\s*:\s*(?:"([^"\n]*)"|\'([^\'\n]*)\')', item.group(1))
-        numbers = re.findall(r"\b(?:label_)?id\s*:\s*(-?\d+)", re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', '""', item.group(1)))
-        whole = len(names) == len(numbers) == 1
-        require(whole, where, 'hold name: "..." and one of id: N and label_id: N', item.group(1).strip())
-        number = int(numbers[0])
-        name = "".join(names[0])
-        require(1 <= number <= _MOST_ACTIONS, where, f"have an id in 1..{_MOST_ACTIONS}", number)
-        require(number not in found, where, "have an id of its own", number)
-        require(name not in found.values(), where, "have a name of its own", name)
+    names: set[str] = set()
+    end, line = 0, 1
+    while item := _ITEM.match(text, end):
+        line += text.count("\n", end, item.start(1))
+        number, name = _item(item.group(1), f"{path}, line {line}")
+        require(number not in found, f"{path}, line {line}", "have an id of its own", number)
+        require(name not in names, f"{path}, line {line}", "have a name of its own", name)
         found[number] = name
+        names.add(name)
+        line += text.count("\n", item.start(1), item.end())
+        end = item.end()
     rest = text[end:]
-    line = text.count("\n", 0, end + len(rest) - len(rest.lstrip())) + 1
+    line += text.count("\n", end, end + len(rest) - len(rest.lstrip()))
     require(not rest.strip(), f"{path}, line {line}", 'be items { name: "..." id: N }', rest.strip()[:60])
     require(bool(found), str(path), 'hold items { name: "..." id: N }', "none")
     return found
+
+
+def _item(fields: str, where: str) -> tuple[int, str]:
+    """Number and name of an entry of a label map, from what stands between its braces."""
+    names = _ITEM_NAME.findall(fields)
+    numbers = _ITEM_ID.findall(re.sub(_TEXT, '""', fields))
+    one = len(names) == len(numbers) == 1
+    require(one, where, 'hold name: "..." and one of id: N and label_id: N', fields.strip())
+    name, number = "".join(names[0]), whole(numbers[0])
+    if number is None or not 1 <= number <= _MOST_ACTIONS:
+        raise UserError(f"{where} must have an id in 1..{_MOST_ACTIONS}, got {numbers[0][:60]}")
+    check_class_name(name, where)
+    return number, name
 
 
 def of_all_actions(
@@ -215,14 +230,23 @@ def of_all_actions(
 def write_detections(path: Path, table: BoxTable) -> None:
     """Writes detections in AVA's format, boxes to three decimals and scores to four; whole or not at all.
 
+    Names of videos of letters, digits, `-` and `_`, as AVA's, are written as they are, so that its evaluators find
+    them. Others that a spreadsheet would take for a formula get a leading `'`, which `read_boxes` removes.
+
     Raises:
         WriteError: the file cannot be written.
     """
     with writing(path), appearing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = _csv.Writer(file, "\n")
         for frame, box, action, score in zip(table.frames, table.boxes, table.actions, table.scores, strict=True):
             video, second = table.key_frames[frame]
-            writer.writerow([video, f"{second:04d}", *(f"{x:.3f}" for x in box), action or "", f"{score:.4f}"])
+            corners = (_csv.number(x, ".3f") for x in box)
+            writer.row([_name_cell(video), f"{second:04d}", *corners, action or "", _csv.number(score, ".4f")])
+
+
+def _name_cell(video: str) -> str:
+    """The name as AVA's evaluators have to find it: YouTube's names may begin with `-`, and none can be run."""
+    return _csv.Verbatim(video) if re.fullmatch(r"[\w-]*", video, re.ASCII) else video
 
 
 def _actions_left_out(label_map: LabelMap) -> frozenset[int]:
@@ -239,7 +263,7 @@ def _lines(path: Path, columns: str) -> Iterator["_Line"]:
             path.open("rb") as file,
             tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, leave=None, delay=3) as bar,
         ):
-            reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+            reader = _csv.Reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
             for cells in reader:
                 line = _Line(path, reader.line_num, cells)
                 if cells:
@@ -272,16 +296,14 @@ class _Line(NamedTuple):
 
     def second(self, first: int, last: int) -> int:
         text = self.cells[1]
-        second = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
-        self.check(first <= second <= last, f"have a timestamp in {first}..{last}, whole seconds", text)
-        return second
+        second = whole(text)
+        inside = second is not None and first <= second <= last
+        self.check(inside, f"have a timestamp in {first}..{last}, whole seconds", text)
+        return second or 0
 
     def box(self, *, empty: bool) -> tuple[float, float, float, float]:
         """The corners; `empty` allows boxes without width or height."""
-        try:
-            x1, y1, x2, y2 = map(float, self.cells[2:6])
-        except ValueError:
-            x1 = y1 = x2 = y2 = math.nan
+        x1, y1, x2, y2 = map(decimal, self.cells[2:6])
         inside = 0 <= x1 <= 1 and 0 <= y1 <= 1 and 0 <= x2 <= 1 and 0 <= y2 <= 1
         self.check(inside, "have a box inside the frame, x1,y1,x2,y2 in 0..1", self.cells[2:6])
         ordered = x1 <= x2 and y1 <= y2 if empty else x1 < x2 and y1 < y2
@@ -293,16 +315,13 @@ class _Line(NamedTuple):
         text = self.cells[6]
         if not text:
             return NO_ACTION
-        action = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
-        if action in known:
+        action = whole(text)
+        if action is not None and action in known:
             return action
         self.check(action in left_out, "have an action_id of the label map", text)
         return None
 
     def score(self) -> float:
-        try:
-            score = float(self.cells[7])
-        except ValueError:
-            score = math.nan
+        score = decimal(self.cells[7])
         self.check(math.isfinite(score), "have a score that is a number", self.cells[7])
         return score

@@ -5,30 +5,41 @@ Imports no TensorFlow. While a build goes on its folder holds:
     build.json      settings and source files; written first, stays
     failures.csv    what was left out, and why; stays
     .build/         for each finished shard a JSON file with its index and failures; goes once manifest.json is there
+                    and no video has failed
 """
 
-import csv
 import hashlib
-import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from x3d_tf import _csv
 from x3d_tf._checks import UserError
 from x3d_tf._files import partial_of, write_whole, writing
-from x3d_tf.data.index import Record, Shard, Split
+from x3d_tf.data.encoding import state_of
+from x3d_tf.data.index import Record, Shard, Split, plan_shards
 from x3d_tf.data.manifest import MANIFEST_NAME
-from x3d_tf.data.sources import Sources
+from x3d_tf.data.sources import Sources, State
 
 BUILD_NAME = "build.json"
 FAILURES_NAME = "failures.csv"
 STATE_NAME = ".build"
 
-Failure = tuple[str, str]  # path, reason
+_STAT_THREADS = 16  # a network disk answers late; AVA's frames are 12 million files
+_STATE = slice(5, 7)  # where size and time of its file stand in the description of a record
+
+
+class Failure(NamedTuple):
+    """A video that did not become a record: its path, the reason, and whether the next run tries it again."""
+
+    path: str
+    reason: str
+    retry: bool = False
 
 
 class Finished(NamedTuple):
@@ -43,6 +54,7 @@ class BuildFolder:
     """The output folder of one build, from `opened`."""
 
     root: Path
+    states: Mapping[Path, State]  # of the source files when the build began
 
     @property
     def failures(self) -> Path:
@@ -61,7 +73,9 @@ class BuildFolder:
             shards = tuple(Shard(**entry) for entry in content["shards"])
             rows = [{**row, "labels": tuple(row["labels"])} for row in content["records"]]
             records = tuple(Record(**row) for row in rows)
-            failures = tuple((str(path), str(reason)) for path, reason in content["failures"])
+            failures = tuple(
+                Failure(str(path), str(reason), bool(retry)) for path, reason, retry in content["failures"]
+            )
             whole = all(entry.file == shard and (self.root / shard).stat().st_size == entry.bytes for entry in shards)
         except (OSError, ValueError, TypeError, KeyError):
             return None  # to be made again
@@ -76,12 +90,24 @@ class BuildFolder:
         }
         write_whole(self._state(shard), json.dumps(content).encode())
 
+    def forget(self, shard: str) -> None:
+        """Removes the note of a shard, which is to be made again."""
+        self._state(shard).unlink(missing_ok=True)
+
+    def to_retry(self) -> list[str]:
+        """The finished shards that lack a video which is to be tried again."""
+        return [shard for shard, note in self._notes() if any(failure.retry for failure in note.failures)]
+
+    def _notes(self) -> Iterator[tuple[str, Finished]]:
+        for path in sorted((self.root / STATE_NAME).glob("*.json")):
+            note = self.finished(path.stem)
+            if note is not None:
+                yield path.stem, note
+
     def write_failures(self, failures: Sequence[Failure]) -> int:
         """Replaces `failures.csv`; returns its number of lines. A file that fails in several pieces is there once."""
-        table = io.StringIO(newline="")
-        lines = list(dict.fromkeys(failures))
-        csv.writer(table).writerows([("path", "reason"), *lines])
-        write_whole(self.failures, table.getvalue().encode("utf-8", "backslashreplace"))
+        lines = list(dict.fromkeys((failure.path, failure.reason) for failure in failures))
+        write_whole(self.failures, _csv.encoded([("path", "reason"), *lines]))
         return len(lines)
 
     def count_failures(self) -> int:
@@ -89,10 +115,15 @@ class BuildFolder:
         if not self.failures.is_file():
             return 0
         with self.failures.open(newline="", encoding="utf-8") as file:
-            return sum(1 for _ in csv.reader(file)) - 1
+            return sum(1 for _ in _csv.Reader(file)) - 1
 
     def clean(self) -> None:
-        """Removes what only an unfinished build needs."""
+        """Removes the notes unless a video has failed: a later run may make its shard again."""
+        if not any(note.failures for _, note in self._notes()):
+            self.clear()
+
+    def clear(self) -> None:
+        """Removes all notes."""
         shutil.rmtree(self.root / STATE_NAME, ignore_errors=True)
 
     def _state(self, shard: str) -> Path:
@@ -103,34 +134,47 @@ class BuildFolder:
 def opened(root: Path, settings: dict[str, Any], sources: Sources) -> Iterator[BuildFolder]:
     """The folder of the build with these settings and sources: begun, or as an earlier run left it.
 
-    A build of which no shard is finished yet makes way for another one. Within the block no other process may build
-    into the folder.
+    A build of which no shard is finished yet makes way for another one. Of a finished shard nothing is left to be made
+    unless it lacks a video that is to be tried again, or whose file has changed since it failed: then the shard, and
+    with it the manifest, is made again. Within the block no other process may build into the folder.
 
     Raises:
         UserError: the folder is a file, holds something else or another build (names the setting or file that differs),
             or another process builds into it.
         WriteError: it cannot be written.
     """
-    wanted = {"settings": settings, "classes": list(sources.classes), "videos": _described(sources)}
+    paths = list({video.path for videos in sources.splits.values() for video in videos})
+    with ThreadPoolExecutor(_STAT_THREADS) as threads:
+        states = dict(zip(paths, threads.map(state_of, paths), strict=True))
+    wanted = {"settings": settings, "classes": list(sources.classes), "videos": _described(sources, states)}
+    folder = BuildFolder(root, states)
     if root.exists() and not root.is_dir():
         raise UserError(f"output: {root} is a file, not a folder")
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        _check_content(root, wanted)
+        _check_content(folder, wanted, sources)
         (root / STATE_NAME).mkdir(exist_ok=True)
         lock = (root / STATE_NAME / "lock").open("w")
     with lock:
         _lock(lock, root)
-        _check_content(root, wanted)  # again: now nobody else changes it
-        if not (root / MANIFEST_NAME).is_file():
+        stale = _check_content(folder, wanted, sources)  # again: now nobody else changes it
+        for shard in {*stale, *folder.to_retry()}:
+            (root / MANIFEST_NAME).unlink(missing_ok=True)
+            folder.forget(shard)
+        if not folder.is_finished:
             for partial in root.glob(partial_of(Path("*")).name):  # of a run that was killed
                 partial.unlink()
             write_whole(root / BUILD_NAME, json.dumps(wanted).encode())
-        yield BuildFolder(root)
+        yield folder
 
 
-def _check_content(root: Path, wanted: dict[str, Any]) -> None:
-    """Raises unless the folder is as good as empty, or holds this very build."""
+def _check_content(folder: BuildFolder, wanted: dict[str, Any], sources: Sources) -> list[str]:
+    """Raises unless the folder is as good as empty, or holds this very build.
+
+    Returns:
+        The finished shards that lack videos which failed and have changed since.
+    """
+    root = folder.root
     names = (entry.name for entry in root.iterdir() if not entry.match(partial_of(Path("*")).name))
     entries = sorted(name for name in names if name not in (FAILURES_NAME, BUILD_NAME, STATE_NAME))
     state = root / STATE_NAME
@@ -140,54 +184,76 @@ def _check_content(root: Path, wanted: dict[str, Any]) -> None:
             raise UserError(
                 f"output: {root} is not empty (it holds {entries[0]}); delete its content or name another folder"
             )
-        return
+        return []
+    changed: set[tuple[str, str]] = set()
     try:
         found = json.loads((root / BUILD_NAME).read_text(encoding="utf-8"))
-        difference = _difference(found, wanted)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        difference, changed = _difference(found, wanted)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         difference = f"that {BUILD_NAME} no longer describes"
+    stale: list[str] = []
+    if started and not difference:
+        difference, stale = _stale_shards(folder, sources, changed)
     if difference and started:
         raise UserError(
             f"output: {root} holds a build {difference}; give its settings again to go on with it, delete the folder, "
             "or name another one"
         )
+    return stale
 
 
-def _described(sources: Sources) -> list[list[Any]]:
+def _stale_shards(folder: BuildFolder, sources: Sources, changed: set[tuple[str, str]]) -> tuple[str | None, list[str]]:
+    """The finished shards without records of the changed videos, which are their own; or the difference, as below."""
+    stale = []
+    for split, videos in sources.splits.items() if changed else ():
+        for shard, part in plan_shards(split, len(videos)):
+            own = [video.media_id for video in videos[part] if (split, video.media_id) in changed]
+            note = folder.finished(shard) if own else None
+            kept = {record.media_id for record in note.part.records} if note else set(own if folder.is_finished else ())
+            for media_id in own:
+                if media_id in kept:
+                    return f"of other content: {media_id} of split {split} has changed since", []
+            stale += [shard] if note else []
+    return None, stale
+
+
+def _described(sources: Sources, states: Mapping[Path, State]) -> list[list[Any]]:
     """What a record is made of, for each in order: split, name, classes, seconds, and size and time of the file."""
     rows = []
     for split, videos in sources.splits.items():
         for video in videos:
-            row = [split, video.media_id, list(video.classes), video.start, video.end, *_state_of(video.path)]
+            row = [split, video.media_id, list(video.classes), video.start, video.end, *states[video.path]]
             known = [] if video.annotation is None else [hashlib.sha256(repr(video.annotation).encode()).hexdigest()]
             rows.append([*row, *known])
     return rows
 
 
-def _state_of(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds; of a file that is not there -1."""
-    try:
-        status = path.stat()
-    except OSError:  # a link to nowhere
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str | None, set[tuple[str, str]]]:
+    """What an earlier build had that this one has not, in words that follow "a build".
 
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """What an earlier build had that this one has not, in words that follow "a build"."""
+    Beside it the videos, by split and name, whose files alone are no longer as they were.
+    """
     for name, value in wanted["settings"].items():
         before = found["settings"].get(name)
         if before != value:
-            return f"with {name} = {before!r}, not {value!r}"
+            return f"with {name} = {before!r}, not {value!r}", set()
     before, now = ({(row[0], row[1]): row for row in content["videos"]} for content in (found, wanted))
+    changed: set[tuple[str, str]] = set()
     for key in [*before, *now]:
         if key not in now:
-            return f"of another list of videos: {key[1]} of split {key[0]} is no longer there"
+            return f"of another list of videos: {key[1]} of split {key[0]} is no longer there", set()
         if key not in before:
-            return f"of another list of videos: {key[1]} of split {key[0]} is new"
+            return f"of another list of videos: {key[1]} of split {key[0]} is new", set()
         if before[key] != now[key]:
-            return f"of other content: {key[1]} of split {key[0]} has changed since"
-    return None if found == wanted else "of other classes"
+            changed.add(key)
+            if _without_state(before[key]) != _without_state(now[key]):
+                return f"of other content: {key[1]} of split {key[0]} has changed since", set()
+    same = list(before) == list(now) and found["classes"] == wanted["classes"]
+    return None if same else "of other classes", changed
+
+
+def _without_state(row: list[Any]) -> list[Any]:
+    return [*row[: _STATE.start], *row[_STATE.stop :]]
 
 
 def _lock(file: IO[str], root: Path) -> None:

@@ -1,22 +1,14 @@
 """Video files -> records: decodes them in parallel, writes whole shards and the manifest, goes on where it stopped.
 
-Imports no TensorFlow at the top: worker processes import this module and only decode.
+Imports no TensorFlow at the top: commands that only read settings import this module.
 """
 
 import math
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,30 +18,30 @@ from x3d_tf._checks import UserError, require
 from x3d_tf._files import WriteError
 from x3d_tf._machine import usable_cpus
 from x3d_tf.data import index
-from x3d_tf.data.build_folder import BuildFolder, Finished, opened
-from x3d_tf.data.frame_folders import encode_folder
+from x3d_tf.data.build_folder import BuildFolder, Failure, Finished, opened
+from x3d_tf.data.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_reason
 from x3d_tf.data.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Sources, Video, find_videos, read_csv
-from x3d_tf.data.video import EncodedVideo, VideoError, encode_video, frame_at
+from x3d_tf.data.video import EncodedVideo, VideoError
 
 ESTIMATE_FROM = 16  # videos, from which the size of all is estimated
-
-Encode = Callable[[Video], EncodedVideo | VideoError]
 
 
 @dataclass(frozen=True)
 class _Coding:
-    """How frames are stored: short side in pixels, quality of JPEG, and the processes that do it."""
+    """How frames are stored: short side in pixels, quality of JPEG, the processes that do it and seconds a video."""
 
     short_side: int
     quality: int
     workers: int | None
+    timeout: float
 
     def __post_init__(self) -> None:
         require(self.short_side >= 1, "short_side", "be at least 1 pixel", self.short_side)
         require(1 <= self.quality <= 95, "quality", "be in 1..95", self.quality)
         require(self.workers is None or self.workers >= 1, "workers", "be at least 1", self.workers)
+        require(0 < self.timeout <= 1e6, "timeout", "be above 0 and at most 1,000,000 seconds", self.timeout)
 
 
 @dataclass(frozen=True)
@@ -60,11 +52,13 @@ class BuildResult:
         manifest: of the records.
         failures: how many files are listed in `failures.csv`.
         was_finished: whether an earlier run had written all, so that nothing was done now.
+        to_retry: how many videos took too long, or changed meanwhile: the next run tries them again.
     """
 
     manifest: Manifest
     failures: int
     was_finished: bool = False
+    to_retry: int = 0
 
 
 def build_records(
@@ -79,15 +73,17 @@ def build_records(
     quality: int = 95,
     seed: int = 0,
     workers: int | None = None,
+    timeout: float = TIMEOUT,
     progress: bool = True,
 ) -> BuildResult:
     """Turns videos into records.
 
     Equal videos and settings give equal bytes, whatever the number of workers, and also where a build was stopped, even
     killed, and called again: it goes on after the last finished shard. Files that cannot be decoded are listed with
-    their reasons in `failures.csv`, and the rest goes on; hidden files are ignored. After the first videos the size of
-    all is estimated, and held against the free disk. Worker processes are spawned: a script that calls this guards its
-    entry with `if __name__ == "__main__":`.
+    their reasons in `failures.csv`, and the rest goes on; hidden files are ignored. Those that took too long or
+    changed meanwhile are tried again when the same build is started again; others once their files have changed. After
+    the first videos the size of all is estimated and compared with the free disk. Worker processes are spawned: a
+    script that calls this guards its entry with `if __name__ == "__main__":`.
 
     Args:
         videos: holds a folder of videos for each class; or such folders below one folder for each split. With `csv`
@@ -106,14 +102,15 @@ def build_records(
         quality: of the JPEG files, 1..95.
         seed: of the order in the shards and of the choice of test videos.
         workers: processes that decode; one for each CPU by default.
+        timeout: seconds that decoding one video may take.
         progress: whether to show a progress bar and the estimate.
 
     Raises:
         UserError: a setting out of range; folders, files or lines that are not as above; an `output` of another build
-            or of something else; no video that can be read; a disk too small, full or without permission: what is
-            finished stays.
+            or of something else; a split without a video that can be read; workers that cannot start; a disk too small,
+            full or without permission: what is finished stays.
     """
-    coding = _Coding(short_side, quality, workers)
+    coding = _Coding(short_side, quality, workers, timeout)
     root = None if videos is None else Path(videos)
     names = None if classes is None else Path(classes)
     if csv is not None:
@@ -139,6 +136,7 @@ def build_key_frames(
     quality: int = 95,
     seed: int = 0,
     workers: int | None = None,
+    timeout: float = TIMEOUT,
     progress: bool = True,
 ) -> BuildResult:
     """Turns the key frames that AVA's files name into records of action detection, one with the frames around each.
@@ -153,13 +151,14 @@ def build_key_frames(
         exclusions: by split, that of key frames to leave out.
         label_map: .pbtxt file of the actions; AVA's 80 unless given.
         starts_at: second of the film at which the files begin; AVA's are cut at minute 15.
-        short_side, quality, seed, workers, progress: see `build_records`.
+        short_side, quality, seed, workers, timeout, progress: see `build_records`.
 
     Raises:
         UserError: see `build_records` and `key_frames.find_key_frames`. Videos that are missing, or end before a key
             frame, are listed in `failures.csv`.
     """
-    coding = _Coding(short_side, quality, workers)
+    coding = _Coding(short_side, quality, workers, timeout)
+    require(0 <= starts_at < math.inf, "starts_at", "be seconds, at least 0", starts_at)
 
     def paths(given: Mapping[str, str | Path] | None) -> dict[str, Path]:
         return {split: Path(path) for split, path in (given or {}).items()}
@@ -187,34 +186,23 @@ def _build(
         "seed": seed,
         **sources.facts,
     }
-    encode = partial(_encode_or_reason, short_side=coding.short_side, quality=coding.quality)
+    _check_splits(sources)
     with opened(output, settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:
         if folder.is_finished:
             result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)
         else:
-            result = _Build(folder, sources, encode, coding.workers or usable_cpus(), progress).run(settings)
+            result = _Build(folder, sources, coding, progress).run(settings)
         folder.clean()
     return result
 
 
-def encode_all(
-    videos: Sequence[Video], encode: Encode, workers: int
-) -> Generator[EncodedVideo | VideoError, None, None]:
-    """Applies `encode` to each video in worker processes; results come in the order of the videos, few at a time.
-
-    A file on which a worker process dies gives a VideoError like other unreadable files.
-    """
-    done = 0
-    while done < len(videos):
-        try:
-            for result in _in_parallel(videos[done:], encode, workers):
-                done += 1
-                yield result
-        except BrokenProcessPool:
-            # One of the files in flight killed its process, and all of them are lost with it. Alone, the next file
-            # either passes or turns out to be the one.
-            yield _alone(videos[done], encode)
-            done += 1
+def _check_splits(sources: Sources) -> None:
+    """Raises where a split has nothing to make records of: training would find that out much later."""
+    for name, videos in sources.splits.items():
+        if not videos:
+            unusable = sources.unusable
+            why = f": {len(unusable)} entries cannot be used, such as {unusable[0]}" if unusable else ""
+            raise UserError(f"split {name} has no videos{why}. Give it some, or leave it out with --splits")
 
 
 class _Shard(NamedTuple):
@@ -228,7 +216,7 @@ class _Shard(NamedTuple):
 class _Build:
     """One run over the shards that are not finished yet."""
 
-    def __init__(self, folder: BuildFolder, sources: Sources, encode: Encode, workers: int, progress: bool) -> None:
+    def __init__(self, folder: BuildFolder, sources: Sources, coding: _Coding, progress: bool) -> None:
         self.folder, self.sources, self.progress = folder, sources, progress
         self.shards = [
             _Shard(split, file, videos[part])
@@ -237,8 +225,10 @@ class _Build:
         ]
         found = {shard.file: folder.finished(shard.file) for shard in self.shards}
         self.finished = {file: finished for file, finished in found.items() if finished is not None}
-        self.pending = [video for shard in self.shards if shard.file not in self.finished for video in shard.videos]
-        self.encoded = encode_all(self.pending, encode, workers)
+        pending = [video for shard in self.shards if shard.file not in self.finished for video in shard.videos]
+        self.pending = [video._replace(state=folder.states[video.path]) for video in pending]
+        encode: Encode = partial(encode_or_reason, short_side=coding.short_side, quality=coding.quality)
+        self.encoded = encode_all(self.pending, encode, coding.workers or usable_cpus(), coding.timeout)
         self.estimate = _Estimate(self.pending)
 
     def run(self, settings: dict[str, int | float | str]) -> BuildResult:
@@ -267,11 +257,20 @@ class _Build:
             for name in self.sources.splits
         }
         if not any(part.records for part in splits.values()):
-            self.folder.clean()  # once they are mended it is another build
+            self.folder.clear()  # so that it makes way for another build
             raise UserError(f"none of the {total} videos can be read; the reasons are in {self.folder.failures}")
+        for name, part in splits.items():
+            count = len(self.sources.splits[name])
+            if not part.records:
+                raise UserError(
+                    f"none of the {count} videos of split {name} can be read; the reasons are in "
+                    f"{self.folder.failures}. Mend or replace them and give the same command again"
+                )
         manifest = Manifest(self.folder.root, self.sources.classes, splits, settings, self.sources.task)
         manifest.save()
-        return BuildResult(manifest, failures)
+        notes = self.finished.values()
+        to_retry = sum(failure.retry for note in notes for failure in note.failures)
+        return BuildResult(manifest, failures, to_retry=to_retry)
 
     def _write_shard(self, shard: _Shard, bar: "tqdm[Any]") -> Finished:
         from x3d_tf.data.records import Source, write_shard
@@ -281,12 +280,12 @@ class _Build:
             Source(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.start, v.annotation)
             for v in shard.videos
         ]
-        failed: list[tuple[str, str]] = []
+        failed: list[Failure] = []
 
         def take(result: EncodedVideo | VideoError) -> None:
             bar.update()
             if isinstance(result, VideoError):
-                failed.append((result.path, result.reason))
+                failed.append(Failure(result.path, result.reason, isinstance(result, Retryable)))
             if self.estimate.add(result):
                 self._check_disk(bar)
 
@@ -309,7 +308,7 @@ class _Build:
 
     def _write_failures(self) -> int:
         """Lists what failed so far, in the order of the videos."""
-        unusable = [(error.path, error.reason) for error in self.sources.unusable]
+        unusable = [Failure(error.path, error.reason) for error in self.sources.unusable]
         finished = [self.finished[shard.file] for shard in self.shards if shard.file in self.finished]
         return self.folder.write_failures([*unusable, *(line for entry in finished for line in entry.failures)])
 
@@ -361,55 +360,3 @@ def _file_size(path: Path) -> float:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _encode_or_reason(video: Video, short_side: int, quality: int) -> EncodedVideo | VideoError:
-    encode = encode_folder if video.path.is_dir() else encode_video
-    try:
-        encoded = encode(video.path, short_side, quality, video.start, video.end)
-    except VideoError as error:
-        return VideoError(error.path, f"{error.reason} (key frame {video.media_id})") if video.annotation else error
-    if video.annotation is not None:
-        last = video.start + (len(encoded.frames) - 1) / encoded.fps
-        if frame_at(video.annotation.second, video.start, encoded.fps) >= len(encoded.frames):
-            return VideoError(video.path, f"ends at {last:.1f} s, before the key frame {video.media_id}")
-    return encoded
-
-
-def _in_parallel(videos: Sequence[Video], encode: Encode, workers: int) -> Iterator[EncodedVideo | VideoError]:
-    waiting: deque[Future[EncodedVideo | VideoError]] = deque()
-    pool = _pool(min(workers, len(videos)))
-    try:
-        for video in videos:
-            waiting.append(pool.submit(encode, video))
-            if len(waiting) > 2 * workers:  # results wait for their turn in memory, so only a few may be under way
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _alone(video: Video, encode: Encode) -> EncodedVideo | VideoError:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(encode, video).result()
-        except BrokenProcessPool:
-            return VideoError(video.path, "kills the process that decodes it")
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Spawned, not forked: the parent has TensorFlow's threads, which do not survive a fork.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles the keyboard, and ends its workers
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # a killed parent cannot end its workers: each watches for that itself
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)

@@ -1,14 +1,18 @@
 """Videos that come as folders of images, one a frame, as AVA's are often kept. Imports no TensorFlow."""
 
 import functools
+import hashlib
 import io
+import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from x3d_tf.data.clips import resized_shape
+from x3d_tf.data.sources import State
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg, first_from
 
 FPS = 30.0  # at which frames are taken out of AVA's videos
@@ -27,13 +31,15 @@ def encode_folder(
         VideoError: a folder without images, or none between `start` and `end`; an image that cannot be read, or of
             another size than those before.
     """
-    images = _images(folder, folder.stat().st_mtime_ns)
+    try:
+        images = _images(folder, folder.stat().st_mtime_ns)
+    except OSError as error:
+        raise VideoError(folder, f"cannot be read: {error.strerror}") from error
     if not images:
         raise VideoError(folder, f"holds no images ({', '.join(SUFFIXES)})")
-    first, stop = first_from(start, FPS), len(images) if end is None else first_from(end, FPS)
     frames: list[bytes] = []
     sizes: dict[tuple[int, int], None] = {}
-    for path in images[first:stop]:
+    for path in images[_between(start, end)]:
         jpeg, size = _jpeg(path, short_side, quality)
         frames.append(jpeg)
         sizes.setdefault(size)
@@ -45,6 +51,57 @@ def encode_folder(
     return EncodedVideo(frames, FPS)
 
 
+def state_of(folder: Path) -> State:
+    """Bytes of all images of a folder, and a number that stands for their names, sizes and times; raises OSError."""
+    return _scan(folder).state
+
+
+def is_unchanged(folder: Path, state: State, start: float, end: float | None) -> bool:
+    """Whether the images between two seconds are still those that they were when `state_of` gave this state.
+
+    A process lists a folder once: from then on it looks only at the images that it is asked about.
+    """
+    try:
+        changed = folder.stat().st_mtime_ns
+        listed, images = _listed(folder, changed), _images(folder, changed)[_between(start, end)]
+        return listed.state == state and all(_state_of(path.stat()) == listed.images[path.name] for path in images)
+    except VideoError:  # no order of the images
+        return state_of(folder) == state
+    except (OSError, KeyError):
+        return False
+
+
+def _between(start: float, end: float | None) -> slice:
+    return slice(first_from(start, FPS), None if end is None else first_from(end, FPS))
+
+
+class _Listing(NamedTuple):
+    """The images of a folder by name, with size and time of each, and what stands for all of them."""
+
+    images: dict[str, State]
+    state: State
+
+
+def _scan(folder: Path) -> _Listing:
+    with os.scandir(folder) as entries:
+        images = {entry.name: _state_of(entry.stat()) for entry in entries if _is_image(entry.name)}
+    digest = hashlib.sha256()
+    for name in sorted(images):
+        digest.update(f"{os.fsencode(name)!r} {images[name]}\n".encode())
+    return _Listing(images, (sum(size for size, _ in images.values()), int.from_bytes(digest.digest()[:7], "big")))
+
+
+_listed = functools.lru_cache(maxsize=2)(lambda folder, changed: _scan(folder))
+
+
+def _state_of(status: os.stat_result) -> State:
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
 @functools.lru_cache(maxsize=2)  # the key frames of a video are encoded one after the other
 def _images(folder: Path, changed: int) -> list[Path]:
     """The images of a folder in their order.
@@ -54,7 +111,7 @@ def _images(folder: Path, changed: int) -> list[Path]:
     """
     numbers: dict[int, Path] = {}
     for path in folder.iterdir():
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        if not _is_image(path.name):
             continue
         number = re.search(r"[0-9]+$", path.stem)
         if number is None or int(number.group()) in numbers:
@@ -67,7 +124,7 @@ def _jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, 
     """A JPEG file of the image, and its height and width."""
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:  # no other decoder of Pillow
             height, width = image.height, image.width
             if min(height, width) <= short_side and image.format == "JPEG" and image.mode == "RGB":
                 image.load()  # raises where it is damaged

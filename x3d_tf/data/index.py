@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from x3d_tf._checks import UserError, require
+from x3d_tf._checks import UserError
+from x3d_tf._text import whole
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # what TFRecord puts around each record: length and checksum, checksum
 
@@ -36,9 +37,11 @@ def video_and_second(media_id: str) -> tuple[str, int]:
     Raises:
         UserError: no name of a key frame.
     """
-    video, _, second = media_id.rpartition(",")
-    require(second.isdecimal(), "the name of a record of a key frame", "be VIDEO,SECOND", media_id)
-    return video, int(second)
+    video, _, text = media_id.rpartition(",")
+    second = whole(text)
+    if second is None:
+        raise UserError(f"the name of a record of a key frame must be VIDEO,SECOND, got {media_id[:100]!r}")
+    return video, second
 
 
 class Record(NamedTuple):

@@ -3,6 +3,7 @@
 Imports no TensorFlow.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -124,7 +125,10 @@ def _class_names(actions: LabelMap) -> tuple[str, ...]:
     """One for each number up to the highest: those that the label map leaves out are AVA's, or have no name."""
     ava = ava_actions()
     others = ava if actions.items() <= ava.items() else {}
-    return tuple(actions.get(n) or others.get(n) or f"action {n}" for n in range(1, max(actions) + 1))
+    names = tuple(actions.get(n) or others.get(n) or f"action {n}" for n in range(1, max(actions) + 1))
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    require(not repeated, "label_map", "name no action as one that it leaves out is called", repeated[:10])
+    return names
 
 
 def _annotations(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
+from x3d_tf._text import check_class_name
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split
 from x3d_tf.modeling.expansion import Task
 
@@ -115,6 +116,8 @@ class Manifest:
         settings = reader.of_type(content.get("settings"), dict, "settings")
         classes = tuple(reader.items(content.get("classes"), str, "classes"))
         reader.check(len(set(classes)) == len(classes) > 0, "classes", "be distinct names", classes)
+        for i, name in enumerate(classes):
+            check_class_name(name, f"{path}: classes[{i}]")
         parts = reader.of_type(content.get("splits"), dict, "splits")
         splits = {
             name: _split_from_json(reader, name, part, Path(folder), len(classes), task) for name, part in parts.items()
@@ -185,6 +188,7 @@ def _check_record(
     inside = record.offset >= HEADER_BYTES and 0 < record.length <= last - record.offset
     reader.check(inside, where, f"lie inside {shards[record.shard].file}", (record.offset, record.length))
     reader.check(record.frames >= 1, f"{where}.frames", "be at least 1", record.frames)
+    reader.check(record.frames <= record.length, f"{where}.frames", "fit into the record", record.frames)
     reader.check(0 < record.fps < math.inf, f"{where}.fps", "be positive", record.fps)
     labels = record.labels
     reader.check(all(0 <= label < classes for label in labels), f"{where}.labels", f"be in 0..{classes - 1}", labels)

@@ -7,7 +7,6 @@ import codecs
 import csv
 import hashlib
 import io
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
+from x3d_tf._text import check_class_name, decimal, whole
 from x3d_tf.data.index import piece_name
 from x3d_tf.data.video import VideoError
 from x3d_tf.modeling.expansion import Task
@@ -23,6 +24,8 @@ from x3d_tf.modeling.expansion import Task
 COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two have to be there
 LABEL_SEPARATOR = ";"
 Box = tuple[float, float, float, float]
+State = tuple[int, int]  # size and time of a file, or what stands for them: equal while the content is
+_LONGEST = 1e6  # seconds of a video that a list may name: beyond, times have no precision of a frame
 SPLIT_NAMES = ("train", "val", "test")  # that a csv file's column may hold without their being named
 
 
@@ -56,6 +59,7 @@ class Video(NamedTuple):
         start: seconds of the file to leave out at the beginning.
         end: second of the file to stop before; None is its end.
         annotation: of one of the frames between, where a record is of that.
+        state: of the file when the build began, to notice a change; None where that does not matter.
     """
 
     path: Path
@@ -64,6 +68,7 @@ class Video(NamedTuple):
     start: float = 0.0
     end: float | None = None
     annotation: Annotation | None = None
+    state: State | None = None
 
 
 @dataclass(frozen=True)
@@ -106,19 +111,19 @@ def find_videos(
         raise UserError(f"videos: {videos} is not a folder")
     if splits is None and split is None:
         splits = default_splits(videos)
-    names = read_classes(classes) if classes else None
+    known = _Classes.read(classes) if classes else None
     unusable: list[VideoError] = []
     if splits is None:
-        found = _by_fraction(_in_class_folders(videos, videos, names, unusable), split, seed)
+        found = _by_fraction(_in_class_folders(videos, videos, known, unusable), split, seed)
     else:
         for name in splits:
             if not (videos / name).is_dir():
                 raise UserError(f"splits: {videos / name} is not a folder")
-        found = {name: in_order(_in_class_folders(videos / name, videos, names, unusable), seed) for name in splits}
+        found = {name: in_order(_in_class_folders(videos / name, videos, known, unusable), seed) for name in splits}
     if not any(found.values()):
         beside = f"; {len(unusable)} entries are no such folders" if unusable else ""
         raise UserError(f"videos: {videos} holds no folder with files for each class{beside}")
-    return Sources(found, unusable, names or _classes_of(found), "single_label")
+    return Sources(found, unusable, known.names if known else _classes_of(found), "single_label")
 
 
 def default_splits(videos: Path) -> tuple[str, str] | None:
@@ -138,6 +143,8 @@ def read_csv(
 ) -> Sources:
     """The videos that a csv file lists; arguments as `build_records`, which describes the columns.
 
+    A leading `'` before text that a spreadsheet would take for a formula is removed, as the package writes such cells.
+
     Files that do not exist are unusable: lists of public datasets name many videos that can no longer be had.
 
     Raises:
@@ -146,7 +153,7 @@ def read_csv(
     """
     _check_splits(splits, split)
     base = table.parent if videos is None else videos
-    names = read_classes(classes) if classes else None
+    known = _Classes.read(classes) if classes else None
     header, rows = _rows(table)
     require(not splits or "split" in header, f"{table}, line 1", "have a column split, for --splits", header)
     require(split is None or "split" not in header, "split", f"not be given: {table} has a column split", split)
@@ -156,7 +163,7 @@ def read_csv(
     unusable = []
     several = False
     for row in rows:
-        video = _video(row, base, names)
+        video = _video(row, base, known)
         several |= len(video.classes) > 1
         place = (video.path.absolute(), video.start, video.end)
         again = f"not be listed again with the same times: line {lines.get(place)} has it"
@@ -182,7 +189,7 @@ def read_csv(
         ordered = {name: in_order(found[name], seed) for name in allowed if name in found}
     else:
         ordered = _by_fraction(found["train"], split, seed)
-    return Sources(ordered, unusable, names or _classes_of(ordered), task)
+    return Sources(ordered, unusable, known.names if known else _classes_of(ordered), task)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -195,6 +202,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     seen: dict[str, int] = {}
     for line, name in enumerate(names, 1):
         require(bool(name), f"{path}, line {line}", "name a class: each line counts", name)
+        check_class_name(name, f"{path}, line {line}")
         require(name not in seen, f"{path}, line {line}", f"not repeat line {seen.get(name)}", name)
         seen[name] = line
     return tuple(names)
@@ -204,6 +212,18 @@ def kinetics_classes() -> tuple[str, ...]:
     """The names of Kinetics-400's classes in the order of their labels."""
     with resources.as_file(resources.files("x3d_tf.data") / "labels" / "kinetics400.txt") as path:
         return read_classes(path)
+
+
+class _Classes(NamedTuple):
+    """The classes that a file names: in order, and for looking them up."""
+
+    names: tuple[str, ...]
+    known: frozenset[str]
+
+    @classmethod
+    def read(cls, path: Path) -> "_Classes":
+        names = read_classes(path)
+        return cls(names, frozenset(names))
 
 
 @dataclass(frozen=True)
@@ -224,7 +244,7 @@ class _Row:
 
 def _rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
     """The columns of a csv file, and its rows as they are asked for."""
-    reader = csv.reader(io.StringIO(text_of(table, "csv"), newline=""), strict=True)
+    reader = _csv.Reader(io.StringIO(text_of(table, "csv"), newline=""), strict=True)
     lines = _numbered(table, reader)
     header = [name.strip() for name in next(lines, (1, []))[1]]
     for name in COLUMNS[:2]:
@@ -258,51 +278,48 @@ def _numbered(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield line, cells
 
 
-def _video(row: _Row, base: Path, names: tuple[str, ...] | None) -> Video:
+def _video(row: _Row, base: Path, classes: "_Classes | None") -> Video:
     text = row.values["path"]
     row.check(bool(text.strip()) and "\0" not in text, "path", "be the path of a file")
     path = base / os.path.normpath(text)
     start, end = _seconds(row, "start"), _seconds(row, "end")
     row.check(end is None or end > (start or 0.0), "end", f"be after the start, {start or 0.0} s")
     relative = path.relative_to(base) if path.is_relative_to(base) else path
-    return Video(path, piece_name(relative.as_posix(), start, end), _labels(row, names), start or 0.0, end)
+    return Video(path, piece_name(relative.as_posix(), start, end), _labels(row, classes), start or 0.0, end)
 
 
 def _seconds(row: _Row, column: str) -> float | None:
     text = row.values.get(column, "")
     if not text:
         return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    row.check(0 <= seconds < math.inf, column, "be seconds, at least 0, or empty")
+    seconds = decimal(text)
+    row.check(0 <= seconds <= _LONGEST, column, f"be seconds, 0 to {_LONGEST:,.0f}, or empty")
     return seconds
 
 
-def _labels(row: _Row, names: tuple[str, ...] | None) -> tuple[str, ...]:
+def _labels(row: _Row, classes: "_Classes | None") -> tuple[str, ...]:
     labels = [label.strip() for label in row.values["label"].split(LABEL_SEPARATOR)]
     row.check(all(labels), "label", f"name a class, or several separated by {LABEL_SEPARATOR}")
-    row.check(all(len(label.splitlines()) == 1 for label in labels), "label", "name classes without line breaks")
-    known = tuple(_known(label, names, row.where("label")) for label in labels)
+    for label in labels:
+        check_class_name(label, row.where("label"))
+    known = tuple(_known(label, classes, row.where("label")) for label in labels)
     row.check(len(set(known)) == len(known), "label", "name no class twice")
     return known
 
 
-def _known(label: str, names: tuple[str, ...] | None, where: str) -> str:
+def _known(label: str, classes: "_Classes | None", where: str) -> str:
     """The class of a label: itself, or with a list of classes the one of that name, or else of that number."""
-    if names is None or label in names:
+    if classes is None or label in classes.known:
         return label
-    count = len(names)
-    number = int(label) if label.isascii() and label.isdigit() and len(label) < 10 else count
-    rule = f"be one of the {count} names in the file of classes, or a number in 0..{count - 1}"
-    require(number < count, where, rule, label)
-    return names[number]
+    count = len(classes.names)
+    number = whole(label)
+    if number is None or number >= count:
+        rule = f"be one of the {count} names in the file of classes, or a number in 0..{count - 1}"
+        require(False, where, rule, label)
+    return classes.names[number or 0]
 
 
-def _in_class_folders(
-    folder: Path, root: Path, names: tuple[str, ...] | None, unusable: list[VideoError]
-) -> list[Video]:
+def _in_class_folders(folder: Path, root: Path, classes: "_Classes | None", unusable: list[VideoError]) -> list[Video]:
     """The files of the class folders; what lies beside those, and folders without a file, go to `unusable`."""
     videos: list[Video] = []
     for class_folder in sorted(_visible(folder)):
@@ -313,7 +330,9 @@ def _in_class_folders(
         if not files:
             unusable.append(VideoError(class_folder, "is a class folder without a video"))
             continue
-        name = _known(_text(class_folder.name), names, f"the name of {class_folder}")
+        name = _text(class_folder.name)
+        check_class_name(name, f"the name of {class_folder}")
+        name = _known(name, classes, f"the name of {class_folder}")
         for file in files:
             if file.is_dir():
                 raise UserError(

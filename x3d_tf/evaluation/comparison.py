@@ -145,6 +145,7 @@ def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool 
     if output:
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
-        write_csv(folder / "comparison.csv", [list(rows[0]), *(list(row.values()) for row in rows)])
+        cells = [["" if cell == _EMPTY else cell for cell in row.values()] for row in rows]
+        write_csv(folder / "comparison.csv", [list(rows[0]), *cells])
         (folder / "comparison.md").write_text(as_markdown(rows), encoding="utf-8")
     return rows

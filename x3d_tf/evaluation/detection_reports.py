@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from x3d_tf import _plots
+from x3d_tf import _csv, _plots
 from x3d_tf._checks import require
 from x3d_tf.data.ava import (
     BoxTable,
@@ -165,7 +165,7 @@ def write_detection_report(
 def _rows(scores: DetectionScores) -> Iterable[Sequence[Any]]:
     yield ["action_id", "action", "positives", "average_precision"]
     for (number, name), held, precision in zip(scores.actions.items(), scores.positives, scores.precisions):
-        yield [number, name, held, "" if math.isnan(precision) else f"{precision:.6g}"]
+        yield [number, name, held, "" if math.isnan(precision) else _csv.number(precision, ".6g")]
 
 
 def summary(scores: DetectionScores, worst_and_best: int = 3) -> list[str]:

@@ -4,7 +4,6 @@ Frames are scaled as records store them, and clips are sampled, scaled and cropp
 probabilities are those of testing its record but for the loss of JPEG.
 """
 
-import csv
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import appearing
 from x3d_tf.data import transforms
@@ -363,22 +363,23 @@ def csv_table(
     """A CSV file of predictions: gives the function that adds one.
 
     Columns: video, start and end in seconds, predicted (the most probable class), error, and p(CLASS) for each class.
+    Text that a spreadsheet would take for a formula gets a leading `'`; `x3d_tf._csv` reads it back.
     The file appears when the block ends, whole or not at all.
 
     Raises:
         UserError: the file is there and may not be replaced.
     """
     with _whole_file(Path(path), overwrite) as file:
-        table = csv.writer(file)
-        table.writerow(["video", "start", "end", "predicted", "error", *(f"p({name})" for name in class_names)])
+        table = _csv.Writer(file)
+        table.row(["video", "start", "end", "predicted", "error", *(f"p({name})" for name in class_names)])
 
         def add(result: Prediction | VideoError) -> None:
             if isinstance(result, VideoError):
-                table.writerow([result.path, "", "", "", result.reason, *("" for _ in class_names)])
+                table.row([result.path, "", "", "", result.reason, *("" for _ in class_names)])
                 return
-            times = (f"{result.start:.3f}", f"{result.end:.3f}")
+            times = (_csv.number(result.start, ".3f"), _csv.number(result.end, ".3f"))
             predicted = class_names[result.top(1)[0]]
-            table.writerow([result.path, *times, predicted, "", *(f"{p:.6g}" for p in result.probabilities)])
+            table.row([str(result.path), *times, predicted, "", *(_csv.number(p, ".6g") for p in result.probabilities)])
 
         yield add
 

@@ -3,8 +3,6 @@
 Imports no TensorFlow.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from x3d_tf import _plots
+from x3d_tf import _csv, _plots
 from x3d_tf._checks import UserError
 from x3d_tf._files import write_whole
 from x3d_tf.evaluation.metrics import (
@@ -30,6 +28,7 @@ RESULTS_NAME = "results.json"
 _TEXTS = ("network", "records", "split", "views")
 _COUNTS = ("videos", "classes")
 _NUMBERS = ("gmacs_per_clip", "gmacs_per_video")
+_LARGEST = 1e15  # of a report's numbers
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     yield ["video", *(["label", "predicted"] if single else ["labels"]), *(f"p({name})" for name in names)]
     for video, row, truth in zip(predictions.videos, predictions.probabilities, predictions.truth):
         own = ";".join(names[number] for number in np.flatnonzero(truth))
-        yield [video, own, *([names[row.argmax()]] if single else []), *(f"{p:.6g}" for p in row)]
+        yield [video, own, *([names[row.argmax()]] if single else []), *(_csv.number(p, ".6g") for p in row)]
 
 
 def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
@@ -134,7 +133,7 @@ def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     if predictions.task == "multi_label":
         yield ["class", "positives", "average_precision"]
         for name, held, precision in zip(names, truth.sum(axis=0), average_precisions(probabilities, truth)):
-            yield [name, held, "" if math.isnan(precision) else f"{precision:.6g}"]
+            yield [name, held, "" if math.isnan(precision) else _csv.number(precision, ".6g")]
         return
     labels = predictions.labels
     hits = {k: top_k_hits(probabilities, labels, k) for k in (1, 5)}
@@ -143,7 +142,7 @@ def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     yield ["class", "videos", "top1", "top5", "most_confused_with", "times"]
     for number, name in enumerate(names):
         own = labels == number
-        shares = [f"{hits[k][own].mean():.6g}" if own.any() else "" for k in (1, 5)]
+        shares = [_csv.number(hits[k][own].mean(), ".6g") if own.any() else "" for k in (1, 5)]
         other = int(wrong[number].argmax())
         times = int(wrong[number, other])
         yield [name, int(own.sum()), *shares, names[other] if times else "", times or ""]
@@ -182,9 +181,11 @@ def read_results(path: Path) -> dict[str, Any]:
     for name in _TEXTS:
         check(name, "be text", isinstance(results.get(name), str))
     for name in _COUNTS:
-        check(name, "be a whole number", type(results.get(name)) is int)
+        check(name, "be a whole number", type(results.get(name)) is int and _is_number(results[name]))
     for name in _NUMBERS:
         check(name, "be a number", _is_number(results.get(name)))
+    clips = results["gmacs_per_video"] / (results["gmacs_per_clip"] or math.inf)
+    check("gmacs_per_video", "be that of 0 to 1,000,000 clips", 0 <= clips <= 1e6)
     check("params", "be a number", _is_number(results.get("params", 0)))
     for name in ("map",) if "map" in results else ("top1", "top5"):
         check(name, "be in [0, 1]", _is_number(results.get(name)) and 0 <= results[name] <= 1)
@@ -192,7 +193,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
 def other_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
@@ -209,7 +210,5 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a csv, whole or not at all."""
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows(rows)
-    write_whole(path, table.getvalue().encode())
+    """Writes a csv, whole or not at all; text that a spreadsheet would take for a formula is guarded, see `_csv`."""
+    write_whole(path, _csv.encoded(rows))

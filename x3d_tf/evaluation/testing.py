@@ -123,7 +123,8 @@ class Measurement:
 
     def __post_init__(self) -> None:
         known, folder = self.model.class_names, self.manifest.folder
-        unknown = [name for name in self.manifest.classes if name not in known]
+        those = set(known)
+        unknown = [name for name in self.manifest.classes if name not in those]
         if unknown:
             raise UserError(
                 f"{folder} has {len(unknown)} classes that the model does not know: {some(unknown)}; it knows "
@@ -192,7 +193,8 @@ class Measurement:
 
     def _truth(self) -> np.ndarray:
         """The model's classes of each record, bool (videos, classes)."""
-        of_model = [self.model.class_names.index(name) for name in self.manifest.classes]
+        places = {name: place for place, name in reversed([*enumerate(self.model.class_names)])}  # the first of a name
+        of_model = [places[name] for name in self.manifest.classes]
         records = self.manifest.split(self.split).records
         truth = np.zeros((len(records), self.model.num_classes), bool)
         for row, record in zip(truth, records):

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._text import whole
 from x3d_tf.data.datasets import open_dataset
 from x3d_tf.evaluation.reports import other_settings, read_results, write_csv, write_json
 from x3d_tf.evaluation.testing import Procedure, folder_of, measurement_of_run
@@ -129,4 +130,4 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _step_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.json") if path.stem.isdigit()]
+    return [path for path in folder.glob("*.json") if whole(path.stem) is not None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
+from x3d_tf._text import check_class_name
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion, Task
 
@@ -63,6 +64,8 @@ class Description:
         require(self.options.stem_kernel <= 99, "options.stem_kernel", "be at most 99", self.options.stem_kernel)
         expected = self.num_classes if self.include_top else 0
         require(len(self.class_names) == expected, "class_names", f"be {expected}", len(self.class_names))
+        for number, name in enumerate(self.class_names):
+            check_class_name(name, f"class_names[{number}]")
         detects = self.task == "detection"
         fits = (self.detection_head is not None) == detects and (self.include_top or not detects)
         require(fits, "detection_head", f"be there in detectors alone (task {self.task!r})", self.detection_head)

@@ -1,10 +1,10 @@
 """The folder of a run: which files it holds, and whether a configuration may go on in it. Imports no TensorFlow."""
 
-import csv
-import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from x3d_tf import _csv
 from x3d_tf._checks import UserError
 from x3d_tf._files import partial_of, write_whole
 from x3d_tf.runs.recipe import TrainConfig
@@ -102,28 +102,27 @@ class RunFolder:
             return []
         rows = []
         with self.history.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+            for row in _csv.dicts(file):
                 try:
                     measured = {name: float(row[name]) for name in HISTORY_FIELDS if name not in _OPTIONAL_FIELDS}
                     optional = {name: float(row[name]) for name in _OPTIONAL_FIELDS if row.get(name)}
-                except (KeyError, TypeError, ValueError):  # a row that was cut off when the run was killed
+                    if not math.isfinite(measured["step"]):
+                        break
+                except (KeyError, ValueError):  # a row that was cut off when the run was killed
                     break
                 rows.append(measured | optional)
         return rows
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
         """Replaces `history.csv`."""
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, HISTORY_FIELDS)
-        writer.writeheader()
-        writer.writerows(_with_whole_counts(row) for row in rows)
-        write_whole(self.history, table.getvalue().encode())
+        write_whole(self.history, _csv.encoded([HISTORY_FIELDS, *map(_history_cells, rows)]))
 
     def append_history(self, row: dict[str, float]) -> None:
         """Adds a row to `history.csv`, which has been written."""
         with self.history.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, HISTORY_FIELDS).writerow(_with_whole_counts(row))
+            _csv.Writer(file).row(_history_cells(row))
 
 
-def _with_whole_counts(row: dict[str, float]) -> dict[str, float]:
-    return row | {name: int(row[name]) for name in ("step", "boxes_left_out") if name in row}
+def _history_cells(row: dict[str, float]) -> list[float | str]:
+    counts = {name: int(row[name]) for name in ("step", "boxes_left_out") if name in row}
+    return [(row | counts).get(name, "") for name in HISTORY_FIELDS]

@@ -1,0 +1,44 @@
+"""Checks of text from outside: names of classes, and numbers. Imports no TensorFlow.
+
+Python's `int` and `float` also take underscores and digits of other scripts, and `int` raises from 4,300 digits on.
+"""
+
+import math
+import re
+
+from x3d_tf._checks import require
+
+_DIGITS = re.compile(r"[0-9]{1,18}")  # fits into 64 bits
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def whole(text: str) -> int | None:
+    """The whole number of 1 to 18 ASCII digits that the text is; None where it is none."""
+    return int(text) if _DIGITS.fullmatch(text) else None
+
+
+def decimal(text: str) -> float:
+    """The finite number that the text is, such as `-1`, ` .5` or `1e-3`; nan where it is none."""
+    value = float(text) if _NUMBER.fullmatch(text.strip(" \t")) else math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def check_class_name(name: object, where: str) -> None:
+    """Raises `UserError` unless the name of a class can be one line of a text file.
+
+    Lists of classes have one name a line: a name of two lines, or of none, would shift those after it.
+
+    Args:
+        name: of a class, from outside.
+        where: begins the message: file and line, or the setting.
+    """
+    good = isinstance(name, str) and name.splitlines() == [name] and "\0" not in name and _is_unicode(name)
+    require(good, where, "name a class in one line of text, without line breaks or NUL", name)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a half of a surrogate pair, as JSON can have it
+        return False
+    return True
