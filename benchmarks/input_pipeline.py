@@ -6,10 +6,17 @@ same cores, so a step with fresh batches is slower even where it never waits.
 
   python benchmarks/input_pipeline.py
   python benchmarks/input_pipeline.py --records=data/my_records --flip --json=input_pipeline.json
+
+With --clips it measures what a clip costs instead, without a network: CPU time of all threads, user and system, and
+bytes that the process reads, from disk or from the page cache. --full_shard puts one shard of 64 synthetic videos,
+480 MB, into the folder of the records first, unless it exists: 300 frames of 256x340 pixels each, records of 7.5 MB.
+
+  python benchmarks/input_pipeline.py --records=/tmp/full_shard --full_shard --clips=500 --networks x3d_s x3d_m
 """
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,21 +24,38 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from reporting import machine, versions
 
 import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
+from x3d_tf.data.index import VIDEOS_PER_SHARD
+from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.pipeline import training_dataset
+from x3d_tf.data.records import Source, write_split
+from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
 from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
 from x3d_tf.training.forward import forward_of
 
 NETWORK = x3d_tf.VARIANTS["x3d_s"].expansion
+FRAMES, HEIGHT, WIDTH = 300, 256, 340  # of a synthetic video
+GRAIN, DEVIATION = 4, 6.3  # pixels a side of one colour, levels about grey: 25 kB a JPEG
 
 
 def main() -> None:
     """Measures, prints the table and writes the JSON file."""
     settings = parse_arguments()
+    if settings.full_shard:
+        write_full_shard(Path(settings.records))
+    if settings.clips:
+        measure_costs(settings)
+    else:
+        measure_rates(settings)
+
+
+def measure_rates(settings: argparse.Namespace) -> None:
+    """Clips a second of the pipeline alone, and a training step's time with fresh and with kept batches."""
     one_thread_an_operation(parts_of_batch(settings.batch, x3d_tf.ModelOptions().bn_group))
     made_up = settings.records is None
     spec = DatasetSpec(
@@ -50,6 +74,70 @@ def main() -> None:
         figures |= step_times(iter(dataset), len(manifest.classes), settings)
     rows = [f"X3D-S, batch {settings.batch}, {settings.rounds} rounds of {settings.steps} steps, {spec.records}"]
     rows += [f"  {name:46} {value:9.3f}" for name, value in figures.items()]
+    report(rows, figures, settings)
+
+
+def measure_costs(settings: argparse.Namespace) -> None:
+    """CPU time and bytes read of a clip, for each of the networks' clips."""
+    spec = DatasetSpec(settings.records, train_split=settings.split, eval_split=settings.split, flip=settings.flip)
+    manifest = open_dataset(spec)
+    rows, figures = [f"batch {settings.batch}, {settings.clips} clips, {spec.records}"], {}
+    for name in settings.networks:
+        network = x3d_tf.VARIANTS[name].expansion
+        dataset = training_dataset(
+            manifest,
+            spec.train_split,
+            network.clip,
+            jitter=network.jitter,
+            flip=spec.flip,
+            batch=settings.batch,
+            seed=0,
+        )
+        figures[name] = cost_of(iter(dataset), -(-settings.clips // settings.batch), settings.batch)
+        rows += [f"  {name:8} {what:24} {value:9.3f}" for what, value in figures[name].items()]
+    report(rows, figures, settings)
+
+
+def cost_of(batches: Iterator[Any], count: int, batch: int) -> dict[str, float]:
+    """What a clip costs in so many batches, after the first few."""
+    for _ in range(4):  # two are prefetched; tf.data finds its parallelism
+        next(batches)
+    before, read = resource.getrusage(resource.RUSAGE_SELF), bytes_read()
+    for _ in range(count):
+        next(batches)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    clips = count * batch
+    return {"core-ms a clip": 1e3 * seconds / clips, "MB read a clip": (bytes_read() - read) / 1e6 / clips}
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read so far, from disk or from the page cache. Linux only."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def write_full_shard(folder: Path) -> None:
+    """Writes one full shard of synthetic videos and its manifest, unless the folder has one."""
+    if (folder / MANIFEST_NAME).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def video(seed: int) -> EncodedVideo | VideoError:
+        random = np.random.default_rng(seed)
+        coarse = random.normal(128, DEVIATION, (FRAMES, -(-HEIGHT // GRAIN), -(-WIDTH // GRAIN), 3)).clip(0, 255)
+        frames = coarse.astype(np.uint8).repeat(GRAIN, 1).repeat(GRAIN, 2)[:, :HEIGHT, :WIDTH]
+        return EncodedVideo([encode_jpeg(np.ascontiguousarray(frame)) for frame in frames], 30.0)
+
+    sources = [Source(f"noise/{seed:02d}", (seed % 2,)) for seed in range(VIDEOS_PER_SHARD)]
+    classes = ("even", "odd")
+    split = write_split(folder, "train", sources, map(video, range(VIDEOS_PER_SHARD)), classes, lambda _: None)
+    Manifest(folder, classes, {"train": split}, {"source": "benchmarks/input_pipeline.py"}).save()
+    mean = split.shards[0].bytes / len(split.records) / 1e6
+    print(f"{folder}: one shard of {len(split.records)} records, {mean:.2f} MB a record")
+
+
+def report(rows: list[str], figures: dict[str, Any], settings: argparse.Namespace) -> None:
+    """Prints the table and writes the JSON file."""
     print("\n".join(rows))
     gpus = [device.name for device in tf.config.list_physical_devices("GPU")]
     result = {
@@ -72,8 +160,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="of a round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--no_model", action="store_true", help="measure the pipeline alone")
+    parser.add_argument("--clips", type=int, default=0, help="measure what a clip costs, over so many clips")
+    parser.add_argument("--networks", nargs="+", default=["x3d_s", "x3d_m"], help="whose clips --clips measures")
+    parser.add_argument("--full_shard", action="store_true", help="generate the records of --records first")
     parser.add_argument("--json", default="input_pipeline.json", help="where to write the figures")
-    return parser.parse_args()
+    settings = parser.parse_args()
+    if (settings.full_shard or settings.clips) and not settings.records:
+        parser.error("--records is required with --full_shard and with --clips")
+    return settings
 
 
 def pipeline_rate(batches: Iterator[Any], settings: argparse.Namespace) -> float:

@@ -101,7 +101,10 @@ def test_memory_is_of_the_whole_process_and_of_what_it_makes() -> None:
     assert 2 * 4 * measuring.MATMUL_SIZE**2 <= found["model"] <= found["process"]
 
 
-@pytest.mark.parametrize("script", ["forward.py", "train_step.py", "layers.py", "memory.py"])
+SCRIPTS = ["forward.py", "train_step.py", "layers.py", "memory.py"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, pytest.param("input_pipeline.py", marks=pytest.mark.slow)])
 def test_help_has_an_example(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from video_fixtures import number_of, numbered_frames, write_video
+from video_fixtures import number_of, numbered_frames, write_manifest, write_video
 
 import x3d_tf
 from x3d_tf._checks import UserError
@@ -272,7 +272,7 @@ def test_boxes_are_verified(records: Manifest, tmp_path: Path, key: str, value: 
         for example in examples:
             writer.write(example)
     entry["sha256"] = hashlib.sha256((tmp_path / entry["file"]).read_bytes()).hexdigest()
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path, manifest)
     (report,) = verify_records(tmp_path, progress=False)
     assert len(report.problems) == 1 and f"(film,0902) does not have {problem}" in report.problems[0]
 

@@ -1,6 +1,13 @@
 """The order of training clips, what is in them, and the views of testing, against plain loops."""
 
 import io
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +16,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 from test_transforms import naive_resize
-from video_fixtures import noise_video, write_records
+from video_fixtures import noise_video, write_manifest, write_records
 
 from x3d_tf.data import pipeline
 from x3d_tf.data.clips import ViewSpec, crop_offsets, frame_indices, last_start, view_starts
@@ -215,24 +222,24 @@ def test_views_equal_a_plain_loop(
 
 
 def damaged(manifest: Manifest, folder: Path, record: int, what: str) -> Manifest:
-    """A copy of the records of which one is bad: its first bytes, the start of each frame, or its label."""
+    """A copy of the records of which one is bad: its first bytes, its last frame, or its label in the manifest."""
     shard = manifest.splits["train"].shards[0].file
     content = (manifest.folder / shard).read_bytes()
-    text = (manifest.folder / "manifest.json").read_text()
+    entries = json.loads((manifest.folder / "manifest.json").read_text())
     start, length = manifest.splits["train"].records[record][1:3]
     bad = content[start : start + length]
     if what == "header":
         bad = bytes(100) + bad[100:]
-    elif what == "frames":
-        bad = bad.replace(b"\xff\xd8\xff", bytes(3))
+    elif what == "frame":
+        place = bad.rindex(b"\xff\xd9") - 20  # pixels of the last frame, which decodes nevertheless
+        bad = bad[:place] + bytes([bad[place] ^ 4]) + bad[place + 1 :]
     else:
-        text = text.replace(f'"labels": [[{record}], [1],', '"labels": [[1], [1],')
+        entries["splits"]["train"]["records"]["labels"][record] = [1]
     (folder / shard).write_bytes(content[:start] + bad + content[start + length :])
-    (folder / "manifest.json").write_text(text)
-    return Manifest.load(folder)
+    return write_manifest(folder, entries)
 
 
-@pytest.mark.parametrize(("record", "what"), [(3, "header"), (6, "frames"), (0, "label")])
+@pytest.mark.parametrize(("record", "what"), [(3, "header"), (6, "frame"), (0, "label")])
 def test_a_record_that_cannot_be_read_is_named(manifest: Manifest, tmp_path: Path, record: int, what: str) -> None:
     bad = damaged(manifest, tmp_path, record, what)
     name = rf"train-00000-of-00001\.tfrecord: cannot read or decode record {record} of split train"
@@ -241,6 +248,155 @@ def test_a_record_that_cannot_be_read_is_named(manifest: Manifest, tmp_path: Pat
         list(evaluation_dataset(bad, "train", CLIP, views))
     with pytest.raises(tf.errors.InvalidArgumentError, match=name):
         stream(bad, 40)
+
+
+def test_records_of_another_name_than_the_manifests_are_damaged(manifest: Manifest) -> None:
+    records = list(manifest.splits["train"].records)
+    names = [record.media_id for record in records]
+    swapped = [names[1], names[0], *names[2:]]
+    of_others = manifest.keeping("train", [r._replace(media_id=name) for r, name in zip(records, swapped)])
+    cause = "cannot read or decode record 0 of split train, at byte 12: its labels, name or boxes are not those"
+    with pytest.raises(ValueError, match=cause), naming_records():
+        list(evaluation_dataset(of_others, "train", CLIP, VIEWS))
+
+
+VIEWS = ViewSpec(temporal_views=2, resize=20, crop=16)
+
+
+class Streams:
+    """Datasets of records whose shard can be damaged while they are read; more records than are read ahead."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = write_records(folder, {"train": [noise_video(seed, 2) for seed in range(60)]})
+        self.records = manifest.splits["train"].records
+        self.shard = folder / manifest.splits["train"].shards[0].file
+        self.content = self.shard.read_bytes()
+        settings: dict[str, Any] = {"jitter": (18, 24), "flip": True, "batch": BATCH, "seed": 5}
+        self.datasets = {
+            "training": training_dataset(folder, "train", CLIP, **settings),
+            "evaluation": evaluation_dataset(folder, "train", CLIP, VIEWS),
+        }
+
+    def damage(self, what: str) -> None:
+        """Damages the last record, or all of the file."""
+        if what in ("gone", "directory"):
+            self.shard.unlink()
+            if what == "directory":
+                self.shard.mkdir()
+            return
+        last = self.records[-1]
+        start = last.offset - 12
+        damaged = {
+            "truncated": self.content[:start],
+            "truncated in the record": self.content[: last.offset + 9],
+            "empty": b"",
+            "other": b"text" * (len(self.content) // 4) + bytes(len(self.content) % 4),
+            "other length": self.content[:start] + framed(bytes(last.length - 16)) + framed(b""),
+            "flipped": flipped(self.content, last.offset + last.length - 30),  # in the pixels of the last frame
+            "flipped length": flipped(self.content, start),
+        }[what]
+        self.put(damaged)
+
+    def put(self, content: bytes) -> None:
+        """Replaces the shard, so that no reader finds a part of it."""
+        if self.shard.is_dir():
+            self.shard.rmdir()
+        written = self.shard.with_name("written")
+        written.write_bytes(content)
+        written.replace(self.shard)
+
+
+def flipped(content: bytes, position: int) -> bytes:
+    """With one bit of one byte changed."""
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+def framed(record: bytes) -> bytes:
+    """A record as it lies in a shard, with its checksums."""
+    with tempfile.NamedTemporaryFile() as file:
+        with tf.io.TFRecordWriter(file.name) as writer:
+            writer.write(record)
+        return Path(file.name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> Streams:
+    return Streams(tmp_path_factory.mktemp("streams") / "of ü] (x): 5")
+
+
+def rest(batches: Iterator[Any]) -> None:
+    with naming_records():
+        for _, _ in zip(range(100), batches):
+            pass
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("truncated", r"the file has \d+ bytes where the manifest lists \d+: it was truncated or replaced"),
+        ("truncated in the record", "the file has .* truncated or replaced"),
+        ("empty", "the file has 0 bytes"),
+        ("gone", "the file does not exist"),
+        ("directory", "this is not a file"),
+        ("other", "its bytes do not match their checksum"),
+        ("other length", r"it has \d+ bytes where the manifest lists \d+: the file was replaced"),
+        ("flipped", "its bytes do not match their checksum"),
+        ("flipped length", "its bytes do not match their checksum"),
+    ],
+)
+def test_damage_while_records_are_read_ends_with_an_error(streams: Streams, mode: str, what: str, cause: str) -> None:
+    batches = iter(streams.datasets[mode].as_numpy_iterator())
+    next(batches)
+    streams.damage(what)
+    threads = ThreadPoolExecutor(1)  # so that a read which never ends fails the test
+    try:
+        place = r"cannot read or decode record \d+ of split train, at byte \d+: "
+        with pytest.raises(ValueError, match=place + f"({cause})") as caught:
+            threads.submit(rest, batches).result(timeout=60)
+        assert str(caught.value).startswith(f"{streams.shard}: cannot")
+        assert str(caught.value).endswith(f"build_records --output={streams.shard.parent} --verify")
+    finally:
+        threads.shutdown(wait=False)
+        streams.put(streams.content)
+
+
+READ_AGAIN = """
+import sys
+import tensorflow as tf
+from x3d_tf.data.pipeline import training_dataset
+from x3d_tf.modeling.expansion import ClipSpec
+clips = training_dataset(sys.argv[1], "train", ClipSpec(3, 2.0, 16), jitter=(18, 24), flip=True, batch=4, seed=5)
+for step, _ in enumerate(clips):
+    if step == 0:
+        print("started", flush=True)
+        sys.stdin.readline()
+        break
+while True:
+    try:
+        list(clips)
+    except tf.errors.InvalidArgumentError:
+        print("failed", flush=True)
+"""
+
+
+@pytest.mark.slow  # starts TensorFlow
+def test_a_damaged_shard_leaves_ctrl_c_working(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "records")
+    command = [sys.executable, "-c", READ_AGAIN, str(streams.shard.parent)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        try:
+            assert process.stdout.readline() == b"started\n"
+            streams.damage("gone")
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"failed\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGINT and b"KeyboardInterrupt" in errors
 
 
 def test_nothing_before_the_start_is_read(manifest: Manifest, tmp_path: Path) -> None:

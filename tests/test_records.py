@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tensorflow as tf
-from video_fixtures import noise_video, write_records
+from video_fixtures import noise_video, write_manifest, write_records
 
 from x3d_tf.data import index, records
-from x3d_tf.data.index import index_shard, shard_name
+from x3d_tf.data.index import shard_name
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.records import ShardWriter, Source, encode_record, parse_record, read_index
+from x3d_tf.data.records import ShardWriter, Source, encode_record, parse_record, stored_record
 from x3d_tf.data.video import EncodedVideo, VideoError
 
 
@@ -64,8 +68,6 @@ def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
         for shard in split.shards:
             assert shard.bytes == len(stored[shard.file])
             assert shard.sha256 == hashlib.sha256(stored[shard.file]).hexdigest()
-            offsets = index_shard(manifest.folder / shard.file)
-            assert offsets == [(r.offset, r.length) for r in split.records]
 
 
 def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,9 @@ def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest
     names = [shard_name("train", index, 4) for index in (0, 2, 3)]  # in shard 1 both failed
     assert [shard.file for shard in split.shards] == sorted(path.name for path in tmp_path.iterdir()) == names
     assert names[0] == "train-00000-of-00004.tfrecord"
-    assert read_index([tmp_path / name for name in names]) == split.records
+    for record in split.records:
+        parsed = parse_record(stored_record(str(tmp_path / split.shards[record.shard].file), record.offset))
+        assert parsed.media_id.numpy().decode() == record.media_id
 
 
 def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -102,9 +106,8 @@ def test_a_manifest_is_loaded_as_saved(manifest: Manifest) -> None:
 
 
 def edited(manifest: Manifest, *path: Any, value: Any) -> Path:
-    """Rewrites one entry of manifest.json; None removes it."""
-    file = manifest.folder / "manifest.json"
-    content = json.loads(file.read_text())
+    """Rewrites one entry of manifest.json, and its checksum; None removes it."""
+    content = json.loads((manifest.folder / "manifest.json").read_text())
     entry = content
     for key in path[:-1]:
         entry = entry[key]
@@ -112,13 +115,9 @@ def edited(manifest: Manifest, *path: Any, value: Any) -> Path:
         del entry[path[-1]]
     else:
         entry[path[-1]] = value
-    file.write_text(json.dumps(content))
+    with suppress(ValueError):
+        write_manifest(manifest.folder, content)
     return manifest.folder
-
-
-def test_a_missing_index_is_rebuilt(manifest: Manifest) -> None:
-    edited(manifest, "splits", "train", "records", value=None)
-    assert Manifest.load(edited(manifest, "splits", "test", "records", value=None)) == manifest
 
 
 RECORDS = ("splits", "train", "records")
@@ -135,7 +134,6 @@ def test_multi_label_records_are_loaded_as_saved(multi_label: Manifest) -> None:
     assert loaded == multi_label
     assert loaded.task == "multi_label"
     assert [record.labels for record in loaded.split("train").records] == LABELS
-    assert Manifest.load(edited(multi_label, *RECORDS, value=None)) == multi_label
 
 
 @pytest.mark.parametrize("labels", [[], [1, 0], [1, 1]])
@@ -152,19 +150,111 @@ def test_the_task_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     assert one.fingerprint() != other.fingerprint()
 
 
-def test_manifests_of_the_first_format_are_read(manifest: Manifest) -> None:
-    edited(manifest, "format_version", value=1)
-    edited(manifest, "task", value=None)
-    for split, part in manifest.splits.items():
-        edited(manifest, "splits", split, "records", "label", value=[record.labels[0] for record in part.records])
-        edited(manifest, "splits", split, "records", "labels", value=None)
-    assert Manifest.load(manifest.folder) == manifest
+def test_the_fingerprint_is_of_the_content(manifest: Manifest, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(manifest.folder, copy)
+    same = Manifest.load(copy)
+    assert same.fingerprint() == manifest.fingerprint()
+    assert replace(same, settings={"other": 1}).fingerprint() == manifest.fingerprint()
+    first, second, third = same.splits["train"].records
+    others = [
+        replace(same, classes=same.classes[::-1]),
+        same.keeping("train", [first, second]),
+        same.keeping("train", [first._replace(labels=second.labels), second._replace(labels=first.labels), third]),
+        same.keeping("train", [first._replace(media_id="x"), second, third]),
+    ]
+    assert len({manifest.fingerprint(), *(other.fingerprint() for other in others)}) == 5
+
+
+def rotate_classes(content: dict[str, Any]) -> None:
+    content["classes"] = content["classes"][1:] + content["classes"][:1]
+
+
+def drop_record(content: dict[str, Any]) -> None:
+    train = content["splits"]["train"]
+    train["records"] = {name: column[:1] + column[2:] for name, column in train["records"].items()}
+    train["count"] = 2
+
+
+def double_record(content: dict[str, Any]) -> None:
+    train = content["splits"]["train"]
+    train["records"] = {name: column[:1] + column for name, column in train["records"].items()}
+    train["count"] = 4
+
+
+def swap_names(content: dict[str, Any]) -> None:
+    names = content["splits"]["train"]["records"]["media_id"]
+    names[0], names[1] = names[1], names[0]
+
+
+def swap_rows(content: dict[str, Any]) -> None:
+    for column in content["splits"]["train"]["records"].values():
+        column[0], column[1] = column[1], column[0]
+
+
+def change_setting(content: dict[str, Any]) -> None:
+    content["settings"]["source"] = "other"
+
+
+def drop_checksum(content: dict[str, Any]) -> None:
+    del content["sha256"]
+
+
+EDITS = [rotate_classes, drop_record, double_record, swap_names, swap_rows, change_setting, drop_checksum]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_manifest_is_refused(manifest: Manifest, edit: Callable[[dict[str, Any]], None]) -> None:
+    path = manifest.folder / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content, indent=2, sort_keys=True))
+    assert Manifest.load(manifest.folder) == manifest  # white space and the order of entries say nothing
+    edit(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest\.json: sha256 must be that of the file's other entries.* build"):
+        Manifest.load(manifest.folder)
+
+
+def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read: Input/output error"):
+        Manifest.load(manifest.folder)
+
+
+def test_a_record_is_read_alone_and_with_its_checksums(manifest: Manifest) -> None:
+    split = manifest.splits["train"]
+    path, record = manifest.folder / split.shards[0].file, split.records[1]
+    content = path.read_bytes()
+    data = content[record.offset : record.offset + record.length]
+    start, end = record.offset - index.HEADER_BYTES, record.offset + record.length + index.FOOTER_BYTES
+    alone = bytes(start) + content[start:end] + bytes(len(content) - end)
+    path.write_bytes(alone)
+    assert stored_record(str(path), record.offset).numpy() == data
+    in_graph = tf.data.Dataset.range(1).map(lambda _: stored_record(tf.constant(str(path)), record.offset))
+    assert list(in_graph.as_numpy_iterator()) == [data]
+    for position in (start, start + 8, record.offset, record.offset + record.length // 2, end - 1):
+        path.write_bytes(alone[:position] + bytes([alone[position] ^ 1]) + alone[position + 1 :])
+        with pytest.raises(tf.errors.DataLossError):
+            stored_record(str(path), record.offset)
+    for content in (alone[: end - 1], alone[:start], b""):
+        path.write_bytes(content)
+        with pytest.raises(tf.errors.OpError):
+            stored_record(str(path), record.offset)
+    path.unlink()
+    with pytest.raises(tf.errors.NotFoundError):
+        stored_record(str(path), record.offset)
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format_version",), 3, "format_version must be 1 or 2, got 3"),
+        (("format_version",), 2, "format_version must be 3, got 2: .* build them again"),
+        (("format_version",), None, "format_version must be 3, got None"),
+        (RECORDS, None, "records must be a dict, got None"),
+        ((*RECORDS, "offset", 1), 12, r"records\[1\] must come after the record before it.*got \(0, 12\)"),
         (("classes",), ["a", "a"], "classes must be distinct names"),
         (("classes",), [], "classes must be distinct names"),
         (("classes", 1), 5, r"classes\[1\] must be a str, got 5"),
@@ -224,12 +314,6 @@ def test_damaged_shards_are_named(manifest: Manifest) -> None:
     shard.write_bytes(content[:-5])
     with pytest.raises(ValueError, match=rf"size of .*{shard.name} must be {len(content)} bytes"):
         manifest.split("train")
-    with pytest.raises(ValueError, match=f"{shard.name} breaks off: the record at byte"):
-        index_shard(shard)
-    first = manifest.splits["train"].records[0]
-    shard.write_bytes(content[: first.offset] + bytes([255]) * first.length + content[first.offset + first.length :])
-    with pytest.raises(ValueError, match=f"{shard.name}, record 0 cannot be parsed"):
-        read_index([shard])
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name} is missing"):
         manifest.split("train")

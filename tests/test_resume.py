@@ -1,6 +1,7 @@
 """Builds that are stopped, that run out of disk, or whose folder belongs to another build; and --verify."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import tensorflow as tf
-from video_fixtures import noise_video, numbered_frames, write_records, write_video
+from video_fixtures import noise_video, numbered_frames, write_manifest, write_records, write_video
 
 from x3d_tf.build_records import summary
 from x3d_tf.data import builder, index
@@ -476,6 +477,26 @@ def test_whole_records_are_verified(records: Manifest) -> None:
     ]
 
 
+def edit_manifest(records: Manifest, how: str) -> None:
+    """Edits manifest.json, and gives it the right checksum: only the records themselves contradict it."""
+    content = json.loads((records.folder / "manifest.json").read_text())
+    train = content["splits"]["train"]
+    columns = train["records"]
+    if how == "sha":
+        train["shards"][0]["sha256"] = "0" * 64
+    elif how == "label":
+        columns["labels"][0] = [2]
+    elif how == "classes":
+        content["classes"] = content["classes"][1:] + content["classes"][:1]
+    elif how == "names":
+        columns["media_id"][:2] = columns["media_id"][1::-1]
+    else:
+        for column in columns.values():
+            del column[1 if how == "last dropped" else 0]
+        train["count"] -= 1
+    write_manifest(records.folder, content)
+
+
 def flip_byte(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
@@ -488,19 +509,23 @@ def flip_byte(path: Path, position: int) -> None:
         ("gone", "is missing"),
         ("short", r"has \d+ bytes, and manifest.json says \d+"),
         ("data", r"record 1 at byte \d+ \(train/1\) does not have its checksum"),
-        ("header", r"record 0 at byte 12 \(train/0\) does not have its checksum"),
+        ("header", r"record 0 at byte 12 \(train/0\) has length \d+, and manifest.json says \d+"),
         ("other", r"record 0 at byte 12 \(train/0\) has length \d+, and manifest.json says \d+"),
         ("jpeg", r"record 0 at byte 12 \(train/0\) cannot be parsed or decoded"),
         ("words", r"record 0 at byte 12 \(train/0\) cannot be parsed or decoded"),
         ("label", r"record 0 at byte 12 \(train/0\) has labels \(0,\), and manifest.json says \(2,\)"),
         ("sha", "has another SHA-256 than manifest.json says"),
+        ("huge", rf"record 0 at byte 12 \(train/0\) has length {2**46}, and manifest.json says \d+"),
+        ("names", r"record 0 at byte 12 \(train/1\) has media_id 'train/0', and manifest.json says 'train/1'"),
+        ("classes", r"is of the classes \['class 000'\], and manifest.json says \['class 001'\]"),
+        ("dropped", r"has bytes 0 to \d+ that no record listed in manifest.json covers"),
+        ("last dropped", r"has bytes \d+ to \d+ that no record listed in manifest.json covers"),
     ],
 )
 def test_a_damaged_shard_is_named(records: Manifest, damage: str, message: str) -> None:
     train = records.splits["train"]
     shard, second = train.shards[0], train.records[1]
     path = records.folder / shard.file
-    manifest = records.folder / "manifest.json"
     stored = [record.numpy() for record in tf.data.TFRecordDataset(str(path))]
     if damage == "gone":
         path.unlink()
@@ -510,9 +535,10 @@ def test_a_damaged_shard_is_named(records: Manifest, damage: str, message: str) 
         flip_byte(path, second.offset + second.length // 2)
     elif damage == "header":
         flip_byte(path, 2)
-    elif damage in ("label", "sha"):
-        old, new = ("[[0], [1], [2]]", "[[2], [1], [2]]") if damage == "label" else (shard.sha256, "0" * 64)
-        manifest.write_text(manifest.read_text().replace(old, new))
+    elif damage == "huge":  # with the right checksum; TensorFlow would reserve so much memory
+        path.write_bytes(bytes.fromhex("000000000040000072812907") + path.read_bytes()[12:])
+    elif damage in ("label", "sha", "names", "classes", "dropped", "last dropped"):
+        edit_manifest(records, damage)
     else:
         other = {
             "other": [stored[1], stored[0]],
@@ -523,7 +549,24 @@ def test_a_damaged_shard_is_named(records: Manifest, damage: str, message: str) 
             for record in other:
                 writer.write(record)
     reports = list(verify_records(records.folder, progress=False))
-    assert [len(report.problems) for report in reports] == [1, 0]
-    assert "; 1 damaged\n  " in str(reports[0])
+    assert [len(report.problems) for report in reports] == ([2, 1] if damage == "classes" else [1, 0])
+    assert f"; {len(reports[0].problems)} damaged\n  " in str(reports[0])
     with pytest.raises(AssertionError, match=f"^{path}.*{message}$"):
         raise AssertionError(reports[0].problems[0])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_shards_that_the_manifest_does_not_list_are_named(records: Manifest, split: str) -> None:
+    content = json.loads((records.folder / "manifest.json").read_text())
+    if split == "test":
+        del content["splits"]["test"]
+    else:
+        last = content["splits"]["train"]
+        last["shards"].pop()
+        last["count"] = 2
+        for column in last["records"].values():
+            column.pop()
+    write_manifest(records.folder, content)
+    problems = {report.split: report.problems for report in verify_records(records.folder, progress=False)}
+    name = records.splits[split].shards[-1].file
+    assert problems[split] == (f"{records.folder / name} is not listed in manifest.json",)

@@ -1,16 +1,18 @@
 """Small videos and records that the tests of the data modules share."""
 
+import json
 import os
 import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
 from x3d_tf.data.encoding import encode_or_reason
-from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.manifest import MANIFEST_NAME, Manifest, checksum
 from x3d_tf.data.sources import Video
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
 
@@ -95,6 +97,13 @@ def write_records(
     manifest = Manifest(folder, tuple(names), splits, {"source": "test"}, "multi_label" if labels else "single_label")
     manifest.save()
     return manifest
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:
+    """Writes the entries of a `manifest.json` with their right checksum, and loads it."""
+    entries = {name: value for name, value in content.items() if name != "sha256"}
+    (folder / MANIFEST_NAME).write_text(json.dumps(entries | {"sha256": checksum(entries)}))
+    return Manifest.load(folder)
 
 
 def die_on_three(video: Video) -> EncodedVideo | VideoError:

@@ -1,9 +1,7 @@
 """Where records lie: shards, and the place of each record in them. Imports no TensorFlow."""
 
 import re
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from x3d_tf._checks import UserError
@@ -94,25 +92,3 @@ def plan_shards(split: str, videos: int) -> list[tuple[str, slice]]:
     count = -(-videos // VIDEOS_PER_SHARD)
     starts = range(0, videos, VIDEOS_PER_SHARD)
     return [(shard_name(split, i, count), slice(start, start + VIDEOS_PER_SHARD)) for i, start in enumerate(starts)]
-
-
-def index_shard(path: Path) -> list[tuple[int, int]]:
-    """Offset and length in bytes of each record's data in a TFRecord file, from the record headers alone.
-
-    Raises:
-        UserError: naming the file and the byte where a record does not fit into it.
-    """
-    index: list[tuple[int, int]] = []
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        position = 0
-        while position < size:
-            file.seek(position)
-            header = file.read(HEADER_BYTES)
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER_BYTES else size
-            end = position + HEADER_BYTES + length + FOOTER_BYTES
-            if end > size:
-                raise UserError(f"{path} breaks off: the record at byte {position} ends past the file's {size} bytes")
-            index.append((position + HEADER_BYTES, length))
-            position = end
-    return index

@@ -1,7 +1,8 @@
 """The table of contents of a folder of records: classes, shards, and where each record lies. Imports no TensorFlow.
 
-`manifest.json` is written last, so a folder that has one is whole. It is read as untrusted input: every value is held
-against its rule before anything relies on it.
+`manifest.json` is written last, so a folder that has one is whole. It holds a checksum over its own content, which
+finds edits and damage. It is read as untrusted input: every value is held against its rule before anything relies on
+it.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split
 from x3d_tf.modeling.expansion import Task
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 2  # 1 had no task, and in place of labels one label a record; it is read too
+FORMAT_VERSION = 3
+_CHECKSUM = "sha256"  # name of the entry with the checksum over all others
 
 _LABELS: dict[Task, tuple[int, float, str]] = {  # of a record: fewest, most, and the rule in words
     "single_label": (1, 1, "be exactly one"),
@@ -70,32 +72,39 @@ class Manifest:
         return replace(self, splits=self.splits | {name: Split(self.splits[name].shards, tuple(records))})
 
     def fingerprint(self) -> str:
-        """A hash that two folders share if their classes, their shards and their tasks are equal."""
-        shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
-        # The usual task is left out: the hashes of records that were made before there was another one stay.
-        content = [self.classes, shards] if self.task == "single_label" else [self.classes, shards, self.task]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Returns a hash that two manifests share if their task, classes, shards and records are equal.
+
+        It does not depend on where the folder lies, nor on the settings.
+        """
+        content = self._content()
+        del content["settings"]
+        return checksum(content)
 
     def save(self) -> Path:
         """Writes `manifest.json` into the folder, whole or not at all, and returns its path."""
-        content = {
+        content = self._content()
+        path = self.folder / MANIFEST_NAME
+        write_whole(path, json.dumps(content | {_CHECKSUM: checksum(content)}, ensure_ascii=False).encode())
+        return path
+
+    def _content(self) -> dict[str, Any]:
+        """All entries of the file but the checksum."""
+        return {
             "format_version": FORMAT_VERSION,
             "task": self.task,
             "settings": self.settings,
             "classes": self.classes,
             "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
         }
-        path = self.folder / MANIFEST_NAME
-        write_whole(path, json.dumps(content, ensure_ascii=False).encode())
-        return path
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
-        """Reads and checks a folder's manifest; where a split lacks its index, reads its shards to rebuild it.
+        """Reads and checks a folder's manifest.
 
         Raises:
-            UserError: no manifest there (says which command makes one); a value that breaks its rule, naming the file,
-                the entry, the rule and the value received.
+            UserError: no manifest there (says which command makes one); one that cannot be read, has another format or
+                was changed after it was written; a value that breaks its rule, naming the file, the entry, the rule and
+                the value received.
         """
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
@@ -103,15 +112,9 @@ class Manifest:
                 f"{path} does not exist: {folder} holds no finished records. "
                 f"Make them with: python -m x3d_tf.build_records --videos=DIR --output={folder}"
             )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # ValueError covers both broken JSON and broken UTF-8
-            raise UserError(f"{path} is not JSON: {error}") from error
+        content = _checked_content(path)
         reader = _Reader(str(path))
-        content = reader.of_type(content, dict, "the file")
-        version = content.get("format_version")
-        require(version in (1, FORMAT_VERSION), f"{path}: format_version", f"be 1 or {FORMAT_VERSION}", version)
-        task = cast(Task, "single_label" if version == 1 else content.get("task"))
+        task = cast(Task, content.get("task"))
         reader.check(task in get_args(Task), "task", f"be one of {', '.join(get_args(Task))}", task)
         settings = reader.of_type(content.get("settings"), dict, "settings")
         classes = tuple(reader.items(content.get("classes"), str, "classes"))
@@ -119,10 +122,40 @@ class Manifest:
         for i, name in enumerate(classes):
             check_class_name(name, f"{path}: classes[{i}]")
         parts = reader.of_type(content.get("splits"), dict, "splits")
-        splits = {
-            name: _split_from_json(reader, name, part, Path(folder), len(classes), task) for name, part in parts.items()
-        }
+        splits = {name: _split_from_json(reader, name, part, len(classes), task) for name, part in parts.items()}
         return cls(Path(folder), classes, splits, settings, task)
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a manifest's entries, which does not depend on their order or on white space."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _checked_content(path: Path) -> dict[str, Any]:
+    """The entries of the file, once their checksum has been found right; no entry has been checked by itself."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _Reader(str(path)).of_type(content, dict, "the file")
+        expected = content.pop(_CHECKSUM, None)
+        found = checksum(content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError covers both broken JSON and broken UTF-8
+        raise UserError(f"{path} is not JSON: {error}") from error
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}: the records were made by another "
+            "version of x3d_tf; build them again"
+        )
+    if expected != found:
+        raise UserError(
+            f"{path}: {_CHECKSUM} must be that of the file's other entries, {found}, got {expected!r}: the file was "
+            "edited or damaged after it was written; restore it from a copy or build the records again"
+        )
+    return content
 
 
 def _split_to_json(split: Split) -> dict[str, Any]:
@@ -134,20 +167,19 @@ def _split_to_json(split: Split) -> dict[str, Any]:
     }
 
 
-def _split_from_json(reader: "_Reader", name: str, content: Any, folder: Path, classes: int, task: Task) -> Split:
+def _split_from_json(reader: "_Reader", name: str, content: Any, classes: int, task: Task) -> Split:
     where = f"splits.{name}"
     content = reader.of_type(content, dict, where)
     entries = reader.of_type(content.get("shards"), list, f"{where}.shards")
     shards = tuple(_shard_from_json(reader, f"{where}.shards[{i}]", entry) for i, entry in enumerate(entries))
-    if "records" in content:
-        records = _records_from_json(reader, f"{where}.records", content["records"])
-        reader.check(content.get("count") == len(records), f"{where}.count", f"be {len(records)}", content.get("count"))
-    else:
-        from x3d_tf.data.records import read_index  # imports TensorFlow, which reading a whole manifest does not need
-
-        records = read_index([folder / shard.file for shard in shards])
+    records = _records_from_json(reader, f"{where}.records", content.get("records"))
+    reader.check(content.get("count") == len(records), f"{where}.count", f"be {len(records)}", content.get("count"))
+    end = (0, 0)  # shard and byte where the record before ends
     for i, record in enumerate(records):
         _check_record(reader, f"{where}.records[{i}]", record, shards, classes, task)
+        place = (record.shard, record.offset)
+        reader.check(place >= end, f"{where}.records[{i}]", "come after the record before it in the shards", place)
+        end = (record.shard, record.offset + record.length + HEADER_BYTES + FOOTER_BYTES)
     return Split(shards, records)
 
 
@@ -162,8 +194,6 @@ def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
 
 def _records_from_json(reader: "_Reader", where: str, columns: Any) -> tuple[Record, ...]:
     columns = reader.of_type(columns, dict, where)
-    if "label" in columns and "labels" not in columns:  # format 1
-        columns = columns | {"labels": [[label] for label in reader.of_type(columns["label"], list, f"{where}.label")]}
     checked = [
         _labels_from_json(reader, f"{where}.labels", columns.get(field))
         if field == "labels"

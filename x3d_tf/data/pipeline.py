@@ -2,10 +2,11 @@
 
 The order of training clips is a function of seed and step, not of what was read before: batch n is made of slots
 (n mod S)·batch and following of a permutation drawn for epoch n div S, where S = floor(records / batch). Records are
-read where the manifest says they lie, so a stream can start at any step, and each worker reads its own part only. Such
-reads do not check TFRecord's checksums: damage is noticed where a record no longer parses or a frame no longer decodes.
+read where the manifest says they lie, so a stream can start at any step, and each worker reads its own part only. Each
+read verifies the record's checksums, and compares its length, labels and name with the manifest.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec, frame_indices, last_start, view_starts
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.records import ParsedRecord, parse_record
+from x3d_tf.data.records import ParsedRecord, fault_of, parse_record, stored_record
 from x3d_tf.modeling.expansion import ClipSpec
 
 PARALLEL_VIDEOS = 4  # of testing
@@ -214,16 +215,31 @@ def evaluation_dataset(
 
 @contextmanager
 def naming_records() -> Iterator[None]:
-    """Turns TensorFlow's report of a record that cannot be read, raised within the block, into a `UserError`."""
+    """Turns TensorFlow's report of a record that cannot be read, raised within the block, into a `UserError`.
+
+    The error names the shard, the record, the split and the cause.
+    """
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
-        found = re.search(
-            r"assertion failed: \[b?['\"]?(.*?: cannot read or decode record .*?, at byte \d+)", str(error)
-        )
+        found = _UNREADABLE.search(error.message)
         if found is None:
             raise
-        raise UserError(f"{found.group(1)}; the shard is damaged, or was replaced: build the records again") from error
+        path, which, *numbers = found.groups()
+        offset, length, size = map(int, numbers)
+        raise UserError(
+            f"{path}: cannot read or decode record {which}, at byte {offset}: "
+            f"{fault_of(Path(path), offset, length, size)}. List all damage with: "
+            f"python -m x3d_tf.build_records --output={Path(path).parent} --verify"
+        ) from error
+
+
+# What `RecordTable.read` reports: path, record and split, offset, length, size of the shard.
+_UNREADABLE = re.compile(
+    r"assertion failed: \[(.*?): cannot read or decode record (\d+ of split .*?), "
+    r"at byte (\d+), (\d+) bytes of (\d+)\]",
+    re.DOTALL,
+)
 
 
 class RecordTable:
@@ -234,11 +250,12 @@ class RecordTable:
         require(len(part.records) > 0, f"split {split!r} of {manifest.folder}", "hold records", 0)
         self.split, self._count = split, len(part.records)
         with tf.device("cpu"):  # where tf.data runs; by itself a process with a GPU puts numbers there
-            self._paths = tf.constant([str(manifest.folder / shard.file) for shard in part.shards])
+            self._paths = tf.constant([os.fsencode(manifest.folder / shard.file) for shard in part.shards])
             self._sizes = tf.constant([shard.bytes for shard in part.shards], tf.int64)
             self._shard = tf.constant([record.shard for record in part.records], tf.int64)
             self._offset = tf.constant([record.offset for record in part.records], tf.int64)
             self._length = tf.constant([record.length for record in part.records], tf.int64)
+            self._media_id = tf.constant([record.media_id.encode(errors="replace") for record in part.records])
             labels = [label for record in part.records for label in record.labels]
             self._labels = tf.constant(labels, tf.int64)  # of all records, one after the other
             ends = np.cumsum([0, *(len(record.labels) for record in part.records)])
@@ -261,29 +278,40 @@ class RecordTable:
     def read(self, record: tf.Tensor, decode: Callable[[ParsedRecord], Any]) -> Any:
         """What `decode` makes of one record (a tensor or a tuple of them); int64 scalar `record`.
 
-        Whatever fails on the way raises InvalidArgumentError naming shard and record; the cause is logged.
+        Whatever fails on the way raises InvalidArgumentError naming shard, record and split; the cause is logged, and
+        `naming_records` states it.
         """
         shard, offset, length = self._shard[record], self._offset[record], self._length[record]
-        path, rest = self._paths[shard], self._sizes[shard] - offset - length
+        path = self._paths[shard]
 
-        def parse(serialized: tf.Tensor) -> tuple[tf.Tensor, Any]:
-            parsed = parse_record(serialized)
-            listed, message = self.labels(record), "shard and manifest are of two builds"
-            counts = tf.debugging.assert_equal(tf.size(parsed.labels), tf.size(listed), message)
-            with tf.control_dependencies([counts]):  # first: unequal lengths may broadcast
-                same = tf.debugging.assert_equal(parsed.labels, listed, message)
-            with tf.control_dependencies([same]):
+        def load(_: tf.Tensor) -> tuple[tf.Tensor, Any]:
+            serialized = stored_record(path, offset)
+            message = "the record has another length than the manifest lists"
+            whole = tf.debugging.assert_equal(tf.cast(tf.strings.length(serialized), tf.int64), length, message)
+            with tf.control_dependencies([whole]):
+                parsed = parse_record(serialized)
+            with tf.control_dependencies(self._same_as_listed(record, parsed)):
                 return tf.constant(True), decode(parsed)
 
         # A graph cannot catch an error, but a dataset can skip an element: a second one then says that it was skipped.
-        found = tf.data.FixedLengthRecordDataset(path, length, offset, rest).map(parse).ignore_errors(log_warning=True)
+        # The element is a number, and the file is read in the map: an error there uses the number up. A dataset of the
+        # file itself would fail again at each try, and `ignore_errors` would try for ever.
+        found = tf.data.Dataset.range(1).map(load).ignore_errors(log_warning=True)
         nothing = tf.nest.map_structure(_zeros, found.element_spec)  # its first part is the bool False
         readable, content = found.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1).get_single_element()
-        byte, number = tf.strings.as_string(offset), tf.strings.as_string(record)
-        place = f" of split {self.split}, at byte "
-        where = tf.strings.join([path, ": cannot read or decode record ", number, place, byte])
+        byte, number, bytes_ = (tf.strings.as_string(value) for value in (offset, record, length))
+        which = [": cannot read or decode record ", number, f" of split {self.split}, at byte ", byte]
+        where = tf.strings.join([path, *which, ", ", bytes_, " bytes of ", tf.strings.as_string(self._sizes[shard])])
         with tf.control_dependencies([tf.debugging.Assert(readable, [where])]):
             return tf.nest.map_structure(tf.identity, content)
+
+    def _same_as_listed(self, record: tf.Tensor, parsed: ParsedRecord) -> list[tf.Operation]:
+        """Assertions that a record has the labels and the name that the manifest lists."""
+        listed, message = self.labels(record), "shard and manifest are of two builds"
+        counts = tf.debugging.assert_equal(tf.size(parsed.labels), tf.size(listed), message)
+        with tf.control_dependencies([counts]):  # first: unequal lengths may broadcast
+            labels = tf.debugging.assert_equal(parsed.labels, listed, message)
+        return [labels, tf.debugging.assert_equal(parsed.media_id, self._media_id[record], message)]
 
 
 def _zeros(spec: tf.TensorSpec) -> tf.Tensor:

@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, partial_of, writing
-from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, index_shard, plan_shards
+from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, plan_shards
 from x3d_tf.data.sources import Annotation, Box
 from x3d_tf.data.video import EncodedVideo, VideoError, frame_at
 
 _CONTEXT = {
     "clip/label/index": tf.io.RaggedFeature(tf.int64),
+    "clip/label/string": tf.io.RaggedFeature(tf.string),
     "clip/media_id": tf.io.FixedLenFeature([], tf.string),
     "image/frame_rate": tf.io.FixedLenFeature([], tf.float32),
 }
@@ -59,6 +59,7 @@ class ParsedRecord(NamedTuple):
     Attributes:
         frames: JPEG files, string [frames].
         labels: the classes' indices, int64 [labels].
+        names: the classes' names, string [labels].
         fps: float32.
         media_id: string.
         serialized: the record itself.
@@ -66,6 +67,7 @@ class ParsedRecord(NamedTuple):
 
     frames: tf.Tensor
     labels: tf.Tensor
+    names: tf.Tensor
     fps: tf.Tensor
     media_id: tf.Tensor
     serialized: tf.Tensor
@@ -173,6 +175,29 @@ def parse_annotation(serialized: tf.Tensor) -> ParsedAnnotation:
     )
 
 
+def stored_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+    """Returns one record of a shard, a string scalar, in a graph or eagerly; no other byte of the shard is read.
+
+    Args:
+        path: the shard, string scalar.
+        offset: first byte of the record's data, as in `index.Record`, int64 scalar.
+
+    Raises:
+        tf.errors.OpError: the file cannot be opened or read, ends before the record does, or the record's bytes do not
+            match its checksums. The message does not name the record.
+    """
+    # Only the raw operation takes the byte at which to begin: the public dataset reads every record before it, and
+    # datasets of records of a fixed length verify no checksum. Without a buffer nothing past the record is read.
+    variant = tf.raw_ops.TFRecordDatasetV2(
+        filenames=[path],
+        compression_type="",
+        buffer_size=tf.constant(0, tf.int64),
+        byte_offsets=[offset - HEADER_BYTES],
+    )
+    records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+    return records.take(1).get_single_element()
+
+
 def parse_record(serialized: tf.Tensor) -> ParsedRecord:
     """A record's content, in a graph or eagerly; no frame is decoded.
 
@@ -183,6 +208,7 @@ def parse_record(serialized: tf.Tensor) -> ParsedRecord:
     return ParsedRecord(
         lists["image/encoded"],
         context["clip/label/index"],
+        context["clip/label/string"],
         context["image/frame_rate"],
         context["clip/media_id"],
         serialized,
@@ -307,27 +333,45 @@ def join_shards(parts: Sequence[Split]) -> Split:
     return Split(tuple(shards), tuple(records))
 
 
-def read_index(shards: Sequence[Path]) -> tuple[Record, ...]:
-    """Rebuilds the index of a split from its shards: positions from the record headers, the rest from the records.
+def fault_of(path: Path, offset: int, length: int, size: int) -> str:
+    """Finds why a record could not be read, by reading it again outside of the graph.
 
-    Raises:
-        UserError: naming the shard that is missing, or the record in it that cannot be parsed.
+    Args:
+        path: the shard.
+        offset, length: of the record's data in bytes, as in the manifest.
+        size: of the shard in bytes, as in the manifest.
+
+    Returns:
+        The cause, a clause without a full stop.
     """
-    records = []
-    for number, path in enumerate(shards):
+    try:
+        if not path.exists():
+            return "the file does not exist"
         if not path.is_file():
-            raise UserError(f"{path} is missing")
-        with path.open("rb") as file:
-            for index, (offset, length) in enumerate(index_shard(path)):
-                file.seek(offset)
-                try:
-                    parsed = parse_record(tf.constant(file.read(length)))
-                    media_id = parsed.media_id.numpy().decode()
-                except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
-                    raise UserError(f"{path}, record {index} cannot be parsed: {error}") from error
-                frames, fps, labels = len(parsed.frames), float(parsed.fps), tuple(parsed.labels.numpy().tolist())
-                records.append(Record(number, offset, length, frames, fps, labels, media_id))
-    return tuple(records)
+            return "this is not a file"
+        found = path.stat().st_size
+    except OSError as error:
+        return f"reading fails: {error.strerror}"
+    if found != size:
+        return f"the file has {found} bytes where the manifest lists {size}: it was truncated or replaced"
+    try:
+        serialized = stored_record(tf.constant(os.fsencode(path)), tf.constant(offset, tf.int64))
+    except tf.errors.DataLossError:
+        return "its bytes do not match their checksum"
+    except tf.errors.OpError as error:
+        return f"reading fails: {error.message.rpartition('; ')[2]}"
+    if len(serialized.numpy()) != length:
+        return f"it has {len(serialized.numpy())} bytes where the manifest lists {length}: the file was replaced"
+    try:
+        parsed = parse_record(serialized)
+    except tf.errors.InvalidArgumentError:
+        return "its bytes hold no video"
+    for number, jpeg in enumerate(parsed.frames):
+        try:
+            tf.io.decode_jpeg(jpeg, channels=3)
+        except tf.errors.InvalidArgumentError:
+            return f"frame {number} is no JPEG image"
+    return "its labels, name or boxes are not those that the manifest lists, or reading failed for a moment only"
 
 
 @contextmanager

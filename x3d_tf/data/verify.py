@@ -1,6 +1,12 @@
-"""Whether records are whole: reads every byte of them. What training reads is checked less, because it reads parts."""
+"""Verification of records: reads every byte of them. Training checks less: only the records that it reads.
+
+Shards are untrusted. TensorFlow reserves memory for a record of any length that its header states, and crashes where
+there is none, so that each header is compared with the manifest before TensorFlow reads the record.
+"""
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +17,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError
-from x3d_tf.data.index import Record, Shard
+from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
-from x3d_tf.data.records import NO_LABEL, ParsedAnnotation, parse_annotation, parse_record
-from x3d_tf.modeling.expansion import Task
-
-_BUFFER_BYTES = 1 << 20  # of reading
+from x3d_tf.data.records import NO_LABEL, ParsedAnnotation, parse_annotation, parse_record, stored_record
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class SplitReport:
     Attributes:
         split: its name.
         shards, videos, frames: how many the manifest lists.
-        problems: for each damaged shard a line that names it.
+        problems: for each shard that is damaged or not listed in the manifest a line that names it.
     """
 
     split: str
@@ -44,13 +47,15 @@ def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[Spl
     """Reads all shards of a folder of records, one split after the other.
 
     Checked are the shards' sizes and SHA-256, the checksums of all records, that each parses and agrees with the
-    manifest in its place, classes, rate, name and number of frames, and that its first frame decodes; of key frames
-    also that their boxes are within the frame, and of the classes that the manifest says.
+    manifest in its place, labels, class names, rate, name and number of frames, and that its first frame decodes; that
+    the manifest lists all shards and all their records, each once; of key frames also that their boxes are within the
+    frame, and of the classes that the manifest says.
 
     Raises:
         UserError: there is no manifest, or it is damaged itself.
     """
     manifest = Manifest.load(folder)
+    unlisted = _unlisted(manifest)
     total = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress)
     with bar:
@@ -60,45 +65,66 @@ def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[Spl
             for record in split.records:
                 records.setdefault(record.shard, []).append(record)
             for number, shard in enumerate(split.shards):
+                path = manifest.folder / shard.file
                 try:
-                    _verify_shard(manifest.folder / shard.file, shard, records.get(number, []), manifest.task)
+                    _verify_shard(path, shard, records.get(number, []), manifest)
                 except UserError as error:
                     problems.append(str(error))
+                except (OSError, tf.errors.OpError) as error:
+                    problems.append(f"{path} cannot be read: {error}")
                 bar.update(shard.bytes)
+            problems += unlisted.pop(name, [])
             frames = sum(record.frames for record in split.records)
             yield SplitReport(name, len(split.shards), len(split.records), frames, tuple(problems))
+    for name, missing in unlisted.items():
+        yield SplitReport(name, 0, 0, 0, tuple(missing))
 
 
-def _verify_shard(path: Path, shard: Shard, records: list[Record], task: Task) -> None:
+def _unlisted(manifest: Manifest) -> dict[str, list[str]]:
+    """Problems by split: files named as shards that the manifest does not list."""
+    listed = {shard.file for split in manifest.splits.values() for shard in split.shards}
+    problems: dict[str, list[str]] = {}
+    for path in sorted(manifest.folder.iterdir()):
+        name = re.fullmatch(r"(.+)-\d+-of-\d+\.tfrecord", path.name)
+        if name and path.name not in listed:
+            problems.setdefault(name[1], []).append(f"{path} is not listed in {MANIFEST_NAME}")
+    return problems
+
+
+def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Manifest) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing")
     size = path.stat().st_size
     if size != shard.bytes:
         raise UserError(f"{path} has {size} bytes, and {MANIFEST_NAME} says {shard.bytes}")
-    stored = iter(
-        tf.data.TFRecordDataset(str(path), buffer_size=_BUFFER_BYTES)
-    )  # checks the checksums that surround each record
+    end = 0  # of the record before
     for number, record in enumerate(records):
         where = f"{path}, record {number} at byte {record.offset} ({record.media_id})"
+        start = record.offset - HEADER_BYTES
+        if start != end:
+            raise UserError(f"{path} has bytes {end} to {start} that no record listed in {MANIFEST_NAME} covers")
         try:
-            serialized = next(stored, None)
-            _verify_record(where, serialized, record, task)
+            _verify_record(where, path, record, manifest)
         except tf.errors.DataLossError as error:
             raise UserError(f"{where} does not have its checksum") from error
         except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
             raise UserError(f"{where} cannot be parsed or decoded") from error
+        end = record.offset + record.length + FOOTER_BYTES
+    if end != size:
+        raise UserError(f"{path} has bytes {end} to {size} that no record listed in {MANIFEST_NAME} covers")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
         raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} says")
 
 
-def _verify_record(where: str, serialized: tf.Tensor | None, record: Record, task: Task) -> None:
-    if serialized is None:
-        raise UserError(f"{where} is not there")
+def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> None:
+    length = _stated_length(path, record)
+    if length != record.length:
+        raise UserError(f"{where} has length {length}, and {MANIFEST_NAME} says {record.length}")
+    serialized = stored_record(tf.constant(os.fsencode(path)), tf.constant(record.offset, tf.int64))
     parsed = parse_record(serialized)
     found = {
-        "length": len(serialized.numpy()),
         "frames": len(parsed.frames),
         "fps": float(parsed.fps),
         "labels": tuple(parsed.labels.numpy().tolist()),
@@ -107,9 +133,20 @@ def _verify_record(where: str, serialized: tf.Tensor | None, record: Record, tas
     for field, value in found.items():
         if value != getattr(record, field):
             raise UserError(f"{where} has {field} {value!r}, and {MANIFEST_NAME} says {getattr(record, field)!r}")
+    names = [name.decode() for name in parsed.names.numpy()]
+    listed = [manifest.classes[label] for label in record.labels]
+    if names != listed:
+        raise UserError(f"{where} is of the classes {names!r}, and {MANIFEST_NAME} says {listed!r}")
     tf.io.decode_jpeg(parsed.frames[0], channels=3)
-    if task == "detection":
+    if manifest.task == "detection":
         _verify_boxes(where, parse_annotation(serialized), record)
+
+
+def _stated_length(path: Path, record: Record) -> int:
+    """The length in bytes that the header of a record states."""
+    with path.open("rb") as file:
+        file.seek(record.offset - HEADER_BYTES)
+        return int.from_bytes(file.read(8), "little")
 
 
 def _verify_boxes(where: str, known: ParsedAnnotation, record: Record) -> None:
