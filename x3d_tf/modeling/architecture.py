@@ -12,6 +12,13 @@ BASE_DEPTHS = (1, 2, 5, 3)
 FC1_WIDTH = 2048
 STAGE_NAMES = ("res2", "res3", "res4", "res5")
 
+# Settings may come from someone else's file, so that what they ask for is bounded far above the published networks.
+MAX_BLOCKS = 1000
+MAX_CHANNELS = 16_384
+MAX_CLASSES = 100_000
+_MAX_STEM_KERNEL = 99
+_MAX_BN_GROUP = 65_536
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -54,9 +61,11 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        odd = self.stem_kernel >= 1 and self.stem_kernel % 2 == 1
-        require(odd, "ModelOptions.stem_kernel", "be odd and positive", self.stem_kernel)
-        require(self.bn_group >= 1, "ModelOptions.bn_group", "be at least 1", self.bn_group)
+        odd = 1 <= self.stem_kernel <= _MAX_STEM_KERNEL and self.stem_kernel % 2 == 1
+        rule = f"be odd and in [1, {_MAX_STEM_KERNEL}]"
+        require(odd, "ModelOptions.stem_kernel", rule, self.stem_kernel)
+        within = 1 <= self.bn_group <= _MAX_BN_GROUP
+        require(within, "ModelOptions.bn_group", f"be in [1, {_MAX_BN_GROUP}]", self.bn_group)
         require(0 <= self.drop_connect < 1, "ModelOptions.drop_connect", "be in [0, 1)", self.drop_connect)
         require(0 <= self.dropout < 1, "ModelOptions.dropout", "be in [0, 1)", self.dropout)
 
@@ -101,7 +110,12 @@ class Architecture:
 
 
 def plan(expansion: Expansion, options: ModelOptions | None = None) -> Architecture:
-    """The architecture of an expansion: paper Table 1 times the factors, rounded as the published networks are."""
+    """The architecture of an expansion: paper Table 1 times the factors, rounded as the published networks are.
+
+    Raises:
+        UserError: above 1,000 blocks or 16,384 channels, naming the factor.
+    """
+    _require_bounds(expansion)
     widths = [round_width(width, expansion.gamma_w) for width in BASE_WIDTHS]
     stages = tuple(
         StagePlan(_depth(depth, expansion.gamma_d), width, _inner_width(width, expansion.gamma_b))
@@ -111,6 +125,22 @@ def plan(expansion: Expansion, options: ModelOptions | None = None) -> Architect
     enough = options.input == "rgb" or expansion.gamma_t >= 2
     require(enough, "Expansion.gamma_t", 'be at least 2 where ModelOptions.input is "difference"', expansion.gamma_t)
     return Architecture(widths[0], stages, stages[-1].inner_width, options)
+
+
+def _require_bounds(expansion: Expansion) -> None:
+    """Refuses factors that are too large before anything is rounded or counted by them."""
+    widest = BASE_WIDTHS[-1] * expansion.gamma_w
+    rule = f"give at most {MAX_CHANNELS} channels"
+    require(widest <= MAX_CHANNELS, "Expansion.gamma_w", rule, expansion.gamma_w)
+    require(widest * expansion.gamma_b <= MAX_CHANNELS, "Expansion.gamma_b", rule, expansion.gamma_b)
+    blocks = sum(BASE_DEPTHS) * expansion.gamma_d
+    require(blocks <= MAX_BLOCKS, "Expansion.gamma_d", f"give at most {MAX_BLOCKS} blocks", expansion.gamma_d)
+
+
+def require_classes(num_classes: int) -> None:
+    """Refuses a number of classes that no network here has."""
+    within = 1 <= num_classes <= MAX_CLASSES
+    require(within, "num_classes", f"be in [1, {MAX_CLASSES}]", num_classes)
 
 
 def round_width(width: int, factor: float) -> int:
@@ -137,4 +167,4 @@ def _inner_width(width: int, gamma_b: float) -> int:
 
 
 def _depth(depth: int, gamma_d: float) -> int:
-    return math.ceil(depth * gamma_d - 1e-6)  # a factor that passed through float32 must not add a block
+    return max(1, math.ceil(depth * gamma_d - 1e-6))  # a factor that passed through float32 must not add a block

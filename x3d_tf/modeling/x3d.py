@@ -15,6 +15,7 @@ from x3d_tf.modeling.architecture import (
     StagePlan,
     plan,
     pool_window,
+    require_classes,
     se_width,
 )
 from x3d_tf.modeling.expansion import ClipSpec, Expansion, Task, as_expansion, name_of
@@ -128,7 +129,7 @@ class X3D(Network):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
+        require_classes(num_classes)
         require(task in _TASKS, "task", f"be among {', '.join(_TASKS)}", task)
         clips = keras.Input((None, None, None, 3), name="clip")
         outputs = graph(
