@@ -52,7 +52,8 @@ def file(saved: bytes, tmp_path: Path) -> Path:
 
 
 def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
-    return np.asarray(keras.ops.softmax(model(clips)))
+    function = keras.ops.softmax if model.task == "single_label" else keras.ops.sigmoid
+    return np.asarray(function(model(clips)))
 
 
 @pytest.mark.parametrize(
@@ -82,9 +83,12 @@ def test_portable_of_another_size(model: x3d_tf.X3D) -> None:
     np.testing.assert_allclose(x3d_tf.portable(model, NAMES, size=81)(clips), probabilities(model, clips), atol=1e-6)
 
 
-@pytest.mark.parametrize("pool", ["fixed_probabilities", "fixed_logits"])
-def test_portable_pools_a_larger_clip_alike(pool: str, tmp_path: Path) -> None:
-    network = x3d_tf.build_x3d(TINY, num_classes=3, head_pool=pool)
+@pytest.mark.parametrize(
+    ("pool", "task"),
+    [("fixed_probabilities", "single_label"), ("fixed_logits", "single_label"), ("fixed_probabilities", "multi_label")],
+)
+def test_portable_pools_a_larger_clip_alike(pool: str, task: Any, tmp_path: Path) -> None:
+    network = x3d_tf.build_x3d(TINY, num_classes=3, head_pool=pool, task=task)
     clips = np.random.default_rng(1).integers(0, 256, (1, 4, 96, 96, 3), dtype=np.uint8)
     x3d_tf.save(x3d_tf.portable(network, NAMES, size=96), tmp_path / "model.keras")
     app = keras.models.load_model(tmp_path / "model.keras")

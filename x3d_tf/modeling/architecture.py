@@ -38,7 +38,8 @@ class ModelOptions:
         head_pool: what the head does with clips larger than the training crop. `global` averages all positions;
             `fixed_probabilities` (PySlowFast) and `fixed_logits` (pytorchvideo without its final softmax; with
             it, `fixed_probabilities` too) average over windows of the training size and all frames, classify each
-            and take the mean of the probabilities or of the logits. All agree at the training crop.
+            and take the mean of the probabilities (softmax, or sigmoid for multi-label models) or of the logits. All
+            agree at the training crop; a smaller clip has no such window and is refused.
         bn_group: clips that share batch-norm statistics in training.
         drop_connect: rate at which res5 drops a residual branch in training; linear over the stages below.
         dropout: rate before the classifier.
@@ -158,6 +159,26 @@ def se_width(inner_width: int) -> int:
 def pool_window(train_size: int) -> int:
     """Side of the head's fixed poolings, in positions of conv5: what a training crop of `train_size` pixels gives."""
     return math.ceil(train_size / 32)
+
+
+def require_window(options: ModelOptions, size: int, train_size: int) -> None:
+    """Refuses clips of `size` pixels that are smaller than the windows of the head's fixed poolings.
+
+    Raises:
+        UserError: naming the rule and both sizes.
+    """
+    smallest, rule = window_rule(options, train_size)
+    require(size >= smallest, "the side of a clip", rule, size)
+
+
+def window_rule(options: ModelOptions, train_size: int) -> tuple[int, str]:
+    """The smallest side of a clip in pixels, and that in words for a message."""
+    smallest = 1 if options.head_pool == "global" else 32 * (pool_window(train_size) - 1) + 1
+    rule = (
+        f'be at least {smallest} pixels where ModelOptions.head_pool is "{options.head_pool}", which averages over '
+        f"windows of the training crop of {train_size} pixels"
+    )
+    return smallest, rule
 
 
 def _inner_width(width: int, gamma_b: float) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
-from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
+from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, require_window
 from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion, Task
 
@@ -56,6 +56,8 @@ class Description:
         check_field_types(self)
         require_classes(self.num_classes)
         require(32 <= self.size <= MAX_SIDE, "size", f"be in [32, {MAX_SIDE}] pixels", self.size)
+        if self.include_top:
+            require_window(self.options, self.size, self.expansion.clip.size)
         plan(self.expansion, self.options)  # whose bounds hold before a file's network is counted or built
         letters = sum(map(len, self.class_names))
         require(letters <= _NAMES_LIMIT, "class_names", f"have at most {_NAMES_LIMIT} characters together", letters)
