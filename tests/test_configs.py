@@ -1,10 +1,12 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from x3d_tf import VARIANTS, Expansion, ModelOptions, configs
+from x3d_tf._checks import UserError
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.runs.recipe import Detection, Recipe, TrainConfig
 
@@ -109,8 +111,8 @@ def test_the_texts_can_be_parsed_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("Expansion.gama_b=1.5", "doesn't have a parameter named 'gama_b'.* It has: gamma_tau, gamma_t"),
-        ("Expansio.gamma_b=1.5", "No configurable matching 'Expansio'.* There are: Expansion, ModelOptions"),
+        ("Expansion.gama_b=1.5", "setting of Expansion must be among gamma_tau, gamma_t.*, got 'gama_b'"),
+        ("Expansio.gamma_b=1.5", "part of a configuration must be among Expansion, ModelOptions.*, got 'Expansio'"),
         ("DatasetSpec.records=folder", "Text takes quotes of its own"),
         ("typo/Expansion.gamma_b=1.5", "nothing uses typo/Expansion.gamma_b"),
         ("macro=3", "nothing uses %macro"),
@@ -121,12 +123,200 @@ def test_the_texts_can_be_parsed_again(tmp_path: Path) -> None:
         ("Expansion.gamma_s=160/112", "Expansion.gamma_s=160/112"),
         ("ModelOptions.se='some'", "ModelOptions.se must be .*'alternate'.*, got 'some'"),
         ("Recipe.warmup_steps=400", r"warmup_steps must be in \[0, steps = 320\), got 400"),
-        ("Expansion.gamma_b=%gin.REQUIRED", "Expansion.gamma_b must be float"),
+        ("Expansion.gamma_b=%gin.REQUIRED", "the macro %gin.REQUIRED has no value"),
+        ("Expansion.gamma_b=@Expansion", "Expansion.gamma_b must be float"),
+        ("Expansion.gamma_b=@Expansion()", "no part of the configuration must refer to itself"),
     ],
 )
 def test_a_mistake_is_named(binding: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configs.parse(["gin/x3d_s.gin"], [binding])
+
+
+EXECUTED = Path("executed")  # in the working folder, by the module below if it is imported
+MODULE = f"from pathlib import Path\nPath({str(EXECUTED)!r}).touch()\ndef run(): Path({str(EXECUTED)!r}).touch()\n"
+IMPORTS = ("import evilmod", "import evilmod as good", "from evilmod import run", "from evilmod import run as walk")
+IMPORTS += ("from __gin__ import dynamic_registration", "  import evilmod", "import evilmod.run", "import\tevilmod")
+IMPORTS += (
+    "import evilmod  # harmless",
+    "import \\\n evilmod",
+    "\n\nimport evilmod",
+    "Expansion.gamma_b = 1\nimport evilmod",
+)
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working folder, with a module whose import leaves a file there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evilmod.py").write_text(MODULE)
+    yield tmp_path
+    assert not EXECUTED.exists()
+    assert "evilmod" not in sys.modules
+
+
+@pytest.mark.parametrize("text", IMPORTS)
+def test_imports_are_refused_and_not_executed(text: str, evil: Path) -> None:
+    line = next(number for number, content in enumerate(text.splitlines(), start=1) if "import" in content)
+    Path("a.gin").write_text(text + "\n")
+    with pytest.raises(ValueError, match=rf"^a\.gin, line {line}: .*must not import anything, got '(import|from) "):
+        configs.parse(["gin/x3d_s.gin", "a.gin"])
+    with pytest.raises(ValueError, match=r"--gin_bindings=.*must not import anything"):
+        configs.parse(["gin/x3d_s.gin"], text.split("\n", 1) if "\\" not in text else [text])
+
+
+def test_imports_are_refused_in_what_is_included(evil: Path) -> None:
+    (evil / "parts").mkdir()
+    (evil / "a.gin").write_text("Expansion.gamma_b = 1.5\ninclude 'parts/b.gin'\n")
+    (evil / "parts" / "b.gin").write_text("include 'c.gin'\n")
+    (evil / "parts" / "c.gin").write_text("\nimport evilmod\n")
+    with pytest.raises(ValueError, match=r"^parts/c\.gin, line 2: .* got 'import evilmod'"):
+        configs.parse(["gin/x3d_s.gin", "a.gin"])
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "@subprocess.getoutput()",
+        "@evilmod.run()",
+        "@os.system",
+        "@gin.macro",
+        "@gin.singleton()",
+        "@gin.constant()",
+        "@macro()",
+        "@a/singleton()",
+        "@theirs.Expansion()",
+        "[@gin.singleton()]",
+        "{@gin.singleton(): 1}",
+    ],
+)
+def test_references_lead_to_this_package_alone(reference: str, evil: Path) -> None:
+    (evil / "a.gin").write_text(f"Expansion.gamma_tau = 1\nExpansion.gamma_b = {reference}\n")
+    with pytest.raises(ValueError, match=r"^a\.gin, line 2: @.*must be among Expansion, .*TrainConfig, got '"):
+        configs.parse(["a.gin"])
+
+
+@pytest.mark.parametrize(
+    "binding", ["gin.singleton.constructor=1", "gin.macro.value=1", "subprocess.getoutput.cmd='ls'"]
+)
+def test_bindings_set_this_packages_settings_alone(binding: str) -> None:
+    with pytest.raises(ValueError, match=r"must be among Expansion, .*TrainConfig, got '"):
+        configs.parse(["gin/x3d_s.gin"], [binding])
+
+
+def test_an_include_is_found_beside_its_file_then_among_the_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "x3d_s.gin").write_text("Expansion.gamma_b = 9")  # the working folder is no such place
+    (tmp_path / "mine.gin").write_text("include 'x3d_s.gin'\ninclude 'gin/data/records.gin'\ninclude 'own/b.gin'")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "b.gin").write_text("include 'c.gin'")
+    (tmp_path / "own" / "c.gin").write_text("TrainConfig.seed = 5")
+    (tmp_path / "c.gin").write_text("TrainConfig.seed = 6")
+    config = configs.parse([str(tmp_path / "mine.gin")]).config
+    assert config == configs.parse(["gin/x3d_s.gin", "gin/data/records.gin"], ["TrainConfig.seed=5"]).config
+    assert config.expansion == VARIANTS["x3d_s"].expansion
+    (tmp_path / "x3d_s.gin").write_text("Expansion.gamma_b = 1.5")  # now one is beside it
+    assert configs.parse([str(tmp_path / "mine.gin")]).config.expansion == Expansion(gamma_b=1.5)
+    assert configs.parse([], ["include 'x3d_m.gin'"]).config == configs.parse(["gin/x3d_m.gin"]).config
+
+
+@pytest.mark.parametrize(
+    "where", ["{outside}", "../outside.gin", "sub/../../outside.gin", "link.gin", "folder/outside.gin"]
+)
+def test_an_include_from_elsewhere_is_refused(where: str, tmp_path: Path) -> None:
+    import gin
+
+    (tmp_path / "own").mkdir()
+    (tmp_path / "outside.gin").write_text("TrainConfig.seed = 5")
+    (tmp_path / "own" / "link.gin").symlink_to(tmp_path / "outside.gin")
+    (tmp_path / "own" / "folder").symlink_to(tmp_path)
+    (tmp_path / "own" / "a.gin").write_text(f"include '{where.format(outside=tmp_path / 'outside.gin')}'")
+    with pytest.raises(
+        ValueError, match=r"a\.gin, line 1: the (path of an included file must be relative|included .* must not)"
+    ):
+        configs.parse(["gin/x3d_s.gin", str(tmp_path / "own" / "a.gin")])
+    (tmp_path / "own" / "a.gin").write_text("include 'outside.gin'")
+    gin.add_config_file_search_path(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"a\.gin, line 1: the included file 'outside.gin' is neither in .*gin/x3d_s\.gin"
+    ):
+        configs.parse(["gin/x3d_s.gin", str(tmp_path / "own" / "a.gin")])
+
+
+def test_includes_end(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number}.gin").write_text(f"include '{number + 1}.gin'")
+    (tmp_path / "11.gin").write_text("TrainConfig.seed = 5")
+    assert configs.parse(["gin/x3d_s.gin", str(tmp_path / "1.gin")]).config.seed == 5  # ten includes
+    with pytest.raises(ValueError, match=r"11\.gin must not .*more than 10 includes, got '0\.gin > 1\.gin"):
+        configs.parse(["gin/x3d_s.gin", str(tmp_path / "0.gin")])
+    (tmp_path / "11.gin").write_text("include '10.gin'")
+    with pytest.raises(ValueError, match=r"10\.gin must not include itself, .* > 10\.gin > 11\.gin > 10\.gin'$"):
+        configs.parse(["gin/x3d_s.gin", str(tmp_path / "9.gin")])
+    (tmp_path / "0.gin").write_text("include '1.gin'\n" * 20)
+    for number in range(1, 9):
+        (tmp_path / f"{number}.gin").write_text(f"include '{number + 1}.gin'\n" * 20)
+    (tmp_path / "9.gin").write_text("")
+    with pytest.raises(ValueError, match="the configuration must be at most 32768 characters, included files among"):
+        configs.parse(["gin/x3d_s.gin", str(tmp_path / "0.gin")])
+
+
+def test_macros_take_their_values(tmp_path: Path) -> None:
+    (tmp_path / "a.gin").write_text("rate = %wanted\nRecipe.learning_rate = %rate\nwanted = 0.25\na/b = 3")
+    config = configs.parse(["gin/x3d_s.gin", str(tmp_path / "a.gin")], ["TrainConfig.seed=%a/b"]).config
+    assert (config.recipe.learning_rate, config.seed) == (0.25, 3)
+
+
+LAUGHS = "\n".join(f"m{i} = ({', '.join([f'%m{i + 1}'] * 50)})" for i in range(4)) + "\nm4 = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a = %b\nb = %a\nExpansion.gamma_b = %a", "line 1: .*nested at most 10 deep, and no macro contain itself"),
+        (b"a = [%a]", "line 1: .*no macro contain itself"),
+        (b"Expansion.gamma_b = %a", "line 1: the macro %a has no value"),
+        (LAUGHS.encode(), "line [1-8]: all values together must be 10000, got 'more'"),
+        (b"\nExpansion.gamma_b = " + b"[" * 12 + b"]" * 12, "line 2: brackets and macros must be nested"),
+        (b"\nExpansion.gamma_b = " + b"(" * 5000, "line 2: brackets must be nested at most 10 deep"),
+        (b"\nExpansion.gamma_b = (1,\n", "line 3: EOF in multi-line statement"),
+        (b'\nExpansion.gamma_b = """1\n', "line 2: EOF in multi-line string"),
+        (b"Expansion:\n    gamma_b = 1\n  gamma_d = 2\n", "line 3: unindent does not match"),
+        (b"Expansion.gamma_b =", "line 1: Unable to parse value"),
+        (b"Expansion.gamma_b", "line 1: Couldn't parse statement"),
+        (b"\nExpansion.gamma_b = 1 2", "line 2: Expected newline"),
+        (b"\n$", "line 2: Unexpected token"),
+        (b"\nExpansion.gamma_b = name", "line 2: 'name' is not a value. Text takes quotes of its own"),
+        (b"\nExpansion.gamma_b = __import__('evilmod')", "line 2: '__import__' is not a value"),
+        (b"\nExpansion.gamma_b = f'{1}'", "line 2: .* is not a value"),
+        (b"\nExpansion.gamma_b = {[]: 1}", "line 2: unhashable type"),
+        (b"\nExpansion.gamma_b = " + b"9" * 5000, "line 2: '9+...' is not a value"),
+        (
+            b"\nExpansion.gamma_b = 0x" + b"f" * 5000,
+            "line 2: a value must have at most 63 bits, got 'an integer of 20000'",
+        ),
+        (b"\nTrainConfig.init = '" + b"f" * 5000 + b"'", "line 2: a value must have at most 4096 characters, got 5000"),
+        (b"\n\xff", r"line 2 must be UTF-8 text, got b'\\xff'"),
+        (b"\nExpansion.gamma_b\0 = 1", "line 2 must be text, got"),
+        (b"#" * 32769, "must be at most 32768 bytes"),
+        (b"include 'a.gin'", r"a.gin must not include itself"),
+        (b"include 3", "line 1: Expected file path"),
+        (b"include 'folder'", "line 1: the included file 'folder' is neither in"),
+        (b"include '" + b"f" * 5000 + b"'", "line 1: the included file 'fff"),
+        (b"include 'a\\0b.gin'", "line 1: the path of an included file must be relative"),
+    ],
+)
+def test_a_hostile_file_is_refused_in_one_line(text: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.gin").write_bytes(text)
+    with pytest.raises(UserError, match=message) as error:
+        configs.parse(["gin/x3d_s.gin", str(tmp_path / "a.gin")])
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 def test_a_missing_file_is_named_with_the_known_ones() -> None:

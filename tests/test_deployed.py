@@ -73,10 +73,18 @@ def test_clips_side_by_side() -> None:
         np.testing.assert_allclose(call(pixels[:count]), expected[:count], atol=1e-5)
 
 
-@pytest.mark.parametrize("pool", ["global", "fixed_probabilities", "fixed_logits"])
+@pytest.mark.parametrize(
+    ("pool", "task"),
+    [
+        ("global", "single_label"),
+        ("fixed_probabilities", "single_label"),
+        ("fixed_logits", "single_label"),
+        ("fixed_probabilities", "multi_label"),
+    ],
+)
 @pytest.mark.parametrize("size", [64, 81])
-def test_all_ways_of_pooling(pool: str, size: int) -> None:
-    model = network(head_pool=pool)
+def test_all_ways_of_pooling(pool: str, task: str, size: int) -> None:
+    model = network(head_pool=pool, task=task)
     np.testing.assert_allclose(
         deployed(model, size=size)(clips(2, size)), probabilities(model, clips(2, size)), atol=1e-5
     )

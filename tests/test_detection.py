@@ -123,7 +123,7 @@ def test_classifiers_are_no_detectors(tmp_path: Path) -> None:
     [
         ({"head": "large"}, "head must be among full, simple, frame, got 'large'"),
         ({"head_pool": "fixed_logits"}, "build_detector's options must be among"),
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 0}, r"num_classes must be in \[1, 100000\], got 0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from sklearn.metrics import average_precision_score
 
 import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.evaluation.testing import evaluate_run
+from x3d_tf.modeling.description import Description
 from x3d_tf.runs.checkpointing import checkpoint_steps, load_checkpoint
 from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
@@ -154,6 +156,25 @@ def test_a_checkpoint_is_a_network(whole: RunFolder, tmp_path: Path) -> None:
     assert checkpoint_steps(damaged.checkpoints) == [12]
     with pytest.raises(ValueError, match=r"ckpt-12\.index cannot be read"):
         load_checkpoint(damaged, 12)
+
+
+@pytest.mark.parametrize(
+    ("factor", "value", "message"),
+    [
+        ("gamma_w", 50.0, "its data must have room for the parameters of the network that is described"),
+        ("gamma_d", 800.0, "Expansion.gamma_d must give at most 1000 blocks"),
+    ],
+)
+def test_a_network_that_a_checkpoint_cannot_hold_is_not_built(
+    factor: str, value: float, message: str, tmp_path: Path
+) -> None:
+    described = Description(x3d_tf.Expansion(), x3d_tf.ModelOptions(), 2, True, ("a", "b"), "trainable", 112).to_json()
+    text = described.replace(f'"{factor}": 1.0', f'"{factor}": {value}')
+    assert text != described
+    run = RunFolder(tmp_path)
+    tf.train.Checkpoint(description=tf.Variable(text)).write(str(run.checkpoints / "ckpt-1"))
+    with pytest.raises(ValueError, match=rf"ckpt-1\.index cannot be read \(.*{message}"):
+        load_checkpoint(run, 1)
 
 
 @pytest.mark.slow

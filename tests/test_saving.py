@@ -4,15 +4,19 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 
 import x3d_tf
-from x3d_tf.modeling import saving
+from x3d_tf._checks import UserError
+from x3d_tf.modeling import architecture, description, saving
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")
@@ -34,14 +38,22 @@ def clips() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (2, 4, 64, 64, 3), dtype=np.uint8)
 
 
+@pytest.fixture(scope="module")
+def saved(model: x3d_tf.X3D, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "model.keras"
+    x3d_tf.save(x3d_tf.portable(model, NAMES), path)
+    return path.read_bytes()
+
+
 @pytest.fixture
-def file(model: x3d_tf.X3D, tmp_path: Path) -> Path:
-    x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "model.keras")
+def file(saved: bytes, tmp_path: Path) -> Path:
+    (tmp_path / "model.keras").write_bytes(saved)
     return tmp_path / "model.keras"
 
 
 def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
-    return np.asarray(keras.ops.softmax(model(clips)))
+    function = keras.ops.softmax if model.task == "single_label" else keras.ops.sigmoid
+    return np.asarray(function(model(clips)))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +83,12 @@ def test_portable_of_another_size(model: x3d_tf.X3D) -> None:
     np.testing.assert_allclose(x3d_tf.portable(model, NAMES, size=81)(clips), probabilities(model, clips), atol=1e-6)
 
 
-@pytest.mark.parametrize("pool", ["fixed_probabilities", "fixed_logits"])
-def test_portable_pools_a_larger_clip_alike(pool: str, tmp_path: Path) -> None:
-    network = x3d_tf.build_x3d(TINY, num_classes=3, head_pool=pool)
+@pytest.mark.parametrize(
+    ("pool", "task"),
+    [("fixed_probabilities", "single_label"), ("fixed_logits", "single_label"), ("fixed_probabilities", "multi_label")],
+)
+def test_portable_pools_a_larger_clip_alike(pool: str, task: Any, tmp_path: Path) -> None:
+    network = x3d_tf.build_x3d(TINY, num_classes=3, head_pool=pool, task=task)
     clips = np.random.default_rng(1).integers(0, 256, (1, 4, 96, 96, 3), dtype=np.uint8)
     x3d_tf.save(x3d_tf.portable(network, NAMES, size=96), tmp_path / "model.keras")
     app = keras.models.load_model(tmp_path / "model.keras")
@@ -185,10 +200,10 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
         ({"class_names": "abc"}, "class_names must be a list"),
         ({"class_names": ["a", "b\nc", "d"]}, r"class_names\[1\] must name a class in one line of text"),
         ({"class_names": ["a", "b", "c\r"]}, r"class_names\[2\] must name a class in one line of text"),
-        ({"expansion": {"gamma_d": 1e9}}, "blocks of the network must be at most 10000"),
-        ({"expansion": {"gamma_w": 1e6}}, "channels of the network must be at most 100000"),
+        ({"expansion": {"gamma_d": 1e9}}, "Expansion.gamma_d must give at most 1000 blocks"),
+        ({"expansion": {"gamma_w": 1e6}}, "Expansion.gamma_w must give at most 16384 channels"),
         ({"expansion": {"gamma_w": -1}}, "gamma_w must be positive"),
-        ({"expansion": {"gamma_b": 1.0}}, "do not fit its description"),
+        ({"expansion": vars(TINY) | {"gamma_b": 1.0}}, "do not fit its description"),
         ({"surprise": 1}, "surprise"),
     ],
     ids=str,
@@ -208,6 +223,246 @@ def test_weights_of_pytorch_are_sent_to_the_importer(zipped: bool, tmp_path: Pat
         path.write_bytes(b"\x80\x02")
     with pytest.raises(ValueError, match=rf"python -m x3d_tf\.import_weights {path} --variant="):
         x3d_tf.load(path)
+
+
+NUMBERS = {"gamma_t": 1024, "gamma_s": 16, "gamma_tau": 1000, "gamma_w": 85.3, "gamma_b": 85.3, "gamma_d": 90.9}
+
+
+@pytest.mark.parametrize(
+    "value", ["NaN", "Infinity", "-Infinity", "1e999", '"1"', "null", "true", "[]", "-1", "0", "9" * 5000]
+)
+@pytest.mark.parametrize("name", [*NUMBERS, "num_classes", "size", "stem_kernel", "bn_group", "dropout"])
+def test_what_is_not_a_number_of_a_network_is_refused(name: str, value: str) -> None:
+    if (name, value) == ("dropout", "0"):
+        return
+    fields = json.loads(description.Description(TINY, x3d_tf.ModelOptions(), 3, True, NAMES, "portable", 64).to_json())
+    for part in (fields["expansion"], fields["options"], fields):
+        if name in part:
+            part[name] = "HERE"
+    text = json.dumps(fields).replace('"HERE"', value)
+    with pytest.raises(UserError) as error:
+        description.Description.from_json(text)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_factors_are_bounded(name: str) -> None:
+    """At the bound the plan is still made, which takes no time; above it is refused, by what the factor gives."""
+    smallest = {"gamma_w": 0.1, "gamma_b": 1.0, "gamma_d": 0.1}
+    architecture.plan(x3d_tf.Expansion(**smallest | {"gamma_w": 1.0, name: NUMBERS[name]}))
+    for value in (NUMBERS[name] + 1, 10**18, 1e300):
+        value = int(value) if name == "gamma_t" else value
+        with pytest.raises(UserError, match=rf"Expansion\.{name} must (be at most|give at most)"):
+            architecture.plan(x3d_tf.Expansion(**{"gamma_w": 1.0, name: value}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gamma_w": 30.0}, "model.weights.h5 must have room for the parameters"),
+        ({"gamma_b": 50.0}, "model.weights.h5 must have room for the parameters"),
+        ({"gamma_d": 80.0}, "model.weights.h5 must have room for the parameters"),
+        ({"gamma_d": 10.0, "gamma_w": 0.1, "gamma_b": 0.2}, "model.weights.h5 must have an array for each layer"),
+    ],
+    ids=str,
+)
+def test_a_network_that_the_file_cannot_hold_is_not_built(
+    change: dict, message: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_classifier", lambda description: pytest.fail("built"))
+    with pytest.raises(
+        UserError, match=rf"copy\.keras: .*{message} of the network that is described, [0-9]+ or more, got"
+    ):
+        x3d_tf.load(rewritten(file, {"expansion": vars(TINY) | change}))
+
+
+def test_classes_that_the_file_cannot_hold_are_not_built(file: Path) -> None:
+    for count in (10_000, 100_000):
+        change = {"num_classes": count, "class_names": ["a"] * count}
+        with pytest.raises(UserError, match=r"model\.weights\.h5 must have room for the parameters"):
+            saving.describe(rewritten(file, change))
+
+
+def test_the_parameters_of_every_form_are_counted() -> None:
+    """Never more than there are, or files of ours would be refused."""
+    options, of = x3d_tf.ModelOptions(), description.Description
+    networks = [
+        (x3d_tf.build_x3d(TINY, 3), of(TINY, options, 3, True, NAMES, "trainable", 64)),
+        (x3d_tf.build_x3d(TINY, 3, include_top=False), of(TINY, options, 3, False, (), "trainable", 64)),
+    ]
+    for head in ("full", "simple", "frame"):
+        described = of(TINY, options, 3, True, NAMES, "trainable", 64, "detection", detection_head=head)
+        networks.append((x3d_tf.build_detector(TINY, 3, head=head), described))
+    for network, described in networks:
+        counts = [(weight.path.split("/")[0], weight) for weight in network.trainable_variables]
+        assert sum(count for _, count in described.layers()) == sum(int(np.prod(weight.shape)) for _, weight in counts)
+
+
+def zipped(file: Path, change: Callable[[str, bytes, zipfile.ZipFile], None]) -> Path:
+    """A copy of a model file whose members are written by a function of name, content and archive."""
+    copy = file.with_name("copy.keras")
+    with zipfile.ZipFile(file) as source, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of doubled names
+        with zipfile.ZipFile(copy, "w") as target:
+            for name in source.namelist():
+                change(name, source.read(name), target)
+    return copy
+
+
+def _double(name: str, content: bytes, target: zipfile.ZipFile) -> None:
+    target.writestr(name, content)
+    if name == saving.MEMBER:
+        target.writestr(name, content)
+
+
+def _add(name: str, content: bytes, target: zipfile.ZipFile) -> None:
+    target.writestr(name, content)
+    if name == saving.MEMBER:
+        target.writestr("assets/a.txt", b"a")
+
+
+def _deflate(name: str, content: bytes, target: zipfile.ZipFile) -> None:
+    deflated = zipfile.ZIP_DEFLATED if name == "model.weights.h5" else zipfile.ZIP_STORED
+    target.writestr(name, content, compress_type=deflated)
+
+
+def _without_weights(name: str, content: bytes, target: zipfile.ZipFile) -> None:
+    if name != "model.weights.h5":
+        target.writestr(name, content)
+
+
+def _padded(member: str, size: int) -> Callable[[str, bytes, zipfile.ZipFile], None]:
+    return lambda name, content, target: target.writestr(name, content + b" " * (size if name == member else 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_double, "a model file must hold each member once, got 'x3d_tf.json'"),
+        (_add, r"the members of a model file must be model\.weights\.h5, .*, got 'assets/a.txt'"),
+        (_deflate, r"model\.weights\.h5 must be stored without compression"),
+        (_without_weights, r"a model file must hold model\.weights\.h5"),
+        (_padded("x3d_tf.json", 17 << 20), "x3d_tf.json must have at most 16777216 bytes, got 178"),
+        (_padded("metadata.json", 2 << 20), "metadata.json must have at most 1048576 bytes, got 209"),
+    ],
+)
+def test_members_that_no_model_file_has(change: Any, message: str, file: Path) -> None:
+    with pytest.raises(UserError, match=rf"copy\.keras: {message}"):
+        x3d_tf.load(zipped(file, change))
+
+
+@pytest.mark.parametrize(("offset", "message"), [(8, "encrypted"), (20, "stored without"), (24, "stored without")])
+def test_a_directory_that_lies_is_refused(offset: int, message: str, file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    entry = content.rindex(b"PK\1\2")  # of the last member, which is the description
+    content[entry + offset : entry + offset + 1] = b"\x01"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        x3d_tf.load(file)
+
+
+def test_sizes_beyond_the_file_are_refused(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    entry = content.index(b"model.weights.h5", content.index(b"PK\1\2")) - 46
+    for offset in (20, 24):
+        content[entry + offset : entry + offset + 4] = (1 << 31).to_bytes(4, "little")
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.weights\.h5 must have at most \d+ bytes, got 2147483648"):
+        x3d_tf.load(file)
+
+
+def _link(archive: Any, array: str) -> None:
+    import h5py
+
+    archive["elsewhere"] = h5py.SoftLink(f"/{array}")
+
+
+def _external_link(archive: Any, array: str) -> None:
+    import h5py
+
+    del archive[array]
+    archive[array] = h5py.ExternalLink("/etc/hostname", "/")
+
+
+def _external_array(archive: Any, array: str) -> None:
+    shape = archive[array].shape
+    del archive[array]
+    archive.create_dataset(array, shape, "f4", external=[("/etc/passwd", 0, 1 << 20)])
+
+
+def _virtual_array(archive: Any, array: str) -> None:
+    import h5py
+
+    layout = h5py.VirtualLayout((3,), "f4")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "a", (3,))
+    archive.create_virtual_dataset("elsewhere", layout)
+
+
+def _shape_bomb(archive: Any, array: str) -> None:
+    archive.create_dataset("elsewhere", (1 << 28,), "f4", compression="gzip")
+
+
+def _unwritten(archive: Any, array: str) -> None:
+    archive.create_dataset("elsewhere", (1 << 28,), "f4")
+
+
+def _second_name(archive: Any, array: str) -> None:
+    archive["elsewhere"] = archive["layers"]
+
+
+def _cycle(archive: Any, array: str) -> None:
+    archive["layers/elsewhere"] = archive["layers"]
+
+
+def _text(archive: Any, array: str) -> None:
+    archive["elsewhere"] = ["text"]
+
+
+def _deep(archive: Any, array: str) -> None:
+    group = archive
+    for _ in range(3000):
+        group = group.create_group("a")
+    group["elsewhere"] = archive[array]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_link, "/elsewhere must be an array or a group, not a link, got 'SoftLink'"),
+        (_external_link, "must be an array or a group, not a link, got 'ExternalLink'"),
+        (_external_array, "must be stored in the file itself"),
+        (_virtual_array, "/elsewhere must be stored in the file itself"),
+        (_shape_bomb, "/elsewhere must have the 1073741824 bytes of its shape .*, uncompressed, got 0"),
+        (_unwritten, "/elsewhere must have the 1073741824 bytes of its shape .*, uncompressed, got 0"),
+        (_second_name, "must have one name"),
+        (_cycle, "/layers/elsewhere must have one name"),
+        (_text, "/elsewhere must be an array of numbers"),
+        (_deep, "must have one name"),
+    ],
+)
+def test_weights_that_are_no_plain_arrays(change: Any, message: str, file: Path) -> None:
+    import h5py
+
+    def rewrite(name: str, content: bytes, target: zipfile.ZipFile) -> None:
+        if name == "model.weights.h5":
+            weights = io.BytesIO(content)
+            with h5py.File(weights, "r+") as archive:
+                change(archive, "layers/dense_3/vars/0")
+            content = weights.getvalue()
+        target.writestr(name, content)
+
+    with pytest.raises(UserError, match=rf"copy\.keras: model\.weights\.h5: .*{message}"):
+        x3d_tf.load(zipped(file, rewrite))
+
+
+@pytest.mark.parametrize("keep", [0, 8, 100, 10_000, -100])
+def test_damaged_weights_are_named(keep: int, file: Path) -> None:
+    def cut(name: str, content: bytes, target: zipfile.ZipFile) -> None:
+        content = content[:keep] + bytes(len(content[keep:])) if name == "model.weights.h5" else content
+        target.writestr(name, content)
+
+    with pytest.raises(UserError, match=r"copy\.keras"):
+        x3d_tf.load(zipped(file, cut))
 
 
 def test_missing_weights_are_not_made_up(file: Path) -> None:

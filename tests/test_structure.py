@@ -9,6 +9,7 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf",
     "x3d_tf.modeling.expansion",
     "x3d_tf.modeling.architecture",
+    "x3d_tf.modeling.archive",
     "x3d_tf.modeling.cost",
     "x3d_tf.modeling.checkpoints",
     "x3d_tf.modeling.description",

@@ -6,7 +6,9 @@ import pytest
 import tensorflow as tf
 
 from x3d_tf import VARIANTS, X3D, Expansion, build_x3d, cost
+from x3d_tf.modeling.deployed import deployed
 from x3d_tf.modeling.layers import ChannelwiseConv3D
+from x3d_tf.modeling.portable import portable
 
 TINY = Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)  # one block a stage
 
@@ -122,6 +124,69 @@ def test_poolings_agree_at_the_training_crop() -> None:
         outputs.append(keras.ops.softmax(model(batch)))
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-6)
     np.testing.assert_allclose(outputs[2], outputs[0], atol=1e-6)
+
+
+def _naive_head(model: X3D, maps: np.ndarray, window: int, pool: str) -> np.ndarray:
+    """Logits of conv5's maps (N, T, H, W, C) by a loop over clips and windows, in double precision (spec R1.23)."""
+    fc1, fc2 = ([np.asarray(weight, np.float64) for weight in model.get_layer(name).weights] for name in ("fc1", "fc2"))
+    rows = []
+    for clip in maps.astype(np.float64):
+        found = []
+        for top in range(clip.shape[1] - window + 1):
+            for left in range(clip.shape[2] - window + 1):
+                pooled = clip[:, top : top + window, left : left + window].mean((0, 1, 2))
+                logits = np.maximum(pooled @ fc1[0], 0) @ fc2[0] + fc2[1]
+                if pool == "fixed_logits":
+                    found.append(logits)
+                elif model.task == "multi_label":
+                    found.append(1 / (1 + np.exp(-logits)))
+                else:
+                    found.append(np.exp(logits) / np.exp(logits).sum())
+        mean = np.mean(found, axis=0)
+        if pool == "fixed_probabilities":
+            mean = np.log(mean / (1 - mean)) if model.task == "multi_label" else np.log(mean)
+        rows.append(mean)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+@pytest.mark.parametrize("pool", ["fixed_probabilities", "fixed_logits"])
+def test_fixed_poolings_equal_a_loop_over_windows(pool: str, task: str) -> None:
+    model = build_x3d(TINY, 4, head_pool=pool, task=task)  # type: ignore[arg-type]
+    fc2 = model.get_layer("fc2")
+    fc2.kernel.assign(np.random.default_rng(0).normal(0, 0.5, fc2.kernel.shape))  # windows that disagree
+    fc2.bias.assign([20.0, 1.0, -1.0, -30.0])  # and classes near certainty
+    batch = clips(2, 4, 128, 96)
+    maps = keras.Model(model.input, model.get_layer("conv5").output)(batch)
+    assert maps.shape[2:4] == (4, 3)
+    expected = _naive_head(model, np.asarray(maps), 2, pool)
+    np.testing.assert_allclose(model(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_multi_label_windows_that_are_sure_stay_sure() -> None:
+    model = build_x3d(TINY, 4, head_pool="fixed_probabilities", task="multi_label")
+    model.get_layer("fc2").bias.assign([4.6] * 4)
+    np.testing.assert_allclose(keras.ops.sigmoid(model(clips(1, 4, 96, 96))), 0.99, atol=0.01)
+
+
+@pytest.mark.parametrize("pool", ["fixed_probabilities", "fixed_logits"])
+def test_a_clip_smaller_than_the_windows_is_refused(pool: str) -> None:
+    rule = rf'at least 33 pixels where ModelOptions.head_pool is "{pool}", .* of the training crop of 64 pixels'
+    model = build_x3d(TINY, 3, head_pool=pool)  # type: ignore[arg-type]
+    for sides in ((32, 32), (64, 32), (16, 64)):
+        with pytest.raises(ValueError, match=rf"{rule}, got {min(sides)}"):
+            model(clips(1, 4, *sides))
+    for size in (16, 32):
+        with pytest.raises(ValueError, match=rf"{rule}, got {size}"):
+            portable(model, list("abc"), size=size)
+        with pytest.raises(ValueError, match=rf"{rule}, got {size}"):
+            deployed(model, size=size)
+    open_sizes = tf.function(model, input_signature=[tf.TensorSpec((None, None, None, None, 3))])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)at least 33 pixels .*crop of 64 pixels.*\[32 64\]"):
+        open_sizes(clips(1, 4, 32, 64).astype("float32"))
+    assert np.isfinite(open_sizes(clips(1, 4, 64, 33).astype("float32"))).all()
+    assert np.isfinite(model(clips(1, 4, 33, 64))).all()
+    build_x3d(TINY, 3, head_pool=pool, include_top=False)(clips(1, 4, 32, 32))  # type: ignore[arg-type]
 
 
 def test_drop_connect_keeps_the_mean_and_drops_whole_clips() -> None:

@@ -108,8 +108,7 @@ class Measurement:
         seed: of the run; None for a model file.
 
     Raises:
-        UserError: records of classes that the model does not know, or of another task; a pooling that does not suit the
-            task.
+        UserError: records of classes that the model does not know, or of another task.
     """
 
     model: X3D
@@ -132,9 +131,6 @@ class Measurement:
             )
         task = self.model.task
         require(self.manifest.task == task, f"task of {folder}", f"be the model's, {task}", self.manifest.task)
-        several = task == "multi_label"  # this pooling is a mean of softmax outputs
-        fits = not (several and self.model.options.head_pool == "fixed_probabilities")
-        require(fits, "head_pool", "be global or fixed_logits for multi-label networks", "fixed_probabilities")
 
     def with_views(self, temporal_views: int) -> "Measurement":
         """The same with another number of clips."""

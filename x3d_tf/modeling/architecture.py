@@ -12,6 +12,13 @@ BASE_DEPTHS = (1, 2, 5, 3)
 FC1_WIDTH = 2048
 STAGE_NAMES = ("res2", "res3", "res4", "res5")
 
+# Settings may come from someone else's file, so that what they ask for is bounded far above the published networks.
+MAX_BLOCKS = 1000
+MAX_CHANNELS = 16_384
+MAX_CLASSES = 100_000
+_MAX_STEM_KERNEL = 99
+_MAX_BN_GROUP = 65_536
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -31,7 +38,8 @@ class ModelOptions:
         head_pool: what the head does with clips larger than the training crop. `global` averages all positions;
             `fixed_probabilities` (PySlowFast) and `fixed_logits` (pytorchvideo without its final softmax; with
             it, `fixed_probabilities` too) average over windows of the training size and all frames, classify each
-            and take the mean of the probabilities or of the logits. All agree at the training crop.
+            and take the mean of the probabilities (softmax, or sigmoid for multi-label models) or of the logits. All
+            agree at the training crop; a smaller clip has no such window and is refused.
         bn_group: clips that share batch-norm statistics in training.
         drop_connect: rate at which res5 drops a residual branch in training; linear over the stages below.
         dropout: rate before the classifier.
@@ -54,9 +62,11 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        odd = self.stem_kernel >= 1 and self.stem_kernel % 2 == 1
-        require(odd, "ModelOptions.stem_kernel", "be odd and positive", self.stem_kernel)
-        require(self.bn_group >= 1, "ModelOptions.bn_group", "be at least 1", self.bn_group)
+        odd = 1 <= self.stem_kernel <= _MAX_STEM_KERNEL and self.stem_kernel % 2 == 1
+        rule = f"be odd and in [1, {_MAX_STEM_KERNEL}]"
+        require(odd, "ModelOptions.stem_kernel", rule, self.stem_kernel)
+        within = 1 <= self.bn_group <= _MAX_BN_GROUP
+        require(within, "ModelOptions.bn_group", f"be in [1, {_MAX_BN_GROUP}]", self.bn_group)
         require(0 <= self.drop_connect < 1, "ModelOptions.drop_connect", "be in [0, 1)", self.drop_connect)
         require(0 <= self.dropout < 1, "ModelOptions.dropout", "be in [0, 1)", self.dropout)
 
@@ -101,7 +111,12 @@ class Architecture:
 
 
 def plan(expansion: Expansion, options: ModelOptions | None = None) -> Architecture:
-    """The architecture of an expansion: paper Table 1 times the factors, rounded as the published networks are."""
+    """The architecture of an expansion: paper Table 1 times the factors, rounded as the published networks are.
+
+    Raises:
+        UserError: above 1,000 blocks or 16,384 channels, naming the factor.
+    """
+    _require_bounds(expansion)
     widths = [round_width(width, expansion.gamma_w) for width in BASE_WIDTHS]
     stages = tuple(
         StagePlan(_depth(depth, expansion.gamma_d), width, _inner_width(width, expansion.gamma_b))
@@ -111,6 +126,22 @@ def plan(expansion: Expansion, options: ModelOptions | None = None) -> Architect
     enough = options.input == "rgb" or expansion.gamma_t >= 2
     require(enough, "Expansion.gamma_t", 'be at least 2 where ModelOptions.input is "difference"', expansion.gamma_t)
     return Architecture(widths[0], stages, stages[-1].inner_width, options)
+
+
+def _require_bounds(expansion: Expansion) -> None:
+    """Refuses factors that are too large before anything is rounded or counted by them."""
+    widest = BASE_WIDTHS[-1] * expansion.gamma_w
+    rule = f"give at most {MAX_CHANNELS} channels"
+    require(widest <= MAX_CHANNELS, "Expansion.gamma_w", rule, expansion.gamma_w)
+    require(widest * expansion.gamma_b <= MAX_CHANNELS, "Expansion.gamma_b", rule, expansion.gamma_b)
+    blocks = sum(BASE_DEPTHS) * expansion.gamma_d
+    require(blocks <= MAX_BLOCKS, "Expansion.gamma_d", f"give at most {MAX_BLOCKS} blocks", expansion.gamma_d)
+
+
+def require_classes(num_classes: int) -> None:
+    """Refuses a number of classes that no network here has."""
+    within = 1 <= num_classes <= MAX_CLASSES
+    require(within, "num_classes", f"be in [1, {MAX_CLASSES}]", num_classes)
 
 
 def round_width(width: int, factor: float) -> int:
@@ -130,6 +161,26 @@ def pool_window(train_size: int) -> int:
     return math.ceil(train_size / 32)
 
 
+def require_window(options: ModelOptions, size: int, train_size: int) -> None:
+    """Refuses clips of `size` pixels that are smaller than the windows of the head's fixed poolings.
+
+    Raises:
+        UserError: naming the rule and both sizes.
+    """
+    smallest, rule = window_rule(options, train_size)
+    require(size >= smallest, "the side of a clip", rule, size)
+
+
+def window_rule(options: ModelOptions, train_size: int) -> tuple[int, str]:
+    """The smallest side of a clip in pixels, and that in words for a message."""
+    smallest = 1 if options.head_pool == "global" else 32 * (pool_window(train_size) - 1) + 1
+    rule = (
+        f'be at least {smallest} pixels where ModelOptions.head_pool is "{options.head_pool}", which averages over '
+        f"windows of the training crop of {train_size} pixels"
+    )
+    return smallest, rule
+
+
 def _inner_width(width: int, gamma_b: float) -> int:
     inner = int(gamma_b * width)
     require(inner >= 1, "Expansion.gamma_b", f"leave a channel of {width}", gamma_b)
@@ -137,4 +188,4 @@ def _inner_width(width: int, gamma_b: float) -> int:
 
 
 def _depth(depth: int, gamma_d: float) -> int:
-    return math.ceil(depth * gamma_d - 1e-6)  # a factor that passed through float32 must not add a block
+    return max(1, math.ceil(depth * gamma_d - 1e-6))  # a factor that passed through float32 must not add a block

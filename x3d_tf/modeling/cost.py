@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from x3d_tf._checks import require
 from x3d_tf.modeling.architecture import (
     FC1_WIDTH,
     STAGE_NAMES,
@@ -13,6 +12,7 @@ from x3d_tf.modeling.architecture import (
     StagePlan,
     plan,
     pool_window,
+    require_classes,
     se_width,
 )
 from x3d_tf.modeling.expansion import ClipSpec, Expansion, as_expansion
@@ -77,21 +77,28 @@ def layer_costs(
     options: ModelOptions | None = None,
 ) -> list[LayerCost]:
     """The same count as `cost`, one row a layer, in execution order."""
-    require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
+    require_classes(num_classes)
     expansion = as_expansion(network)
-    architecture = plan(expansion, options)
-    clip = clip or expansion.clip
-    rows = list(_stem(architecture, clip))
-    shape, width = rows[-1].shape, architecture.stem_width
+    return list(_layers(plan(expansion, options), clip or expansion.clip, expansion.clip.size, num_classes))
+
+
+def parameters(expansion: Expansion, num_classes: int, options: ModelOptions) -> Iterator[tuple[str, int]]:
+    """The layers of a network and their trainable parameters, counted one by one as they are asked for."""
+    for layer in _layers(plan(expansion, options), expansion.clip, expansion.clip.size, num_classes):
+        yield layer.name, layer.cost.params
+
+
+def _layers(architecture: Architecture, clip: ClipSpec, train_size: int, num_classes: int) -> Iterator[LayerCost]:
+    *stem, last = _stem(architecture, clip)
+    yield from (*stem, last)
+    shape, width = last.shape, architecture.stem_width
     for name, stage_plan in zip(STAGE_NAMES, architecture.stages):
         for block in range(stage_plan.depth):
-            stride = stage_plan.stride if block == 0 else 1
-            rows += _block(
-                f"{name}_{block}", architecture, stage_plan, shape, width, stride, architecture.has_se(block)
-            )
+            stride, se = stage_plan.stride if block == 0 else 1, architecture.has_se(block)
+            rows = list(_block(f"{name}_{block}", architecture, stage_plan, shape, width, stride, se))
+            yield from rows
             shape, width = rows[-1].shape, stage_plan.width
-    rows += _head(architecture, shape, expansion.clip.size, num_classes)
-    return rows
+    yield from _head(architecture, shape, train_size, num_classes)
 
 
 def _stem(architecture: Architecture, clip: ClipSpec) -> Iterator[LayerCost]:

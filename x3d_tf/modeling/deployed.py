@@ -19,7 +19,7 @@ from keras import layers, ops
 
 from x3d_tf._checks import require
 from x3d_tf.modeling import detection
-from x3d_tf.modeling.architecture import plan, pool_window
+from x3d_tf.modeling.architecture import plan, pool_window, require_window
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.roi_align import regions
@@ -41,7 +41,8 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
         (batch, B, num_classes). It cannot be trained: its weights are those of folded layers.
 
     Raises:
-        ValueError: not a trainable network, one without classifier, or a batch below 1.
+        ValueError: not a trainable network, one without classifier, a batch below 1, or a size that is smaller than the
+            windows of the head's pooling.
     """
     trainable = isinstance(model, Network)
     rule = "be a trainable network, from build_x3d, build_detector or load"
@@ -51,6 +52,7 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
     )
     require(batch is None or batch >= 1, "batch", "be at least 1", batch)
     size = size or model.tested_size
+    require_window(model.options, size, model.clip.size)
     clip = keras.Input((model.clip.frames, size, size, 3), batch_size=batch, name="clip")
     options = model.options
     if pool_window(size) == pool_window(model.clip.size):  # one window, so that all ways of pooling agree
@@ -69,7 +71,12 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
         app = keras.Model({"clip": clip, "boxes": boxes}, detection.scores(logits), name=model.name)
     else:
         logits = graph(
-            _time_major(clip), architecture, parts, train_size=model.clip.size, num_classes=model.num_classes
+            _time_major(clip),
+            architecture,
+            parts,
+            train_size=model.clip.size,
+            num_classes=model.num_classes,
+            task=model.task,
         )
         function = {"single_label": "softmax", "multi_label": "sigmoid"}[model.task]
         probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)

@@ -3,19 +3,23 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
 from x3d_tf._text import check_class_name
-from x3d_tf.modeling.architecture import ModelOptions, plan
-from x3d_tf.modeling.expansion import Expansion, Task
+from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, require_window
+from x3d_tf.modeling.cost import parameters
+from x3d_tf.modeling.expansion import MAX_SIDE, Expansion, Task
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import Network
 
 FORMAT_VERSION = 1
+JSON_LIMIT = 16 * 1024 * 1024  # bytes
+_NAMES_LIMIT = 2_000_000  # characters of all class names: their JSON is below the limit whatever they are
+_INTEGER_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,13 @@ class Description:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        require(1 <= self.num_classes <= 1_000_000, "num_classes", "be in [1, 1000000]", self.num_classes)
-        require(32 <= self.size <= 4096, "size", "be in [32, 4096] pixels", self.size)
-        side = self.expansion.clip.size
-        require(side <= 4096, "crop of expansion.gamma_s", "be at most 4096 pixels", side)
-        architecture = plan(self.expansion, self.options)  # bounded, for a file may ask for any network
-        blocks = sum(stage.depth for stage in architecture.stages)
-        widest = max(*(max(stage.width, stage.inner_width) for stage in architecture.stages), architecture.stem_width)
-        require(blocks <= 10_000, "blocks of the network", "be at most 10000", blocks)
-        require(widest <= 100_000, "channels of the network", "be at most 100000", widest)
-        require(self.expansion.gamma_t <= 10_000, "expansion.gamma_t", "be at most 10000", self.expansion.gamma_t)
-        require(self.options.stem_kernel <= 99, "options.stem_kernel", "be at most 99", self.options.stem_kernel)
+        require_classes(self.num_classes)
+        require(32 <= self.size <= MAX_SIDE, "size", f"be in [32, {MAX_SIDE}] pixels", self.size)
+        if self.include_top:
+            require_window(self.options, self.size, self.expansion.clip.size)
+        plan(self.expansion, self.options)  # whose bounds hold before a file's network is counted or built
+        letters = sum(map(len, self.class_names))
+        require(letters <= _NAMES_LIMIT, "class_names", f"have at most {_NAMES_LIMIT} characters together", letters)
         expected = self.num_classes if self.include_top else 0
         require(len(self.class_names) == expected, "class_names", f"be {expected}", len(self.class_names))
         for number, name in enumerate(self.class_names):
@@ -86,6 +86,38 @@ class Description:
             getattr(model, "head", None),
         )
 
+    def layers(self) -> Iterator[tuple[str, int]]:
+        """The layers of the network and their trainable parameters, counted as they are asked for."""
+        absent = set() if self.include_top else {"fc1", "fc2"}
+        if self.detection_head == "simple":
+            absent = {"conv5", "fc1", "fc2"}
+        for name, count in parameters(self.expansion, self.num_classes, self.options):
+            if name not in absent:
+                yield name, count
+        if self.detection_head == "simple":
+            width = plan(self.expansion, self.options).stages[-1].width
+            yield "fc2", (width + 1) * self.num_classes
+
+    def require_fit(self, where: str, weights: int, arrays: int | None = None) -> None:
+        """Refuses a network that a file cannot hold, counted only until that is known, before it is built.
+
+        Args:
+            where: what the weights are in, for the message.
+            weights: how many it has room for.
+            arrays: how many arrays it has, where that is known; each layer has at least one.
+
+        Raises:
+            UserError: naming `where`, the rule and the count so far.
+        """
+        count = 0
+        for number, (_, parameters_) in enumerate(self.layers(), start=1):
+            count += parameters_
+            rule = f"have room for the parameters of the network that is described, {count} or more"
+            require(count <= weights, where, rule, weights)
+            if arrays is not None:
+                rule = f"have an array for each layer of the network that is described, {number} or more"
+                require(number <= arrays, where, rule, arrays)
+
     def to_json(self) -> str:
         """As a JSON object."""
         return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1)
@@ -97,8 +129,9 @@ class Description:
         Raises:
             UserError: not JSON, another format version, a missing or unknown field, a value outside its range.
         """
+        require(len(text) <= JSON_LIMIT, "the description", f"be at most {JSON_LIMIT} bytes", len(text))
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, parse_int=_integer)
             version = fields.pop("format_version")
             require(version == FORMAT_VERSION, "format_version", f"be {FORMAT_VERSION}", version)
             fields["expansion"] = Expansion(**fields["expansion"])
@@ -110,6 +143,12 @@ class Description:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise UserError(f"not a description of an X3D network: {error}") from error
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _INTEGER_DIGITS:  # messages would be as long
+        raise ValueError(f"an integer has at most {_INTEGER_DIGITS} digits, got {len(digits)}")
+    return int(digits)
 
 
 def named_or_numbered(class_names: Sequence[str] | None, count: int) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import keras
 from keras import layers, ops
 
 from x3d_tf._checks import require
-from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan
+from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan, require_classes
 from x3d_tf.modeling.cost import Cost, fully_connected, layer_costs
 from x3d_tf.modeling.expansion import ClipSpec, Expansion, Task, as_expansion
 from x3d_tf.modeling.x3d import Network, TrainableParts, conv5, fc1, fc2, full_precision, layer_name, trunk
@@ -77,7 +77,7 @@ class Detector(Network):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
+        require_classes(num_classes)
         require(head in get_args(DetectionHead), "head", f"be among {', '.join(get_args(DetectionHead))}", head)
         pool = options.head_pool
         require(pool == "global", "ModelOptions.head_pool", 'be "global" in a detector, which pools boxes', pool)

@@ -12,6 +12,11 @@ Task = Literal["single_label", "multi_label", "detection"]
 BASE_CROP = 112  # pixels: the crop of X2D, paper Table 1
 BASE_SCALE = (128, 160)  # pixels: short side of X2D's training frames, from the smallest to the largest
 
+# The factors may come from someone else's file, so that what they ask for is bounded far above the published networks.
+MAX_FRAMES = 1024
+MAX_SIDE = 2048  # pixels
+MAX_STRIDE = 1000  # source frames
+
 
 @dataclass(frozen=True)
 class ClipSpec:
@@ -46,6 +51,9 @@ class Expansion:
         gamma_b: inner width of the bottlenecks.
         gamma_d: blocks in a stage.
 
+    Clips have at most 1,024 frames of 2,048 x 2,048 pixels, 1,000 source frames apart; `architecture.plan` bounds the
+    other factors.
+
     Raises:
         TypeError, ValueError: naming the factor, the rule and the value received.
     """
@@ -62,6 +70,13 @@ class Expansion:
         for factor in ("gamma_tau", "gamma_t", "gamma_s", "gamma_w", "gamma_b", "gamma_d"):
             value = getattr(self, factor)
             require(0 < value < math.inf, f"Expansion.{factor}", "be positive", value)
+        for factor, limit in (
+            ("gamma_tau", MAX_STRIDE),
+            ("gamma_t", MAX_FRAMES),
+            ("gamma_s", MAX_SIDE / BASE_SCALE[0]),
+        ):
+            value = getattr(self, factor)
+            require(value <= limit, f"Expansion.{factor}", f"be at most {limit:g}", value)
 
     @property
     def clip(self) -> ClipSpec:

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from x3d_tf.modeling.architecture import ModelOptions, require_window, window_rule
 from x3d_tf.modeling.lowerings import lowering
 from x3d_tf.modeling.roi_align import REGION_BINS, regions
 
@@ -294,6 +295,39 @@ class Regions(keras.layers.Layer):
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         maps, boxes, _ = input_shape
         return (*boxes[:2], REGION_BINS, REGION_BINS, maps[-1])
+
+
+@keras.saving.register_keras_serializable("x3d_tf")
+class RequireWindow(keras.layers.Layer):
+    """Refuses clips (N, T, H, W, C) that are too small for the head's fixed poolings, and changes nothing.
+
+    Args:
+        head_pool: see `ModelOptions`.
+        train_size: side of the training crop in pixels.
+
+    Raises:
+        UserError: a static size that is too small; where TensorFlow knows it only when a graph runs,
+            tf.errors.InvalidArgumentError.
+    """
+
+    def __init__(self, head_pool: Any, train_size: int, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.options, self.train_size = ModelOptions(head_pool=head_pool), train_size
+
+    def call(self, clips: Any) -> Any:
+        sides = ops.shape(clips)[2:4]
+        if all(isinstance(side, int) for side in sides):
+            require_window(self.options, min(sides), self.train_size)
+            return clips
+        from x3d_tf.modeling.lowerings.tensorflow import require_sides
+
+        return require_sides(clips, *window_rule(self.options, self.train_size))
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "head_pool": self.options.head_pool, "train_size": self.train_size}
 
 
 def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:

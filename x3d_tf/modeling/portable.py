@@ -14,7 +14,7 @@ from keras import layers, ops
 
 from x3d_tf._checks import require
 from x3d_tf.modeling import detection
-from x3d_tf.modeling.architecture import plan
+from x3d_tf.modeling.architecture import plan, require_window
 from x3d_tf.modeling.description import Description, named_or_numbered
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import ChannelwiseConv3D
@@ -36,7 +36,8 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
         `x3d_tf.save` writes it with its class names; Keras' own `save` leaves them out.
 
     Raises:
-        ValueError: a network without classifier, or as many names as it has no outputs for.
+        ValueError: a network without classifier, as many names as it has no outputs for, or a size that is smaller than
+            the windows of its head's pooling.
     """
     trainable = isinstance(model, Network)
     require(
@@ -58,6 +59,7 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
 
 def build_portable(model: Network, size: int) -> keras.Model:
     """The application's form with fresh weights."""
+    require_window(model.options, size, model.clip.size)
     clip = keras.Input((model.clip.frames, size, size, 3), name="clip")
     architecture, parts = plan(model.expansion, model.options), PortableParts()
     if isinstance(model, Detector):
@@ -72,6 +74,7 @@ def build_portable(model: Network, size: int) -> keras.Model:
         parts,
         train_size=model.clip.size,
         num_classes=model.num_classes,
+        task=model.task,
     )
     function = {"single_label": "softmax", "multi_label": "sigmoid"}[model.task]
     probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)

@@ -3,7 +3,6 @@
 import hashlib
 import warnings
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,16 +10,13 @@ from typing import Any, TypeVar
 import keras
 
 from x3d_tf._checks import UserError, require
+from x3d_tf.modeling.archive import MEMBER, UNREADABLE, check_weights, read_description
 from x3d_tf.modeling.description import Description, named_or_numbered
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.portable import build_portable, take_weights
 from x3d_tf.modeling.x3d import X3D, Network
 
 _Model = TypeVar("_Model", X3D, Detector)
-
-MEMBER = "x3d_tf.json"
-_UNREADABLE = (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-_MEMBER_LIMIT = 64 * 1024 * 1024  # bytes: far above any list of class names, far below what would exhaust memory
 
 
 def save(
@@ -68,7 +64,7 @@ def _description(model: keras.Model, class_names: Sequence[str] | None) -> Descr
 def load(path: str | Path) -> X3D | Detector:
     """Builds the trainable network of a run folder or of a `.keras` file that this package saved.
 
-    Only numbers and names are read from the file, never code.
+    Only numbers and names are read from the file, never code, and both are checked before a network is built.
 
     Args:
         path: a run folder, which holds `model.keras`, or the file.
@@ -77,10 +73,10 @@ def load(path: str | Path) -> X3D | Detector:
         The network, or the detector of such a file; its `class_names` are the file's.
 
     Raises:
-        UserError: no such file, or one that this package did not save.
+        UserError: no such file, one that this package did not save, or one whose weights are not those of the network
+            that it describes.
     """
-    path = model_file(path)
-    description = describe(path)
+    path, description = _checked(path)
     if description.task == "detection":
         return _filled(_detector(description), description, path)
     return _filled(_classifier(description), description, path)
@@ -92,8 +88,7 @@ def load_classifier(path: str | Path) -> X3D:
     Raises:
         UserError: besides, the file of a detector.
     """
-    path = model_file(path)
-    description = describe(path)
+    path, description = _checked(path)
     if description.task == "detection":
         raise UserError(f"{path} is a detector, which gives scores of boxes; a network that classifies clips is needed")
     return _filled(_classifier(description), description, path)
@@ -105,11 +100,18 @@ def load_detector(path: str | Path) -> Detector:
     Raises:
         UserError: besides, the file of a classifier.
     """
-    path = model_file(path)
-    description = describe(path)
+    path, description = _checked(path)
     if description.task != "detection":
         raise UserError(f"{path} is no detector but classifies clips (its task is {description.task})")
     return _filled(_detector(description), description, path)
+
+
+def _checked(path: str | Path) -> tuple[Path, Description]:
+    """The `.keras` file and its description, which fits the weights."""
+    file = model_file(path)
+    description = read_description(file)
+    check_weights(file, description)
+    return file, description
 
 
 def _classifier(description: Description) -> X3D:
@@ -138,7 +140,7 @@ def _filled(model: _Model, description: Description, path: Path) -> _Model:
             take_weights(model, app)
         else:
             _load_weights(model, path)
-    except (*_UNREADABLE, UserWarning) as error:
+    except (*UNREADABLE, UserWarning) as error:
         raise UserError(f"the weights of {path} do not fit its description: {error}") from error
     model.class_names, model.squeeze = description.class_names, description.squeeze
     return model
@@ -154,26 +156,9 @@ def describe(path: str | Path) -> Description:
     """What a `.keras` file of ours says of itself.
 
     Raises:
-        UserError: no such file, or one that this package did not save.
+        UserError: no such file, one that this package did not save, or a network that it cannot hold.
     """
-    path = model_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            member = archive.getinfo(MEMBER)
-            require(member.file_size <= _MEMBER_LIMIT, f"{MEMBER} in {path}", "be under 64 MiB", member.file_size)
-            return Description.from_json(archive.read(member))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except _UNREADABLE as error:
-        if path.suffix in (".pyth", ".pth", ".pt"):
-            advice = f"python -m x3d_tf.import_weights {path} --variant=... makes a model file of PyTorch's weights"
-            raise UserError(f"{path} is not a .keras file; {advice}") from error
-        if isinstance(error, KeyError):
-            advice = "Save it so where the model is at hand"
-            raise UserError(
-                f"{path} has no {MEMBER}: it was not written by x3d_tf.save(model, path). {advice}"
-            ) from error
-        raise UserError(f"{path} is not a .keras file: {error}") from error
+    return read_description(model_file(path))
 
 
 def model_file(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from x3d_tf.modeling.architecture import (
     StagePlan,
     plan,
     pool_window,
+    require_classes,
     se_width,
 )
 from x3d_tf.modeling.expansion import ClipSpec, Expansion, Task, as_expansion, name_of
@@ -25,6 +26,7 @@ from x3d_tf.modeling.layers import (
     GhostBatchNorm,
     PointwiseConv3D,
     Regions,
+    RequireWindow,
     Swish,
     conv_initializer,
 )
@@ -128,15 +130,17 @@ class X3D(Network):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
+        require_classes(num_classes)
         require(task in _TASKS, "task", f"be among {', '.join(_TASKS)}", task)
         clips = keras.Input((None, None, None, 3), name="clip")
+        windows = include_top and options.head_pool != "global"
         outputs = graph(
-            clips,
+            RequireWindow(options.head_pool, expansion.clip.size, name="window")(clips) if windows else clips,
             plan(expansion, options),
             TrainableParts(options),
             train_size=expansion.clip.size,
             num_classes=num_classes if include_top else None,
+            task=task,
         )
         super().__init__(inputs=clips, outputs=outputs, name=name or layer_name(expansion), **kwargs)
         self.expansion, self.options = expansion, options
@@ -220,7 +224,9 @@ class TrainableParts(ClipParts):
         return Dropout(self.options.dropout, dtype=x.dtype, name=name)(x) if self.options.dropout else x
 
 
-def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int, num_classes: int | None) -> Any:
+def graph(
+    clips: Any, architecture: Architecture, parts: Any, *, train_size: int, num_classes: int | None, task: Task
+) -> Any:
     """The whole network, in execution order (paper, Table 1).
 
     Args:
@@ -229,12 +235,14 @@ def graph(clips: Any, architecture: Architecture, parts: Any, *, train_size: int
         parts: makes the layers, as `TrainableParts` does.
         train_size: side of the training crop in pixels, which the head's fixed poolings need.
         num_classes: None stops at pool5.
+        task: which probabilities the logits are of.
 
     Returns:
         Logits (N, num_classes), or pool5 (N, head_width).
     """
     x = conv5(trunk(clips, architecture, parts), architecture, parts)
-    return head(x, architecture.options, parts, window=pool_window(train_size), num_classes=num_classes)
+    window = pool_window(train_size)
+    return head(x, architecture.options, parts, window=window, num_classes=num_classes, task=task)
 
 
 def trunk(clips: Any, architecture: Architecture, parts: Any) -> Any:
@@ -302,7 +310,7 @@ def squeeze_excitation(x: Any, name: str, parts: Any) -> Any:
     return parts.scaled(x, scale, f"{name}_scale")
 
 
-def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes: int | None) -> Any:
+def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes: int | None, task: Task) -> Any:
     """From conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5."""
     x, full = parts.clips(x), full_precision()
     x = ops.cast(x, full) if x.dtype != full else x
@@ -317,10 +325,22 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
     if options.head_pool == "fixed_logits":
         x = ops.mean(x, axis=(1, 2))
     elif options.head_pool == "fixed_probabilities":
-        x = ops.log_softmax(x)
-        peak = ops.max(x, axis=(1, 2), keepdims=True)  # taken out, so that no class underflows in all windows
-        x = ops.log(ops.mean(ops.exp(x - peak), axis=(1, 2))) + ops.squeeze(peak, axis=(1, 2))
+        if task == "multi_label":  # the logit of the mean: log p - log(1 - p)
+            x = _log_mean(_log_sigmoid(x)) - _log_mean(_log_sigmoid(-x))
+        else:
+            x = _log_mean(ops.log_softmax(x))
     return x
+
+
+def _log_mean(x: Any) -> Any:
+    """Logarithms (N, H, W, C) of numbers to those of their means over all positions, (N, C)."""
+    peak = ops.max(x, axis=(1, 2), keepdims=True)  # taken out, so that no class underflows in all windows
+    return ops.log(ops.mean(ops.exp(x - peak), axis=(1, 2))) + ops.squeeze(peak, axis=(1, 2))
+
+
+def _log_sigmoid(x: Any) -> Any:
+    """Of operations that all export formats have, in a form that does not overflow."""
+    return ops.minimum(x, 0.0) - ops.log(1.0 + ops.exp(-ops.abs(x)))
 
 
 def fc1(x: Any) -> Any:

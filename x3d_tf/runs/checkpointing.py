@@ -1,5 +1,6 @@
 """Checkpoints of a run: the two newest are kept, and a damaged one falls back to the one before."""
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +8,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from x3d_tf._checks import UserError
+from x3d_tf._checks import UserError, require
 from x3d_tf.modeling.description import Description
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.run_folder import RunFolder
 
 _KEPT = 2
+_WEIGHT_BYTES = 4  # of float32
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
@@ -89,8 +91,12 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
     prefix = _prefix(run.checkpoints, step)
     try:
         reader = tf.train.load_checkpoint(prefix)
+        room = sum(file.stat().st_size for file in run.checkpoints.glob(f"ckpt-{step}.data-*"))
+        elements = sum(math.prod(shape) for shape in reader.get_variable_to_shape_map().values())
+        require(elements <= room, "its variables", f"have at most {room} elements, one a byte", elements)
         description = Description.from_json(reader.get_tensor(f"description{_SUFFIX}"))
         role = "average" if reader.has_tensor(f"average/0{_SUFFIX}") else "weights"
+        description.require_fit("its data", room // _WEIGHT_BYTES)
         model = X3D(description.expansion, description.num_classes, description.options, task=description.task)
         model.set_weights([reader.get_tensor(f"{role}/{i}{_SUFFIX}") for i in range(len(model.weights))])
     except Exception as error:  # a damaged file makes TensorFlow raise almost anything

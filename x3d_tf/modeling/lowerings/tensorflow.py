@@ -333,6 +333,14 @@ def seed_of_device(seed: Any) -> Any:
     return seed + tf.stack([device * 0x3C6EF372, tf.zeros_like(device)])  # far from the seeds that people choose
 
 
+def require_sides(clips: Any, smallest: int, rule: str) -> Any:
+    """The clips (N, T, H, W, C), whose graph fails with `rule` where a side is smaller when it runs."""
+    sides = tf.shape(clips)[2:4]
+    fits = tf.debugging.Assert(tf.reduce_all(sides >= smallest), ["the sides of a clip must", rule, "got", sides])
+    with tf.control_dependencies([fits]):
+        return tf.identity(clips)
+
+
 def _mean(rows: Any) -> Any:
     """Mean over axes 1 and 2, kept: on a CPU by the pooling of whole frames, which is faster than a reduction."""
     groups, frames, positions, channels = _shape(rows)

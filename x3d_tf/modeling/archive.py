@@ -1,0 +1,140 @@
+"""The zip file that a model is in, checked before anything is built of it. Imports no TensorFlow.
+
+The file may come from anyone. Nothing is allocated, counted or built beyond what its size and the bounds of a
+`Description` allow: members are stored without compression, arrays are as large as their bytes, and the network that is
+described has no more parameters than there are weights.
+"""
+
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from x3d_tf._checks import UserError, require
+from x3d_tf.modeling.description import JSON_LIMIT, Description
+
+MEMBER = "x3d_tf.json"
+WEIGHTS = "model.weights.h5"
+UNREADABLE = (  # what zipfile and h5py make of damaged files
+    ValueError,
+    TypeError,
+    LookupError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_LIMITS = {MEMBER: JSON_LIMIT, "metadata.json": 1024 * 1024, "config.json": 64 * 1024 * 1024}  # bytes
+_WEIGHT_BYTES = 4  # Keras stores float32, whatever precision a network computes in
+_ENCRYPTED = 0x1  # flag of a member
+
+
+def read_description(path: Path) -> Description:
+    """What a `.keras` file says of itself, which fits the size of its weights.
+
+    Raises:
+        UserError: not a file of this package; members that are unknown, doubled, compressed, encrypted or too large; a
+            network outside the bounds, or with more parameters than the file has room for.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            archive.getinfo(MEMBER)
+            members = _members(archive, path.stat().st_size)
+            description = Description.from_json(archive.read(MEMBER))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except UNREADABLE as error:
+        raise UserError(_not_ours(path, error)) from error
+    room = members[WEIGHTS].file_size // _WEIGHT_BYTES
+    description.require_fit(f"{path}: the {members[WEIGHTS].file_size} bytes of {WEIGHTS}", room)
+    return description
+
+
+def check_weights(path: Path, description: Description) -> None:
+    """Refuses weights that cannot be those of the network that is described, or that are more than plain arrays.
+
+    Raises:
+        UserError: links, external or virtual arrays, arrays that are larger than their bytes, too few of them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(WEIGHTS)
+        with h5py.File(io.BytesIO(content), "r") as file:
+            sizes = list(_array_sizes(file, len(content)))
+    except UserError as error:
+        raise UserError(f"{path}: {WEIGHTS}: {error}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path}: {WEIGHTS} cannot be read: {_line(error)}") from error
+    description.require_fit(f"{path}: {WEIGHTS}", sum(sizes), len(sizes))
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    known = (WEIGHTS, *_LIMITS)
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename
+        require(name in known, "the members of a model file", f"be {', '.join(known)}", name[:200])
+        require(name not in members, "a model file", "hold each member once", name)
+        require(not member.flag_bits & _ENCRYPTED, name, "not be encrypted", member.flag_bits)
+        stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+        require(stored, name, "be stored without compression, as Keras writes it", member.compress_type)
+        limit = min(_LIMITS.get(name, size), size)
+        require(member.file_size <= limit, name, f"have at most {limit} bytes", member.file_size)
+        members[name] = member
+    require(WEIGHTS in members, "a model file", f"hold {WEIGHTS}", [*members])
+    return members
+
+
+def _array_sizes(file: h5py.File, limit: int) -> Iterator[int]:
+    """Elements of each array of an HDF5 file of `limit` bytes."""
+    groups, seen, total = [file["/"]], set(), 0
+    while groups:
+        group = groups.pop()
+        for name in group:
+            what = f"{group.name}/{name}"[:200]
+            link = group.get(name, getlink=True)
+            require(isinstance(link, h5py.HardLink), what, "be an array or a group, not a link", type(link).__name__)
+            item = group[name]
+            address = h5py.h5o.get_info(item.id).addr
+            require(address not in seen, what, "have one name", "several")
+            seen.add(address)
+            if isinstance(item, h5py.Group):
+                groups.append(item)
+                continue
+            size = _bytes_of(item, what)
+            total += size
+            require(total <= limit, "all arrays together", f"have at most {limit} bytes", total)
+            yield size // item.dtype.itemsize
+
+
+def _bytes_of(item: Any, what: str) -> int:
+    array = isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and not item.dtype.shape
+    require(array, what, "be an array of numbers", type(item).__name__)
+    require(not item.external and not item.is_virtual, what, "be stored in the file itself", "an array from elsewhere")
+    size = math.prod(item.shape) * item.dtype.itemsize
+    stored = item.id.get_storage_size()
+    plain = item.chunks is None and stored == size
+    require(plain, what, f"have the {size} bytes of its shape {item.shape}, uncompressed", stored)
+    return size
+
+
+def _not_ours(path: Path, error: Exception) -> str:
+    if path.suffix in (".pyth", ".pth", ".pt"):
+        advice = f"python -m x3d_tf.import_weights {path} --variant=... makes a model file of PyTorch's weights"
+        return f"{path} is not a .keras file; {advice}"
+    if isinstance(error, KeyError):
+        advice = "Save it so where the model is at hand"
+        return f"{path} has no {MEMBER}: it was not written by x3d_tf.save(model, path). {advice}"
+    return f"{path} is not a .keras file: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
