@@ -1,8 +1,39 @@
-"""Processes that answer questions, one after the other, through a pipe."""
+"""Processes that answer questions, one after the other, through a pipe; and how child processes are started."""
 
-import multiprocessing
 from collections.abc import Callable
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
+
+from x3d_tf._signals import without_interrupts
+
+
+class _Child(SpawnProcess):
+    def start(self) -> None:
+        with without_interrupts():  # also while it imports, when a terminal's Ctrl-C would print a traceback of it
+            super().start()
+
+
+class Children(SpawnContext):
+    """Starts processes that never get Ctrl-C: their parent does, and ends them.
+
+    Spawned, not forked: the parent has TensorFlow's threads, which do not survive a fork.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: list[_Child] = []
+
+    def Process(self, *arguments: Any, **named: Any) -> _Child:  # type: ignore[override]
+        """A process that is still to be started."""
+        child = _Child(*arguments, **named)
+        self._started.append(child)
+        return child
+
+    def terminate(self) -> None:
+        """Ends those that run, whatever they are at."""
+        for child in self._started:
+            if child.is_alive():
+                child.terminate()
 
 
 class Ended(Exception):
@@ -19,7 +50,7 @@ class Answering:
     """
 
     def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = Children()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
         self._process.start()

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import WriteError
 from x3d_tf._machine import usable_cpus
+from x3d_tf._processes import Children
 from x3d_tf.data import index
 from x3d_tf.data.build_folder import BuildFolder, Finished, opened
 from x3d_tf.data.frame_folders import encode_folder
@@ -378,7 +378,8 @@ def _encode_or_reason(video: Video, short_side: int, quality: int) -> EncodedVid
 
 def _in_parallel(videos: Sequence[Video], encode: Encode, workers: int) -> Iterator[EncodedVideo | VideoError]:
     waiting: deque[Future[EncodedVideo | VideoError]] = deque()
-    pool = _pool(min(workers, len(videos)))
+    children = Children()
+    pool = _pool(min(workers, len(videos)), children)
     try:
         for video in videos:
             waiting.append(pool.submit(encode, video))
@@ -386,25 +387,26 @@ def _in_parallel(videos: Sequence[Video], encode: Encode, workers: int) -> Itera
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BaseException:
+        children.terminate()  # else whoever stops the build waits for the longest video under way
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _alone(video: Video, encode: Encode) -> EncodedVideo | VideoError:
-    with _pool(1) as pool:
+    with _pool(1, Children()) as pool:
         try:
             return pool.submit(encode, video).result()
         except BrokenProcessPool:
             return VideoError(video.path, "kills the process that decodes it")
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Spawned, not forked: the parent has TensorFlow's threads, which do not survive a fork.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+def _pool(workers: int, children: Children) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=children, initializer=_start_worker)
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles the keyboard, and ends its workers
     parent = multiprocessing.parent_process()
     if parent is not None:  # a killed parent cannot end its workers: each watches for that itself
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
