@@ -55,8 +55,8 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
 def _escape_output() -> None:
     """Makes standard output and standard error `Terminal`s that take any text."""
     with suppress(AttributeError):  # a stream of a notebook or a test
-        sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr, bars=True)  # type: ignore[assignment]
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr, bars=True)
     logging.get_absl_handler().python_handler.stream = sys.stderr
 
 
