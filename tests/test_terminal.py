@@ -46,7 +46,7 @@ class _Broken(io.StringIO):
 
 
 def test_a_full_or_closed_output_has_errors_of_its_own() -> None:
-    with pytest.raises(WriteError, match="^standard output cannot be written: No space left on device$"):
+    with pytest.raises(WriteError, match=r"^standard output cannot be written: No space left on device$"):
         Terminal(_Broken(OSError(28, "No space left on device"))).write("a")
     with pytest.raises(OutputClosed):
         Terminal(_Broken(BrokenPipeError(32, "Broken pipe"))).write("a")
