@@ -53,7 +53,7 @@ def test_rows_of_the_history_name_its_file(tmp_path: Path) -> None:
 def test_errors_of_tensorflow_name_the_file() -> None:
     import tensorflow as tf
 
-    message = "{{function_node f}} /a/b; No space left on device\n\tFailed to flush 11 events to /a/b"
+    message = "{{function_node f}} /a/b; No space left on device [Op:A]\n\tFailed to flush 11 events to /a/b"
     with (
         pytest.raises(WriteError, match=r"^events cannot be written: No space left on device$"),
         writing(Path("events")),

@@ -1,7 +1,9 @@
 """Model files: what an application loads, what this package loads again, and what it refuses."""
 
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import x3d_tf
+from x3d_tf._files import WriteError
 from x3d_tf.modeling import saving
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)
@@ -38,6 +41,20 @@ def clips() -> np.ndarray:
 def file(model: x3d_tf.X3D, tmp_path: Path) -> Path:
     x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "model.keras")
     return tmp_path / "model.keras"
+
+
+def test_a_full_disk_leaves_the_file_of_before(
+    model: x3d_tf.X3D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "model.keras"
+    path.write_bytes(b"before")
+    with pytest.raises(WriteError, match=r"model\.keras cannot be written: No space left on device$"):
+        x3d_tf.save(model, path, NAMES, overwrite=True)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
 def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ def writing(path: Path) -> Iterator[None]:
         tensorflow = sys.modules.get("tensorflow")
         if tensorflow is None or not isinstance(error, tensorflow.errors.OpError):
             raise
-        reason = error.message.partition("\n")[0].rpartition("; ")[2]
+        reason = error.message.partition("\n")[0].rpartition("; ")[2].partition(" [Op:")[0]
         raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
