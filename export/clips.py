@@ -11,6 +11,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._terminal import one_line
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
@@ -83,7 +84,7 @@ def _of_videos(source: Source, paths: Sequence[Path]) -> Any:
     if not clips:
         raise UserError(f"none of {len(failures)} files could be read as a video; the first, {failures[0]}")
     for failure in failures:
-        print(f"left out: {failure}", file=sys.stderr)
+        print(one_line(f"left out: {failure}"), file=sys.stderr)
     return np.stack(clips)
 
 

@@ -25,7 +25,7 @@ from absl import flags
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
-from x3d_tf._files import WriteError, partial_of, writing
+from x3d_tf._files import partial_of, writing
 
 if TYPE_CHECKING:
     from .models import Source
@@ -119,8 +119,6 @@ def place(output: Path, version: int | None, *, force: bool = False) -> Path:
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
     """A folder that gets its name when the block has ended well. Servers pass over hidden ones."""
-    import tensorflow as tf
-
     partial, replaced = partial_of(folder), folder.with_name(f".{folder.name}.replaced")
     with writing(folder):
         try:
@@ -131,8 +129,6 @@ def _appearing(folder: Path) -> Iterator[Path]:
             if folder.exists():
                 folder.rename(replaced)
             partial.rename(folder)
-        except tf.errors.OpError as error:  # what TensorFlow makes of a full disk
-            raise WriteError(f"{folder} cannot be written: {error.message}") from error
         finally:
             if replaced.exists() and not folder.exists():
                 replaced.rename(folder)

@@ -3,7 +3,6 @@
 A runtime that is missing, refuses a file or brings its process down gives an error to whoever asks, and no more.
 """
 
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,7 +75,6 @@ class Workers:
 
 def _serve(pipe: Any, threads: int) -> None:
     """Answers until it is ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is interrupted too, and ends this
     quiet()
     runners: dict[Artefact, Runner] = {}
     while True:

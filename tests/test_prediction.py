@@ -19,6 +19,7 @@ from video_fixtures import numbered_frames, write_records, write_video
 
 import x3d_tf
 from x3d_tf import _csv
+from x3d_tf._files import WriteError, partial_of
 from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
 from x3d_tf.data.pipeline import evaluation_dataset
 from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
@@ -363,6 +364,36 @@ def test_the_table_and_the_document_hold_everything(tmp_path: Path) -> None:
     assert failed == {"video": "x\udcff.mp4", "error": "the file is empty"}
     assert last["top"][0] == {"class": "дом", "probability": 0.6}
     assert last["probabilities"] == [0.2, 0.2, 0.6]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_results_so_far_are_kept_under_another_name(tmp_path: Path, error: type[BaseException]) -> None:
+    names = ("jump", "a,b", "дом")
+    with (
+        pytest.raises(error),
+        csv_table(tmp_path / "a.csv", names) as to_csv,
+        json_document(tmp_path / "a.json", {}, names) as to_json,
+    ):
+        to_csv(RESULTS[0])
+        to_json(RESULTS[0])
+        raise error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.partial.csv", "a.partial.json"]
+    with (tmp_path / "a.partial.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["predicted"] for row in csv.DictReader(file)] == ["jump"]
+    content = json.loads((tmp_path / "a.partial.json").read_text(encoding="utf-8"))
+    assert [entry["video"] for entry in content["predictions"]] == ["a, b/дом.mp4"]
+
+
+@pytest.mark.parametrize(
+    "write", [csv_table, lambda path, names, **settings: json_document(path, {}, names, **settings)]
+)
+def test_results_on_a_full_disk_name_their_file(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "a"
+    partial_of(path).symlink_to("/dev/full")
+    with pytest.raises(WriteError, match=r"a cannot be written: No space left on device$"), write(path, ("a",)) as add:
+        for _ in range(10_000):  # more than a buffer holds
+            add(VideoError("b.mp4", "the file is empty"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_document_is_json(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Model files: what an application loads, what this package loads again, and what it refuses."""
 
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -16,6 +18,7 @@ import pytest
 
 import x3d_tf
 from x3d_tf._checks import UserError
+from x3d_tf._files import WriteError
 from x3d_tf.modeling import architecture, description, saving
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)
@@ -49,6 +52,20 @@ def saved(model: x3d_tf.X3D, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def file(saved: bytes, tmp_path: Path) -> Path:
     (tmp_path / "model.keras").write_bytes(saved)
     return tmp_path / "model.keras"
+
+
+def test_a_full_disk_leaves_the_file_of_before(
+    model: x3d_tf.X3D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "model.keras"
+    path.write_bytes(b"before")
+    with pytest.raises(WriteError, match=r"model\.keras cannot be written: No space left on device$"):
+        x3d_tf.save(model, path, NAMES, overwrite=True)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
 def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:

@@ -4,10 +4,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from absl import app, flags, logging
 
+from x3d_tf import _signals
 from x3d_tf._checks import UserError
+from x3d_tf._terminal import OutputClosed, Terminal, one_line
+
+_CLOSED = 141  # status of programs that SIGPIPE ends
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
@@ -16,8 +22,9 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     With `positional`, `main` gets the arguments that are no flags, which may stand before, between and after flags;
     otherwise there may be none.
 
-    A `UserError` or `OSError` becomes one line on stderr and exit status 1; Ctrl-C becomes exit status 130. Anything
-    else is a fault of the package and keeps its traceback.
+    A `UserError` or `OSError` becomes one line on stderr and exit status 1. Ctrl-C gives exit status 130, SIGTERM 143,
+    and a closed standard output 141, without a message. Anything else is a fault of the package and keeps its
+    traceback. Control characters in what is printed are escaped.
     """
 
     def _main(argv: list[str]) -> None:
@@ -25,22 +32,52 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         if len(argv) > 1 and not positional:
             sys.exit(f"error: unexpected argument {argv[1]!r}; settings are flags, --help lists them")
         warnings.showwarning = _show_warning  # type: ignore[assignment]
-        try:
-            main(argv[1:]) if positional else main()
-        except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
-            sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(130)  # not by way of TensorFlow's threads, which may be busy for a long time
+        main(argv[1:]) if positional else main()
 
+    _escape_output()
+    _signals.stop_in_order()
     flags.FLAGS.set_gnu_getopt(positional)
-    app.run(_main)
+    try:
+        try:
+            app.run(_main)
+        finally:
+            sys.stdout.flush()  # here, where a full disk can still be told
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
+        _discard_output()
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt as error:
+        print("\nterminated" if isinstance(error, _signals.Terminated) else "\ninterrupted", file=sys.stderr)
+        _leave(_signals.status_of(error))
+    except OutputClosed:
+        _leave(_CLOSED)
+
+
+def _escape_output() -> None:
+    """Makes standard output and standard error `Terminal`s that take any text."""
+    with suppress(AttributeError):  # a stream of a notebook or a test
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr, bars=True)
+    logging.get_absl_handler().python_handler.stream = sys.stderr
+
+
+def _discard_output() -> None:
+    """Sends what cannot be written nowhere, for Python would try once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except (UserError, OutputClosed):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process, not by way of TensorFlow's threads, which may be busy for a long time."""
+    with suppress(UserError, OutputClosed):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def quiet_tensorflow() -> None:

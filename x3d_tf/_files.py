@@ -1,6 +1,7 @@
 """Files that appear under their names only when whole. Imports no TensorFlow."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,20 @@ class WriteError(UserError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the operating system's errors within the block into a `WriteError` that names `path`."""
+    """Turns the errors of the operating system and of TensorFlow's file system within the block into a `WriteError`.
+
+    Its message names `path`.
+    """
     try:
         yield
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        tensorflow = sys.modules.get("tensorflow")
+        if tensorflow is None or not isinstance(error, tensorflow.errors.OpError):
+            raise
+        reason = error.message.partition("\n")[0].rpartition("; ")[2].partition(" [Op:")[0]
+        raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
 def partial_of(path: Path) -> Path:
@@ -26,13 +36,26 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a complete file its name once it is on the disk."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name when the block has ended well, and is gone if it has not."""
+def appearing(path: Path, ending: str = "") -> Iterator[Path]:
+    """Where to write a file that gets its name when the block has ended well, and is gone if it has not.
+
+    Args:
+        path: the file.
+        ending: of the path to write to, for writers that insist on one.
+    """
     partial = partial_of(path)
+    partial = partial.with_name(partial.name + ending)
     try:
         yield partial
-        partial.replace(path)
+        put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -43,14 +66,5 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         WriteError: it cannot be written; nothing is left behind.
     """
-    partial = partial_of(path)
-    with writing(path):
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+    with writing(path), appearing(path) as partial, partial.open("wb") as file:
+        file.write(content)

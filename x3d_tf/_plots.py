@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from x3d_tf._files import partial_of
+from x3d_tf._files import appearing, writing
 
 
 @contextmanager
@@ -21,9 +21,8 @@ def _figure(path: Path, **kwargs: Any) -> Iterator[Any]:
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a class name is a dollar
         figure = Figure(layout="constrained", **kwargs)
         yield figure
-        partial = partial_of(path)
-        figure.savefig(partial, dpi=110, format="png")
-        partial.replace(path)
+        with writing(path), appearing(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
 
 
 def save_curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:

@@ -1,8 +1,22 @@
 """Processes that answer questions, one after the other, through a pipe."""
 
-import multiprocessing
 from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.context import SpawnProcess
 from typing import Any
+
+from x3d_tf._signals import without_interrupts
+
+
+class _Child(SpawnProcess):
+    """A process that never gets Ctrl-C: its parent does, and ends it.
+
+    Spawned, not forked: the parent has TensorFlow's threads, which do not survive a fork.
+    """
+
+    def start(self) -> None:
+        with without_interrupts():  # also while it imports, when a terminal's Ctrl-C would print a traceback of it
+            super().start()
 
 
 class Ended(Exception):
@@ -23,9 +37,8 @@ class Answering:
     """
 
     def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
+        self._pipe, theirs = Pipe()
+        self._process = _Child(target=serve, args=(theirs, *arguments), daemon=True)
         self._process.start()
         theirs.close()  # so that its end is noticed here
 

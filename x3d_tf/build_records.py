@@ -22,8 +22,9 @@ Whether the records are whole:
   python -m x3d_tf.build_records --verify --output=data/my_records
 
 Any format that FFmpeg decodes will do. Files that cannot be decoded are listed in failures.csv, beside the records. A
-build that was stopped, or even killed, goes on when the same command is given again. It then also tries again the
-videos that took longer than --timeout or changed while they were read, and those that failed and have changed since.
+build that was stopped (Ctrl-C, SIGTERM), or even killed, resumes when the same command is given again. It then also
+retries the videos that took longer than --timeout or changed while they were read, and those that failed and have
+changed since.
 In --csv a leading ' before text that begins with = + - or @ is removed: the csv files that the package writes have it,
 so that no spreadsheet takes such a name for a formula. --output keeps a build.json that
 tells it from other builds. Records take 6 to 26 times the room of the videos: the command says how much before it goes
@@ -40,6 +41,7 @@ from tqdm import tqdm
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require, some
+from x3d_tf._terminal import one_line
 from x3d_tf.data.build_folder import FAILURES_NAME
 from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.encoding import TIMEOUT
@@ -167,7 +169,7 @@ def summary(result: BuildResult) -> list[str]:
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
-            lines.append(f"  {name} has no {thing} of {len(missing)} classes: {some(missing)}")
+            lines.append(f"  {name} has no {thing} of {len(missing)} classes: {one_line(some(missing))}")
     if len(manifest.classes) == 1 and manifest.task == "single_label":
         lines.append("  There is one class only: a network has nothing to tell it from.")
     if result.failures:

@@ -19,12 +19,15 @@ A prediction is the mean of 10 clips spread evenly over a video (--views), as in
 its middle. Any format that FFmpeg decodes will do, and videos of any length. Files that cannot be read are named on
 stderr and in the output files, and the rest goes on; the exit status is then 1. With a multi-label model each class has
 a probability of its own, and they do not add up to 1.
+
+Output files are complete when they appear. A command that stops early (Ctrl-C, SIGTERM, an error) keeps its predictions
+so far in out.partial.csv beside out.csv, and out.partial.json, and prints of how many videos they are.
 """
 
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,7 @@ from tqdm import tqdm
 
 from x3d_tf import _command, _plots
 from x3d_tf._checks import UserError, require
+from x3d_tf._terminal import one_line
 from x3d_tf.data.video import VideoError
 from x3d_tf.runs.run_folder import RunFolder
 
@@ -101,11 +105,10 @@ def main(videos: list[str]) -> None:
     )
     about = {"model": FLAGS.model, "network": name_of(model.expansion), "task": task, "window": FLAGS.window}
     names = model.class_names
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names that are no UTF-8
-    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if task == "multi_label":
         tqdm.write("Each class has a probability of its own: they do not add up to 1.")
     failures = predictions = 0
+    seen: set[str] = set()
     sheet: list[Prediction] = []
 
     def kept(results: "Iterator[Prediction | VideoError]") -> "Iterator[Prediction | VideoError]":
@@ -114,6 +117,7 @@ def main(videos: list[str]) -> None:
         for result in results:
             for add in sinks:
                 add(result)
+            seen.add(str(result.path))
             if isinstance(result, VideoError):
                 failures += 1
             else:
@@ -121,7 +125,7 @@ def main(videos: list[str]) -> None:
                 sheet += [result] if FLAGS.contact_sheet and len(sheet) < _SHEET_ROWS else []
             yield result
 
-    with contextlib.ExitStack() as files:
+    with _telling_kept(seen, len(paths), FLAGS.json, FLAGS.csv), contextlib.ExitStack() as files:
         sinks = []
         if FLAGS.json:
             sinks.append(files.enter_context(json_document(FLAGS.json, about, names, overwrite=FLAGS.overwrite)))
@@ -136,9 +140,31 @@ def main(videos: list[str]) -> None:
         _save_sheet(Path(FLAGS.contact_sheet), sheet, names, f"{name_of(model.expansion)}, {FLAGS.model}{part}")
     written = [path for path in outputs if sheet or path != FLAGS.contact_sheet]
     if written:
-        print(f"written: {', '.join(written)}")
+        print(one_line(f"written: {', '.join(written)}"))
     if failures:
         sys.exit(f"{failures} of {len(paths)} files could not be read")
+
+
+@contextlib.contextmanager
+def _telling_kept(seen: Sized, videos: int, *outputs: str | None) -> Iterator[None]:
+    """Says, when the block is left early, which files keep the predictions so far.
+
+    Args:
+        seen: the videos that have some, as of then; a window of the last of them may be missing.
+        videos: how many there are.
+        outputs: the files that were asked for.
+    """
+    from x3d_tf.evaluation.prediction import unfinished
+
+    try:
+        yield
+    except BaseException:
+        kept = [str(place) for path in outputs if path and (place := unfinished(Path(path))).is_file()]
+        if kept and seen:
+            last = ", the last of them perhaps not to its end" if FLAGS.window is not None else ""
+            what = f"{len(seen)} of {videos} videos{last}"
+            print(f"\nkept: {one_line(', '.join(kept))}, predictions of {what}", file=sys.stderr)
+        raise
 
 
 def _check_task() -> str:
@@ -159,6 +185,7 @@ def _act(paths: Sequence[Path]) -> None:
     """Predicts what persons do, as the flags say."""
     from x3d_tf.data.ava import write_detections
     from x3d_tf.evaluation import acting
+    from x3d_tf.evaluation.prediction import unfinished
     from x3d_tf.modeling.saving import load_detector
 
     names_of = [path.stem for path in paths]
@@ -176,26 +203,37 @@ def _act(paths: Sequence[Path]) -> None:
     model = load_detector(FLAGS.model)
     found: dict[str, list[acting.Acting]] = {}
     failures = 0
-    for path in paths:
+
+    def act(path: Path) -> None:
         persons = finder if listed is None else listed.of_video(path.stem)
+        if persons is None:
+            raise VideoError(path, f"{FLAGS.boxes} has no boxes of {path.stem}")
+        own = _act_in(model, path, persons)
+        if listed and (late := listed.after(path.stem, len(own))):
+            beyond = f"{late} boxes of {FLAGS.boxes} are of seconds after its last, {len(own) - 1}"
+            tqdm.write(one_line(f"{path.name}: {beyond}"))
+        if drawn:
+            drawn[path].parent.mkdir(parents=True, exist_ok=True)
+            acting.draw_video(path, drawn[path], own, model.class_names, FLAGS.action_score)
+        found[path.stem] = own
+
+    with _telling_kept(found, len(paths), FLAGS.csv):
         try:
-            if persons is None:
-                raise VideoError(path, f"{FLAGS.boxes} has no boxes of {path.stem}")
-            own = _act_in(model, path, persons)
-            if listed and (late := listed.after(path.stem, len(own))):
-                tqdm.write(f"{path.name}: {late} boxes of {FLAGS.boxes} are of seconds after its last, {len(own) - 1}")
-            if drawn:
-                drawn[path].parent.mkdir(parents=True, exist_ok=True)
-                acting.draw_video(path, drawn[path], own, model.class_names, FLAGS.action_score)
-            found[path.stem] = own
-        except VideoError as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
-            failures += 1
+            for path in paths:
+                try:
+                    act(path)
+                except VideoError as error:
+                    tqdm.write(one_line(f"error: {error}"), file=sys.stderr)
+                    failures += 1
+        except BaseException:
+            if FLAGS.csv and found:
+                write_detections(unfinished(Path(FLAGS.csv)), acting.detections(found, FLAGS.starts_at))
+            raise
     if FLAGS.csv:
         write_detections(Path(FLAGS.csv), acting.detections(found, FLAGS.starts_at))
     written = [str(drawn[path]) for path in drawn if path.stem in found] + ([FLAGS.csv] if FLAGS.csv else [])
     if written:
-        print(f"written: {', '.join(written)}")
+        print(one_line(f"written: {', '.join(written)}"))
     if failures:
         sys.exit(f"{failures} of {len(paths)} files could not be predicted")
 
@@ -209,7 +247,7 @@ def _act_in(model: "Detector", path: Path, persons: "Persons") -> "list[Acting]"
         own.append(each)
         for number, actions in enumerate(in_words(each, model.class_names, FLAGS.action_score), 1):
             line = ", ".join(actions) or "nothing of which the network is sure"
-            tqdm.write(f"{path.name}  {each.second:5d} s  person {number}: {line}")
+            tqdm.write(one_line(f"{path.name}  {each.second:5d} s  person {number}: {line}"))
     return own
 
 
@@ -234,9 +272,10 @@ def show_videos(results: "Iterable[Prediction | VideoError]", names: Sequence[st
     """Prints the most probable classes of each video."""
     for result in results:
         if isinstance(result, VideoError):
-            tqdm.write(f"error: {result}", file=sys.stderr)
+            tqdm.write(one_line(f"error: {result}"), file=sys.stderr)
         else:
-            tqdm.write("\n".join([f"{result.path} ({result.end:.1f} s)", *top_lines(result, names, 5)]))
+            heading = one_line(f"{result.path} ({result.end:.1f} s)")
+            tqdm.write("\n".join([heading, *top_lines(result, names, 5)]))
 
 
 def show_windows(results: "Iterable[Prediction | VideoError]", names: Sequence[str]) -> None:
@@ -250,25 +289,26 @@ def show_windows(results: "Iterable[Prediction | VideoError]", names: Sequence[s
         start, end, windows, total = None, 0.0, 0, 0.0
         for result in row:
             if isinstance(result, VideoError):
-                tqdm.write(f"error: {result}", file=sys.stderr)
+                tqdm.write(one_line(f"error: {result}"), file=sys.stderr)
                 continue
             start, end = result.start if start is None else start, result.end
             windows, total = windows + 1, total + float(result.probabilities[top])
         if windows:
-            heading = [] if path == shown else [path]
+            heading = [] if path == shown else [one_line(path)]
             shown = path
-            tqdm.write("\n".join([*heading, f"  {start:8.1f} - {end:8.1f} s  {total / windows:6.1%}  {names[top]}"]))
+            line = f"  {start:8.1f} - {end:8.1f} s  {total / windows:6.1%}  {one_line(names[top])}"
+            tqdm.write("\n".join([*heading, line]))
 
 
 def top_lines(prediction: "Prediction", names: Sequence[str], count: int) -> list[str]:
     """The most probable classes of a prediction, a line each."""
-    return [f"  {prediction.probabilities[index]:6.1%}  {names[index]}" for index in prediction.top(count)]
+    return [f"  {prediction.probabilities[index]:6.1%}  {one_line(names[index])}" for index in prediction.top(count)]
 
 
 def _save_sheet(path: Path, rows: "Sequence[Prediction]", names: Sequence[str], title: str) -> None:
     def label(row: "Prediction") -> str:
         times = f"{row.start:.1f} - {row.end:.1f} s"
-        return "\n".join([row.path.name, times, *top_lines(row, names, 3)])
+        return "\n".join([one_line(row.path.name), times, *top_lines(row, names, 3)])
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _plots.save_clips([row.thumbnails for row in rows], [label(row) for row in rows], path, title)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
+from x3d_tf._terminal import one_line
 from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
 from x3d_tf.data.video import VideoError, encode_jpeg, probe, read_frames
 from x3d_tf.modeling.expansion import ClipSpec
@@ -101,10 +102,10 @@ def main(videos: list[str]) -> None:
         try:
             clips = encoded_clips(Path(video), contract, FLAGS.views, FLAGS.short_side)
         except VideoError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(one_line(f"error: {error}"), file=sys.stderr)
             failures += 1
             continue
-        print("\n".join([video, *top_lines(predict(clips, ask, contract), contract.classes)]))
+        print("\n".join([one_line(video), *top_lines(predict(clips, ask, contract), contract.classes)]))
     if failures:
         sys.exit(f"{failures} of {len(videos)} files could not be read")
 

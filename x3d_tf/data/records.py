@@ -6,14 +6,14 @@ Feature names are MediaSequence's, which Model Garden and DMVR read too. This is
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from x3d_tf._files import WriteError, partial_of, writing
+from x3d_tf._files import partial_of, writing
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, plan_shards
 from x3d_tf.data.sources import Annotation, Box
 from x3d_tf.data.video import EncodedVideo, VideoError, frame_at
@@ -227,13 +227,13 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._partial = partial_of(path)
-        with _writing(path):
+        with writing(path):
             self._writer = tf.io.TFRecordWriter(str(self._partial))
         self._end = 0
 
     def write(self, record: bytes) -> tuple[int, int]:
         """Appends a record; returns the offset and the length of its data in bytes."""
-        with _writing(self.path):
+        with writing(self.path):
             self._writer.write(record)
         offset = self._end + HEADER_BYTES
         self._end = offset + len(record) + FOOTER_BYTES
@@ -251,7 +251,7 @@ class ShardWriter:
             self._partial.unlink(missing_ok=True)
             return
         try:
-            with _writing(self.path):
+            with writing(self.path):
                 self._writer.close()
                 with self._partial.open("rb") as file:
                     os.fsync(file.fileno())
@@ -318,7 +318,7 @@ def write_shard(
             on_result(video)
     if written:
         return Split((writer.shard,), tuple(written))
-    with _writing(path):
+    with writing(path):
         path.unlink()
     return Split((), ())
 
@@ -372,16 +372,6 @@ def fault_of(path: Path, offset: int, length: int, size: int) -> str:
         except tf.errors.InvalidArgumentError:
             return f"frame {number} is no JPEG image"
     return "its labels, name or boxes are not those that the manifest lists, or reading failed for a moment only"
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns TensorFlow's and the operating system's errors within the block into a `WriteError`."""
-    try:
-        with writing(path):
-            yield
-    except tf.errors.OpError as error:
-        raise WriteError(f"{path} cannot be written: {error.message.rpartition('; ')[2]}") from error
 
 
 def _ints(values: Sequence[int]) -> tf.train.Feature:

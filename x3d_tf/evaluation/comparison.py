@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import write_whole
 from x3d_tf.evaluation.published import PublishedAccuracy, PublishedPrecision, differences, published_for
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, write_csv
 
@@ -147,5 +148,5 @@ def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool 
         folder.mkdir(parents=True, exist_ok=True)
         cells = [["" if cell == _EMPTY else cell for cell in row.values()] for row in rows]
         write_csv(folder / "comparison.csv", [list(rows[0]), *cells])
-        (folder / "comparison.md").write_text(as_markdown(rows), encoding="utf-8")
+        write_whole(folder / "comparison.md", as_markdown(rows).encode("utf-8", "backslashreplace"))
     return rows

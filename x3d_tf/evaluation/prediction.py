@@ -7,7 +7,7 @@ probabilities are those of testing its record but for the loss of JPEG.
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
-from x3d_tf._files import appearing
+from x3d_tf._files import WriteError, partial_of, put_in_place, writing
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import STRIDE_FPS, FrameSampling, ViewSpec, frame_indices, view_starts
 from x3d_tf.data.video import Pixels, VideoError, probe, read_frames
@@ -364,12 +364,14 @@ def csv_table(
 
     Columns: video, start and end in seconds, predicted (the most probable class), error, and p(CLASS) for each class.
     Text that a spreadsheet would take for a formula gets a leading `'`; `x3d_tf._csv` reads it back.
-    The file appears when the block ends, whole or not at all.
+    The file appears when the block ends, complete. Where the block is left early, `unfinished(path)` gets the rows so
+    far.
 
     Raises:
         UserError: the file is there and may not be replaced.
+        WriteError: it cannot be written; nothing is left behind.
     """
-    with _whole_file(Path(path), overwrite) as file:
+    with _results_file(Path(path), overwrite) as file:
         table = _csv.Writer(file)
         table.row(["video", "start", "end", "predicted", "error", *(f"p({name})" for name in class_names)])
 
@@ -392,12 +394,14 @@ def json_document(
 
     One object: what `about` says, `classes`, and `predictions`, a list in the order of the videos and of time. Each has
     `video` and either `error` or `start` and `end` in seconds, `top` (classes with their probabilities, highest first)
-    and `probabilities` in the order of `classes`. The file appears when the block ends, whole or not at all.
+    and `probabilities` in the order of `classes`. The file appears when the block ends, complete. Where the block is
+    left early, `unfinished(path)` gets the predictions so far.
 
     Raises:
         UserError: the file is there and may not be replaced.
+        WriteError: it cannot be written; nothing is left behind.
     """
-    with _whole_file(Path(path), overwrite) as file:
+    with _results_file(Path(path), overwrite, end="\n ]\n}\n") as file:
         head = json.dumps({**about, "classes": list(class_names)}, ensure_ascii=False, indent=1)
         file.write(head.removesuffix("\n}") + ',\n "predictions": [')
         separator = "\n  "
@@ -408,7 +412,6 @@ def json_document(
             separator = ",\n  "
 
         yield add
-        file.write("\n ]\n}\n")
 
 
 def _entry(result: Prediction | VideoError, class_names: Sequence[str]) -> dict[str, Any]:
@@ -424,15 +427,61 @@ def _entry(result: Prediction | VideoError, class_names: Sequence[str]) -> dict[
     }
 
 
+def unfinished(path: Path) -> Path:
+    """Where the results of a prediction lie that was stopped before its last video: `out.partial.csv` of `out.csv`."""
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+class _Results:
+    """Text file that is written a result at a time; the first text is its head."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+        self.texts, self.broken = 0, False
+
+    def write(self, text: str) -> None:
+        try:
+            with writing(self._path):
+                self._file.write(text)
+        except WriteError:
+            self.broken = True
+            raise
+        self.texts += 1
+
+
 @contextmanager
-def _whole_file(path: Path, overwrite: bool) -> Iterator[TextIO]:
-    """A text file to write that appears under its name when the block has ended well."""
+def _results_file(path: Path, overwrite: bool, end: str = "") -> Iterator[_Results]:
+    """A file to write that appears under its name when the block has ended well, else as `unfinished`.
+
+    Args:
+        path: of the file.
+        overwrite: whether it may be replaced.
+        end: text that closes it.
+    """
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; give another path, or overwrite=True")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # file names that are no UTF-8 come out as escapes
-    with (
-        appearing(path) as partial,
-        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        yield file
+    partial = partial_of(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # file names that are no UTF-8 come out as escapes
+        file = partial.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+
+    def finish(place: Path) -> None:
+        with writing(place):
+            file.write(end)
+            file.close()
+            put_in_place(partial, place)
+
+    results = _Results(path, file)
+    try:
+        try:
+            yield results
+        except BaseException:
+            if results.texts > 1 and not results.broken:
+                finish(unfinished(path))
+            raise
+        finish(path)
+    finally:
+        with suppress(OSError):  # of a full disk, which has been told
+            file.close()
+        partial.unlink(missing_ok=True)

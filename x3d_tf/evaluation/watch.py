@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tensorflow as tf
-
 from x3d_tf._checks import UserError, require
 from x3d_tf._text import whole
 from x3d_tf.data.datasets import open_dataset
@@ -14,6 +12,7 @@ from x3d_tf.evaluation.reports import other_settings, read_results, write_csv, w
 from x3d_tf.evaluation.testing import Procedure, folder_of, measurement_of_run
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs import checkpointing
+from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.run_folder import RunFolder
 
 _METRICS = ("top1", "top5", "map")
@@ -70,7 +69,7 @@ class _Watch:
         self.results = {int(file.stem): read_results(file) for file in _step_files(self.folder)}
         self.failures: dict[int, str] = {}
         # of its own, for TensorBoard reads one file of a folder at a time
-        self.writer = tf.summary.create_file_writer(str(run.tensorboard / self.folder.name))
+        self.writer = EventFile(run.tensorboard / self.folder.name)
 
     def test_new(self) -> None:
         """Tests the checkpoints that are there and have not been tested, the oldest first: it is the next to go."""
@@ -106,9 +105,7 @@ class _Watch:
         self.results[step] = results
         self._write_csv()
         measured = {name: results[name] for name in _METRICS if name in results}
-        with self.writer.as_default(step=step):
-            for name, value in measured.items():
-                tf.summary.scalar(f"eval/{name}", value)
+        self.writer.add(step, {f"eval/{name}": value for name, value in measured.items()})
         self.writer.flush()
         told = [name for name in measured if name != "top5" or results["classes"] > 5]  # else it says nothing
         words = ", ".join(f"{name} {measured[name]:.1%}" for name in told)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import keras
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import appearing, writing
 from x3d_tf.modeling.archive import MEMBER, UNREADABLE, check_weights, read_description
 from x3d_tf.modeling.description import Description, named_or_numbered
 from x3d_tf.modeling.detection import Detector
@@ -33,17 +34,17 @@ def save(
     Raises:
         ValueError: another ending, another kind of model, or a wrong number of names.
         FileExistsError: the file is there and may not be replaced.
+        WriteError: it cannot be written; nothing is left behind.
     """
     path = Path(path)
     require(path.suffix == ".keras", "the path of a model file", "end in .keras", str(path))
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; give another path, or overwrite=True")
     description = _description(model, class_names)
-    partial = path.with_name(f".{path.stem}.partial.keras")
-    model.save(partial)
-    with zipfile.ZipFile(partial, "a") as archive:
-        archive.writestr(MEMBER, description.to_json())
-    partial.replace(path)
+    with writing(path), appearing(path, path.suffix) as partial:
+        model.save(partial)
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.writestr(MEMBER, description.to_json())
 
 
 def _description(model: keras.Model, class_names: Sequence[str] | None) -> Description:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from x3d_tf import _csv
 from x3d_tf._checks import UserError
-from x3d_tf._files import partial_of, write_whole
+from x3d_tf._files import partial_of, write_whole, writing
 from x3d_tf.runs.recipe import TrainConfig
 
 # the last two only in the rows of steps that were validated
@@ -70,7 +70,7 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, config.to_json().encode())  # a folder that has it is a run's
         for name, text in texts.items():
-            (self.root / name).write_text(text, encoding="utf-8")
+            write_whole(self.root / name, text.encode())
 
     def read_config(self) -> TrainConfig:
         """The configuration of the run.
@@ -119,7 +119,7 @@ class RunFolder:
 
     def append_history(self, row: dict[str, float]) -> None:
         """Adds a row to `history.csv`, which has been written."""
-        with self.history.open("a", newline="", encoding="utf-8") as file:
+        with writing(self.history), self.history.open("a", newline="", encoding="utf-8") as file:
             _csv.Writer(file).row(_history_cells(row))
 
 

@@ -5,11 +5,11 @@ import time
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from x3d_tf import _plots
 from x3d_tf._checks import UserError
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.schedule import schedule_of
@@ -31,7 +31,7 @@ class History:
         self.schedule = schedule_of(config.recipe)
         self.rows: list[dict[str, float]] = [row for row in run.read_history() if row["step"] <= first]
         run.write_history(self.rows)
-        self.writer = tf.summary.create_file_writer(str(run.tensorboard))
+        self.writer = EventFile(run.tensorboard)
         self.pending: list[dict[str, Any]] = []
         self.started = time.perf_counter()
 
@@ -68,9 +68,8 @@ class History:
         self.pending.clear()
         self.rows.append(row)
         self.run.append_history(row)
-        with self.writer.as_default(step=step):
-            for name in ("learning_rate", "loss", "accuracy", "clips_per_second"):
-                tf.summary.scalar(f"train/{name}", row[name])
+        shown = ("learning_rate", "loss", "accuracy", "clips_per_second")
+        self.writer.add(step, {f"train/{name}": row[name] for name in shown})
         return f"{row['clips_per_second']:.1f} clips/s, loss {row['loss']:.3f}, accuracy {row['accuracy']:.0%}"
 
     def score_step(self, step: int, score: Score) -> bool:
@@ -81,9 +80,7 @@ class History:
         best, _ = self.best()
         self.rows.append(row | {"validation_accuracy": score.accuracy, "validation_loss": score.loss})
         self.run.write_history(self.rows)
-        with self.writer.as_default(step=step):
-            tf.summary.scalar("validation/accuracy", score.accuracy)
-            tf.summary.scalar("validation/loss", score.loss)
+        self.writer.add(step, {"validation/accuracy": score.accuracy, "validation/loss": score.loss})
         return score.beats(best)
 
     def restart_clock(self) -> None:

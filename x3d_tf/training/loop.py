@@ -80,7 +80,7 @@ def train(
     trainer = Trainer(config, records, strategy or tf.distribute.MirroredStrategy())
     trainer.fit(run, f"{config.fingerprint()} {manifest.fingerprint()}")
     print("Saving the model.")
-    run.labels.write_text("".join(f"{name}\n" for name in manifest.classes), encoding="utf-8")
+    write_whole(run.labels, "".join(f"{name}\n" for name in manifest.classes).encode())
     size = trainer.model.tested_size
     sampling = "key_frame" if manifest.task == "detection" else config.dataset.frame_sampling
     contract = input_contract(config.expansion, sampling, config.dataset.squeeze, size)

@@ -1,0 +1,66 @@
+"""Files that appear complete or not at all, also on a full disk."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from x3d_tf import _plots
+from x3d_tf._files import WriteError, appearing, write_whole, writing
+from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that turns out to be full when a file is to be on it."""
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_file_of_before_stays(tmp_path: Path, full_disk: None) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"before")
+    with pytest.raises(WriteError, match=r"a\.txt cannot be written: No space left on device$"):
+        write_whole(path, b"after")
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_file_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "a.txt") as partial:
+        partial.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_complete_or_absent(tmp_path: Path, full_disk: None) -> None:
+    with pytest.raises(WriteError, match=r"a\.png cannot be written: No space left on device$"):
+        _plots.save_confusion(np.eye(2, dtype=int), ["a", "b"], tmp_path / "a.png", "title")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_the_history_name_its_file(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.history.symlink_to("/dev/full")
+    with pytest.raises(WriteError, match=r"history\.csv cannot be written: No space left on device$"):
+        run.append_history(dict.fromkeys(HISTORY_FIELDS, 1.0))
+
+
+def test_errors_of_tensorflow_name_the_file() -> None:
+    import tensorflow as tf
+
+    message = "{{function_node f}} /a/b; No space left on device [Op:A]\n\tFailed to flush 11 events to /a/b"
+    with (
+        pytest.raises(WriteError, match=r"^events cannot be written: No space left on device$"),
+        writing(Path("events")),
+    ):
+        raise tf.errors.ResourceExhaustedError(None, None, message)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ZeroDivisionError), writing(Path("a")):
+        raise ZeroDivisionError

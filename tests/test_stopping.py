@@ -1,0 +1,76 @@
+"""Commands that SIGTERM stops at work, in processes of their own: what is saved, and that no process stays behind."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from video_fixtures import numbered_frames, write_video
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    frames = numbered_frames(300, 120, 160)
+    for number in range(24):
+        write_video(tmp_path / "videos" / "ab"[number % 2] / f"{number}.mp4", frames)
+    return tmp_path / "videos"
+
+
+def stopped(command: list[str], sign: str, number: int, group: bool) -> tuple[int, str]:
+    """Status and output of a command that gets a signal once it has printed `sign`; no child of it may outlive it.
+
+    With `group` its children get the signal, too, as from schedulers and terminals.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout is not None
+    output = ""
+    while sign not in output:
+        letter = process.stdout.read(1)
+        assert letter, output
+        output += letter
+    (os.killpg if group else os.kill)(process.pid, number)
+    output += process.communicate(timeout=60)[0]  # comes back when the last process that holds the pipe has ended
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_build_stops_with_its_workers_and_resumes(
+    videos: Path, tmp_path: Path, number: int, status: int, group: bool
+) -> None:
+    command = ["x3d_tf.build_records", f"--videos={videos}", f"--output={tmp_path / 'records'}", "--split=0.25"]
+    returned, output = stopped(command, "0/24", number, group)
+    assert returned == status and "Traceback" not in output
+    assert "The same command goes on after the last finished shard." in output
+    subprocess.run([sys.executable, "-m", *command], check=True, cwd=Path(__file__).parents[1])
+    assert (tmp_path / "records" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_predictions_so_far_are_kept(videos: Path, tmp_path: Path, number: int, status: int) -> None:
+    from x3d_tf import build_x3d, save
+
+    save(build_x3d("x3d_xs", 2), tmp_path / "model.keras", ["a", "b"])
+    out = [f"--csv={tmp_path / 'out.csv'}", f"--json={tmp_path / 'out.json'}"]
+    command = ["x3d_tf.predict", f"--model={tmp_path / 'model.keras'}", *out, str(videos)]
+    returned, output = stopped(command, "(10.0 s)", number, group=False)
+    assert returned == status and "Traceback" not in output
+    with (tmp_path / "out.partial.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = json.loads((tmp_path / "out.partial.json").read_text())["predictions"]
+    assert [row["video"] for row in rows] == [entry["video"] for entry in kept]
+    assert 1 <= len(rows) < 24 and f"predictions of {len(rows)} of 24 videos" in output
+    assert not (tmp_path / "out.csv").exists() and not (tmp_path / "out.json").exists()

@@ -1,0 +1,32 @@
+"""Event files, which TensorBoard reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import tensorflow as tf
+
+from x3d_tf._files import writing
+
+
+class EventFile:
+    """Writes figures of steps for TensorBoard into a file of its own in a folder.
+
+    Raises:
+        WriteError: by all methods: it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with writing(folder):
+            self._writer = tf.summary.create_file_writer(str(folder))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds the figures of a step, by their names."""
+        with writing(self._folder), self._writer.as_default(step=step):
+            for name, value in values.items():
+                tf.summary.scalar(name, value)
+
+    def flush(self) -> None:
+        """Writes what was added."""
+        with writing(self._folder):
+            self._writer.flush()
