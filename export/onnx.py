@@ -9,9 +9,9 @@ Class names and the model card go with them: as metadata "labels" and "card" of 
 those names under "x3d_tf" of OpenVINO.
 
 ONNX requires pip install 'x3d_tf[onnx]', OpenVINO pip install 'x3d_tf[openvino]'. Both files are of the network's
-folded inference form. What Keras' exporters make of other forms does not do: of a normalisation layer the ONNX one makes two
-further inputs, its mean and its variance, which a caller would have to feed. And to OpenVINO's graph every swish adds
-an output, which is taken off here.
+folded inference form. What Keras' exporters make of other forms does not do: of a normalisation layer the ONNX one
+makes two further inputs, its mean and its variance, which a caller would have to feed. And to OpenVINO's graph every
+swish adds an output, which is taken off here.
 
 On CPUs that have bfloat16 OpenVINO computes in it unless it is told otherwise: faster, and with probabilities that are
 off in the third digit. compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) tells it.
