@@ -207,7 +207,7 @@ def test_a_connection_that_is_reset() -> None:
         *(b"SSH-2.0-server\r\n", b"\x00" * 100, b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/9.9 200\x1b[2J OK\r\n\r\n"),
         *(b"HTTP/1.1 200 " + b"a" * 100_000, OK + b"a: b\r\n" * 200 + b"\r\n", OK + b"a" * 70_000 + b"\r\n\r\n"),
         *(CHUNKED + b"xyz\r\n", CHUNKED + b"-5\r\nabcdefgh", CHUNKED + b"f" * 300 + b"\r\nab", CHUNKED + b"1" * 70_000),
-        *(OK + b"Content-Length: -5\r\n\r\n{", OK + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n{"),
+        *(OK + b"Content-Length: -5\r\n\r\n" + ANSWER, OK + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n" + ANSWER),
         *(b"HTTP/1.1 204 None\r\n\r\n", b"HTTP/1.1 101 Switching\r\n\r\n", b"HTTP/1.1 999 a\r\n\r\n"),
     ],
     ids=range(16),

@@ -7,6 +7,7 @@ reads answers of any size, and follows redirects to whatever it has handlers for
 import functools
 import http.client
 import io
+import re
 import time
 import urllib.request
 from collections.abc import Callable
@@ -107,6 +108,9 @@ def _exchange(address: str, body: bytes, deadline: float) -> tuple[int, str, str
         opener.add_handler(handler)
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+        length = response.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,18}", length):  # what http.client takes for no length at all
+            raise http.client.HTTPException(f"Content-Length is no number of bytes: {length}")
         content = response.read(MAX_ANSWER + 1 if response.status == 200 else _MAX_ERROR)
         return response.status, response.reason, response.headers.get("Location", ""), content, response.length or 0
 
