@@ -56,7 +56,7 @@ def post(address: str, body: bytes, seconds: float) -> bytes:
     deadline = time.monotonic() + seconds
     try:
         status, reason, location, content, missing = _within(seconds, lambda: _exchange(address, body, deadline))
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         cause = getattr(error, "reason", error)
         if isinstance(cause, TimeoutError):
             raise UserError(f"{address}: no complete answer within {seconds:g} seconds; raise --timeout") from error
