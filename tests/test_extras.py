@@ -94,7 +94,7 @@ def parity(fresh: Fresh) -> None:
     fresh.run("-c", f"{code}; print(m(torch.zeros(1, 3, 4, 160, 160)).shape)", at=fresh.tree / "tests")
 
 
-def tests(fresh: Fresh) -> None:
+def linters_and_fast_tests(fresh: Fresh) -> None:
     """What CI runs: the linters, and some fast tests."""
     for line in (("ruff", "check", "."), ("mypy",), ("pytest", "-q", "tests/test_cost.py", "tests/test_packaging.py")):
         fresh.run("-m", *line, at=fresh.tree)
@@ -107,7 +107,7 @@ TRIALS: dict[str, Trial | str] = {
     "openvino": exports("onnx", "openvino", "OpenVINO"),
     "parity": parity,
     "serving": serving,
-    "test": tests,
+    "test": linters_and_fast_tests,
     "tflite": exports("tflite", "float32", "TFLite float32"),
 }
 
