@@ -202,7 +202,7 @@ def _serve(pipe: Any, verbose: bool) -> None:
         try:
             answer = _QUESTIONS[question](calls, *arguments)
         except ImportError as error:
-            answer = Failed(f"not installed: {error}")
+            answer = Failed(f"not installed: {error}; pip install -e '.[bench]'")
         except Exception as error:  # of any kind: it is for the table
             answer = Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         pipe.send(answer)

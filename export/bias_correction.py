@@ -124,14 +124,9 @@ def _run(content: bytes, clips: NDArray[np.uint8]) -> Iterator[list[NDArray[Any]
     """All outputs for each call."""
     import tensorflow as tf
 
-    kernels = tf.lite.experimental.OpResolverType.AUTO  # XNNPACK's, which are several times as fast
-    if tf.__version__.startswith("2.20."):  # whose XNNPACK does not return from some of these cut graphs
-        kernels = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's own copy of the interpreter is to go one day
-        interpreter = tf.lite.Interpreter(
-            model_content=content, num_threads=usable_cpus(), experimental_op_resolver_type=kernels
-        )
+        interpreter = tf.lite.Interpreter(model_content=content, num_threads=usable_cpus())
     interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()
     for call in clips:

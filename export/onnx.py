@@ -8,10 +8,10 @@ to probabilities, float32 (N, classes). N is 1, another --batch, or with 0 any, 
 Class names and the model card go with them: as metadata "labels" and "card" of ONNX, and as runtime information of
 those names under "x3d_tf" of OpenVINO.
 
-ONNX takes tf2onnx, OpenVINO takes openvino: pip install 'x3d_tf[onnx,openvino]'. Both files are of the network's folded
-inference form. What Keras' exporters make of other forms does not do: of a normalisation layer the ONNX one makes two
-further inputs, its mean and its variance, which a caller would have to feed. And to OpenVINO's graph every swish adds
-an output, which is taken off here.
+ONNX requires pip install 'x3d_tf[onnx]', OpenVINO pip install 'x3d_tf[openvino]'. Both files are of the network's
+folded inference form. What Keras' exporters make of other forms does not do: of a normalisation layer the ONNX one
+makes two further inputs, its mean and its variance, which a caller would have to feed. And to OpenVINO's graph every
+swish adds an output, which is taken off here.
 
 On CPUs that have bfloat16 OpenVINO computes in it unless it is told otherwise: faster, and with probabilities that are
 off in the third digit. compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) tells it.
@@ -22,7 +22,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".bin", ".xml")}  # .xml, by which OpenVINO's are found, comes last
-_PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino",)}
+PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino", "scipy")}  # that Keras' exporters import
 
 
 def define_flags() -> None:
@@ -72,7 +72,7 @@ def require_formats(formats: list[str]) -> None:
     known = ", ".join(SUFFIXES)
     require(bool(formats) and set(formats) <= set(SUFFIXES), "--formats", f"be of {known}", ",".join(formats))
     for form in formats:
-        missing = [name for name in _PACKAGES[form] if importlib.util.find_spec(name) is None]
+        missing = [name for name in PACKAGES[form] if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(f"--formats={form} needs {', '.join(missing)}, not installed: pip install 'x3d_tf[{form}]'")
 
@@ -111,8 +111,12 @@ def export_formats(
         with _scratch(folder / source.name) as scratch, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Keras' exporters do inside
             path = scratch / f"{source.name}{SUFFIXES[form][-1]}"
-            app.export(str(path), verbose=False, format=form, input_signature=[spec])
-            _FINISHERS[form](path, source, batch)
+            try:
+                app.export(str(path), verbose=False, format=form, input_signature=[spec])
+                _FINISHERS[form](path, source, batch)
+            except ImportError as error:  # of a package that is there and cannot be imported, or that is new to Keras
+                told = " ".join(str(error).split())
+                raise UserError(f"--formats={form} fails: {told}; pip install 'x3d_tf[{form}]'") from error
             for suffix in SUFFIXES[form]:
                 path.with_suffix(suffix).replace(folder / f"{source.name}{suffix}")
     return wanted
@@ -122,6 +126,7 @@ def export_formats(
 def _scratch(place: Path) -> Iterator[Path]:
     """A hidden folder beside what is to be written."""
     partial = partial_of(place)
+    new = [folder for folder in place.parents if not folder.exists()]  # innermost first
     with writing(place):
         try:
             shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
@@ -129,6 +134,9 @@ def _scratch(place: Path) -> Iterator[Path]:
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):  # not empty: what was to be written is there
+                for folder in new:
+                    folder.rmdir()
 
 
 def _finish_onnx(path: Path, source: "Source", batch: int | None) -> None:

@@ -298,7 +298,7 @@ RUNTIMES: dict[str, Any] = {
     "onnxruntime": _OnnxRuntime,
     "openvino": _OpenVINO,
 }
-PACKAGES = {"litert": "ai-edge-litert", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+EXTRAS = {"litert": "tflite", "onnxruntime": "onnx", "openvino": "openvino"}  # of this package, that install a runtime
 
 
 def probabilities(runner: Runner, clips: NDArray[np.uint8]) -> NDArray[np.float32]:

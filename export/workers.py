@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from x3d_tf._processes import Answering, Ended
 
-from .runtimes import PACKAGES, Artefact, Runner, open_artefact, probabilities, quiet
+from .runtimes import EXTRAS, Artefact, Runner, open_artefact, probabilities, quiet
 
 _SENT = 16  # clips in one message
 
@@ -92,7 +92,9 @@ def _answer(runners: dict[Artefact, Runner], threads: int, artefact: Artefact, q
             runners[artefact] = open_artefact(artefact, threads)
         return _ANSWERS[question](runners[artefact], *arguments)
     except ImportError as error:
-        return NotRun(f"{PACKAGES.get(artefact.runtime, artefact.runtime)} is not installed: {error}")
+        extra = EXTRAS.get(artefact.runtime)
+        told = " ".join(str(error).split())
+        return NotRun(f"{told}; pip install 'x3d_tf[{extra}]'" if extra else told)
     except Exception as error:  # of any kind: it is for the table
         return Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 

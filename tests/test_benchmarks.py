@@ -77,7 +77,7 @@ def test_what_goes_wrong_is_said_and_the_rest_goes_on() -> None:
     with measuring.Processes(1) as processes:
         case = measuring.Case("x2d", 3, 1)
         for function, settings, message in (
-            ("nothing:at_all", {}, "not installed: No module named 'nothing'"),
+            ("nothing:at_all", {}, r"not installed: No module named 'nothing'; pip install -e '\.\[bench\]'"),
             ("os:abort", {}, "TypeError"),
             ("os:_exit", {}, "TypeError"),
         ):

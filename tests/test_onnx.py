@@ -79,10 +79,31 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else object())
     with pytest.raises(ValueError, match=r"--formats=onnx needs tf2onnx, .* pip install 'x3d_tf\[onnx\]'"):
         exporter.require_formats(["onnx"])
+    monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None if name == "scipy" else object())
+    with pytest.raises(ValueError, match=r"--formats=openvino needs scipy, .* pip install 'x3d_tf\[openvino\]'"):
+        exporter.require_formats(["openvino"])
     with pytest.raises(ValueError, match="--formats must be of onnx, openvino, got 'onnx,coreml'"):
         exporter.require_formats(["onnx", "coreml"])
     with pytest.raises(ValueError, match="--formats must be of onnx, openvino, got ''"):
         exporter.require_formats([])
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_a_package_that_cannot_be_imported(
+    form: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ImportError("DLL\nnot found")
+
+    monkeypatch.setattr(exporter, "require_formats", lambda _: None)
+    monkeypatch.setattr("keras.Model.export", fails)
+    with pytest.raises(ValueError, match=rf"--formats={form} fails: DLL not found; pip install 'x3d_tf\[{form}\]'"):
+        exporter.export_formats(source, tmp_path / "new" / "folder", [form])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(ValueError, match="DLL"):
+        exporter.export_formats(source, tmp_path / "kept", [form])
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
 
 
 @NEEDS_OPENVINO

@@ -1,51 +1,94 @@
 """The wheel holds what a user needs and nothing else, and works away from the checkout."""
 
+import configparser
+import importlib.metadata
 import os
-import shutil
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from built_wheel import PLACES, ROOT, built_wheel, copied_tree
+from packaging.requirements import Requirement
+from packaging.version import Version
+from x3d_tf.export import onnx, runtimes
 
-ROOT = Path(__file__).parents[1]
-PLACES = {"x3d_tf": Path("x3d_tf"), "export": Path("x3d_tf/export"), "gin": Path("x3d_tf/recipes")}  # in the wheel
+# The lowest releases without known vulnerabilities in what is used of them.
+FLOORS = {
+    "keras": "3.15.1",  # before, a crafted .keras file reads other files of the machine into its weights
+    "onnx": "1.21",
+    "pillow": "12.3",
+    "scikit-learn": "1.5",
+    "setuptools": "78.1.1",
+    "tensorflow": "2.21",
+    "torch": "2.6",  # before, torch.load(weights_only=True) runs code
+    "tqdm": "4.66.3",
+}
+UNBOUNDED = {"setuptools"}  # setup.cfg gives the reason
+
+
+def requirements() -> list[Requirement]:
+    """All that setup.cfg and pyproject.toml name."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    lists = [settings["options"]["install_requires"], *settings["options.extras_require"].values()]
+    lines = [line for text in lists for line in text.splitlines() if line and not line.startswith("#")]
+    lines += tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"]
+    return [Requirement(line) for line in lines]
+
+
+def lowest(requirement: Requirement) -> Version:
+    """The release that a requirement begins with."""
+    (floor,) = (entry.version for entry in requirement.specifier if entry.operator in (">=", "=="))
+    return Version(floor)
+
+
+def test_floors_are_without_known_vulnerabilities() -> None:
+    found = requirements()
+    assert set(FLOORS) <= {requirement.name for requirement in found}
+    low = {str(entry) for entry in found if entry.name in FLOORS and lowest(entry) < Version(FLOORS[entry.name])}
+    assert not low
+
+
+def test_what_is_installed_is_what_is_required() -> None:
+    for requirement in requirements():
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of an extra
+        assert requirement.specifier.contains(installed, prereleases=True), f"{requirement}: {installed} is installed"
+
+
+def test_releases_to_come_are_not_taken_untried() -> None:
+    for requirement in requirements():
+        bounded = any(entry.operator in ("<", "==") for entry in requirement.specifier)
+        assert bounded != (requirement.name in UNBOUNDED), f"{requirement}"
+
+
+def test_what_exporters_import_is_in_their_extra() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    for extra, packages in onnx.PACKAGES.items():
+        for name in (extra, "bench"):  # the benchmarks export both
+            assert set(packages) <= set(re.findall(r"^[\w-]+", settings["options.extras_require"][name], re.MULTILINE))
+    assert set(runtimes.EXTRAS.values()) <= set(settings["options.extras_require"])
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the wheel is made of, so that the checkout stays as it is."""
-    folder = tmp_path_factory.mktemp("wheel") / "tree"
-    for name in PLACES:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    return folder
+    return copied_tree(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path) -> Path:
     """Built from the copy, and unpacked."""
-    folder = tree.parent
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-        "-w",
-        "out",
-        "./tree",
-    ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = (folder / "out").glob("x3d_tf-*.whl")
-    with zipfile.ZipFile(built) as archive:
-        archive.extractall(folder / "unpacked")
-    return folder / "unpacked"
+    unpacked = tree.parent / "unpacked"
+    with zipfile.ZipFile(built_wheel(tree)) as archive:
+        archive.extractall(unpacked)
+    return unpacked
 
 
 def run(*module_and_flags: str, at: Path, path: Path) -> subprocess.CompletedProcess[str]:

@@ -39,8 +39,10 @@ pytestmark = pytest.mark.parity
 @pytest.fixture(scope="module")
 def pytorchvideo() -> ModuleType:
     """Fails where torch or pytorchvideo is missing: whoever asks for the comparison wants it made."""
-    import pytorchvideo_models
-
+    try:
+        import pytorchvideo_models
+    except ImportError as error:
+        pytest.fail(f"{error}: pip install torch==2.13.0 && pip install -e '.[parity]'", pytrace=False)
     return pytorchvideo_models
 
 

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -214,6 +215,106 @@ def test_another_kind_of_server(run: Any, video: Path) -> None:
 def test_rest_needs_no_tensorflow() -> None:
     code = "import x3d_tf.export.serving.client, x3d_tf.export.saved_model"
     assert imported_with(code, "tensorflow", "keras", "grpc") == []
+
+
+def tensor(*sizes: int, dtype: int = 1, **values: Any) -> bytes:
+    """A response whose probabilities are a TensorProto of these fields."""
+    from tensorflow.core.framework.tensor_pb2 import TensorProto
+    from tensorflow_serving.apis.predict_pb2 import PredictResponse
+
+    found = TensorProto(dtype=dtype, **values)
+    for size in sizes:
+        found.tensor_shape.dim.add(size=size)
+    return PredictResponse(outputs={"probabilities": found}).SerializeToString()
+
+
+def floats(*values: float) -> bytes:
+    return tensor(1, len(values), float_val=values)
+
+
+@contextmanager
+def grpc_serving(answer: Callable[[Any], bytes], **options: Any) -> Iterator[str]:
+    """The address of a server that answers any call with bytes, or does with its context what it likes."""
+    grpc = pytest.importorskip("grpc")
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: answer(context))
+
+    server = grpc.server(ThreadPoolExecutor(1), [Handler()], **options)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+def grpc_error(answer: Callable[[Any], bytes], timeout: float = 20, **options: Any) -> str:
+    """The error, which is one line of a reasonable length without control characters."""
+    contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, ("a", "b", "c"))
+    with grpc_serving(answer, **options) as address, pytest.raises(ValueError) as caught:
+        client.predict([[b"frame"]], client.grpc_asker(address, "m", timeout), contract)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 800
+    return message
+
+
+def test_grpc_answers_that_are_no_probabilities(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorflow_serving")
+    for content in (
+        *(floats(np.nan, 0, 0), floats(np.inf, 0, 0), floats(-0.1, 1, 0), floats(1.1, 0, 0), b"", b"\xff" * 50),
+        *(tensor(1, 3), tensor(), tensor(3, float_val=[0] * 3), tensor(2, 3, float_val=[0] * 6)),
+        *(tensor(1, 3, dtype=2, double_val=[0] * 3), tensor(1, 3, dtype=99), tensor(1, 3, float_val=[0])),
+        *(tensor(1, 3, dtype=7, string_val=[b""] * 3), tensor(1, 1_000_000), tensor(1, 3, tensor_content=bytes(16))),
+        *(tensor(1, -1, float_val=[0]), tensor(1, 1 << 62, float_val=[0]), tensor(1 << 31, 1 << 31, float_val=[0])),
+        *(tensor(1, 3, tensor_content=b"abc"), tensor(1, 3, tensor_content=b"\xff" * 12), tensor(*[1] * 300)),
+        *(tensor(1, 3, float_val=[0] * 4), tensor(1, 3, dtype=1 + 100, float_val=[0] * 3)),
+    ):
+        message = grpc_error(lambda _, content=content: content)
+        assert "answers with something else than predictions: " in message, content
+    for values in ([], [0.5], [0.5] * 4):
+        assert "the server's model must have the card's 3 classes, got" in grpc_error(lambda _, v=values: floats(*v))
+    assert "DEADLINE_EXCEEDED" in grpc_error(lambda _: time.sleep(3) or floats(0, 0, 1), timeout=0.4)
+    assert "Traceback" not in capfd.readouterr().err  # which the library logs of what it cannot read
+
+
+@pytest.mark.parametrize("packed", ["NoCompression", "Gzip"])
+def test_grpc_answers_that_are_too_large(packed: str) -> None:
+    pytest.importorskip("tensorflow_serving")
+    import grpc
+
+    sizes = {"compression": getattr(grpc.Compression, packed), "options": [("grpc.max_send_message_length", -1)]}
+    told = "RESOURCE_EXHAUSTED" if packed == "NoCompression" else "something else than predictions: DecodeError"
+    assert told in grpc_error(lambda _: bytes(50_000_000), **sizes)  # what is packed stays so
+
+
+def test_grpc_messages_are_escaped() -> None:
+    pytest.importorskip("tensorflow_serving")
+    import grpc
+
+    def refuses(context: Any) -> bytes:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "\x1b[31mred\n\x07\u202e" + "a" * 3000)
+
+    assert r"INVALID_ARGUMENT: \x1b[31mred \x07\u202eaaa" in grpc_error(refuses)
+
+
+def test_what_does_not_speak_grpc() -> None:
+    pytest.importorskip("tensorflow_serving")
+    for answer in (b"", b"HTTP/1.1 200 OK\r\n\r\n", b"\x00" * 1000):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def talk(listening: socket.socket = listening, answer: bytes = answer) -> None:
+                with suppress(OSError):
+                    while True:
+                        with listening.accept()[0] as connection:
+                            connection.sendall(answer)
+
+            Thread(target=talk, daemon=True).start()
+            ask = client.grpc_asker(f"127.0.0.1:{listening.getsockname()[1]}", "m", 2)
+            with pytest.raises(ValueError, match=r"model m: (UNAVAILABLE|DEADLINE_EXCEEDED): ") as caught:
+                ask([b""])
+            assert str(caught.value).isprintable()
+            listening.shutdown(socket.SHUT_RDWR)
 
 
 def test_no_grpc_server(run: Any, video: Path) -> None:

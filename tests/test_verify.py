@@ -121,7 +121,7 @@ def test_a_runtime_that_is_not_installed_is_no_crash(rows: dict[str, verify.Row]
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
-        assert rows["nonsense.onnx"].verdict.startswith("not run: onnxruntime is not installed")
+        assert rows["nonsense.onnx"].verdict == "not run: No module named 'onnxruntime'; pip install 'x3d_tf[onnx]'"
     else:
         assert rows["nonsense.onnx"].verdict.startswith("FAILED: ")
 
@@ -140,7 +140,7 @@ def test_a_missing_package_is_told_from_a_fault(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setitem(runtimes.RUNTIMES, "litert", missing)
     answer = workers._answer({}, 1, artefact, "open")
-    assert isinstance(answer, workers.NotRun) and "ai-edge-litert is not installed" in str(answer)
+    assert isinstance(answer, workers.NotRun) and "pip install 'x3d_tf[tflite]'" in str(answer)
 
     def faulty(path: Path, threads: int) -> Any:
         raise RuntimeError("bad\nfile")

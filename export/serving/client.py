@@ -8,18 +8,21 @@ as JPEG files, a clip in a request: 13 frames of 256 x 340 pixels take a few hun
 of larger networks pass the 4 MB that a gRPC end accepts unless told otherwise, and as numbers in JSON they are slow to
 read. The answer of a video is the mean of its clips' (--views).
 
-gRPC needs `pip install tensorflow-serving-api`; REST needs nothing more.
+gRPC needs `pip install 'x3d_tf[serving]'`; REST needs nothing more, and goes through the proxies of the environment
+(http_proxy, https_proxy, no_proxy). The server is not trusted: its answers are limited in time (--timeout) and to 4 MB,
+they must be probabilities of the card's classes, and redirects are not followed.
 """
 
 import base64
 import json
+import os
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import quote
 
 import numpy as np
 from absl import flags
@@ -32,12 +35,17 @@ from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
 from x3d_tf.data.video import VideoError, encode_jpeg, probe, read_frames
 from x3d_tf.modeling.expansion import ClipSpec
 
+from . import rest
+
 FLAGS = flags.FLAGS
 
 SIGNATURE = "encoded_frames"
 _SHORT_SIDE = 256  # pixels, of the frames of records
 _REQUESTS = 4  # at a time
 _TOP = 5
+_DAY = 86400  # seconds
+_MAX_FRAMES, _MAX_SIDE = 1024, 4096  # of a card
+_ROUNDING = 1e-5  # by which float32 may pass 1
 
 Ask = Callable[[Sequence[bytes]], NDArray[np.float32]]  # JPEG files of a clip's frames -> probabilities
 
@@ -68,12 +76,20 @@ class Contract:
         try:
             card = json.loads(path.read_text(encoding="utf-8"))
             fed = card["input"]
+            sampling, resize, classes = fed["frame_sampling"], fed["resize"], card["classes"]
             clip = ClipSpec(fed["frames"], fed["stride"], fed["crop"])
-            return cls(clip, fed["frame_sampling"], fed["resize"], tuple(card["classes"]))
+            require(clip.frames <= _MAX_FRAMES, "frames", f"be at most {_MAX_FRAMES}", clip.frames)
+            ok = type(resize) is int and clip.size <= resize <= _MAX_SIDE
+            require(ok, "resize", f"be a whole number from {clip.size}, the crop, to {_MAX_SIDE}", resize)
+            require(sampling in get_args(FrameSampling), "frame_sampling", "be that of a classifier", sampling)
+            ok = isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes)
+            require(ok, "classes", "be a list of names", classes)
+            return cls(clip, sampling, resize, tuple(classes))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the model_card.json of a model's version: {error!r}") from error
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            told = rest.one_line(f"{type(error).__name__}: {error}")
+            raise UserError(f"{path} is not the model_card.json of a model's version: {told}") from error
 
 
 def define_flags() -> None:
@@ -86,13 +102,14 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "short_side", None, "Pixels to which larger frames are scaled, as in the records.", lower_bound=1
     )
-    flags.DEFINE_float("timeout", 60.0, "Seconds to wait for an answer.")
+    flags.DEFINE_float("timeout", 60.0, "Time limit for each request in all, in seconds. Defaults to 60.")
 
 
 def main(videos: list[str]) -> None:
     """Asks as the flags say."""
     require(bool(videos), "the command line", "name video files", videos)
     require((FLAGS.grpc is None) != (FLAGS.rest is None), "the server", "be given by --grpc or by --rest", FLAGS.grpc)
+    require(0 < FLAGS.timeout <= _DAY, "--timeout", f"be above 0 and at most {_DAY} seconds", FLAGS.timeout)
     path = Path(FLAGS.card)
     contract = Contract.read(path)
     model = FLAGS.model or path.resolve().parents[1].name
@@ -142,66 +159,106 @@ def predict(clips: Sequence[Sequence[bytes]], ask: Ask, contract: Contract) -> N
     """Mean probabilities of a video's clips, which are sent some at a time, so that a server can batch them.
 
     Raises:
-        UserError: the server cannot be reached, refuses, or serves a model of another number of classes.
+        UserError: the server cannot be reached, is too slow, refuses, answers with something else than probabilities,
+            or serves a model of another number of classes.
     """
     with ThreadPoolExecutor(_REQUESTS) as pool:
         answers = list(pool.map(ask, clips))
     count = len(contract.classes)
-    require(answers[0].shape == (count,), "the server's model", f"have the card's {count} classes", len(answers[0]))
+    for answer in answers:
+        require(answer.shape == (count,), "the server's model", f"have the card's {count} classes", len(answer))
     return np.mean(answers, axis=0)
 
 
 def grpc_asker(address: str, model: str, timeout: float) -> Ask:
-    """Asks `tensorflow.serving.PredictionService`."""
+    """Asks `tensorflow.serving.PredictionService`; `timeout` is in seconds, for a request in all."""
     _command.quiet_tensorflow()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # errors are told here, in one line
     try:
         import grpc
-        from tensorflow import make_ndarray, make_tensor_proto
-        from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+        from google.protobuf.message import DecodeError
+        from tensorflow import make_tensor_proto
+        from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
     except ImportError as error:
-        raise UserError(f"--grpc needs tensorflow-serving-api ({error}); install it, or use --rest") from error
-    stub = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(address))
+        raise UserError(f"--grpc needs {error.name}: pip install 'x3d_tf[serving]', or use --rest") from error
+    # One address, no service configuration from elsewhere, and no packed answers: sizes are what arrives.
+    options = {
+        "grpc.max_receive_message_length": rest.MAX_ANSWER,
+        "grpc.per_message_decompression": 0,
+        "grpc.service_config_disable_resolution": 1,
+    }
+    channel = grpc.insecure_channel(address, list(options.items()))
+    # Answers as bytes: of those that cannot be read grpc itself logs a traceback.
+    call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict", PredictRequest.SerializeToString)
 
     def ask(frames: Sequence[bytes]) -> NDArray[np.float32]:
-        request = predict_pb2.PredictRequest(output_filter=["probabilities"])
+        request = PredictRequest(output_filter=["probabilities"])
         request.model_spec.name, request.model_spec.signature_name = model, SIGNATURE
         request.inputs["frames"].CopyFrom(make_tensor_proto([frames]))  # strings (1, T)
         try:
-            answer = stub.Predict(request, timeout)
+            content = call(request, timeout)
         except grpc.RpcError as error:
-            raise UserError(f"{address}, model {model}: {error.code().name}: {error.details()}") from error
-        return make_ndarray(answer.outputs["probabilities"])[0]
+            told = rest.one_line(error.details() or "")
+            raise UserError(f"{address}, model {model}: {error.code().name}: {told}") from error
+        try:
+            return _checked(_row(PredictResponse.FromString(content).outputs["probabilities"]))
+        except (DecodeError, ValueError, LookupError, TypeError) as error:
+            raise _no_predictions(f"{address}, model {model},", error) from error
 
     return ask
 
 
 def rest_asker(url: str, model: str, timeout: float) -> Ask:
-    """Asks the REST interface, in its row format."""
-    require(url.startswith(("http://", "https://")), "--rest", "begin with http:// or https://", url)
-    address = f"{url.rstrip('/')}/v1/models/{model}:predict"
+    """Asks the REST interface, in its row format; `timeout` is in seconds, for a request in all."""
+    rest.check_address(url)
+    address = f"{url.rstrip('/')}/v1/models/{quote(model, safe='')}:predict"
 
     def ask(frames: Sequence[bytes]) -> NDArray[np.float32]:
         instance = {"frames": [{"b64": base64.b64encode(frame).decode()} for frame in frames]}
         body = json.dumps({"signature_name": SIGNATURE, "instances": [instance]}).encode()
-        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        content = rest.post(address, body, timeout)
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                return np.array(json.load(response)["predictions"][0]["probabilities"], np.float32)
-        except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace").strip()
-            raise UserError(f"{address}: {error.code} {error.reason}: {told}") from error
-        except OSError as error:  # not to be reached, or too slow
-            raise UserError(f"{address}: {getattr(error, 'reason', error)}") from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{address} answers with something else than predictions: {error!r}") from error
+            (row,) = json.loads(content)["predictions"]
+            return _checked(row["probabilities"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise _no_predictions(address, error) from error
 
     return ask
+
+
+def _row(tensor: Any) -> list[float]:
+    """The values of a `tensorflow.TensorProto`; raises ValueError unless it is float32 (1, classes)."""
+    from tensorflow.core.framework.types_pb2 import DT_FLOAT
+
+    sizes = [dim.size for dim in tensor.tensor_shape.dim]
+    if tensor.dtype != DT_FLOAT or len(sizes) != 2 or sizes[0] != 1:
+        raise ValueError(f"probabilities are not float32 (1, classes) but of type {tensor.dtype}, {sizes[:5]}")
+    packed = tensor.tensor_content
+    values = np.frombuffer(packed, "<f4").tolist() if packed else list(tensor.float_val)
+    if len(values) != sizes[1]:  # a few bytes can promise any number of values
+        raise ValueError(f"probabilities are {len(values)}, not {sizes[1]} as their shape says")
+    return values
+
+
+def _checked(values: object) -> NDArray[np.float32]:
+    """An answer's probabilities of the classes; raises ValueError unless they are numbers in 0..1."""
+    if not isinstance(values, list):
+        raise ValueError("probabilities are no list")
+    for value in values:
+        if type(value) not in (int, float) or not 0 <= value <= 1 + _ROUNDING:  # also of NaN
+            raise ValueError(f"probabilities must be numbers in 0..1, got {str(value)[:50]}")
+    return np.array(values, np.float32)
+
+
+def _no_predictions(server: str, error: Exception) -> UserError:
+    told = rest.one_line(f"{type(error).__name__}: {error}")
+    return UserError(f"{server} answers with something else than predictions: {told}")
 
 
 def top_lines(probabilities: NDArray[np.float32], names: Sequence[str]) -> list[str]:
     """The most probable classes, a line each; of equal ones the lower comes first."""
     order = np.argsort(-probabilities, kind="stable")[:_TOP]
-    return [f"  {probabilities[index]:6.1%}  {names[index]}" for index in order]
+    return [f"  {probabilities[index]:6.1%}  {rest.one_line(names[index])}" for index in order]
 
 
 if __name__ == "__main__":
