@@ -16,10 +16,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from x3d_tf._checks import UserError
 from x3d_tf._files import partial_of, write_whole, writing
+from x3d_tf._locks import locked
 from x3d_tf.data.index import Record, Shard, Split
 from x3d_tf.data.manifest import MANIFEST_NAME
 from x3d_tf.data.sources import Sources
@@ -118,9 +119,8 @@ def opened(root: Path, settings: dict[str, Any], sources: Sources) -> Iterator[B
         root.mkdir(parents=True, exist_ok=True)
         _check_content(root, wanted)
         (root / STATE_NAME).mkdir(exist_ok=True)
-        lock = (root / STATE_NAME / "lock").open("w")
-    with lock:
-        _lock(lock, root)
+    advice = "wait for it, or name another folder"
+    with locked(root / STATE_NAME / "lock", f"output: another process is building into {root}", advice):
         _check_content(root, wanted)  # again: now nobody else changes it
         if not (root / MANIFEST_NAME).is_file():
             for partial in root.glob(partial_of(Path("*")).name):  # of a run that was killed
@@ -188,16 +188,3 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
         if before[key] != now[key]:
             return f"of other content: {key[1]} of split {key[0]} has changed since"
     return None if found == wanted else "of other classes"
-
-
-def _lock(file: IO[str], root: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has none
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"output: another process is building into {root}") from error
-    except OSError:  # a file system without locks
-        return
