@@ -263,7 +263,8 @@ def _writing(path: Path) -> Iterator[None]:
         with writing(path):
             yield
     except tf.errors.OpError as error:
-        raise WriteError(f"{path} cannot be written: {error.message.rpartition('; ')[2]}") from error
+        reason = error.message.rpartition("; ")[2].partition(" [Op:")[0]
+        raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
 def _prefix(folder: Path, step: int) -> str:
