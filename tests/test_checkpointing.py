@@ -243,7 +243,7 @@ def test_tensors_larger_than_their_file_are_refused_before_they_are_read(run: Ru
         ({"config": "other"}, "is of another configuration"),
         ({"records": "other"}, r"trained on other records .* is records there and other here"),
         ({"clips_per_group": 4, "groups_per_step": 4}, r"2 groups of 8 clips a step .* 4 groups of 4 clips .*--allow_"),
-        ({"groups_per_step": 1}, r"2 groups of 8 clips a step .* 1 groups of 8 clips"),
+        ({"groups_per_step": 1}, r"2 groups of 8 clips a step .* 1 group of 8 clips"),
     ],
 )
 def test_other_origins_are_refused(make: Make, counter: tf.Variable, changed: dict[str, Any], message: str) -> None:

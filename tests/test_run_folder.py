@@ -12,7 +12,7 @@ import pytest
 
 from x3d_tf import Expansion, _locks
 from x3d_tf._checks import UserError
-from x3d_tf._files import WriteError
+from x3d_tf._files import WriteError, appearing, partial_of, write_whole
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.runs.recipe import Execution, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
@@ -172,3 +172,14 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
         _locks.locked(path, "taken", "wait"),
     ):
         pass
+
+
+def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    for name in ("a", "b"):
+        partial_of(tmp_path / name).symlink_to(tmp_path / "precious")
+    write_whole(tmp_path / "a", b"new")
+    with appearing(tmp_path / "b") as path:
+        path.write_bytes(b"new")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"new"

@@ -17,9 +17,11 @@ import pytest
 import tensorflow as tf
 
 import x3d_tf
+from x3d_tf._files import WriteError
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.testing import evaluate_run
+from x3d_tf.runs.checkpointing import Checkpoints
 from x3d_tf.runs.recipe import Recipe, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.history import History
@@ -233,8 +235,37 @@ def test_ctrl_c_loses_no_step(
     assert "stopped at step 27; the same command goes on from there" in error and "warning: batch norm" not in error
     run = train(config_of(records), tmp_path / "run")
     assert "from the checkpoint of step 27" in capsys.readouterr().out
-    assert "batch norm over 8 clips a group on each device, 1 groups a step" in first
+    assert "batch norm over 8 clips a group on each device, 1 group a step" in first
     assert [row["step"] for row in run.read_history()] == [10, 20, 27, 30, 40, 50, 60]
+    for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(
+    finished: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    save = Checkpoints.save
+
+    def save_on_a_full_disk(checkpoints: Checkpoints, step: int) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if step == 40 else limits[0], limits[1]))
+        try:
+            save(checkpoints, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(WriteError, match=r"ckpt-40\.index cannot be written: .* step 20"),
+    ):
+        patch.setattr(Checkpoints, "save", save_on_a_full_disk)
+        train(config_of(records), tmp_path / "run")
+    held = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert held == ["ckpt-20.data-00000-of-00001", "ckpt-20.index"]
+    run = train(config_of(records), tmp_path / "run")
     for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
         np.testing.assert_array_equal(a, b)
 
@@ -338,11 +369,11 @@ def test_another_number_of_devices_is_another_run_unless_allowed(records: Path, 
 
     done = start(1)
     assert done.returncode == 0, done.stderr
-    assert "batch norm over 8 clips a group on each device, 1 groups a step" in done.stdout
+    assert "batch norm over 8 clips a group on each device, 1 group a step" in done.stdout
     (tmp_path / "model.keras").unlink()
     done = start(2)
     assert done.returncode != 0
-    assert "1 groups of 8 clips a step for batch norm, and here there would be 2 groups of 4 clips" in done.stderr
+    assert "1 group of 8 clips a step for batch norm, and here there would be 2 groups of 4 clips" in done.stderr
     done = start(2, "--allow")
     assert done.returncode == 0, done.stderr
     assert (

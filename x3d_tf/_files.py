@@ -30,6 +30,7 @@ def partial_of(path: Path) -> Path:
 def appearing(path: Path) -> Iterator[Path]:
     """Where to write a file that gets its name when the block has ended well, and is gone if it has not."""
     partial = partial_of(path)
+    partial.unlink(missing_ok=True)  # a link in a foreign folder would lead to another file
     try:
         yield partial
         partial.replace(path)
@@ -46,7 +47,8 @@ def write_whole(path: Path, content: bytes) -> None:
     partial = partial_of(path)
     with writing(path):
         try:
-            with partial.open("wb") as file:
+            partial.unlink(missing_ok=True)  # a link in a foreign folder would lead to another file
+            with partial.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

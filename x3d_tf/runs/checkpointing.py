@@ -53,7 +53,10 @@ class Origin:
     @property
     def groups(self) -> str:
         """The batch-norm groups in words."""
-        return f"{self.groups_per_step} groups of {self.clips_per_group} clips" if self.clips_per_group else "no groups"
+        plural = "s" if self.groups_per_step != 1 else ""
+        return (
+            f"{self.groups_per_step} group{plural} of {self.clips_per_group} clips" if self.clips_per_group else "none"
+        )
 
 
 class Checkpoints:

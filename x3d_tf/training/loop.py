@@ -299,7 +299,7 @@ class Trainer:
         clips, groups = self._groups()
         if not clips:
             return "batch norm frozen"
-        return f"batch norm over {clips} clips a group on each device, {groups} groups a step"
+        return f"batch norm over {clips} clips a group on each device, {groups} group{'s' if groups > 1 else ''} a step"
 
     def _warn_of_small_groups(self, origin: Origin) -> None:
         wanted = self.config.model.bn_group
