@@ -14,6 +14,7 @@ from x3d_tf import Expansion, _locks
 from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, appearing, partial_of, write_whole
 from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.evaluation.reports import reporting
 from x3d_tf.runs.recipe import Execution, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 
@@ -183,3 +184,14 @@ def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path
         path.write_bytes(b"new")
     assert (tmp_path / "precious").read_text() == "precious"
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"new"
+
+
+def test_one_process_writes_a_report(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation" / "report"
+    with reporting(folder):
+        with (
+            pytest.raises(UserError, match=r"another process is writing the report .*report \(process "),
+            reporting(folder),
+        ):
+            pass
+    assert list(folder.iterdir()) == []
