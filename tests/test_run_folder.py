@@ -188,10 +188,10 @@ def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path
 
 def test_one_process_writes_a_report(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation" / "report"
-    with reporting(folder):
-        with (
-            pytest.raises(UserError, match=r"another process is writing the report .*report \(process "),
-            reporting(folder),
-        ):
-            pass
+    with (
+        reporting(folder),
+        pytest.raises(UserError, match=r"another process is writing the report .*report \(process "),
+        reporting(folder),
+    ):
+        pass
     assert list(folder.iterdir()) == []
