@@ -26,6 +26,7 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.data.video",
     "x3d_tf._csv",
     "x3d_tf._files",
+    "x3d_tf._locks",
     "x3d_tf._text",
     "x3d_tf.evaluation.comparison",
     "x3d_tf.evaluation.metrics",

@@ -17,9 +17,11 @@ import pytest
 import tensorflow as tf
 
 import x3d_tf
+from x3d_tf._files import WriteError
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.testing import evaluate_run
+from x3d_tf.runs.checkpointing import Checkpoints
 from x3d_tf.runs.recipe import Recipe, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.history import History
@@ -229,10 +231,41 @@ def test_ctrl_c_loses_no_step(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(History, "add", stop_at_27)
         train(config_of(records), tmp_path / "run")
-    assert "stopped at step 27; the same command goes on from there" in capsys.readouterr().err
+    first, error = capsys.readouterr()
+    assert "stopped at step 27; the same command goes on from there" in error and "warning: batch norm" not in error
     run = train(config_of(records), tmp_path / "run")
     assert "from the checkpoint of step 27" in capsys.readouterr().out
+    assert "batch norm over 8 clips a group on each device, 1 group a step" in first
     assert [row["step"] for row in run.read_history()] == [10, 20, 27, 30, 40, 50, 60]
+    for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(
+    finished: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    save = Checkpoints.save
+
+    def save_on_a_full_disk(checkpoints: Checkpoints, step: int) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if step == 40 else limits[0], limits[1]))
+        try:
+            save(checkpoints, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(WriteError, match=r"ckpt-40\.index cannot be written: .* step 20"),
+    ):
+        patch.setattr(Checkpoints, "save", save_on_a_full_disk)
+        train(config_of(records), tmp_path / "run")
+    held = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert held == ["ckpt-20.data-00000-of-00001", "ckpt-20.index"]
+    run = train(config_of(records), tmp_path / "run")
     for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
         np.testing.assert_array_equal(a, b)
 
@@ -263,8 +296,34 @@ def test_rebuilt_records_do_not_go_on_silently(
     copy = RunFolder(shutil.copytree(finished.root, tmp_path / "copy"))
     copy.model.unlink()
     monkeypatch.setattr(Manifest, "fingerprint", lambda _: fingerprints[2])
-    with pytest.raises(ValueError, match="or of records that have been built anew since"):
+    with pytest.raises(ValueError, match=r"was trained on other records than those of DatasetSpec\.records"):
         train(config_of(records), copy.root)
+
+
+def test_moved_records_and_other_places_resume(
+    finished: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = RunFolder(shutil.copytree(finished.root, tmp_path / "copy"))
+    copy.model.unlink()
+    shutil.copytree(records, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    train(config_of(Path("moved"), init="gone.keras"), copy.root)
+    assert copy.read_config().dataset.records == "moved"
+    for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(copy.root).get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_lost_checkpoints_do_not_start_the_run_again(finished: RunFolder, records: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished.root, tmp_path / "copy")
+    (copy / "model.keras").unlink()
+    for path in (copy / "checkpoints").glob("*.index"):
+        path.unlink()
+    before = sorted(path for path in copy.rglob("*"))
+    with pytest.raises(
+        ValueError, match=r"has been trained to step 60, as trained\.txt shows, but .* holds no complete"
+    ):
+        train(config_of(records), copy)
+    assert sorted(path for path in copy.rglob("*")) == before
 
 
 def test_only_damaged_checkpoints_are_an_error(finished: RunFolder, records: Path, tmp_path: Path) -> None:
@@ -293,6 +352,33 @@ config = config_of(Path({records!r}), recipe=recipe, model=ModelOptions(dropout=
 devices = ["CPU:0", "CPU:1"][: {devices}]
 train(config, {workdir!r}, strategy=tf.distribute.MirroredStrategy(devices))
 """
+
+
+@pytest.mark.slow
+def test_another_number_of_devices_is_another_run_unless_allowed(records: Path, tmp_path: Path) -> None:
+    code = TWO_DEVICES.replace("bn_group=4", "bn_group=8").replace("strategy=", "allow_other_groups=ALLOW, strategy=")
+    code = f"ALLOW = '--allow' in sys.argv\n{code}".replace("import sys\n", "", 1)
+    code = "import sys\n" + code
+
+    def start(devices: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        own = code.format(tests=str(ROOT / "tests"), records=str(records), workdir=str(tmp_path), devices=devices)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [sys.executable, "-c", own, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+
+    done = start(1)
+    assert done.returncode == 0, done.stderr
+    assert "batch norm over 8 clips a group on each device, 1 group a step" in done.stdout
+    (tmp_path / "model.keras").unlink()
+    done = start(2)
+    assert done.returncode != 0
+    assert "1 group of 8 clips a step for batch norm, and here there would be 2 groups of 4 clips" in done.stderr
+    done = start(2, "--allow")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "warning: batch norm sees 4 clips a group on each device, fewer than ModelOptions.bn_group = 8" in done.stderr
+    )
 
 
 @pytest.mark.slow

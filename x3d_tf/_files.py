@@ -53,6 +53,7 @@ def appearing(path: Path, ending: str = "") -> Iterator[Path]:
     """
     partial = partial_of(path)
     partial = partial.with_name(partial.name + ending)
+    partial.unlink(missing_ok=True)  # a link in a foreign folder would lead to another file
     try:
         yield partial
         put_in_place(partial, path)
@@ -66,5 +67,5 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         WriteError: it cannot be written; nothing is left behind.
     """
-    with writing(path), appearing(path) as partial, partial.open("wb") as file:
+    with writing(path), appearing(path) as partial, partial.open("xb") as file:
         file.write(content)

@@ -24,6 +24,12 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     configs.define_flags(required=True)
     flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the first gin file> unless given.")
+    flags.DEFINE_bool(
+        "allow_other_groups",
+        False,
+        "Resume although batch norm has other groups than before (another number of devices, another accumulation), "
+        "which changes the outcome.",
+    )
 
 
 def main() -> None:
@@ -39,7 +45,8 @@ def main() -> None:
 
     one_thread_an_operation(parts_of_batch(config.recipe.batch // config.execution.accumulation, config.model.bn_group))
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
-    run = train(config, workdir, texts=texts)
+    run = train(config, workdir, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
+    config = run.read_config()  # whose records may have another place than those of a finished run
     detects = describe(run.root).task == "detection"
     report = detector_report_folder(run) if detects else report_folder(run, config.dataset, config.test_views)
     if not (report / "results.json").is_file():

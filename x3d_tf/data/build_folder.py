@@ -16,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from x3d_tf import _csv
 from x3d_tf._checks import UserError
 from x3d_tf._files import partial_of, write_whole, writing
+from x3d_tf._locks import locked
 from x3d_tf.data.encoding import state_of
 from x3d_tf.data.index import Record, Shard, Split, plan_shards
 from x3d_tf.data.manifest import MANIFEST_NAME
@@ -154,9 +155,8 @@ def opened(root: Path, settings: dict[str, Any], sources: Sources) -> Iterator[B
         root.mkdir(parents=True, exist_ok=True)
         _check_content(folder, wanted, sources)
         (root / STATE_NAME).mkdir(exist_ok=True)
-        lock = (root / STATE_NAME / "lock").open("w")
-    with lock:
-        _lock(lock, root)
+    advice = "wait for it, or name another folder"
+    with locked(root / STATE_NAME / "lock", f"output: another process is building into {root}", advice):
         stale = _check_content(folder, wanted, sources)  # again: now nobody else changes it
         for shard in {*stale, *folder.to_retry()}:
             (root / MANIFEST_NAME).unlink(missing_ok=True)
@@ -254,16 +254,3 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str | No
 
 def _without_state(row: list[Any]) -> list[Any]:
     return [*row[: _STATE.start], *row[_STATE.stop :]]
-
-
-def _lock(file: IO[str], root: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has none
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"output: another process is building into {root}") from error
-    except OSError:  # a file system without locks
-        return

@@ -53,6 +53,9 @@ class DatasetSpec:
         for field in ("records", "train_split", "eval_split"):
             require(bool(getattr(self, field)), f"DatasetSpec.{field}", "not be empty", getattr(self, field))
         require(self.validation_split != "", "DatasetSpec.validation_split", "not be empty", self.validation_split)
+        for field in ("train_split", "eval_split", "validation_split"):  # they become part of folders' names
+            plain = not set("/\\\0") & set(getattr(self, field) or "")
+            require(plain, f"DatasetSpec.{field}", "be a name, not a path", getattr(self, field))
         fraction = self.validation_fraction
         require(0 <= fraction < 1, "DatasetSpec.validation_fraction", "be in [0, 1)", fraction)
         one = not (fraction and self.validation_split)

@@ -27,13 +27,13 @@ from x3d_tf.evaluation.detection_reports import (
     summary,
     write_detection_report,
 )
-from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace
+from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace, reporting
 from x3d_tf.evaluation.views import CLIPS_A_CALL
 from x3d_tf.modeling.detection import Detector, cost_of
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.lowerings.tensorflow import for_this_device
 from x3d_tf.modeling.saving import load_detector, weights_of
-from x3d_tf.runs.recipe import Detection
+from x3d_tf.runs.recipe import Detection, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 
 
@@ -156,14 +156,19 @@ def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: b
         overwrite: whether a report that is there may be replaced.
 
     Raises:
-        UserError: the run has no model yet; records that are missing or damaged; a report is there.
+        UserError: the run has no model yet; records that are missing or damaged; a report is there, or another
+            process writes it.
     """
     config = run.read_config()
-    split = config.dataset.eval_split
     folder = Path(output) if output else detector_report_folder(run)
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
     manifest = open_dataset(config.dataset)
-    folder.mkdir(parents=True, exist_ok=True)
+    with reporting(folder):
+        return _report(run, config, manifest, folder)
+
+
+def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Path) -> Report:
+    split = config.dataset.eval_split
     if config.detection.test_boxes == "proposals":
         require_proposals(manifest, split)
     model = load_detector(run.root)

@@ -5,7 +5,8 @@ Imports no TensorFlow.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 
 from x3d_tf import _csv, _plots
 from x3d_tf._checks import UserError
-from x3d_tf._files import write_whole
+from x3d_tf._files import write_whole, writing
+from x3d_tf._locks import locked
 from x3d_tf.evaluation.metrics import (
     average_precisions,
     confusion_matrix,
@@ -90,6 +92,21 @@ def refuse_to_replace(path: Path, overwrite: bool) -> None:
             f"{path.parent} holds a report already ({path.name}); choose another --output, or replace it with "
             "--overwrite"
         )
+
+
+@contextmanager
+def reporting(folder: Path) -> Iterator[None]:
+    """Makes the folder of a report and keeps other processes from writing to it within the block.
+
+    Raises:
+        UserError: another process writes to it.
+        WriteError: it cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    conflict = f"another process is writing the report {folder}"
+    with locked(folder / ".lock", conflict, "wait for it, or choose another --output"):
+        yield
 
 
 def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predictions) -> Report:

@@ -12,7 +12,7 @@ from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.detecting import evaluate_detector
-from x3d_tf.evaluation.reports import RESULTS_NAME, Predictions, Report, refuse_to_replace, write_report
+from x3d_tf.evaluation.reports import RESULTS_NAME, Predictions, Report, refuse_to_replace, reporting, write_report
 from x3d_tf.evaluation.views import predict_split
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
@@ -201,11 +201,12 @@ class Measurement:
         """Tests and writes the report.
 
         Raises:
-            UserError: records that are missing or damaged; probabilities that are not numbers.
+            UserError: records that are missing or damaged; probabilities that are not numbers; another process writes
+                this report.
         """
         settings = self.settings()
-        folder.mkdir(parents=True, exist_ok=True)  # before the long part, which a mistyped path should not waste
-        return write_report(folder, settings, self.predict())
+        with reporting(folder):  # before the long part, which a mistyped path should not waste
+            return write_report(folder, settings, self.predict())
 
 
 def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:

@@ -8,7 +8,7 @@ from typing import Any
 from x3d_tf._checks import UserError, require
 from x3d_tf._text import whole
 from x3d_tf.data.datasets import open_dataset
-from x3d_tf.evaluation.reports import other_settings, read_results, write_csv, write_json
+from x3d_tf.evaluation.reports import other_settings, read_results, reporting, write_csv, write_json
 from x3d_tf.evaluation.testing import Procedure, folder_of, measurement_of_run
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs import checkpointing
@@ -38,31 +38,33 @@ def watch_run(
         The content of each STEP.json, by step.
 
     Raises:
-        UserError: as `evaluate_run`; the folder holds steps that were tested otherwise.
+        UserError: as `evaluate_run`; the folder holds steps that were tested otherwise; another process watches the
+            run with the same procedure.
     """
     require(poll_seconds > 0, "poll_seconds", "be positive", poll_seconds)
     asked = Procedure(**procedure)
     if open_dataset(run.read_config().dataset).task == "detection":
         raise UserError(f"{run.root} trains a detector, which cannot be watched: DatasetSpec.validation_split tests it")
-    watch = _Watch(run, asked, overwrite)
-    print(f"watching {run.checkpoints} until {run.model} is there; Ctrl-C stops, the same command goes on")
-    while True:
-        finished = run.model.is_file()  # before looking for checkpoints: the last one was there first
-        watch.test_new()
-        if finished:
-            watch.tell_missed()
-            print(f"{run.root} is finished: {run.model} is there. results: {watch.folder}/")
-            return watch.results
-        time.sleep(poll_seconds)
+    own = folder_of(run, asked)
+    folder = own.with_name(f"{own.name}_steps")
+    with reporting(folder):
+        watch = _Watch(run, asked, folder, overwrite)
+        print(f"watching {run.checkpoints} until {run.model} is there; Ctrl-C stops, the same command goes on")
+        while True:
+            finished = run.model.is_file()  # before looking for checkpoints: the last one was there first
+            watch.test_new()
+            if finished:
+                watch.tell_missed()
+                print(f"{run.root} is finished: {run.model} is there. results: {watch.folder}/")
+                return watch.results
+            time.sleep(poll_seconds)
 
 
 class _Watch:
     """The steps that were tested, and those that could not be."""
 
-    def __init__(self, run: RunFolder, procedure: Procedure, overwrite: bool) -> None:
-        self.run, self.procedure = run, procedure
-        own = folder_of(run, procedure)
-        self.folder = own.with_name(f"{own.name}_steps")
+    def __init__(self, run: RunFolder, procedure: Procedure, folder: Path, overwrite: bool) -> None:
+        self.run, self.procedure, self.folder = run, procedure, folder
         if overwrite:
             for file in _step_files(self.folder):
                 file.unlink()
@@ -100,7 +102,6 @@ class _Watch:
                     "steps anew with --overwrite"
                 )
         results = settings | measurement.predict().metrics()
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(_path(self.folder, step), results)
         self.results[step] = results
         self._write_csv()

@@ -1,85 +1,207 @@
-"""Checkpoints of a run: the two newest are kept, and a damaged one falls back to the one before."""
+"""Checkpoints of a run: the two newest are kept, and a damaged one falls back to the one before.
 
+A checkpoint of step N is two files, `ckpt-N.data-00000-of-00001` and `ckpt-N.index`, and exists when the second does.
+Which there are is read from the folder's listing alone. TensorFlow's own list, a text file `checkpoint` with paths, is
+neither written nor read: a run folder may come from somebody else, and what such a text names would be deleted.
+"""
+
+import json
 import math
+import os
+import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import WriteError, writing
 from x3d_tf.modeling.description import Description
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.runs.run_folder import RunFolder, checkpoint_step
 
 _KEPT = 2
 _WEIGHT_BYTES = 4  # of float32
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
+_ENDINGS = (".data-00000-of-00001", ".index")  # in the order in which they get their names
+_PARTIAL = ".partial-ckpt"
+# What this module leaves where it is killed, and what TensorFlow's manager left.
+_LEFTOVER = re.compile(r"\.partial-ckpt(\.index|\.data-[0-9]{5}-of-[0-9]{5}|_temp)|ckpt-[0-9]+_temp", re.ASCII)
+_DATA = re.compile(r"ckpt-([0-9]+)\.data-00000-of-00001", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Everything besides its step that the content of a checkpoint depends on.
+
+    Attributes:
+        config: fingerprint of the configuration, see `TrainConfig.fingerprint`.
+        records: fingerprint of the manifest.
+        clips_per_group: clips that share batch-norm statistics; 0 where batch norm is frozen.
+        groups_per_step: such groups of a step, over all devices.
+    """
+
+    config: str
+    records: str
+    clips_per_group: int
+    groups_per_step: int
+
+    @property
+    def groups(self) -> str:
+        """The batch-norm groups in words."""
+        plural = "s" if self.groups_per_step != 1 else ""
+        return (
+            f"{self.groups_per_step} group{plural} of {self.clips_per_group} clips" if self.clips_per_group else "none"
+        )
 
 
 class Checkpoints:
     """Everything that the next step depends on, on disk: weights, moving statistics, optimiser, random state, step.
 
     Args:
-        folder: where they lie; made if absent.
+        run: whose they are.
         model: built; with the class names of the run.
         others: further variables by their role; the average of the weights is called "average".
-        fingerprint: of configuration and records; a checkpoint of others is refused.
+        origin: a checkpoint of another one is refused.
     """
 
-    def __init__(self, folder: Path, model: X3D, others: Mapping[str, list[Any]], fingerprint: str) -> None:
-        self.folder, self._wanted = folder, fingerprint
+    def __init__(self, run: RunFolder, model: X3D, others: Mapping[str, list[Any]], origin: Origin) -> None:
+        self.folder, self._run, self._origin = run.checkpoints, run, origin
         weights = [weight.value for weight in model.weights]
         # By hand: Keras' own tracking leaves out the states of the seed generators.
         seeds = [variable.value for variable in model.variables if "seed_generator" in variable.path]
         roles = {"weights": weights, "seeds": seeds, **others}
         description = Description.of(model, class_names=model.class_names, form="trainable")
+        self._texts = {"origin": json.dumps(asdict(origin)), "description": description.to_json()}
+        self._variables = {name: tf.Variable(text, trainable=False) for name, text in self._texts.items()}
         self._checkpoint = tf.train.Checkpoint(
             **{role: {str(i): variable for i, variable in enumerate(part)} for role, part in roles.items() if part},
-            fingerprint=tf.Variable(fingerprint, trainable=False),
-            description=tf.Variable(description.to_json(), trainable=False),
+            **self._variables,
         )
-        self._manager = tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=_KEPT)
+        self._newest: int | None = None  # intact, and written or read by this process
 
     def save(self, step: int) -> None:
-        """Writes the checkpoint of a step and deletes the oldest."""
-        self._manager.save(checkpoint_number=step)
-
-    def restore(self) -> int:
-        """Restores the newest whole checkpoint and returns its step; 0 if there are none.
+        """Writes the checkpoint of a step and deletes what it makes superfluous.
 
         Raises:
-            UserError: there are checkpoints, but none is whole; or it is of another configuration or other records.
+            WriteError: it cannot be written; nothing of it is left behind, and the checkpoints from before stay.
+        """
+        if step == self._newest:  # the same content; to write it again would put an intact checkpoint at risk
+            return
+        index = Path(f"{_prefix(self.folder, step)}.index")
+        try:
+            with _writing(index):
+                self.folder.mkdir(exist_ok=True)
+                self._remove_leftovers()
+                partial = self._checkpoint.write(str(self.folder / _PARTIAL))
+                index.unlink(missing_ok=True)  # a damaged one of this step must not meet the new data
+                for ending in _ENDINGS:
+                    _flush(Path(f"{partial}{ending}"))
+                    Path(f"{partial}{ending}").replace(f"{_prefix(self.folder, step)}{ending}")
+                _flush(self.folder)
+        except WriteError as error:
+            with suppress(OSError):
+                self._remove_leftovers()
+                self._remove_data_without_index()
+            does = f"resumes from step {self._newest}" if self._newest else "starts from scratch"
+            raise WriteError(f"{error}. Once there is room, or permission, the same command {does}") from error
+        self._newest = step
+        self._run.mark_trained()
+        self._keep_newest(step)
+
+    def restore(self, *, allow_other_groups: bool = False) -> int:
+        """Restores the newest intact checkpoint and returns its step; 0 if there are none.
+
+        Args:
+            allow_other_groups: whether the run may continue with other batch-norm groups, which change its outcome.
+
+        Raises:
+            UserError: there are checkpoints, but none is intact; or it is of another configuration, of other records,
+                or of other batch-norm groups.
         """
         steps = checkpoint_steps(self.folder)
         for step in reversed(steps):
             prefix = _prefix(self.folder, step)
             try:
                 # First, for the variables of another network would not fit.
-                fingerprint = tf.train.load_checkpoint(prefix).get_tensor(f"fingerprint{_SUFFIX}").decode()
-                if fingerprint == self._wanted:
-                    self._checkpoint.restore(prefix).assert_consumed()
+                origin = Origin(**json.loads(_open(prefix).get_tensor(f"origin{_SUFFIX}")))
+                if (origin.config, origin.records) == (self._origin.config, self._origin.records):
+                    self._checkpoint.read(prefix).assert_consumed()  # neither variable nor content is left over
             except Exception as error:  # a damaged file makes TensorFlow raise almost anything
                 print(
                     f"warning: {prefix}.index cannot be read ({_line(error)}); trying the one before", file=sys.stderr
                 )
                 continue
-            if fingerprint != self._wanted:
-                raise UserError(
-                    f"{prefix}.index is of another configuration, or of records that have been built anew since; "
-                    "choose another --workdir"
-                )
+            self._check(origin, prefix, allow_other_groups)
+            for name, text in self._texts.items():
+                self._variables[name].assign(text)
+            self._newest = step
+            self._run.mark_trained()
+            self._remove_leftovers()
+            self._remove_data_without_index()
+            for other in [own for own in steps if own <= step][:-_KEPT]:  # of a run that was killed as it saved
+                _remove(self.folder, other)
             return step
         if steps:
-            raise UserError(f"no checkpoint in {self.folder} can be read. Delete the folder to train from the start")
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read. Restore them from a copy, choose another --workdir, or "
+                f"delete {self._run.root} to train from scratch"
+            )
         return 0
+
+    def _check(self, origin: Origin, prefix: str, allow_other_groups: bool) -> None:
+        ours = self._origin
+        if origin.config != ours.config:
+            raise UserError(f"{prefix}.index is of another configuration; choose another --workdir")
+        if origin.records != ours.records:
+            raise UserError(
+                f"{prefix}.index was trained on other records than those of DatasetSpec.records: the fingerprint of "
+                f"their manifest is {origin.records[:12]} there and {ours.records[:12]} here. Give the folder of the "
+                "same records, or choose another --workdir"
+            )
+        if origin.groups != ours.groups and not allow_other_groups:
+            raise UserError(
+                f"{prefix}.index was trained with {origin.groups} a step for batch norm, and here there would be "
+                f"{ours.groups} (the number of devices, Execution.accumulation and Recipe.batch decide it). Train on "
+                "as many devices as before, or accept another outcome with --allow_other_groups"
+            )
+
+    def _keep_newest(self, step: int) -> None:
+        """Deletes all but the newest up to a step; later ones are damaged, or the run would have resumed from them."""
+        steps = checkpoint_steps(self.folder)
+        kept = [own for own in steps if own <= step][-_KEPT:]
+        for other in steps:
+            if other not in kept:
+                _remove(self.folder, other)
+        self._remove_data_without_index()
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a killed process had not finished writing."""
+        for path in _listed(self.folder):
+            if _LEFTOVER.fullmatch(path.name) is None:
+                continue
+            if path.is_dir() and not path.is_symlink():  # a link goes, and what it leads to stays
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _remove_data_without_index(self) -> None:
+        steps = set(checkpoint_steps(self.folder))
+        for path in _listed(self.folder):
+            match = _DATA.fullmatch(path.name)
+            if match and int(match[1]) not in steps and not (path.is_dir() and not path.is_symlink()):
+                path.unlink(missing_ok=True)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint in a folder, ascending; files of other names are left out."""
-    numbers = [path.name.removeprefix("ckpt-").removesuffix(".index") for path in folder.glob("ckpt-*.index")]
-    return sorted(int(number) for number in numbers if number.isdigit())
+    steps = (checkpoint_step(path.name) for path in _listed(folder))
+    return sorted(step for step in steps if step is not None)
 
 
 def load_checkpoint(run: RunFolder, step: int) -> X3D:
@@ -90,10 +212,8 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
     """
     prefix = _prefix(run.checkpoints, step)
     try:
-        reader = tf.train.load_checkpoint(prefix)
-        room = sum(file.stat().st_size for file in run.checkpoints.glob(f"ckpt-{step}.data-*"))
-        elements = sum(math.prod(shape) for shape in reader.get_variable_to_shape_map().values())
-        require(elements <= room, "its variables", f"have at most {room} elements, one a byte", elements)
+        reader = _open(prefix)
+        room = Path(f"{prefix}{_ENDINGS[0]}").stat().st_size
         description = Description.from_json(reader.get_tensor(f"description{_SUFFIX}"))
         role = "average" if reader.has_tensor(f"average/0{_SUFFIX}") else "weights"
         description.require_fit("its data", room // _WEIGHT_BYTES)
@@ -103,6 +223,54 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
         raise UserError(f"{prefix}.index cannot be read ({_line(error)})") from error
     model.class_names, model.squeeze = description.class_names, description.squeeze
     return model
+
+
+def _open(prefix: str) -> Any:
+    """A reader of a checkpoint whose tensors are no larger than its file: TensorFlow allocates before it reads.
+
+    Raises:
+        UserError: they are larger; TensorFlow's own errors where it is damaged.
+    """
+    data = Path(f"{prefix}{_ENDINGS[0]}")
+    size = data.stat().st_size
+    require(not Path(prefix).is_dir(), prefix, "not be a folder, from which TensorFlow would read another", "one")
+    reader = tf.train.load_checkpoint(prefix)
+    types, left = reader.get_variable_to_dtype_map(), size
+    for name, shape in reader.get_variable_to_shape_map().items():
+        # A text takes a byte at least for its length, and what TensorFlow allocates for it takes 24.
+        left -= math.prod(shape) * (types[name].size if types[name] != tf.string else 24 if shape else 1)
+        require(left >= 0, f"tensors of {prefix}.index", f"fit into the {size} bytes of {data.name}", name)
+    return reader
+
+
+def _remove(folder: Path, step: int) -> None:
+    """Removes the checkpoint of a step; the index first, so that none without its data is ever there."""
+    for ending in reversed(_ENDINGS):
+        Path(f"{_prefix(folder, step)}{ending}").unlink(missing_ok=True)
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the list of a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns TensorFlow's and the operating system's errors within the block into a `WriteError`."""
+    try:
+        with writing(path):
+            yield
+    except tf.errors.OpError as error:
+        reason = error.message.rpartition("; ")[2].partition(" [Op:")[0]
+        raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
 def _prefix(folder: Path, step: int) -> str:

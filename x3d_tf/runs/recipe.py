@@ -228,6 +228,16 @@ class TrainConfig:
                 flat[f"TrainConfig.{item.name}"] = value
         return flat
 
+    def outcome_settings(self) -> dict[str, Any]:
+        """Those of `settings` that a run has to keep from its first checkpoint on.
+
+        The others are `DatasetSpec.records` and `TrainConfig.init`, which are places: the fingerprint of the manifest
+        tells records apart, and the weights of `init` are in the checkpoint. `Execution.accumulation` matters by the
+        batch-norm groups that it makes, which a checkpoint records.
+        """
+        free = ("DatasetSpec.records", "TrainConfig.init", "Execution.accumulation")
+        return {name: value for name, value in self.settings().items() if name not in free}
+
     def to_json(self) -> str:
         """The settings as a JSON object."""
         return json.dumps(self.settings(), indent=1)
@@ -254,8 +264,8 @@ class TrainConfig:
             raise UserError(f"not a configuration: {error}") from error
 
     def fingerprint(self) -> str:
-        """A hash that two configurations share if all their settings are equal."""
-        settings = {name: float(v) if type(v) is int else v for name, v in self.settings().items()}
+        """A hash that two configurations share if all their `outcome_settings` are equal."""
+        settings = {name: float(v) if type(v) is int else v for name, v in self.outcome_settings().items()}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

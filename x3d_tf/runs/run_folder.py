@@ -1,12 +1,15 @@
 """The folder of a run: which files it holds, and whether a configuration may go on in it. Imports no TensorFlow."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from x3d_tf import _csv
 from x3d_tf._checks import UserError
 from x3d_tf._files import partial_of, write_whole, writing
+from x3d_tf._locks import locked
 from x3d_tf.runs.recipe import TrainConfig
 
 # the last two only in the rows of steps that were validated
@@ -22,6 +25,17 @@ HISTORY_FIELDS = (
     "boxes_left_out",
 )
 _OPTIONAL_FIELDS = HISTORY_FIELDS[-3:]
+_INDEX = re.compile(r"ckpt-(0|[1-9][0-9]{0,17})\.index", re.ASCII)
+_TRAINED = (
+    "A checkpoint of this run has been written, so that training does not start again from step 0 where the "
+    "checkpoints are missing.\n"
+)
+
+
+def checkpoint_step(name: str) -> int | None:
+    """The step of the checkpoint that a file is the index of; None for other names."""
+    match = _INDEX.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 class RunFolder:
@@ -31,7 +45,8 @@ class RunFolder:
     and `preview.png`, the first clips as the network gets them, before the first step; `checkpoints/`, `history.csv`,
     `curves.png` and `tensorboard/` while it trains;
     `best.keras`, the network of the best validation, where the run stops early; `model.keras`, `labels.txt`,
-    `input.json` (what the model is to be fed) and `evaluation/` when it is done.
+    `input.json` (what the model is to be fed) and `evaluation/` when it is done. `trained.txt` says that a checkpoint
+    has been written, `.lock` which process trains.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -47,6 +62,23 @@ class RunFolder:
         self.labels = self.root / "labels.txt"
         self.input = self.root / "input.json"
         self.evaluations = self.root / "evaluation"
+        self.trained = self.root / "trained.txt"
+        self.lock = self.root / ".lock"
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes from training in it within the block.
+
+        Raises:
+            UserError: another process trains in it, or it holds something else than a run.
+            WriteError: it cannot be written.
+        """
+        self._refuse_foreign()
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+        conflict = f"another process is training in {self.root}"
+        with locked(self.lock, conflict, "wait for it, or choose another --workdir"):
+            yield
 
     def open(self, config: TrainConfig, texts: Mapping[str, str]) -> None:
         """Makes the folder for a new run, or finds that it is of the same one.
@@ -56,17 +88,17 @@ class RunFolder:
             texts: further files to keep, by name.
 
         Raises:
-            UserError: the folder is of a run with other settings (names them) that has got to a checkpoint, or holds
-                something else.
+            UserError: the folder is of a run with other settings (names them) that has got to a checkpoint, or of one
+                whose checkpoints are missing, or holds something else.
         """
+        self._refuse_foreign()
         if self.config.is_file():
-            if self.model.is_file() or any(self.checkpoints.glob("ckpt-*.index")):
+            if self.model.is_file() or self.has_checkpoint:
                 self._compare(self.read_config(), config)
                 return
-            for path in (self.history, self.preview, self.best):  # of a run that never came to a checkpoint
+            self._refuse_lost_checkpoints()
+            for path in (self.history, self.preview):  # of a run that never came to a checkpoint
                 path.unlink(missing_ok=True)
-        elif self.root.exists() and (not self.root.is_dir() or set(self.root.iterdir()) - {partial_of(self.config)}):
-            raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
         self.root.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, config.to_json().encode())  # a folder that has it is a run's
         for name, text in texts.items():
@@ -85,8 +117,54 @@ class RunFolder:
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{self.config}: {error}") from error
 
+    def keep_places(self, config: TrainConfig) -> None:
+        """Replaces `config.json` where the configuration in use names other places than it, so that tests find them."""
+        if self.read_config() != config:
+            write_whole(self.config, config.to_json().encode())
+
+    def mark_trained(self) -> None:
+        """Notes that there is a checkpoint."""
+        if not self.trained.is_file():
+            write_whole(self.trained, _TRAINED.encode())
+
+    def _refuse_foreign(self) -> None:
+        own = {partial_of(self.config), self.lock}
+        foreign = not self.root.is_dir() or (not self.config.is_file() and set(self.root.iterdir()) - own)
+        if self.root.exists() and foreign:
+            raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
+        links = [path for path in (self.root.iterdir() if self.root.exists() else ()) if path.is_symlink()]
+        for path in links:
+            if not path.is_dir():  # of somebody else's making, it may lead training to any file
+                raise UserError(
+                    f"{path} is a link, which training could write through; remove it or put the file there"
+                )
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from, intact or not."""
+        listed = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return any(checkpoint_step(path.name) is not None for path in listed)
+
+    def _refuse_lost_checkpoints(self) -> None:
+        """Raises where there was a checkpoint, though there is none now.
+
+        `trained.txt` is written as soon as the first checkpoint is complete, so a run that was killed before that has
+        none and starts again without questions. Where the file is missing, too, what is only made after a checkpoint
+        stands in for it: the curves, and the best network.
+        """
+        found = next((path for path in (self.trained, self.curves, self.best) if path.is_file()), None)
+        if found is None:
+            return
+        rows = self.read_history()
+        steps = f" to step {int(rows[-1]['step'])}" if rows else ""
+        raise UserError(
+            f"{self.root} has been trained{steps}, as {found.name} shows, but {self.checkpoints} holds no complete "
+            "checkpoint (ckpt-*.index with its ckpt-*.data). Restore that folder from a copy, choose another "
+            f"--workdir, or delete {self.root} to train from scratch"
+        )
+
     def _compare(self, there: TrainConfig, wanted: TrainConfig) -> None:
-        theirs, ours = there.settings(), wanted.settings()
+        theirs, ours = there.outcome_settings(), wanted.outcome_settings()
         differing = [
             f"{name} is {theirs[name]!r} there and {ours[name]!r} here" for name in ours if theirs[name] != ours[name]
         ]

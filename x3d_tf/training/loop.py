@@ -27,7 +27,7 @@ from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.portable import portable
 from x3d_tf.modeling.saving import describe, load, save
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.runs.checkpointing import Checkpoints
+from x3d_tf.runs.checkpointing import Checkpoints, Origin
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.clips import save_training_preview, training_clips
@@ -46,6 +46,7 @@ def train(
     *,
     strategy: tf.distribute.Strategy | None = None,
     texts: Mapping[str, str] | None = None,
+    allow_other_groups: bool = False,
 ) -> RunFolder:
     """Trains a network, or goes on where the run in `workdir` was stopped, and saves the result.
 
@@ -55,30 +56,41 @@ def train(
         strategy: where to train; all GPUs of this machine, or its CPU, unless given. Of one machine: several workers
             would write the same files.
         texts: further files to keep in the run folder, by name, written before the first step.
+        allow_other_groups: whether a run that resumes may have other batch-norm groups than before, of another number
+            of devices or another accumulation, which change its outcome.
 
     Returns:
         The run folder, which then holds `model.keras`.
 
     Raises:
-        UserError: the folder is of another run; the batch does not fit the devices; the records are missing or too few;
+        UserError: the folder is of another run, or has lost its checkpoints, or another process trains in it; the
+            batch does not fit the devices; the records are missing or too few;
             the weights to start from are missing or of another network; the loss is not a number.
     """
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise UserError("train works on the devices of one machine, got a MultiWorkerMirroredStrategy")
-    if config.init is not None:
-        describe(config.init)  # a wrong path should not come out minutes later
     run = RunFolder(workdir)
-    run.open(config, texts or {})
-    if run.model.is_file():
+    if config.init is not None and not run.has_checkpoint:
+        describe(config.init)  # a wrong path should not come out minutes later
+    if run.config.is_file() and run.model.is_file():  # which takes no lock, for nothing is written
+        run.open(config, {})
         print(f"{run.root} is finished: {run.model} is there")
         return run
+    with run.training():
+        run.open(config, texts or {})
+        if not run.model.is_file():  # else another process has just finished it
+            _train(config, run, strategy or tf.distribute.MirroredStrategy(), allow_other_groups)
+    return run
+
+
+def _train(config: TrainConfig, run: RunFolder, strategy: tf.distribute.Strategy, allow_other_groups: bool) -> None:
     manifest = open_dataset(config.dataset)
     records = hold_out(manifest, config.dataset, config.seed)
     _check_records(records, config)
     if not run.preview.is_file():
         save_training_preview(records, config, run.preview)
-    trainer = Trainer(config, records, strategy or tf.distribute.MirroredStrategy())
-    trainer.fit(run, f"{config.fingerprint()} {manifest.fingerprint()}")
+    trainer = Trainer(config, records, strategy)
+    trainer.fit(run, manifest.fingerprint(), allow_other_groups=allow_other_groups)
     print("Saving the model.")
     write_whole(run.labels, "".join(f"{name}\n" for name in manifest.classes).encode())
     size = trainer.model.tested_size
@@ -86,7 +98,6 @@ def train(
     contract = input_contract(config.expansion, sampling, config.dataset.squeeze, size)
     write_whole(run.input, json.dumps(contract, indent=1).encode())
     trainer.save_result(run)
-    return run
 
 
 class Trainer:
@@ -121,20 +132,25 @@ class Trainer:
             return DetectorValidation(self.model, self.manifest, split, self.config.detection)
         return Validation(self.model, self.manifest, split, self.config.dataset, self.config.expansion.test_size)
 
-    def fit(self, run: RunFolder, fingerprint: str) -> None:
+    def fit(self, run: RunFolder, records: str, *, allow_other_groups: bool = False) -> None:
         """Trains from the newest checkpoint of the run, or from the start, to the last step or the end of patience.
 
         Args:
             run: its folder.
-            fingerprint: of configuration and records, which its checkpoints must share.
+            records: fingerprint of the manifest, which its checkpoints must share.
+            allow_other_groups: see `train`.
         """
-        checkpoints = Checkpoints(run.checkpoints, self.model, self.step.variables, fingerprint)
-        first = checkpoints.restore()
-        if not first:
+        origin = Origin(self.config.fingerprint(), records, *self._groups())
+        checkpoints = Checkpoints(run, self.model, self.step.variables, origin)
+        first = checkpoints.restore(allow_other_groups=allow_other_groups)
+        if first:
+            run.keep_places(self.config)
+        else:
             self._start()
         per_epoch = len(_training_records(self.manifest, self.config)) // self.batch
         history = History(run, self.config, per_epoch, first)
         print(self._describe(run) + (f", from the checkpoint of step {first}" if first else ""))
+        self._warn_of_small_groups(origin)
         print("The first step takes longer: TensorFlow compiles it.")
         try:
             with naming_records(), tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar:
@@ -264,8 +280,36 @@ class Trainer:
         side_by_side = f", {parts} parts of its batch side by side" if parts > 1 else ""
         return (
             f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on {devices} "
-            f"device{'s' if devices > 1 else ''}{side_by_side}: {self.steps} steps of {self.batch} clips{scaled}"
+            f"device{'s' if devices > 1 else ''}{side_by_side}: {self.steps} steps of {self.batch} clips{scaled}, "
+            f"{self._describe_groups()}"
         )
+
+    def _groups(self) -> tuple[int, int]:
+        """Clips that share batch-norm statistics, on one device, and such groups of a step; 0 and 0 if it is frozen.
+
+        The parts that a device computes side by side do not count: batch norm takes them together.
+        """
+        if self.config.recipe.frozen_norms:
+            return 0, 0
+        clips = self.batch // self.strategy.num_replicas_in_sync // self.config.execution.accumulation
+        clips = min(clips, self.config.model.bn_group)
+        return clips, self.batch // clips
+
+    def _describe_groups(self) -> str:
+        clips, groups = self._groups()
+        if not clips:
+            return "batch norm frozen"
+        return f"batch norm over {clips} clips a group on each device, {groups} group{'s' if groups > 1 else ''} a step"
+
+    def _warn_of_small_groups(self, origin: Origin) -> None:
+        wanted = self.config.model.bn_group
+        if 0 < origin.clips_per_group < wanted:
+            print(
+                f"warning: batch norm sees {origin.clips_per_group} clips a group on each device, fewer than "
+                f"ModelOptions.bn_group = {wanted}, so its statistics are noisier than the recipe's. Raise "
+                "Recipe.batch, or lower Execution.accumulation or the number of devices",
+                file=sys.stderr,
+            )
 
 
 _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"

@@ -1,0 +1,197 @@
+"""Run folders: which configuration may continue there, one process at a time, and never from scratch unasked."""
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from x3d_tf import Expansion, _locks
+from x3d_tf._checks import UserError
+from x3d_tf._files import WriteError, appearing, partial_of, write_whole
+from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.evaluation.reports import reporting
+from x3d_tf.runs.recipe import Execution, TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
+
+CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewhere"))
+
+
+def begun(root: Path, *files: str) -> RunFolder:
+    """A run that has made these files, too."""
+    run = RunFolder(root)
+    run.open(CONFIG, {})
+    for name in ("history.csv", "preview.png", *files):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    return run
+
+
+def content(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("trained.txt",),
+        ("best.keras",),
+        ("curves.png",),
+        ("trained.txt", "checkpoints/ckpt-40.data-00000-of-00001"),
+        ("trained.txt", "checkpoints/ckpt-last.index"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_missing_does_not_start_again(tmp_path: Path, files: tuple[str, ...]) -> None:
+    run = begun(tmp_path / "run", *files)
+    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 40.0)
+    run.write_history([row])
+    before = content(run.root)
+    message = rf"has been trained to step 40, as {files[0]} shows, but .*checkpoints holds no complete checkpoint"
+    for config in (CONFIG, replace(CONFIG, seed=1)):
+        with pytest.raises(UserError, match=message):
+            run.open(config, {})
+    assert content(run.root) == before
+
+
+@pytest.mark.parametrize("files", [(), ("checkpoints/ckpt-40.data-00000-of-00001",), ("tensorboard/events",)])
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, files: tuple[str, ...]) -> None:
+    run = begun(tmp_path / "run", *files)
+    run.open(replace(CONFIG, seed=1), {})
+    assert run.read_config().seed == 1 and not run.history.exists()
+
+
+def test_places_and_parts_of_a_step_may_change(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", "checkpoints/ckpt-40.index")
+    moved = replace(
+        CONFIG,
+        dataset=replace(CONFIG.dataset, records="elsewhere"),
+        init="gone.keras",
+        execution=Execution(accumulation=2),
+    )
+    run.open(moved, {})
+    assert moved.fingerprint() == CONFIG.fingerprint()
+    assert run.read_config() == CONFIG  # until the records there have been compared
+    run.keep_places(moved)
+    assert run.read_config() == moved
+    with pytest.raises(UserError, match=r"TrainConfig\.seed is 0 there and 1 here"):
+        run.open(replace(moved, seed=1), {})
+
+
+def test_links_that_training_would_write_through_are_refused(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", "checkpoints/ckpt-40.index")
+    (tmp_path / "disk").mkdir()
+    run.tensorboard.symlink_to(tmp_path / "disk")
+    run.open(CONFIG, {})
+    (tmp_path / "precious").touch()
+    (run.root / "config.gin").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"config\.gin is a link"), run.training():
+        pass
+    assert (tmp_path / "precious").read_bytes() == b""
+
+
+@pytest.mark.parametrize("field", ["train_split", "eval_split", "validation_split"])
+@pytest.mark.parametrize("name", ["../../precious", "/etc", "a\\b"])
+def test_a_split_is_no_path(field: str, name: str) -> None:
+    """Reports are written to, and with --overwrite deleted from, folders that it is part of the name of."""
+    with pytest.raises(UserError, match=f"DatasetSpec.{field} must be a name, not a path"):
+        DatasetSpec("records", **{field: name})  # type: ignore[arg-type]
+
+
+HOLDER = """
+import sys
+from x3d_tf.runs.run_folder import RunFolder
+with RunFolder({root!r}).training():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    code = HOLDER.format(root=str(root))
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        message = rf"another process is training in {root} \(process {other.pid} on \S+\); wait for it, or choose"
+        with pytest.raises(UserError, match=message), RunFolder(root).training():
+            pass
+        other.kill()
+    assert (root / ".lock").exists()  # of the killed one
+    with RunFolder(root).training():
+        assert f"process {os.getpid()} on" in (root / ".lock").read_text()
+    assert not (root / ".lock").exists()
+
+
+def test_the_text_of_a_lock_is_not_repeated_unseen(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with _locks.locked(path, "taken", "wait"):
+        path.write_text("\x1b[2Jprocess 1 on evil")
+        with pytest.raises(UserError, match=r"^taken; wait$"), _locks.locked(path, "taken", "wait"):
+            pass
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(WriteError, match="lock cannot be written"), _locks.locked(tmp_path / "lock", "taken", "wait"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with _locks.locked(tmp_path / "lock", "taken", "wait"):
+        assert f"the file system of {tmp_path} has no locks (No locks available)" in capsys.readouterr().err
+
+
+def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock = tmp_path / "lock", _locks._lock
+    removals = [path, path]
+
+    def removed_first(descriptor: int, own: Path) -> bool:
+        if removals:
+            removals.pop().unlink()
+        return lock(descriptor, own)
+
+    monkeypatch.setattr(_locks, "_lock", removed_first)
+    with (
+        _locks.locked(path, "taken", "wait"),
+        pytest.raises(UserError, match="taken"),
+        _locks.locked(path, "taken", "wait"),
+    ):
+        pass
+
+
+def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    for name in ("a", "b"):
+        partial_of(tmp_path / name).symlink_to(tmp_path / "precious")
+    write_whole(tmp_path / "a", b"new")
+    with appearing(tmp_path / "b") as path:
+        path.write_bytes(b"new")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"new"
+
+
+def test_one_process_writes_a_report(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation" / "report"
+    with (
+        reporting(folder),
+        pytest.raises(UserError, match=r"another process is writing the report .*report \(process "),
+        reporting(folder),
+    ):
+        pass
+    assert list(folder.iterdir()) == []
