@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -29,6 +30,42 @@ def float64() -> Iterator[None]:
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Layers as on a GPU: the forms for CPUs are compiled again for each shape, which takes seconds."""
+    import x3d_tf
+    from x3d_tf.modeling import lowerings
+
+    before = lowerings._chosen
+    x3d_tf.set_lowering("gpu")
+    yield
+    x3d_tf.set_lowering(before)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """A test whose layers are plain operations."""
+    with plain_operations():
+        yield
+
+
+@pytest.fixture(scope="module")
+def uncompiled_module() -> Iterator[None]:
+    """A file of tests, with its fixtures, whose layers are plain operations."""
+    with plain_operations():
+        yield
+
+
+@pytest.fixture
+def eager(uncompiled: None) -> Iterator[None]:
+    """Operations one by one: tracing a step as a graph takes longer than a few steps."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ To the bit where operations are taken as they are; TensorFlow reorders those of 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,6 @@ from x3d_tf.training import forward
 from x3d_tf.training.forward import _blocks
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """Operations as on a GPU: compiling them takes longer than these tests."""
-    x3d_tf.set_lowering("gpu")
-    yield
-    x3d_tf.set_lowering("auto")
-
-
-@pytest.fixture
-def eager(uncompiled: None) -> Iterator[None]:
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 def state_after(
