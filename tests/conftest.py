@@ -1,9 +1,10 @@
 """What the tests share: a quiet TensorFlow, and where the optional real data lies."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -66,6 +67,21 @@ def eager(uncompiled: None) -> Iterator[None]:
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def in_process(flags_of_one_command: None) -> Callable[..., None]:
+    """Calls a command's `main` with its flags, once in a test: a process of its own would import TensorFlow again."""
+
+    def call(command: ModuleType, *arguments: object, positional: bool = False) -> None:
+        from absl import flags
+
+        command.define_flags()
+        flags.FLAGS.set_gnu_getopt(positional)
+        rest = flags.FLAGS([command.__name__, *map(str, arguments)])[1:]
+        command.main(rest) if positional else command.main()
+
+    return call
 
 
 @pytest.fixture
