@@ -1,14 +1,29 @@
 """What the tests share: a quiet TensorFlow, and where the optional real data lies."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+# These begin first: a long file that begins last leaves the other process idle.
+LONG_FILES = (
+    *("test_training.py", "test_forward.py", "test_step.py", "test_detector_training.py", "test_prediction.py"),
+    *("test_evaluation.py", "test_verify.py", "test_tflite.py", "test_x3d.py", "test_saved_model.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, in the order of `LONG_FILES`; the rest keeps its order."""
+    ranks = {name: rank for rank, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +44,57 @@ def float64() -> Iterator[None]:
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Layers as on a GPU: the forms for CPUs are compiled again for each shape, which takes seconds."""
+    import x3d_tf
+    from x3d_tf.modeling import lowerings
+
+    before = lowerings._chosen
+    x3d_tf.set_lowering("gpu")
+    yield
+    x3d_tf.set_lowering(before)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """A test whose layers are plain operations."""
+    with plain_operations():
+        yield
+
+
+@pytest.fixture(scope="module")
+def uncompiled_module() -> Iterator[None]:
+    """A file of tests, with its fixtures, whose layers are plain operations."""
+    with plain_operations():
+        yield
+
+
+@pytest.fixture
+def eager(uncompiled: None) -> Iterator[None]:
+    """Operations one by one: tracing a step as a graph takes longer than a few steps."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def in_process(flags_of_one_command: None) -> Callable[..., None]:
+    """Calls a command's `main` with its flags, once in a test: a process of its own would import TensorFlow again."""
+
+    def call(command: ModuleType, *arguments: object, positional: bool = False) -> None:
+        from absl import flags
+
+        command.define_flags()
+        flags.FLAGS.set_gnu_getopt(positional)
+        rest = flags.FLAGS([command.__name__, *map(str, arguments)])[1:]
+        command.main(rest) if positional else command.main()
+
+    return call
 
 
 @pytest.fixture

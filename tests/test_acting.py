@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tensorflow as tf
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
+from x3d_tf import predict
 from x3d_tf._checks import UserError
 from x3d_tf.data import transforms
 from x3d_tf.data.ava import read_boxes
@@ -205,7 +207,9 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_command_writes_and_draws(model: Any, film: Path, listed: Path, tmp_path: Path) -> None:
+def test_the_command_writes_and_draws(
+    model: Any, film: Path, listed: Path, tmp_path: Path, in_process: Callable[..., None]
+) -> None:
     x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "model.keras")
     (tmp_path / "words.mp4").write_text("no video\n" * 100)
     common = (f"--model={tmp_path / 'model.keras'}", f"--boxes={listed}", f"--draw={tmp_path / 'drawn'}")
@@ -216,13 +220,17 @@ def test_the_command_writes_and_draws(model: Any, film: Path, listed: Path, tmp_
     table = read_boxes(tmp_path / "out.csv", "detections", dict(enumerate(NAMES, 1)), seconds=(0, 9))
     assert len(table) == 3 * 3
     assert probe(tmp_path / "drawn" / "film.mp4").delivered == 75
-    again = command(*common, film)
-    assert again.returncode == 1 and "film.mp4 exists" in again.stderr
+    with pytest.raises(UserError, match=r"film\.mp4 exists"):
+        in_process(predict, *common, film, positional=True)
 
 
-def test_flags_go_with_the_task(model: Any, film: Path, tmp_path: Path) -> None:
+def test_a_detector_takes_boxes(model: Any, film: Path, tmp_path: Path, in_process: Callable[..., None]) -> None:
     x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "a.keras")
-    assert "give one of --boxes and --person_detector" in command(f"--model={tmp_path / 'a.keras'}", film).stderr
+    with pytest.raises(UserError, match="give one of --boxes and --person_detector"):
+        in_process(predict, f"--model={tmp_path / 'a.keras'}", film, positional=True)
+
+
+def test_a_classifier_takes_no_boxes(film: Path, tmp_path: Path, in_process: Callable[..., None]) -> None:
     x3d_tf.save(x3d_tf.build_x3d(TINY, 3), tmp_path / "b.keras", NAMES)
-    done = command(f"--model={tmp_path / 'b.keras'}", "--boxes=x", film)
-    assert "--boxes must not be given with" in done.stderr and "a model that classifies videos" in done.stderr
+    with pytest.raises(UserError, match=r"--boxes must not be given with .*, a model that classifies videos"):
+        in_process(predict, f"--model={tmp_path / 'b.keras'}", "--boxes=x", film, positional=True)

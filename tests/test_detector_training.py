@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,19 +34,11 @@ from x3d_tf.training.schedule import schedule_of
 from x3d_tf.training.step import TrainStep
 from x3d_tf.training.validation import DetectorValidation
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 RECIPE = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=6, warmup_steps=1, weight_decay=1e-7)
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """Operations one by one: compiling a step takes longer than these tests."""
-    x3d_tf.set_lowering("gpu")
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-    x3d_tf.set_lowering("auto")
 
 
 def given(boxes: int, padding: int, clips: int = 4) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -108,13 +99,13 @@ def assert_same(actual: list[np.ndarray], expected: list[np.ndarray], bound: flo
         np.testing.assert_allclose(value, other, rtol=0, atol=bound)
 
 
-def test_padding_changes_nothing(uncompiled: None) -> None:
+def test_padding_changes_nothing(eager: None) -> None:
     assert_same(state_after(padding=5), state_after(), 1e-6)
 
 
 @pytest.mark.parametrize("recompute", ["nothing", pytest.param("activations", marks=pytest.mark.slow)])
 def test_clips_side_by_side_and_recomputed(
-    uncompiled: None, monkeypatch: pytest.MonkeyPatch, float64: None, recompute: str
+    eager: None, monkeypatch: pytest.MonkeyPatch, float64: None, recompute: str
 ) -> None:
     expected = state_after(parts=1, monkeypatch=monkeypatch)
     assert_same(state_after(parts=2, monkeypatch=monkeypatch, recompute=recompute), expected, 1e-10)

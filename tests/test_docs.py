@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from moving_square import write_records
 from video_fixtures import numbered_frames, write_video
 
@@ -37,9 +36,9 @@ def write_splits(folder: Path) -> None:
 @pytest.fixture(params=["eagerly", pytest.param("as graphs", marks=pytest.mark.slow)])
 def functions(request: pytest.FixtureRequest) -> Iterator[None]:
     """TensorFlow's functions run line by line, which spares most of the time, or compiled as in real life."""
-    tf.config.run_functions_eagerly(request.param == "eagerly")
+    if request.param == "eagerly":
+        request.getfixturevalue("eager")
     yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.mark.usefixtures("functions")

@@ -23,6 +23,8 @@ from x3d_tf.runs import checkpointing
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 # One block a stage; 64 pixels, for the larger crop of 73 has more than one window of the head's fixed poolings.
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
 

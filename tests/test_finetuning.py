@@ -1,6 +1,8 @@
 """Runs that start from others, validate, stop early, average, and have several labels: on small records."""
 
+import contextlib
 import csv
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,10 @@ from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.loop import train
 from x3d_tf.training.validation import Score, Validation
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
 QUICK = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=12, warmup_steps=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def uncompiled() -> Any:
-    """The lowering's operations one by one, as on a GPU: compiling them takes longer than these runs."""
-    x3d_tf.set_lowering("gpu")
-    yield
-    x3d_tf.set_lowering("auto")
 
 
 def write(folder: Path, videos: int, **kwargs: Any) -> Path:
@@ -126,16 +122,28 @@ def test_so_does_one_with_every_option(records: Path, source: Path, tmp_path: Pa
     assert_the_same(train(config, tmp_path / "whole"), stopped_in_a_validation(config, tmp_path / "run"))
 
 
-def test_the_best_validation_is_kept_and_ends_the_run(
-    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scores = iter([Score(0.5, 1.0), Score(0.9, 1.0), Score(0.9, 1.0)])
-    config = config_of(records, replace(QUICK, patience=1), {"validation_split": "train"}, checkpoint_steps=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Validation, "__call__", lambda validation: next(scores))
-        run = train(config, tmp_path / "run")
+@pytest.fixture(scope="module")
+def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
+    """A run that its patience ends after three steps, and what it printed. The first score is a real one."""
+    measure, scores = Validation.__call__, iter([None, Score(2.0, 1.0), Score(2.0, 1.0)])
+    config = some(records, source)
+    config = replace(config, recipe=replace(config.recipe, patience=1), checkpoint_steps=1)
+    printed = io.StringIO()
+    tf.config.run_functions_eagerly(True)  # tracing takes longer than three steps
+    try:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(Validation, "__call__", lambda validation: next(scores) or measure(validation))
+            run = train(config, tmp_path_factory.mktemp("runs") / "early")
+    finally:
+        tf.config.run_functions_eagerly(False)
+    return run, printed.getvalue()
+
+
+def test_the_best_validation_is_kept_and_ends_the_run(early: tuple[RunFolder, str], source: Path) -> None:
+    run, printed = early
     assert [row["step"] for row in run.read_history()] == [1, 2, 3]
-    assert "stopped at step 3: 1 validations in a row were no better" in capsys.readouterr().out
+    assert f"weights of {source}: " in printed and "new: fc2" in printed and "step 1: validation accuracy " in printed
+    assert "stopped at step 3: 1 validations in a row were no better" in printed
     best, last = load_checkpoint(run, 2).get_weights(), load_checkpoint(run, 3).get_weights()
     for model in (x3d_tf.load(run.best), x3d_tf.load(run.root)):
         for a, b in zip(model.get_weights(), best):
@@ -143,19 +151,20 @@ def test_the_best_validation_is_kept_and_ends_the_run(
     assert any((a != b).any() for a, b in zip(best, last))
 
 
-def test_a_checkpoint_is_a_network(whole: RunFolder, tmp_path: Path) -> None:
-    model = load_checkpoint(whole, 12)
+def test_a_checkpoint_is_a_network(early: tuple[RunFolder, str], tmp_path: Path) -> None:
+    run, _ = early
+    model = load_checkpoint(run, 3)
     assert model.class_names == ("left", "right") and model.task == "single_label"
     with pytest.raises(ValueError, match=r"ckpt-99\.index cannot be read"):
-        load_checkpoint(whole, 99)
+        load_checkpoint(run, 99)
     damaged = RunFolder(tmp_path)
     damaged.checkpoints.mkdir()
-    for path in whole.checkpoints.glob("ckpt-12.*"):
+    for path in run.checkpoints.glob("ckpt-3.*"):
         (damaged.checkpoints / path.name).write_bytes(path.read_bytes()[:50])
     (damaged.checkpoints / "ckpt-last.index").touch()
-    assert checkpoint_steps(damaged.checkpoints) == [12]
-    with pytest.raises(ValueError, match=r"ckpt-12\.index cannot be read"):
-        load_checkpoint(damaged, 12)
+    assert checkpoint_steps(damaged.checkpoints) == [3]
+    with pytest.raises(ValueError, match=r"ckpt-3\.index cannot be read"):
+        load_checkpoint(damaged, 3)
 
 
 @pytest.mark.parametrize(

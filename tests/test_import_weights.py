@@ -15,6 +15,8 @@ from x3d_tf.data.sources import kinetics_classes
 from x3d_tf.modeling.conversion import export_checkpoint, import_checkpoint
 from x3d_tf.modeling.saving import describe
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 
 @pytest.fixture
 def run(flags_of_one_command: None) -> Iterator[Any]:

@@ -21,19 +21,11 @@ from x3d_tf.training.averaging import MovingAverage
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.step import LossScale, TrainStep, arithmetic, balancing_weights
 
+pytestmark = pytest.mark.usefixtures("eager")  # two devices take traced steps in slow tests
+
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 CLASSES = 3
-
-
-@pytest.fixture(autouse=True)
-def eager() -> Iterator[None]:
-    """Operations one by one: compiling a step takes longer than these tests. Two devices take compiled ones below."""
-    x3d_tf.set_lowering("gpu")
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-    x3d_tf.set_lowering("auto")
 
 
 def config_of(
@@ -292,6 +284,7 @@ import test_step
 from x3d_tf.modeling.layers import Dropout
 from x3d_tf.runs.recipe import Execution
 x3d_tf.set_lowering("gpu")
+tf.config.run_functions_eagerly({eagerly})
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 with strategy.scope():
@@ -317,10 +310,17 @@ with step.average.swapped():
 """
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
-def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precision: Any) -> None:
+@pytest.mark.parametrize(
+    ("precision", "eagerly"),
+    [
+        ("float32", True),
+        pytest.param("float32", False, marks=pytest.mark.slow),
+        pytest.param("float16", False, marks=pytest.mark.slow),
+    ],
+)
+def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precision: Any, eagerly: bool) -> None:
     """Two at once, each in two parts, like one device one by one; with dropout of their own. float32 means float64."""
-    code = TWO_DEVICES.format(tests=str(ROOT / "tests"), folder=str(tmp_path), precision=precision)
+    code = TWO_DEVICES.format(tests=str(ROOT / "tests"), folder=str(tmp_path), precision=precision, eagerly=eagerly)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

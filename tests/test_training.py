@@ -27,13 +27,15 @@ from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.history import History
 from x3d_tf.training.loop import Trainer, train
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
 EIGHT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=160, warmup_steps=5, weight_decay=0)
 SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=60, warmup_steps=5)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight records of two motions: a bright square on black that goes left or right."""
     from moving_square import write_records
@@ -55,7 +57,7 @@ def config_of(records: Path, **changes: object) -> TrainConfig:
     return TrainConfig(**(fields | changes))  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(records: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A whole run."""
     return train(config_of(records), tmp_path_factory.mktemp("runs") / "square", texts={"config.gin": "# bindings"})

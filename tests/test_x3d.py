@@ -220,11 +220,15 @@ def test_channelwise_layers_are_where_the_paper_has_them() -> None:
     assert [layer.name for layer in layers if layer.stride == 2] == [f"res{stage}_0_conv_b" for stage in (2, 3, 4, 5)]
 
 
-def test_keras_can_fit_it() -> None:
+@pytest.mark.parametrize("run_eagerly", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_keras_can_fit_it(run_eagerly: bool, request: pytest.FixtureRequest) -> None:
+    """Operations one by one: compiling the step takes most of the time."""
+    if run_eagerly:
+        request.getfixturevalue("uncompiled")
     keras.utils.set_random_seed(0)
     model = build_x3d(TINY, num_classes=2, dropout=0.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss, run_eagerly=run_eagerly)
     batch = np.stack([np.zeros((4, 64, 64, 3)), np.full((4, 64, 64, 3), 255)] * 2).astype("float32")
     history = model.fit(batch, np.array([0, 1, 0, 1]), batch_size=4, epochs=6, verbose=0).history["loss"]
     assert history[-1] < 0.5 * history[0]
