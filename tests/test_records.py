@@ -14,7 +14,7 @@ import tensorflow as tf
 from video_fixtures import noise_video, write_manifest, write_records
 
 from x3d_tf.data import index, records
-from x3d_tf.data.index import shard_name
+from x3d_tf.data.index import Record, shard_name
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.records import ShardWriter, Source, encode_record, parse_record, stored_record
 from x3d_tf.data.video import EncodedVideo, VideoError
@@ -70,6 +70,11 @@ def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
             assert shard.sha256 == hashlib.sha256(stored[shard.file]).hexdigest()
 
 
+def stored(path: Path, record: Record, shard_bytes: int) -> tf.Tensor:
+    """The bytes of a record in a shard of this size."""
+    return stored_record(str(path), *(tf.constant(n, tf.int64) for n in (record.offset, record.length, shard_bytes)))
+
+
 def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     video, bad = noise_video(0, frames=2), VideoError("x.mp4", "is broken")
@@ -83,7 +88,8 @@ def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest
     assert [shard.file for shard in split.shards] == sorted(path.name for path in tmp_path.iterdir()) == names
     assert names[0] == "train-00000-of-00004.tfrecord"
     for record in split.records:
-        parsed = parse_record(stored_record(str(tmp_path / split.shards[record.shard].file), record.offset))
+        shard = split.shards[record.shard]
+        parsed = parse_record(stored(tmp_path / shard.file, record, shard.bytes))
         assert parsed.media_id.numpy().decode() == record.media_id
 
 
@@ -232,20 +238,21 @@ def test_a_record_is_read_alone_and_with_its_checksums(manifest: Manifest) -> No
     start, end = record.offset - index.HEADER_BYTES, record.offset + record.length + index.FOOTER_BYTES
     alone = bytes(start) + content[start:end] + bytes(len(content) - end)
     path.write_bytes(alone)
-    assert stored_record(str(path), record.offset).numpy() == data
-    in_graph = tf.data.Dataset.range(1).map(lambda _: stored_record(tf.constant(str(path)), record.offset))
+    assert stored(path, record, len(alone)).numpy() == data
+    in_graph = tf.data.Dataset.range(1).map(lambda _: stored(path, record, len(alone)))
     assert list(in_graph.as_numpy_iterator()) == [data]
     for position in (start, start + 8, record.offset, record.offset + record.length // 2, end - 1):
         path.write_bytes(alone[:position] + bytes([alone[position] ^ 1]) + alone[position + 1 :])
-        with pytest.raises(tf.errors.DataLossError):
-            stored_record(str(path), record.offset)
+        error = tf.errors.InvalidArgumentError if position == start else tf.errors.DataLossError
+        with pytest.raises(error):
+            stored(path, record, len(alone))
     for content in (alone[: end - 1], alone[:start], b""):
         path.write_bytes(content)
         with pytest.raises(tf.errors.OpError):
-            stored_record(str(path), record.offset)
+            stored(path, record, len(alone))
     path.unlink()
     with pytest.raises(tf.errors.NotFoundError):
-        stored_record(str(path), record.offset)
+        stored(path, record, len(alone))
 
 
 @pytest.mark.parametrize(

@@ -282,14 +282,10 @@ class RecordTable:
         `naming_records` states it.
         """
         shard, offset, length = self._shard[record], self._offset[record], self._length[record]
-        path = self._paths[shard]
+        path, size = self._paths[shard], self._sizes[shard]
 
         def load(_: tf.Tensor) -> tuple[tf.Tensor, Any]:
-            serialized = stored_record(path, offset)
-            message = "the record has another length than the manifest lists"
-            whole = tf.debugging.assert_equal(tf.cast(tf.strings.length(serialized), tf.int64), length, message)
-            with tf.control_dependencies([whole]):
-                parsed = parse_record(serialized)
+            parsed = parse_record(stored_record(path, offset, length, size))
             with tf.control_dependencies(self._same_as_listed(record, parsed)):
                 return tf.constant(True), decode(parsed)
 
@@ -301,7 +297,7 @@ class RecordTable:
         readable, content = found.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1).get_single_element()
         byte, number, bytes_ = (tf.strings.as_string(value) for value in (offset, record, length))
         which = [": cannot read or decode record ", number, f" of split {self.split}, at byte ", byte]
-        where = tf.strings.join([path, *which, ", ", bytes_, " bytes of ", tf.strings.as_string(self._sizes[shard])])
+        where = tf.strings.join([path, *which, ", ", bytes_, " bytes of ", tf.strings.as_string(size)])
         with tf.control_dependencies([tf.debugging.Assert(readable, [where])]):
             return tf.nest.map_structure(tf.identity, content)
 

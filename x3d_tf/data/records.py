@@ -24,6 +24,7 @@ _CONTEXT = {
     "clip/media_id": tf.io.FixedLenFeature([], tf.string),
     "image/frame_rate": tf.io.FixedLenFeature([], tf.float32),
 }
+_LENGTH_BYTES = 8  # of a record's header, which its checksum follows
 NO_LABEL = -1  # in place of the class of a box that does nothing
 _PROPOSAL = "proposal"
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -175,27 +176,42 @@ def parse_annotation(serialized: tf.Tensor) -> ParsedAnnotation:
     )
 
 
-def stored_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+def stored_record(path: tf.Tensor, offset: tf.Tensor, length: tf.Tensor, shard_bytes: tf.Tensor) -> tf.Tensor:
     """Returns one record of a shard, a string scalar, in a graph or eagerly; no other byte of the shard is read.
 
     Args:
         path: the shard, string scalar.
-        offset: first byte of the record's data, as in `index.Record`, int64 scalar.
+        offset, length: first byte and number of bytes of the record's data, as in `index.Record`, int64 scalars.
+        shard_bytes: size of the shard, int64 scalar.
 
     Raises:
-        tf.errors.OpError: the file cannot be opened or read, ends before the record does, or the record's bytes do not
-            match its checksums. The message does not name the record.
+        tf.errors.OpError: the file cannot be opened or read, has another size, or the record has another length or
+            bytes that do not match its checksums. The message does not name the record.
     """
-    # Only the raw operation takes the byte at which to begin: the public dataset reads every record before it, and
-    # datasets of records of a fixed length verify no checksum. Without a buffer nothing past the record is read.
-    variant = tf.raw_ops.TFRecordDatasetV2(
-        filenames=[path],
-        compression_type="",
-        buffer_size=tf.constant(0, tf.int64),
-        byte_offsets=[offset - HEADER_BYTES],
-    )
-    records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
-    return records.take(1).get_single_element()
+    start = offset - HEADER_BYTES
+    # TensorFlow reserves memory for the length that a header states, and crashes where there is not as much.
+    rest = shard_bytes - start - _LENGTH_BYTES
+    header = tf.data.FixedLengthRecordDataset(path, _LENGTH_BYTES, start, rest, buffer_size=_LENGTH_BYTES)
+    stated = tf.io.decode_raw(header.get_single_element(), tf.int64)[0]
+    same = tf.debugging.assert_equal(stated, length, "the record has another length than the manifest lists")
+    with tf.control_dependencies([same]):
+        # Only the raw operation takes the byte at which to begin: the public dataset reads every record before it, and
+        # datasets of records of a fixed length verify no checksum. Without a buffer nothing past the record is read.
+        variant = tf.raw_ops.TFRecordDatasetV2(
+            filenames=[path],
+            compression_type="",
+            buffer_size=tf.constant(0, tf.int64),
+            byte_offsets=[start],
+        )
+        records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+        return records.take(1).get_single_element()
+
+
+def stated_length(path: Path, offset: int) -> int:
+    """Returns the bytes of data that the header of a record states; `offset` as in `index.Record`."""
+    with path.open("rb") as file:
+        file.seek(offset - HEADER_BYTES)
+        return int.from_bytes(file.read(_LENGTH_BYTES), "little")
 
 
 def parse_record(serialized: tf.Tensor) -> ParsedRecord:
@@ -355,13 +371,16 @@ def fault_of(path: Path, offset: int, length: int, size: int) -> str:
     if found != size:
         return f"the file has {found} bytes where the manifest lists {size}: it was truncated or replaced"
     try:
-        serialized = stored_record(tf.constant(os.fsencode(path)), tf.constant(offset, tf.int64))
+        stated = stated_length(path, offset)
+        if stated != length:
+            return f"its header states {stated} bytes where the manifest lists {length}: the file was replaced"
+        serialized = stored_record(tf.constant(os.fsencode(path)), *tf.constant([offset, length, size], tf.int64))
+    except OSError as error:
+        return f"reading fails: {error.strerror}"
     except tf.errors.DataLossError:
         return "its bytes do not match their checksum"
     except tf.errors.OpError as error:
         return f"reading fails: {error.message.rpartition('; ')[2]}"
-    if len(serialized.numpy()) != length:
-        return f"it has {len(serialized.numpy())} bytes where the manifest lists {length}: the file was replaced"
     try:
         parsed = parse_record(serialized)
     except tf.errors.InvalidArgumentError:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from x3d_tf._checks import UserError
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
-from x3d_tf.data.records import NO_LABEL, ParsedAnnotation, parse_annotation, parse_record, stored_record
+from x3d_tf.data.records import NO_LABEL, ParsedAnnotation, parse_annotation, parse_record, stated_length, stored_record
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,11 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
 
 
 def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> None:
-    length = _stated_length(path, record)
+    length = stated_length(path, record.offset)
     if length != record.length:
         raise UserError(f"{where} has length {length}, and {MANIFEST_NAME} says {record.length}")
-    serialized = stored_record(tf.constant(os.fsencode(path)), tf.constant(record.offset, tf.int64))
+    place = tf.constant([record.offset, record.length, path.stat().st_size], tf.int64)
+    serialized = stored_record(tf.constant(os.fsencode(path)), *place)
     parsed = parse_record(serialized)
     found = {
         "frames": len(parsed.frames),
@@ -140,13 +141,6 @@ def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -
     tf.io.decode_jpeg(parsed.frames[0], channels=3)
     if manifest.task == "detection":
         _verify_boxes(where, parse_annotation(serialized), record)
-
-
-def _stated_length(path: Path, record: Record) -> int:
-    """The length in bytes that the header of a record states."""
-    with path.open("rb") as file:
-        file.seek(record.offset - HEADER_BYTES)
-        return int.from_bytes(file.read(8), "little")
 
 
 def _verify_boxes(where: str, known: ParsedAnnotation, record: Record) -> None:
