@@ -84,11 +84,14 @@ def eager(uncompiled: None) -> Iterator[None]:
 
 @pytest.fixture
 def in_process(flags_of_one_command: None) -> Callable[..., None]:
-    """Calls a command's `main` with its flags, once in a test: a process of its own would import TensorFlow again."""
+    """Calls a command's `main` with its flags: a process of its own would import TensorFlow again."""
+    from absl import flags
+
+    others = set(flags.FLAGS)
 
     def call(command: ModuleType, *arguments: object, positional: bool = False) -> None:
-        from absl import flags
-
+        for name in set(flags.FLAGS) - others:  # of a call before
+            delattr(flags.FLAGS, name)
         command.define_flags()
         flags.FLAGS.set_gnu_getopt(positional)
         rest = flags.FLAGS([command.__name__, *map(str, arguments)])[1:]

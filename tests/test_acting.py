@@ -1,7 +1,5 @@
 """Predicting what persons in video files do: boxes from files and from a detector, tables and drawn videos."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from x3d_tf.evaluation.acting import (
     in_words,
 )
 
-ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 NAMES = ("sit", "talk to (e.g., self, a person, a group)", "wave")
 ROWS = (
@@ -202,21 +199,18 @@ def test_what_cannot_be_read_leaves_nothing(tmp_path: Path, model: Any) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["words.mp4"]
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    run = [sys.executable, "-m", "x3d_tf.predict", *map(str, arguments)]
-    return subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_the_command_writes_and_draws(
-    model: Any, film: Path, listed: Path, tmp_path: Path, in_process: Callable[..., None]
+    model: Any, film: Path, listed: Path, tmp_path: Path, in_process: Callable[..., None], capsys: Any
 ) -> None:
     x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "model.keras")
     (tmp_path / "words.mp4").write_text("no video\n" * 100)
     common = (f"--model={tmp_path / 'model.keras'}", f"--boxes={listed}", f"--draw={tmp_path / 'drawn'}")
-    done = command(*common, f"--csv={tmp_path / 'out.csv'}", "--action_score=0", film, tmp_path / "words.mp4")
-    assert done.returncode == 1 and "1 of 2 files could not be predicted" in done.stderr
-    assert "has no boxes of words" in done.stderr
-    assert "film.mp4      1 s  person 2: " in done.stdout and "written: " in done.stdout
+    arguments = (*common, f"--csv={tmp_path / 'out.csv'}", "--action_score=0", film, tmp_path / "words.mp4")
+    with pytest.raises(SystemExit, match="1 of 2 files could not be predicted"):
+        in_process(predict, *arguments, positional=True)
+    printed = capsys.readouterr()
+    assert "has no boxes of words" in printed.err
+    assert "film.mp4      1 s  person 2: " in printed.out and "written: " in printed.out
     table = read_boxes(tmp_path / "out.csv", "detections", dict(enumerate(NAMES, 1)), seconds=(0, 9))
     assert len(table) == 3 * 3
     assert probe(tmp_path / "drawn" / "film.mp4").delivered == 75

@@ -18,7 +18,6 @@ from video_fixtures import (
     write_video,
 )
 
-from x3d_tf import build_records as build_records_command
 from x3d_tf._checks import UserError
 from x3d_tf.build_records import summary
 from x3d_tf.data import builder, encoding, frame_folders, index
@@ -324,8 +323,10 @@ def test_the_command(
     assert "Traceback" not in again.stderr
     shard = output / manifest.splits["test"].shards[0].file
     shard.write_bytes(shard.read_bytes()[:-1])
+    from x3d_tf import build_records as module
+
     with pytest.raises(UserError, match=f"^{re.escape(str(output))} holds 1 damaged shards"):
-        in_process(build_records_command, "--verify", f"--output={output}")
+        in_process(module, "--verify", f"--output={output}")
     train, test, damaged = capsys.readouterr().out.splitlines()
     assert train.endswith("; none damaged")
     assert test.endswith("; 1 damaged")

@@ -242,7 +242,11 @@ def config_of(folder: Path, **changes: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train(config_of(folder), tmp_path_factory.mktemp("runs") / "detector")
+    tf.config.run_functions_eagerly(True)  # tracing takes longer than six steps; slow tests train with traced ones
+    try:
+        return train(config_of(folder), tmp_path_factory.mktemp("runs") / "detector")
+    finally:
+        tf.config.run_functions_eagerly(False)
 
 
 def test_a_run_leaves_a_detector(run: Any) -> None:
