@@ -60,8 +60,8 @@ def test_pytorchvideo(golden: dict[str, np.ndarray]) -> None:
     assert_close(model(clips("clips/large", 1, 5, 104, 104)), golden["pytorchvideo/logits_fixed"])
 
 
-def test_two_training_steps(uncompiled: None, golden: dict[str, np.ndarray]) -> None:
-    """As plain operations; the forms for CPUs are compared in a step with the tensors of pytorchvideo."""
+def test_two_training_steps(eager: None, golden: dict[str, np.ndarray]) -> None:
+    """Operations one by one; the forms for CPUs are compared in a step with the tensors of pytorchvideo."""
     model = xs(48)
     optimizer = SGD(0.05, momentum=0.9, l2=5e-3)
     optimizer.exclude(w for w in model.trainable_weights if w.name in ("gamma", "beta"))
