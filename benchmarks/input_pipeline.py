@@ -29,6 +29,7 @@ import tensorflow as tf
 from reporting import machine, versions
 
 import x3d_tf
+from x3d_tf._files import write_whole
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.index import VIDEOS_PER_SHARD
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
@@ -146,7 +147,7 @@ def report(rows: list[str], figures: dict[str, Any], settings: argparse.Namespac
         "versions": versions(),
         "machine": machine() | {"gpus": gpus},
     }
-    Path(settings.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(Path(settings.json), (json.dumps(result, indent=2) + "\n").encode())
     print(f"written to {settings.json}")
 
 

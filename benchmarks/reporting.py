@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from measuring import Measured, Measurement
 
+from x3d_tf._files import write_whole
 from x3d_tf._machine import usable_cpus
 
 PACKAGES = (
@@ -136,7 +137,7 @@ def write_json(path: str | Path, settings: dict[str, Any], tables: list[Any]) ->
         "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
         "tables": tables,
     }
-    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(Path(path), (json.dumps(result, indent=1) + "\n").encode())
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,11 +22,12 @@ from x3d_tf._files import WriteError
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.testing import evaluate_run
-from x3d_tf.runs.checkpointing import Checkpoints
+from x3d_tf.runs.checkpointing import Checkpoints, checkpoint_steps
 from x3d_tf.runs.recipe import Recipe, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.history import History
 from x3d_tf.training.loop import Trainer, train
+from x3d_tf.training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -177,6 +179,7 @@ def test_a_damaged_record_is_named(records: Path, tmp_path: Path) -> None:
 COMMAND = """
 import sys
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {tests!r})
 from test_training import config_of
 from x3d_tf.training.loop import train
@@ -245,6 +248,36 @@ def test_ctrl_c_loses_no_step(
     assert [row["step"] for row in run.read_history()] == [10, 20, 27, 30, 40, 50, 60]
     for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_step_taken_as_a_signal_comes_is_in_the_history(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    call, losses = TrainStep.__call__, []
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def step_and_signal(step: TrainStep, batches: object, steps: int) -> dict[str, Any]:
+        measured = call(step, batches, steps)
+        losses.extend(measured["loss"].numpy())
+        if len(losses) == 13:
+            signal.raise_signal(number)  # after the step, before its loss is handed over
+        return measured
+
+    before = signal.signal(number, stopped)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TrainStep, "__call__", step_and_signal)
+            train(config_of(records), tmp_path / "run")
+        assert signal.getsignal(number) is stopped
+    finally:
+        signal.signal(number, before)
+    rows = RunFolder(tmp_path / "run").read_history()
+    assert [row["step"] for row in rows] == [10, 13] and len(losses) == 13
+    assert rows[1]["loss"] == pytest.approx(np.mean(losses[10:]), rel=1e-6)
+    assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [13]
 
 
 @pytest.mark.slow
@@ -344,6 +377,7 @@ def test_only_damaged_checkpoints_are_an_error(finished: RunFolder, records: Pat
 TWO_DEVICES = """
 import sys
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {tests!r})
 import numpy as np
 import tensorflow as tf

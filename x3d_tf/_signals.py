@@ -43,6 +43,28 @@ def stop_in_order() -> None:
     threading.Thread(target=_count, args=(reader,), daemon=True).start()
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM raise after the block, not within it; an error of the block goes first.
+
+    Only in the main thread, in which Python handles signals. The block should be short.
+    """
+    held: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    raising = {number: handler for number, handler in before.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        raising = {}
+    try:
+        for number in raising:
+            signal.signal(number, lambda *got: held.append(got))
+        yield
+    finally:
+        for number, handler in raising.items():
+            signal.signal(number, handler)
+    for number, frame in held[:1]:
+        raising[number](number, frame)
+
+
 def _count(pipe: int) -> None:
     """Counts signals in a thread of its own: the main one may be within an operation of TensorFlow for long."""
     count = 0

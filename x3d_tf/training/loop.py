@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
+from x3d_tf._signals import held_back
 from x3d_tf.data.clips import input_contract
 from x3d_tf.data.datasets import HELD_OUT, hold_out, open_dataset
 from x3d_tf.data.index import Record
@@ -167,13 +168,15 @@ class Trainer:
             self._refresh_statistics(first)
             self._validate(run, history, first)
         batches, done = iter(self._batches(first)), first
+        self.step.trace(batches)  # takes long, and may be interrupted
         while done < self.steps and not self._out_of_patience(history):
             count = self._until_pause(done)
-            history.add(self.step(batches, count))
-            done += count
-            bar.update(count)
-            if self._is_checkpoint(done) or done // _ROW_STEPS != (done - count) // _ROW_STEPS:
-                bar.set_postfix_str(history.end_row(done))
+            with held_back():  # a step that was taken must not be missing from the history
+                history.add(self.step(batches, count))
+                done += count
+                bar.update(count)
+                if self._is_checkpoint(done) or done // _ROW_STEPS != (done - count) // _ROW_STEPS:
+                    bar.set_postfix_str(history.end_row(done))
             if self._is_checkpoint(done):
                 self._refresh_statistics(done)
                 checkpoints.save(done)  # before the validation, which may take long or fail

@@ -96,6 +96,10 @@ class TrainStep:
         """
         return self._steps(batches, tf.constant(steps))
 
+    def trace(self, batches: Any) -> None:
+        """Turns the step into a graph, which its first call would do; takes no step. Argument as of a call."""
+        self._steps.get_concrete_function(batches, tf.constant(1))
+
     def _many(self, batches: Any, steps: Any) -> dict[str, Any]:
         rows = tf.TensorArray(tf.float32, steps)
         for index in tf.range(steps):
