@@ -377,7 +377,8 @@ def pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
             if words == "getattr":
                 with_code = Runs(getattr, "", "join")
             yield f"{words}, protocol {protocol}", pickle.dumps({"model_state": with_code}, protocol)
-    yield "a list in lists", b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."
+    yield "a list in lists", b"\x80\x02" + b"]" * 1_000_000 + b"a" * 999_999 + b"."
+    yield "a tuple in tuples", b"\x80\x02)" + b"\x85" * 1_900_000 + b"."
     yield "a number of 1 GB", b"\x80\x02\x8b" + struct.pack("<i", 10**9) + b"."
     yield "a text of 2^62 bytes", b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"."
     yield "memo 2^31", b"\x80\x02N" + b"r" + struct.pack("<I", 2**31) + b"."

@@ -33,6 +33,7 @@ from harness import (
 )
 
 STEPS, EVERY = 9, 3
+DATA = ".data-00000-of-00001"
 Change = Callable[[Path, Path], Any]  # of a run folder, given that of the canaries
 
 
@@ -113,6 +114,25 @@ RESUMES: dict[str, Change] = {
         for name in ("", "-1", "1e9", "٣", "9" * 200, "6.index")
     ],
     **{
+        f"checkpoints/{name} is a link outside": linked(f"checkpoints/{name}", target)
+        for name, target in {
+            "ckpt-3.index": "canary",
+            f"ckpt-3{DATA}": "canary",
+            ".partial-ckpt.index": "canary",
+            f".partial-ckpt{DATA}": "canary",
+            ".partial-ckpt_temp": "folder",
+            "ckpt-9_temp": "folder",
+            "ckpt-9.index": "missing",
+            f"ckpt-9{DATA}": "canary",
+        }.items()
+    },
+    "tensorboard is a link outside": linked("tensorboard", "folder"),
+    "evaluation is a link outside": linked("evaluation", "folder"),
+}
+
+# these end in an error, and history.csv stays
+REFUSED: dict[str, Change] = {
+    **{
         f"{name} is a link outside": linked(name, "canary")
         for name in (
             ".history.csv.partial",
@@ -123,14 +143,10 @@ RESUMES: dict[str, Change] = {
             "curves.png",
             "labels.txt",
             "input.json",
+            "trained.txt",
+            ".lock",
         )
     },
-    "tensorboard is a link outside": linked("tensorboard", "folder"),
-    "evaluation is a link outside": linked("evaluation", "folder"),
-}
-
-# these end in an error, and history.csv stays
-REFUSED: dict[str, Change] = {
     "both indexes are gone": removed("checkpoints/*.index"),
     "the folder of checkpoints is gone": removed("checkpoints"),
     "checkpoints is a link outside": linked("checkpoints", "folder"),
@@ -162,10 +178,11 @@ def attempt(report: Report, folder: Path, whole: Path, cut: Path, change: Change
     history = (workdir / "history.csv").read_bytes()
     ended = train(report, cut.parent / "tiny.gin", workdir)
     after = contents(canaries)
-    harmed = sorted(name for name in before if after.get(name) != before[name])
-    if harmed:
+    # tensorboard and evaluation may lie on another disk: what is new there the run was told to write
+    new = [name for name in after if name not in before and not (resumes and name.startswith("folder/"))]
+    if harmed := sorted(name for name in before if after.get(name) != before[name]) + new:
         gone = [name for name in harmed if name not in after]
-        return f"FILES OUTSIDE WERE HARMED: {harmed}, of which {gone} are gone"
+        return f"FILES OUTSIDE WERE HARMED: {harmed}, of which {gone} are gone and {new} are new"
     if not resumes:
         kept = (workdir / "history.csv").is_file() and (workdir / "history.csv").read_bytes() == history
         return refused(ended) or (None if kept else "history.csv is not what it was")

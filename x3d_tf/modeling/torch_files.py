@@ -23,7 +23,8 @@ from x3d_tf._files import write_whole
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of PyTorch before 1.6
 _LIMIT = 8 * 2**30  # bytes of a file; ten times the training checkpoint of the largest network
-_INSTRUCTIONS = 2_000_000  # of a pickle; a training checkpoint of X3D-XXL has a fifth of that
+_INSTRUCTIONS = 1_000_000  # of a pickle; a training checkpoint of X3D-XXL has two fifths of that
+_STACK = 50_000  # values that a pickle leaves open at once; pickle itself closes lists and dicts every 1,000 entries
 _DIRECTORY = 16 * 2**20  # bytes of a zip file's list of its parts; a training checkpoint of X3D-XXL has half a million
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -250,6 +251,8 @@ def _unpickle(stream: io.BytesIO, storage_of: Callable[[Any], _Storage]) -> Any:
             if count >= _INSTRUCTIONS:
                 raise _Malformed(f"its pickle has more than {_INSTRUCTIONS} instructions")
             machine.step(opcode.name, argument)
+            if len(machine.stack) > _STACK:  # each is a level of nesting, or waits for its list or dict
+                raise _Malformed(f"its pickle nests or leaves open more than {_STACK} values")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, _Malformed):
             raise
