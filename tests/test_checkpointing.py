@@ -163,6 +163,31 @@ def test_a_damaged_newest_gives_way(make: Make, run: RunFolder, counter: tf.Vari
     assert names(run.checkpoints) == files_of(40, 50)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(
+    make: Make, run: RunFolder, counter: tf.Variable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(make(), counter, 10, 20)
+    for file in files_of(20):
+        (run.checkpoints / file).rename(run.checkpoints / file.replace("20", "1000"))
+    assert make().restore() == 10
+    assert "ckpt-1000.index must be 1000, as its name says, got 20" in capsys.readouterr().err
+    with pytest.raises(UserError, match="ckpt-1000.index must be 1000, as its name says, got 20"):
+        load_checkpoint(run, 1000)
+
+
+@pytest.mark.parametrize("ending", [".index", ".data-00000-of-00001"])
+def test_a_pipe_in_place_of_a_checkpoint_is_not_opened(
+    make: Make, run: RunFolder, counter: tf.Variable, ending: str
+) -> None:
+    save(make(), counter, 10, 20)
+    pipe = run.checkpoints / f"ckpt-20{ending}"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"ckpt-20{ending} does not exist or is not a file"):
+        load_checkpoint(run, 20)
+    assert make().restore() == 10
+
+
 @pytest.fixture
 def limited() -> Iterator[Callable[[int], None]]:
     """Limits the size of files, which fails as a full disk does."""

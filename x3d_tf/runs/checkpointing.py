@@ -1,6 +1,7 @@
 """Checkpoints of a run: the two newest are kept, and a damaged one falls back to the one before.
 
 A checkpoint of step N is two files, `ckpt-N.data-00000-of-00001` and `ckpt-N.index`, and exists when the second does.
+It also holds N, so that renamed files are refused.
 Which there are is read from the folder's listing alone. TensorFlow's own list, a text file `checkpoint` with paths, is
 neither written nor read: a run folder may come from somebody else, and what such a text names would be deleted.
 """
@@ -79,9 +80,11 @@ class Checkpoints:
         description = Description.of(model, class_names=model.class_names, form="trainable")
         self._texts = {"origin": json.dumps(asdict(origin)), "description": description.to_json()}
         self._variables = {name: tf.Variable(text, trainable=False) for name, text in self._texts.items()}
+        self._step = tf.Variable(0, trainable=False, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(
             **{role: {str(i): variable for i, variable in enumerate(part)} for role, part in roles.items() if part},
             **self._variables,
+            step=self._step,
         )
         self._newest: int | None = None  # intact, and written or read by this process
 
@@ -98,6 +101,7 @@ class Checkpoints:
             with _writing(index):
                 self.folder.mkdir(exist_ok=True)
                 self._remove_leftovers()
+                self._step.assign(step)
                 partial = self._checkpoint.write(str(self.folder / _PARTIAL))
                 index.unlink(missing_ok=True)  # a damaged one of this step must not meet the new data
                 for ending in _ENDINGS:
@@ -129,7 +133,7 @@ class Checkpoints:
             prefix = _prefix(self.folder, step)
             try:
                 # First, for the variables of another network would not fit.
-                origin = Origin(**json.loads(_open(prefix).get_tensor(f"origin{_SUFFIX}")))
+                origin = Origin(**json.loads(_open(self.folder, step).get_tensor(f"origin{_SUFFIX}")))
                 if (origin.config, origin.records) == (self._origin.config, self._origin.records):
                     self._checkpoint.read(prefix).assert_consumed()  # neither variable nor content is left over
             except Exception as error:  # a damaged file makes TensorFlow raise almost anything
@@ -212,7 +216,7 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
     """
     prefix = _prefix(run.checkpoints, step)
     try:
-        reader = _open(prefix)
+        reader = _open(run.checkpoints, step)
         room = Path(f"{prefix}{_ENDINGS[0]}").stat().st_size
         description = Description.from_json(reader.get_tensor(f"description{_SUFFIX}"))
         role = "average" if reader.has_tensor(f"average/0{_SUFFIX}") else "weights"
@@ -225,12 +229,16 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
     return model
 
 
-def _open(prefix: str) -> Any:
+def _open(folder: Path, step: int) -> Any:
     """A reader of a checkpoint whose tensors are no larger than its file: TensorFlow allocates before it reads.
 
     Raises:
-        UserError: they are larger; TensorFlow's own errors where it is damaged.
+        UserError: they are larger, the files are none or of another step; TensorFlow's own errors where it is damaged.
     """
+    prefix = _prefix(folder, step)
+    for ending in _ENDINGS:  # TensorFlow would wait for ever for what comes through a pipe
+        if not Path(f"{prefix}{ending}").is_file():
+            raise UserError(f"{prefix}{ending} does not exist or is not a file")
     data = Path(f"{prefix}{_ENDINGS[0]}")
     size = data.stat().st_size
     require(not Path(prefix).is_dir(), prefix, "not be a folder, from which TensorFlow would read another", "one")
@@ -240,6 +248,8 @@ def _open(prefix: str) -> Any:
         # A text takes a byte at least for its length, and what TensorFlow allocates for it takes 24.
         left -= math.prod(shape) * (types[name].size if types[name] != tf.string else 24 if shape else 1)
         require(left >= 0, f"tensors of {prefix}.index", f"fit into the {size} bytes of {data.name}", name)
+    stored = int(reader.get_tensor(f"step{_SUFFIX}"))
+    require(stored == step, f"the step in {prefix}.index", f"be {step}, as its name says", stored)
     return reader
 
 
