@@ -61,8 +61,8 @@ def held_back() -> Iterator[None]:
     finally:
         for number, handler in raising.items():
             signal.signal(number, handler)
-    for number, frame in held[:1]:
-        raising[number](number, frame)
+    for got, frame in held[:1]:
+        raising[signal.Signals(got)](got, frame)
 
 
 def _count(pipe: int) -> None:
