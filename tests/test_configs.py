@@ -120,6 +120,7 @@ def test_the_texts_can_be_parsed_again(tmp_path: Path) -> None:
         ('Expansion.gamma_b="a"', "Expansion.gamma_b must be float, got 'a'"),
         ("Expansion.gamma_t=1.5", "Expansion.gamma_t must be int, got 1.5"),
         ("Expansion.gamma_b=-1", "Expansion.gamma_b must be positive, got -1"),
+        ("Expansion.gamma_d=1e9", "Expansion.gamma_d must give at most 1000 blocks"),
         ("Expansion.gamma_s=160/112", "Expansion.gamma_s=160/112"),
         ("ModelOptions.se='some'", "ModelOptions.se must be .*'alternate'.*, got 'some'"),
         ("Recipe.warmup_steps=400", r"warmup_steps must be in \[0, steps = 320\), got 400"),

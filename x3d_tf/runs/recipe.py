@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
 from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
 
 
@@ -207,6 +207,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_field_types(self)
+        plan(self.expansion, self.model)  # whose bounds are to be known before records are made
         require(self.test_views >= 1, "TrainConfig.test_views", "be at least 1", self.test_views)
         require(self.checkpoint_steps >= 1, "TrainConfig.checkpoint_steps", "be at least 1", self.checkpoint_steps)
         require(0 <= self.seed < 2**31, "TrainConfig.seed", "be in [0, 2**31)", self.seed)
