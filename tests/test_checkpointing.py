@@ -171,7 +171,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(
         (run.checkpoints / file).rename(run.checkpoints / file.replace("20", "1000"))
     assert make().restore() == 10
     assert "ckpt-1000.index must be 1000, as its name says, got 20" in capsys.readouterr().err
-    with pytest.raises(UserError, match="ckpt-1000.index must be 1000, as its name says, got 20"):
+    with pytest.raises(UserError, match=r"ckpt-1000\.index must be 1000, as its name says, got 20"):
         load_checkpoint(run, 1000)
 
 
