@@ -16,13 +16,13 @@ import tensorflow as tf
 
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import ViewSpec
+from x3d_tf.data.records import MAX_PIXELS
 from x3d_tf.modeling.deployed import deployed
 from x3d_tf.modeling.lowerings.tensorflow import clip_by_clip
 
 from .models import Source
 
 TOP = 5
-MAX_PIXELS = 1 << 25  # of a frame: 8K video has 33,177,600. More is refused, for a few bytes can ask for gigabytes
 MAX_ELONGATION = 16  # of a frame's sides: more, and scaling the short side up would make a huge picture of a small one
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"  # how files begin
 _DECODING = 8  # frames at a time

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -464,3 +465,9 @@ def test_an_action_that_is_called_as_a_missing_one_would_be(folder: Path, tmp_pa
     (tmp_path / "train.csv").write_text(f"film,0902,{A},12,0\n")
     with pytest.raises(UserError, match=r"label_map must name no action as .*, got \['action 2'\]"):
         find_key_frames(folder / "videos", {"train": tmp_path / "train.csv"}, label_map=tmp_path / "map.pbtxt")
+
+
+def test_a_pipe_among_the_frames_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1.jpg")
+    with pytest.raises(VideoError, match=r"1\.jpg: is no file"):
+        encode_folder(tmp_path)

@@ -442,3 +442,15 @@ def test_evaluation_settings_are_checked(manifest: Manifest) -> None:
         evaluation_dataset(manifest, "train", CLIP, views, batch_videos=0)
     with pytest.raises(ValueError, match=r"clip_starts must be .* got 'first'"):
         evaluation_dataset(manifest, "train", CLIP, views, clip_starts="first")  # type: ignore[arg-type]
+
+
+def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64)).save(buffer, "JPEG")
+    jpeg = bytearray(buffer.getvalue())
+    sides = jpeg.index(b"\xff\xc0") + 5  # height and width, 16 bits each
+    jpeg[sides : sides + 4] = (5793).to_bytes(2, "big") * 2  # 5792 x 5792 would be allowed
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too many pixels"):
+        pipeline.decode_frames(tf.constant([bytes(jpeg)]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too many pixels"):
+        tf.function(pipeline.decode_frames)(tf.constant([bytes(jpeg)]))

@@ -19,6 +19,7 @@ from video_fixtures import numbered_frames, write_records, write_video
 
 import x3d_tf
 from x3d_tf import _csv
+from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, partial_of
 from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
 from x3d_tf.data.pipeline import evaluation_dataset
@@ -525,3 +526,12 @@ def test_real_videos_equal_a_plain_loop(linear: Any, shared_data: Path) -> None:
         (result,) = predictions(linear, [path], temporal_views=2)
         expected = naive_probabilities(linear, decoded(path), probe(path).fps, 2)
         np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
+
+
+def test_one_process_writes_a_file_of_predictions(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    message = r"another process is writing .*a\.csv \(process .*\); wait for it"
+    with csv_table(path, ["one"]), pytest.raises(UserError, match=message), csv_table(path, ["other"]):
+        pass
+    assert path.read_text().startswith("video,start,end,predicted,error,p(one)")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]

@@ -7,12 +7,15 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 from x3d_tf.export.serving import client, rest
+
+from x3d_tf._checks import UserError
 
 Talk = Callable[[socket.socket], Any]
 
@@ -283,3 +286,11 @@ def test_a_models_name_is_no_path() -> None:
     wanted = r"/v1/models/\.\.%2Fa%20b%3Fc%0A:predict: 404 None"
     with serving(sends(b"", "404 None")) as address, pytest.raises(ValueError, match=wanted):
         client.rest_asker(address, "../a b?c\n", 20)([b""])
+
+
+@pytest.mark.parametrize("stride", [1001, 10**400])
+def test_a_card_of_an_absurd_stride_is_refused(tmp_path: Path, stride: int) -> None:
+    fed = {"frames": 4, "stride": stride, "crop": 32, "frame_sampling": "slowfast", "resize": 32}
+    (tmp_path / "card").write_text(json.dumps({"input": fed, "classes": ["a"]}))
+    with pytest.raises(UserError, match="stride must"):
+        client.Contract.read(tmp_path / "card")

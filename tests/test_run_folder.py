@@ -1,6 +1,7 @@
 """Run folders: which configuration may continue there, one process at a time, and never from scratch unasked."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -195,3 +196,24 @@ def test_one_process_writes_a_report(tmp_path: Path) -> None:
     ):
         pass
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("cell", ["9" * 200_000, "inf", "nan", "1e300", "\ufffd"])
+def test_a_damaged_history_ends_before_the_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str
+) -> None:
+    run = begun(tmp_path / "run")
+    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 40.0)
+    run.write_history([row, row])
+    text = run.history.read_text().replace("40,40.0", f"40,{cell}", 2).replace(f"40,{cell}", "40,40.0", 1)
+    run.history.write_bytes(text.encode().replace("\ufffd".encode(), b"\xff"))
+    assert run.read_history() == [row]
+    assert "history.csv is damaged after row 1; the rest is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["Recipe.steps", "Recipe.learning_rate", "Expansion.gamma_w", "Recipe.decay_steps"])
+def test_a_number_of_a_configuration_fits_into_64_bits(setting: str) -> None:
+    value = [10**400] if setting == "Recipe.decay_steps" else 10**400
+    text = json.dumps(CONFIG.settings() | {setting: value})
+    with pytest.raises(UserError, match=f"{setting} must fit into 64 bits, got 1000"):
+        TrainConfig.from_json(text)

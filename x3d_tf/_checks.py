@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+_LARGEST = 2**63 - 1  # of whole numbers: beyond, they fit neither TensorFlow nor, far beyond, a float
 _LONGEST_SHOWN = 500  # characters of a value in a message
 
 
@@ -42,6 +43,7 @@ def check_field_types(instance: Any) -> None:
 
     Raises:
         SettingTypeError: naming the class, the field, the type expected and the value received.
+        UserError: a whole number that does not fit into 64 bits.
     """
     hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
@@ -49,7 +51,11 @@ def check_field_types(instance: Any) -> None:
         if not _matches(value, hints[field.name]):
             hint = hints[field.name]
             expected = str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
-            raise SettingTypeError(f"{type(instance).__name__}.{field.name} must be {expected}, got {value!r}")
+            raise SettingTypeError(f"{type(instance).__name__}.{field.name} must be {expected}, got {_shown(value)}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int):
+                setting = f"{type(instance).__name__}.{field.name}"
+                require(abs(number) <= _LARGEST, setting, "fit into 64 bits", number)
 
 
 def some(names: Sequence[str]) -> str:

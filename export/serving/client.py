@@ -33,7 +33,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf._terminal import one_line
 from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
 from x3d_tf.data.video import VideoError, encode_jpeg, probe, read_frames
-from x3d_tf.modeling.expansion import ClipSpec
+from x3d_tf.modeling.expansion import MAX_FRAMES, MAX_STRIDE, ClipSpec
 
 from . import rest
 
@@ -44,7 +44,7 @@ _SHORT_SIDE = 256  # pixels, of the frames of records
 _REQUESTS = 4  # at a time
 _TOP = 5
 _DAY = 86400  # seconds
-_MAX_FRAMES, _MAX_SIDE = 1024, 4096  # of a card
+_MAX_SIDE = 4096  # of a card
 _ROUNDING = 1e-5  # by which float32 may pass 1
 
 Ask = Callable[[Sequence[bytes]], NDArray[np.float32]]  # JPEG files of a clip's frames -> probabilities
@@ -78,7 +78,8 @@ class Contract:
             fed = card["input"]
             sampling, resize, classes = fed["frame_sampling"], fed["resize"], card["classes"]
             clip = ClipSpec(fed["frames"], fed["stride"], fed["crop"])
-            require(clip.frames <= _MAX_FRAMES, "frames", f"be at most {_MAX_FRAMES}", clip.frames)
+            require(clip.frames <= MAX_FRAMES, "frames", f"be at most {MAX_FRAMES}", clip.frames)
+            require(clip.stride <= MAX_STRIDE, "stride", f"be at most {MAX_STRIDE} source frames", clip.stride)
             ok = type(resize) is int and clip.size <= resize <= _MAX_SIDE
             require(ok, "resize", f"be a whole number from {clip.size}, the crop, to {_MAX_SIDE}", resize)
             require(sampling in get_args(FrameSampling), "frame_sampling", "be that of a classifier", sampling)

@@ -123,6 +123,8 @@ def _images(folder: Path, changed: int) -> list[Path]:
 def _jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
     """A JPEG file of the image, and its height and width."""
     try:
+        if not path.is_file():  # a pipe would never end
+            raise VideoError(path, "is no file")
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:  # no other decoder of Pillow
             height, width = image.height, image.width
@@ -130,6 +132,8 @@ def _jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, 
                 image.load()  # raises where it is damaged
                 return content, (height, width)
             pixels = image.convert("RGB")
+    except VideoError:
+        raise
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise VideoError(path, f"cannot be read as an image: {error}") from error
     if min(height, width) > short_side:

@@ -21,7 +21,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec, frame_indices, last_start, view_starts
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.records import ParsedRecord, fault_of, parse_record, stored_record
+from x3d_tf.data.records import ParsedRecord, decode_frame, fault_of, parse_record, stored_record
 from x3d_tf.modeling.expansion import ClipSpec
 
 PARALLEL_VIDEOS = 4  # of testing
@@ -316,12 +316,7 @@ def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
 
 def decode_frames(jpegs: tf.Tensor) -> tf.Tensor:
     """JPEG files, string [n], to pixels, uint8 [n, height, width, 3]."""
-
-    def decode(jpeg: tf.Tensor) -> tf.Tensor:
-        # The accurate transform is the one that other decoders use by default.
-        return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
-
-    return tf.map_fn(decode, jpegs, fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8))
+    return tf.map_fn(decode_frame, jpegs, fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8))
 
 
 def chances(seed: int, place: Place) -> tf.Tensor:

@@ -35,6 +35,7 @@ _REGIONS = {
     "region/label/index": tf.io.RaggedFeature(tf.int64),
     "region/is_annotated": tf.io.FixedLenSequenceFeature([], tf.int64),
 }
+MAX_PIXELS = 1 << 25  # of a frame: 8K video has 33,177,600. A few bytes can ask for gigabytes
 _FRAMES = {"image/encoded": tf.io.FixedLenSequenceFeature([], tf.string)}
 
 
@@ -231,6 +232,19 @@ def parse_record(serialized: tf.Tensor) -> ParsedRecord:
     )
 
 
+def decode_frame(jpeg: tf.Tensor) -> tf.Tensor:
+    """Returns the pixels of a JPEG file, uint8 [height, width, 3], in a graph or eagerly.
+
+    Raises:
+        tf.errors.InvalidArgumentError: a file that is no JPEG, or has more than `MAX_PIXELS` pixels.
+    """
+    shape = tf.cast(tf.io.extract_jpeg_shape(jpeg), tf.int64)  # [height, width, channels], from the header
+    few = tf.debugging.assert_less_equal(shape[0] * shape[1], tf.constant(MAX_PIXELS, tf.int64), "too many pixels")
+    with tf.control_dependencies([few] if few is not None else []):  # eagerly it is None
+        # The accurate transform is the one that other decoders use by default.
+        return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
+
+
 class ShardWriter:
     """Writes a TFRecord file that appears under its name only when whole: used as a context manager.
 
@@ -387,9 +401,9 @@ def fault_of(path: Path, offset: int, length: int, size: int) -> str:
         return "its bytes hold no video"
     for number, jpeg in enumerate(parsed.frames):
         try:
-            tf.io.decode_jpeg(jpeg, channels=3)
+            decode_frame(jpeg)
         except tf.errors.InvalidArgumentError:
-            return f"frame {number} is no JPEG image"
+            return f"frame {number} is no JPEG image of at most {MAX_PIXELS} pixels"
     return "its labels, name or boxes are not those that the manifest lists, or reading failed for a moment only"
 
 

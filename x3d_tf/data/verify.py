@@ -19,7 +19,15 @@ from tqdm import tqdm
 from x3d_tf._checks import UserError
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
-from x3d_tf.data.records import NO_LABEL, ParsedAnnotation, parse_annotation, parse_record, stated_length, stored_record
+from x3d_tf.data.records import (
+    NO_LABEL,
+    ParsedAnnotation,
+    decode_frame,
+    parse_annotation,
+    parse_record,
+    stated_length,
+    stored_record,
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -
     listed = [manifest.classes[label] for label in record.labels]
     if names != listed:
         raise UserError(f"{where} is of the classes {names!r}, and {MANIFEST_NAME} says {listed!r}")
-    tf.io.decode_jpeg(parsed.frames[0], channels=3)
+    decode_frame(parsed.frames[0])
     if manifest.task == "detection":
         _verify_boxes(where, parse_annotation(serialized), record)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import WriteError, partial_of, put_in_place, writing
+from x3d_tf._locks import locked
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import STRIDE_FPS, FrameSampling, ViewSpec, frame_indices, view_starts
 from x3d_tf.data.video import Pixels, VideoError, probe, read_frames
@@ -453,6 +454,8 @@ class _Results:
 def _results_file(path: Path, overwrite: bool, end: str = "") -> Iterator[_Results]:
     """A file to write that appears under its name when the block has ended well, else as `unfinished`.
 
+    Within the block no other process may write it.
+
     Args:
         path: of the file.
         overwrite: whether it may be replaced.
@@ -460,11 +463,21 @@ def _results_file(path: Path, overwrite: bool, end: str = "") -> Iterator[_Resul
     """
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; give another path, or overwrite=True")
-    partial = partial_of(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    conflict = f"another process is writing {path}"
+    with locked(lock, conflict, "wait for it, or give another path"), _written(path, end) as results:
+        yield results
+
+
+@contextmanager
+def _written(path: Path, end: str) -> Iterator[_Results]:
+    partial = partial_of(path)
+    with writing(path):
+        partial.unlink(missing_ok=True)  # a link would lead to another file
         # file names that are no UTF-8 come out as escapes
-        file = partial.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+        file = partial.open("x", newline="", encoding="utf-8", errors="backslashreplace")
 
     def finish(place: Path) -> None:
         with writing(place):

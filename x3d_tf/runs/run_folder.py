@@ -1,7 +1,8 @@
 """The folder of a run: which files it holds, and whether a configuration may go on in it. Imports no TensorFlow."""
 
-import math
+import csv
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ HISTORY_FIELDS = (
     "boxes_left_out",
 )
 _OPTIONAL_FIELDS = HISTORY_FIELDS[-3:]
+_LARGEST = 1e100  # of a value of the history
 _INDEX = re.compile(r"ckpt-(0|[1-9][0-9]{0,17})\.index", re.ASCII)
 _TRAINED = (
     "A checkpoint of this run has been written, so that training does not start again from step 0 where the "
@@ -175,20 +177,18 @@ class RunFolder:
             )
 
     def read_history(self) -> list[dict[str, float]]:
-        """The rows of `history.csv`; none before the first."""
+        """The rows of `history.csv` up to the first that is damaged, with a warning; none before the first."""
+        rows: list[dict[str, float]] = []
         if not self.history.is_file():
-            return []
-        rows = []
-        with self.history.open(newline="", encoding="utf-8") as file:
-            for row in _csv.dicts(file):
-                try:
-                    measured = {name: float(row[name]) for name in HISTORY_FIELDS if name not in _OPTIONAL_FIELDS}
-                    optional = {name: float(row[name]) for name in _OPTIONAL_FIELDS if row.get(name)}
-                    if not math.isfinite(measured["step"]):
-                        break
-                except (KeyError, ValueError):  # a row that was cut off when the run was killed
-                    break
-                rows.append(measured | optional)
+            return rows
+        with self.history.open(newline="", encoding="utf-8", errors="replace") as file:
+            try:
+                for row in _csv.dicts(file):
+                    rows.append(_history_row(row))
+            except (KeyError, ValueError, csv.Error):  # a row that was cut off when the run was killed, or edited
+                print(
+                    f"warning: {self.history} is damaged after row {len(rows)}; the rest is left out", file=sys.stderr
+                )
         return rows
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
@@ -199,6 +199,15 @@ class RunFolder:
         """Adds a row to `history.csv`, which has been written."""
         with writing(self.history), self.history.open("a", newline="", encoding="utf-8") as file:
             _csv.Writer(file).row(_history_cells(row))
+
+
+def _history_row(cells: Mapping[str, str]) -> dict[str, float]:
+    """The values of a row; raises KeyError or ValueError unless they are numbers that can be drawn."""
+    names = [name for name in HISTORY_FIELDS if name not in _OPTIONAL_FIELDS or cells.get(name)]
+    row = {name: float(cells[name]) for name in names}
+    if not all(abs(value) <= _LARGEST for value in row.values()):  # also of NaN
+        raise ValueError
+    return row
 
 
 def _history_cells(row: dict[str, float]) -> list[float | str]:
