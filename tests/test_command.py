@@ -101,6 +101,14 @@ def test_hostile_text_is_escaped_in_output_errors_and_warnings() -> None:
     assert done.stderr == f"warning: {name}\nerror: {name} is no video\n"
 
 
+def test_an_error_is_the_last_line_after_a_progress_bar() -> None:
+    body = (
+        "from tqdm import tqdm\n    steps = (step for step in tqdm(range(9)))\n    next(steps)\n"
+        "    raise UserError('--x must be 1, got 2')"
+    )
+    assert run(body).stderr.splitlines()[-1] == "error: --x must be 1, got 2"
+
+
 def test_a_full_standard_output_is_one_line() -> None:
     code = "from x3d_tf import _command\ndef main():\n    print('a')\n_command.run(main)"
     with Path("/dev/full").open("w") as full:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +44,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         finally:
             sys.stdout.flush()  # here, where a full disk can still be told
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
+        traceback.clear_frames(error.__traceback__)  # closes progress bars, which would end below the message
         _discard_output()
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt as error:
