@@ -103,6 +103,7 @@ def operations(folder: Path) -> dict[str, Operation]:
                 f"--model={model}",
                 *(f"--{kind}={out / name}" for kind, name in (("csv", "out.csv"), ("json", "out.json"))),
                 f"--contact_sheet={out / 'out.png'}",
+                "--overwrite",  # tables that are complete stay where the picture has no room
                 str(videos),
             ),
             _difference_of_files,
