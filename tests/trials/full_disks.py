@@ -48,11 +48,13 @@ class Operation:
         words: the command line, given the folder on the disk.
         difference: where the folder is not as that of a large disk, given both; None where it is.
         half: what in a folder, after a failure, is not complete though it has its final name, given both.
+        again: flags that the command needs to replace what it had finished.
     """
 
     words: Callable[[Path], tuple[str, ...]]
     difference: Callable[[Path, Path], str | None]
     half: Callable[[Path, Path], list[str]]
+    again: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -108,6 +110,7 @@ def operations(folder: Path) -> dict[str, Operation]:
             ),
             _difference_of_files,
             _other_files,
+            ("--overwrite",),  # the tables are kept where only the picture did not fit
         ),
         "export": Operation(
             lambda out: ("export.saved_model", f"--model={model}", f"--output={out / 'mine'}"),
@@ -133,9 +136,9 @@ def _other_files(out: Path, whole: Path) -> list[str]:
 def attempt(report: Report, operation: Operation, mount: Path, whole: Path, share: float, need: int) -> str | None:
     """One disk of a share of what is needed."""
 
-    def command() -> Ended:
+    def command(*more: str) -> Ended:
         words = operation.words(mount / "out")
-        return run(*words, folder=mount.parent, seconds=report.chosen.seconds, env={"TMPDIR": str(mount.parent)})
+        return run(*words, *more, folder=mount.parent, seconds=report.chosen.seconds, env={"TMPDIR": str(mount.parent)})
 
     with disk(mount, int(need * share)) as enlarge:
         first = command()
@@ -151,7 +154,7 @@ def attempt(report: Report, operation: Operation, mount: Path, whole: Path, shar
         if (mount / "out").exists() and (half := operation.half(mount / "out", whole)):
             return f"{share:.0%} of the need: {half} are half-written under their final names"
         enlarge(10 * need + 50_000_000)
-        if problem := succeeded(command()):
+        if problem := succeeded(command(*operation.again)):
             return f"{share:.0%} of the need, then enlarged: {problem}"
         if problem := operation.difference(mount / "out", whole):
             return f"{share:.0%} of the need, then enlarged: {problem}"
