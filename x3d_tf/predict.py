@@ -126,7 +126,6 @@ def main(videos: list[str]) -> None:
             yield result
 
     with _telling_kept(seen, len(paths), FLAGS.json, FLAGS.csv), contextlib.ExitStack() as files:
-        files.callback(results.close)  # which ends its progress bar, before an error is told below it
         sinks = []
         if FLAGS.json:
             sinks.append(files.enter_context(json_document(FLAGS.json, about, names, overwrite=FLAGS.overwrite)))

@@ -6,7 +6,7 @@ probabilities are those of testing its record but for the loss of JPEG.
 
 import itertools
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,7 @@ def predict_videos(
     frame_sampling: FrameSampling = "slowfast",
     thumbnails: int = 0,
     progress: bool = True,
-) -> Generator[Prediction | VideoError, None, None]:
+) -> Iterator[Prediction | VideoError]:
     """Predicts the classes of video files by K-Center testing: the mean of clips spread evenly over each.
 
     With `window` each video gives a prediction for each of its windows, as if that were a video of its own: windows
@@ -276,7 +276,7 @@ class _Network:
 
 def _predict(
     network: _Network, sampler: _Sampler, paths: Sequence[Path], thumbnails: int, progress: bool
-) -> Generator[Prediction | VideoError, None, None]:
+) -> Iterator[Prediction | VideoError]:
     with tqdm(total=len(paths), bar_format=_BAR, disable=not progress, mininterval=1.0) as bar:
         for done, path in enumerate(paths):
             bar.set_postfix_str(path.name.encode("utf-8", "replace").decode())
