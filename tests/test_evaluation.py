@@ -378,7 +378,8 @@ def test_watching_tests_what_comes_and_stops_with_the_run(
     assert "is finished" in output.out
     assert "warning: the checkpoint of step 50 was not tested: the checkpoint of step 50 is damaged" in output.err
 
-    found = [(step, value) for tag, step, value in scalars(run.tensorboard / folder.name) if tag == "eval/top1"]
+    # sorted: the files of the two watches are read in the order of their names, which within a second is any
+    found = sorted((step, value) for tag, step, value in scalars(run.tensorboard / folder.name) if tag == "eval/top1")
     assert [step for step, _ in found] == [10, 20, 40, 60]
     assert [value for _, value in found] == pytest.approx(expected)
 

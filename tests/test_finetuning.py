@@ -181,7 +181,8 @@ def test_a_network_that_a_checkpoint_cannot_hold_is_not_built(
     text = described.replace(f'"{factor}": 1.0', f'"{factor}": {value}')
     assert text != described
     run = RunFolder(tmp_path)
-    tf.train.Checkpoint(description=tf.Variable(text)).write(str(run.checkpoints / "ckpt-1"))
+    step = tf.Variable(1, dtype=tf.int64)
+    tf.train.Checkpoint(description=tf.Variable(text), step=step).write(str(run.checkpoints / "ckpt-1"))
     with pytest.raises(ValueError, match=rf"ckpt-1\.index cannot be read \(.*{message}"):
         load_checkpoint(run, 1)
 
