@@ -241,7 +241,7 @@ def test_ctrl_c_loses_no_step(
         patch.setattr(History, "add", stop_at_27)
         train(config_of(records), tmp_path / "run")
     first, error = capsys.readouterr()
-    assert "stopped at step 27; the same command goes on from there" in error and "warning: batch norm" not in error
+    assert "stopped at step 27; the same command resumes from there" in error and "warning: batch norm" not in error
     run = train(config_of(records), tmp_path / "run")
     assert "from the checkpoint of step 27" in capsys.readouterr().out
     assert "batch norm over 8 clips a group on each device, 1 group a step" in first

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -107,9 +108,14 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:
 
 
 def die_on_three(video: Video) -> EncodedVideo | VideoError:
-    """What a worker does on a file that crashes the decoder; here, where workers find it without TensorFlow."""
+    """What a worker does on a file that crashes the decoder, and on one for which the system ends it.
+
+    Here, where workers find it without TensorFlow.
+    """
     if video.path.name == "3":
         os._exit(1)
+    if video.path.name == "5":
+        os.kill(os.getpid(), signal.SIGKILL)
     return EncodedVideo([video.path.name.encode()], 30.0)
 
 

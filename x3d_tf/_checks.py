@@ -58,6 +58,11 @@ def check_field_types(instance: Any) -> None:
                 require(abs(number) <= _LARGEST, setting, "fit into 64 bits", number)
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message: libraries add accounts of their inner workings."""
+    return str(error).partition("\n")[0]
+
+
 def some(names: Sequence[str]) -> str:
     """The first ten of names that may be many, for a message."""
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -20,7 +20,15 @@ class _Child(SpawnProcess):
 
 
 class Ended(Exception):
-    """The process is no more; says with which status it ended."""
+    """The process is no more.
+
+    Attributes:
+        status: with which it ended; of one ended by a signal the signal's number, negative.
+    """
+
+    def __init__(self, status: int | None) -> None:
+        super().__init__(f"its process ended with status {status}")
+        self.status = status
 
 
 class TimedOut(Exception):
@@ -51,7 +59,7 @@ class Answering:
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join()
-            raise Ended(f"its process ended with status {self._process.exitcode}") from error
+            raise Ended(self._process.exitcode) from error
         if isinstance(answer, Exception):
             raise answer
         return answer

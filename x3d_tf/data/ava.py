@@ -185,7 +185,8 @@ def read_label_map(path: str | Path) -> dict[int, str]:
     rest = text[end:]
     line += text.count("\n", end, end + len(rest) - len(rest.lstrip()))
     require(not rest.strip(), f"{path}, line {line}", 'be items { name: "..." id: N }', rest.strip()[:60])
-    require(bool(found), str(path), 'hold items { name: "..." id: N }', "none")
+    if not found:
+        raise UserError(f'{path} must hold items {{ name: "..." id: N }}, and holds no item')
     return found
 
 
@@ -197,7 +198,7 @@ def _item(fields: str, where: str) -> tuple[int, str]:
     require(one, where, 'hold name: "..." and one of id: N and label_id: N', fields.strip())
     name, number = "".join(names[0]), whole(numbers[0])
     if number is None or not 1 <= number <= _MOST_ACTIONS:
-        raise UserError(f"{where} must have an id in 1..{_MOST_ACTIONS}, got {numbers[0][:60]}")
+        raise UserError(f"{where} must have an id in 1..{_MOST_ACTIONS}, got {numbers[0][:60]!r}")
     check_class_name(name, where)
     return number, name
 

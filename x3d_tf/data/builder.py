@@ -250,7 +250,7 @@ class _Build:
                     except WriteError as error:
                         raise UserError(
                             f"{error}; the {len(self.finished)} of {len(self.shards)} shards that are finished stay, "
-                            "and the same command goes on from there"
+                            "and the same command resumes from there"
                         ) from error
         splits = {
             name: join_shards([self.finished[shard.file].part for shard in self.shards if shard.split == name])

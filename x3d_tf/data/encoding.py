@@ -118,6 +118,7 @@ class _Workers:
 
     def encode(self, video: Video) -> Result:
         """The frames of a video, or why there are none; raises UserError where no worker can start."""
+        status = None
         for _ in range(_TRIES):
             worker = self._take()
             result: Result
@@ -128,19 +129,22 @@ class _Workers:
             except TimedOut:
                 self._drop(worker)
                 return Retryable(video.path, f"takes longer than {self._timeout:g} s (--timeout)")
-            except Ended:
+            except Ended as ended:
                 self._drop(worker)
+                status = ended.status
                 continue
             with self._lock:
                 self._idle.append(worker)
             return result
+        if status == -signal.SIGKILL:  # no fault of a decoder: systems end processes so where memory is short
+            return Retryable(video.path, "the system ended the process that decodes it; use fewer --workers")
         return VideoError(video.path, "kills the process that decodes it")
 
     def _take(self) -> Answering:
         """A worker that is ready."""
         with self._lock:
             if self._ended:
-                raise Ended("no more videos are wanted")
+                raise Ended(None)  # no more videos are wanted
             if self._idle:
                 return self._idle.pop()
             try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import h5py
 
-from x3d_tf._checks import UserError, require
+from x3d_tf._checks import UserError, first_line, require
 from x3d_tf.modeling.description import JSON_LIMIT, Description
 
 MEMBER = "x3d_tf.json"
@@ -72,7 +72,7 @@ def check_weights(path: Path, description: Description) -> None:
     except UserError as error:
         raise UserError(f"{path}: {WEIGHTS}: {error}") from error
     except UNREADABLE as error:
-        raise UserError(f"{path}: {WEIGHTS} cannot be read: {_line(error)}") from error
+        raise UserError(f"{path}: {WEIGHTS} cannot be read: {first_line(error)}") from error
     description.require_fit(f"{path}: {WEIGHTS}", sum(sizes), len(sizes))
 
 
@@ -104,7 +104,8 @@ def _array_sizes(file: h5py.File, limit: int) -> Iterator[int]:
             require(isinstance(link, h5py.HardLink), what, "be an array or a group, not a link", type(link).__name__)
             item = group[name]
             address = h5py.h5o.get_info(item.id).addr
-            require(address not in seen, what, "have one name", "several")
+            if address in seen:
+                raise UserError(f"{what} must have one name, and the file gives it several")
             seen.add(address)
             if isinstance(item, h5py.Group):
                 groups.append(item)
@@ -118,7 +119,8 @@ def _array_sizes(file: h5py.File, limit: int) -> Iterator[int]:
 def _bytes_of(item: Any, what: str) -> int:
     array = isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and not item.dtype.shape
     require(array, what, "be an array of numbers", type(item).__name__)
-    require(not item.external and not item.is_virtual, what, "be stored in the file itself", "an array from elsewhere")
+    if item.external or item.is_virtual:
+        raise UserError(f"{what} must be stored in the file itself, and is stored in another file or array")
     size = math.prod(item.shape) * item.dtype.itemsize
     stored = item.id.get_storage_size()
     plain = item.chunks is None and stored == size
@@ -133,8 +135,4 @@ def _not_ours(path: Path, error: Exception) -> str:
     if isinstance(error, KeyError):
         advice = "Save it so where the model is at hand"
         return f"{path} has no {MEMBER}: it was not written by x3d_tf.save(model, path). {advice}"
-    return f"{path} is not a .keras file: {_line(error)}"
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return f"{path} is not a .keras file: {first_line(error)}"

@@ -12,15 +12,15 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-from x3d_tf._checks import UserError, require
+from x3d_tf._checks import UserError, first_line, require
 from x3d_tf._files import WriteError, writing
 from x3d_tf.modeling.description import Description
 from x3d_tf.modeling.x3d import X3D
@@ -98,7 +98,7 @@ class Checkpoints:
             return
         index = Path(f"{_prefix(self.folder, step)}.index")
         try:
-            with _writing(index):
+            with writing(index):
                 self.folder.mkdir(exist_ok=True)
                 self._remove_leftovers()
                 self._step.assign(step)
@@ -137,9 +137,8 @@ class Checkpoints:
                 if (origin.config, origin.records) == (self._origin.config, self._origin.records):
                     self._checkpoint.read(prefix).assert_consumed()  # neither variable nor content is left over
             except Exception as error:  # a damaged file makes TensorFlow raise almost anything
-                print(
-                    f"warning: {prefix}.index cannot be read ({_line(error)}); trying the one before", file=sys.stderr
-                )
+                told = f"{prefix}.index cannot be read ({first_line(error)})"
+                print(f"warning: {told}; trying the one before", file=sys.stderr)
                 continue
             self._check(origin, prefix, allow_other_groups)
             for name, text in self._texts.items():
@@ -224,7 +223,7 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
         model = X3D(description.expansion, description.num_classes, description.options, task=description.task)
         model.set_weights([reader.get_tensor(f"{role}/{i}{_SUFFIX}") for i in range(len(model.weights))])
     except Exception as error:  # a damaged file makes TensorFlow raise almost anything
-        raise UserError(f"{prefix}.index cannot be read ({_line(error)})") from error
+        raise UserError(f"{prefix}.index cannot be read ({first_line(error)})") from error
     model.class_names, model.squeeze = description.class_names, description.squeeze
     return model
 
@@ -241,7 +240,8 @@ def _open(folder: Path, step: int) -> Any:
             raise UserError(f"{prefix}{ending} does not exist or is not a file")
     data = Path(f"{prefix}{_ENDINGS[0]}")
     size = data.stat().st_size
-    require(not Path(prefix).is_dir(), prefix, "not be a folder, from which TensorFlow would read another", "one")
+    if Path(prefix).is_dir():
+        raise UserError(f"{prefix} must not be a folder, from which TensorFlow would read another checkpoint")
     reader = tf.train.load_checkpoint(prefix)
     types, left = reader.get_variable_to_dtype_map(), size
     for name, shape in reader.get_variable_to_shape_map().items():
@@ -272,20 +272,5 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns TensorFlow's and the operating system's errors within the block into a `WriteError`."""
-    try:
-        with writing(path):
-            yield
-    except tf.errors.OpError as error:
-        reason = error.message.rpartition("; ")[2].partition(" [Op:")[0]
-        raise WriteError(f"{path} cannot be written: {reason}") from error
-
-
 def _prefix(folder: Path, step: int) -> str:
     return str(folder / f"ckpt-{step}")
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

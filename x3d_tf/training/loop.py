@@ -243,12 +243,12 @@ class Trainer:
     def _save_interrupted(self, checkpoints: Checkpoints, history: History) -> None:
         """Keeps the steps since the last checkpoint. The optimiser counts whole steps: none is saved by halves."""
         step = self.step.done
-        history.writer.flush()
         if history.pending:
             history.end_row(step)  # raises where the loss is no longer a number
         if step:
             checkpoints.save(step)
-        print(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
+        history.writer.flush()  # after the checkpoint, for it may fail
+        print(f"\nstopped at step {step}; the same command resumes from there", file=sys.stderr)
 
     def _batches(self, first: int) -> tf.distribute.DistributedDataset:
         config = self.config
