@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from x3d_tf import _plots
-from x3d_tf._files import WriteError, appearing, write_whole, writing
+from x3d_tf._checks import UserError
+from x3d_tf._files import WriteError, appearing, read_limited, write_whole, writing
+from x3d_tf.data.sources import text_of
+from x3d_tf.evaluation.reports import read_results
 from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 
 
@@ -64,3 +67,20 @@ def test_errors_of_tensorflow_name_the_file() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(ZeroDivisionError), writing(Path("a")):
         raise ZeroDivisionError
+
+
+def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
+    file, pipe = tmp_path / "a", tmp_path / "pipe"
+    file.write_bytes(bytes(9))
+    os.mkfifo(pipe)
+    assert read_limited(file, 9) == bytes(9)
+    with pytest.raises(UserError, match="a must have at most 8 bytes, got 9"):
+        read_limited(file, 8)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=f"{path} must be a regular file"):
+            read_limited(path, 8)
+    with pytest.raises(FileNotFoundError):
+        read_limited(tmp_path / "b", 8)
+    for read in (read_results, lambda path: text_of(path, "csv")):
+        with pytest.raises(UserError, match="must be a regular file"):
+            read(pipe)

@@ -225,7 +225,7 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
     def fail(*_: Any, **__: Any) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(ValueError, match=r"manifest\.json cannot be read: Input/output error"):
         Manifest.load(manifest.folder)
 

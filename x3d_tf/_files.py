@@ -1,12 +1,19 @@
-"""Files that appear under their names only when whole. Imports no TensorFlow."""
+"""Files that appear under their names only when complete, and reading of files from elsewhere.
+
+Imports no TensorFlow.
+"""
 
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from x3d_tf._checks import UserError
+from x3d_tf._checks import UserError, require
+
+SMALL = 16 * 2**20  # bytes: far above any settings, whose JSON takes about 24 times as much memory
+LARGE = 2**30  # bytes: far above the tables of any data set
 
 
 class WriteError(UserError):
@@ -69,3 +76,27 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     with writing(path), appearing(path) as partial, partial.open("xb") as file:
         file.write(content)
+
+
+def require_regular(path: Path) -> None:
+    """Raises UserError for a pipe, a device or a folder, which might never end; OSError where nothing exists."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path} must be a regular file, and is a folder, a pipe or a device")
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Returns the content of a file that may come from somebody else.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have.
+
+    Raises:
+        UserError: it is larger, or no regular file.
+        OSError: it does not exist, or cannot be read.
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    require(len(content) <= limit, str(path), f"have at most {limit} bytes", path.stat().st_size)
+    return content

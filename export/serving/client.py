@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import SMALL, read_limited
 from x3d_tf._terminal import one_line
 from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
 from x3d_tf.data.video import VideoError, encode_jpeg, probe, read_frames
@@ -74,7 +75,7 @@ class Contract:
             UserError: it is missing, or no model card.
         """
         try:
-            card = json.loads(path.read_text(encoding="utf-8"))
+            card = json.loads(read_limited(path, SMALL))
             fed = card["input"]
             sampling, resize, classes = fed["frame_sampling"], fed["resize"], card["classes"]
             clip = ClipSpec(fed["frames"], fed["stride"], fed["crop"])

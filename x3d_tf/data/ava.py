@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
-from x3d_tf._files import appearing, writing
+from x3d_tf._files import appearing, require_regular, writing
 from x3d_tf._text import check_class_name, decimal, whole
 from x3d_tf.data.sources import read_classes, text_of
 
@@ -259,6 +259,7 @@ def _actions_left_out(label_map: LabelMap) -> frozenset[int]:
 def _lines(path: Path, columns: str) -> Iterator["_Line"]:
     count = columns.count(",") + 1
     try:
+        require_regular(path)
         # in the middle of millions of lines it is good to know where one stands
         with (
             path.open("rb") as file,

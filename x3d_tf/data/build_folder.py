@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from x3d_tf import _csv
 from x3d_tf._checks import UserError
-from x3d_tf._files import partial_of, write_whole, writing
+from x3d_tf._files import LARGE, partial_of, read_limited, write_whole, writing
 from x3d_tf._locks import locked
 from x3d_tf.data.encoding import state_of
 from x3d_tf.data.index import Record, Shard, Split, plan_shards
@@ -70,7 +70,7 @@ class BuildFolder:
     def finished(self, shard: str) -> Finished | None:
         """What an earlier run noted of a shard, if it finished it and the file is still there as it was."""
         try:
-            content = json.loads(self._state(shard).read_text(encoding="utf-8"))
+            content = json.loads(read_limited(self._state(shard), LARGE))
             shards = tuple(Shard(**entry) for entry in content["shards"])
             rows = [{**row, "labels": tuple(row["labels"])} for row in content["records"]]
             records = tuple(Record(**row) for row in rows)
@@ -187,7 +187,7 @@ def _check_content(folder: BuildFolder, wanted: dict[str, Any], sources: Sources
         return []
     changed: set[tuple[str, str]] = set()
     try:
-        found = json.loads((root / BUILD_NAME).read_text(encoding="utf-8"))
+        found = json.loads(read_limited(root / BUILD_NAME, LARGE))
         difference, changed = _difference(found, wanted)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         difference = f"that {BUILD_NAME} no longer describes"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from x3d_tf._checks import UserError, require
-from x3d_tf._files import write_whole
+from x3d_tf._files import LARGE, read_limited, write_whole
 from x3d_tf._text import check_class_name
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split
 from x3d_tf.modeling.expansion import Task
@@ -134,7 +134,7 @@ def checksum(content: dict[str, Any]) -> str:
 def _checked_content(path: Path) -> dict[str, Any]:
     """The entries of the file, once their checksum has been found right; no entry has been checked by itself."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_limited(path, LARGE))
         content = _Reader(str(path)).of_type(content, dict, "the file")
         expected = content.pop(_CHECKSUM, None)
         found = checksum(content)

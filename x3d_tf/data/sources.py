@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import LARGE, read_limited
 from x3d_tf._text import check_class_name, decimal, whole
 from x3d_tf.data.index import piece_name
 from x3d_tf.data.video import VideoError
@@ -409,7 +410,7 @@ def _text(name: str) -> str:
 def text_of(path: Path, setting: str) -> str:
     """The content of a text file, which may begin with a byte order mark."""
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        content = read_limited(path, LARGE).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"{setting}: {path} cannot be read: {error.strerror}") from error
     try:

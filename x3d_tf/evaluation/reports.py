@@ -15,7 +15,7 @@ import numpy as np
 
 from x3d_tf import _csv, _plots
 from x3d_tf._checks import UserError
-from x3d_tf._files import write_whole, writing
+from x3d_tf._files import SMALL, read_limited, write_whole, writing
 from x3d_tf._locks import locked
 from x3d_tf.evaluation.metrics import (
     average_precisions,
@@ -181,11 +181,13 @@ def read_results(path: Path) -> dict[str, Any]:
         UserError: see `read_report`.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(read_limited(path, SMALL))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged, it is not JSON: {error}. Make it anew with --overwrite") from error
+        raise UserError(f"{path} is damaged, it is not JSON: {error}. Make it again with --overwrite") from error
 
     def check(name: str, rule: str, holds: bool) -> None:
         if not holds:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from x3d_tf import _csv
 from x3d_tf._checks import UserError
-from x3d_tf._files import partial_of, write_whole, writing
+from x3d_tf._files import SMALL, partial_of, read_limited, write_whole, writing
 from x3d_tf._locks import locked
 from x3d_tf.runs.recipe import TrainConfig
 
@@ -115,7 +115,7 @@ class RunFolder:
         if not self.config.is_file():
             raise UserError(f"{self.root} is not the folder of a run: it has no {self.config.name}")
         try:
-            return TrainConfig.from_json(self.config.read_text(encoding="utf-8"))
+            return TrainConfig.from_json(read_limited(self.config, SMALL).decode())
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{self.config}: {error}") from error
 
