@@ -338,7 +338,7 @@ def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precisio
     trained = [(a, b, np.asarray(w)) for a, b, w in zip(weights, expected, model.weights) if w.trainable]
     if precision == "float32":
         assert_close([a for a, _, _ in trained], [b for _, b, _ in trained], 1e-8)
-    else:  # rounding turns ReLUs of such a small network, up to 0.4 of the way; a wrong scale of the loss would halve it
+    else:  # rounding turns ReLUs of so small a network, 0.4 of the way at most; a wrong scale of the loss halves it
         away = sum(np.square(a - b).sum() for a, b, _ in trained)
         assert away < 0.45**2 * sum(np.square(b - first).sum() for _, b, first in trained)
     assert max(np.abs(a - b).max() for a, b in zip(weights, average)) > 0
