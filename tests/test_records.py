@@ -16,8 +16,18 @@ from video_fixtures import noise_video, write_manifest, write_records
 from x3d_tf.data import index, records
 from x3d_tf.data.index import Record, shard_name
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.records import ShardWriter, Source, encode_record, parse_record, stored_record
+from x3d_tf.data.pipeline import training_dataset
+from x3d_tf.data.records import (
+    ShardWriter,
+    Source,
+    check_lengths,
+    encode_record,
+    parse_record,
+    stated_length,
+    stored_record,
+)
 from x3d_tf.data.video import EncodedVideo, VideoError
+from x3d_tf.modeling.expansion import ClipSpec
 
 
 @pytest.fixture
@@ -70,9 +80,9 @@ def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
             assert shard.sha256 == hashlib.sha256(stored[shard.file]).hexdigest()
 
 
-def stored(path: Path, record: Record, shard_bytes: int) -> tf.Tensor:
-    """The bytes of a record in a shard of this size."""
-    return stored_record(str(path), *(tf.constant(n, tf.int64) for n in (record.offset, record.length, shard_bytes)))
+def stored(path: Path, record: Record) -> tf.Tensor:
+    """The bytes of a record in a shard."""
+    return stored_record(str(path), tf.constant(record.offset, tf.int64), tf.constant(record.length, tf.int64))
 
 
 def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +99,7 @@ def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest
     assert names[0] == "train-00000-of-00004.tfrecord"
     for record in split.records:
         shard = split.shards[record.shard]
-        parsed = parse_record(stored(tmp_path / shard.file, record, shard.bytes))
+        parsed = parse_record(stored(tmp_path / shard.file, record))
         assert parsed.media_id.numpy().decode() == record.media_id
 
 
@@ -238,21 +248,59 @@ def test_a_record_is_read_alone_and_with_its_checksums(manifest: Manifest) -> No
     start, end = record.offset - index.HEADER_BYTES, record.offset + record.length + index.FOOTER_BYTES
     alone = bytes(start) + content[start:end] + bytes(len(content) - end)
     path.write_bytes(alone)
-    assert stored(path, record, len(alone)).numpy() == data
-    in_graph = tf.data.Dataset.range(1).map(lambda _: stored(path, record, len(alone)))
+    assert stored(path, record).numpy() == data
+    in_graph = tf.data.Dataset.range(1).map(lambda _: stored(path, record))
     assert list(in_graph.as_numpy_iterator()) == [data]
     for position in (start, start + 8, record.offset, record.offset + record.length // 2, end - 1):
         path.write_bytes(alone[:position] + bytes([alone[position] ^ 1]) + alone[position + 1 :])
-        error = tf.errors.InvalidArgumentError if position == start else tf.errors.DataLossError
-        with pytest.raises(error):
-            stored(path, record, len(alone))
+        with pytest.raises(tf.errors.DataLossError):
+            stored(path, record)
     for content in (alone[: end - 1], alone[:start], b""):
         path.write_bytes(content)
         with pytest.raises(tf.errors.OpError):
-            stored(path, record, len(alone))
+            stored(path, record)
     path.unlink()
     with pytest.raises(tf.errors.NotFoundError):
-        stored(path, record, len(alone))
+        stored(path, record)
+
+
+def bytes_read() -> int:
+    """By this process so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count the bytes that are read")
+def test_nothing_of_a_shard_but_the_record_is_read(manifest: Manifest) -> None:
+    split = manifest.splits["train"]
+    path, record = manifest.folder / split.shards[0].file, split.records[1]
+    place, end = record.offset - index.HEADER_BYTES, record.offset + record.length + index.FOOTER_BYTES
+    framed, gap = path.read_bytes()[place:end], 1 << 28
+    with path.open("wb") as file:  # sparse: takes no room
+        file.seek(gap)
+        file.write(framed)
+        file.truncate(2 * gap)
+    moved = record._replace(offset=gap + index.HEADER_BYTES)
+    before = bytes_read()
+    data = stored(path, moved).numpy()
+    assert stated_length(path, moved.offset) == len(data) == record.length
+    assert bytes_read() - before < 1 << 20
+
+
+# Of a header with the right checksum: TensorFlow would reserve 2**46 bytes, and crash.
+HUGE = bytes.fromhex("000000000040000072812907")
+
+
+def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(manifest: Manifest) -> None:
+    split = manifest.splits["train"]
+    path, record = manifest.folder / split.shards[0].file, split.records[1]
+    check_lengths(manifest, "train")
+    content = path.read_bytes()
+    path.write_bytes(content[: record.offset - index.HEADER_BYTES] + HUGE + content[record.offset :])
+    message = (
+        rf"record 1 of split train, at byte {record.offset}: its header states {2**46} bytes where .* {record.length}"
+    )
+    with pytest.raises(ValueError, match=message):
+        training_dataset(manifest, "train", ClipSpec(2, 1.0, 16), jitter=(18, 24), flip=False, batch=1, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,15 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec, frame_indices, last_start, view_starts
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.records import ParsedRecord, decode_frame, fault_of, parse_record, stored_record
+from x3d_tf.data.records import (
+    ParsedRecord,
+    check_lengths,
+    decode_frame,
+    fault_of,
+    how_to_verify,
+    parse_record,
+    stored_record,
+)
 from x3d_tf.modeling.expansion import ClipSpec
 
 PARALLEL_VIDEOS = 4  # of testing
@@ -229,8 +237,7 @@ def naming_records() -> Iterator[None]:
         offset, length, size = map(int, numbers)
         raise UserError(
             f"{path}: cannot read or decode record {which}, at byte {offset}: "
-            f"{fault_of(Path(path), offset, length, size)}. List all damage with: "
-            f"python -m x3d_tf.build_records --output={Path(path).parent} --verify"
+            f"{fault_of(Path(path), offset, length, size)}. {how_to_verify(Path(path))}"
         ) from error
 
 
@@ -248,6 +255,7 @@ class RecordTable:
     def __init__(self, manifest: Manifest, split: str) -> None:
         part = manifest.split(split)
         require(len(part.records) > 0, f"split {split!r} of {manifest.folder}", "hold records", 0)
+        check_lengths(manifest, split)
         self.split, self._count = split, len(part.records)
         with tf.device("cpu"):  # where tf.data runs; by itself a process with a GPU puts numbers there
             self._paths = tf.constant([os.fsencode(manifest.folder / shard.file) for shard in part.shards])
@@ -285,7 +293,7 @@ class RecordTable:
         path, size = self._paths[shard], self._sizes[shard]
 
         def load(_: tf.Tensor) -> tuple[tf.Tensor, Any]:
-            parsed = parse_record(stored_record(path, offset, length, size))
+            parsed = parse_record(stored_record(path, offset, length))
             with tf.control_dependencies(self._same_as_listed(record, parsed)):
                 return tf.constant(True), decode(parsed)
 

@@ -6,15 +6,19 @@ Feature names are MediaSequence's, which Model Garden and DMVR read too. This is
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from x3d_tf._checks import UserError
 from x3d_tf._files import partial_of, writing
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, plan_shards
+from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Annotation, Box
 from x3d_tf.data.video import EncodedVideo, VideoError, frame_at
 
@@ -25,6 +29,7 @@ _CONTEXT = {
     "image/frame_rate": tf.io.FixedLenFeature([], tf.float32),
 }
 _LENGTH_BYTES = 8  # of a record's header, which its checksum follows
+_READERS = 16  # shards whose headers are read in parallel
 NO_LABEL = -1  # in place of the class of a box that does nothing
 _PROPOSAL = "proposal"
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -177,42 +182,80 @@ def parse_annotation(serialized: tf.Tensor) -> ParsedAnnotation:
     )
 
 
-def stored_record(path: tf.Tensor, offset: tf.Tensor, length: tf.Tensor, shard_bytes: tf.Tensor) -> tf.Tensor:
+def stored_record(path: tf.Tensor, offset: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
     """Returns one record of a shard, a string scalar, in a graph or eagerly; no other byte of the shard is read.
 
     Args:
         path: the shard, string scalar.
-        offset, length: first byte and number of bytes of the record's data, as in `index.Record`, int64 scalars.
-        shard_bytes: size of the shard, int64 scalar.
+        offset, length: first byte and number of bytes of the record's data, as in `index.Record`, int64 scalars. Its
+            header must state that length: see `check_lengths`.
 
     Raises:
-        tf.errors.OpError: the file cannot be opened or read, has another size, or the record has another length or
-            bytes that do not match its checksums. The message does not name the record.
+        tf.errors.OpError: the file cannot be opened or read, or the record has another length or bytes that do not
+            match its checksums. The message does not name the record.
     """
-    start = offset - HEADER_BYTES
-    # TensorFlow reserves memory for the length that a header states, and crashes where there is not as much.
-    rest = shard_bytes - start - _LENGTH_BYTES
-    header = tf.data.FixedLengthRecordDataset(path, _LENGTH_BYTES, start, rest, buffer_size=_LENGTH_BYTES)
-    stated = tf.io.decode_raw(header.get_single_element(), tf.int64)[0]
-    same = tf.debugging.assert_equal(stated, length, "the record has another length than the manifest lists")
-    with tf.control_dependencies([same]):
-        # Only the raw operation takes the byte at which to begin: the public dataset reads every record before it, and
-        # datasets of records of a fixed length verify no checksum. Without a buffer nothing past the record is read.
-        variant = tf.raw_ops.TFRecordDatasetV2(
-            filenames=[path],
-            compression_type="",
-            buffer_size=tf.constant(0, tf.int64),
-            byte_offsets=[start],
-        )
-        records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
-        return records.take(1).get_single_element()
+    # Only the raw operation takes the byte at which to begin: the public dataset reads every record before it, and
+    # datasets of records of a fixed length verify no checksum. Without a buffer nothing past the record is read.
+    variant = tf.raw_ops.TFRecordDatasetV2(
+        filenames=[path],
+        compression_type="",
+        buffer_size=tf.constant(0, tf.int64),
+        byte_offsets=[offset - HEADER_BYTES],
+    )
+    records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+    record = records.take(1).get_single_element()
+    found = tf.strings.length(record)
+    same = tf.debugging.assert_equal(found, tf.cast(length, tf.int32), "the record has another length than is listed")
+    with tf.control_dependencies([same] if same is not None else []):  # eagerly it is None
+        return tf.identity(record)
+
+
+def check_lengths(manifest: Manifest, split: str) -> None:
+    """Compares the lengths that the headers of a split's records state with those that the manifest lists.
+
+    TensorFlow reserves memory for what a header states, and crashes where there is not as much.
+
+    Raises:
+        UserError: as `Manifest.split`, or naming the shard, the record and both lengths.
+        OSError: a shard that cannot be read.
+    """
+    part = manifest.split(split)
+    of_shard: dict[int, list[tuple[int, Record]]] = {}
+    for number, record in enumerate(part.records):
+        of_shard.setdefault(record.shard, []).append((number, record))
+
+    def check(shard: int) -> None:
+        path = manifest.folder / part.shards[shard].file
+        with path.open("rb", buffering=0) as file:
+            for number, record in of_shard[shard]:
+                stated = _stated_length(file, record.offset)
+                if stated != record.length:
+                    where = f"{path}: record {number} of split {split}, at byte {record.offset}"
+                    raise UserError(f"{where}: {other_length(stated, record.length)}. {how_to_verify(path)}")
+
+    with ThreadPoolExecutor(_READERS) as threads:  # on network disks each read waits
+        for _ in threads.map(check, of_shard):
+            pass
+
+
+def other_length(stated: int, listed: int) -> str:
+    """The clause that tells that a record has another length than the manifest lists."""
+    return f"its header states {stated} bytes where the manifest lists {listed}: the file was replaced"
+
+
+def how_to_verify(shard: Path) -> str:
+    """The sentence that names the command which lists all damage to the records of a shard's folder."""
+    return f"List all damage with: python -m x3d_tf.build_records --output={shard.parent} --verify"
 
 
 def stated_length(path: Path, offset: int) -> int:
     """Returns the bytes of data that the header of a record states; `offset` as in `index.Record`."""
-    with path.open("rb") as file:
-        file.seek(offset - HEADER_BYTES)
-        return int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    with path.open("rb", buffering=0) as file:
+        return _stated_length(file, offset)
+
+
+def _stated_length(file: FileIO, offset: int) -> int:
+    return int.from_bytes(os.pread(file.fileno(), _LENGTH_BYTES, offset - HEADER_BYTES), "little")
 
 
 def parse_record(serialized: tf.Tensor) -> ParsedRecord:
@@ -387,8 +430,8 @@ def fault_of(path: Path, offset: int, length: int, size: int) -> str:
     try:
         stated = stated_length(path, offset)
         if stated != length:
-            return f"its header states {stated} bytes where the manifest lists {length}: the file was replaced"
-        serialized = stored_record(tf.constant(os.fsencode(path)), *tf.constant([offset, length, size], tf.int64))
+            return other_length(stated, length)
+        serialized = stored_record(tf.constant(os.fsencode(path)), *tf.constant([offset, length], tf.int64))
     except OSError as error:
         return f"reading fails: {error.strerror}"
     except tf.errors.DataLossError:

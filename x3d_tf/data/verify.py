@@ -130,7 +130,7 @@ def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -
     length = stated_length(path, record.offset)
     if length != record.length:
         raise UserError(f"{where} has length {length}, and {MANIFEST_NAME} says {record.length}")
-    place = tf.constant([record.offset, record.length, path.stat().st_size], tf.int64)
+    place = tf.constant([record.offset, record.length], tf.int64)
     serialized = stored_record(tf.constant(os.fsencode(path)), *place)
     parsed = parse_record(serialized)
     found = {
