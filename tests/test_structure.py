@@ -16,6 +16,7 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.modeling.torch_files",
     "x3d_tf.data.build_folder",
     "x3d_tf.data.builder",
+    "x3d_tf.data.class_names",
     "x3d_tf.data.clips",
     "x3d_tf.data.datasets",
     "x3d_tf.data.encoding",

@@ -3,13 +3,15 @@
 A folder for each class, all videos to train on but a fifth of each class, to test on:
   python -m x3d_tf.build_records --videos=my_videos --output=data/my_records --split=0.2
 
-my_videos/train/CLASS/VIDEO and my_videos/test/CLASS/VIDEO (other names: --splits=train,val,test):
+my_videos/train/CLASS/VIDEO, my_videos/test/CLASS/VIDEO and, if you like, my_videos/val/CLASS/VIDEO, which validates
+while a network trains (other names: --splits=one,two):
   python -m x3d_tf.build_records --videos=my_videos --output=data/my_records
 
 A csv file that lists them, with paths relative to --videos (without it, to the file's own folder):
   python -m x3d_tf.build_records --csv=my_list.csv --videos=my_videos --output=data/my_records
 Its first line names the columns: path,label and any of split,start,end. Split is train, val or test (or as in --splits;
 or none, and --split); start and end are the seconds to keep. "run;jump" are two labels, and make a multi-label task.
+Columns may also be separated by ; (labels of several classes then take quotes) or tabs.
 
 Action detection: AVA's videos, or folders of their frames, and its csv files of boxes, one for each split:
   python -m x3d_tf.build_records --videos=ava/videos_15min --output=data/ava \\
@@ -189,8 +191,10 @@ def _next(manifest: Manifest, detects: bool) -> list[str]:
         return [f"Training also needs videos to test on: build with {how}."]
     tested = "val" if detects else "test"
     bindings = [f'DatasetSpec.records="{manifest.folder}"']
-    bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
-    bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != tested else []
+    if not {"train", "val"} <= set(names):  # else training finds them by their names
+        bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
+        bindings += [f'DatasetSpec.validation_split="{names[1]}"'] if len(names) == 3 and not detects else []
+        bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != tested else []
     recipes = "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
     begin = "Train on them with:"
     if detects:
