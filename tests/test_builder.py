@@ -137,11 +137,11 @@ def test_the_splits_that_training_finds_by_itself(
     clips: Path, tmp_path: Path, splits: tuple[str, ...], bindings: list[str]
 ) -> None:
     for number, split in enumerate(splits):
-        for name in ("Run ", "run"):
+        for name in ("RUN", "run"):
             (tmp_path / "in" / split / name).mkdir(parents=True)
             (tmp_path / "in" / split / name / "0.mp4").symlink_to(clips / "run" / f"clip {number}.mp4")
     named = None if splits[0].lower() == "train" and "dev" not in splits else list(splits)
-    with pytest.warns(UserWarning, match="the classes 'Run ', 'run' differ only in case"):
+    with pytest.warns(UserWarning, match="the classes 'RUN', 'run' differ only in case"):
         result = build_records(tmp_path / "in", tmp_path / "out", splits=named, workers=1, progress=False)
     assert [len(split.records) for split in result.manifest.splits.values()] == [2] * len(splits)
     printed = re.findall(r"DatasetSpec\.(\w*_split=[^']*)", "\n".join(summary(result)))
