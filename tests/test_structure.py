@@ -13,6 +13,7 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.modeling.cost",
     "x3d_tf.modeling.checkpoints",
     "x3d_tf.modeling.description",
+    "x3d_tf.modeling.state_dicts",
     "x3d_tf.modeling.torch_files",
     "x3d_tf.data.build_folder",
     "x3d_tf.data.builder",
