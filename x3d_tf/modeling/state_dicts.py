@@ -100,8 +100,8 @@ def read_state_dict(path: str | Path, network: str | Expansion, *, keep_head: bo
     if len(fitting) > 1:
         places = ", ".join(reading.place or "by itself" for reading in fitting)
         raise UserError(
-            f"{path} holds {len(fitting)} different networks that are each {name_of(expansion)}: {places}. Save the one "
-            'to import by itself: torch.save({"model_state": STATE_DICT}, "weights.pyth")'
+            f"{path} holds {len(fitting)} different networks that are each {name_of(expansion)}: {places}. Save the "
+            'one to import by itself: torch.save({"model_state": STATE_DICT}, "weights.pyth")'
         )
     if not fitting:
         _raise_misfits(readings, expansion, keep_head)
