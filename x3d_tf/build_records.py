@@ -34,6 +34,7 @@ on, and --quality=85 or a smaller --short_side make them smaller.
 """
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from tqdm import tqdm
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require, some
 from x3d_tf._terminal import one_line
+from x3d_tf._text import binding_flag
 from x3d_tf.data.build_folder import FAILURES_NAME
 from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.encoding import TIMEOUT
@@ -190,22 +192,22 @@ def _next(manifest: Manifest, detects: bool) -> list[str]:
         how = "another --boxes=SPLIT=FILE" if detects else "--split=0.2, or with --splits"
         return [f"Training also needs videos to test on: build with {how}."]
     tested = "val" if detects else "test"
-    bindings = [f'DatasetSpec.records="{manifest.folder}"']
+    bindings: dict[str, str | int] = {"DatasetSpec.records": str(manifest.folder)}
     if not {"train", "val"} <= set(names):  # else training finds them by their names
-        bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
-        bindings += [f'DatasetSpec.validation_split="{names[1]}"'] if len(names) == 3 and not detects else []
-        bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != tested else []
+        bindings |= {"DatasetSpec.train_split": names[0]} if names[0] != "train" else {}
+        bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 and not detects else {}
+        bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != tested else {}
     recipes = "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
     begin = "Train on them with:"
     if detects:
         recipes = "--gin_file=gin/ava/x3d_m_v2.2.gin"
         begin = "Train on them, from weights of Kinetics (TrainConfig.init; without it from random ones), with:"
         trained = sum(bool(record.labels) for record in manifest.splits[names[0]].records)
-        bindings += ['TrainConfig.init="runs/x3d_m_kinetics"', f"Recipe.batch={min(64, trained // 8 * 8 or trained)}"]
+        bindings |= {"TrainConfig.init": "runs/x3d_m_kinetics", "Recipe.batch": min(64, trained // 8 * 8 or trained)}
     elif int(manifest.settings.get("short_side", 256)) < _SMALLEST_OF_X3D_S:
         recipes = "--gin_file=gin/few_videos.gin"
-    options = " ".join(f"--gin_bindings='{binding}'" for binding in bindings)
-    run = f"--workdir=runs/{Path(manifest.folder).resolve().name}"
+    options = " ".join(binding_flag(name, value) for name, value in bindings.items())
+    run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
     return [begin, f"  python -m x3d_tf.train {recipes} {options} {run}"]
 
 

@@ -19,8 +19,6 @@ The outputs of a classifier of 400 classes get the names of Kinetics-400, which 
 letters; --classes gives others.
 """
 
-import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +28,7 @@ from absl import flags
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
+from x3d_tf._text import binding_flag
 from x3d_tf.data.sources import kinetics_classes, read_classes
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.checkpoints import NAMINGS
@@ -144,9 +143,7 @@ def _training(model: Path, variant: str, options: ModelOptions) -> str:
             bindings[f"ModelOptions.{name}"] = getattr(options, name)
     lines = [f"  python -m x3d_tf.train --gin_file=gin/{variant}.gin --gin_file=gin/data/records.gin"]
     lines += ["--gin_file=gin/finetune.gin --workdir=runs/mine"]
-    lines += [
-        "--gin_bindings=" + shlex.quote(f"{name}={json.dumps(v, ensure_ascii=False)}") for name, v in bindings.items()
-    ]
+    lines += [binding_flag(name, value) for name, value in bindings.items()]
     return " \\\n    ".join(lines)
 
 
