@@ -102,7 +102,11 @@ def test_split_folders(tmp_path: Path) -> None:
     folder = touch(tmp_path, "train/a/1", "train/b/2", "test/a/3", "val/c/4", "test/.x/5")
     found = find_videos(folder).splits
     media = {split: sorted((video.media_id, *video.classes) for video in videos) for split, videos in found.items()}
-    assert media == {"train": [("train/a/1", "a"), ("train/b/2", "b")], "test": [("test/a/3", "a")]}
+    assert media == {
+        "train": [("train/a/1", "a"), ("train/b/2", "b")],
+        "val": [("val/c/4", "c")],
+        "test": [("test/a/3", "a")],
+    }
     assert list(find_videos(folder, splits=["train", "val", "test"]).splits) == ["train", "val", "test"]
 
 
@@ -118,6 +122,30 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
     lines = "\n".join(summary(result))
     assert "one has no video of 1 classes: jump" in lines
     assert """--gin_bindings='DatasetSpec.train_split="one"' --gin_bindings='DatasetSpec.eval_split="two"'""" in lines
+
+
+@pytest.mark.parametrize(
+    ("splits", "bindings"),
+    [
+        (("train", "val", "test"), []),
+        (("Train", "Validation"), []),
+        (("one", "two", "three"), ["train_split=one", "validation_split=two", "eval_split=three"]),
+        (("train", "dev", "test"), ["validation_split=dev"]),
+    ],
+)
+def test_the_splits_that_training_finds_by_itself(
+    clips: Path, tmp_path: Path, splits: tuple[str, ...], bindings: list[str]
+) -> None:
+    for number, split in enumerate(splits):
+        for name in ("RUN", "run"):
+            (tmp_path / "in" / split / name).mkdir(parents=True)
+            (tmp_path / "in" / split / name / "0.mp4").symlink_to(clips / "run" / f"clip {number}.mp4")
+    named = None if splits[0].lower() == "train" and "dev" not in splits else list(splits)
+    with pytest.warns(UserWarning, match="the classes 'RUN', 'run' differ only in case"):
+        result = build_records(tmp_path / "in", tmp_path / "out", splits=named, workers=1, progress=False)
+    assert [len(split.records) for split in result.manifest.splits.values()] == [2] * len(splits)
+    printed = re.findall(r"DatasetSpec\.(\w*_split=[^']*)", "\n".join(summary(result)))
+    assert printed == [binding.replace("=", '="') + '"' for binding in bindings]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,10 @@ from x3d_tf.modeling.checkpoints import (
     Naming,
     WeightName,
     names,
-    recognise,
     source_shape,
     to_ours,
     to_source,
 )
-from x3d_tf.modeling.expansion import VARIANTS
 
 every_naming = pytest.mark.parametrize("naming", NAMINGS)
 
@@ -99,25 +97,6 @@ def test_layouts_put_entries_in_their_places() -> None:
     assert to_ours(channelwise, "channelwise")[4, 2, 6, 3] == channelwise[3, 0, 4, 2, 6]
     assert to_ours(conv[:, :, :1, :1, :1], "pointwise")[2, 3] == conv[3, 2, 0, 0, 0]
     assert to_ours(conv[:, :, 0, 0, 0], "linear")[2, 3] == conv[3, 2, 0, 0, 0]
-
-
-@every_naming
-@pytest.mark.parametrize("variant", ["x2d", "x3d_m", "x3d_xl"])
-def test_a_state_dict_is_recognised(naming: Naming, variant: str) -> None:
-    architecture = plan(VARIANTS[variant].expansion)
-    keys = [name.source for name in names(architecture, naming)]
-    assert recognise(keys, architecture) == naming
-    assert recognise(keys + [f"{key}.num_batches_tracked" for key in keys], architecture) == naming
-    assert recognise(keys[5:7], architecture) == naming
-    assert recognise(keys[-2:], architecture) == naming  # the classifier alone
-    assert recognise(keys, plan(Expansion(gamma_d=5, gamma_w=2))) == naming  # of another network
-
-
-@every_naming
-def test_strangers_are_not_recognised(naming: Naming) -> None:
-    architecture = plan(VARIANTS["x3d_m"].expansion)
-    for strangers in ([], ["conv1.weight", "fc.bias"], [f"module.{n.source}" for n in names(architecture, naming)]):
-        assert recognise(strangers, architecture) is None
 
 
 def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:

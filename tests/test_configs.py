@@ -75,7 +75,7 @@ def test_the_recipe_for_fine_tuning_equals_its_python() -> None:
 def test_the_recipes_for_ava_equal_their_python(name: str, version: str) -> None:
     expected = TrainConfig(
         VARIANTS[name].expansion,
-        ModelOptions(),
+        ModelOptions(drop_connect=0.1 if name == "x3d_xl" else 0.0),
         DatasetSpec(records=f"data/ava_v{version}", eval_split="val"),
         Recipe(steps=14000, warmup_steps=1000, schedule="steps", decay_steps=(7000, 10500), weight_decay=1e-7),
         detection=Detection(),

@@ -13,7 +13,7 @@ from PIL import Image
 from video_fixtures import noise_video, write_records
 
 from x3d_tf.data import moving_shapes
-from x3d_tf.data.datasets import DatasetSpec, open_dataset
+from x3d_tf.data.datasets import DatasetSpec, open_dataset, open_for_training, with_splits_of
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.moving_shapes import DIRECTIONS, draw_picture, shifts
 from x3d_tf.data.records import parse_record
@@ -150,6 +150,45 @@ def test_records_are_opened_as_they_are(tmp_path: Path) -> None:
         open_dataset(DatasetSpec(str(tmp_path), eval_split="val"))
     with pytest.raises(ValueError, match=r"holds no finished records.*x3d_tf\.build_records"):
         open_dataset(DatasetSpec(str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "expected"),
+    [
+        ("train test", {}, ("test", None, 0.0)),
+        ("train test", {"validation_fraction": 0.1}, ("test", None, 0.1)),
+        ("train val test", {}, ("test", "val", 0.0)),
+        ("train validation test", {}, ("test", "validation", 0.0)),
+        ("train val test", {"validation_fraction": 0.1}, ("test", "val", 0.0)),
+        ("train val test", {"validation_split": "test"}, ("test", "test", 0.0)),
+        ("train val", {}, ("val", "val", 0.0)),
+        ("train val", {"validation_fraction": 0.1}, ("val", "val", 0.0)),
+        ("train val", {"eval_split": "val"}, ("val", None, 0.0)),  # as the recipes for AVA: named for the end alone
+        ("train val", {"eval_split": "val", "validation_fraction": 0.1}, ("val", None, 0.1)),
+        ("train val test", {"train_split": "val"}, ("test", None, 0.0)),
+        ("one two", {"train_split": "one"}, ("test", None, 0.0)),  # which opening refuses
+        ("train val", {"eval_split": "two"}, ("two", "val", 0.0)),
+    ],
+)
+def test_training_takes_the_splits_that_are_there(
+    names: str, settings: dict[str, Any], expected: tuple[str, str | None, float]
+) -> None:
+    found = with_splits_of(DatasetSpec("unused", **settings), names.split())
+    assert (found.eval_split, found.validation_split, found.validation_fraction) == expected
+    assert with_splits_of(found, names.split()) == found or settings.get("eval_split") == "val"
+
+
+def test_records_are_opened_for_training(tmp_path: Path) -> None:
+    one = [noise_video(0, 2)]
+    write_records(tmp_path / "a", {"train": one, "val": one})
+    spec = DatasetSpec(str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, val"):
+        open_dataset(spec)
+    manifest, found = open_for_training(spec)
+    assert (list(manifest.splits), found.eval_split, found.validation_split) == (["train", "val"], "val", "val")
+    write_records(tmp_path / "b", {"train": one})
+    with pytest.raises(ValueError, match=r"has no split 'test'; it has train$"):
+        open_for_training(DatasetSpec(str(tmp_path / "b")))
 
 
 @pytest.mark.parametrize(

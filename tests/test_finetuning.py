@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from sklearn.metrics import average_precision_score
+from video_fixtures import noise_video, write_records
 
 import x3d_tf
 from x3d_tf.data.datasets import DatasetSpec
@@ -19,6 +21,7 @@ from x3d_tf.modeling.description import Description
 from x3d_tf.runs.checkpointing import checkpoint_steps, load_checkpoint
 from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.training import loop
 from x3d_tf.training.loop import train
 from x3d_tf.training.validation import Score, Validation
 
@@ -185,6 +188,42 @@ def test_a_network_that_a_checkpoint_cannot_hold_is_not_built(
     tf.train.Checkpoint(description=tf.Variable(text), step=step).write(str(run.checkpoints / "ckpt-1"))
     with pytest.raises(ValueError, match=rf"ckpt-1\.index cannot be read \(.*{message}"):
         load_checkpoint(run, 1)
+
+
+def test_a_run_validates_on_the_split_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to the first step, which is not taken."""
+    video = [noise_video(seed, 4, height=48, width=48) for seed in range(4)]
+    started: list[TrainConfig] = []
+
+    def start(config: TrainConfig, *_: Any) -> None:
+        started.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "Trainer", start)
+    monkeypatch.setattr(loop, "save_training_preview", lambda *_: None)
+    given = replace(config_of(tmp_path / "records", replace(QUICK, patience=2)), dataset=DatasetSpec("unset"))
+    for names, chosen, told in (
+        ("train val test", ("test", "val"), "val (4 records) validates, test (4 records) is evaluated when"),
+        ("train val", ("val", "val"), "val (4 records) validates and is evaluated .* The best step is chosen by val"),
+    ):
+        write_records(tmp_path / names, dict.fromkeys(names.split(), video))
+        config = replace(given, dataset=replace(given.dataset, records=str(tmp_path / names)))
+        run = tmp_path / "runs" / names
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run)
+        assert (started[-1].dataset.eval_split, started[-1].dataset.validation_split) == chosen
+        assert re.search(told.replace("(", r"\(").replace(")", r"\)"), capsys.readouterr().out)
+        assert RunFolder(run).read_config() == started[-1]
+        RunFolder(run).model.touch()
+        assert train(config, run).model.is_file()  # finished: the settings as given are those of the run
+        assert "is finished" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"DatasetSpec\.validation_split is .* there and 'train' here"):
+            train(replace(config, dataset=replace(config.dataset, validation_split="train")), run)
+    write_records(tmp_path / "none", {"train": video, "test": video})
+    with pytest.raises(ValueError, match=r"Recipe\.patience must be 0 for records without a split \"val\", .*got 2"):
+        train(replace(given, dataset=DatasetSpec(str(tmp_path / "none"))), tmp_path / "runs" / "none")
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """The command that brings weights over, from its flags to the file."""
 
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +14,12 @@ from absl import flags
 from absl.testing import flagsaver
 
 import x3d_tf
+from x3d_tf import configs
 from x3d_tf import import_weights as command
 from x3d_tf.data.sources import kinetics_classes
 from x3d_tf.modeling.conversion import export_checkpoint, import_checkpoint
 from x3d_tf.modeling.saving import describe
+from x3d_tf.training.initialization import start_from
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -44,8 +50,13 @@ def test_a_checkpoint_becomes_a_model_file_and_returns(
     model = tmp_path / "new" / "x2d.keras"
     run(checkpoint, variant="x2d", output=model)
     printed = capsys.readouterr().out
-    assert "head.projection.weight" in printed
+    assert printed.index("To train it further") < 1500 and printed.count("\n", 0, printed.index("To train")) <= 10
+    assert "head.projection.weight" not in printed
+    table = (tmp_path / "new" / "x2d.tensors.txt").read_text()
+    assert re.search(r"^head\.projection\.weight +400x2048 +fc2/kernel +2048x400$", table, re.MULTILINE)
+    assert len(table.splitlines()) > len(import_checkpoint(checkpoint, "x2d")[1].rows)
     assert "only there: nothing; only here: nothing" in printed
+    assert "only there: nothing; only here: nothing" in table
     assert "for clips of 1 frames of 112 x 112 pixels, one in 1 of 30 a second\n" in printed
     assert "named as those of Kinetics-400" in printed
     assert f"--gin_bindings='TrainConfig.init=\"{model}\"'" in printed
@@ -66,13 +77,54 @@ def test_a_fresh_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Pat
     run(checkpoint, **settings, classes=tmp_path / "classes.txt", head_pool="global")
     assert describe(tmp_path / "a.keras").class_names == ("hug", "kick")
     assert describe(tmp_path / "a.keras").options.head_pool == "global"
-    with pytest.raises(ValueError, match="exists; give another --output, or replace it with --overwrite"):
-        run(checkpoint, **settings)
+    for name in ("a.keras", "a.tensors.txt"):
+        with pytest.raises(ValueError, match=f"{name} exists; give another --output, or replace it with --overwrite"):
+            run(checkpoint, **settings)
+        (tmp_path / name).rename(tmp_path / f"{name}.before")
     run(checkpoint, **settings, overwrite=True)
+    assert (tmp_path / "a.tensors.txt").read_text().count("only here: fc2/") == 3
     assert describe(tmp_path / "a.keras").class_names == ("0", "1")
     (tmp_path / "classes.txt").write_text("hug\nkick\nrun\n")
     with pytest.raises(ValueError, match=r"classes\.txt must name 2 classes, got 3"):
         run(checkpoint, **settings, overwrite=True, classes=tmp_path / "classes.txt")
+
+
+def test_the_command_that_is_printed_starts_from_the_network(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = x3d_tf.build_x3d("x2d", 7, shortcut_norm="on_width_change", head_pool="fixed_probabilities")
+    export_checkpoint(model, "a.pyth", "pytorchvideo")
+    output = 'it\'s "new" \\ прыжок.keras'
+    Path("classes.txt").write_text("\n".join("abcdefg"))
+    run("a.pyth", variant="x2d", output=output, classes="classes.txt")
+    printed = capsys.readouterr().out
+    words = shlex.split(printed[printed.index("python -m x3d_tf.train") :].replace("\\\n", ""))
+    given = [word.split("=", 1) for word in words[3:]]
+    files = [value for name, value in given if name == "--gin_file"]
+    bindings = [value for name, value in given if name == "--gin_bindings"]
+    assert files == ["gin/x2d.gin", "gin/data/records.gin", "gin/finetune.gin"]
+    assert ["--workdir", "runs/mine"] in given
+    config = configs.parse(files, bindings).config
+    assert (config.init, config.expansion) == (output, model.expansion)
+    network = x3d_tf.X3D(config.expansion, 3, config.model)
+    network.class_names = ("a", "b", "c")
+    assert network.options == model.options
+    assert "head_pool" not in str(start_from(network, output))
+
+
+def test_a_wrong_variant_is_told_before_tensorflow_starts(checkpoint: Path, tmp_path: Path) -> None:
+    """By an import that fails: a process of its own."""
+    code = (
+        "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
+        "from x3d_tf import _command, import_weights\n"
+        "import_weights.define_flags(); _command.run(import_weights.main, positional=True)"
+    )
+    arguments = [str(checkpoint), "--variant=x3d_l", f"--output={tmp_path}/a.keras"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: network (--variant) must be x2d, which" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,9 @@ def test_missing_files_are_left_out_by_name(tmp_path: Path) -> None:
     [
         ("", {}, r"list\.csv, line 1 must have a column path, got \[\]"),
         ("path\na.mp4\n", {}, r"list\.csv, line 1 must have a column label, got \['path'\]"),
-        ("path;label\na.mp4;run\n", {}, r"line 1 must have a column path, got \['path;label'\]"),
+        ("path|label\na.mp4|run\n", {}, r"line 1 must have a column path, got \['path\|label'\]"),
+        ("path;split\na.mp4;train\n", {}, r"line 1 must have a column label, got \['path', 'split'\]"),
+        ("path,label,start\na.mp4,run,'1,5'\n".replace("'", '"'), {}, "line 2, column start must be .*got '1,5'"),
         ("path,label,fps\na.mp4,run,3\n", {}, "line 1 must have no other columns than path, .*, end, got 'fps'"),
         ("path,label,label\na.mp4,run,run\n", {}, "line 1 must have each column once"),
         ("path,label\n", {}, r"list\.csv must list videos below its first line, got 'no line'"),
@@ -251,3 +253,86 @@ def test_cells_that_the_package_guards_are_read_back(tmp_path: Path) -> None:
     touch(tmp_path, "=a.mp4", "'=b.mp4")
     sources = read_csv(listed(tmp_path, "path,label\n'=a.mp4,'@run\n''=b.mp4,'jump\n"))
     assert found(sources) == {"train": {("=a.mp4", "@run"), ("'=b.mp4", "'jump")}}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_what_separates_the_cells_does_not_matter(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    rows = [("path", "label", "start", "split"), ("a.mp4", '"run;jump"', "1.5", "train"), ("b.mp4", "run", "", "test")]
+    content = "".join(delimiter.join(row) + "\r\n" for row in rows).encode(encoding)
+    sources = read_csv(listed(tmp_path, content))
+    assert found(sources) == {"train": {("a.mp4#1.5-", "run", "jump")}, "test": {("b.mp4", "run")}}
+    if delimiter != ",":
+        assert read_csv(listed(tmp_path, content.replace(b"1.5", b"1,5"))) == sources
+
+
+def test_a_quoted_header_and_names_with_other_separators(tmp_path: Path) -> None:
+    (tmp_path / "a,b\t.mp4").touch()
+    sources = read_csv(listed(tmp_path, '\n"label";"path"\nrun, fast;"a,b\t.mp4"\n'))
+    assert found(sources) == {"train": {("a,b\t.mp4", "run, fast")}}
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("train", "val", "test"), {"train": "train", "val": "val", "test": "test"}),
+        (("test", "train"), {"train": "train", "test": "test"}),
+        (("Training", "VALIDATION"), {"train": "Training", "val": "VALIDATION"}),
+        (("train", "valid", "Testing"), {"train": "train", "val": "valid", "test": "Testing"}),
+    ],
+)
+def test_folders_of_the_usual_names_are_splits(
+    tmp_path: Path, folders: tuple[str, ...], expected: dict[str, str]
+) -> None:
+    touch(tmp_path, *(f"{folder}/run/{number}" for number, folder in enumerate(folders)), "notes.txt", "extra/run/9")
+    sources = find_videos(tmp_path)
+    assert list(sources.splits) == list(expected)
+    assert found(sources) == {
+        split: {(f"{folder}/run/{folders.index(folder)}", "run")} for split, folder in expected.items()
+    }
+    names = ", ".join(expected.values())
+    assert {(Path(e.path).name, e.reason) for e in sources.unusable} == {
+        (name, f"is beside the split folders {names}, not in one of them") for name in ("extra", "notes.txt")
+    }
+
+
+@pytest.mark.parametrize("folders", [("train", "test"), ("val", "test", "hug"), ("train", "Test", "testing")])
+def test_classes_may_have_the_names_of_splits(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    sources = find_videos(touch(tmp_path, *(f"{folder}/1" for folder in folders)))
+    assert found(sources) == {"train": {(f"{folder}/1", folder) for folder in folders}}
+
+
+def test_a_split_has_one_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "train/run/1", "val/run/2", "Validation/run/3")
+    with pytest.raises(ValueError, match=r"Validation and .*val are both the folder of split val; .*--splits"):
+        find_videos(tmp_path)
+    assert list(find_videos(tmp_path, splits=["train", "val"]).splits) == ["train", "val"]
+
+
+def test_a_list_may_spell_splits_out(tmp_path: Path) -> None:
+    table = listed(tmp_path, "path,label,split\na.mp4,run,Training\nb.mp4,run,validate\nc.mp4,run,TEST\n")
+    assert found(read_csv(table)) == {
+        "train": {("a.mp4", "run")},
+        "val": {("b.mp4", "run")},
+        "test": {("c.mp4", "run")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("10", "9", "0"), ("0", "9", "10")),
+        (("1", "10", "01", "2"), ("01", "1", "2", "10")),
+        (("9" * 200, "1" + "0" * 200, "7"), ("7", "9" * 200, "1" + "0" * 200)),
+        (("10", "9", "run"), ("10", "9", "run")),
+        (("10", "9", "-1"), ("-1", "10", "9")),
+        (("10", "9", "٣"), ("10", "9", "٣")),
+        (("10", "9", "1.5"), ("1.5", "10", "9")),
+    ],
+)
+def test_numbers_as_classes_are_in_their_order(
+    tmp_path: Path, names: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    assert find_videos(touch(tmp_path / "in", *(f"{name}/x" for name in names))).classes == expected
+    table = listed(tmp_path, "path,label\na.mp4," + ";".join(names))
+    assert read_csv(table).classes == expected

@@ -64,13 +64,14 @@ class Reader:
     Args:
         lines: text file opened with `newline=""`, or lines with their ends.
         strict: whether misplaced quotes are an error.
+        delimiter: separates the cells.
 
     Raises:
         csv.Error: a row that is not csv.
     """
 
-    def __init__(self, lines: Iterable[str], *, strict: bool = False) -> None:
-        self._reader = csv.reader(lines, strict=strict)
+    def __init__(self, lines: Iterable[str], *, strict: bool = False, delimiter: str = ",") -> None:
+        self._reader = csv.reader(lines, strict=strict, delimiter=delimiter)
 
     @property
     def line_num(self) -> int:

@@ -1,10 +1,12 @@
-"""Checks of text from outside: names of classes, and numbers. Imports no TensorFlow.
+"""Checks of text from outside: names of classes, and numbers; and text for a command line. Imports no TensorFlow.
 
 Python's `int` and `float` also take underscores and digits of other scripts, and `int` raises from 4,300 digits on.
 """
 
+import json
 import math
 import re
+import shlex
 
 from x3d_tf._checks import require
 
@@ -21,6 +23,11 @@ def decimal(text: str) -> float:
     """The finite number that the text is, such as `-1`, ` .5` or `1e-3`; nan where it is none."""
     value = float(text) if _NUMBER.fullmatch(text.strip(" \t")) else math.nan
     return value if math.isfinite(value) else math.nan
+
+
+def binding_flag(name: str, value: str | int) -> str:
+    """A setting as it stands on a command line that is printed to be copied, whatever the text of its value."""
+    return "--gin_bindings=" + shlex.quote(f"{name}={json.dumps(value, ensure_ascii=False)}")
 
 
 def check_class_name(name: object, where: str) -> None:

@@ -3,13 +3,15 @@
 A folder for each class, all videos to train on but a fifth of each class, to test on:
   python -m x3d_tf.build_records --videos=my_videos --output=data/my_records --split=0.2
 
-my_videos/train/CLASS/VIDEO and my_videos/test/CLASS/VIDEO (other names: --splits=train,val,test):
+my_videos/train/CLASS/VIDEO, my_videos/test/CLASS/VIDEO and, if you like, my_videos/val/CLASS/VIDEO, which validates
+while a network trains (other names: --splits=one,two):
   python -m x3d_tf.build_records --videos=my_videos --output=data/my_records
 
 A csv file that lists them, with paths relative to --videos (without it, to the file's own folder):
   python -m x3d_tf.build_records --csv=my_list.csv --videos=my_videos --output=data/my_records
 Its first line names the columns: path,label and any of split,start,end. Split is train, val or test (or as in --splits;
 or none, and --split); start and end are the seconds to keep. "run;jump" are two labels, and make a multi-label task.
+Columns may also be separated by ; (labels of several classes then take quotes) or tabs.
 
 Action detection: AVA's videos, or folders of their frames, and its csv files of boxes, one for each split:
   python -m x3d_tf.build_records --videos=ava/videos_15min --output=data/ava \\
@@ -32,6 +34,7 @@ on, and --quality=85 or a smaller --short_side make them smaller.
 """
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from tqdm import tqdm
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require, some
 from x3d_tf._terminal import one_line
+from x3d_tf._text import binding_flag
 from x3d_tf.data.build_folder import FAILURES_NAME
 from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.encoding import TIMEOUT
@@ -188,20 +192,22 @@ def _next(manifest: Manifest, detects: bool) -> list[str]:
         how = "another --boxes=SPLIT=FILE" if detects else "--split=0.2, or with --splits"
         return [f"Training also needs videos to test on: build with {how}."]
     tested = "val" if detects else "test"
-    bindings = [f'DatasetSpec.records="{manifest.folder}"']
-    bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
-    bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != tested else []
+    bindings: dict[str, str | int] = {"DatasetSpec.records": str(manifest.folder)}
+    if not {"train", "val"} <= set(names):  # else training finds them by their names
+        bindings |= {"DatasetSpec.train_split": names[0]} if names[0] != "train" else {}
+        bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 and not detects else {}
+        bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != tested else {}
     recipes = "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
     begin = "Train on them with:"
     if detects:
         recipes = "--gin_file=gin/ava/x3d_m_v2.2.gin"
         begin = "Train on them, from weights of Kinetics (TrainConfig.init; without it from random ones), with:"
         trained = sum(bool(record.labels) for record in manifest.splits[names[0]].records)
-        bindings += ['TrainConfig.init="runs/x3d_m_kinetics"', f"Recipe.batch={min(64, trained // 8 * 8 or trained)}"]
+        bindings |= {"TrainConfig.init": "runs/x3d_m_kinetics", "Recipe.batch": min(64, trained // 8 * 8 or trained)}
     elif int(manifest.settings.get("short_side", 256)) < _SMALLEST_OF_X3D_S:
         recipes = "--gin_file=gin/few_videos.gin"
-    options = " ".join(f"--gin_bindings='{binding}'" for binding in bindings)
-    run = f"--workdir=runs/{Path(manifest.folder).resolve().name}"
+    options = " ".join(binding_flag(name, value) for name, value in bindings.items())
+    run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
     return [begin, f"  python -m x3d_tf.train {recipes} {options} {run}"]
 
 

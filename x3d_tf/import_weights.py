@@ -1,7 +1,8 @@
 """Brings X3D weights over from PyTorch, and back.
 
 A checkpoint of PySlowFast, pytorchvideo (also its mobile form) or mmaction2, recognised by its names, becomes a model
-file, with a report of every tensor. PyTorch is not needed, and nothing in the checkpoint is executed:
+file, and x3d_m_k400.tensors.txt beside it lists where every tensor went. PyTorch is not needed, and nothing in the
+checkpoint is executed:
   python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --output=x3d_m_k400.keras
   python -m x3d_tf.predict --model=x3d_m_k400.keras party.mp4
 
@@ -11,21 +12,31 @@ With a fresh classifier of 10 classes:
 The way back, from a run folder or a model file to a state dict that loads there with strict=True:
   python -m x3d_tf.import_weights runs/mine --to=pytorchvideo --output=mine.pyth
 
+The network may lie under any key of the file, and have any prefix before its names, as training programs write it
+(model_state_dict, net; module., model., _orig_mod.), as long as one network in the file fits --variant.
+
 The outputs of a classifier of 400 classes get the names of Kinetics-400, which all of these implementations sort by
 letters; --classes gives others.
 """
 
-import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
+from x3d_tf._files import write_whole
+from x3d_tf._text import binding_flag
 from x3d_tf.data.sources import kinetics_classes, read_classes
+from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.checkpoints import NAMINGS
 from x3d_tf.modeling.expansion import VARIANTS
+from x3d_tf.modeling.state_dicts import read_state_dict
+
+if TYPE_CHECKING:
+    from x3d_tf.modeling.conversion import Report
 
 FLAGS = flags.FLAGS
 
@@ -52,8 +63,9 @@ def main(paths: list[str]) -> None:
     require(len(paths) == 1, "the command line", "name one checkpoint, or with --to one model", paths)
     source, output = Path(paths[0]), Path(FLAGS.output)
     require(not output.is_dir(), "--output", "be a file", f"the folder {output}")
-    if output.exists() and not FLAGS.overwrite:
-        raise UserError(f"{output} exists; give another --output, or replace it with --overwrite")
+    for path in (output, table_of(output)):
+        if path.exists() and not FLAGS.overwrite:
+            raise UserError(f"{path} exists; give another --output, or replace it with --overwrite")
     _check_flags(output)
     if not source.exists():
         raise UserError(f"{source}: no such {'model file or run folder' if FLAGS.to else 'checkpoint'}")
@@ -62,6 +74,11 @@ def main(paths: list[str]) -> None:
         _to_pytorch(source, output)
     else:
         _from_pytorch(source, output)
+
+
+def table_of(output: Path) -> Path:
+    """The list of tensors beside an output: `x3d_s.tensors.txt` of `x3d_s.keras`."""
+    return output.with_suffix(".tensors.txt")
 
 
 def _check_flags(output: Path) -> None:
@@ -86,12 +103,13 @@ def _check_flags(output: Path) -> None:
 def _from_pytorch(checkpoint: Path, output: Path) -> None:
     names = read_classes(Path(FLAGS.classes)) if FLAGS.classes else None
     print(f"reading {checkpoint} and building {FLAGS.variant} ...", file=sys.stderr)
-    from x3d_tf.modeling.conversion import import_checkpoint
+    state = read_state_dict(checkpoint, FLAGS.variant, keep_head=FLAGS.keep_head)
+    from x3d_tf.modeling.conversion import import_state_dict
     from x3d_tf.modeling.portable import portable
     from x3d_tf.modeling.saving import save
 
-    model, report = import_checkpoint(
-        checkpoint,
+    model, report = import_state_dict(
+        state,
         FLAGS.variant,
         num_classes=FLAGS.num_classes,
         keep_head=FLAGS.keep_head,
@@ -99,7 +117,7 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
     )
     if names:
         require(len(names) == model.num_classes, FLAGS.classes, f"name {model.num_classes} classes", len(names))
-    print(report)
+    print(report.summary())
     if names is None and not FLAGS.keep_head:
         names = tuple(map(str, range(model.num_classes)))  # nothing yet that names could mean
     elif names is None and model.num_classes == len(kinetics_classes()):
@@ -107,19 +125,25 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
         print("classes: 400, so they are named as those of Kinetics-400; --classes gives other names")
     output.parent.mkdir(parents=True, exist_ok=True)
     save(portable(model, names), output, overwrite=True)
-    print(f"written: {output}")
+    _write_table(report, output)
     print("To train it further, on records of your own (python -m x3d_tf.build_records):")
-    print(_training(output, FLAGS.variant, model.options.shortcut_norm))
+    print(_training(output, FLAGS.variant, model.options))
 
 
-def _training(model: Path, variant: str, shortcut_norm: str) -> str:
-    """The command that starts from an imported model."""
+def _write_table(report: "Report", output: Path) -> None:
+    write_whole(table_of(output), f"{report}\n".encode("utf-8", "backslashreplace"))
+    print(f"written: {output}, and the list of its tensors, {table_of(output)}")
+
+
+def _training(model: Path, variant: str, options: ModelOptions) -> str:
+    """The command that starts from an imported model, with the options that it has."""
     bindings = {"TrainConfig.init": str(model), "DatasetSpec.records": "data/mine"}
-    if shortcut_norm != "always":
-        bindings["ModelOptions.shortcut_norm"] = shortcut_norm
+    for name, default in vars(ModelOptions()).items():
+        if getattr(options, name) != default:
+            bindings[f"ModelOptions.{name}"] = getattr(options, name)
     lines = [f"  python -m x3d_tf.train --gin_file=gin/{variant}.gin --gin_file=gin/data/records.gin"]
     lines += ["--gin_file=gin/finetune.gin --workdir=runs/mine"]
-    lines += ["--gin_bindings=" + shlex.quote(f'{name}="{value}"') for name, value in bindings.items()]
+    lines += [binding_flag(name, value) for name, value in bindings.items()]
     return " \\\n    ".join(lines)
 
 
@@ -130,8 +154,9 @@ def _to_pytorch(model: Path, output: Path) -> None:
 
     network = load_classifier(model)
     output.parent.mkdir(parents=True, exist_ok=True)
-    print(export_checkpoint(network, output, FLAGS.to))
-    print(f"written: {output}")
+    report = export_checkpoint(network, output, FLAGS.to)
+    print(report.summary())
+    _write_table(report, output)
 
 
 if __name__ == "__main__":

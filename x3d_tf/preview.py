@@ -37,13 +37,14 @@ def main() -> None:
     spec = config.dataset
     if FLAGS.records:
         spec = replace(spec, name="records", records=FLAGS.records)
-    spec = replace(spec, eval_split=spec.train_split)  # there need be nothing to test on yet
     _command.quiet_tensorflow()
-    from x3d_tf.data.datasets import hold_out, open_dataset
+    from x3d_tf.data.datasets import hold_out, open_dataset, with_splits_of
     from x3d_tf.training.clips import save_training_preview
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    manifest = hold_out(open_dataset(spec), spec, config.seed)
+    manifest = open_dataset(replace(spec, eval_split=spec.train_split))  # there need be nothing to test on yet
+    spec = with_splits_of(spec, manifest.splits)
+    manifest = hold_out(manifest, spec, config.seed)
     save_training_preview(manifest, replace(config, dataset=spec), output, FLAGS.clips)
     print(f"written: {output}")
 

@@ -5,6 +5,7 @@ Imports no TensorFlow at the top: commands that only read settings import this m
 
 import math
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import WriteError
 from x3d_tf._machine import usable_cpus
-from x3d_tf.data import index
+from x3d_tf.data import class_names, index
 from x3d_tf.data.build_folder import BuildFolder, Failure, Finished, opened
 from x3d_tf.data.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_reason
 from x3d_tf.data.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
@@ -91,13 +92,17 @@ def build_records(
         output: folder for the records: new, empty, or of the same build.
         csv: instead of folders, a file that lists the videos, UTF-8, with the columns `path` and `label` and any of
             `split` ("train", "val", "test" or what `splits` names), `start` and `end` (the seconds to keep of the
-            video; without them all of it). A file may be listed several times with different times. Several labels
-            separated by ";" in any line make the records multi-label.
-        splits: names of the split folders. By default "train" and "test" where both exist; else all is "train".
+            video; without them all of it), separated by commas, ";" or tabs. A file may be listed several times with
+            different times. Several labels separated by ";" in any line (in quotes where ";" separates columns) make
+            the records multi-label.
+        splits: names of the split folders, or of what the csv file's column holds. By default the folders "train",
+            "val" and "test" (also "training", "valid", "validate", "validation" and "testing", in any case), where
+            there are "train" and another: they are the splits "train", "val" and "test". Else all is "train".
         split: instead, the part of each class's videos that becomes "test", in (0, 1); the others become "train".
             Where videos have several classes, the part of all videos.
         classes: text file with the name of a class on each line, in the order of their labels; a label may then also be
-            the number of a line, from 0. By default the names found, in alphabetical order.
+            the number of a line, from 0. By default the names found: by value where all are digits, else
+            alphabetically. Names that look like a slip ("hug" beside "Hug ", "nan") get a warning.
         short_side: of the stored frames, in pixels; smaller videos keep their size.
         quality: of the JPEG files, 1..95.
         seed: of the order in the shards and of the choice of test videos.
@@ -187,6 +192,8 @@ def _build(
         **sources.facts,
     }
     _check_splits(sources)
+    for doubt in class_names.doubts(sources.classes):
+        warnings.warn(doubt, stacklevel=3)
     with opened(output, settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:
         if folder.is_finished:
             result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)

@@ -1,8 +1,9 @@
 """Which frames and which crops of a video a network sees: index arithmetic only. Imports no TensorFlow.
 
 Every function takes the array namespace to compute in, `xp`: numpy, or `tensorflow.experimental.numpy` inside a tf.data
-graph. There is one formula for both, in float64 and with multiplications before divisions, so that a product which
-should be whole is whole and truncation cannot fall one frame short.
+graph. There is one formula for both, in float64 and with multiplications before divisions, so that products of whole
+numbers are exact. Where the rate, or the length of a clip in frames, is no whole number (8.16 frames a second; X3D-M at
+1 a second) rounding may leave a position just below a whole frame, and truncation then takes the frame before.
 
 A video is `frames` long at `fps` frames a second; strides are counted at 30 frames a second, whatever `fps` is.
 """
@@ -95,9 +96,11 @@ def view_starts(
         frames, fps: length of the video and its rate.
         clip: the network's clip.
         temporal_views: clips, K.
-        clip_starts: "offset" spreads them from the first possible start to the last and takes the middle where K is
-            1, as the paper's section 4.3 says; "slowfast" is PySlowFast's default, last_start·k/K, which never
-            reaches the end: with it compare against released 10- and 30-view numbers.
+        clip_starts: "offset" spreads them evenly from the first possible start on, in steps of
+            floor(last_start/(K-1)) frames, so that the last of them is less than K-1 frames before `last_start`; where
+            K is 1 it takes the middle, as the paper's section 4.3 says. "slowfast" is PySlowFast's default,
+            last_start·k/K, which ends last_start/K before that: with it compare against released 10- and 30-view
+            numbers.
         xp: array namespace.
 
     Raises:

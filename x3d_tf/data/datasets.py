@@ -5,7 +5,7 @@ Imports no TensorFlow, so that configurations can be read without it.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,8 @@ from x3d_tf.data.index import Record, Split, file_of, video_and_second
 from x3d_tf.data.manifest import Manifest
 
 HELD_OUT = "validation"  # name of the split that is held out of the training videos
+_VALIDATION = ("val", "validation")  # names of splits that training validates on without being told
+_EVALUATED = "test"  # the default of `eval_split`
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class DatasetSpec:
     Attributes:
         records: the folder that holds them.
         train_split: name of the part to train on.
-        eval_split: name of the part to test on.
+        eval_split: name of the part to test on. Training on records without "test" takes their "val" in its place.
         flip: whether half of the training clips are mirrored. Off where left and right differ in meaning.
         squeeze: whether frames are scaled to squares, in training and in tests, so that crops see all of wide ones.
         frame_sampling: how the frames of a clip are chosen, in training and in tests; see `clips.frame_indices`.
-        validation_split: name of a part on which the network is tested while it trains; none unless given.
-        validation_fraction: instead, the part of each class's training videos, in (0, 1), that is held out for that.
+        validation_split: name of a part on which the network is tested while it trains. Training takes "val", or
+            "validation", where that is a part that is neither trained on nor named by `eval_split`; else none.
+        validation_fraction: the part of each class's training videos, in (0, 1), that is held out for that where the
+            records have no such split.
         name: "records" for what `build_records` wrote; "moving_shapes" for made-up videos that are put into the folder
             on first use.
 
@@ -40,7 +44,7 @@ class DatasetSpec:
 
     records: str
     train_split: str = "train"
-    eval_split: str = "test"
+    eval_split: str = _EVALUATED
     flip: bool = True
     squeeze: bool = False
     frame_sampling: FrameSampling = "slowfast"
@@ -64,6 +68,26 @@ class DatasetSpec:
         require(not mirrors_label, "DatasetSpec.flip", "be False for moving_shapes: mirrored, left is right", self.flip)
 
 
+def with_splits_of(spec: DatasetSpec, names: Collection[str]) -> DatasetSpec:
+    """The dataset with the splits that training takes where records have splits of these names; see `DatasetSpec`."""
+    free = [name for name in _VALIDATION if name in names and name not in (spec.train_split, spec.eval_split)]
+    if not free:
+        return spec
+    if spec.eval_split == _EVALUATED and _EVALUATED not in names:
+        spec = replace(spec, eval_split=free[0])
+    if spec.validation_split is None:
+        spec = replace(spec, validation_split=free[0], validation_fraction=0.0)
+    return spec
+
+
+def open_for_training(spec: DatasetSpec) -> tuple[Manifest, DatasetSpec]:
+    """The manifest of a dataset's records, as `open_dataset`, and the dataset with the splits that training takes."""
+    manifest = _opened(spec)
+    spec = with_splits_of(spec, manifest.splits)
+    _require_records(manifest, spec.train_split, spec.eval_split)
+    return manifest, spec
+
+
 def open_dataset(spec: DatasetSpec) -> Manifest:
     """The manifest of a dataset's records, which are made first where the package makes them itself.
 
@@ -71,16 +95,23 @@ def open_dataset(spec: DatasetSpec) -> Manifest:
         UserError: there are no records and they are not ours to make (says which command makes them), they are damaged,
             or they lack one of the splits.
     """
+    manifest = _opened(spec)
+    _require_records(manifest, spec.train_split, spec.eval_split)
+    return manifest
+
+
+def _opened(spec: DatasetSpec) -> Manifest:
     if spec.name == "moving_shapes":
         from x3d_tf.data.moving_shapes import open_moving_shapes  # imports TensorFlow
 
-        manifest = open_moving_shapes(Path(spec.records))
-    else:
-        manifest = Manifest.load(spec.records)
-    for name in (spec.train_split, spec.eval_split):
+        return open_moving_shapes(Path(spec.records))
+    return Manifest.load(spec.records)
+
+
+def _require_records(manifest: Manifest, *splits: str) -> None:
+    for name in splits:
         held = len(manifest.split(name).records)
         require(held > 0, f"split {name!r} of {manifest.folder}", "hold records", held)
-    return manifest
 
 
 def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,6 +19,7 @@ from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import LARGE, read_limited
 from x3d_tf._text import check_class_name, decimal, whole
+from x3d_tf.data import class_names
 from x3d_tf.data.index import piece_name
 from x3d_tf.data.video import VideoError
 from x3d_tf.modeling.expansion import Task
@@ -27,7 +29,9 @@ LABEL_SEPARATOR = ";"
 Box = tuple[float, float, float, float]
 State = tuple[int, int]  # size and time of a file, or what stands for them: equal while the content is
 _LONGEST = 1e6  # seconds of a video that a list may name: beyond, times have no precision of a frame
-SPLIT_NAMES = ("train", "val", "test")  # that a csv file's column may hold without their being named
+SPLIT_NAMES = ("train", "val", "test")  # that folders, or a csv file's column, may have without their being named
+_SPELLINGS = {"training": "train", "valid": "val", "validate": "val", "validation": "val", "testing": "test"}
+_DELIMITERS = (",", ";", "\t")  # spreadsheets write ";" where the comma is the decimal one
 
 
 class Annotation(NamedTuple):
@@ -110,27 +114,64 @@ def find_videos(
     _check_splits(splits, split)
     if not videos.is_dir():
         raise UserError(f"videos: {videos} is not a folder")
-    if splits is None and split is None:
-        splits = default_splits(videos)
     known = _Classes.read(classes) if classes else None
     unusable: list[VideoError] = []
-    if splits is None:
-        found = _by_fraction(_in_class_folders(videos, videos, known, unusable), split, seed)
+    folders = {name: videos / name for name in splits or ()}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise UserError(f"splits: {folder} is not a folder")
+    if splits is None and split is None:
+        folders = default_splits(videos)
+        unusable += _beside(videos, folders)
+    if folders:
+        found = {
+            name: in_order(_in_class_folders(folder, videos, known, unusable), seed) for name, folder in folders.items()
+        }
     else:
-        for name in splits:
-            if not (videos / name).is_dir():
-                raise UserError(f"splits: {videos / name} is not a folder")
-        found = {name: in_order(_in_class_folders(videos / name, videos, known, unusable), seed) for name in splits}
+        found = _by_fraction(_in_class_folders(videos, videos, known, unusable), split, seed)
     if not any(found.values()):
         beside = f"; {len(unusable)} entries are no such folders" if unusable else ""
         raise UserError(f"videos: {videos} holds no folder with files for each class{beside}")
     return Sources(found, unusable, known.names if known else _classes_of(found), "single_label")
 
 
-def default_splits(videos: Path) -> tuple[str, str] | None:
-    """The split folders that are used without being named: "train" and "test", where both exist."""
-    names = ("train", "test")
-    return names if all((videos / name).is_dir() for name in names) else None
+def split_of(name: str) -> str | None:
+    """The split that the name of a folder, or a cell of a list, means: "Validation" is "val"; None where it is none."""
+    name = name.casefold()
+    name = _SPELLINGS.get(name, name)
+    return name if name in SPLIT_NAMES else None
+
+
+def default_splits(videos: Path) -> dict[str, Path]:
+    """The split folders that are used without being named, in the order of `SPLIT_NAMES`.
+
+    Those for train, val and test, under the names that `split_of` knows, where there is one for train with folders in
+    it, and another; else none.
+
+    Raises:
+        UserError: two folders for one split.
+    """
+    found: dict[str, list[Path]] = {}
+    for folder in sorted(_visible(videos)) if videos.is_dir() else ():
+        split = split_of(folder.name)
+        if split and folder.is_dir():
+            found.setdefault(split, []).append(folder)
+    if len(found) < 2 or not any(entry.is_dir() for folder in found.get("train", ()) for entry in _visible(folder)):
+        return {}
+    for split, folders in found.items():
+        if len(folders) > 1:
+            raise UserError(
+                f"videos: {folders[0]} and {folders[1]} are both the folder of split {split}; move the videos into one "
+                "of them, or name the folders to use with --splits"
+            )
+    return {name: found[name][0] for name in SPLIT_NAMES if name in found}
+
+
+def _beside(videos: Path, folders: Mapping[str, Path]) -> list[VideoError]:
+    """What lies beside the split folders, and so becomes no record."""
+    names = ", ".join(folder.name for folder in folders.values())
+    others = sorted(set(_visible(videos)) - set(folders.values())) if folders else []
+    return [VideoError(path, f"is beside the split folders {names}, not in one of them") for path in others]
 
 
 def read_csv(
@@ -144,7 +185,9 @@ def read_csv(
 ) -> Sources:
     """The videos that a csv file lists; arguments as `build_records`, which describes the columns.
 
-    A leading `'` before text that a spreadsheet would take for a formula is removed, as the package writes such cells.
+    Cells may be separated by ";" or tabs instead of commas; seconds then may have decimal commas. A byte order mark may
+    be first. A leading `'` before text that a spreadsheet would take for a formula is removed, as the package writes
+    such cells.
 
     Files that do not exist are unusable: lists of public datasets name many videos that can no longer be had.
 
@@ -171,6 +214,7 @@ def read_csv(
         row.check(place not in lines, "path", again)
         lines[place] = row.line
         part = row.values.get("split", "train")
+        part = part if splits else split_of(part) or part
         row.check(part in allowed, "split", f"be one of {', '.join(allowed)} (--splits gives other names)")
         members = found.setdefault(part, [])
         if _is_file(video.path):
@@ -234,6 +278,7 @@ class _Row:
     table: Path
     line: int
     values: Mapping[str, str]
+    delimiter: str
 
     def where(self, column: str) -> str:
         return f"{self.table}, line {self.line}, column {column}"
@@ -245,7 +290,9 @@ class _Row:
 
 def _rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
     """The columns of a csv file, and its rows as they are asked for."""
-    reader = _csv.Reader(io.StringIO(text_of(table, "csv"), newline=""), strict=True)
+    text = text_of(table, "csv")
+    delimiter = _delimiter(text)
+    reader = _csv.Reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     lines = _numbered(table, reader)
     header = [name.strip() for name in next(lines, (1, []))[1]]
     for name in COLUMNS[:2]:
@@ -260,9 +307,21 @@ def _rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
             require(len(cells) == count, f"{table}, line {line}", f"have {count} values, as line 1 has", cells)
             # Spaces beside commas are habit, but a file's name may begin with one.
             values = {n: cell if n == "path" else cell.strip() for n, cell in zip(header, cells, strict=True)}
-            yield _Row(table, line, values)
+            yield _Row(table, line, values, delimiter)
 
     return header, rows()
+
+
+def _delimiter(text: str) -> str:
+    """What separates the cells of a list: that by which its first line has most of the columns."""
+    match = re.match(r"[\r\n]*([^\r\n]*)", text)
+    first = match[1] if match else ""
+
+    def columns(delimiter: str) -> int:
+        names = {name.strip().strip('"') for name in first.split(delimiter)}
+        return len(names & set(COLUMNS))
+
+    return max(_DELIMITERS, key=columns)
 
 
 def _numbered(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -293,7 +352,7 @@ def _seconds(row: _Row, column: str) -> float | None:
     text = row.values.get(column, "")
     if not text:
         return None
-    seconds = decimal(text)
+    seconds = decimal(text if row.delimiter == "," else text.replace(",", "."))
     row.check(0 <= seconds <= _LONGEST, column, f"be seconds, 0 to {_LONGEST:,.0f}, or empty")
     return seconds
 
@@ -376,7 +435,7 @@ def _hash(video: Video, seed: int) -> bytes:
 
 
 def _classes_of(found: dict[str, list[Video]]) -> tuple[str, ...]:
-    return tuple(sorted({name for videos in found.values() for video in videos for name in video.classes}))
+    return class_names.in_order(name for videos in found.values() for video in videos for name in video.classes)
 
 
 def _check_splits(splits: Sequence[str] | None, split: float | None) -> None:

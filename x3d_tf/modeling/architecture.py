@@ -22,7 +22,10 @@ _MAX_BN_GROUP = 65_536
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Choices that the six factors leave open. The defaults are the network of the paper's authors' code.
+    """Choices that the six factors leave open.
+
+    The defaults are the network of the paper's authors' code, PySlowFast, but for `head_pool`: there clips larger than
+    the training crop are pooled by `fixed_probabilities`. At the training crop all poolings agree.
 
     Attributes:
         input: "rgb"; or "difference": the network sees what changes from each frame of the clip to the next, one frame
@@ -36,10 +39,10 @@ class ModelOptions:
         shortcut_norm: batch norm on the projecting shortcuts: `always` (PySlowFast), or `on_width_change`
             (pytorchvideo, whose res2 has none).
         head_pool: what the head does with clips larger than the training crop. `global` averages all positions;
-            `fixed_probabilities` (PySlowFast) and `fixed_logits` (pytorchvideo without its final softmax; with
-            it, `fixed_probabilities` too) average over windows of the training size and all frames, classify each
-            and take the mean of the probabilities (softmax, or sigmoid for multi-label models) or of the logits. All
-            agree at the training crop; a smaller clip has no such window and is refused.
+            `fixed_probabilities` (PySlowFast, and pytorchvideo by default) and `fixed_logits` (pytorchvideo built
+            without its final softmax) average over windows of the training size and all frames, classify each and
+            take the mean of the probabilities (softmax, or sigmoid for multi-label models) or of the logits. A clip
+            smaller than the training crop has no such window and is refused.
         bn_group: clips that share batch-norm statistics in training.
         drop_connect: rate at which res5 drops a residual branch in training; linear over the stages below.
         dropout: rate before the classifier.

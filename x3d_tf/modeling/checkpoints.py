@@ -9,10 +9,24 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from x3d_tf.modeling.architecture import Architecture
+from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan
+from x3d_tf.modeling.cost import layer_costs
+from x3d_tf.modeling.expansion import Expansion
 
 Naming = Literal["slowfast", "pytorchvideo", "pytorchvideo_mobile", "mmaction2"]
 NAMINGS: tuple[Naming, ...] = get_args(Naming)
+TITLES: dict[Naming, str] = {
+    "slowfast": "PySlowFast",
+    "pytorchvideo": "pytorchvideo",
+    "pytorchvideo_mobile": "pytorchvideo's mobile form",
+    "mmaction2": "mmaction2",
+}
+SHORTCUT_NORM: dict[Naming, Literal["always", "on_width_change"]] = {  # `ModelOptions.shortcut_norm` of each
+    **dict.fromkeys(NAMINGS, "always"),
+    "pytorchvideo": "on_width_change",
+}
+COUNTER = "num_batches_tracked"  # of each batch norm in PyTorch; nothing is computed from it
+HEAD = "fc2"
 Kind = Literal["conv", "pointwise", "linear", "channelwise", "vector"]
 
 
@@ -185,12 +199,26 @@ def _kind(row: _Row, naming: Naming, separable: bool) -> Kind:
     return row.kind
 
 
-def recognise(keys: Iterable[str], architecture: Architecture) -> Naming | None:
-    """The naming that most of a state dict's names belong to, or None where none of them does."""
-    keys = set(keys)
-    counts = {naming: sum(name.source in keys for name in names(architecture, naming)) for naming in NAMINGS}
-    best = max(NAMINGS, key=lambda naming: counts[naming])
-    return best if counts[best] else None
+def source_shapes(expansion: Expansion, naming: Naming, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights as an implementation stores them, by its names, in execution order."""
+    options = ModelOptions(shortcut_norm=SHORTCUT_NORM[naming])
+    layers = {layer.name: layer for layer in layer_costs(expansion, num_classes=num_classes, options=options)}
+    shapes = {}
+    for name in names(plan(expansion, options), naming):
+        layer = layers[_COUNTED_AS.get(name.layer, name.layer.removesuffix("_bn"))]
+        outputs, inputs = layer.shape[-1], layer.cost.macs // layer.cost.activations
+        taps = (inputs, 1, 1) if name.layer == "conv1_t" else (3, 3, 3)
+        shapes[name.source] = {
+            "vector": (outputs,),
+            "linear": (outputs, inputs),
+            "pointwise": (outputs, inputs, 1, 1, 1),
+            "channelwise": (outputs, 1, *taps),
+            "conv": (outputs, inputs // 9, 1, 3, 3),
+        }[name.kind]
+    return shapes
+
+
+_COUNTED_AS = {"conv1_bn": "conv1_t", "conv5_conv": "conv5"}  # layers that the table of costs names otherwise
 
 
 def to_ours(array: np.ndarray, kind: Kind) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Whole checkpoints of PyTorch implementations made into networks of ours, and back, with a report of every weight."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -9,32 +9,33 @@ from typing import Any, get_args
 import keras
 import numpy as np
 
-from x3d_tf._checks import UserError, require
+from x3d_tf._checks import require, some
 from x3d_tf.modeling.architecture import ModelOptions, plan
-from x3d_tf.modeling.checkpoints import Naming, WeightName, names, recognise, source_shape, to_ours, to_source
+from x3d_tf.modeling.checkpoints import (
+    COUNTER,
+    HEAD,
+    SHORTCUT_NORM,
+    TITLES,
+    Naming,
+    WeightName,
+    names,
+    source_shape,
+    to_ours,
+    to_source,
+)
 from x3d_tf.modeling.expansion import VARIANTS, Expansion, as_expansion
-from x3d_tf.modeling.torch_files import Tensor, read_checkpoint, write_checkpoint
+from x3d_tf.modeling.state_dicts import StateDict, read_state_dict, shape_text
+from x3d_tf.modeling.torch_files import write_checkpoint
 from x3d_tf.modeling.x3d import X3D
 
-TITLES: dict[Naming, str] = {
-    "slowfast": "PySlowFast",
-    "pytorchvideo": "pytorchvideo",
-    "pytorchvideo_mobile": "pytorchvideo's mobile form",
-    "mmaction2": "mmaction2",
-}
 # What an implementation does where ours has an option.
-_SHORTCUT_NORM: dict[Naming, Any] = dict.fromkeys(TITLES, "always") | {"pytorchvideo": "on_width_change"}
-_HEAD_POOL: dict[Naming, Any] = dict.fromkeys(TITLES, "global") | {
-    "slowfast": "fixed_probabilities",
-    "pytorchvideo": "fixed_logits",
-}
+_HEAD_POOL: dict[Naming, Any] = dict.fromkeys(TITLES, "global") | dict.fromkeys(
+    ("slowfast", "pytorchvideo"), "fixed_probabilities"
+)
 _POOLING_NOTE: dict[Naming, str] = {naming: f", as in {title}" for naming, title in TITLES.items()} | {
-    "pytorchvideo": "; fixed_probabilities equals a pytorchvideo network that ends in its default softmax",
+    "pytorchvideo": ", as in pytorchvideo's default; fixed_logits equals one built without its final softmax",
 }
 _FREE_OPTIONS = ("shortcut_norm", "head_pool", "bn_group", "drop_connect", "dropout")  # the rest decides the graph
-_WRAPPERS = ("model_state", "state_dict", "model")  # keys under which checkpoints keep their state dict
-_COUNTER = "num_batches_tracked"  # of each batch norm in PyTorch; nothing is computed from it
-_HEAD = "fc2"
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,30 @@ class Report:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return f"{self.table()}\n{self.summary()}"
 
-    def _lines(self) -> Iterator[str]:
-        cells = [(row.source, _text(row.source_shape), row.target, _text(row.target_shape)) for row in self.rows]
+    def table(self) -> str:
+        """A line for each weight, what only one side has, and the counters."""
+        cells = [
+            (row.source, shape_text(row.source_shape), row.target, shape_text(row.target_shape)) for row in self.rows
+        ]
         cells.insert(0, (TITLES[self.naming], "shape", "x3d_tf", "shape"))
         widths = [max(map(len, column)) for column in zip(*cells)]
-        yield from ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
-        yield f"{len(self.rows)} tensors on both sides; only there: {_list(self.left)}; only here: {_list(self.new)}"
-        yield f"{self.counters} {_COUNTER}: no weights, ignored by both"
-        yield from self.notes
-        yield f"sha256 of these weights' values {self.weights_sha256}"
-        yield f"sha256 of the file {self.path} {self.sha256}"
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+        lines += [f"only there: {name}" for name in self.left] + [f"only here: {name}" for name in self.new]
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """A few lines: how many weights, what only one side has, and the notes."""
+        lines = [
+            f"{len(self.rows)} tensors on both sides, with the names of {TITLES[self.naming]}; only there: "
+            f"{some(self.left) or 'nothing'}; only here: {some(self.new) or 'nothing'}",
+            f"{self.counters} {COUNTER}: no weights, ignored by both",
+            *self.notes,
+            f"sha256 of these weights' values {self.weights_sha256}",
+            f"sha256 of the file {self.path} {self.sha256}",
+        ]
+        return "\n".join(lines)
 
 
 def import_checkpoint(
@@ -99,49 +112,53 @@ def import_checkpoint(
     """Makes a network of a PyTorch checkpoint, whose implementation it recognises by its names.
 
     Args:
-        path: a file that `torch.save` wrote: a state dict, or one under `model_state`, `state_dict` or `model`. Nothing
-            in it is executed.
+        path: a file that `torch.save` wrote: a state dict, by itself or under any keys, also below a prefix of its
+            names. Nothing in it is executed.
         network: the variant or expansion that the checkpoint is of. XS, S and M have the same weights.
         num_classes: outputs of the classifier; those of the checkpoint unless given, which they must be if it is kept.
         keep_head: False makes a fresh classifier fc2, of `num_classes`.
-        head_pool: see `ModelOptions`; the source's own unless given.
+        head_pool: see `ModelOptions`; the source's own unless given: `fixed_probabilities` for PySlowFast and
+            pytorchvideo, `global` for the others.
 
     Returns:
         The network, with the batch norms on its shortcuts and the head's pooling of the source; and the report.
 
     Raises:
-        UserError: not a checkpoint; no names of X3D; tensors that are missing, left over, of another shape or type or
-            not finite: it lists all of them.
+        UserError: see `read_state_dict`; a `num_classes` that is missing, or other than that of a classifier to keep.
     """
-    path, expansion = Path(path), as_expansion(network)
     require(keep_head or num_classes is not None, "num_classes", "be given where keep_head is false", num_classes)
-    state = _state_dict(read_checkpoint(path), path)
-    counters = [name for name in state if name.endswith(f".{_COUNTER}")]
-    tensors = {name: tensor for name, tensor in state.items() if name not in counters}
-    naming = recognise(tensors, plan(expansion))
-    if naming is None:
-        raise UserError(
-            f"{path}: its {len(tensors)} tensors have names of no X3D known here ({', '.join(TITLES.values())}), "
-            f"such as {', '.join(map(_printable, list(tensors)[:3]))}"
-        )
+    state = read_state_dict(path, network, keep_head=keep_head)
+    return import_state_dict(state, network, num_classes=num_classes, keep_head=keep_head, head_pool=head_pool)
+
+
+def import_state_dict(
+    state: StateDict,
+    network: str | Expansion,
+    *,
+    num_classes: int | None = None,
+    keep_head: bool = True,
+    head_pool: str | None = None,
+) -> tuple[X3D, Report]:
+    """Makes a network of what `read_state_dict` found for the same network; otherwise as `import_checkpoint`."""
+    expansion, naming, tensors = as_expansion(network), state.naming, state.tensors
     options = ModelOptions(
-        shortcut_norm=_SHORTCUT_NORM[naming],
+        shortcut_norm=SHORTCUT_NORM[naming],
         head_pool=head_pool or _HEAD_POOL[naming],  # type: ignore[arg-type]
     )
-    model = X3D(expansion, _classes(tensors, naming, expansion, num_classes, keep_head, path), options)
-    head = {name.source for name in names(plan(expansion, options), naming) if name.layer == _HEAD}
-    left = () if keep_head else tuple(name for name in tensors if name in head)
-    pairs = [(name, weight) for name, weight in _weights(model, naming) if keep_head or name.layer != _HEAD]
-    _raise_misfits(pairs, {name: tensor for name, tensor in tensors.items() if name not in left}, naming, model, path)
+    model = X3D(expansion, _classes(state, num_classes, keep_head), options)
+    pairs = [(name, weight) for name, weight in _weights(model, naming) if keep_head or name.layer != HEAD]
     for name, weight in pairs:
         weight.assign(to_ours(tensors[name.source].array(), name.kind))
-    notes = [f"head: {options.head_pool} pooling" + ("" if head_pool else _POOLING_NOTE.get(naming, ""))]
+    notes = [f"found under {state.place}"] if state.place else []
+    notes += [f"head: {options.head_pool} pooling" + ("" if head_pool else _POOLING_NOTE.get(naming, ""))]
     rounded = sorted({tensors[name.source].dtype for name, _ in pairs} - {"float32"})
     notes += [f"values of type {', '.join(rounded)} are float32 here"] if rounded else []
-    notes += [] if keep_head else [f"{_HEAD} is fresh: what the network says means nothing until it is trained"]
+    notes += [] if keep_head else [f"{HEAD} is fresh: what the network says means nothing until it is trained"]
     notes.append(_clips_of(expansion))
-    new = () if keep_head else tuple(name.target for name in names(plan(expansion), naming) if name.layer == _HEAD)
-    return model, _report(path, naming, pairs, left, new, len(counters), notes)
+    new = () if keep_head else tuple(name.target for name in names(plan(expansion), naming) if name.layer == HEAD)
+    taken = {name.source for name, _ in pairs}
+    left = (*(name for name in tensors if name not in taken), *state.outside)
+    return model, _report(state.path, naming, pairs, left, new, state.counters, notes)
 
 
 def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
@@ -163,7 +180,7 @@ def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
     require(naming in get_args(Naming), "the naming", f"be among {', '.join(get_args(Naming))}", naming)
     require(model.include_top, "the network to export", "have its classifier (include_top)", model.include_top)
     _require_common_options(model.options)
-    options = replace(model.options, shortcut_norm=_SHORTCUT_NORM[naming])
+    options = replace(model.options, shortcut_norm=SHORTCUT_NORM[naming])
     values = {f"{layer}/{weight.name}": np.asarray(weight) for layer, weight in _layer_weights(model)}
     notes = _match_shortcut_norms(values, model, options, naming)
     if options.head_pool != _HEAD_POOL[naming]:
@@ -177,7 +194,7 @@ def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
     for name, value in pairs:
         state[name.source] = to_source(value.astype(np.float32), name.kind)
         if name.weight == "moving_variance":
-            state[name.source.removesuffix("running_var") + _COUNTER] = np.zeros((), np.int64)
+            state[name.source.removesuffix("running_var") + COUNTER] = np.zeros((), np.int64)
     write_checkpoint(path, state)
     common = [(name, value) for name, value in pairs if name.target in set(ours)]
     left = tuple(name.source for name, _ in pairs if name.target not in set(ours))
@@ -185,41 +202,14 @@ def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
     return _report(path, naming, common, left, new, len(state) - len(pairs), notes)
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a checkpoint holds, without the prefix that training on several GPUs adds."""
-    wrapper = next((key for key in _WRAPPERS if key in content), None) if isinstance(content, dict) else None
-    content = content[wrapper] if wrapper else content
-    tensors = isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())
-    if not tensors:
-        kinds = ", ".join(map(_printable, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-        raise UserError(
-            f"{path} holds no state dict, names with a tensor each, by itself or under {', '.join(_WRAPPERS)}: it has "
-            f"{kinds[:200] or 'nothing'}"
-        )
-    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""
-    return {str(name).removeprefix(prefix): tensor for name, tensor in content.items()}
-
-
-def _classes(
-    tensors: Mapping[str, Tensor],
-    naming: Naming,
-    expansion: Expansion,
-    num_classes: int | None,
-    keep_head: bool,
-    path: Path,
-) -> int:
+def _classes(state: StateDict, num_classes: int | None, keep_head: bool) -> int:
     if not keep_head:
         assert num_classes is not None
         return num_classes
-    bias = next(name.source for name in names(plan(expansion), naming) if name.target == f"{_HEAD}/bias")
-    tensor = tensors.get(bias)
-    found = tensor.shape[0] if tensor and len(tensor.shape) == 1 and tensor.shape[0] else num_classes or 1
-    require(
-        num_classes in (None, found),
-        "num_classes",
-        f"be {found}, as the classifier of {path} has, unless keep_head is false",
-        num_classes,
-    )
+    found = state.num_classes()
+    assert found is not None  # `read_state_dict` found a classifier
+    rule = f"be {found}, as the classifier of {state.path} has, unless keep_head is false"
+    require(num_classes in (None, found), "num_classes", rule, num_classes)
     return found
 
 
@@ -236,52 +226,6 @@ def _weights(model: X3D, naming: Naming) -> list[tuple[WeightName, keras.Variabl
     pairs = [(name, ours.pop(name.target)) for name in names(plan(model.expansion, model.options), naming)]
     assert not ours, f"weights without a name in the table: {list(ours)}"
     return pairs
-
-
-def _raise_misfits(
-    pairs: list[tuple[WeightName, keras.Variable]],
-    tensors: Mapping[str, Tensor],
-    naming: Naming,
-    model: X3D,
-    path: Path,
-) -> None:
-    expected = {name.source: source_shape(tuple(weight.shape), name.kind) for name, weight in pairs}
-    faults = [f"missing: {source} {_text(shape)}" for source, shape in expected.items() if source not in tensors]
-    faults += [f"left over: {_printable(name)} {_text(t.shape)}" for name, t in tensors.items() if name not in expected]
-    for source, shape in expected.items():
-        if source in tensors:
-            fault = _fault(tensors[source], shape)
-            faults += [f"{fault}: {source}"] if fault else []
-    if not faults:
-        return
-    others = ", ".join(_fitting(tensors, naming))
-    hint = f"; its names and shapes are those of {others}" if others else ""
-    raise UserError(
-        f"{path} has the names of {TITLES[naming]}, and {len(faults)} tensors do not fit {model.name}{hint}:\n"
-        + "\n".join(faults)
-    )
-
-
-def _fault(tensor: Tensor, shape: tuple[int, ...]) -> str:
-    if tensor.shape != shape:
-        return f"shape {_text(tensor.shape)} instead of {_text(shape)}"
-    array = tensor.array()
-    if array.dtype.kind != "f":
-        return f"values of type {tensor.dtype}"
-    return "" if np.isfinite(array).all() else "values that are not finite"
-
-
-def _fitting(tensors: Mapping[str, Tensor], naming: Naming) -> Iterator[str]:
-    """The variants that a state dict is of, whatever its classifier."""
-    options = ModelOptions(shortcut_norm=_SHORTCUT_NORM[naming])
-    for variant in VARIANTS.values():
-        expected = list(names(plan(variant.expansion, options), naming))
-        if {name.source for name in expected} != set(tensors):
-            continue
-        model = X3D(variant.expansion, 1, options)
-        shapes = {name: source_shape(tuple(weight.shape), name.kind) for name, weight in _weights(model, naming)}
-        if all(tensors[name.source].shape == shape for name, shape in shapes.items() if name.layer != _HEAD):
-            yield variant.name
 
 
 def _clips_of(expansion: Expansion) -> str:
@@ -361,17 +305,3 @@ def _report(
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Report(str(path), naming, digest, tuple(rows), left, new, counters, weights.hexdigest(), tuple(notes))
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _printable(name: object) -> str:
-    """A name out of a file; whatever it holds, a terminal shows it and does not obey it."""
-    text = str(name)[:200]
-    return text if text.isprintable() else ascii(text)
-
-
-def _list(items: tuple[str, ...]) -> str:
-    return ", ".join(items) or "nothing"

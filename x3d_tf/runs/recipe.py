@@ -211,9 +211,6 @@ class TrainConfig:
         require(self.test_views >= 1, "TrainConfig.test_views", "be at least 1", self.test_views)
         require(self.checkpoint_steps >= 1, "TrainConfig.checkpoint_steps", "be at least 1", self.checkpoint_steps)
         require(0 <= self.seed < 2**31, "TrainConfig.seed", "be in [0, 2**31)", self.seed)
-        validated = self.dataset.validation_split is not None or self.dataset.validation_fraction > 0
-        rule = "be 0 without DatasetSpec.validation_split or DatasetSpec.validation_fraction"
-        require(validated or not self.recipe.patience, "Recipe.patience", rule, self.recipe.patience)
         taught = self.init is not None or not self.recipe.frozen_norms
         rule = "be given where Recipe.batch_norm or Recipe.trunk_rate freezes what it brings"
         require(taught, "TrainConfig.init", rule, self.init)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
 from x3d_tf._signals import held_back
 from x3d_tf.data.clips import input_contract
-from x3d_tf.data.datasets import HELD_OUT, hold_out, open_dataset
+from x3d_tf.data.datasets import HELD_OUT, hold_out, open_for_training, with_splits_of
 from x3d_tf.data.index import Record
 from x3d_tf.data.key_frame_pipeline import require_proposals, with_actions
 from x3d_tf.data.manifest import Manifest
@@ -74,20 +75,30 @@ def train(
     if config.init is not None and not run.has_checkpoint:
         describe(config.init)  # a wrong path should not come out minutes later
     if run.config.is_file() and run.model.is_file():  # which takes no lock, for nothing is written
-        run.open(config, {})
+        there = run.read_config().dataset  # whose records may be gone
+        names = {there.train_split, there.eval_split, there.validation_split or there.train_split}
+        run.open(replace(config, dataset=with_splits_of(config.dataset, names)), {})
         print(f"{run.root} is finished: {run.model} is there")
         return run
     with run.training():
+        manifest, dataset = open_for_training(config.dataset)
+        config = replace(config, dataset=dataset)
         run.open(config, texts or {})
         if not run.model.is_file():  # else another process has just finished it
-            _train(config, run, strategy or tf.distribute.MirroredStrategy(), allow_other_groups)
+            _train(config, manifest, run, strategy or tf.distribute.MirroredStrategy(), allow_other_groups)
     return run
 
 
-def _train(config: TrainConfig, run: RunFolder, strategy: tf.distribute.Strategy, allow_other_groups: bool) -> None:
-    manifest = open_dataset(config.dataset)
+def _train(
+    config: TrainConfig,
+    manifest: Manifest,
+    run: RunFolder,
+    strategy: tf.distribute.Strategy,
+    allow_other_groups: bool,
+) -> None:
     records = hold_out(manifest, config.dataset, config.seed)
     _check_records(records, config)
+    print(_describe_splits(records, config))
     if not run.preview.is_file():
         save_training_preview(records, config, run.preview)
     trainer = Trainer(config, records, strategy)
@@ -318,10 +329,31 @@ class Trainer:
 _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
 
 
+def _describe_splits(manifest: Manifest, config: TrainConfig) -> str:
+    """What each split of the records is for; training chose those that the settings leave open."""
+    dataset = config.dataset
+    validation = HELD_OUT if dataset.validation_fraction else dataset.validation_split
+    uses = {dataset.train_split: ["trains"]}
+    uses.setdefault(validation or "", []).append("validates")
+    uses.setdefault(dataset.eval_split, []).append("is evaluated when training has ended")
+    told = [
+        f"{name} ({len(manifest.splits[name].records)} records) {' and '.join(verbs)}"
+        for name, verbs in uses.items()
+        if name
+    ]
+    text = f"Splits: {', '.join(told)}."
+    if validation == dataset.eval_split and config.recipe.patience:
+        text += f" The best step is chosen by {validation}, so other videos may give less than its evaluation says."
+    return text
+
+
 def _check_records(manifest: Manifest, config: TrainConfig) -> None:
     split = config.dataset.train_split
     if manifest.task == "detection":
         _check_detection(manifest, config)
+    validated = config.dataset.validation_split is not None or config.dataset.validation_fraction > 0
+    rule = 'be 0 for records without a split "val", DatasetSpec.validation_split or DatasetSpec.validation_fraction'
+    require(validated or not config.recipe.patience, "Recipe.patience", rule, config.recipe.patience)
     held = len(_training_records(manifest, config))
     fits = config.recipe.batch <= held
     rest = " less those held out for validation" if config.dataset.validation_fraction else ""
