@@ -55,7 +55,7 @@ def _source(case: Case) -> Any:
 
     quiet()
     limit_threads(case.threads)
-    file = Path(case.folder) / "model.keras"
+    file = Path(case.folder) / f"{case.network}.keras"
     if not file.exists():
         x3d_tf.save(network(case.network), file, [f"class {number}" for number in range(CLASSES)])
     return open_model(file)

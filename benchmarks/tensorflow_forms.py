@@ -139,7 +139,7 @@ def train(
         expansion=x3d_tf.VARIANTS[case.network].expansion,
         model=x3d_tf.ModelOptions(**(options or {})),
         dataset=DatasetSpec(records="none"),
-        recipe=Recipe(batch=case.batch, reference_batch=case.batch, learning_rate=1e-4, warmup_steps=0),
+        recipe=Recipe(batch=case.batch, reference_batch=case.batch, learning_rate=1e-4, warmup_fraction=0),
         execution=Execution(**execution),
     )
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])  # the trainer's default where there is no GPU

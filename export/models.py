@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import re
+import unicodedata
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from x3d_tf.modeling.x3d import MEAN, STD, Network
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 
+_LONGEST_NAME = 100  # bytes, so that a format, a suffix and what marks an unfinished file fit beside it
 _METRICS = ("top1", "top5", "map")  # of a report, for the card
 _OUTPUTS = {
     "single_label": "probabilities that add up to 1",
@@ -44,8 +47,14 @@ class Source:
 
     @property
     def name(self) -> str:
-        """For files and folders: `x3d_s`, or `x3d_tau_7_t_17_...` of other factors; letters, digits and _ only."""
-        return self.model.name
+        """Name of the exported files: the run folder's, or the `.keras` file's without its suffix.
+
+        Other characters than letters, digits, `_`, `.` and `-` become `_`. No name begins with `.`, which would hide
+        the file, or with `-`, which commands read as an option. The network's own name where nothing is left.
+        """
+        given = self.path.resolve().name if self.path.is_dir() else self.path.stem
+        name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", given)).lstrip(".-")
+        return name.encode()[:_LONGEST_NAME].decode(errors="ignore") or self.model.name
 
     @property
     def frame_sampling(self) -> FrameSampling:

@@ -3,8 +3,9 @@
   python -m export.onnx --model=runs/mine --output=exported/mine
   python -m export.onnx --model=runs/mine --output=exported/mine --formats=onnx --batch=0
 
-The first writes NAME.onnx, and NAME.xml with NAME.bin, where NAME is the network's: clips, uint8 (N, T, S, S, 3), RGB,
-to probabilities, float32 (N, classes). N is 1, another --batch, or with 0 any, which costs OpenVINO much of its speed.
+The first writes NAME.onnx, and NAME.xml with NAME.bin, where NAME is the run folder's or the .keras file's: clips,
+uint8 (N, T, S, S, 3), RGB, to probabilities, float32 (N, classes). N is 1, another --batch, or with 0 any, which costs
+OpenVINO much of its speed.
 Class names and the model card go with them: as metadata "labels" and "card" of ONNX, and as runtime information of
 those names under "x3d_tf" of OpenVINO.
 

@@ -4,8 +4,8 @@
   python -m export.tflite --model=runs/mine --output=exported/mine --calibration=data/mine
 
 The second also writes the int8 file, whose ranges are those of training clips from these records. For each format there
-are NAME_FORMAT.tflite, where NAME is the network's, and NAME_FORMAT.json, a report of its operators, its quantisation
-and the model card:
+are NAME_FORMAT.tflite, where NAME is the run folder's or the .keras file's, and NAME_FORMAT.json, a report of its
+operators, its quantisation and the model card:
   float32  as the network is
   float16  weights of half the size; computes in float32 on CPUs
   dynamic  weights in int8, one scale a channel; what goes between layers stays float32

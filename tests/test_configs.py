@@ -13,7 +13,7 @@ from x3d_tf.runs.recipe import Detection, Recipe, TrainConfig
 ROOT = Path(__file__).parents[1]
 NETWORKS = sorted(path.stem for path in (ROOT / "gin").glob("x*.gin"))
 MOVING_SHAPES = DatasetSpec(name="moving_shapes", records="data/moving_shapes", flip=False)
-SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=320, warmup_steps=32)
+SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=320, warmup_fraction=0.1)
 
 
 def test_there_is_a_recipe_for_each_network() -> None:
@@ -38,10 +38,11 @@ def test_the_recipe_for_few_videos_equals_its_python() -> None:
         Expansion(gamma_tau=7, gamma_t=17, gamma_s=64 / 112),
         ModelOptions(input="difference"),
         DatasetSpec(records="data/records", squeeze=True),
-        Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=900, warmup_steps=20),
+        Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=900, warmup_fraction=0.022),
         checkpoint_steps=100,
     )
     assert configs.parse(["gin/few_videos.gin"]).config == expected
+    assert expected.recipe.scaled_warmup_steps == 20  # of the runs in docs/results.md
 
 
 def test_the_recipe_for_fine_tuning_equals_its_python() -> None:
@@ -51,7 +52,7 @@ def test_the_recipe_for_fine_tuning_equals_its_python() -> None:
         reference_batch=8,
         learning_rate=0.01,
         steps=200,
-        warmup_steps=10,
+        warmup_fraction=0.05,
         trunk_rate=0.1,
         batch_norm="frozen",
         class_weights="balanced",
@@ -77,7 +78,7 @@ def test_the_recipes_for_ava_equal_their_python(name: str, version: str) -> None
         VARIANTS[name].expansion,
         ModelOptions(drop_connect=0.1 if name == "x3d_xl" else 0.0),
         DatasetSpec(records=f"data/ava_v{version}", eval_split="val"),
-        Recipe(steps=14000, warmup_steps=1000, schedule="steps", decay_steps=(7000, 10500), weight_decay=1e-7),
+        Recipe(steps=14000, warmup_fraction=1 / 14, schedule="steps", decay_fractions=(0.5, 0.75), weight_decay=1e-7),
         detection=Detection(),
         checkpoint_steps=500,
     )
@@ -85,6 +86,20 @@ def test_the_recipes_for_ava_equal_their_python(name: str, version: str) -> None
     assert configs.parse([file]).config == expected
     assert TrainConfig.from_json(expected.to_json()) == expected
     assert f"--gin_file={file}" in (ROOT / file).read_text()
+
+
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "gin").rglob("*.gin"))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("file", RECIPES)
+def test_a_short_trial_of_a_recipe_needs_the_steps_alone(file: str, steps: int) -> None:
+    of_a_network = [] if "Expansion." in (ROOT / file).read_text() else ["gin/x3d_s.gin"]
+    bindings = [f"Recipe.steps={steps}", 'TrainConfig.init="runs/old"']
+    recipe = configs.parse([*of_a_network, file], bindings).config.recipe
+    assert recipe.scaled_steps == steps
+    assert 0 <= recipe.scaled_warmup_steps < steps
+    assert all(max(1, recipe.scaled_warmup_steps) <= step <= steps for step in recipe.scaled_decay_steps)
 
 
 def test_later_files_and_bindings_win() -> None:
@@ -123,7 +138,7 @@ def test_the_texts_can_be_parsed_again(tmp_path: Path) -> None:
         ("Expansion.gamma_d=1e9", "Expansion.gamma_d must give at most 1000 blocks"),
         ("Expansion.gamma_s=160/112", "Expansion.gamma_s=160/112"),
         ("ModelOptions.se='some'", "ModelOptions.se must be .*'alternate'.*, got 'some'"),
-        ("Recipe.warmup_steps=400", r"warmup_steps must be in \[0, steps = 320\), got 400"),
+        ("Recipe.warmup_fraction=32", r"Recipe.warmup_fraction must be in \[0, 1\), a share of the steps, got 32"),
         ("Expansion.gamma_b=%gin.REQUIRED", "the macro %gin.REQUIRED has no value"),
         ("Expansion.gamma_b=@Expansion", "Expansion.gamma_b must be float"),
         ("Expansion.gamma_b=@Expansion()", "no part of the configuration must refer to itself"),

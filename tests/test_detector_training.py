@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
-RECIPE = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=6, warmup_steps=1, weight_decay=1e-7)
+RECIPE = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=6, warmup_fraction=1 / 6, weight_decay=1e-7)
 
 
 def given(boxes: int, padding: int, clips: int = 4) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -158,7 +159,8 @@ if {execution!r} == "float64":
     execution, group = test.Execution(), 2
 else:  # each device has one clip of a part
     execution, group = test.Execution(precision={execution!r}, accumulation=2), 1
-recipe = test.Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=4, warmup_steps=1, precise_bn_batches=2)
+rates = dict(learning_rate=0.05, warmup_fraction=1 / 4)
+recipe = test.Recipe(batch=4, reference_batch=4, steps=4, precise_bn_batches=2, **rates)
 config = test.config_of(
     Path({folder!r}), recipe=recipe, execution=execution, model=ModelOptions(dropout=0.0, bn_group=group)
 )
@@ -182,9 +184,8 @@ def test_a_run_on_two_devices_is_that_on_one(folder: Path, tmp_path: Path, execu
 
 
 def test_rates_fall_in_steps() -> None:
-    recipe = Recipe(
-        batch=512, learning_rate=1.6, steps=100, warmup_steps=10, schedule="steps", decay_steps=(50, 80), warmup_start=0
-    )
+    shape = {"warmup_fraction": 0.1, "warmup_start": 0, "schedule": "steps", "decay_fractions": (0.5, 0.8)}
+    recipe = Recipe(batch=512, learning_rate=1.6, steps=100, **shape)
     rates = [float(schedule_of(recipe)(step)) for step in (0, 10, 20, 99, 100, 159, 160, 199)]
     np.testing.assert_allclose(rates, [0, 0.4, 0.8, 0.8, 0.08, 0.08, 0.008, 0.008], rtol=1e-6)
 
@@ -192,15 +193,23 @@ def test_rates_fall_in_steps() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decay_steps": (5,)}, 'Recipe.decay_steps must be given with Recipe.schedule = "steps", and with that alone'),
+        (
+            {"decay_fractions": (0.5,)},
+            'decay_fractions must be given with Recipe.schedule = "steps", and with that alone',
+        ),
         ({"schedule": "steps"}, "must be given with"),
-        ({"schedule": "steps", "decay_steps": (5, 3)}, "must rise between warmup_steps = 1 and steps = 6"),
-        ({"schedule": "steps", "decay_steps": (6,)}, "must rise between"),
+        ({"schedule": "steps", "decay_fractions": (0.5, 0.3)}, r"must be ascending .* in \[warmup_fraction = 0.2, 1\)"),
+        ({"schedule": "steps", "decay_fractions": (0.5, 0.5)}, "must be ascending"),
+        ({"schedule": "steps", "decay_fractions": (0.1,)}, "must be ascending"),
+        ({"schedule": "steps", "decay_fractions": (1.0,)}, "must be ascending"),
+        ({"schedule": "steps", "decay_fractions": (math.nan,)}, "must be ascending"),
+        ({"warmup_fraction": 1}, r"Recipe.warmup_fraction must be in \[0, 1\), a share of the steps, got 1"),
+        ({"warmup_fraction": math.nan}, r"Recipe.warmup_fraction must be in \[0, 1\), a share of the steps, got nan"),
     ],
 )
-def test_decay_steps_out_of_range(settings: dict[str, Any], message: str) -> None:
+def test_shares_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Recipe(**{"steps": 6, "warmup_steps": 1, **settings})
+        Recipe(**{"warmup_fraction": 0.2, **settings})
 
 
 @pytest.fixture(scope="module")

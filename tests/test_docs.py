@@ -42,7 +42,7 @@ def functions(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("functions")
-@pytest.mark.filterwarnings("ignore:.*tf.data functions are still traced")
+@pytest.mark.filterwarnings("ignore:.*tf.data functions are still traced", "error:.*shuffle=True")
 def test_your_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a smaller network under the name of X3D-S."""
     monkeypatch.chdir(tmp_path)

@@ -4,16 +4,19 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from x3d_tf.export.models import open_model
+from x3d_tf.export.models import Source, open_model
 
 import x3d_tf
+from x3d_tf._files import write_whole
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.runs.recipe import TrainConfig
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")
+NETWORK = "x3d_tau_2_t_4"
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,41 @@ def test_a_file_alone_tells_nothing_of_training(run: Path) -> None:
         source = open_model(run / "model.keras")
     assert source.card()["training"] is None
     assert source.frame_sampling == "slowfast"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("mine", "mine"),
+        ("kicks v1.2 (best)", "kicks_v1.2_best_"),
+        ("été", "été"),
+        ("e\u0301te\u0301", "été"),  # as macOS spells it
+        ("запуск", "запуск"),
+        ("a:b*c?'d\\e$(f)\n", "a_b_c_d_e_f_"),
+        (".hidden", "hidden"),  # export.verify passes over hidden files
+        ("--force", "force"),
+        ("...", NETWORK),
+        ("é" * 120, "é" * 50),  # 255 bytes are all that a file name has
+        ("\udcff", "_"),  # a byte that is no text
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".keras"], ids=["run", "file"])
+def test_an_export_is_named_after_the_run_or_the_file(given: str, expected: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{given}{suffix}"
+    path.touch() if suffix else path.mkdir()
+    source = Source(path, SimpleNamespace(name=NETWORK), NAMES, None)
+    assert source.name == expected
+    write_whole(tmp_path / f"{source.name}_float32.tflite", b"")  # by way of a longer name
+
+
+def test_a_folder_is_named_as_it_is_from_within_and_through_a_link(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latest").symlink_to(run)
+    assert open_model(tmp_path / "latest").name == "mine"
+    monkeypatch.chdir(run)
+    assert open_model(".").name == "mine"
+    assert open_model("model.keras").name == "model"
 
 
 def test_numbers_for_names_are_warned_of(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from x3d_tf.training.validation import Score, Validation
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
-QUICK = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=12, warmup_steps=2)
+QUICK = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=12, warmup_fraction=1 / 6)
 
 
 def write(folder: Path, videos: int, **kwargs: Any) -> Path:
@@ -229,7 +229,7 @@ def test_a_run_validates_on_the_split_that_is_there(
 @pytest.mark.slow
 def test_several_labels_are_learnt_and_tested(tmp_path: Path) -> None:
     folder = write(tmp_path / "records", videos=8, also=("bright",))
-    recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=40, warmup_steps=5, weight_decay=0)
+    recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=40, warmup_fraction=1 / 8, weight_decay=0)
     config = config_of(folder, recipe, {"validation_split": "train"}, checkpoint_steps=20)
     run = train(replace(config, model=x3d_tf.ModelOptions(dropout=0.0)), tmp_path / "run")
     assert x3d_tf.load(run.root).task == "multi_label"

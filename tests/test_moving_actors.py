@@ -45,7 +45,7 @@ def config_of(records: Path, head: Any) -> TrainConfig:
         SMALL,
         x3d_tf.ModelOptions(input="difference"),
         DatasetSpec(str(records), flip=False),
-        Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=500, warmup_steps=25),
+        Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=500, warmup_fraction=0.05),
         detection=Detection(head=head, negatives=True),
         checkpoint_steps=125,
     )

@@ -41,6 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def test_a_file_computes_what_the_network_does(form: str, batch: int | None, source: Source, tmp_path: Path) -> None:
     written = exporter.export_formats(source, tmp_path / "new", [form], batch=batch)
     assert sorted(written) == sorted((tmp_path / "new").iterdir())  # hidden ones are gone
+    assert {path.stem for path in written} == {"model"}
     runner = open_artefact(Artefact(written[-1], {"onnx": "onnxruntime"}.get(form, form)), threads=1)
     assert (runner.batch, runner.clip) == (batch, (4, 64, 64, 3))
     clips = np.random.default_rng(1).integers(0, 256, (2, 4, 64, 64, 3), dtype=np.uint8)
@@ -125,6 +126,6 @@ def test_the_example_of_the_page(source: Source, tmp_path: Path, capsys: pytest.
     )
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.M)
     file = exporter.export_formats(source, tmp_path, ["openvino"])[-1]
-    exec(code.replace("exported/mine/x3d_s.xml", str(file)), {})
+    exec(code.replace("exported/mine/mine.xml", str(file)), {})
     printed = capsys.readouterr().out
     assert all(name in printed for name in NAMES)

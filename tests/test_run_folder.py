@@ -211,9 +211,11 @@ def test_a_damaged_history_ends_before_the_damage(
     assert "history.csv is damaged after row 1; the rest is left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("setting", ["Recipe.steps", "Recipe.learning_rate", "Expansion.gamma_w", "Recipe.decay_steps"])
+@pytest.mark.parametrize(
+    "setting", ["Recipe.steps", "Recipe.learning_rate", "Expansion.gamma_w", "Recipe.decay_fractions"]
+)
 def test_a_number_of_a_configuration_fits_into_64_bits(setting: str) -> None:
-    value = [10**400] if setting == "Recipe.decay_steps" else 10**400
+    value = [10**400] if setting == "Recipe.decay_fractions" else 10**400
     text = json.dumps(CONFIG.settings() | {setting: value})
     with pytest.raises(UserError, match=f"{setting} must fit into 64 bits, got 1000"):
         TrainConfig.from_json(text)

@@ -31,7 +31,13 @@ CLASSES = 3
 def config_of(
     recipe: dict[str, Any] | None = None, group: int = 4, dropout: float = 0.0, **changes: Any
 ) -> TrainConfig:
-    plain: dict[str, Any] = {"batch": 8, "reference_batch": 8, "learning_rate": 0.05, "steps": 100, "warmup_steps": 0}
+    plain: dict[str, Any] = {
+        "batch": 8,
+        "reference_batch": 8,
+        "learning_rate": 0.05,
+        "steps": 100,
+        "warmup_fraction": 0,
+    }
     fields: dict[str, Any] = {
         "expansion": TINY,
         "model": x3d_tf.ModelOptions(dropout=dropout, bn_group=group),

@@ -212,6 +212,7 @@ def test_operators_of_tensorflow_are_noticed() -> None:
 def test_the_command(run: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"])
     (path,) = (tmp_path / "out").glob("*.tflite")
+    assert path.name == "model_float16.tflite"
     assert f"written: {path} (" in capsys.readouterr().out
     before = path.read_bytes()
     with pytest.raises(
@@ -271,7 +272,7 @@ def test_the_example_of_the_page(files: dict[str, Path], capsys: pytest.CaptureF
         .split("\n## ")[0]
     )
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.M)
-    exec(code.replace("exported/mine/x3d_s_int8.tflite", str(files["int8"])), {})
+    exec(code.replace("exported/mine/mine_int8.tflite", str(files["int8"])), {})
     printed = capsys.readouterr().out
     assert all(name in printed for name in NAMES)
 

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("uncompiled_module")
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
 LARGER = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # sees the motion
-EIGHT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=160, warmup_steps=5, weight_decay=0)
-SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=60, warmup_steps=5)
+EIGHT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=160, warmup_fraction=1 / 32, weight_decay=0)
+SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=60, warmup_fraction=1 / 12)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_records_of_unknown_classes_are_refused(finished: RunFolder, tmp_path: P
 def test_a_loss_that_is_not_a_number_stops_the_run(records: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    config = config_of(records, recipe=replace(SHORT, learning_rate=1e30, warmup_steps=0), checkpoint_steps=3)
+    config = config_of(records, recipe=replace(SHORT, learning_rate=1e30, warmup_fraction=0), checkpoint_steps=3)
     with pytest.raises(
         ValueError, match=r"the loss is (nan|inf) at step \d+: lower Recipe\.learning_rate \(it is 1e\+30\)"
     ):
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(records: Path, tmp_path: Path
     [(12, 8, "multiple of the 8 clips of ModelOptions.bn_group, got 12"), (7, 8, None)],
 )
 def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: int, message: str | None) -> None:
-    recipe = Recipe(batch=batch, reference_batch=batch, steps=2, warmup_steps=0)
+    recipe = Recipe(batch=batch, reference_batch=batch, steps=2, warmup_fraction=0)
     config = config_of(records, recipe=recipe, model=x3d_tf.ModelOptions(bn_group=group))
     if message is None:
         Trainer(config, Manifest.load(records), tf.distribute.get_strategy())
@@ -387,7 +387,7 @@ from test_training import LARGER, config_of
 from x3d_tf import ModelOptions
 from x3d_tf.training.loop import train
 from x3d_tf.runs.recipe import Recipe
-recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=5, warmup_steps=0)
+recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=5, warmup_fraction=0)
 # Of smaller clips the last stages have one position: batch norm over four values makes much of rounding.
 model = ModelOptions(dropout=0.0, bn_group=4)
 config = config_of(Path({records!r}), expansion=LARGER, recipe=recipe, model=model)
@@ -456,7 +456,7 @@ def test_real_clips_become_a_model(shared_data: Path, tmp_path: Path) -> None:
     records, run = tmp_path / "records", tmp_path / "run"
     bindings = [f'DatasetSpec.records="{records}"', 'DatasetSpec.train_split="set1"', 'DatasetSpec.eval_split="set2"']
     bindings += ["Expansion.gamma_d=0.2", f"Expansion.gamma_s={32 / 112}", "Expansion.gamma_t=4", "Recipe.steps=4"]
-    bindings += ["Recipe.warmup_steps=0", "TrainConfig.test_views=2"]
+    bindings += ["TrainConfig.test_views=2"]
     commands = [
         ["build_records", f"--videos={videos}", f"--output={records}", "--splits=set1,set2"],
         ["train", "--gin_file=gin/x3d_s.gin", "--gin_file=gin/data/records.gin", f"--workdir={run}"]

@@ -22,13 +22,35 @@ def test_the_papers_learning_rates() -> None:
 
 
 def test_a_schedule_without_warmup_starts_at_its_peak() -> None:
-    assert float(schedule_of(Recipe(warmup_steps=0))(0)) == pytest.approx(1.6)
+    assert float(schedule_of(Recipe(warmup_fraction=0))(0)) == pytest.approx(1.6)
 
 
 def test_recipes_scale_with_the_batch() -> None:
     small = Recipe(batch=64)
     assert (small.scaled_learning_rate, small.scaled_steps, small.scaled_warmup_steps) == (0.1, 960_000, 128_000)
-    assert Recipe(batch=8, reference_batch=8, steps=400, warmup_steps=40).scaled_steps == 400
+    assert Recipe(batch=8, reference_batch=8, steps=400).scaled_steps == 400
+
+
+@pytest.mark.parametrize(
+    ("recipe", "warmup", "decays"),
+    [
+        (Recipe(), 8000, ()),
+        (Recipe(batch=64), 128_000, ()),
+        (Recipe(steps=20), 3, ()),  # 2.67
+        (Recipe(steps=1), 0, ()),
+        (Recipe(steps=1, warmup_fraction=0.9), 0, ()),  # a step is left for the schedule
+        (Recipe(steps=20, warmup_fraction=0.99), 19, ()),
+        (
+            Recipe(steps=14_000, warmup_fraction=1 / 14, schedule="steps", decay_fractions=(0.5, 0.75)),
+            1000,
+            (7000, 10500),
+        ),
+        (Recipe(batch=64, steps=20, warmup_fraction=0.1, schedule="steps", decay_fractions=(0.1, 0.75)), 32, (32, 240)),
+        (Recipe(steps=1, warmup_fraction=0, schedule="steps", decay_fractions=(0.0, 0.75)), 0, (1, 1)),
+    ],
+)
+def test_shares_of_the_steps_become_whole_steps(recipe: Recipe, warmup: int, decays: tuple[int, ...]) -> None:
+    assert (recipe.scaled_warmup_steps, recipe.scaled_decay_steps) == (warmup, decays)
 
 
 def test_schedules_return_from_their_configuration() -> None:

@@ -484,7 +484,7 @@ def recipe(records: Path, *, steps: int = 9, checkpoint: int = 3, others: dict[s
         "ModelOptions.bn_group": 3,
         "Recipe.learning_rate": 0.01,
         "Recipe.steps": steps,
-        "Recipe.warmup_steps": 1,
+        "Recipe.warmup_fraction": 0.1,
         "TrainConfig.checkpoint_steps": checkpoint,
         "TrainConfig.test_views": 1,
         **(others or {}),

@@ -53,7 +53,7 @@ def dataset(
     Example:
         >>> train = x3d_tf.dataset("data/mine", model.clip, training=True, batch=8)
         >>> test = x3d_tf.dataset("data/mine", model.clip, training=False, batch=8)
-        >>> model.fit(train, steps_per_epoch=100, epochs=10, validation_data=test)
+        >>> model.fit(train, steps_per_epoch=100, epochs=10, validation_data=test, shuffle=False)
     """
     expansion = Expansion(gamma_s=clip.size / BASE_CROP)  # for the sizes that go with the crop
     split = split or ("train" if training else "test")

@@ -17,18 +17,20 @@ from x3d_tf.modeling.expansion import Expansion
 class Recipe:
     """How a network is trained: the paper's recipe for Kinetics (appendix A.3), scaled linearly to the batch.
 
-    `learning_rate`, `steps` and `warmup_steps` are stated for `reference_batch` clips; a run of `batch` clips
-    multiplies the rate by batch / reference_batch and divides the durations by it, so that it sees as many clips.
+    `learning_rate` and `steps` are stated for `reference_batch` clips; a run of `batch` clips multiplies the rate by
+    batch / reference_batch and divides the steps by it, so that it sees as many clips. Warm-up and decay are shares of
+    the steps, so that a run of any length has them.
 
     Attributes:
         batch: clips of one step, over all devices.
-        reference_batch: clips of one step that the next four fields are stated for.
+        reference_batch: clips of one step that the next two fields are stated for.
         learning_rate: highest value of the schedule, η.
         steps: length of the run.
-        warmup_steps: steps of linear warm-up, which ends at the schedule's value.
-        decay_steps: of the schedule "steps", the steps from which on the rate is a tenth of what it was.
+        warmup_fraction: share of the steps, in [0, 1), of the linear warm-up, which ends at the schedule's value.
+        decay_fractions: for the schedule "steps", the shares of the steps, in [`warmup_fraction`, 1) and ascending,
+            after which the rate is a tenth of what it was.
         warmup_start: where the warm-up starts, in units of η.
-        schedule: "cosine" is half a period of it, from η to 0; "steps" is constant between `decay_steps`.
+        schedule: "cosine" is half a period of it, from η to 0; "steps" is constant between `decay_fractions`.
         momentum: of Nesterov's kind.
         weight_decay: L2 added to the gradient of everything but batch norm.
         ema: decay of the moving average of all weights that is tested and saved in their place, in [0, 1); 0 is none.
@@ -50,8 +52,8 @@ class Recipe:
     reference_batch: int = 1024
     learning_rate: float = 1.6
     steps: int = 60_000
-    warmup_steps: int = 8_000
-    decay_steps: tuple[int, ...] = ()
+    warmup_fraction: float = 2 / 15
+    decay_fractions: tuple[float, ...] = ()
     warmup_start: float = 0.1
     schedule: Literal["cosine", "steps"] = "cosine"
     momentum: float = 0.9
@@ -68,14 +70,13 @@ class Recipe:
         for name in ("batch", "reference_batch", "steps"):
             require(getattr(self, name) >= 1, f"Recipe.{name}", "be at least 1", getattr(self, name))
         require(0 < self.learning_rate < math.inf, "Recipe.learning_rate", "be positive", self.learning_rate)
-        within = 0 <= self.warmup_steps < self.steps
-        require(within, "Recipe.warmup_steps", f"be in [0, steps = {self.steps})", self.warmup_steps)
-        places = self.decay_steps
-        rising = list(places) == sorted(set(places)) and all(self.warmup_steps <= step < self.steps for step in places)
-        rule = f"rise between warmup_steps = {self.warmup_steps} and steps = {self.steps}"
-        require(rising, "Recipe.decay_steps", rule, places)
+        warmup, decays = self.warmup_fraction, self.decay_fractions
+        require(0 <= warmup < 1, "Recipe.warmup_fraction", "be in [0, 1), a share of the steps", warmup)
+        rising = list(decays) == sorted(set(decays)) and all(warmup <= decay < 1 for decay in decays)
+        rule = f"be ascending shares of the steps in [warmup_fraction = {warmup:g}, 1)"
+        require(rising, "Recipe.decay_fractions", rule, decays)
         rule = 'be given with Recipe.schedule = "steps", and with that alone'
-        require(bool(places) == (self.schedule == "steps"), "Recipe.decay_steps", rule, places)
+        require(bool(decays) == (self.schedule == "steps"), "Recipe.decay_fractions", rule, decays)
         require(0 <= self.warmup_start <= 1, "Recipe.warmup_start", "be in [0, 1]", self.warmup_start)
         require(0 <= self.momentum < 1, "Recipe.momentum", "be in [0, 1)", self.momentum)
         for name in ("weight_decay", "precise_bn_batches", "trunk_rate", "patience"):
@@ -102,13 +103,13 @@ class Recipe:
 
     @property
     def scaled_warmup_steps(self) -> int:
-        """Warm-up steps of `batch` clips."""
-        return round(self.warmup_steps * self.reference_batch / self.batch)
+        """Warm-up steps of `batch` clips, fewer than `scaled_steps`."""
+        return min(round(self.warmup_fraction * self.scaled_steps), self.scaled_steps - 1)
 
     @property
     def scaled_decay_steps(self) -> tuple[int, ...]:
-        """`decay_steps` of `batch` clips."""
-        return tuple(round(step * self.reference_batch / self.batch) for step in self.decay_steps)
+        """Steps of `batch` clips from which on the rate is a tenth of what it was, none before step 1."""
+        return tuple(max(1, round(decay * self.scaled_steps)) for decay in self.decay_fractions)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class History:
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss is {loss} at step {offset}: lower Recipe.learning_rate (it is "
-                    f"{self.config.recipe.learning_rate}) or lengthen Recipe.warmup_steps, with a --workdir of its "
+                    f"{self.config.recipe.learning_rate}) or raise Recipe.warmup_fraction, with a --workdir of its "
                     f"own; checkpoints from before, if any, are in {self.run.checkpoints}"
                 )
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
