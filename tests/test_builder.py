@@ -130,13 +130,13 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
         (["a/b/1"], {"splits": ["a", "b"]}, "b is not a folder"),
         (["one/a/1", "two/a/1"], {}, "is a folder, but class folders hold video files.*--splits=one,two"),
         (["notes"], {}, "holds no folder with files for each class"),
-        (["a/1"], {}, "none of the 1 videos can be read; the reasons are in"),
+        (["a/1"], {}, "no video can be read \\(1 tried\\); the reasons are in"),
         (["a/1", "out/1"], {}, "output: .*out is not empty"),
         (["a/1"], {"split": 0.2}, "split test has no videos. Give it some, or leave it out with --splits"),
         (
             ["one/a/1", "two/notes"],
             {"splits": ["one", "two"]},
-            "split two has no videos: 1 entries cannot be used, such as .*two/notes: is not in a class folder",
+            "split two has no videos: 1 unusable entry, such as .*two/notes: is not in a class folder",
         ),
         (["a/1"], {"timeout": 0.0}, "timeout must be above 0 and at most 1,000,000 seconds, got 0"),
         (["a/1"], {"timeout": float("inf")}, "timeout must be above 0 and at most 1,000,000 seconds, got inf"),
@@ -327,7 +327,7 @@ def test_the_command(
     shard.write_bytes(shard.read_bytes()[:-1])
     from x3d_tf import build_records as module
 
-    with pytest.raises(UserError, match=f"^{re.escape(str(output))} holds 1 damaged shards"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(output))} holds 1 damaged shard;"):
         in_process(module, "--verify", f"--output={output}")
     train, test, damaged = capsys.readouterr().out.splitlines()
     assert train.endswith("; none damaged")

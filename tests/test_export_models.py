@@ -73,7 +73,7 @@ def test_a_file_alone_tells_nothing_of_training(run: Path) -> None:
 def test_numbers_for_names_are_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="numbered"):
         x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=2), tmp_path / "model.keras")
-    with pytest.warns(UserWarning, match="has no class names: its 2 classes are numbered"):
+    with pytest.warns(UserWarning, match="has no class names: 2 classes numbered from 0"):
         assert open_model(tmp_path).class_names == ("0", "1")
 
 

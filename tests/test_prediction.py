@@ -22,6 +22,7 @@ from x3d_tf import _csv
 from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, partial_of
 from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
+from x3d_tf.data.listing import list_videos
 from x3d_tf.data.pipeline import evaluation_dataset
 from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
 from x3d_tf.evaluation import prediction
@@ -30,7 +31,6 @@ from x3d_tf.evaluation.prediction import (
     csv_table,
     cut_clips,
     json_document,
-    list_videos,
     predict_videos,
     windows,
 )

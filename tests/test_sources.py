@@ -124,7 +124,7 @@ def test_missing_files_are_left_out_by_name(tmp_path: Path) -> None:
             {},
             "line 3, column path must not be listed again with the same times: line 2 has it, got 'a.mp4'",
         ),
-        ("path,label\nx/a.mp4,run\ny.mp4,run\n", {}, "none of the 2 files that .* lists exists, such as .*x/a.mp4"),
+        ("path,label\nx/a.mp4,run\ny.mp4,run\n", {}, "no file that .* lists exists \\(2 listed\\), such as .*x/a.mp4"),
         (b"path,label\na.mp4,run\nb.mp4,h\xfcpfen\n", {}, "list.csv, line 3 must be UTF-8, got the byte 0xfc"),
         ("path,label\n".encode("utf-16"), {}, "list.csv, line 1 must be UTF-8, got the byte 0xff"),
     ],

@@ -1,4 +1,4 @@
-"""Checks of text from outside: names of classes, and numbers. Imports no TensorFlow.
+"""Checks of text from outside: names of classes, and numbers; counts in words. Imports no TensorFlow.
 
 Python's `int` and `float` also take underscores and digits of other scripts, and `int` raises from 4,300 digits on.
 """
@@ -21,6 +21,18 @@ def decimal(text: str) -> float:
     """The finite number that the text is, such as `-1`, ` .5` or `1e-3`; nan where it is none."""
     value = float(text) if _NUMBER.fullmatch(text.strip(" \t")) else math.nan
     return value if math.isfinite(value) else math.nan
+
+
+def plural(noun: str) -> str:
+    """The plural of an English noun that forms it by a rule: `clip`, `class`, `box`, `entry`."""
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def counted(count: int, noun: str) -> str:
+    """How many there are of something: `1 clip`, `2 clips`; the noun is given in the singular."""
+    return f"{count} {noun if count == 1 else plural(noun)}"
 
 
 def check_class_name(name: object, where: str) -> None:

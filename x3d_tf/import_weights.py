@@ -16,14 +16,17 @@ letters; --classes gives others.
 """
 
 import shlex
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._terminal import tell
+from x3d_tf._text import counted
 from x3d_tf.data.sources import kinetics_classes, read_classes
+from x3d_tf.modeling.archive import require_classifier
 from x3d_tf.modeling.checkpoints import NAMINGS
 from x3d_tf.modeling.expansion import VARIANTS
 
@@ -55,13 +58,13 @@ def main(paths: list[str]) -> None:
     if output.exists() and not FLAGS.overwrite:
         raise UserError(f"{output} exists; give another --output, or replace it with --overwrite")
     _check_flags(output)
-    if not source.exists():
-        raise UserError(f"{source}: no such {'model file or run folder' if FLAGS.to else 'checkpoint'}")
-    _command.quiet_tensorflow()
     if FLAGS.to:
+        require_classifier(source)
         _to_pytorch(source, output)
-    else:
-        _from_pytorch(source, output)
+        return
+    if not source.is_file():
+        raise UserError(f"{source}: no such checkpoint")
+    _from_pytorch(source, output)
 
 
 def _check_flags(output: Path) -> None:
@@ -85,11 +88,12 @@ def _check_flags(output: Path) -> None:
 
 def _from_pytorch(checkpoint: Path, output: Path) -> None:
     names = read_classes(Path(FLAGS.classes)) if FLAGS.classes else None
-    print(f"reading {checkpoint} and building {FLAGS.variant} ...", file=sys.stderr)
-    from x3d_tf.modeling.conversion import import_checkpoint
-    from x3d_tf.modeling.portable import portable
-    from x3d_tf.modeling.saving import save
+    with starting_tensorflow():
+        from x3d_tf.modeling.conversion import import_checkpoint
+        from x3d_tf.modeling.portable import portable
+        from x3d_tf.modeling.saving import save
 
+    tell(f"reading {checkpoint} and building {FLAGS.variant}")
     model, report = import_checkpoint(
         checkpoint,
         FLAGS.variant,
@@ -98,13 +102,16 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
         head_pool=FLAGS.head_pool,
     )
     if names:
-        require(len(names) == model.num_classes, FLAGS.classes, f"name {model.num_classes} classes", len(names))
+        require(
+            len(names) == model.num_classes, FLAGS.classes, f"name {counted(model.num_classes, 'class')}", len(names)
+        )
     print(report)
     if names is None and not FLAGS.keep_head:
         names = tuple(map(str, range(model.num_classes)))  # nothing yet that names could mean
     elif names is None and model.num_classes == len(kinetics_classes()):
         names = kinetics_classes()
         print("classes: 400, so they are named as those of Kinetics-400; --classes gives other names")
+    tell(f"writing {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     save(portable(model, names), output, overwrite=True)
     print(f"written: {output}")
@@ -124,10 +131,11 @@ def _training(model: Path, variant: str, shortcut_norm: str) -> str:
 
 
 def _to_pytorch(model: Path, output: Path) -> None:
-    print(f"reading {model} ...", file=sys.stderr)
-    from x3d_tf.modeling.conversion import export_checkpoint
-    from x3d_tf.modeling.saving import load_classifier
+    with starting_tensorflow():
+        from x3d_tf.modeling.conversion import export_checkpoint
+        from x3d_tf.modeling.saving import load_classifier
 
+    tell(f"loading {model}")
     network = load_classifier(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     print(export_checkpoint(network, output, FLAGS.to))
