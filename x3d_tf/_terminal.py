@@ -55,7 +55,7 @@ def progress_bar(total: int, noun: str, doing: str, **settings: Any) -> "tqdm[An
         **settings: further ones of `tqdm`.
     """
     things = plural(noun) if total != 1 else noun
-    bar_format = f"{{desc}}{{n_fmt}}/{{total_fmt}} {things} |{{bar:20}}| {{remaining}} left"
+    bar_format = f"{{desc}}: {{n_fmt}}/{{total_fmt}} {things} |{{bar:20}}| {{remaining}} left"
     return tqdm(total=total, desc=doing, bar_format=bar_format, mininterval=1.0, **settings)
 
 
