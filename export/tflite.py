@@ -40,7 +40,7 @@ from tqdm import tqdm
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole, writing
-from x3d_tf._startup import starting_tensorflow
+from x3d_tf._startup import kept_back, starting_tensorflow
 from x3d_tf._terminal import tell
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.modeling.archive import require_classifier
@@ -294,7 +294,8 @@ def _int8(app: "keras.Model", clips: NDArray[np.uint8], float_until: str) -> byt
     converter._experimental_calibrate_only = True
     calibrated = converter.convert()
     left = [operator.name for operator in _to_leave(operators(calibrated), float_until)]
-    content = mlir_quantize(calibrated, denylisted_nodes=left or None, input_data_type=tf.uint8)
+    with kept_back():
+        content = mlir_quantize(calibrated, denylisted_nodes=left or None, input_data_type=tf.uint8)
     return correct_biases(content, reference, clips)
 
 

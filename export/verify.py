@@ -154,6 +154,7 @@ def main() -> None:
     source = open_model(FLAGS.model)
     tell(f"reading clips of {FLAGS.clips}")
     clips = read_clips(source, FLAGS.clips, split=FLAGS.split, limit=FLAGS.limit)
+    tell("compiling the network")
     rows = verify(source, artefacts, clips, rounds=FLAGS.rounds)
     print("\n".join(table(rows, Path(FLAGS.artefacts), len(clips))))
     if FLAGS.json:

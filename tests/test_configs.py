@@ -294,7 +294,7 @@ LAUGHS = "\n".join(f"m{i} = ({', '.join([f'%m{i + 1}'] * 50)})" for i in range(4
         (b"\nExpansion.gamma_b = name", "line 2: 'name' is not a value. Text takes quotes of its own"),
         (b"\nExpansion.gamma_b = __import__('evilmod')", "line 2: '__import__' is not a value"),
         (b"\nExpansion.gamma_b = f'{1}'", "line 2: .* is not a value"),
-        (b"\nExpansion.gamma_b = {[]: 1}", "line 2: unhashable type"),
+        (b"\nExpansion.gamma_b = {[]: 1}", "line 2: what stands before ':' in braces must be"),
         (b"\nExpansion.gamma_b = " + b"9" * 5000, "line 2: '9+...' is not a value"),
         (
             b"\nExpansion.gamma_b = 0x" + b"f" * 5000,

@@ -174,7 +174,10 @@ def _enable_crash_traceback() -> None:
 
 
 def _escape_output() -> None:
-    """Makes standard output and standard error `Terminal`s that take any text."""
+    """Makes standard output and standard error `Terminal`s that take any text, also where they are closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     with suppress(AttributeError):  # a stream of a notebook or a test
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr, bars=True)

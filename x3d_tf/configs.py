@@ -30,7 +30,7 @@ _MACRO = "gin.macro"
 
 _MISTAKES = {  # what gin says of a text, in words that tell what to write
     "Expected newline": "a line must end after its value, and text takes quotes of its own",
-    "Unable to parse value": "a setting must have a value after '=': a number, quoted text, True, False, None or brackets",
+    "Unable to parse value": "a setting must have a value after '=', such as 20, True, None or quoted text",
     "Couldn't parse statement": "a line must be a binding, such as Recipe.steps = 100",
     "Unexpected token": "a line must be a binding, such as Recipe.steps = 100",
     "Malformatted scope": "a setting must be named by its part and itself, such as Recipe.steps",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._terminal import tell
 from x3d_tf._text import counted, whole
 from x3d_tf.data.datasets import open_dataset
 from x3d_tf.evaluation.procedure import Procedure, folder_of
@@ -83,6 +84,7 @@ class _Watch:
             if not new:
                 return
             passed.add(new[0])
+            tell(f"loading the checkpoint of step {new[0]}")
             try:
                 model = checkpointing.load_checkpoint(self.run, new[0])
             except UserError as error:
