@@ -116,7 +116,7 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
     assert names(result.manifest, "one") == {"one/run/clip 0.mp4"}
     assert {record.labels for record in result.manifest.split("two").records} == {(0,)}
     lines = "\n".join(summary(result))
-    assert "one has no video of 1 classes: jump" in lines
+    assert "one has no video of 1 class: jump" in lines
     assert """--gin_bindings='DatasetSpec.train_split="one"' --gin_bindings='DatasetSpec.eval_split="two"'""" in lines
 
 
@@ -195,7 +195,7 @@ def test_a_csv_file_of_pieces_of_several_classes(clips: Path, tmp_path: Path) ->
     assert result.failures == len(reasons) == 3  # the broken file once
     lines = "\n".join(summary(result))
     assert "3 classes, several of a video" in lines
-    assert "train has no video of 1 classes: jump" in lines
+    assert "train has no video of 1 class: jump" in lines
 
 
 def test_neither_videos_nor_a_list(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_video_that_hangs_is_listed_and_tried_again(tmp_path: Path, monkeypatc
     assert names(result.manifest, "train") == {"a/first.mp4", "b/last.mp4"}
     assert (result.failures, result.to_retry) == (1, 1)
     assert "hangs.mp4,takes longer than 3 s (--timeout)" in (tmp_path / "out" / "failures.csv").read_text()
-    assert any("1 of them took too long" in line for line in summary(result))
+    assert any("among them 1 video that took too long" in line for line in summary(result))
     (tmp_path / "in" / ".hang").unlink()
     again = build(tmp_path / "out")
     assert (again.failures, again.to_retry, again.was_finished) == (0, 0, False)

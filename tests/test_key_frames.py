@@ -342,7 +342,7 @@ def test_a_command_builds_them(
     )
     assert done.returncode == 0, done.stderr
     assert "4 classes of boxes on key frames" in done.stdout and "train: 4 key frames" in done.stdout
-    assert "train has no box of 1 classes: action 3" in done.stdout
+    assert "train has no box of 1 class: action 3" in done.stdout
     in_process(build_records, "--verify", f"--output={tmp_path / 'records'}")
     assert "train: 4 videos" in capsys.readouterr().out
     assert Manifest.load(tmp_path / "records").fingerprint() == records.fingerprint()

@@ -473,7 +473,7 @@ def test_whole_records_are_verified(records: Manifest) -> None:
     reports = list(verify_records(records.folder, progress=False))
     assert [str(report) for report in reports] == [
         "train: 3 videos, 12 frames in 2 shards; none damaged",
-        "test: 2 videos, 13 frames in 1 shards; none damaged",
+        "test: 2 videos, 13 frames in 1 shard; none damaged",
     ]
 
 

@@ -149,7 +149,7 @@ WRONG = [  # command, arguments, and what its error says
     ("x3d_tf.evaluate", ["--compare=nix"], "nix holds no report"),
     ("x3d_tf.evaluate", ["--detections=nix", "--groundtruth=nix"], "nix cannot be read"),
     ("x3d_tf.predict", ["--model=nix", "tests"], "nix: no such model file or run folder"),
-    ("x3d_tf.predict", ["--model=nix", "nix.mp4"], "no such file or folder: nix.mp4"),
+    ("x3d_tf.predict", ["--model=nix", "nix.mp4"], "nix: no such model file or run folder"),
     ("x3d_tf.predict", ["--model=nix", "tests", "--csv=README.md"], "README.md exists"),
     ("x3d_tf.build_records", ["--videos=nix", "--output=nix"], "videos: nix is not a folder"),
     ("x3d_tf.build_records", ["--csv=nix", "--output=nix"], "csv: nix cannot be read"),

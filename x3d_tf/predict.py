@@ -85,8 +85,9 @@ def main(videos: list[str]) -> None:
     """Predicts as the flags say."""
     require(bool(videos), "the command line", "name video files or folders of them", videos)
     outputs = _outputs()
+    task = _check_model()
     paths = list_videos(videos)
-    if _check_model() == "detection":
+    if task == "detection":
         _act(paths)
         return
     frame_sampling = FLAGS.frame_sampling or _frame_sampling(FLAGS.model)
@@ -101,7 +102,6 @@ def main(videos: list[str]) -> None:
     tell(f"loading {FLAGS.model}")
     model = load_classifier(FLAGS.model)
     tell("compiling the network: the first clips take longer")
-    task = model.task
     results = predict_videos(
         model,
         paths,

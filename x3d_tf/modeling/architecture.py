@@ -139,11 +139,11 @@ def _require_bounds(expansion: Expansion) -> None:
     require(blocks <= MAX_BLOCKS, "Expansion.gamma_d", f"give at most {MAX_BLOCKS} blocks", expansion.gamma_d)
 
 
-def require_classes(num_classes: int) -> None:
+def require_classes(num_classes: object) -> None:
     """Refuses a number of classes that no network here has, and what is no whole number."""
-    if not isinstance(num_classes, Integral) or isinstance(num_classes, bool):
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
         raise SettingTypeError(f"num_classes must be a whole number, got {num_classes!r}")
-    within = 1 <= num_classes <= MAX_CLASSES
+    within = 1 <= int(num_classes) <= MAX_CLASSES
     require(within, "num_classes", f"be in [1, {MAX_CLASSES}]", num_classes)
 
 
