@@ -11,7 +11,7 @@ import numpy as np
 from clips import normalized, softmax, squares
 from measuring import Case
 from numpy.typing import NDArray
-from x3d_tf.export.runtimes import Artefact, open_artefact, quiet
+from x3d_tf.export.runtimes import Artefact, open_artefact
 
 from x3d_tf._checks import require
 
@@ -53,7 +53,6 @@ def _source(case: Case) -> Any:
 
     import x3d_tf
 
-    quiet()
     limit_threads(case.threads)
     file = Path(case.folder) / f"{case.network}.keras"
     if not file.exists():

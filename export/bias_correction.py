@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._machine import usable_cpus
+from x3d_tf._startup import kept_back
 
 CONVOLUTIONS = ("CONV_2D", "CONV_3D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")  # all that has trained weights
 
@@ -124,10 +125,10 @@ def _run(content: bytes, clips: NDArray[np.uint8]) -> Iterator[list[NDArray[Any]
     """All outputs for each call."""
     import tensorflow as tf
 
-    with warnings.catch_warnings():
+    with kept_back(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's own copy of the interpreter is to go one day
         interpreter = tf.lite.Interpreter(model_content=content, num_threads=usable_cpus())
-    interpreter.allocate_tensors()
+        interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()
     for call in clips:
         interpreter.set_tensor(given["index"], call.astype(given["dtype"]))

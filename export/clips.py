@@ -14,10 +14,11 @@ from x3d_tf._checks import UserError, require
 from x3d_tf._terminal import one_line
 from x3d_tf.data import transforms
 from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
+from x3d_tf.data.listing import list_videos
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.pipeline import evaluation_dataset, naming_records
 from x3d_tf.data.video import VideoError, probe, read_frames
-from x3d_tf.evaluation.prediction import RECORD_SHORT_SIDE, cut_clips, list_videos
+from x3d_tf.evaluation.prediction import RECORD_SHORT_SIDE, cut_clips
 
 from .models import Source
 
@@ -82,7 +83,7 @@ def _of_videos(source: Source, paths: Sequence[Path]) -> Any:
         except VideoError as error:
             failures.append(error)
     if not clips:
-        raise UserError(f"none of {len(failures)} files could be read as a video; the first, {failures[0]}")
+        raise UserError(f"no file could be read as a video ({len(failures)} tried); the first, {failures[0]}")
     for failure in failures:
         print(one_line(f"left out: {failure}"), file=sys.stderr)
     return np.stack(clips)

@@ -11,11 +11,13 @@ from typing import Any
 
 import x3d_tf
 from x3d_tf._checks import require
+from x3d_tf._text import counted
 from x3d_tf.data.clips import FrameSampling, ViewSpec, input_contract
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
+from x3d_tf.modeling.archive import model_file
 from x3d_tf.modeling.detection import cost_of
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.modeling.saving import load, load_classifier, model_file
+from x3d_tf.modeling.saving import load, load_classifier
 from x3d_tf.modeling.x3d import MEAN, STD, Network
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
@@ -144,6 +146,6 @@ def open_model(path: str | Path, *, detectors: bool = False) -> Source:
     require(model.include_top, f"the network of {path}", "have its classifier (include_top)", model.include_top)
     names = model.class_names
     if names == tuple(str(number) for number in range(len(names))):
-        warnings.warn(f"{path} has no class names: its {len(names)} classes are numbered", stacklevel=2)
+        warnings.warn(f"{path} has no class names: {counted(len(names), 'class')} numbered from 0", stacklevel=2)
     run = RunFolder(path)
     return Source(path, model, names, run.read_config() if run.config.is_file() else None)

@@ -32,6 +32,9 @@ from absl import flags
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import partial_of, writing
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._terminal import tell
+from x3d_tf.modeling.archive import require_classifier
 
 if TYPE_CHECKING:
     from .models import Source
@@ -54,9 +57,11 @@ def define_flags() -> None:
 def main() -> None:
     """Exports what the flags say."""
     require_formats(FLAGS.formats)
-    _command.quiet_tensorflow()
-    from .models import open_model
+    require_classifier(FLAGS.model)
+    with starting_tensorflow():
+        from .models import open_model
 
+    tell(f"loading {FLAGS.model}")
     written = export_formats(
         open_model(FLAGS.model), Path(FLAGS.output), FLAGS.formats, batch=FLAGS.batch or None, force=FLAGS.force
     )
@@ -112,6 +117,7 @@ def export_formats(
         with _scratch(folder / source.name) as scratch, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Keras' exporters do inside
             path = scratch / f"{source.name}{SUFFIXES[form][-1]}"
+            tell(f"converting to {folder / path.name}")
             try:
                 app.export(str(path), verbose=False, format=form, input_signature=[spec])
                 _FINISHERS[form](path, source, batch)

@@ -4,7 +4,6 @@ A form's runtime is imported when the first artefact of it is opened, so that on
 ImportError there and nowhere else.
 """
 
-import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -311,8 +310,3 @@ def probabilities(runner: Runner, clips: NDArray[np.uint8]) -> NDArray[np.float3
         filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
         found.append(np.asarray(runner(filled))[: len(part)])
     return np.concatenate(found)
-
-
-def quiet() -> None:
-    """Keeps runtimes' notices off the terminal; to be called before the first artefact is opened."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

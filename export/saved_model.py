@@ -26,6 +26,9 @@ from absl import flags
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import partial_of, writing
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._terminal import tell
+from x3d_tf.modeling.archive import describe
 
 if TYPE_CHECKING:
     from .models import Source
@@ -50,10 +53,13 @@ def main() -> None:
     """Exports what the flags say."""
     output = Path(FLAGS.output)
     place(output, FLAGS.version, force=FLAGS.force)  # before TensorFlow is loaded, which takes seconds
-    _command.quiet_tensorflow()
-    from .models import open_model
+    describe(FLAGS.model)
+    with starting_tensorflow():
+        from .models import open_model
 
+    tell(f"loading {FLAGS.model}")
     source = open_model(FLAGS.model, detectors=True)
+    tell(f"compiling the network and writing a version into {output}")
     folder = export_saved_model(source, output, FLAGS.version, force=FLAGS.force, device=FLAGS.device)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))

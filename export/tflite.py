@@ -40,6 +40,10 @@ from tqdm import tqdm
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole, writing
+from x3d_tf._startup import kept_back, starting_tensorflow
+from x3d_tf._terminal import tell
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.modeling.archive import require_classifier
 
 from .bias_correction import correct_biases, operator_name, read_model
 
@@ -76,9 +80,13 @@ def main() -> None:
     if formats is None:
         formats = [form for form in FORMATS if form != "int8" or FLAGS.calibration]
     _require_formats(formats, FLAGS.calibration)
-    _command.quiet_tensorflow()
-    from .models import open_model
+    require_classifier(FLAGS.model)
+    if FLAGS.calibration:
+        Manifest.load(FLAGS.calibration)
+    with starting_tensorflow():
+        from .models import open_model
 
+    tell(f"loading {FLAGS.model}")
     source = open_model(FLAGS.model)
     split = FLAGS.split or _training_split(source)
     calibration = Calibration(FLAGS.calibration, split, FLAGS.calibration_clips, FLAGS.float_until)
@@ -159,6 +167,7 @@ def export_tflite(
 
     app = deployed(source.model, batch=batch)
     for form, path in paths.items():
+        tell(f"{'quantising' if form in ('dynamic', 'int8') else 'converting to'} {path}")
         content = convert(app, form, clips, float_until=calibration.float_until)
         card = {**source.card(batch), "artefact": f"TFLite {form}"}
         report = _report(content, form, card, calibration if form == "int8" else None)
@@ -285,7 +294,8 @@ def _int8(app: "keras.Model", clips: NDArray[np.uint8], float_until: str) -> byt
     converter._experimental_calibrate_only = True
     calibrated = converter.convert()
     left = [operator.name for operator in _to_leave(operators(calibrated), float_until)]
-    content = mlir_quantize(calibrated, denylisted_nodes=left or None, input_data_type=tf.uint8)
+    with kept_back():
+        content = mlir_quantize(calibrated, denylisted_nodes=left or None, input_data_type=tf.uint8)
     return correct_biases(content, reference, clips)
 
 

@@ -44,6 +44,10 @@ from tqdm import tqdm
 from x3d_tf import _command
 from x3d_tf._checks import UserError
 from x3d_tf._files import write_whole
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._terminal import tell
+from x3d_tf._text import counted
+from x3d_tf.modeling.archive import model_file, require_classifier
 
 from .runtimes import Artefact, find_artefacts
 from .workers import Failed, NotRun, Opened, Workers
@@ -135,16 +139,22 @@ def main() -> None:
         raise UserError(f"{FLAGS.json} exists; give another --json, or replace it with --overwrite")
     if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
         raise UserError(f"--json={FLAGS.json}: no such folder")
-    artefacts = find_artefacts(_existing(Path(FLAGS.artefacts)))
-    _command.quiet_tensorflow()
-    import tensorflow as tf
+    _command.require_path("--artefacts", FLAGS.artefacts)
+    _command.require_path("--clips", FLAGS.clips, "folder of videos or records")
+    artefacts = find_artefacts(Path(FLAGS.artefacts))
+    require_classifier(FLAGS.model)
+    with starting_tensorflow():
+        import tensorflow as tf
 
-    tf.config.set_visible_devices([], "GPU")  # whose float32 products may be rounded
-    from .clips import read_clips
-    from .models import open_model
+        tf.config.set_visible_devices([], "GPU")  # whose float32 products may be rounded
+        from .clips import read_clips
+        from .models import open_model
 
+    tell(f"loading {FLAGS.model}")
     source = open_model(FLAGS.model)
+    tell(f"reading clips of {FLAGS.clips}")
     clips = read_clips(source, FLAGS.clips, split=FLAGS.split, limit=FLAGS.limit)
+    tell("compiling the network")
     rows = verify(source, artefacts, clips, rounds=FLAGS.rounds)
     print("\n".join(table(rows, Path(FLAGS.artefacts), len(clips))))
     if FLAGS.json:
@@ -161,12 +171,6 @@ def main() -> None:
         sys.exit("an artefact does not do what its model does: see FAILED above")
     if len(rows) > 1 and all(row.verdict.startswith("not run") for row in rows[1:]):
         sys.exit("nothing was verified: no artefact could be run")
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"--artefacts={path}: no such folder or file")
-    return path
 
 
 def verify(
@@ -189,8 +193,6 @@ def verify(
     Returns:
         A row for the model in Keras, then one for each artefact.
     """
-    from x3d_tf.modeling.saving import model_file
-
     expected = _reference(source, clips)
     keras = Artefact(model_file(source.path), "tensorflow")
     rows = {artefact: Row(str(artefact.path), "", artefact.bytes) for artefact in (keras, *artefacts)}
@@ -247,7 +249,7 @@ def _compare(
 
     found = workers.probabilities(artefact, threads[-1], clips)
     if found.shape != expected.shape:
-        raise Failed(f"it has {found.shape[-1]} classes, the model {expected.shape[-1]}")
+        raise Failed(f"it has {counted(found.shape[-1], 'class')}, the model {expected.shape[-1]}")
     difference = abs(found - expected)
     if not np.isfinite(difference).all():
         raise Failed("probabilities are not numbers")
@@ -282,7 +284,7 @@ def _broken(difference: float, agreement: float, clips: int, bound: Bound) -> li
     if bound.difference is not None and difference > bound.difference:
         broken.append(f"difference above {bound.difference:g}")
     if agreement < bound.agreement:
-        broken.append(f"agreement below {bound.agreement:.0%}: {round(agreement * clips)} of {clips} clips")
+        broken.append(f"agreement below {bound.agreement:.0%}: {round(agreement * clips)} of {counted(clips, 'clip')}")
     return broken
 
 
@@ -316,7 +318,7 @@ def table(rows: Sequence[Row], folder: Path, clips: int) -> list[str]:
     heads = "".join(f" {f'{count} thr., ms':>11}" for count in threads)
     few = ": too few for bounds of agreement, which one clip can break" if clips < FEW_CLIPS else ""
     lines = [
-        f"{clips} clip{'s' if clips > 1 else ''}{few}",
+        f"{counted(clips, 'clip')}{few}",
         f"{'':{width}} {'form':14} {'max diff':>9} {'mean diff':>9} {'same top-1':>10} {'MB':>7}{heads} operators",
     ]
     for name, row in zip(names, rows):

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x3d_tf._processes import Answering, Ended
+from x3d_tf._startup import Mode, kept_back, mode, set_mode
 
-from .runtimes import EXTRAS, Artefact, Runner, open_artefact, probabilities, quiet
+from .runtimes import EXTRAS, Artefact, Runner, open_artefact, probabilities
 
 _SENT = 16  # clips in one message
 
@@ -66,16 +67,16 @@ class Workers:
     def _ask(self, artefact: Artefact, threads: int, *question: Any) -> Any:
         key = (artefact.runtime, threads)
         if key not in self._workers:
-            self._workers[key] = Answering(_serve, threads)
+            self._workers[key] = Answering(_serve, threads, mode())
         try:
             return self._workers[key].ask(artefact, *question)
         except Ended as error:
             raise Failed(str(error)) from error
 
 
-def _serve(pipe: Any, threads: int) -> None:
+def _serve(pipe: Any, threads: int, startup: Mode) -> None:
     """Answers until it is ended."""
-    quiet()
+    set_mode(startup)
     runners: dict[Artefact, Runner] = {}
     while True:
         try:
@@ -89,7 +90,8 @@ def _answer(runners: dict[Artefact, Runner], threads: int, artefact: Artefact, q
     """What a question gives, or the error to raise where it was asked; keeps what it opens in `runners`."""
     try:
         if artefact not in runners:
-            runners[artefact] = open_artefact(artefact, threads)
+            with kept_back(show_on_failure=False):  # which the table tells
+                runners[artefact] = open_artefact(artefact, threads)
         return _ANSWERS[question](runners[artefact], *arguments)
     except ImportError as error:
         extra = EXTRAS.get(artefact.runtime)

@@ -120,7 +120,7 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
     assert names(result.manifest, "one") == {"one/run/clip 0.mp4"}
     assert {record.labels for record in result.manifest.split("two").records} == {(0,)}
     lines = "\n".join(summary(result))
-    assert "one has no video of 1 classes: jump" in lines
+    assert "one has no video of 1 class: jump" in lines
     assert """--gin_bindings='DatasetSpec.train_split="one"' --gin_bindings='DatasetSpec.eval_split="two"'""" in lines
 
 
@@ -158,13 +158,13 @@ def test_the_splits_that_training_finds_by_itself(
         (["a/b/1"], {"splits": ["a", "b"]}, "b is not a folder"),
         (["one/a/1", "two/a/1"], {}, "is a folder, but class folders hold video files.*--splits=one,two"),
         (["notes"], {}, "holds no folder with files for each class"),
-        (["a/1"], {}, "none of the 1 videos can be read; the reasons are in"),
+        (["a/1"], {}, "no video can be read \\(1 tried\\); the reasons are in"),
         (["a/1", "out/1"], {}, "output: .*out is not empty"),
         (["a/1"], {"split": 0.2}, "split test has no videos. Give it some, or leave it out with --splits"),
         (
             ["one/a/1", "two/notes"],
             {"splits": ["one", "two"]},
-            "split two has no videos: 1 entries cannot be used, such as .*two/notes: is not in a class folder",
+            "split two has no videos: 1 unusable entry, such as .*two/notes: is not in a class folder",
         ),
         (["a/1"], {"timeout": 0.0}, "timeout must be above 0 and at most 1,000,000 seconds, got 0"),
         (["a/1"], {"timeout": float("inf")}, "timeout must be above 0 and at most 1,000,000 seconds, got inf"),
@@ -223,7 +223,7 @@ def test_a_csv_file_of_pieces_of_several_classes(clips: Path, tmp_path: Path) ->
     assert result.failures == len(reasons) == 3  # the broken file once
     lines = "\n".join(summary(result))
     assert "3 classes, several of a video" in lines
-    assert "train has no video of 1 classes: jump" in lines
+    assert "train has no video of 1 class: jump" in lines
 
 
 def test_neither_videos_nor_a_list(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_video_that_hangs_is_listed_and_tried_again(tmp_path: Path, monkeypatc
     assert names(result.manifest, "train") == {"a/first.mp4", "b/last.mp4"}
     assert (result.failures, result.to_retry) == (1, 1)
     assert "hangs.mp4,takes longer than 3 s (--timeout)" in (tmp_path / "out" / "failures.csv").read_text()
-    assert any("1 of them took too long" in line for line in summary(result))
+    assert any("among them 1 video that took too long" in line for line in summary(result))
     (tmp_path / "in" / ".hang").unlink()
     again = build(tmp_path / "out")
     assert (again.failures, again.to_retry, again.was_finished) == (0, 0, False)
@@ -355,7 +355,7 @@ def test_the_command(
     shard.write_bytes(shard.read_bytes()[:-1])
     from x3d_tf import build_records as module
 
-    with pytest.raises(UserError, match=f"^{re.escape(str(output))} holds 1 damaged shards"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(output))} holds 1 damaged shard;"):
         in_process(module, "--verify", f"--output={output}")
     train, test, damaged = capsys.readouterr().out.splitlines()
     assert train.endswith("; none damaged")

@@ -40,6 +40,60 @@ def test_arguments_without_a_flag_are_for_commands_that_take_them() -> None:
     assert run("print(paths)", "file", positional=True).stdout == "(['file'],)\n"
 
 
+FLAGS = (
+    "from absl import flags\n"
+    "flags.DEFINE_string('model', None, 'A run folder. Or a file.', required=True)\n"
+    "flags.DEFINE_multi_string('gin_file', None, 'A .gin file.', required=True)\n"
+    "flags.DEFINE_integer('views', None, 'Clips.', lower_bound=1)\n"
+    "flags.DEFINE_integer('clips', 8, 'Rows.', lower_bound=1, upper_bound=64)\n"
+    "flags.DEFINE_float('hop', None, 'Seconds. Defaults to 5.', upper_bound=0.0)\n"
+    "flags.DEFINE_enum('crops', '1', ['1', '3'], 'Crops.')\n"
+    "flags.DEFINE_bool('sweep', False, 'All.')\n"
+)
+GIVEN = ("--model=a", "--gin_file=b")
+
+
+def run_with_flags(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = f"'What it does.'\n{FLAGS}from x3d_tf import _command\ndef main(): pass\n_command.run(main)"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gin_file=b",), "--model (a run folder) is required"),
+        ((), "these flags are required: --model (a run folder), --gin_file (a .gin file)"),
+        ((*GIVEN, "--model"), "--model requires a value"),
+        ((*GIVEN, "--viws=3"), "--viws is not a flag of this command; did you mean --views?"),
+        ((*GIVEN, "--run_with_pdbs"), "--run_with_pdbs is not a flag of this command; --help lists them"),
+        ((*GIVEN, "--views=0"), "--views must be a whole number, at least 1, got '0'"),
+        ((*GIVEN, "--views=1: 2"), "--views must be a whole number, at least 1, got '1: 2'"),
+        ((*GIVEN, "--views="), "--views must be a whole number, at least 1, got ''"),
+        ((*GIVEN, "--clips=65"), "--clips must be a whole number in 1..64, got '65'"),
+        ((*GIVEN, "--hop=fast"), "--hop must be a number, at most 0.0, got 'fast'"),
+        ((*GIVEN, "--crops=2"), "--crops must be one of 1, 3, got '2'"),
+        ((*GIVEN, "--sweep=perhaps"), "--sweep must be true or false, got 'perhaps'"),
+        ((*GIVEN, "--verbose=perhaps"), "--verbose must be true or false, got 'perhaps'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_in_our_words(arguments: tuple[str, ...], message: str) -> None:
+    done = run_with_flags(*arguments)
+    assert (done.returncode, done.stderr, done.stdout) == (1, f"error: {message}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--model=a", "-h"), ("--viws=3", "--help")])
+def test_help_is_of_the_command_alone_and_no_failure(arguments: tuple[str, ...]) -> None:
+    done = run_with_flags(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("What it does.\n\nflags:\n  --clips=WHOLE_NUMBER\n      Rows. Defaults to 8.\n")
+    assert "--crops=1|3" in done.stdout and "--[no]verbose" in done.stdout and "pdb" not in done.stdout
+    assert done.stdout.count("Defaults to 5") == 1
+
+
+def test_help_after_two_dashes_is_an_argument() -> None:
+    assert run("print(paths)", "--", "--help", positional=True).stdout == "(['--help'],)\n"
+
+
 WAITING = "import time; print('ready', flush=True); time.sleep(60)"
 SAVING = (
     "import time\n"

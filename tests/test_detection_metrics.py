@@ -166,7 +166,7 @@ def test_files_are_measured_by_a_command(files: dict[str, str], tmp_path: Path) 
     done = command(*files.values(), f"--output={tmp_path / 'report'}")
     assert done.returncode == 0, done.stderr
     assert "frame mAP at IoU 0.5: 75.0000% over 2 actions on 2 key frames, 2 detections" in done.stdout
-    assert "1 detections do not count" in done.stdout and "1 actions of the label map are not in" in done.stdout
+    assert "not counted: 1 detection," in done.stdout and "not counted: 1 action of the label map" in done.stdout
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["map"] == 0.75 and results["classes_with_positives"] == 2
     assert (tmp_path / "report" / "per_class.csv").read_text().splitlines() == [

@@ -111,7 +111,7 @@ def test_a_folder_is_named_as_it_is_from_within_and_through_a_link(
 def test_numbers_for_names_are_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="numbered"):
         x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=2), tmp_path / "model.keras")
-    with pytest.warns(UserWarning, match="has no class names: its 2 classes are numbered"):
+    with pytest.warns(UserWarning, match="has no class names: 2 classes numbered from 0"):
         assert open_model(tmp_path).class_names == ("0", "1")
 
 

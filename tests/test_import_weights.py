@@ -17,8 +17,8 @@ import x3d_tf
 from x3d_tf import configs
 from x3d_tf import import_weights as command
 from x3d_tf.data.sources import kinetics_classes
+from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.conversion import export_checkpoint, import_checkpoint
-from x3d_tf.modeling.saving import describe
 from x3d_tf.training.initialization import start_from
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")

@@ -155,7 +155,7 @@ def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_p
     [
         ({"boxes": "film,0902,0,0,1,1,3,0\n"}, "line 1 must have an action_id of the label map, got '3'"),
         ({"starts_at": 903.0}, "line 1 must have a timestamp from 903 on, where videos begin, got 902"),
-        ({"boxes": f"gone,0902,{A},1,0\n"}, "none of the 1 videos that .* name is in"),
+        ({"boxes": f"gone,0902,{A},1,0\n"}, "no video that .* name is in"),
         ({"boxes": ""}, "train.csv must name key frames for split train, less the excluded ones, got 'none'"),
         (
             {"exclusions": {"test": Path("x")}},
@@ -342,7 +342,7 @@ def test_a_command_builds_them(
     )
     assert done.returncode == 0, done.stderr
     assert "4 classes of boxes on key frames" in done.stdout and "train: 4 key frames" in done.stdout
-    assert "train has no box of 1 classes: action 3" in done.stdout
+    assert "train has no box of 1 class: action 3" in done.stdout
     in_process(build_records, "--verify", f"--output={tmp_path / 'records'}")
     assert "train: 4 videos" in capsys.readouterr().out
     assert Manifest.load(tmp_path / "records").fingerprint() == records.fingerprint()

@@ -22,6 +22,7 @@ from x3d_tf import _csv
 from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, partial_of
 from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
+from x3d_tf.data.listing import list_videos
 from x3d_tf.data.pipeline import evaluation_dataset
 from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
 from x3d_tf.evaluation import prediction
@@ -30,7 +31,6 @@ from x3d_tf.evaluation.prediction import (
     csv_table,
     cut_clips,
     json_document,
-    list_videos,
     predict_videos,
     windows,
 )
@@ -334,6 +334,8 @@ def test_folders_are_searched(tmp_path: Path) -> None:
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the videos must be files, or folders that hold some, got"):
         list_videos([tmp_path])
+    with pytest.raises(ValueError, match=r"^no such file or folder: a\.mp4, b$"):
+        list_videos(["a.mp4", "b"])
 
 
 RESULTS: list[Prediction | VideoError] = [

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -63,6 +64,19 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
     run = begun(tmp_path / "run", *files)
     run.open(replace(CONFIG, seed=1), {})
     assert run.read_config().seed == 1 and not run.history.exists()
+
+
+def test_a_finished_run_that_is_asked_for_more_steps_names_the_way(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", "model.keras")
+    more = replace(CONFIG, recipe=replace(CONFIG.recipe, steps=CONFIG.recipe.steps + 10))
+    way = re.escape(f"'TrainConfig.init=\"{run.root}\"'")
+    with pytest.raises(UserError, match=rf"Recipe\.steps is .* finished; .*{way}"):
+        run.check(more)
+    run.model.unlink()
+    (run.root / "checkpoints").mkdir()
+    (run.root / "checkpoints/ckpt-40.index").touch()
+    with pytest.raises(UserError, match=r"Recipe\.steps is .*folder of its own with --workdir$"):
+        run.check(more)
 
 
 def test_places_and_parts_of_a_step_may_change(tmp_path: Path) -> None:

@@ -407,9 +407,9 @@ def test_an_export_that_fails_leaves_what_was_there(
 
 
 def test_a_model_without_names_has_numbered_classes(without_network: None, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="classes are numbered"):
+    with pytest.warns(UserWarning, match="classes numbered from 0"):
         x3d_tf.save(decided_network(classes=3), tmp_path / "model.keras")
-    with pytest.warns(UserWarning, match="has no class names: its 3 classes are numbered"):
+    with pytest.warns(UserWarning, match="has no class names: 3 classes numbered from 0"):
         source = open_model(tmp_path / "model.keras")
     assert json.loads((command.export_saved_model(source, tmp_path / "m") / command.CARD).read_text())["classes"] == [
         "0",

@@ -19,7 +19,7 @@ import pytest
 import x3d_tf
 from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError
-from x3d_tf.modeling import architecture, description, saving
+from x3d_tf.modeling import architecture, archive, description, saving
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")
@@ -164,7 +164,7 @@ def test_features_travel_without_a_classifier(tmp_path: Path, clips: np.ndarray)
 
 
 def test_missing_names_are_numbered_with_a_warning(model: x3d_tf.X3D, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="3 classes are numbered"):
+    with pytest.warns(UserWarning, match="3 classes numbered from 0"):
         x3d_tf.save(model, tmp_path / "model.keras")
     assert x3d_tf.load(tmp_path / "model.keras").class_names == ("0", "1", "2")
 
@@ -175,7 +175,7 @@ def test_nothing_is_overwritten(model: x3d_tf.X3D, file: Path) -> None:
         x3d_tf.save(model, file, NAMES)
     assert file.read_bytes() == before
     x3d_tf.save(model, file, NAMES, overwrite=True)
-    assert saving.describe(file).form == "trainable"
+    assert archive.describe(file).form == "trainable"
 
 
 def test_what_cannot_be_saved(model: x3d_tf.X3D, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_classes_that_the_file_cannot_hold_are_not_built(file: Path) -> None:
     for count in (10_000, 100_000):
         change = {"num_classes": count, "class_names": ["a"] * count}
         with pytest.raises(UserError, match=r"model\.weights\.h5 must have room for the parameters"):
-            saving.describe(rewritten(file, change))
+            archive.describe(rewritten(file, change))
 
 
 def test_the_parameters_of_every_form_are_counted() -> None:

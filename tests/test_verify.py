@@ -220,7 +220,7 @@ def test_clips_that_are_not_there(source: models.Source, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="folders that hold some"):
         clips_module.read_clips(source, tmp_path, limit=10)
     (tmp_path / "notes.txt").write_text("not a video")
-    with pytest.raises(ValueError, match=r"none of 1 files could be read as a video; the first, .*notes\.txt"):
+    with pytest.raises(ValueError, match=r"no file could be read as a video \(1 tried\); the first, .*notes\.txt"):
         clips_module.read_clips(source, tmp_path, limit=10)
     with pytest.raises(ValueError, match="--split must be for records"):
         clips_module.read_clips(source, tmp_path, split="test", limit=10)

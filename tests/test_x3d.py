@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import x3d_tf
 from x3d_tf import VARIANTS, X3D, Expansion, build_x3d, cost
 from x3d_tf.modeling.deployed import deployed
 from x3d_tf.modeling.layers import ChannelwiseConv3D
@@ -232,3 +233,19 @@ def test_keras_can_fit_it(run_eagerly: bool, request: pytest.FixtureRequest) -> 
     batch = np.stack([np.zeros((4, 64, 64, 3)), np.full((4, 64, 64, 3), 255)] * 2).astype("float32")
     history = model.fit(batch, np.array([0, 1, 0, 1]), batch_size=4, epochs=6, verbose=0).history["loss"]
     assert history[-1] < 0.5 * history[0]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "message"),
+    [
+        ("3", "num_classes must be a whole number, got '3'"),
+        (3.0, "num_classes must be a whole number, got 3.0"),
+        (None, "num_classes must be a whole number, got None"),
+        (True, "num_classes must be a whole number, got True"),
+        (0, r"num_classes must be in \[1, 100000\], got 0"),
+    ],
+)
+def test_a_wrong_number_of_classes_is_named(num_classes: Any, message: str) -> None:
+    for build in (x3d_tf.build_x3d, x3d_tf.build_detector, x3d_tf.cost):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            build("x3d_xs", num_classes=num_classes)

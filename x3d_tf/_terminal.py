@@ -5,11 +5,15 @@ Imports no TensorFlow.
 """
 
 import re
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, TextIO
 
+from tqdm import tqdm
+
 from x3d_tf._files import WriteError
+from x3d_tf._text import plural
 
 # C0 but for tab and line feed, DEL, C1, overrides of the direction of writing, and surrogates, which stand for bytes of
 # file names that are no UTF-8 and cannot be encoded
@@ -34,6 +38,25 @@ def one_line(text: object) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     return match.group().encode("unicode_escape").decode("ascii")
+
+
+def tell(doing: str) -> None:
+    """Prints a line on standard error about what takes a while, above a progress bar if there is one."""
+    tqdm.write(one_line(doing), file=sys.stderr)
+
+
+def progress_bar(total: int, noun: str, doing: str, **settings: Any) -> "tqdm[Any]":
+    """A progress bar of things that are counted one by one.
+
+    Args:
+        total: how many there are.
+        noun: what they are, in the singular.
+        doing: what becomes of them.
+        **settings: further ones of `tqdm`.
+    """
+    things = plural(noun) if total != 1 else noun
+    bar_format = f"{{desc}}: {{n_fmt}}/{{total_fmt}} {things} |{{bar:20}}| {{remaining}} left"
+    return tqdm(total=total, desc=doing, bar_format=bar_format, mininterval=1.0, **settings)
 
 
 class Terminal:

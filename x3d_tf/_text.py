@@ -1,4 +1,4 @@
-"""Checks of text from outside: names of classes, and numbers; and text for a command line. Imports no TensorFlow.
+"""Checks of text from outside: names of classes, and numbers; text for command lines; counts. Imports no TensorFlow.
 
 Python's `int` and `float` also take underscores and digits of other scripts, and `int` raises from 4,300 digits on.
 """
@@ -28,6 +28,18 @@ def decimal(text: str) -> float:
 def binding_flag(name: str, value: str | int) -> str:
     """A setting as it stands on a command line that is printed to be copied, whatever the text of its value."""
     return "--gin_bindings=" + shlex.quote(f"{name}={json.dumps(value, ensure_ascii=False)}")
+
+
+def plural(noun: str) -> str:
+    """The plural of an English noun that forms it by a rule: `clip`, `class`, `box`, `entry`."""
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def counted(count: int, noun: str) -> str:
+    """How many there are of something: `1 clip`, `2 clips`; the noun is given in the singular."""
+    return f"{count} {noun if count == 1 else plural(noun)}"
 
 
 def check_class_name(name: object, where: str) -> None:

@@ -44,8 +44,9 @@ from tqdm import tqdm
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require, some
+from x3d_tf._startup import starting_tensorflow
 from x3d_tf._terminal import one_line
-from x3d_tf._text import binding_flag
+from x3d_tf._text import binding_flag, counted
 from x3d_tf.data.build_folder import FAILURES_NAME
 from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.encoding import TIMEOUT
@@ -82,7 +83,6 @@ def define_flags() -> None:
 
 def main() -> None:
     """Builds the records and says what was written and what to do next; or verifies those there are."""
-    _command.quiet_tensorflow()
     if FLAGS.verify:
         _verify()
         return
@@ -143,19 +143,22 @@ def _check_boxes() -> None:
 
 
 def _verify() -> None:
-    from x3d_tf.data.verify import verify_records  # imports TensorFlow
-
     sources = ("videos", "csv", "splits", "split", "classes", "boxes", *_OF_BOXES)
     given = [f"--{name}" for name in sources if FLAGS[name].present]
     if given:
         raise UserError(f"--verify takes --output only, not {', '.join(given)}")
+    Manifest.load(FLAGS.output)  # before TensorFlow is loaded, which takes seconds
+    with starting_tensorflow():
+        from x3d_tf.data.verify import verify_records
+
     problems: list[str] = []
     for report in verify_records(FLAGS.output):
         tqdm.write(str(report))
         problems += report.problems
     if problems:
         raise UserError(
-            f"{FLAGS.output} holds {len(problems)} damaged shards; delete the folder and build the records again"
+            f"{FLAGS.output} holds {counted(len(problems), 'damaged shard')}; delete the folder and build the records "
+            "again"
         )
 
 
@@ -164,24 +167,25 @@ def summary(result: BuildResult) -> list[str]:
     manifest = result.manifest
     detects = manifest.task == "detection"
     several = {"multi_label": ", several of a video", "detection": " of boxes on key frames"}.get(manifest.task, "")
-    kind, thing = ("key frames", "box") if detects else ("videos", "video")
+    kind, thing = ("key frame", "box") if detects else ("video", "video")
     done = "; they were finished already" if result.was_finished else ""
-    lines = [f"{manifest.folder}: {len(manifest.classes)} classes{several}{done}"]
+    lines = [f"{manifest.folder}: {counted(len(manifest.classes), 'class')}{several}{done}"]
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
-        lines.append(f"  {name}: {len(split.records)} {kind}, {size / 1e6:.1f} MB in {len(split.shards)} shards")
+        held, shards = counted(len(split.records), kind), counted(len(split.shards), "shard")
+        lines.append(f"  {name}: {held}, {size / 1e6:.1f} MB in {shards}")
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
-            lines.append(f"  {name} has no {thing} of {len(missing)} classes: {one_line(some(missing))}")
+            lines.append(f"  {name} has no {thing} of {counted(len(missing), 'class')}: {one_line(some(missing))}")
     if len(manifest.classes) == 1 and manifest.task == "single_label":
         lines.append("  There is one class only: a network has nothing to tell it from.")
     if result.failures:
-        what = "videos or key frames" if detects else "files"
-        lines.append(f"  {result.failures} {what} are left out; {manifest.folder / FAILURES_NAME} gives the reasons")
+        what = counted(result.failures, "video or key frame" if detects else "file")
+        lines.append(f"  left out: {what}; {manifest.folder / FAILURES_NAME} gives the reasons")
     if result.to_retry:
-        why = "took too long, or changed while they were read"
-        lines.append(f"  {result.to_retry} of them {why}: the same command tries them again")
+        why = "that took too long, or changed while being read: the same command tries again"
+        lines.append(f"  among them {counted(result.to_retry, thing)} {why}")
     return [*lines, *_next(manifest, detects)]
 
 

@@ -28,6 +28,20 @@ for _configurable in _CONFIGURABLES:
 _SETTINGS = {part.__name__: [field.name for field in dataclasses.fields(part)] for part in _CONFIGURABLES}
 _MACRO = "gin.macro"
 
+_MISTAKES = {  # what gin says of a text, in words that tell what to write
+    "Expected newline": "a line must end after its value, and text takes quotes of its own",
+    "Unable to parse value": "a setting must have a value after '=', such as 20, True, None or quoted text",
+    "Couldn't parse statement": "a line must be a binding, such as Recipe.steps = 100",
+    "Unexpected token": "a line must be a binding, such as Recipe.steps = 100",
+    "Malformatted scope": "a setting must be named by its part and itself, such as Recipe.steps",
+    "Invalid identifier": "a setting must be named by its part and itself, such as Recipe.steps",
+    "Expected file path": "include must be followed by a path in quotes",
+    "EOF in multi-line statement": "a bracket is never closed",
+    "EOF in multi-line string": "a text in three quotes is never closed",
+    "unterminated": "a text in quotes is never closed",
+    "unhashable": "what stands before ':' in braces must be a number or quoted text",
+}
+
 # Limits far above any recipe, which has about a thousand characters and values of one level.
 _TEXT_LIMIT = 32 * 1024  # characters of all files and bindings together, a file counted each time that it is included
 _NESTING_LIMIT = 10  # includes within includes; brackets and macros within each other
@@ -268,7 +282,7 @@ def _statements(text: _Text) -> Iterator[Any]:
         raise UserError(f"{text.place(line)}: {_mistake(error)}") from None
     except tokenize.TokenError as error:
         message, (line, _) = error.args
-        raise UserError(f"{text.place(line)}: {message}") from None
+        raise UserError(f"{text.place(line)}: {_in_words(message)}") from None
     except RecursionError:
         rule = f"brackets must be nested at most {_NESTING_LIMIT} deep"
         raise UserError(f"{text.place(parser.current_token.start[0] if parser else 1)}: {rule}") from None
@@ -281,7 +295,11 @@ def _mistake(error: Exception) -> str:
         hint = "Text takes quotes of its own ('DatasetSpec.records=\"folder\"'), and booleans are True and False."
         return f"{_shortened(token.group(1))!r} is not a value. {hint}"
     lines = message.splitlines()  # after the first come gin's own words of the place
-    return _shortened(lines[0]) if lines else "the last statement is not complete"
+    return _in_words(_shortened(lines[0])) if lines else "the last statement is not complete"
+
+
+def _in_words(message: str) -> str:
+    return next((words for start, words in _MISTAKES.items() if message.startswith(start)), message)
 
 
 def _require_part(selector: str, place: str) -> str:

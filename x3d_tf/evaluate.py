@@ -37,6 +37,12 @@ from absl import flags
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._terminal import tell
+from x3d_tf.data.datasets import DatasetSpec, open_dataset
+from x3d_tf.evaluation.procedure import Procedure, detector_report_folder, folder_of
+from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
+from x3d_tf.modeling.archive import describe
 from x3d_tf.runs.run_folder import RunFolder
 
 FLAGS = flags.FLAGS
@@ -99,32 +105,48 @@ def main() -> None:
     if FLAGS.detections:
         _measure_detections()
         return
-    _command.quiet_tensorflow()
-    from x3d_tf.evaluation.views import CLIPS_A_CALL
-    from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
-
-    one_thread_an_operation(CLIPS_A_CALL)
-    if FLAGS.watch:
-        from x3d_tf.evaluation.watch import watch_run
-
-        watch_run(RunFolder(FLAGS.run), poll_seconds=FLAGS.poll_seconds, overwrite=FLAGS.overwrite, **_procedure())
-    elif FLAGS.sweep:
+    _check_paths()
+    with starting_tensorflow():
         from x3d_tf.evaluation.sweep import sweep_file, sweep_run
+        from x3d_tf.evaluation.testing import evaluate_file, evaluate_run
+        from x3d_tf.evaluation.views import CLIPS_A_CALL
+        from x3d_tf.evaluation.watch import watch_run
+        from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
 
+        one_thread_an_operation(CLIPS_A_CALL)
+    if FLAGS.watch:
+        watch_run(RunFolder(FLAGS.run), poll_seconds=FLAGS.poll_seconds, overwrite=FLAGS.overwrite, **_procedure())
+        return
+    tell(f"loading and compiling {FLAGS.run or FLAGS.model}: the first clips take longer")
+    if FLAGS.sweep:
         to = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_procedure()}
         sweep = sweep_run(RunFolder(FLAGS.run), **to) if FLAGS.run else sweep_file(FLAGS.model, **to)
         print(f"results: {sweep.folder}/: sweep.csv, sweep.png")
     else:
-        from x3d_tf.evaluation.testing import evaluate_file, evaluate_run
-
         to = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_procedure()}
         report = evaluate_run(RunFolder(FLAGS.run), **to) if FLAGS.run else evaluate_file(FLAGS.model, **to)
         print(f"results: {report.folder}/: {', '.join(sorted(path.name for path in report.folder.glob('[!.]*')))}")
 
 
+def _check_paths() -> None:
+    """Raises what a test would raise of paths, before TensorFlow, which takes seconds, is imported."""
+    asked, report = Procedure(**_procedure()), Path(FLAGS.output or "")
+    detects = not FLAGS.watch and describe(FLAGS.run or FLAGS.model).task == "detection"  # watching needs no model yet
+    if FLAGS.run:
+        run = RunFolder(FLAGS.run)
+        dataset = asked.dataset_of(run.read_config())
+        if not FLAGS.output:
+            report = detector_report_folder(run) if detects else folder_of(run, asked)
+    else:
+        dataset = DatasetSpec(FLAGS.records, train_split=FLAGS.split, eval_split=FLAGS.split)
+    if dataset.name == "records":
+        open_dataset(dataset)
+    if not (FLAGS.watch or FLAGS.sweep):  # which continue with reports that exist
+        refuse_to_replace(report / RESULTS_NAME, FLAGS.overwrite)
+
+
 def _measure_detections() -> None:
     from x3d_tf.evaluation import detection_reports
-    from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
 
     if FLAGS.output:
         refuse_to_replace(Path(FLAGS.output) / RESULTS_NAME, FLAGS.overwrite)

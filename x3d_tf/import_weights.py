@@ -19,7 +19,6 @@ The outputs of a classifier of 400 classes get the names of Kinetics-400, which 
 letters; --classes gives others.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +27,12 @@ from absl import flags
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
-from x3d_tf._text import binding_flag
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._terminal import tell
+from x3d_tf._text import binding_flag, counted
 from x3d_tf.data.sources import kinetics_classes, read_classes
 from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.archive import require_classifier
 from x3d_tf.modeling.checkpoints import NAMINGS
 from x3d_tf.modeling.expansion import VARIANTS
 from x3d_tf.modeling.state_dicts import read_state_dict
@@ -67,13 +69,13 @@ def main(paths: list[str]) -> None:
         if path.exists() and not FLAGS.overwrite:
             raise UserError(f"{path} exists; give another --output, or replace it with --overwrite")
     _check_flags(output)
-    if not source.exists():
-        raise UserError(f"{source}: no such {'model file or run folder' if FLAGS.to else 'checkpoint'}")
-    _command.quiet_tensorflow()
     if FLAGS.to:
+        require_classifier(source)
         _to_pytorch(source, output)
-    else:
-        _from_pytorch(source, output)
+        return
+    if not source.is_file():
+        raise UserError(f"{source}: no such checkpoint")
+    _from_pytorch(source, output)
 
 
 def table_of(output: Path) -> Path:
@@ -102,12 +104,14 @@ def _check_flags(output: Path) -> None:
 
 def _from_pytorch(checkpoint: Path, output: Path) -> None:
     names = read_classes(Path(FLAGS.classes)) if FLAGS.classes else None
-    print(f"reading {checkpoint} and building {FLAGS.variant} ...", file=sys.stderr)
+    tell(f"reading {checkpoint}")
     state = read_state_dict(checkpoint, FLAGS.variant, keep_head=FLAGS.keep_head)
-    from x3d_tf.modeling.conversion import import_state_dict
-    from x3d_tf.modeling.portable import portable
-    from x3d_tf.modeling.saving import save
+    with starting_tensorflow():
+        from x3d_tf.modeling.conversion import import_state_dict
+        from x3d_tf.modeling.portable import portable
+        from x3d_tf.modeling.saving import save
 
+    tell(f"building {FLAGS.variant}")
     model, report = import_state_dict(
         state,
         FLAGS.variant,
@@ -116,13 +120,16 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
         head_pool=FLAGS.head_pool,
     )
     if names:
-        require(len(names) == model.num_classes, FLAGS.classes, f"name {model.num_classes} classes", len(names))
+        require(
+            len(names) == model.num_classes, FLAGS.classes, f"name {counted(model.num_classes, 'class')}", len(names)
+        )
     print(report.summary())
     if names is None and not FLAGS.keep_head:
         names = tuple(map(str, range(model.num_classes)))  # nothing yet that names could mean
     elif names is None and model.num_classes == len(kinetics_classes()):
         names = kinetics_classes()
         print("classes: 400, so they are named as those of Kinetics-400; --classes gives other names")
+    tell(f"writing {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     save(portable(model, names), output, overwrite=True)
     _write_table(report, output)
@@ -148,10 +155,11 @@ def _training(model: Path, variant: str, options: ModelOptions) -> str:
 
 
 def _to_pytorch(model: Path, output: Path) -> None:
-    print(f"reading {model} ...", file=sys.stderr)
-    from x3d_tf.modeling.conversion import export_checkpoint
-    from x3d_tf.modeling.saving import load_classifier
+    with starting_tensorflow():
+        from x3d_tf.modeling.conversion import export_checkpoint
+        from x3d_tf.modeling.saving import load_classifier
 
+    tell(f"loading {model}")
     network = load_classifier(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = export_checkpoint(network, output, FLAGS.to)

@@ -36,8 +36,15 @@ from tqdm import tqdm
 
 from x3d_tf import _command, _plots
 from x3d_tf._checks import UserError, require
-from x3d_tf._terminal import one_line
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._terminal import one_line, tell
+from x3d_tf._text import counted
+from x3d_tf.data.ava import write_detections
+from x3d_tf.data.clips import require_windows
+from x3d_tf.data.listing import list_videos
 from x3d_tf.data.video import VideoError
+from x3d_tf.modeling.archive import describe
+from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -78,21 +85,23 @@ def main(videos: list[str]) -> None:
     """Predicts as the flags say."""
     require(bool(videos), "the command line", "name video files or folders of them", videos)
     outputs = _outputs()
-    _command.quiet_tensorflow()
-    from x3d_tf.evaluation.prediction import csv_table, json_document, list_videos, predict_videos
-    from x3d_tf.evaluation.views import CLIPS_A_CALL
-    from x3d_tf.modeling.expansion import name_of
-    from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
-    from x3d_tf.modeling.saving import load_classifier
-
+    task = _check_model()
     paths = list_videos(videos)
-    if _check_task() == "detection":
+    if task == "detection":
         _act(paths)
         return
-    if FLAGS.views != 1 and FLAGS.window is None:  # one clip alone is faster with all threads
-        one_thread_an_operation(CLIPS_A_CALL)
+    frame_sampling = FLAGS.frame_sampling or _frame_sampling(FLAGS.model)
+    with starting_tensorflow():
+        from x3d_tf.evaluation.prediction import csv_table, json_document, predict_videos
+        from x3d_tf.evaluation.views import CLIPS_A_CALL
+        from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
+        from x3d_tf.modeling.saving import load_classifier
+
+        if FLAGS.views != 1 and FLAGS.window is None:  # one clip alone is faster with all threads
+            one_thread_an_operation(CLIPS_A_CALL)
+    tell(f"loading {FLAGS.model}")
     model = load_classifier(FLAGS.model)
-    task = model.task
+    tell("compiling the network: the first clips take longer")
     results = predict_videos(
         model,
         paths,
@@ -100,7 +109,7 @@ def main(videos: list[str]) -> None:
         window=FLAGS.window,
         hop=FLAGS.hop,
         short_side=FLAGS.short_side,
-        frame_sampling=FLAGS.frame_sampling or _frame_sampling(FLAGS.model),
+        frame_sampling=frame_sampling,
         thumbnails=_SHEET_FRAMES if FLAGS.contact_sheet else 0,
     )
     about = {"model": FLAGS.model, "network": name_of(model.expansion), "task": task, "window": FLAGS.window}
@@ -137,12 +146,13 @@ def main(videos: list[str]) -> None:
             show_windows(kept(results), names)
     if sheet:
         part = f", the first {len(sheet)} of {predictions}" if len(sheet) < predictions else ""
+        tell(f"drawing {FLAGS.contact_sheet}")
         _save_sheet(Path(FLAGS.contact_sheet), sheet, names, f"{name_of(model.expansion)}, {FLAGS.model}{part}")
     written = [path for path in outputs if sheet or path != FLAGS.contact_sheet]
     if written:
         print(one_line(f"written: {', '.join(written)}"))
     if failures:
-        sys.exit(f"{failures} of {len(paths)} files could not be read")
+        sys.exit(f"{failures} of {counted(len(paths), 'file')} could not be read")
 
 
 @contextlib.contextmanager
@@ -162,32 +172,27 @@ def _telling_kept(seen: Sized, videos: int, *outputs: str | None) -> Iterator[No
         kept = [str(place) for path in outputs if path and (place := unfinished(Path(path))).is_file()]
         if kept and seen:
             last = ", the last of them perhaps not to its end" if FLAGS.window is not None else ""
-            what = f"{len(seen)} of {videos} videos{last}"
+            what = f"{len(seen)} of {counted(videos, 'video')}{last}"
             print(f"\nkept: {one_line(', '.join(kept))}, predictions of {what}", file=sys.stderr)
         raise
 
 
-def _check_task() -> str:
+def _check_model() -> str:
     """The model's task, once it is sure that the flags go with it."""
-    from x3d_tf.modeling.saving import describe
-
-    task = describe(FLAGS.model).task
+    description = describe(FLAGS.model)
+    task = description.task
     given = [f"--{name}" for name in (_OF_CLASSIFIERS if task == "detection" else _OF_DETECTORS) if FLAGS[name].present]
     if given:
         what = "a model of action detection" if task == "detection" else "a model that classifies videos"
         raise UserError(f"{', '.join(given)} must not be given with {FLAGS.model}, {what}")
     if task == "detection" and (FLAGS.boxes is None) == (FLAGS.person_detector is None):
         raise UserError(f"{FLAGS.model} detects actions in boxes: give one of --boxes and --person_detector")
+    require_windows(description.expansion.clip, FLAGS.window, FLAGS.hop)
     return task
 
 
 def _act(paths: Sequence[Path]) -> None:
     """Predicts what persons do, as the flags say."""
-    from x3d_tf.data.ava import write_detections
-    from x3d_tf.evaluation import acting
-    from x3d_tf.evaluation.prediction import unfinished
-    from x3d_tf.modeling.saving import load_detector
-
     names_of = [path.stem for path in paths]
     require(len(set(names_of)) == len(names_of), "the videos", "have distinct names, which boxes go by", names_of)
     drawn = {path: Path(FLAGS.draw) / f"{path.stem}.mp4" for path in paths} if FLAGS.draw else {}
@@ -196,10 +201,21 @@ def _act(paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} is no file: actions are detected in video files")
+    _command.require_path("--boxes", FLAGS.boxes, "csv file")
+    _command.require_path("--person_detector", FLAGS.person_detector, "SavedModel")
+    with starting_tensorflow():
+        from x3d_tf.evaluation import acting
+        from x3d_tf.evaluation.prediction import unfinished
+        from x3d_tf.modeling.saving import load_detector
+
     listed = acting.ListedBoxes(FLAGS.boxes, FLAGS.box_score, FLAGS.starts_at) if FLAGS.boxes else None
     if listed and listed.unsure:
-        print(f"{FLAGS.boxes}: {listed.unsure} rows have a score below {FLAGS.box_score:g} (--box_score)")
+        left_out = f"{counted(listed.unsure, 'row')} with a score below {FLAGS.box_score:g} (--box_score)"
+        print(one_line(f"{FLAGS.boxes}: left out {left_out}"))
+    if FLAGS.person_detector:
+        tell(f"loading {FLAGS.person_detector}")
     finder = acting.PersonDetector(FLAGS.person_detector, FLAGS.box_score) if FLAGS.person_detector else None
+    tell(f"loading {FLAGS.model}")
     model = load_detector(FLAGS.model)
     found: dict[str, list[acting.Acting]] = {}
     failures = 0
@@ -210,10 +226,11 @@ def _act(paths: Sequence[Path]) -> None:
             raise VideoError(path, f"{FLAGS.boxes} has no boxes of {path.stem}")
         own = _act_in(model, path, persons)
         if listed and (late := listed.after(path.stem, len(own))):
-            beyond = f"{late} boxes of {FLAGS.boxes} are of seconds after its last, {len(own) - 1}"
+            beyond = f"{FLAGS.boxes} has {counted(late, 'box')} after its last second, {len(own) - 1}"
             tqdm.write(one_line(f"{path.name}: {beyond}"))
         if drawn:
             drawn[path].parent.mkdir(parents=True, exist_ok=True)
+            tell(f"drawing {drawn[path]}")
             acting.draw_video(path, drawn[path], own, model.class_names, FLAGS.action_score)
         found[path.stem] = own
 
@@ -235,7 +252,7 @@ def _act(paths: Sequence[Path]) -> None:
     if written:
         print(one_line(f"written: {', '.join(written)}"))
     if failures:
-        sys.exit(f"{failures} of {len(paths)} files could not be predicted")
+        sys.exit(f"{failures} of {counted(len(paths), 'file')} could not be predicted")
 
 
 def _act_in(model: "Detector", path: Path, persons: "Persons") -> "list[Acting]":

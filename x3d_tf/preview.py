@@ -14,6 +14,10 @@ from absl import flags
 
 from x3d_tf import _command, configs
 from x3d_tf._checks import UserError, require
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._terminal import tell
+from x3d_tf._text import counted
+from x3d_tf.data.datasets import hold_out, open_dataset, with_splits_of
 
 FLAGS = flags.FLAGS
 
@@ -37,14 +41,14 @@ def main() -> None:
     spec = config.dataset
     if FLAGS.records:
         spec = replace(spec, name="records", records=FLAGS.records)
-    _command.quiet_tensorflow()
-    from x3d_tf.data.datasets import hold_out, open_dataset, with_splits_of
-    from x3d_tf.training.clips import save_training_preview
-
-    output.parent.mkdir(parents=True, exist_ok=True)
     manifest = open_dataset(replace(spec, eval_split=spec.train_split))  # there need be nothing to test on yet
     spec = with_splits_of(spec, manifest.splits)
     manifest = hold_out(manifest, spec, config.seed)
+    with starting_tensorflow():
+        from x3d_tf.training.clips import save_training_preview
+
+    tell(f"drawing {counted(FLAGS.clips, 'clip')} of {manifest.folder}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     save_training_preview(manifest, replace(config, dataset=spec), output, FLAGS.clips)
     print(f"written: {output}")
 

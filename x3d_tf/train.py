@@ -16,6 +16,12 @@ from pathlib import Path
 from absl import flags
 
 from x3d_tf import _command, configs
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf.data.datasets import open_dataset
+from x3d_tf.evaluation.procedure import detector_report_folder, report_folder
+from x3d_tf.modeling.archive import describe
+from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
 
 FLAGS = flags.FLAGS
 
@@ -36,14 +42,14 @@ def main() -> None:
     """Trains and tests as the flags say."""
     parsed = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
-    _command.quiet_tensorflow()
-    from x3d_tf.evaluation.detecting import detector_report_folder
-    from x3d_tf.evaluation.testing import evaluate_run, report_folder
-    from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
-    from x3d_tf.modeling.saving import describe
-    from x3d_tf.training.loop import train
+    _check_paths(config, RunFolder(workdir))
+    with starting_tensorflow():
+        from x3d_tf.evaluation.testing import evaluate_run
+        from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
+        from x3d_tf.training.loop import train
 
-    one_thread_an_operation(parts_of_batch(config.recipe.batch // config.execution.accumulation, config.model.bn_group))
+        clips = config.recipe.batch // config.execution.accumulation
+        one_thread_an_operation(parts_of_batch(clips, config.model.bn_group))
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
     run = train(config, workdir, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
     config = run.read_config()  # whose records may have another place than those of a finished run
@@ -56,6 +62,15 @@ def main() -> None:
         f"model:   {run.model}, fed as {run.input.name} says\n"
         f"curves:  {run.curves} (and tensorboard --logdir={run.tensorboard})\nresults: {report}/: {files}"
     )
+
+
+def _check_paths(config: TrainConfig, run: RunFolder) -> None:
+    """Raises what `train` would raise of paths, before TensorFlow, which takes seconds, is imported."""
+    run.check(config)
+    if config.init is not None and not run.has_checkpoint:
+        describe(config.init)
+    if config.dataset.name == "records":
+        open_dataset(config.dataset)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ from absl import flags
 from numpy.typing import NDArray
 
 from x3d_tf import _command
-from x3d_tf._checks import UserError, require
+from x3d_tf._checks import UserError, require, some
 from x3d_tf._files import SMALL, read_limited
+from x3d_tf._startup import starting_tensorflow
 from x3d_tf._terminal import one_line
+from x3d_tf._text import counted
 from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
 from x3d_tf.data.video import VideoError, encode_jpeg, probe, read_frames
 from x3d_tf.modeling.expansion import MAX_FRAMES, MAX_STRIDE, ClipSpec
@@ -111,6 +113,8 @@ def main(videos: list[str]) -> None:
     """Asks as the flags say."""
     require(bool(videos), "the command line", "name video files", videos)
     require((FLAGS.grpc is None) != (FLAGS.rest is None), "the server", "be given by --grpc or by --rest", FLAGS.grpc)
+    if not any(Path(video).exists() for video in videos):
+        raise UserError(f"no such file: {some(videos)}")
     require(0 < FLAGS.timeout <= _DAY, "--timeout", f"be above 0 and at most {_DAY} seconds", FLAGS.timeout)
     path = Path(FLAGS.card)
     contract = Contract.read(path)
@@ -126,7 +130,7 @@ def main(videos: list[str]) -> None:
             continue
         print("\n".join([one_line(video), *top_lines(predict(clips, ask, contract), contract.classes)]))
     if failures:
-        sys.exit(f"{failures} of {len(videos)} files could not be read")
+        sys.exit(f"{failures} of {counted(len(videos), 'file')} could not be read")
 
 
 def encoded_clips(path: Path, contract: Contract, views: int, short_side: int | None = None) -> list[list[bytes]]:
@@ -174,13 +178,13 @@ def predict(clips: Sequence[Sequence[bytes]], ask: Ask, contract: Contract) -> N
 
 def grpc_asker(address: str, model: str, timeout: float) -> Ask:
     """Asks `tensorflow.serving.PredictionService`; `timeout` is in seconds, for a request in all."""
-    _command.quiet_tensorflow()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # errors are told here, in one line
     try:
-        import grpc
-        from google.protobuf.message import DecodeError
-        from tensorflow import make_tensor_proto
-        from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
+        with starting_tensorflow(devices=False):
+            import grpc
+            from google.protobuf.message import DecodeError
+            from tensorflow import make_tensor_proto
+            from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
     except ImportError as error:
         raise UserError(f"--grpc needs {error.name}: pip install 'x3d_tf[serving]', or use --rest") from error
     # One address, no service configuration from elsewhere, and no packed answers: sizes are what arrives.

@@ -65,7 +65,7 @@ def trial(
     if problem := succeeded(again):
         yield f"{where}, then the same command: {problem}"
         return
-    if "shards are there already" in again.out:
+    if "exist already" in again.out:
         report.note("resumed after finished shards")
     found = contents(output)
     if found != wanted:

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import WriteError
 from x3d_tf._machine import usable_cpus
+from x3d_tf._startup import starting_tensorflow
+from x3d_tf._text import counted
 from x3d_tf.data import class_names, index
 from x3d_tf.data.build_folder import BuildFolder, Failure, Finished, opened
 from x3d_tf.data.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_reason
@@ -208,7 +210,7 @@ def _check_splits(sources: Sources) -> None:
     for name, videos in sources.splits.items():
         if not videos:
             unusable = sources.unusable
-            why = f": {len(unusable)} entries cannot be used, such as {unusable[0]}" if unusable else ""
+            why = f": {counted(len(unusable), 'unusable entry')}, such as {unusable[0]}" if unusable else ""
             raise UserError(f"split {name} has no videos{why}. Give it some, or leave it out with --splits")
 
 
@@ -240,11 +242,12 @@ class _Build:
 
     def run(self, settings: dict[str, int | float | str]) -> BuildResult:
         """Writes what is missing, then the manifest."""
-        from x3d_tf.data.records import join_shards
+        with starting_tensorflow(devices=False):
+            from x3d_tf.data.records import join_shards
 
         total = sum(len(videos) for videos in self.sources.splits.values())
         if self.finished and self.progress:
-            print(f"{len(self.finished)} of {len(self.shards)} shards are there already")
+            print(f"{len(self.finished)} of {counted(len(self.shards), 'shard')} exist already")
         failures = self._write_failures()
         done = total - len(self.pending)
         bar = tqdm(total=total, initial=done, unit="video", disable=not self.progress, smoothing=0)
@@ -256,8 +259,8 @@ class _Build:
                         failures = self._write_failures()
                     except WriteError as error:
                         raise UserError(
-                            f"{error}; the {len(self.finished)} of {len(self.shards)} shards that are finished stay, "
-                            "and the same command resumes from there"
+                            f"{error}; finished shards stay, {len(self.finished)} of {len(self.shards)}, and the same "
+                            " command resumes from there"
                         ) from error
         splits = {
             name: join_shards([self.finished[shard.file].part for shard in self.shards if shard.split == name])
@@ -265,12 +268,12 @@ class _Build:
         }
         if not any(part.records for part in splits.values()):
             self.folder.clear()  # so that it makes way for another build
-            raise UserError(f"none of the {total} videos can be read; the reasons are in {self.folder.failures}")
+            raise UserError(f"no video can be read ({total} tried); the reasons are in {self.folder.failures}")
         for name, part in splits.items():
             count = len(self.sources.splits[name])
             if not part.records:
                 raise UserError(
-                    f"none of the {count} videos of split {name} can be read; the reasons are in "
+                    f"no video of split {name} can be read ({count} tried); the reasons are in "
                     f"{self.folder.failures}. Mend or replace them and give the same command again"
                 )
         manifest = Manifest(self.folder.root, self.sources.classes, splits, settings, self.sources.task)

@@ -87,6 +87,20 @@ def last_start(frames: Any, fps: Any, clip: ClipSpec, xp: Any = np) -> Any:
     return xp.maximum(_float64(frames, xp) - clip_length(clip, _float64(fps, xp)), 0.0)
 
 
+def require_windows(clip: ClipSpec, window: float | None, hop: float | None) -> None:
+    """Raises `UserError` unless predictions can be made for such windows of a video.
+
+    Args:
+        clip: of the network.
+        window: seconds; None is the whole video.
+        hop: seconds from the start of one window to that of the next; None is the window's length.
+    """
+    span = clip.stride * clip.frames / STRIDE_FPS
+    require(window is None or window >= span, "window", f"be at least {span:g} s, a clip of the network", window)
+    require(hop is None or window is not None, "hop", "come with a window", hop)
+    require(hop is None or hop > 0, "hop", "be positive", hop)
+
+
 def view_starts(
     frames: Any, fps: Any, clip: ClipSpec, temporal_views: int, clip_starts: ClipStarts = "offset", xp: Any = np
 ) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
+from x3d_tf._startup import starting_tensorflow
 from x3d_tf.data.clips import FrameSampling
 from x3d_tf.data.index import Record, Split, file_of, video_and_second
 from x3d_tf.data.manifest import Manifest
@@ -102,7 +103,8 @@ def open_dataset(spec: DatasetSpec) -> Manifest:
 
 def _opened(spec: DatasetSpec) -> Manifest:
     if spec.name == "moving_shapes":
-        from x3d_tf.data.moving_shapes import open_moving_shapes  # imports TensorFlow
+        with starting_tensorflow():
+            from x3d_tf.data.moving_shapes import open_moving_shapes
 
         return open_moving_shapes(Path(spec.records))
     return Manifest.load(spec.records)

@@ -85,7 +85,7 @@ def find_key_frames(
         require(bool(facts[key_frames_of(split)]), str(path), rule, "none")
     if not any(splits.values()):
         lists = ", ".join(map(str, boxes.values()))
-        raise UserError(f"none of the {len(unusable)} videos that {lists} name is in {videos}")
+        raise UserError(f"no video that {lists} name is in {videos} ({len(unusable)} named)")
     for split, members in splits.items():
         require(bool(members), f"{boxes[split]}", f"name key frames of videos in {videos} for split {split}", "none")
     ordered = {split: _in_order(members, seed) for split, members in splits.items()}

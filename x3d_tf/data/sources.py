@@ -226,7 +226,7 @@ def read_csv(
         require(name in found, "splits", f"be in the column split of {table}", name)
     if not any(found.values()):
         raise UserError(
-            f"none of the {len(lines)} files that {table} lists exists, such as {unusable[0].path}: paths are relative "
+            f"no file that {table} lists exists ({len(lines)} listed), such as {unusable[0].path}: paths are relative "
             f"to {'--videos' if videos else 'the folder of the csv file, unless --videos gives another'}"
         )
     task: Task = "multi_label" if several else "single_label"
@@ -374,7 +374,7 @@ def _known(label: str, classes: "_Classes | None", where: str) -> str:
     count = len(classes.names)
     number = whole(label)
     if number is None or number >= count:
-        rule = f"be one of the {count} names in the file of classes, or a number in 0..{count - 1}"
+        rule = f"be a name in the file of classes, which has {count}, or a number in 0..{count - 1}"
         require(False, where, rule, label)
     return classes.names[number or 0]
 

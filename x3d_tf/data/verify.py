@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError
+from x3d_tf._text import counted
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.records import (
@@ -47,7 +48,8 @@ class SplitReport:
     problems: tuple[str, ...]
 
     def __str__(self) -> str:
-        counts = f"{self.split}: {self.videos} videos, {self.frames} frames in {self.shards} shards"
+        shards = counted(self.shards, "shard")
+        counts = f"{self.split}: {counted(self.videos, 'video')}, {counted(self.frames, 'frame')} in {shards}"
         return "\n  ".join([f"{counts}; {len(self.problems) or 'none'} damaged", *self.problems])
 
 

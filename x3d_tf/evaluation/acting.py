@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import appearing, writing
+from x3d_tf._terminal import progress_bar
 from x3d_tf.data import transforms
 from x3d_tf.data.ava import BoxTable, KeyFrame, of_all_actions, read_boxes
 from x3d_tf.data.boxes import have_area
@@ -168,7 +168,7 @@ def act_in_video(model: Detector, path: str | Path, persons: Persons, *, progres
     parts = [np.union1d(frames, key)[None] for frames, key in zip(chosen, keys)]
     scores_of = tf.function(lambda given: model(given, training=False), reduce_retracing=True)
     frames = (frame.pixels for frame in read_frames(path, max(RECORD_SHORT_SIDE, side)))
-    with tqdm(total=len(keys), desc=Path(path).name, unit=" s", leave=None, disable=not progress) as bar:
+    with progress_bar(len(keys), "second", Path(path).name, leave=None, disable=not progress) as bar:
         for cut in cut_clips(frames, parts):
             places = parts[cut.part][0]
             boxes = persons(cut.part, cut.pixels[np.searchsorted(places, keys[cut.part])])

@@ -6,6 +6,7 @@ from typing import Any
 
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
+from x3d_tf._text import counted
 from x3d_tf.evaluation.published import PublishedAccuracy, PublishedPrecision, differences, published_for
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, write_csv
 
@@ -88,8 +89,8 @@ def describe(report: Report) -> str:
     measured = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
     thing = "key frame" if "boxes_tested" in r else "video"
     line = (
-        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(measured)} ({r['videos']} {thing}s, "
-        f"{r['classes']} classes, {r['views']}, {row['GMACs a video']} GMACs a {thing}, "
+        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(measured)} ({counted(r['videos'], thing)}, "
+        f"{counted(r['classes'], 'class')}, {r['views']}, {row['GMACs a video']} GMACs a {thing}, "
         f"{row['M parameters']} M parameters)"
     )
     if row["paper"] == _EMPTY:

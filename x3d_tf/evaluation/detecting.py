@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf._checks import UserError, require
+from x3d_tf._terminal import progress_bar
+from x3d_tf._text import counted
 from x3d_tf.data.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, of_all_actions
 from x3d_tf.data.boxes import have_area
 from x3d_tf.data.datasets import open_dataset
@@ -27,12 +29,14 @@ from x3d_tf.evaluation.detection_reports import (
     summary,
     write_detection_report,
 )
+from x3d_tf.evaluation.procedure import detector_report_folder
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace, reporting
 from x3d_tf.evaluation.views import CLIPS_A_CALL
+from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.detection import Detector, cost_of
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.lowerings.tensorflow import for_this_device
-from x3d_tf.modeling.saving import load_detector, weights_of
+from x3d_tf.modeling.saving import load_detector
 from x3d_tf.runs.recipe import Detection, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 
@@ -104,10 +108,7 @@ def detect_split(
     rows: list[tuple[Any, ...]] = []
     outside = 0
     total = len(manifest.split(split).records)
-    with (
-        naming_records(),
-        tqdm(total=total, unit=" clips", desc="testing", leave=None, mininterval=1.0, disable=not progress) as bar,
-    ):
+    with naming_records(), progress_bar(total, "clip", "evaluating", leave=None, disable=not progress) as bar:
         for inputs, about in batches:
             scores = scores_of(inputs).numpy()
             if not np.isfinite(scores).all():
@@ -122,7 +123,7 @@ def detect_split(
                 rows.append((*found, np.full(len(labels), record), truth, labels))
             bar.update(len(scores))
     if outside and progress:
-        tqdm.write(f"{outside} boxes lie outside the centre crop; they keep their place among the detections")
+        tqdm.write(f"outside the centre crop, yet among the detections: {counted(outside, 'box')}")
     records, boxes, scores, *truth = (np.concatenate(column) for column in zip(*rows))
     return Detected(records, boxes, scores, truth[0], truth[1], truth[2], outside)
 
@@ -173,7 +174,7 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
         require_proposals(manifest, split)
     model = load_detector(run.root)
     found, scores = score_split(model, manifest, split, config.detection)
-    side, counted = model.tested_size, cost_of(model)
+    side, own_cost = model.tested_size, cost_of(model)
     records = len(manifest.split(split).records)
     named = manifest.settings.get(key_frames_of(split))
     missing = max(named - records, 0) if isinstance(named, int) else 0
@@ -193,25 +194,18 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
         "views": f"centre crop of {side}²",
         "videos": records,  # key frames, one clip each
         "key_frames_missing": missing,
-        "gmacs_per_clip": counted.macs / 1e9,
-        "gmacs_per_video": counted.macs / 1e9,
-        "params": counted.params,
+        "gmacs_per_clip": own_cost.macs / 1e9,
+        "gmacs_per_video": own_cost.macs / 1e9,
+        "params": own_cost.params,
         **weights_of(run.root),
         "seed": config.seed,
     }
     report = write_detection_report(folder, settings, scores, found)
     print("\n".join(summary(scores)))
     if missing:
-        print(f"{missing} key frames of the lists that the records were made from have no record and do not count")
+        print(f"without a record, and so not counted: {counted(missing, 'key frame')} of the lists of the records")
     print(describe(report))
     return report
-
-
-def detector_report_folder(run: RunFolder) -> Path:
-    """Where the report of a detector goes by itself."""
-    config = run.read_config()
-    dataset = config.dataset
-    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{config.detection.test_boxes}"
 
 
 def _measured(classes: tuple[str, ...]) -> dict[int, str]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from x3d_tf import _csv, _plots
 from x3d_tf._checks import require
+from x3d_tf._text import counted
 from x3d_tf.data.ava import (
     BoxTable,
     KeyFrame,
@@ -172,14 +173,14 @@ def summary(scores: DetectionScores, worst_and_best: int = 3) -> list[str]:
     """Lines for people."""
     present = int((scores.positives > 0).sum())
     lines = [
-        f"frame mAP at IoU {IOU:g}: {scores.mean:.4%} over {present} actions on {scores.key_frames} key frames, "
-        f"{scores.boxes} detections"
+        f"frame mAP at IoU {IOU:g}: {scores.mean:.4%} over {counted(present, 'action')} on "
+        f"{counted(scores.key_frames, 'key frame')}, {counted(scores.boxes, 'detection')}"
     ]
     if scores.left_out:
         why = "without width or height, excluded, or of other actions"
-        lines.append(f"{scores.left_out} detections do not count: {why}")
+        lines.append(f"not counted: {counted(scores.left_out, 'detection')}, {why}")
     if missing := len(scores.actions) - present:
-        lines.append(f"{missing} actions of the label map are not in the ground truth and do not count")
+        lines.append(f"not counted: {counted(missing, 'action')} of the label map, absent from the ground truth")
     ranked = [place for place in np.argsort(-scores.precisions, kind="stable") if scores.positives[place]]
     if len(ranked) > 2 * worst_and_best:
         ranked = ranked[:worst_and_best] + ranked[-worst_and_best:]

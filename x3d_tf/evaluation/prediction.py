@@ -21,8 +21,9 @@ from x3d_tf import _csv
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import WriteError, partial_of, put_in_place, writing
 from x3d_tf._locks import locked
+from x3d_tf._text import counted
 from x3d_tf.data import transforms
-from x3d_tf.data.clips import STRIDE_FPS, FrameSampling, ViewSpec, frame_indices, view_starts
+from x3d_tf.data.clips import FrameSampling, ViewSpec, frame_indices, require_windows, view_starts
 from x3d_tf.data.video import Pixels, VideoError, probe, read_frames
 from x3d_tf.evaluation.views import CLIPS_A_CALL, probabilities_of
 from x3d_tf.modeling.expansion import ClipSpec
@@ -30,7 +31,7 @@ from x3d_tf.modeling.x3d import X3D
 
 RECORD_SHORT_SIDE = 256  # pixels, of the frames that build_records stores by default
 DEFAULT_VIEWS = 10  # of a whole video; of a window, one
-_BAR = "{percentage:3.0f}% |{bar:20}| {n:.1f}/{total} videos, {remaining} left{postfix}"
+_BAR = "{percentage:3.0f}% |{bar:20}| {whole} of {videos}, {remaining} left{postfix}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +95,7 @@ def predict_videos(
     """
     require(model.include_top, "the network", "have its classifier (include_top)", model.include_top)
     clip = model.clip
-    span = clip.stride * clip.frames / STRIDE_FPS
-    require(window is None or window >= span, "window", f"be at least {span:g} s, a clip of the network", window)
-    require(hop is None or window is not None, "hop", "come with a window", hop)
-    require(hop is None or hop > 0, "hop", "be positive", hop)
+    require_windows(clip, window, hop)
     require(short_side is None or short_side >= 1, "short_side", "be at least 1 pixel", short_side)
     require(thumbnails >= 0, "thumbnails", "be at least 0", thumbnails)
     resize = model.expansion.test_size
@@ -112,41 +110,6 @@ def predict_videos(
         short_side or max(RECORD_SHORT_SIDE, resize),
     )
     return _predict(_Network(model, sampler.views), sampler, [Path(path) for path in paths], thumbnails, progress)
-
-
-def list_videos(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that are named, and all files below the folders that are, sorted within each folder.
-
-    Hidden files and folders are left out unless named themselves. A folder that links lead to twice is searched once.
-
-    Raises:
-        UserError: there is none.
-        OSError: a folder that may not be read.
-    """
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-
-    def search(folder: Path) -> None:
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:  # links may lead in circles
-            return
-        seen.add((status.st_dev, status.st_ino))
-        for entry in sorted(folder.iterdir()):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                search(entry)
-            elif entry.is_file() or entry.is_symlink():  # a link to nothing will be reported; a pipe would never end
-                found.append(entry)
-
-    given = [Path(path) for path in paths]
-    for path in given:
-        if path.is_dir():
-            search(path)
-        else:
-            found.append(path)
-    require(bool(found), "the videos", "be files, or folders that hold some", [str(path) for path in given])
-    return list(dict.fromkeys(found))
 
 
 class Cut(NamedTuple):
@@ -274,10 +237,19 @@ class _Network:
         return found
 
 
+class _VideoBar(tqdm):
+    """A bar that moves on within a video, and counts whole ones."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        counts = {"whole": int(self.n + 1e-6), "videos": counted(int(self.total or 0), "video")}
+        return {**super().format_dict, **counts}
+
+
 def _predict(
     network: _Network, sampler: _Sampler, paths: Sequence[Path], thumbnails: int, progress: bool
 ) -> Iterator[Prediction | VideoError]:
-    with tqdm(total=len(paths), bar_format=_BAR, disable=not progress, mininterval=1.0) as bar:
+    with _VideoBar(total=len(paths), bar_format=_BAR, disable=not progress, mininterval=1.0) as bar:
         for done, path in enumerate(paths):
             bar.set_postfix_str(path.name.encode("utf-8", "replace").decode())
             try:

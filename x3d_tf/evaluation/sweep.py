@@ -6,7 +6,9 @@ from typing import Any
 
 from x3d_tf import _plots
 from x3d_tf._checks import UserError, require
+from x3d_tf._text import counted
 from x3d_tf.evaluation.comparison import describe
+from x3d_tf.evaluation.procedure import Procedure, folder_of
 from x3d_tf.evaluation.reports import (
     RESULTS_NAME,
     Report,
@@ -14,14 +16,8 @@ from x3d_tf.evaluation.reports import (
     read_report,
     write_csv,
 )
-from x3d_tf.evaluation.testing import (
-    Measurement,
-    Procedure,
-    folder_of,
-    measurement_of_file,
-    measurement_of_run,
-    weights_of,
-)
+from x3d_tf.evaluation.testing import Measurement, measurement_of_file, measurement_of_run
+from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.runs.run_folder import RunFolder
 
@@ -84,9 +80,7 @@ def _sweep(measurement: Measurement, folder: Path, folders: dict[int, Path], ove
     reports = []
     for k in CLIPS:
         report = there.get(k)
-        print(
-            f"{'already there' if report else 'testing with'}: {k} clip{'s' if k > 1 else ''} of each video", flush=True
-        )
+        print(f"{'already there' if report else 'testing with'}: {counted(k, 'clip')} of each video", flush=True)
         reports.append(report or measurements[k].report(folders[k]))
         print(describe(reports[-1]).partition("\n")[0], flush=True)
     sweep = Sweep(folder, tuple(reports))

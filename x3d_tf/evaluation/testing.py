@@ -2,96 +2,30 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from x3d_tf._checks import UserError, check_field_types, require, some
+from x3d_tf._checks import UserError, require, some
+from x3d_tf._terminal import tell
+from x3d_tf._text import counted
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
 from x3d_tf.data.datasets import DatasetSpec, open_dataset
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.detecting import evaluate_detector
+from x3d_tf.evaluation.procedure import HeadPool, Procedure, folder_of
 from x3d_tf.evaluation.reports import RESULTS_NAME, Predictions, Report, refuse_to_replace, reporting, write_report
 from x3d_tf.evaluation.views import predict_split
+from x3d_tf.modeling.archive import describe as describe_file
+from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.modeling.saving import describe as describe_file
-from x3d_tf.modeling.saving import load_classifier, weights_of
+from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 
-HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
-
 _TEMPORAL_VIEWS = 10  # of a model file, which has no run to say it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Procedure:
-    """How to test. None stands for what the run, or else the network, does by itself.
-
-    Attributes:
-        records: folder of the records. Their classes must be among the model's.
-        split: its part.
-        temporal_views: clips of a video, K.
-        spatial_crops: 1 is K-Center testing: the short side scaled to 128γs pixels, a centre crop of 112γs. 3 is
-            K-LeftCenterRight: the same scale, three crops of 128γs along the longer side.
-        clip_starts: how the clips are spread over a video; see `clips.view_starts`.
-        frame_sampling: which frames a clip takes; see `clips.frame_indices`.
-        head_pool: what the head does with crops larger than the training crop; see `ModelOptions.head_pool`. Makes a
-            difference with three crops only.
-
-    Raises:
-        SettingTypeError, UserError: naming the setting, the rule and the value received.
-    """
-
-    records: str | None = None
-    split: str | None = None
-    temporal_views: int | None = None
-    spatial_crops: int = 1
-    clip_starts: ClipStarts = "offset"
-    frame_sampling: FrameSampling | None = None
-    head_pool: HeadPool | None = None
-
-    def __post_init__(self) -> None:
-        check_field_types(self)
-        require(self.spatial_crops in (1, 3), "Procedure.spatial_crops", "be 1 or 3", self.spatial_crops)
-        for name in ("records", "split"):
-            require(getattr(self, name) != "", f"Procedure.{name}", "not be empty", getattr(self, name))
-        at_least_one = self.temporal_views is None or self.temporal_views >= 1
-        require(at_least_one, "Procedure.temporal_views", "be at least 1", self.temporal_views)
-
-    def views_of(self, model: X3D, temporal_views: int) -> ViewSpec:
-        """The views of each video; `temporal_views` is what None stands for."""
-        distinct = self.spatial_crops == 1 or not model.squeeze
-        require(distinct, "crops", "be 1 for a network of squeezed frames, which are square", self.spatial_crops)
-        test_size = model.expansion.test_size
-        return ViewSpec(
-            temporal_views=self.temporal_views or temporal_views,
-            spatial_crops=self.spatial_crops,
-            resize=test_size,
-            crop=model.clip.size if self.spatial_crops == 1 else test_size,
-            squeeze=model.squeeze,
-        )
-
-    def dataset_of(self, config: TrainConfig) -> DatasetSpec:
-        """The records of a run, or those that are asked for instead."""
-        dataset = replace(config.dataset, eval_split=self.split or config.dataset.eval_split)
-        if self.records is None:
-            return dataset
-        return replace(dataset, name="records", records=self.records, train_split=dataset.eval_split)
-
-    def suffix(self, config: TrainConfig) -> str:
-        """What tells a report of this procedure from the one of the run's own, as part of a folder's name."""
-        parts = [
-            f"_{self.clip_starts}_starts" if self.clip_starts != "offset" else "",
-            f"_{self.frame_sampling}_frames"
-            if self.frame_sampling not in (None, config.dataset.frame_sampling)
-            else "",
-            f"_{self.head_pool}" if self.head_pool not in (None, config.model.head_pool) else "",
-        ]
-        return "".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,7 +60,7 @@ class Measurement:
         unknown = [name for name in self.manifest.classes if name not in those]
         if unknown:
             raise UserError(
-                f"{folder} has {len(unknown)} classes that the model does not know: {some(unknown)}; it knows "
+                f"{folder} has {counted(len(unknown), 'class')} unknown to the model: {some(unknown)}; it knows "
                 f"{len(known)}: {some(known)}. To know them, train from it (TrainConfig.init)"
             )
         task = self.model.task
@@ -206,7 +140,9 @@ class Measurement:
         """
         settings = self.settings()
         with reporting(folder):  # before the long part, which a mistyped path should not waste
-            return write_report(folder, settings, self.predict())
+            predictions = self.predict()
+            tell(f"writing the report {folder}")
+            return write_report(folder, settings, predictions)
 
 
 def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
@@ -308,17 +244,3 @@ def evaluate_file(file: str | Path, *, output: str, overwrite: bool = False, **p
     report = measurement_of_file(Path(file), Procedure(**procedure)).report(folder)
     print(describe(report))
     return report
-
-
-def folder_of(run: RunFolder, procedure: Procedure, temporal_views: int | str | None = None) -> Path:
-    """Where the report of a procedure goes by itself; `temporal_views` takes the place of its number of clips."""
-    config = run.read_config()
-    count = temporal_views or procedure.temporal_views or config.test_views
-    crops = "center" if procedure.spatial_crops == 1 else "leftcenterright"
-    return report_folder(run, procedure.dataset_of(config), f"{count}{crops}{procedure.suffix(config)}")
-
-
-def report_folder(run: RunFolder, dataset: DatasetSpec, views: int | str) -> Path:
-    """Where the report of a test goes by itself; `views` is a number of centre clips, or says it in words."""
-    words = f"{views}center" if isinstance(views, int) else views
-    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{words}"

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from x3d_tf._checks import UserError
+from x3d_tf._terminal import progress_bar
 from x3d_tf.data.clips import ClipStarts, FrameSampling, ViewSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import evaluation_dataset, naming_records
@@ -52,10 +52,7 @@ def predict_split(
     sums = np.zeros((len(records), model.num_classes), np.float32)
     batches = _clips(manifest, split, model, views, clip_starts, frame_sampling)
     total = len(records) * views.views
-    with (
-        naming_records(),
-        tqdm(total=total, unit=" clips", desc="testing", leave=None, mininterval=1.0, disable=not progress) as bar,
-    ):
+    with naming_records(), progress_bar(total, "clip", "evaluating", leave=None, disable=not progress) as bar:
         for clips, video in batches:
             probabilities = network(clips).numpy()
             finite = np.isfinite(probabilities).all(axis=1)

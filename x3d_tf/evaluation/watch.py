@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from x3d_tf._checks import UserError, require
-from x3d_tf._text import whole
+from x3d_tf._terminal import tell
+from x3d_tf._text import counted, whole
 from x3d_tf.data.datasets import open_dataset
+from x3d_tf.evaluation.procedure import Procedure, folder_of
 from x3d_tf.evaluation.reports import other_settings, read_results, reporting, write_csv, write_json
-from x3d_tf.evaluation.testing import Procedure, folder_of, measurement_of_run
+from x3d_tf.evaluation.testing import measurement_of_run
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs import checkpointing
 from x3d_tf.runs.event_files import EventFile
@@ -82,6 +84,7 @@ class _Watch:
             if not new:
                 return
             passed.add(new[0])
+            tell(f"loading the checkpoint of step {new[0]}")
             try:
                 model = checkpointing.load_checkpoint(self.run, new[0])
             except UserError as error:
@@ -110,7 +113,7 @@ class _Watch:
         self.writer.flush()
         told = [name for name in measured if name != "top5" or results["classes"] > 5]  # else it says nothing
         words = ", ".join(f"{name} {measured[name]:.1%}" for name in told)
-        print(f"step {step}: {words} ({results['videos']} videos, {results['views']})", flush=True)
+        print(f"step {step}: {words} ({counted(results['videos'], 'video')}, {results['views']})", flush=True)
 
     def _write_csv(self) -> None:
         metrics = [name for name in _METRICS if any(name in row for row in self.results.values())]

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
-from x3d_tf._checks import check_field_types, require
+from x3d_tf._checks import SettingTypeError, check_field_types, require
 from x3d_tf.modeling.expansion import Expansion
 
 BASE_WIDTHS = (24, 48, 96, 192)  # res2..res5 of X2D, paper Table 1; conv1 is as wide as res2
@@ -141,9 +142,11 @@ def _require_bounds(expansion: Expansion) -> None:
     require(blocks <= MAX_BLOCKS, "Expansion.gamma_d", f"give at most {MAX_BLOCKS} blocks", expansion.gamma_d)
 
 
-def require_classes(num_classes: int) -> None:
-    """Refuses a number of classes that no network here has."""
-    within = 1 <= num_classes <= MAX_CLASSES
+def require_classes(num_classes: object) -> None:
+    """Refuses a number of classes that no network here has, and what is no whole number."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
+        raise SettingTypeError(f"num_classes must be a whole number, got {num_classes!r}")
+    within = 1 <= int(num_classes) <= MAX_CLASSES
     require(within, "num_classes", f"be in [1, {MAX_CLASSES}]", num_classes)
 
 

@@ -5,6 +5,7 @@ The file may come from anyone. Nothing is allocated, counted or built beyond wha
 described has no more parameters than there are weights.
 """
 
+import hashlib
 import io
 import math
 import zipfile
@@ -56,6 +57,43 @@ def read_description(path: Path) -> Description:
     room = members[WEIGHTS].file_size // _WEIGHT_BYTES
     description.require_fit(f"{path}: the {members[WEIGHTS].file_size} bytes of {WEIGHTS}", room)
     return description
+
+
+def describe(path: str | Path) -> Description:
+    """What a `.keras` file of ours says of itself.
+
+    Raises:
+        UserError: no such file, one that this package did not save, or a network that it cannot hold.
+    """
+    return read_description(model_file(path))
+
+
+def require_classifier(path: str | Path) -> None:
+    """Raises `UserError` where a run folder or `.keras` file holds a detector, or nothing of ours; see `describe`."""
+    file = model_file(path)
+    if read_description(file).task == "detection":
+        raise UserError(f"{file} is a detector, which gives scores of boxes; a network that classifies clips is needed")
+
+
+def model_file(path: str | Path) -> Path:
+    """The `.keras` file of a run folder, or the file itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    file = path / "model.keras" if path.is_dir() else path
+    if not file.is_file():
+        hint = "; a run writes its model when it is finished" if path.is_dir() else ""
+        raise UserError(f"{file}: no such model file or run folder{hint}")
+    return file
+
+
+def weights_of(path: Path) -> dict[str, Any]:
+    """Name and SHA-256 of a model file, for the report."""
+    file = model_file(path)
+    with file.open("rb") as content:
+        return {"weights": str(file), "weights_sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def check_weights(path: Path, description: Description) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from x3d_tf._checks import UserError, check_field_types, require
-from x3d_tf._text import check_class_name
+from x3d_tf._text import check_class_name, counted
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, require_window
 from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion, Task
@@ -155,5 +155,5 @@ def named_or_numbered(class_names: Sequence[str] | None, count: int) -> tuple[st
     """The names, or numbers where there are none; then warns, for who reads those cannot tell what they mean."""
     if class_names is not None:
         return tuple(class_names)
-    warnings.warn(f"no class names were given: the {count} classes are numbered", stacklevel=3)
+    warnings.warn(f"no class names were given: {counted(count, 'class')} numbered from 0", stacklevel=3)
     return tuple(str(number) for number in range(count))

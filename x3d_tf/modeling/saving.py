@@ -1,17 +1,16 @@
 """Model files: Keras' own format with one more member, `x3d_tf.json`, which `load` builds the network from."""
 
-import hashlib
 import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import keras
 
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import appearing, writing
-from x3d_tf.modeling.archive import MEMBER, UNREADABLE, check_weights, read_description
+from x3d_tf.modeling.archive import MEMBER, UNREADABLE, check_weights, model_file, read_description, require_classifier
 from x3d_tf.modeling.description import Description, named_or_numbered
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.portable import build_portable, take_weights
@@ -89,9 +88,8 @@ def load_classifier(path: str | Path) -> X3D:
     Raises:
         UserError: besides, the file of a detector.
     """
+    require_classifier(path)
     path, description = _checked(path)
-    if description.task == "detection":
-        raise UserError(f"{path} is a detector, which gives scores of boxes; a network that classifies clips is needed")
     return _filled(_classifier(description), description, path)
 
 
@@ -151,33 +149,3 @@ def _load_weights(model: keras.Model, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Skipping")  # by itself Keras keeps fresh weights for missing ones
         model.load_weights(path)
-
-
-def describe(path: str | Path) -> Description:
-    """What a `.keras` file of ours says of itself.
-
-    Raises:
-        UserError: no such file, one that this package did not save, or a network that it cannot hold.
-    """
-    return read_description(model_file(path))
-
-
-def model_file(path: str | Path) -> Path:
-    """The `.keras` file of a run folder, or the file itself.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    file = path / "model.keras" if path.is_dir() else path
-    if not file.is_file():
-        hint = "; a run writes its model when it is finished" if path.is_dir() else ""
-        raise UserError(f"{file}: no such model file or run folder{hint}")
-    return file
-
-
-def weights_of(path: Path) -> dict[str, Any]:
-    """Name and SHA-256 of a model file, for the report."""
-    file = model_file(path)
-    with file.open("rb") as content:
-        return {"weights": str(file), "weights_sha256": hashlib.file_digest(content, "sha256").hexdigest()}

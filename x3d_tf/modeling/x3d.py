@@ -62,7 +62,7 @@ def build_x3d(
         num_classes). The outputs of its layers conv1, res2, ..., res5, conv5, pool5 and fc1 are features.
 
     Raises:
-        ValueError, TypeError: an unknown variant or option, or a value outside its range.
+        ValueError, TypeError: an unknown variant or option, or a value of the wrong type or outside its range.
 
     Example:
         >>> model = build_x3d("x3d_m", num_classes=10, drop_connect=0.1)
@@ -131,6 +131,7 @@ class X3D(Network):
         **kwargs: Any,
     ) -> None:
         require_classes(num_classes)
+        require(isinstance(include_top, bool), "include_top", "be True or False", include_top)
         require(task in _TASKS, "task", f"be among {', '.join(_TASKS)}", task)
         clips = keras.Input((None, None, None, 3), name="clip")
         windows = include_top and options.head_pool != "global"

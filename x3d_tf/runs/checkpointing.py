@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from x3d_tf._checks import UserError, first_line, require
 from x3d_tf._files import WriteError, writing
+from x3d_tf._text import counted
 from x3d_tf.modeling.description import Description
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.run_folder import RunFolder, checkpoint_step
@@ -55,10 +56,9 @@ class Origin:
     @property
     def groups(self) -> str:
         """The batch-norm groups in words."""
-        plural = "s" if self.groups_per_step != 1 else ""
-        return (
-            f"{self.groups_per_step} group{plural} of {self.clips_per_group} clips" if self.clips_per_group else "none"
-        )
+        if not self.clips_per_group:
+            return "none"
+        return f"{counted(self.groups_per_step, 'group')} of {counted(self.clips_per_group, 'clip')}"
 
 
 class Checkpoints:

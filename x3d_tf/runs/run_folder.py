@@ -93,18 +93,30 @@ class RunFolder:
             UserError: the folder is of a run with other settings (names them) that has got to a checkpoint, or of one
                 whose checkpoints are missing, or holds something else.
         """
-        self._refuse_foreign()
+        if self.check(config):
+            return
         if self.config.is_file():
-            if self.model.is_file() or self.has_checkpoint:
-                self._compare(self.read_config(), config)
-                return
-            self._refuse_lost_checkpoints()
             for path in (self.history, self.preview):  # of a run that never came to a checkpoint
                 path.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, config.to_json().encode())  # a folder that has it is a run's
         for name, text in texts.items():
             write_whole(self.root / name, text.encode())
+
+    def check(self, config: TrainConfig) -> bool:
+        """Whether the folder is of this run, which has got to a checkpoint; writes nothing.
+
+        Raises:
+            UserError: see `open`.
+        """
+        self._refuse_foreign()
+        if not self.config.is_file():
+            return False
+        if self.model.is_file() or self.has_checkpoint:
+            self._compare(self.read_config(), config)
+            return True
+        self._refuse_lost_checkpoints()
+        return False
 
     def read_config(self) -> TrainConfig:
         """The configuration of the run.
@@ -171,10 +183,13 @@ class RunFolder:
             f"{name} is {theirs[name]!r} there and {ours[name]!r} here" for name in ours if theirs[name] != ours[name]
         ]
         if differing:
-            raise UserError(
-                f"{self.root} is of a run with other settings: {'; '.join(differing)}. Give this run a folder of its "
-                "own with --workdir"
-            )
+            advice = "Give this run a folder of its own with --workdir"
+            if self.model.is_file():
+                advice += (
+                    f". The run in {self.root} is finished; to train its network further, start the new one from it: "
+                    f"--gin_bindings='TrainConfig.init=\"{self.root}\"'"
+                )
+            raise UserError(f"{self.root} is of a run with other settings: {'; '.join(differing)}. {advice}")
 
     def read_history(self) -> list[dict[str, float]]:
         """The rows of `history.csv` up to the first that is damaged, with a warning; none before the first."""

@@ -16,18 +16,21 @@ from tqdm import tqdm
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
 from x3d_tf._signals import held_back
+from x3d_tf._terminal import tell
+from x3d_tf._text import counted
 from x3d_tf.data.clips import input_contract
 from x3d_tf.data.datasets import HELD_OUT, hold_out, open_for_training, with_splits_of
 from x3d_tf.data.index import Record
 from x3d_tf.data.key_frame_pipeline import require_proposals, with_actions
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.pipeline import naming_records
+from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.portable import portable
-from x3d_tf.modeling.saving import describe, load, save
+from x3d_tf.modeling.saving import load, save
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.checkpointing import Checkpoints, Origin
 from x3d_tf.runs.recipe import TrainConfig
@@ -100,7 +103,9 @@ def _train(
     _check_records(records, config)
     print(_describe_splits(records, config))
     if not run.preview.is_file():
+        tell(f"drawing the first clips: {run.preview}")
         save_training_preview(records, config, run.preview)
+    tell("building the network")
     trainer = Trainer(config, records, strategy)
     trainer.fit(run, manifest.fingerprint(), allow_other_groups=allow_other_groups)
     print("Saving the model.")
@@ -172,7 +177,7 @@ class Trainer:
             raise
         history.save_plots()  # also of a run that was killed between its last checkpoint and here
         if left_out := history.boxes_left_out():
-            print(f"{left_out} boxes were no samples: the crops of their clips did not show them")
+            print(f"no samples, outside the crops of their clips: {counted(left_out, 'box')}")
 
     def _loop(self, run: RunFolder, checkpoints: Checkpoints, history: History, first: int, bar: Any) -> None:
         if first and self._is_checkpoint(first):  # anew, for it may have been interrupted; it gives the same
@@ -293,9 +298,9 @@ class Trainer:
         parts = parts_of_batch(clips, config.model.bn_group)
         side_by_side = f", {parts} parts of its batch side by side" if parts > 1 else ""
         return (
-            f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on {devices} "
-            f"device{'s' if devices > 1 else ''}{side_by_side}: {self.steps} steps of {self.batch} clips{scaled}, "
-            f"{self._describe_groups()}"
+            f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on "
+            f"{counted(devices, 'device')}{side_by_side}: {counted(self.steps, 'step')} of "
+            f"{counted(self.batch, 'clip')}{scaled}, {self._describe_groups()}"
         )
 
     def _groups(self) -> tuple[int, int]:
@@ -313,14 +318,14 @@ class Trainer:
         clips, groups = self._groups()
         if not clips:
             return "batch norm frozen"
-        return f"batch norm over {clips} clips a group on each device, {groups} group{'s' if groups > 1 else ''} a step"
+        return f"batch norm over {counted(clips, 'clip')} a group on each device, {counted(groups, 'group')} a step"
 
     def _warn_of_small_groups(self, origin: Origin) -> None:
         wanted = self.config.model.bn_group
         if 0 < origin.clips_per_group < wanted:
             print(
-                f"warning: batch norm sees {origin.clips_per_group} clips a group on each device, fewer than "
-                f"ModelOptions.bn_group = {wanted}, so its statistics are noisier than the recipe's. Raise "
+                f"warning: batch norm sees {counted(origin.clips_per_group, 'clip')} a group on each device, fewer "
+                f"than ModelOptions.bn_group = {wanted}, so its statistics are noisier than the recipe's. Raise "
                 "Recipe.batch, or lower Execution.accumulation or the number of devices",
                 file=sys.stderr,
             )
@@ -388,7 +393,9 @@ def _check_batch(config: TrainConfig, replicas: int) -> None:
     require(batch % replicas == 0, "Recipe.batch", f"be a multiple of the {replicas} devices", batch)
     share = batch // replicas
     divides = share % parts == 0
-    require(divides, "Execution.accumulation", f"divide the {share} clips that each device has of a batch", parts)
+    require(
+        divides, "Execution.accumulation", f"divide the {counted(share, 'clip')} that each device has of a batch", parts
+    )
     share //= parts
     whole = share <= group or share % group == 0
     rule = f"give each device{' and part of a step' if parts > 1 else ''} a multiple of the {group} clips of "

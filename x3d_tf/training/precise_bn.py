@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
+from x3d_tf._terminal import progress_bar
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.training.forward import forward_of
@@ -35,7 +35,7 @@ class PreciseStatistics:
         seeds = [seed.numpy() for seed in self._seeds]
         total: Any = 0.0
         try:
-            for _ in tqdm(range(count), desc="batch norm", unit=" batches", leave=None, mininterval=1.0):
+            for _ in progress_bar(count, "batch", "batch norm", iterable=range(count), leave=None):
                 total = total + np.stack([part.numpy() for part in self._moments(next(batches)[0])])
         finally:
             for seed, value in zip(self._seeds, seeds):
