@@ -21,14 +21,15 @@ import x3d_tf
 from x3d_tf import _csv
 from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, partial_of
+from x3d_tf.data import video_clips
 from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
 from x3d_tf.data.pipeline import evaluation_dataset
 from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
+from x3d_tf.data.video_clips import cut_clips
 from x3d_tf.evaluation import prediction
 from x3d_tf.evaluation.prediction import (
     Prediction,
     csv_table,
-    cut_clips,
     json_document,
     list_videos,
     predict_videos,
@@ -44,7 +45,7 @@ class Linear:
     """Stands for a network, so that none is compiled: its logits are weighted sums of all values of a clip."""
 
     expansion, clip, num_classes, include_top, task = TINY, TINY.clip, len(NAMES), True, "single_label"
-    squeeze = False
+    squeeze, stored, frame_sampling, test_views = False, None, "slowfast", 10
 
     def __init__(self) -> None:
         self.weights = np.random.default_rng(0).normal(0, 0.02 / 255, (4 * 48 * 48 * 3, len(NAMES))).astype(np.float32)
@@ -207,14 +208,14 @@ def frames_alive(
     count: int, window: float | None, hop: float | None, views: int, *, check: bool = True
 ) -> tuple[int, int]:
     """Most frames alive at once while a stream of `count` is cut, and the number of clips; contents are checked."""
-    sampler = prediction._Sampler(CLIP, ViewSpec(temporal_views=views, resize=8, crop=8), window, hop, "slowfast", 8)
+    sampler = prediction._Sampler(CLIP, ViewSpec(temporal_views=views, resize=8, crop=8), window, hop, "slowfast", None)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     peak, cuts = [0], 0
     expected = (clip for part in sampler.clips(count, 30.0) for clip in part)
     ordered = sorted(expected, key=lambda clip: (clip[-1], clip[0])) if check else None
     for cut in cut_clips(counted_stream(count, alive, peak), sampler.clips(count, 30.0)):
         if ordered is not None:
-            np.testing.assert_array_equal(cut.pixels[:, 0, 0, 0], ordered[cuts] % 251)
+            np.testing.assert_array_equal(np.stack(cut.frames)[:, 0, 0, 0], ordered[cuts] % 251)
         cuts += 1
         del cut
     return peak[0], cuts
@@ -247,15 +248,17 @@ def test_hours_of_windows_take_no_memory() -> None:
 def test_a_stream_that_ends_early_repeats_its_last_frame() -> None:
     frames = [np.full((2, 2, 3), number, np.uint8) for number in range(6)]
     parts = [np.array([[0, 2], [4, 9]]), np.array([[8, 9]])]
-    cuts = [(cut.part, cut.view, cut.pixels[:, 0, 0, 0].tolist()) for cut in cut_clips(frames, parts)]
-    assert cuts == [(0, 0, [0, 2]), (0, 1, [4, 5])]
+    cuts = [
+        (cut.part, cut.numbers, [int(pixels[0, 0, 0]) for pixels in cut.frames]) for cut in cut_clips(frames, parts)
+    ]
+    assert cuts == [(0, (0, 2), [0, 2]), (0, (4, 5), [4, 5])]
 
 
 def test_lost_frames_are_noticed(linear: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The header says 43 frames and 41 come: clips are spread over those that do."""
     path = clips / "a b, c.mp4"
     expected = naive_probabilities(linear, decoded(path), 30.0, 3)
-    monkeypatch.setattr(prediction, "probe", lambda path: replace(probe(path), delivered=43))
+    monkeypatch.setattr(video_clips, "probe", lambda path: replace(probe(path), delivered=43))
     (result,) = predictions(linear, [path], temporal_views=3)
     np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
     assert result.end == pytest.approx(41 / 30)
@@ -266,7 +269,7 @@ def test_a_variable_rate_is_decoded_once(linear: Any, tmp_path: Path, monkeypatc
     path = write_video(tmp_path / "a.mkv", numbered_frames(len(times)), 10, times_ms=times)
     assert probe(path).delivered == len(decoded(path)) != probe(path).frames
     passes = []
-    monkeypatch.setattr(prediction, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
+    monkeypatch.setattr(video_clips, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
     predictions(linear, [path])
     assert len(passes) == 1
 
@@ -303,7 +306,7 @@ def test_a_network_that_gives_no_numbers_is_an_error(clips: Path) -> None:
         ({"hop": 1.0}, "hop must come with a window"),
         ({"window": 1.0, "hop": 0.0}, "hop must be positive, got 0.0"),
         ({"temporal_views": 0}, "temporal_views must be at least 1, got 0"),
-        ({"short_side": 0}, "short_side must be at least 1 pixel, got 0"),
+        ({"temporal_views": 10**9}, "temporal_views must be at most 1000, got 1000000000"),
         ({"thumbnails": -1}, "thumbnails must be at least 0"),
     ],
 )

@@ -250,7 +250,7 @@ def grpc_serving(answer: Callable[[Any], bytes], **options: Any) -> Iterator[str
 
 def grpc_error(answer: Callable[[Any], bytes], timeout: float = 20, **options: Any) -> str:
     """The error, which is one line of a reasonable length without control characters."""
-    contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, ("a", "b", "c"))
+    contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, None, 1, ("a", "b", "c"))
     with grpc_serving(answer, **options) as address, pytest.raises(ValueError) as caught:
         client.predict([[b"frame"]], client.grpc_asker(address, "m", timeout), contract)
     message = str(caught.value)

@@ -24,6 +24,7 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.data.manifest",
     "x3d_tf.data.sources",
     "x3d_tf.data.video",
+    "x3d_tf.data.video_clips",
     "x3d_tf._csv",
     "x3d_tf._files",
     "x3d_tf._locks",
@@ -34,6 +35,7 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.evaluation.reports",
     "x3d_tf.runs.recipe",
     "x3d_tf.runs.run_folder",
+    "x3d_tf.types",
 )
 WITHOUT_GIN = (
     "x3d_tf.modeling.x3d",
