@@ -38,6 +38,7 @@ from x3d_tf.data.records import Source, write_split
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
 from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
 from x3d_tf.training.forward import forward_of
+from x3d_tf.types import Storage
 
 NETWORK = x3d_tf.VARIANTS["x3d_s"].expansion
 FRAMES, HEIGHT, WIDTH = 300, 256, 340  # of a synthetic video
@@ -132,7 +133,8 @@ def write_full_shard(folder: Path) -> None:
     sources = [Source(f"noise/{seed:02d}", (seed % 2,)) for seed in range(VIDEOS_PER_SHARD)]
     classes = ("even", "odd")
     split = write_split(folder, "train", sources, map(video, range(VIDEOS_PER_SHARD)), classes, lambda _: None)
-    Manifest(folder, classes, {"train": split}, {"source": "benchmarks/input_pipeline.py"}).save()
+    made_by: dict[str, int | float | str] = {"source": "benchmarks/input_pipeline.py"}
+    Manifest(folder, classes, {"train": split}, made_by, Storage(256, 95)).save()
     mean = split.shards[0].bytes / len(split.records) / 1e6
     print(f"{folder}: one shard of {len(split.records)} records, {mean:.2f} MB a record")
 

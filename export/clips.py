@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from x3d_tf._checks import UserError, require
 from x3d_tf._terminal import one_line
 from x3d_tf.data import transforms
-from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
+from x3d_tf.data.clips import decoded_short_side, frame_indices, view_starts
 from x3d_tf.data.listing import list_videos
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.pipeline import evaluation_dataset, naming_records
-from x3d_tf.data.video import VideoError, probe, read_frames
-from x3d_tf.evaluation.prediction import RECORD_SHORT_SIDE, cut_clips
+from x3d_tf.data.records import as_stored
+from x3d_tf.data.video import VideoError
+from x3d_tf.data.video_clips import VideoClips
 
 from .models import Source
 
@@ -79,7 +80,7 @@ def _of_videos(source: Source, paths: Sequence[Path]) -> Any:
     clips, failures = [], []
     for path in paths:
         try:
-            clips.append(_of_video(source, path, source.frame_sampling))
+            clips.append(_of_video(source, path))
         except VideoError as error:
             failures.append(error)
     if not clips:
@@ -89,15 +90,19 @@ def _of_videos(source: Source, paths: Sequence[Path]) -> Any:
     return np.stack(clips)
 
 
-def _of_video(source: Source, path: Path, sampling: FrameSampling) -> Any:
-    clip, views = source.model.clip, source.views
-    info = probe(path)
-    fps = float(np.float32(info.fps))  # as records store it
-    start = view_starts(info.delivered, fps, clip, views.temporal_views)
-    frames = (frame.pixels for frame in read_frames(path, max(RECORD_SHORT_SIDE, views.resize)))
-    (cut,) = cut_clips(frames, [frame_indices(start, info.delivered, fps, clip, sampling)])
+def _of_video(source: Source, path: Path) -> Any:
+    clip, views, stored = source.model.clip, source.views, source.model.stored
+
+    def middle(frames: int, fps: float) -> NDArray[np.int64]:
+        starts = view_starts(frames, fps, clip, views.temporal_views)
+        return np.asarray(frame_indices(starts, frames, fps, clip, source.frame_sampling))
+
+    short_side = decoded_short_side(stored, views.resize)
+    video = VideoClips(path, middle, short_side, lambda pixels: as_stored(pixels, stored))
+    found = {cut.numbers: cut.frames for cut in video}
+    pixels = np.stack(found[video.chosen[0]])
     with tf.device("cpu"):
-        return transforms.crops(transforms.resize(cut.pixels, views.resize, views.squeeze), views.crop, 1)[0].numpy()
+        return transforms.crops(transforms.resize(pixels, views.resize, views.squeeze), views.crop, 1)[0].numpy()
 
 
 def _evenly(items: Sequence[Any], limit: int) -> list[Any]:

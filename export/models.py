@@ -61,7 +61,7 @@ class Source:
     @property
     def frame_sampling(self) -> FrameSampling:
         """Which frames of a video a clip takes, as in training; see `x3d_tf.data.clips.frame_indices`."""
-        return self.run.dataset.frame_sampling if self.run else "slowfast"
+        return self.model.frame_sampling
 
     @property
     def views(self) -> ViewSpec:
@@ -86,16 +86,13 @@ class Source:
         """
         model, clip = self.model, self.model.clip
         count = cost_of(model)
-        sampling = "key_frame" if model.task == "detection" else self.frame_sampling
         return {
             "network": name_of(model.expansion),
             "created_by": f"x3d_tf {x3d_tf.__version__}",
             "task": model.task,
             "input": {
-                **input_contract(model.expansion, sampling, model.squeeze, model.tested_size),
+                **input_contract(model),
                 "shape": [batch or "N", clip.frames, model.tested_size, model.tested_size, 3],
-                "colours": "RGB",
-                "range": [0, 255],
                 "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",
             },
             "output": _OUTPUTS[model.task],

@@ -11,6 +11,7 @@ from PIL import Image
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.records import Source, write_split
 from x3d_tf.data.video import EncodedVideo
+from x3d_tf.types import Storage
 
 FRAMES, SIDE, SQUARE = 10, 56, 20
 
@@ -28,7 +29,7 @@ def write_records(
     )
     split = write_split(folder, "train", sources, encoded, names, lambda _: None)
     task: Any = "multi_label" if also else "single_label"
-    Manifest(folder, names, {"train": split}, {"source": "test"}, task).save()
+    Manifest(folder, names, {"train": split}, {"source": "test"}, Storage(256, 95), task).save()
 
 
 def _frames(seed: int, direction: int) -> list[bytes]:

@@ -15,6 +15,7 @@ from x3d_tf._checks import UserError
 from x3d_tf.data import transforms
 from x3d_tf.data.ava import read_boxes
 from x3d_tf.data.clips import key_frame_indices
+from x3d_tf.data.records import as_stored
 from x3d_tf.data.video import VideoError, probe, read_frames
 from x3d_tf.evaluation.acting import (
     Acting,
@@ -25,6 +26,7 @@ from x3d_tf.evaluation.acting import (
     draw_video,
     in_words,
 )
+from x3d_tf.types import Storage
 
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 NAMES = ("sit", "talk to (e.g., self, a person, a group)", "wave")
@@ -76,6 +78,23 @@ def test_detections_are_rows_of_avas_format(model: Any) -> None:
     np.testing.assert_allclose(table.boxes[3], [0.1, 0.1, 0.2, 0.2], atol=1e-7)
     assert detections({"a": [one]}, 900).key_frames == (("a", 903),)
     assert len(detections({})) == 0 and len(detections({"a": [none]})) == 0
+
+
+def test_pictures_are_those_that_records_would_hold(model: Any, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = Storage(36, 50)
+    monkeypatch.setattr(model, "stored", stored)
+    frames = [as_stored(frame.pixels, stored) for frame in read_frames(film, 36)]
+    seen = []
+
+    def persons(second: int, pixels: np.ndarray) -> np.ndarray:
+        seen.append(pixels)
+        return np.float32([[0, 0, 1, 1]])
+
+    found = list(act_in_video(model, film, persons, progress=False))
+    np.testing.assert_array_equal(seen, [frames[0], frames[30], frames[60]])
+    clip = transforms.resize(np.stack([frames[n] for n in key_frame_indices(30, 75, 30.0, model.clip)]), 36)
+    scores = model({"clip": clip[None], "boxes": found[1].boxes[None]}, training=False)[0]
+    np.testing.assert_allclose(found[1].scores, scores, atol=1e-5)
 
 
 def test_words_are_the_surest_actions() -> None:

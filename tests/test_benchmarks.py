@@ -101,7 +101,7 @@ def test_memory_is_of_the_whole_process_and_of_what_it_makes() -> None:
     assert 2 * 4 * measuring.MATMUL_SIZE**2 <= found["model"] <= found["process"]
 
 
-SCRIPTS = ["forward.py", "train_step.py", "layers.py", "memory.py"]
+SCRIPTS = ["forward.py", "train_step.py", "layers.py", "memory.py", "prediction_agreement.py"]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, pytest.param("input_pipeline.py", marks=pytest.mark.slow)])

@@ -1,7 +1,9 @@
 """Index arithmetic of clips and crops, with numpy and inside a tf.data graph."""
 
+import json
 from collections.abc import Callable
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,17 @@ import pytest
 import tensorflow as tf
 import tensorflow.experimental.numpy as tnp
 
-from x3d_tf.data.clips import ViewSpec, crop_offsets, frame_indices, last_start, resized_shape, view_starts
+from x3d_tf.data.clips import (
+    ViewSpec,
+    crop_offsets,
+    frame_indices,
+    input_contract,
+    last_start,
+    resized_shape,
+    view_starts,
+)
 from x3d_tf.modeling.expansion import VARIANTS, ClipSpec
+from x3d_tf.types import Storage
 
 M, XS, S, XXL = (VARIANTS[name].expansion.clip for name in ("x3d_m", "x3d_xs", "x3d_s", "x3d_xxl"))
 
@@ -159,6 +170,33 @@ def test_several_starts_give_a_row_each() -> None:
 def test_view_spec_names_what_is_wrong(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         ViewSpec(**({"resize": 182, "crop": 160} | change))
+
+
+def network_of(**facts: Any) -> Any:
+    """What a contract is made of: a network without its layers."""
+    network = VARIANTS["x3d_s"].expansion
+    known = {"expansion": network, "clip": network.clip, "task": "single_label", "tested_size": 160, "stored": None}
+    return SimpleNamespace(**known | {"squeeze": False, "frame_sampling": "slowfast", "test_views": 10} | facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, {"offsets": [0, 6, 12, 19, 25, 32, 38, 44, 51, 57, 64, 70, 77], "clips": 10, "stored": "none"}),
+        ({}, {"decoded_short_side": 256, "resize": 182, "resized": "the short side", "crop": 160}),
+        ({"frame_sampling": "exact"}, {"offsets": [*range(0, 78, 6)], "frame_sampling": "exact"}),
+        ({"stored": Storage(96, 90)}, {"stored": {"short_side": 96, "jpeg_quality": 90}, "decoded_short_side": 96}),
+        ({"squeeze": True, "test_views": 3}, {"resized": "both sides", "clips": 3}),
+        ({"expansion": VARIANTS["x3d_xl"].expansion}, {"decoded_short_side": 356}),
+        ({"task": "detection"}, {"offsets": [*range(-39, 39, 6)], "frame_sampling": "key_frame"}),
+    ],
+)
+def test_what_applications_are_told(facts: dict[str, Any], expected: dict[str, Any]) -> None:
+    contract = input_contract(network_of(**facts))
+    assert {name: contract[name] for name in expected} == expected
+    assert ("clips" in contract) == ("prediction" in contract["rules"]) == (facts.get("task") != "detection")
+    json.dumps(contract)
+    assert set(contract["rules"]) - {"fps", "span", "prediction"} <= set(contract)
 
 
 def test_unknown_choices_are_errors() -> None:

@@ -13,6 +13,7 @@ import x3d_tf
 from x3d_tf._files import write_whole
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.types import Storage
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")
@@ -25,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "mine"
     folder.mkdir()
     model = x3d_tf.build_x3d(TINY, num_classes=3)
-    model.squeeze = True
+    model.squeeze, model.frame_sampling, model.stored = True, "exact", Storage(96, 90)
     x3d_tf.save(x3d_tf.portable(model, NAMES), folder / "model.keras")
     dataset = DatasetSpec("data/mine", squeeze=True, frame_sampling="exact")
     (folder / "config.json").write_text(replace(TrainConfig(), expansion=TINY, dataset=dataset, seed=5).to_json())
@@ -46,11 +47,17 @@ def test_a_run_tells_how_it_was_trained(run: Path) -> None:
 def test_the_card_says_what_to_feed_and_what_it_costs(run: Path) -> None:
     source = open_model(run)
     card = source.card()
+    rules = card["input"].pop("rules")
+    assert rules["stored"] == "each frame of a clip is compressed as a JPEG file of quality 90, and decoded"
     assert card["input"] == {
         "frames": 4,
         "stride": 2.0,
         "frames_per_second": 30.0,
         "frame_sampling": "exact",
+        "offsets": [0, 2, 4, 6],
+        "clips": 10,
+        "stored": {"short_side": 96, "jpeg_quality": 90},
+        "decoded_short_side": 96,
         "resize": 73,
         "resized": "both sides",
         "crop": 64,
@@ -70,7 +77,7 @@ def test_a_file_alone_tells_nothing_of_training(run: Path) -> None:
         warnings.simplefilter("error")
         source = open_model(run / "model.keras")
     assert source.card()["training"] is None
-    assert source.frame_sampling == "slowfast"
+    assert (source.frame_sampling, source.model.stored) == ("exact", Storage(96, 90))  # clips are the same
 
 
 @pytest.mark.parametrize(

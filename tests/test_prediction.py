@@ -21,19 +21,26 @@ import x3d_tf
 from x3d_tf import _csv
 from x3d_tf._checks import UserError
 from x3d_tf._files import WriteError, partial_of
+from x3d_tf.data import video_clips
 from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
+from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.listing import list_videos
-from x3d_tf.data.pipeline import evaluation_dataset
+from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
+from x3d_tf.data.video_clips import VideoClips, cut_clips
 from x3d_tf.evaluation import prediction
 from x3d_tf.evaluation.prediction import (
     Prediction,
     csv_table,
-    cut_clips,
     json_document,
     predict_videos,
     windows,
 )
+from x3d_tf.evaluation.testing import evaluate_run
+from x3d_tf.evaluation.views import predict_split
+from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.types import Storage
 
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
@@ -44,7 +51,7 @@ class Linear:
     """Stands for a network, so that none is compiled: its logits are weighted sums of all values of a clip."""
 
     expansion, clip, num_classes, include_top, task = TINY, TINY.clip, len(NAMES), True, "single_label"
-    squeeze = False
+    squeeze, stored, frame_sampling, test_views = False, None, "slowfast", 10
 
     def __init__(self) -> None:
         self.weights = np.random.default_rng(0).normal(0, 0.02 / 255, (4 * 48 * 48 * 3, len(NAMES))).astype(np.float32)
@@ -126,20 +133,72 @@ def test_a_video_equals_a_plain_loop(linear: Any, clips: Path, settings: dict[st
     assert np.abs(spread[0] - spread[1]).max() > 0.01  # else the bound above would mean nothing
 
 
-def test_a_network_says_what_it_says_of_the_record_but_for_jpeg(network: Any, clips: Path, tmp_path: Path) -> None:
+def of_records(model: Any, manifest: Manifest, views: int) -> np.ndarray:
+    """Probabilities of the records of "test", as reports have them."""
+    spec = ViewSpec(temporal_views=views, resize=54, crop=48, squeeze=model.squeeze)
+    return predict_split(model, manifest, "test", spec, frame_sampling=model.frame_sampling, progress=False)
+
+
+@pytest.mark.parametrize("facts", [{}, {"squeeze": True, "frame_sampling": "exact"}], ids=["", "squeezed"])
+@pytest.mark.parametrize("stored", [Storage(256, 95), Storage(40, 60)], ids=["smaller", "scaled"])
+def test_a_video_gets_the_probabilities_of_its_record(
+    network: Any, clips: Path, stored: Storage, facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ({"test_views": 4} | facts).items():
+        monkeypatch.setattr(network, name, value)
+    paths = list_videos([clips])
+    encoded = [encode_video(path, stored.short_side, stored.jpeg_quality) for path in paths]
+    expected = of_records(network, write_records(tmp_path, {"test": encoded}, stored=stored), 4)
+    without = np.array([result.probabilities for result in predictions(network, paths)])
+    monkeypatch.setattr(network, "stored", stored)
+    found = np.array([result.probabilities for result in predictions(network, paths)])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(without - expected).max() > 1e-3  # else the bound above would mean nothing
+
+
+def test_thumbnails_are_frames_that_the_network_saw(network: Any, clips: Path) -> None:
     path = clips / "a b, c.mp4"
-    manifest = write_records(tmp_path, {"test": [encode_video(path, quality=95)]})
-    views = ViewSpec(temporal_views=4, resize=54, crop=48)
-    ((pixels, _, _),) = evaluation_dataset(manifest, "test", network.clip, views).as_numpy_iterator()
-    logits = np.asarray(network(pixels[0]), np.float64)
-    tested = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).mean(axis=0)
-    (result,) = predictions(network, [path], temporal_views=4, thumbnails=16)
-    assert np.abs(result.probabilities - tested).max() < 0.01
-    np.testing.assert_allclose(result.probabilities, naive_probabilities(network, decoded(path), 30.0, 4), atol=1e-5)
-    # The clips are the same frames, cut alike: those of the next frame would be three times further off.
-    seen = result.thumbnails.astype(float)
-    assert np.abs(seen - pixels[0].reshape(seen.shape)).mean() < 5
-    assert np.abs(seen[:-1] - pixels[0].reshape(seen.shape)[1:]).mean() > 15
+    frames = decoded(path)
+    (result,) = predictions(network, [path], temporal_views=4, thumbnails=5)
+    numbers = np.unique(frame_indices(view_starts(41, 30.0, network.clip, 4), 41, 30.0, network.clip))
+    shown = frames[numbers[[0, 4, 8, 11, 15]]]  # evenly chosen of 16
+    expected = naive_resize(shown, 54, 72)[:, 3:51, 12:60]
+    assert np.abs(result.thumbnails.astype(float) - expected).max() <= 1
+
+
+def test_a_window_gets_the_probabilities_of_the_segment(
+    network: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 25 frames a second, where 0.48 s are 12 frames, and 0.36 s 9."""
+    path, stored = clips / "дом.mkv", Storage(40, 60)
+    monkeypatch.setattr(network, "stored", stored)
+    segments = [encode_video(path, 40, 60, start, start + 0.48) for start in (0.0, 0.36, 0.72)]
+    manifest = write_records(tmp_path, {"test": segments}, stored=stored)
+    assert [record.frames for record in manifest.splits["test"].records] == [12, 12, 12]
+    for views in (1, 2):
+        found = predictions(network, [path], window=0.48, hop=0.36, temporal_views=views)
+        np.testing.assert_allclose([r.probabilities for r in found], of_records(network, manifest, views), atol=1e-6)
+
+
+def test_a_run_predicts_what_its_report_says(network: Any, clips: Path, tmp_path: Path) -> None:
+    stored = Storage(40, 60)
+    paths = [clips / name for name in ("a b, c.mp4", "short.avi")]
+    encoded = [encode_video(path, 40, 60) for path in paths]
+    manifest = write_records(tmp_path / "records", {"test": encoded}, 6, stored=stored)
+    run = RunFolder(tmp_path / "run")
+    run.open(TrainConfig(expansion=TINY, dataset=DatasetSpec(str(manifest.folder), "test"), test_views=3), {})
+    saved = x3d_tf.build_x3d(TINY, num_classes=len(NAMES))
+    saved.set_weights(network.get_weights())
+    saved.stored, saved.test_views = stored, 3
+    x3d_tf.save(x3d_tf.portable(saved, manifest.classes), run.model)
+    report = evaluate_run(run)
+    with (report.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        expected = [[float(row[f"p({name})"]) for name in manifest.classes] for row in _csv.dicts(file)]
+    found = [result.probabilities for result in predictions(run.root, paths)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert report.results["stored"] == {"short_side": 40, "jpeg_quality": 60}
+    alone = [result.probabilities for result in predictions(str(run.model), paths)]
+    np.testing.assert_array_equal(alone, found)
 
 
 @pytest.mark.parametrize(("settings", "views"), [({}, 1), ({"temporal_views": 2}, 2)])
@@ -207,14 +266,14 @@ def frames_alive(
     count: int, window: float | None, hop: float | None, views: int, *, check: bool = True
 ) -> tuple[int, int]:
     """Most frames alive at once while a stream of `count` is cut, and the number of clips; contents are checked."""
-    sampler = prediction._Sampler(CLIP, ViewSpec(temporal_views=views, resize=8, crop=8), window, hop, "slowfast", 8)
+    sampler = prediction._Sampler(CLIP, ViewSpec(temporal_views=views, resize=8, crop=8), window, hop, "slowfast", None)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     peak, cuts = [0], 0
     expected = (clip for part in sampler.clips(count, 30.0) for clip in part)
     ordered = sorted(expected, key=lambda clip: (clip[-1], clip[0])) if check else None
     for cut in cut_clips(counted_stream(count, alive, peak), sampler.clips(count, 30.0)):
         if ordered is not None:
-            np.testing.assert_array_equal(cut.pixels[:, 0, 0, 0], ordered[cuts] % 251)
+            np.testing.assert_array_equal(np.stack(cut.frames)[:, 0, 0, 0], ordered[cuts] % 251)
         cuts += 1
         del cut
     return peak[0], cuts
@@ -247,18 +306,53 @@ def test_hours_of_windows_take_no_memory() -> None:
 def test_a_stream_that_ends_early_repeats_its_last_frame() -> None:
     frames = [np.full((2, 2, 3), number, np.uint8) for number in range(6)]
     parts = [np.array([[0, 2], [4, 9]]), np.array([[8, 9]])]
-    cuts = [(cut.part, cut.view, cut.pixels[:, 0, 0, 0].tolist()) for cut in cut_clips(frames, parts)]
-    assert cuts == [(0, 0, [0, 2]), (0, 1, [4, 5])]
+    cuts = [
+        (cut.part, cut.numbers, [int(pixels[0, 0, 0]) for pixels in cut.frames]) for cut in cut_clips(frames, parts)
+    ]
+    assert cuts == [(0, (0, 2), [0, 2]), (0, (4, 5), [4, 5])]
 
 
-def test_lost_frames_are_noticed(linear: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The header says 43 frames and 41 come: clips are spread over those that do."""
-    path = clips / "a b, c.mp4"
-    expected = naive_probabilities(linear, decoded(path), 30.0, 3)
-    monkeypatch.setattr(prediction, "probe", lambda path: replace(probe(path), delivered=43))
-    (result,) = predictions(linear, [path], temporal_views=3)
+@pytest.mark.parametrize(
+    ("promised", "views", "computed", "readings"),
+    [
+        (41, 10, 10, 1),
+        (42, 10, 10, 1),  # all clips stay where they are
+        (43, 3, 5, 2),  # the second clip and the third one move by a frame and by two
+        (39, 3, 5, 2),
+        (44, 1, 2, 2),
+    ],
+)
+def test_another_number_of_frames_than_promised(
+    linear: Any, clips: Path, promised: int, views: int, computed: int, readings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """41 can be decoded: clips are spread over those, and only those that this moves are computed again."""
+    path, passes = clips / "a b, c.mp4", []
+    expected = naive_probabilities(linear, decoded(path), 30.0, views)
+    monkeypatch.setattr(video_clips, "probe", lambda path: replace(probe(path), delivered=promised))
+    monkeypatch.setattr(video_clips, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
+    (result,) = predictions(linear, [path], temporal_views=views)
     np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
     assert result.end == pytest.approx(41 / 30)
+    assert len(passes) == readings
+
+    def clips_of(frames: int, fps: float) -> np.ndarray:
+        return frame_indices(view_starts(frames, fps, TINY.clip, views), frames, fps, TINY.clip)
+
+    assert len(list(VideoClips(path, clips_of, 256, lambda pixels: pixels))) == computed
+
+
+def test_equal_clips_are_computed_once_and_only_their_frames_are_stored(linear: Any, clips: Path) -> None:
+    """The video has 5 frames, a clip spans 8: its frames are the first, the third and twice the last."""
+    kept = []
+
+    def clips_of(frames: int, fps: float) -> np.ndarray:
+        return frame_indices(view_starts(frames, fps, TINY.clip, 10), frames, fps, TINY.clip)
+
+    video = VideoClips(clips / "short.avi", clips_of, 256, lambda pixels: kept.append(pixels) or len(kept))
+    (cut,) = video
+    assert (cut.numbers, cut.clips, cut.frames) == ((0, 2, 4, 4), 10, [1, 2, 3, 3])
+    assert video.chosen == [cut.numbers] * 10
+    assert len(kept) == 3
 
 
 def test_a_variable_rate_is_decoded_once(linear: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +360,7 @@ def test_a_variable_rate_is_decoded_once(linear: Any, tmp_path: Path, monkeypatc
     path = write_video(tmp_path / "a.mkv", numbered_frames(len(times)), 10, times_ms=times)
     assert probe(path).delivered == len(decoded(path)) != probe(path).frames
     passes = []
-    monkeypatch.setattr(prediction, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
+    monkeypatch.setattr(video_clips, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
     predictions(linear, [path])
     assert len(passes) == 1
 
@@ -303,7 +397,7 @@ def test_a_network_that_gives_no_numbers_is_an_error(clips: Path) -> None:
         ({"hop": 1.0}, "hop must come with a window"),
         ({"window": 1.0, "hop": 0.0}, "hop must be positive, got 0.0"),
         ({"temporal_views": 0}, "temporal_views must be at least 1, got 0"),
-        ({"short_side": 0}, "short_side must be at least 1 pixel, got 0"),
+        ({"temporal_views": 10**9}, "temporal_views must be at most 1000, got 1000000000"),
         ({"thumbnails": -1}, "thumbnails must be at least 0"),
     ],
 )

@@ -61,7 +61,7 @@ def row(probabilities: str) -> Talk:
 
 
 def ask(talk: Talk, timeout: float = 20) -> np.ndarray:
-    contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, ("a", "b", "c"))
+    contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, None, 1, ("a", "b", "c"))
     with serving(talk) as address:
         return client.predict([[b"frame"]], client.rest_asker(address, "m", timeout), contract)
 
@@ -105,7 +105,7 @@ def test_another_number_of_classes(values: str) -> None:
 
 def test_each_answer_is_checked() -> None:
     answers = iter([[0.5, 0.25, 0.25], [0.5, 0.5]])
-    contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, ("a", "b", "c"))
+    contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, None, 1, ("a", "b", "c"))
     with pytest.raises(ValueError, match="the server's model must have the card's 3 classes, got 2"):
         client.predict([[b""]] * 2, lambda _: np.array(next(answers), np.float32), contract)
 

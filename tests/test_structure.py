@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from moving_square import write_records
+from video_fixtures import numbered_frames, write_video
 
 WITHOUT_TENSORFLOW = (
     "x3d_tf",
@@ -27,6 +30,7 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.data.manifest",
     "x3d_tf.data.sources",
     "x3d_tf.data.video",
+    "x3d_tf.data.video_clips",
     "x3d_tf._csv",
     "x3d_tf._files",
     "x3d_tf._locks",
@@ -40,6 +44,7 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.evaluation.reports",
     "x3d_tf.runs.recipe",
     "x3d_tf.runs.run_folder",
+    "x3d_tf.types",
 )
 WITHOUT_GIN = (
     "x3d_tf.modeling.x3d",
@@ -77,6 +82,42 @@ def test_configurations_import_no_tensorflow() -> None:
 
 def test_the_library_imports_no_gin() -> None:
     assert imported_with("import " + ", ".join(WITHOUT_GIN), "gin", "tensorflow") == ["tensorflow"]
+
+
+PUBLIC = """
+import importlib, inspect, pkgutil, sys, warnings
+import numpy as np
+import x3d_tf
+for module in pkgutil.walk_packages(x3d_tf.__path__, "x3d_tf."):
+    if module.name.count(".") == 1 and not module.name.startswith("x3d_tf._"):
+        importlib.import_module(module.name)
+folder, tiny = sys.argv[1], x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
+x3d_tf.set_lowering("gpu")
+model = x3d_tf.build_x3d(tiny, num_classes=2)
+calls = {
+    "build_detector": lambda: x3d_tf.build_detector(tiny, num_classes=2).num_classes == 2,
+    "build_x3d": lambda: model.num_classes == 2,
+    "cost": lambda: x3d_tf.cost(tiny).macs > 0,
+    "dataset": lambda: len(list(x3d_tf.dataset(folder, tiny.clip, training=False, batch=2, split="train"))) == 1,
+    "save": lambda: x3d_tf.save(x3d_tf.portable(model, ("a", "b")), folder + "/m.keras") is None,
+    "portable": lambda: x3d_tf.portable(model, ("a", "b")).output_shape == (None, 2),
+    "load": lambda: x3d_tf.load(folder + "/m.keras").class_names == ("a", "b"),
+    "predict_videos": lambda: [
+        result.probabilities.shape for result in x3d_tf.predict_videos(folder + "/m.keras", folder + "/a.mp4")
+    ] == [(2,)],
+    "set_lowering": lambda: True,
+}
+print(*[name for name, call in calls.items() if not call()])
+print(*sorted({name for name in x3d_tf.__all__ if inspect.isfunction(getattr(x3d_tf, name))} ^ set(calls)))
+"""
+
+
+def test_public_functions_are_not_shadowed_by_commands(tmp_path: Path) -> None:
+    """A module that is imported becomes an attribute of its package: all are imported first, then each is called."""
+    write_records(tmp_path, videos=2)
+    write_video(tmp_path / "a.mp4", numbered_frames(6))
+    done = subprocess.run([sys.executable, "-c", PUBLIC, str(tmp_path)], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("\n\n", 0), done.stderr[-2000:]
 
 
 def test_public_names() -> None:

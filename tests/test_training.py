@@ -19,10 +19,11 @@ import tensorflow as tf
 
 import x3d_tf
 from x3d_tf._files import WriteError
+from x3d_tf.data.clips import input_contract
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.evaluation.testing import evaluate_run
-from x3d_tf.runs.checkpointing import Checkpoints, checkpoint_steps
+from x3d_tf.runs.checkpointing import Checkpoints, checkpoint_steps, load_checkpoint
 from x3d_tf.runs.recipe import Recipe, TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.history import History
@@ -84,6 +85,14 @@ def test_the_run_folder_is_complete(finished: RunFolder, records: Path) -> None:
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
     assert rows[-1]["epoch"] == 60  # one step an epoch
     assert len(list(finished.checkpoints.glob("*.index"))) == 2
+    assert json.loads(finished.input.read_text()) == input_contract(x3d_tf.load(finished.root))
+
+
+def test_the_model_states_what_it_was_trained_on(finished: RunFolder) -> None:
+    stored = Manifest.load(finished.read_config().dataset.records).stored
+    for model in (x3d_tf.load(finished.root), load_checkpoint(finished, 60)):
+        assert (model.stored, model.test_views, model.frame_sampling) == (stored, 2, "slowfast")
+    assert json.loads(finished.input.read_text())["stored"] == {"short_side": 256, "jpeg_quality": 95}
 
 
 def test_a_finished_run_is_left_alone(finished: RunFolder, records: Path) -> None:

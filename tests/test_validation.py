@@ -11,6 +11,7 @@ from x3d_tf.data.datasets import HELD_OUT, DatasetSpec, hold_out
 from x3d_tf.data.index import Record, Shard, Split, file_of, piece_name
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.training.validation import Score, Validation
+from x3d_tf.types import Storage
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
 
@@ -20,7 +21,7 @@ def manifest_of(counts: dict[int, int], task: str = "single_label") -> Manifest:
     records = tuple(Record(0, 12, 100, 10, 30.0, (label,), f"{label}/{i}") for i, label in enumerate(labels))
     split = Split((Shard("train-0", 1000, ""),), records)
     names = tuple(str(label) for label in counts)
-    return Manifest(Path("unused"), names, {"train": split}, {}, task)  # type: ignore[arg-type]
+    return Manifest(Path("unused"), names, {"train": split}, {}, Storage(256, 95), task)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

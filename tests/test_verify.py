@@ -20,7 +20,9 @@ from x3d_tf.export import clips as clips_module
 from x3d_tf.export import models, runtimes, verify, workers
 
 import x3d_tf
+from x3d_tf.data.video import encode_video
 from x3d_tf.modeling.deployed import deployed
+from x3d_tf.types import Storage
 
 NAMES = ("hug", "kick", "wave")
 
@@ -212,6 +214,17 @@ def test_clips_of_videos_are_their_middles(
     # 40 frames, of which a clip spans 8: it begins at 16, and its 4 frames are spread over what it spans
     numbers = [round((float(frame[32:, 32:].mean()) - 16) / 4) for frame in clip]
     assert numbers == [16, 18, 20, 23]
+
+
+def test_clips_of_videos_are_those_of_their_records(
+    source: models.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = Storage(60, 70)
+    monkeypatch.setattr(source.model, "stored", stored)
+    path = write_video(tmp_path / "videos" / "a.mp4", numbered_frames(40, 96, 128))
+    write_records(tmp_path / "records", {"test": [encode_video(path, 60, 70)]}, 3, stored=stored)
+    of_video, of_record = (clips_module.read_clips(source, tmp_path / name, limit=1) for name in ("videos", "records"))
+    np.testing.assert_array_equal(of_video, of_record)
 
 
 def test_clips_that_are_not_there(source: models.Source, tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ from x3d_tf.data.encoding import encode_or_reason
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest, checksum
 from x3d_tf.data.sources import Video
 from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
+from x3d_tf.modeling.expansion import Task
+from x3d_tf.types import Storage
+
+BY_DEFAULT = Storage(256, 95)  # of build_records
 
 
 def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -80,10 +84,12 @@ def write_records(
     videos: dict[str, list[EncodedVideo]],
     classes: int | None = None,
     labels: Sequence[tuple[int, ...]] | None = None,
+    stored: Storage = BY_DEFAULT,
 ) -> Manifest:
     """Records of which each has a class of its own in its split, unless there are fewer `classes`.
 
-    With `labels` of each video of a split, given together with `classes`, the records are multi-label.
+    With `labels` of each video of a split, given together with `classes`, the records are multi-label. `stored` says
+    how the videos were encoded.
     """
     from x3d_tf.data.records import Source, write_split
 
@@ -95,7 +101,8 @@ def write_records(
         chosen = labels or [(index % count,) for index in range(len(members))]
         sources = [Source(f"{split}/{index}", chosen[index]) for index in range(len(members))]
         splits[split] = write_split(folder, split, sources, iter(members), names, lambda _: None)
-    manifest = Manifest(folder, tuple(names), splits, {"source": "test"}, "multi_label" if labels else "single_label")
+    task: Task = "multi_label" if labels else "single_label"
+    manifest = Manifest(folder, tuple(names), splits, {"source": "test"}, stored, task)
     manifest.save()
     return manifest
 

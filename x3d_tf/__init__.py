@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from x3d_tf.data.batches import dataset
+    from x3d_tf.evaluation.prediction import Prediction, predict_videos
     from x3d_tf.modeling.architecture import ModelOptions
     from x3d_tf.modeling.cost import cost
     from x3d_tf.modeling.detection import Detector, build_detector
@@ -22,6 +23,7 @@ _ROOMS = {
     "Detector": "modeling.detection",
     "Expansion": "modeling.expansion",
     "ModelOptions": "modeling.architecture",
+    "Prediction": "evaluation.prediction",
     "VARIANTS": "modeling.expansion",
     "X3D": "modeling.x3d",
     "build_detector": "modeling.detection",
@@ -30,6 +32,7 @@ _ROOMS = {
     "dataset": "data.batches",
     "load": "modeling.saving",
     "portable": "modeling.portable",
+    "predict_videos": "evaluation.prediction",
     "save": "modeling.saving",
     "set_lowering": "modeling.lowerings",
 }
@@ -41,12 +44,14 @@ __all__ = [
     "Detector",
     "Expansion",
     "ModelOptions",
+    "Prediction",
     "build_detector",
     "build_x3d",
     "cost",
     "dataset",
     "load",
     "portable",
+    "predict_videos",
     "save",
     "set_lowering",
 ]

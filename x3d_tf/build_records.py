@@ -208,7 +208,7 @@ def _next(manifest: Manifest, detects: bool) -> list[str]:
         begin = "Train on them, from weights of Kinetics (TrainConfig.init; without it from random ones), with:"
         trained = sum(bool(record.labels) for record in manifest.splits[names[0]].records)
         bindings |= {"TrainConfig.init": "runs/x3d_m_kinetics", "Recipe.batch": min(64, trained // 8 * 8 or trained)}
-    elif int(manifest.settings.get("short_side", 256)) < _SMALLEST_OF_X3D_S:
+    elif manifest.stored.short_side < _SMALLEST_OF_X3D_S:
         recipes = "--gin_file=gin/few_videos.gin"
     options = " ".join(binding_flag(name, value) for name, value in bindings.items())
     run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")

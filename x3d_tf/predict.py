@@ -16,9 +16,10 @@ into it, without its sound:
   python -m x3d_tf.predict --model=runs/ava party.mp4 --person_detector=efficientdet/ --draw=drawn/
 
 A prediction is the mean of 10 clips spread evenly over a video (--views), as in testing; of a window it is one clip, in
-its middle. Any format that FFmpeg decodes will do, and videos of any length. Files that cannot be read are named on
-stderr and in the output files, and the rest goes on; the exit status is then 1. With a multi-label model each class has
-a probability of its own, and they do not add up to 1.
+its middle. Frames are scaled and compressed first, in memory, as those of the records were that the model was trained
+on, so that a video gets the probabilities that the run's report has of it. Any format that FFmpeg decodes will do, and
+videos of any length. Files that cannot be read are named on stderr and in the output files, and the rest goes on; the
+exit status is then 1. With a multi-label model each class has a probability of its own, and they do not add up to 1.
 
 Output files are complete when they appear. A command that stops early (Ctrl-C, SIGTERM, an error) keeps its predictions
 so far in out.partial.csv beside out.csv, and out.partial.json, and prints of how many videos they are.
@@ -29,7 +30,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 from tqdm import tqdm
@@ -45,7 +46,6 @@ from x3d_tf.data.listing import list_videos
 from x3d_tf.data.video import VideoError
 from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from x3d_tf.evaluation.acting import Acting, Persons
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 
-_OF_CLASSIFIERS = ("views", "window", "hop", "short_side", "frame_sampling", "json", "contact_sheet")
+_OF_CLASSIFIERS = ("views", "window", "hop", "json", "contact_sheet")
 _OF_DETECTORS = ("boxes", "person_detector", "box_score", "action_score", "draw", "starts_at")
 _SHEET_ROWS, _SHEET_FRAMES = 30, 6  # of the contact sheet, at most
 
@@ -62,11 +62,14 @@ _SHEET_ROWS, _SHEET_FRAMES = 30, 6  # of the contact sheet, at most
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "A run folder, or a .keras file that this package saved.", required=True)
-    flags.DEFINE_integer("views", None, "Clips of each video, K; 10, or 1 of each window, unless given.", lower_bound=1)
+    flags.DEFINE_integer(
+        "views",
+        None,
+        "Clips of each video, K. Defaults to those of the run's test, 10; of a window to 1.",
+        lower_bound=1,
+    )
     flags.DEFINE_float("window", None, "Seconds of video for which to make a prediction each; else one for all of it.")
     flags.DEFINE_float("hop", None, "Seconds from one window to the next; the window's length unless given.")
-    flags.DEFINE_integer("short_side", None, "Pixels to which larger frames are scaled, as in the records.")
-    flags.DEFINE_enum("frame_sampling", None, ["slowfast", "exact"], "As in training; the run's own unless given.")
     flags.DEFINE_string("json", None, "File for all predictions.")
     flags.DEFINE_string("csv", None, "File for all predictions as a table.")
     flags.DEFINE_string("contact_sheet", None, f"PNG of frames and classes; at most {_SHEET_ROWS} rows.")
@@ -90,7 +93,6 @@ def main(videos: list[str]) -> None:
     if task == "detection":
         _act(paths)
         return
-    frame_sampling = FLAGS.frame_sampling or _frame_sampling(FLAGS.model)
     with starting_tensorflow():
         from x3d_tf.evaluation.prediction import csv_table, json_document, predict_videos
         from x3d_tf.evaluation.views import CLIPS_A_CALL
@@ -108,8 +110,6 @@ def main(videos: list[str]) -> None:
         temporal_views=FLAGS.views,
         window=FLAGS.window,
         hop=FLAGS.hop,
-        short_side=FLAGS.short_side,
-        frame_sampling=frame_sampling,
         thumbnails=_SHEET_FRAMES if FLAGS.contact_sheet else 0,
     )
     about = {"model": FLAGS.model, "network": name_of(model.expansion), "task": task, "window": FLAGS.window}
@@ -329,14 +329,6 @@ def _save_sheet(path: Path, rows: "Sequence[Prediction]", names: Sequence[str], 
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _plots.save_clips([row.thumbnails for row in rows], [label(row) for row in rows], path, title)
-
-
-def _frame_sampling(model: str) -> Any:
-    """How the run sampled frames, where the model is a run's."""
-    run = RunFolder(model)
-    if not run.config.is_file():
-        return "slowfast"
-    return run.read_config().dataset.frame_sampling
 
 
 if __name__ == "__main__":

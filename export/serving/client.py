@@ -4,9 +4,10 @@
   python -m export.serving.client --card=serving/mine/1/model_card.json --rest=http://localhost:8501 party.mp4
 
 The model card, which lies in every version's folder, says which frames to send. They are sampled as in testing and sent
-as JPEG files, a clip in a request: 13 frames of 256 x 340 pixels take a few hundred kilobytes. As raw pixels the clips
-of larger networks pass the 4 MB that a gRPC end accepts unless told otherwise, and as numbers in JSON they are slow to
-read. The answer of a video is the mean of its clips' (--views).
+as JPEG files like those that the model was trained on, a clip in a request: 13 frames of 256 x 340 pixels take a few
+hundred kilobytes. As raw pixels the clips of larger networks pass the 4 MB that a gRPC end accepts unless told
+otherwise, and as numbers in JSON they are slow to read. Where the card says that no frames were stored, they are sent
+without loss, as PNG files of four to six times that size. The answer of a video is the mean of its clips' (--views).
 
 gRPC needs `pip install 'x3d_tf[serving]'`; REST needs nothing more, and goes through the proxies of the environment
 (http_proxy, https_proxy, no_proxy). The server is not trusted: its answers are limited in time (--timeout) and to 4 MB,
@@ -14,6 +15,7 @@ they must be probabilities of the card's classes, and redirects are not followed
 """
 
 import base64
+import io
 import json
 import os
 import sys
@@ -27,6 +29,7 @@ from urllib.parse import quote
 import numpy as np
 from absl import flags
 from numpy.typing import NDArray
+from PIL import Image
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError, require, some
@@ -34,16 +37,17 @@ from x3d_tf._files import SMALL, read_limited
 from x3d_tf._startup import starting_tensorflow
 from x3d_tf._terminal import one_line
 from x3d_tf._text import counted
-from x3d_tf.data.clips import FrameSampling, frame_indices, view_starts
-from x3d_tf.data.video import VideoError, encode_jpeg, probe, read_frames
+from x3d_tf.data.clips import decoded_short_side, frame_indices, view_starts
+from x3d_tf.data.video import Pixels, VideoError, encode_jpeg
+from x3d_tf.data.video_clips import VideoClips
 from x3d_tf.modeling.expansion import MAX_FRAMES, MAX_STRIDE, ClipSpec
+from x3d_tf.types import MAX_VIEWS, FrameSampling, Storage, stored_from_json
 
 from . import rest
 
 FLAGS = flags.FLAGS
 
 SIGNATURE = "encoded_frames"
-_SHORT_SIDE = 256  # pixels, of the frames of records
 _REQUESTS = 4  # at a time
 _TOP = 5
 _DAY = 86400  # seconds
@@ -61,12 +65,16 @@ class Contract:
         clip: frames of a clip and their distance.
         frame_sampling: see `x3d_tf.data.clips.frame_indices`.
         resize: pixels to which the server scales frames.
+        stored: how the frames that it was trained on were stored; None where they were not.
+        views: clips of a video.
         classes: names of the outputs.
     """
 
     clip: ClipSpec
     frame_sampling: FrameSampling
     resize: int
+    stored: Storage | None
+    views: int
     classes: tuple[str, ...]
 
     @classmethod
@@ -80,15 +88,18 @@ class Contract:
             card = json.loads(read_limited(path, SMALL))
             fed = card["input"]
             sampling, resize, classes = fed["frame_sampling"], fed["resize"], card["classes"]
+            stored, views = stored_from_json(fed["stored"]), fed["clips"]
             clip = ClipSpec(fed["frames"], fed["stride"], fed["crop"])
             require(clip.frames <= MAX_FRAMES, "frames", f"be at most {MAX_FRAMES}", clip.frames)
             require(clip.stride <= MAX_STRIDE, "stride", f"be at most {MAX_STRIDE} source frames", clip.stride)
             ok = type(resize) is int and clip.size <= resize <= _MAX_SIDE
             require(ok, "resize", f"be a whole number from {clip.size}, the crop, to {_MAX_SIDE}", resize)
             require(sampling in get_args(FrameSampling), "frame_sampling", "be that of a classifier", sampling)
+            ok = type(views) is int and 1 <= views <= MAX_VIEWS
+            require(ok, "clips", f"be a whole number from 1 to {MAX_VIEWS}", views)
             ok = isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes)
             require(ok, "classes", "be a list of names", classes)
-            return cls(clip, sampling, resize, tuple(classes))
+            return cls(clip, sampling, resize, stored, views, tuple(classes))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -102,9 +113,8 @@ def define_flags() -> None:
     flags.DEFINE_string("grpc", None, "The server's gRPC address, HOST:PORT.")
     flags.DEFINE_string("rest", None, "The server's REST address, http://HOST:PORT.")
     flags.DEFINE_string("model", None, "The model's name at the server; its folder's, beside the card, unless given.")
-    flags.DEFINE_integer("views", 10, "Clips of each video.", lower_bound=1)
     flags.DEFINE_integer(
-        "short_side", None, "Pixels to which larger frames are scaled, as in the records.", lower_bound=1
+        "views", None, "Clips of each video. Defaults to the card's.", lower_bound=1, upper_bound=MAX_VIEWS
     )
     flags.DEFINE_float("timeout", 60.0, "Time limit for each request in all, in seconds. Defaults to 60.")
 
@@ -123,7 +133,7 @@ def main(videos: list[str]) -> None:
     failures = 0
     for video in videos:
         try:
-            clips = encoded_clips(Path(video), contract, FLAGS.views, FLAGS.short_side)
+            clips = encoded_clips(Path(video), contract, FLAGS.views)
         except VideoError as error:
             print(one_line(f"error: {error}"), file=sys.stderr)
             failures += 1
@@ -133,32 +143,37 @@ def main(videos: list[str]) -> None:
         sys.exit(f"{failures} of {counted(len(videos), 'file')} could not be read")
 
 
-def encoded_clips(path: Path, contract: Contract, views: int, short_side: int | None = None) -> list[list[bytes]]:
-    """Clips spread evenly over a video, as testing takes them: JPEG files of T frames each.
+def encoded_clips(path: Path, contract: Contract, views: int | None = None) -> list[list[bytes]]:
+    """Clips spread evenly over a video, as testing takes them: files of T frames each.
 
-    Only the frames that are needed are encoded, as records would hold them.
+    Only the frames that are needed are encoded, as the records that the model was trained on hold them: as JPEG files
+    of that quality. Where there were no records they are PNG files, which lose nothing.
 
     Args:
         path: the video.
         contract: the model's.
-        views: clips, K.
-        short_side: pixels to which larger frames are scaled; 256, or the model's own if that is more, unless given.
+        views: clips, K. Defaults to the contract's.
 
     Raises:
         VideoError: the file is no video, or is damaged.
     """
-    info = probe(path)
-    fps = float(np.float32(info.fps))  # as records store it
-    starts = view_starts(info.delivered, fps, contract.clip, views)
-    numbers = frame_indices(starts, info.delivered, fps, contract.clip, contract.frame_sampling)
-    wanted, files = set(numbers.ravel().tolist()), {}
-    for number, frame in enumerate(read_frames(path, short_side or max(_SHORT_SIDE, contract.resize))):
-        last = number
-        if number in wanted:
-            files[number] = encode_jpeg(frame.pixels)
-    if last < max(wanted):  # some pictures were lost: the last one stands for those that were to follow
-        files[last] = encode_jpeg(frame.pixels)
-    return [[files[min(number, last)] for number in clip] for clip in numbers.tolist()]
+
+    def clips_of(frames: int, fps: float) -> NDArray[np.int64]:
+        starts = view_starts(frames, fps, contract.clip, views or contract.views)
+        return np.asarray(frame_indices(starts, frames, fps, contract.clip, contract.frame_sampling))
+
+    def encode(pixels: Pixels) -> bytes:
+        return _png(pixels) if contract.stored is None else encode_jpeg(pixels, contract.stored.jpeg_quality)
+
+    video = VideoClips(path, clips_of, decoded_short_side(contract.stored, contract.resize), encode)
+    found = {cut.numbers: cut.frames for cut in video}
+    return [found[numbers] for numbers in video.chosen]
+
+
+def _png(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)  # higher ones take long and save little
+    return buffer.getvalue()
 
 
 def predict(clips: Sequence[Sequence[bytes]], ask: Ask, contract: Contract) -> NDArray[np.float32]:

@@ -28,7 +28,15 @@ Send = Callable[[Callable[[bytes], Any]], None]
 
 
 def write_card(path: Path, **changes: Any) -> Path:
-    fed = {"frames": 4, "stride": 1, "crop": 32, "resize": 36, "frame_sampling": "slowfast", "squeeze": False}
+    fed = {
+        "frames": 4,
+        "stride": 1,
+        "crop": 32,
+        "resize": 36,
+        "frame_sampling": "slowfast",
+        "clips": 1,
+        "stored": "none",
+    }
     card = {"input": {**fed, **changes.pop("input", {})}, "classes": CLASSES, **changes}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(card))

@@ -27,6 +27,7 @@ from x3d_tf.data.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Sources, Video, find_videos, read_csv
 from x3d_tf.data.video import EncodedVideo, VideoError
+from x3d_tf.types import Storage
 
 ESTIMATE_FROM = 16  # videos, from which the size of all is estimated
 
@@ -45,6 +46,11 @@ class _Coding:
         require(1 <= self.quality <= 95, "quality", "be in 1..95", self.quality)
         require(self.workers is None or self.workers >= 1, "workers", "be at least 1", self.workers)
         require(0 < self.timeout <= 1e6, "timeout", "be above 0 and at most 1,000,000 seconds", self.timeout)
+        self.stored()  # has an upper bound of its own
+
+    def stored(self) -> Storage:
+        """What the manifest says of the frames."""
+        return Storage(self.short_side, self.quality)
 
 
 @dataclass(frozen=True)
@@ -186,17 +192,12 @@ def build_key_frames(
 def _build(
     sources: Sources, output: Path, source: str, coding: _Coding, seed: int, draw: dict[str, Any], progress: bool
 ) -> BuildResult:
-    settings: dict[str, int | float | str] = {
-        "source": source,
-        "short_side": coding.short_side,
-        "quality": coding.quality,
-        "seed": seed,
-        **sources.facts,
-    }
+    settings: dict[str, int | float | str] = {"source": source, "seed": seed, **sources.facts}
+    build = {"short_side": coding.short_side, "quality": coding.quality, "videos_per_shard": index.VIDEOS_PER_SHARD}
     _check_splits(sources)
     for doubt in class_names.doubts(sources.classes):
         warnings.warn(doubt, stacklevel=3)
-    with opened(output, settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:
+    with opened(output, settings | draw | build, sources) as folder:
         if folder.is_finished:
             result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)
         else:
@@ -226,7 +227,7 @@ class _Build:
     """One run over the shards that are not finished yet."""
 
     def __init__(self, folder: BuildFolder, sources: Sources, coding: _Coding, progress: bool) -> None:
-        self.folder, self.sources, self.progress = folder, sources, progress
+        self.folder, self.sources, self.coding, self.progress = folder, sources, coding, progress
         self.shards = [
             _Shard(split, file, videos[part])
             for split, videos in sources.splits.items()
@@ -276,7 +277,8 @@ class _Build:
                     f"no video of split {name} can be read ({count} tried); the reasons are in "
                     f"{self.folder.failures}. Mend or replace them and give the same command again"
                 )
-        manifest = Manifest(self.folder.root, self.sources.classes, splits, settings, self.sources.task)
+        stored, task = self.coding.stored(), self.sources.task
+        manifest = Manifest(self.folder.root, self.sources.classes, splits, settings, stored, task)
         manifest.save()
         notes = self.finished.values()
         to_retry = sum(failure.retry for note in notes for failure in note.failures)

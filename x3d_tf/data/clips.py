@@ -9,16 +9,20 @@ A video is `frames` long at `fps` frames a second; strides are counted at 30 fra
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from x3d_tf._checks import check_field_types, require
-from x3d_tf.modeling.expansion import ClipSpec, Expansion
+from x3d_tf.modeling.expansion import ClipSpec
+from x3d_tf.types import FrameSampling, Storage, stored_to_json
+
+if TYPE_CHECKING:
+    from x3d_tf.modeling.x3d import Network
 
 STRIDE_FPS = 30.0  # frames per second at which the paper and PySlowFast count temporal strides
+UNSTORED_SHORT_SIDE = 256  # pixels; PySlowFast's instructions scale the videos of Kinetics to it before anything else
 
-FrameSampling = Literal["slowfast", "exact"]
 ClipStarts = Literal["offset", "slowfast"]
 
 
@@ -55,22 +59,87 @@ class ViewSpec:
         return self.temporal_views * self.spatial_crops
 
 
-def input_contract(
-    expansion: Expansion, frame_sampling: FrameSampling | Literal["key_frame"], squeeze: bool, crop: int | None = None
-) -> dict[str, Any]:
-    """What applications have to feed a network, clips of RGB in 0..255, and how they are made from videos; for JSON.
+def decoded_short_side(stored: Storage | None, resize: int) -> int:
+    """Short side in pixels to which larger frames of a video are scaled as they are decoded.
 
-    `crop` is the side of the clip where that is not the training crop; "key_frame" is what `key_frame_indices` does.
+    That of the records that a network was trained on. Where frames were not stored it is 256, or `resize` where that is
+    more: the videos that released weights were trained on had been scaled to it, and whole frames of 4K video would
+    take gigabytes and, scaled down without antialiasing, flicker.
+
+    Args:
+        stored: of the network.
+        resize: short side that the network's frames are scaled to then, as in `ViewSpec`.
     """
-    clip = expansion.clip
+    return max(UNSTORED_SHORT_SIDE, resize) if stored is None else stored.short_side
+
+
+def input_contract(model: "Network") -> dict[str, Any]:
+    """Returns what applications feed a network and how they make it of a video, in numbers and in words, for JSON.
+
+    The entries of `rules` are in the order in which they are followed; their names are those of the other entries.
+    """
+    clip, detects = model.clip, model.task == "detection"
+    far = 10 * round(clip_length(clip, STRIDE_FPS))  # from both ends of a video
+    if detects:
+        offsets = key_frame_indices(far, 2 * far, STRIDE_FPS, clip) - far
+    else:
+        offsets = frame_indices(0, far, STRIDE_FPS, clip, model.frame_sampling)
     return {
         "frames": clip.frames,
-        "stride": clip.stride,  # in frames of a video of this rate
-        "frames_per_second": STRIDE_FPS,
-        "frame_sampling": frame_sampling,
-        "resize": expansion.test_size,
-        "resized": "both sides" if squeeze else "the short side",
-        "crop": crop or clip.size,
+        "stride": clip.stride,
+        "frames_per_second": STRIDE_FPS,  # of a video whose frames the stride counts
+        "frame_sampling": "key_frame" if detects else model.frame_sampling,
+        "offsets": offsets.tolist(),  # of the frames of a clip from its start, in a video of that rate
+        **({} if detects else {"clips": model.test_views}),
+        "stored": stored_to_json(model.stored),
+        "decoded_short_side": decoded_short_side(model.stored, model.expansion.test_size),
+        "resize": model.expansion.test_size,
+        "resized": "both sides" if model.squeeze else "the short side",
+        "crop": model.tested_size,
+        "colours": "RGB",
+        "range": [0, 255],
+        "rules": _key_frame_rules(model) if detects else _rules(model),
+    }
+
+
+def _rules(model: "Network") -> dict[str, str]:
+    step = "(span - 1) / (frames - 1)" if model.frame_sampling == "slowfast" else "stride * fps / frames_per_second"
+    return {
+        "fps": "frames a second of the video, constant, as a 32-bit float",
+        "span": "stride * frames * fps / frames_per_second: frames of the video that a clip spans, not rounded",
+        "clips": "clip k = 0 ... clips - 1 starts at frame k * floor(last / (clips - 1)), where last = "
+        "max(frames of the video - span, 0); a clip alone starts at floor(last / 2)",
+        "offsets": f"frame i = 0 ... frames - 1 of a clip is frame floor(start + i * {step}) of the video, and where "
+        "that is past the end, the last frame of the video",
+        **_picture_rules(model),
+        "prediction": "the mean of the probabilities of the clips",
+    }
+
+
+def _key_frame_rules(model: "Network") -> dict[str, str]:
+    return {
+        "fps": "frames a second of the video, constant, as a 32-bit float",
+        "span": "stride * frames * fps / frames_per_second: frames of the video that a clip spans, not rounded",
+        "offsets": "frame i = 0 ... frames - 1 of a clip is frame key - floor(span / 2) + floor(i * stride * fps / "
+        "frames_per_second) of the video, where key is the key frame, and where that is past an end, the frame there",
+        **_picture_rules(model),
+    }
+
+
+def _picture_rules(model: "Network") -> dict[str, str]:
+    """From a decoded frame to the pixels of the clip."""
+    stored = model.stored
+    jpeg = f"compressed as a JPEG file of quality {stored.jpeg_quality}, and decoded" if stored else "as it is decoded"
+    sizes = "height and width become `resize`"
+    if not model.squeeze:
+        sizes = "the short side becomes `resize`, the long side floor(long side * resize / short side)"
+    return {
+        "decoded_short_side": "a frame whose short side is longer is scaled to it, the long side rounded down, by "
+        "FFmpeg's bilinear scaler; others keep their size",
+        "stored": f"each frame of a clip is {jpeg}",
+        "resize": f"{sizes}; bilinear with half-pixel centres, without antialiasing, not rounded",
+        "crop": "the square of that side whose first row is ceil((height - crop) / 2) and whose first column is "
+        "ceil((width - crop) / 2)",
     }
 
 

@@ -18,9 +18,10 @@ from x3d_tf._files import LARGE, read_limited, write_whole
 from x3d_tf._text import check_class_name
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split
 from x3d_tf.modeling.expansion import Task
+from x3d_tf.types import Storage, stored_from_json, stored_to_json
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _CHECKSUM = "sha256"  # name of the entry with the checksum over all others
 
 _LABELS: dict[Task, tuple[int, float, str]] = {  # of a record: fewest, most, and the rule in words
@@ -40,6 +41,7 @@ class Manifest:
         classes: names of the classes in the order of their labels, shared by all splits.
         splits: the parts by name.
         settings: how the records were made, for people and for comparison: names to numbers or strings.
+        stored: how their frames were stored.
         task: "single_label" where every record has exactly one label, "multi_label" where it has one or more,
             "detection" where it is of a key frame, whose boxes have any number.
     """
@@ -48,6 +50,7 @@ class Manifest:
     classes: tuple[str, ...]
     splits: dict[str, Split]
     settings: dict[str, int | float | str]
+    stored: Storage
     task: Task = "single_label"
 
     def split(self, name: str) -> Split:
@@ -93,6 +96,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "task": self.task,
             "settings": self.settings,
+            "stored": stored_to_json(self.stored),
             "classes": self.classes,
             "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
         }
@@ -117,13 +121,14 @@ class Manifest:
         task = cast(Task, content.get("task"))
         reader.check(task in get_args(Task), "task", f"be one of {', '.join(get_args(Task))}", task)
         settings = reader.of_type(content.get("settings"), dict, "settings")
+        stored = _stored_from_json(reader, content.get("stored"))
         classes = tuple(reader.items(content.get("classes"), str, "classes"))
         reader.check(len(set(classes)) == len(classes) > 0, "classes", "be distinct names", classes)
         for i, name in enumerate(classes):
             check_class_name(name, f"{path}: classes[{i}]")
         parts = reader.of_type(content.get("splits"), dict, "splits")
         splits = {name: _split_from_json(reader, name, part, len(classes), task) for name, part in parts.items()}
-        return cls(Path(folder), classes, splits, settings, task)
+        return cls(Path(folder), classes, splits, settings, stored, task)
 
 
 def checksum(content: dict[str, Any]) -> str:
@@ -156,6 +161,16 @@ def _checked_content(path: Path) -> dict[str, Any]:
             "edited or damaged after it was written; restore it from a copy or build the records again"
         )
     return content
+
+
+def _stored_from_json(reader: "_Reader", value: Any) -> Storage:
+    try:
+        stored = stored_from_json(value)
+    except UserError as error:
+        raise UserError(f"{reader.path}: {error}") from error
+    if stored is None:  # records always hold frames
+        raise UserError(f"{reader.path}: stored must have short_side and jpeg_quality, got {value!r}")
+    return stored
 
 
 def _split_to_json(split: Split) -> dict[str, Any]:

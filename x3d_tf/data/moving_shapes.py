@@ -22,6 +22,7 @@ from x3d_tf._checks import UserError, require
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.records import Source, write_split
 from x3d_tf.data.video import EncodedVideo, VideoError
+from x3d_tf.types import Storage
 
 DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  # rows, columns of one step
 VIDEOS = {"train": 800, "test": 100}
@@ -134,7 +135,7 @@ def _write(folder: Path) -> None:
             videos = _encoded([(seed, classes[source.labels[0]]) for seed, source in zip(seeds, sources, strict=True)])
             splits[split] = write_split(folder, split, sources, videos, classes, lambda _: bar.update())
             first_seed += count
-    Manifest(folder, tuple(classes), splits, SETTINGS).save()
+    Manifest(folder, tuple(classes), splits, SETTINGS, Storage(SIDE, QUALITY)).save()
 
 
 def _encoded(videos: list[tuple[int, str]]) -> Iterator[EncodedVideo | VideoError]:

@@ -20,7 +20,8 @@ from x3d_tf._files import partial_of, writing
 from x3d_tf.data.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, plan_shards
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import Annotation, Box
-from x3d_tf.data.video import EncodedVideo, VideoError, frame_at
+from x3d_tf.data.video import EncodedVideo, Pixels, VideoError, encode_jpeg, frame_at
+from x3d_tf.types import Storage
 
 _CONTEXT = {
     "clip/label/index": tf.io.RaggedFeature(tf.int64),
@@ -284,8 +285,25 @@ def decode_frame(jpeg: tf.Tensor) -> tf.Tensor:
     shape = tf.cast(tf.io.extract_jpeg_shape(jpeg), tf.int64)  # [height, width, channels], from the header
     few = tf.debugging.assert_less_equal(shape[0] * shape[1], tf.constant(MAX_PIXELS, tf.int64), "too many pixels")
     with tf.control_dependencies([few] if few is not None else []):  # eagerly it is None
-        # The accurate transform is the one that other decoders use by default.
-        return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
+        return _decoded(jpeg)
+
+
+def _decoded(jpeg: tf.Tensor) -> tf.Tensor:
+    # The accurate transform is the one that other decoders use by default.
+    return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def as_stored(pixels: Pixels, stored: Storage | None) -> Pixels:
+    """Returns a frame of a video as training sees it: through the JPEG file that its record would hold.
+
+    Args:
+        pixels: the frame, from `video.read_frames` with the short side that `clips.decoded_short_side` gives.
+        stored: of the records that the network was trained on; where it is None, the frame stays as it is.
+    """
+    if stored is None:
+        return pixels
+    decoded: Pixels = _decoded(encode_jpeg(pixels, stored.jpeg_quality)).numpy()
+    return decoded
 
 
 class ShardWriter:

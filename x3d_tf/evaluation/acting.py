@@ -22,11 +22,12 @@ from x3d_tf._terminal import progress_bar
 from x3d_tf.data import transforms
 from x3d_tf.data.ava import BoxTable, KeyFrame, of_all_actions, read_boxes
 from x3d_tf.data.boxes import have_area
-from x3d_tf.data.clips import key_frame_indices
+from x3d_tf.data.clips import decoded_short_side, key_frame_indices
 from x3d_tf.data.preview import COLOURS
+from x3d_tf.data.records import as_stored
 from x3d_tf.data.sources import Box
 from x3d_tf.data.video import Pixels, probe, read_frames
-from x3d_tf.evaluation.prediction import RECORD_SHORT_SIDE, cut_clips
+from x3d_tf.data.video_clips import cut_clips
 from x3d_tf.modeling.detection import Detector
 
 Boxes = NDArray[np.float32]  # x1, y1, x2, y2 in [0, 1] of the frame, [n, 4]
@@ -167,14 +168,14 @@ def act_in_video(model: Detector, path: str | Path, persons: Persons, *, progres
     chosen = [key_frame_indices(key, info.delivered, fps, clip) for key in keys]
     parts = [np.union1d(frames, key)[None] for frames, key in zip(chosen, keys)]
     scores_of = tf.function(lambda given: model(given, training=False), reduce_retracing=True)
-    frames = (frame.pixels for frame in read_frames(path, max(RECORD_SHORT_SIDE, side)))
+    frames = (frame.pixels for frame in read_frames(path, decoded_short_side(model.stored, side)))
     with progress_bar(len(keys), "second", Path(path).name, leave=None, disable=not progress) as bar:
-        for cut in cut_clips(frames, parts):
-            places = parts[cut.part][0]
-            boxes = persons(cut.part, cut.pixels[np.searchsorted(places, keys[cut.part])])
+        for cut in cut_clips(frames, parts, lambda pixels: as_stored(pixels, model.stored)):
+            places, pictures = parts[cut.part][0], np.stack(cut.frames)
+            boxes = persons(cut.part, pictures[np.searchsorted(places, keys[cut.part])])
             scores = np.zeros((0, model.num_classes), np.float32)
             if len(boxes):
-                pixels = transforms.resize(cut.pixels[np.searchsorted(places, chosen[cut.part])], side)
+                pixels = transforms.resize(pictures[np.searchsorted(places, chosen[cut.part])], side)
                 scores = scores_of({"clip": pixels[None], "boxes": tf.constant(boxes[None])}).numpy()[0]
                 if not np.isfinite(scores).all():
                     raise UserError(f"the network gives scores that are not numbers for {path}")

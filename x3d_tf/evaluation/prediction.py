@@ -1,16 +1,16 @@
 """Prediction on video files, which are decoded as a stream: memory does not grow with their length.
 
-Frames are scaled as records store them, and clips are sampled, scaled and cropped as testing does it, so that a video's
-probabilities are those of testing its record but for the loss of JPEG.
+Frames go through what the records went through that the network was trained on, and clips are sampled, scaled and
+cropped as testing does it, so that a video's probabilities are those of testing its record.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import tensorflow as tf
@@ -23,14 +23,17 @@ from x3d_tf._files import WriteError, partial_of, put_in_place, writing
 from x3d_tf._locks import locked
 from x3d_tf._text import counted
 from x3d_tf.data import transforms
-from x3d_tf.data.clips import FrameSampling, ViewSpec, frame_indices, require_windows, view_starts
-from x3d_tf.data.video import Pixels, VideoError, probe, read_frames
+from x3d_tf.data.clips import FrameSampling, ViewSpec, decoded_short_side, frame_indices, require_windows, view_starts
+from x3d_tf.data.listing import list_videos
+from x3d_tf.data.records import as_stored
+from x3d_tf.data.video import Pixels, VideoError, first_from, probe, read_frames
+from x3d_tf.data.video_clips import Cut, VideoClips, cut_clips
 from x3d_tf.evaluation.views import CLIPS_A_CALL, probabilities_of
 from x3d_tf.modeling.expansion import ClipSpec
+from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.types import MAX_VIEWS, Storage
 
-RECORD_SHORT_SIDE = 256  # pixels, of the frames that build_records stores by default
-DEFAULT_VIEWS = 10  # of a whole video; of a window, one
 _BAR = "{percentage:3.0f}% |{bar:20}| {whole} of {videos}, {remaining} left{postfix}"
 
 
@@ -58,31 +61,29 @@ class Prediction:
 
 
 def predict_videos(
-    model: X3D,
-    paths: Iterable[str | Path],
+    model: X3D | str | Path,
+    files: str | Path | Iterable[str | Path],
     *,
     temporal_views: int | None = None,
     window: float | None = None,
     hop: float | None = None,
-    short_side: int | None = None,
-    frame_sampling: FrameSampling = "slowfast",
     thumbnails: int = 0,
     progress: bool = True,
 ) -> Iterator[Prediction | VideoError]:
     """Predicts the classes of video files by K-Center testing: the mean of clips spread evenly over each.
 
+    Frames are scaled and stored as JPEG first, in memory, as those that the network was trained on were (`stored`).
+
     With `window` each video gives a prediction for each of its windows, as if that were a video of its own: windows
     begin `hop` seconds apart, and the last one ends with the video. A video shorter than a window is one.
 
     Args:
-        model: from `x3d_tf.load`, with its classifier.
-        paths: the files.
-        temporal_views: clips that a prediction is the mean of, K; 10 unless given, or 1, the middle, of each window.
+        model: from `x3d_tf.load`, with its classifier; or the run folder or `.keras` file itself.
+        files: one or several; a folder stands for the files in it and below, see `list_videos`.
+        temporal_views: clips that a prediction is the mean of, K, 1..1000. Defaults to the number that the network is
+            tested with, `test_views`; of each window to 1, its middle.
         window: seconds, no shorter than a clip of the network.
         hop: seconds from the start of one window to that of the next; the length of the window unless given.
-        short_side: pixels to which larger frames are scaled first, as records have them; 256, or what the network
-            looks at where that is larger, unless given.
-        frame_sampling: see `clips.frame_indices`.
         thumbnails: frames to keep with each prediction.
         progress: whether to show a progress bar.
 
@@ -91,96 +92,41 @@ def predict_videos(
         which after some of its windows says that it breaks off.
 
     Raises:
-        UserError: a setting out of range; a network without classifier, or one that gives no numbers.
+        UserError: no such model or no files; a setting out of range; a network without classifier, or one that gives
+            no numbers.
+
+    Example:
+        >>> for result in x3d_tf.predict_videos("runs/mine", ["party.mp4", "holidays/"]):
+        ...     print(result.path, result.top(1) if isinstance(result, x3d_tf.Prediction) else result.reason)
     """
+    paths = list_videos([files] if isinstance(files, str | Path) else files)
+    model = load_classifier(model) if isinstance(model, str | Path) else model
     require(model.include_top, "the network", "have its classifier (include_top)", model.include_top)
     clip = model.clip
     require_windows(clip, window, hop)
-    require(short_side is None or short_side >= 1, "short_side", "be at least 1 pixel", short_side)
     require(thumbnails >= 0, "thumbnails", "be at least 0", thumbnails)
     resize = model.expansion.test_size
     if temporal_views is None:
-        temporal_views = DEFAULT_VIEWS if window is None else 1
+        temporal_views = model.test_views if window is None else 1
+    require(temporal_views <= MAX_VIEWS, "temporal_views", f"be at most {MAX_VIEWS}", temporal_views)
     sampler = _Sampler(
         clip,
         ViewSpec(temporal_views=temporal_views, resize=resize, crop=clip.size, squeeze=model.squeeze),
         window,
         hop or window,
-        frame_sampling,
-        short_side or max(RECORD_SHORT_SIDE, resize),
+        model.frame_sampling,
+        model.stored,
     )
-    return _predict(_Network(model, sampler.views), sampler, [Path(path) for path in paths], thumbnails, progress)
-
-
-class Cut(NamedTuple):
-    """A clip out of a stream: which part it is of, which of that part's clips, and its frames [T, height, width, 3]."""
-
-    part: int
-    view: int
-    pixels: Pixels
-
-
-def cut_clips(frames: Iterable[Pixels], parts: Iterable[NDArray[np.int64]]) -> Iterator[Cut]:
-    """Cuts clips out of a stream of frames, each as soon as its last frame has come.
-
-    Holds the frames that clips under way have got so far, and no others. Where the stream ends too early its last frame
-    is repeated; parts that it did not come to are left out.
-
-    Args:
-        frames: the stream, of one size; read to its end.
-        parts: numbers of the frames of each part's clips, [clips, T], rising along T. Parts come in the order of their
-            first frames, and are asked for when those come.
-    """
-    upcoming = enumerate(parts)
-    following = next(upcoming, None)
-    waiting: list[_OpenClip] = []
-    for number, pixels in enumerate(frames):
-        while following is not None and following[1].min() <= number:
-            part, clips = following
-            waiting += [_OpenClip(part, view, clip) for view, clip in enumerate(clips)]
-            following = next(upcoming, None)
-        for clip in waiting:
-            clip.take(number, pixels)
-        done = [clip for clip in waiting if clip.complete]
-        if done:
-            waiting = [clip for clip in waiting if not clip.complete]
-            yield from (clip.cut() for clip in done)
-            done.clear()  # their frames are not needed any more
-    for clip in waiting:
-        clip.fill(pixels)
-        yield clip.cut()
-
-
-@dataclass(eq=False)
-class _OpenClip:
-    """A clip of which some frames are still to come."""
-
-    part: int
-    view: int
-    numbers: NDArray[np.int64]
-    pixels: list[Pixels] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        return len(self.pixels) == len(self.numbers)
-
-    def take(self, number: int, pixels: Pixels) -> None:
-        while not self.complete and self.numbers[len(self.pixels)] == number:  # short videos repeat frames
-            self.pixels.append(pixels)
-
-    def fill(self, pixels: Pixels) -> None:
-        self.pixels += [pixels] * (len(self.numbers) - len(self.pixels))
-
-    def cut(self) -> Cut:
-        return Cut(self.part, self.view, np.stack(self.pixels))
+    return _predict(_Network(model, sampler.views), sampler, paths, thumbnails, progress)
 
 
 def windows(frames: int, fps: float, window: float | None, hop: float | None) -> Iterator[tuple[int, int]]:
     """First frame and end (the frame after the last) of each window; `window` and `hop` in seconds.
 
-    Windows begin every `hop` while they fit; the rest of the video, if any, is in a last one that ends with it.
+    Windows begin every `hop` while they fit, at the first frame that is not before that second, as segments of records
+    do; the rest of the video, if any, is in a last one that ends with it.
     """
-    length = frames if window is None else max(round(window * fps), 1)
+    length = frames if window is None else max(first_from(window, fps), 1)
     if hop is None or length >= frames:
         yield 0, frames
         return
@@ -189,7 +135,7 @@ def windows(frames: int, fps: float, window: float | None, hop: float | None) ->
         end = start + length
         yield start, end
         number += 1
-        start = max(round(number * hop * fps), start + 1)
+        start = max(first_from(number * hop, fps), start + 1)
     if end < frames:
         yield frames - length, frames
 
@@ -203,23 +149,34 @@ class _Sampler:
     window: float | None
     hop: float | None
     frame_sampling: FrameSampling
-    short_side: int
+    stored: Storage | None
+
+    @property
+    def short_side(self) -> int:
+        return decoded_short_side(self.stored, self.views.resize)
 
     def windows(self, frames: int, fps: float) -> Iterator[tuple[int, int]]:
         return windows(frames, fps, self.window, self.hop)
 
+    def whole(self, frames: int, fps: float) -> NDArray[np.int64]:
+        """Frame numbers [K, T] of the clips of a video."""
+        starts = view_starts(frames, fps, self.clip, self.views.temporal_views)
+        return np.asarray(frame_indices(starts, frames, fps, self.clip, self.frame_sampling))
+
     def clips(self, frames: int, fps: float) -> Iterator[NDArray[np.int64]]:
         """Frame numbers [K, T] of the clips of each window."""
         for first, end in self.windows(frames, fps):
-            starts = view_starts(end - first, fps, self.clip, self.views.temporal_views)
-            yield first + frame_indices(starts, end - first, fps, self.clip, self.frame_sampling)
+            yield first + self.whole(end - first, fps)
+
+    def keep(self, pixels: Pixels) -> Pixels:
+        return as_stored(pixels, self.stored)
 
 
 class _Network:
     """A network and what comes before it, each of one trace."""
 
     def __init__(self, model: X3D, views: ViewSpec) -> None:
-        self.classes = model.num_classes
+        self.classes, self.crop = model.num_classes, views.crop
         self.probabilities = probabilities_of(model, views.crop)
 
         @tf.function(input_signature=[tf.TensorSpec((model.clip.frames, None, None, 3), tf.uint8)])
@@ -229,12 +186,14 @@ class _Network:
 
         self.prepare = prepare
 
-    def __call__(self, clips: Sequence[Any], path: Path) -> NDArray[np.float32]:
-        """Probabilities of prepared clips, [clips, classes]."""
-        found = self.probabilities(tf.stack(clips)).numpy()
-        if not np.isfinite(found).all():
-            raise UserError(f"the network gives probabilities that are not numbers for {path}")
-        return found
+    def __call__(self, cuts: Iterable[Cut], path: Path) -> Iterator[tuple[Cut, NDArray[np.float32]]]:
+        """Each clip, its frames as the network sees them, float32 [T, S, S, 3], with its probabilities, [classes]."""
+        prepared = (cut._replace(frames=self.prepare(np.stack(cut.frames))) for cut in cuts)
+        while batch := list(itertools.islice(prepared, CLIPS_A_CALL)):
+            found = self.probabilities(tf.stack([cut.frames for cut in batch])).numpy()
+            if not np.isfinite(found).all():
+                raise UserError(f"the network gives probabilities that are not numbers for {path}")
+            yield from zip(batch, found, strict=True)
 
 
 class _VideoBar(tqdm):
@@ -249,84 +208,107 @@ class _VideoBar(tqdm):
 def _predict(
     network: _Network, sampler: _Sampler, paths: Sequence[Path], thumbnails: int, progress: bool
 ) -> Iterator[Prediction | VideoError]:
+    predict_video = _predict_whole if sampler.window is None else _predict_windows
     with _VideoBar(total=len(paths), bar_format=_BAR, disable=not progress, mininterval=1.0) as bar:
         for done, path in enumerate(paths):
             bar.set_postfix_str(path.name.encode("utf-8", "replace").decode())
             try:
                 # never past the whole video, whatever the sum of its parts rounds to
                 advance = lambda part, end=done + 1: bar.update(min(part, end - bar.n))  # noqa: E731
-                yield from _predict_video(network, sampler, path, thumbnails, advance)
+                yield from predict_video(network, sampler, path, thumbnails, advance)
             except VideoError as error:
                 yield error
             bar.update(done + 1 - bar.n)  # whole again
 
 
-def _predict_video(
+def _predict_whole(
     network: _Network, sampler: _Sampler, path: Path, thumbnails: int, advance: Callable[[float], Any]
 ) -> Iterator[Prediction]:
+    video = VideoClips(
+        path, sampler.whole, sampler.short_side, sampler.keep, lambda: advance(1 / max(video.promised, 1))
+    )
+    shown = _Thumbnails(sampler.whole(video.promised, video.fps), thumbnails)
+    found = {}
+    for cut, probabilities in network(video, path):
+        found[cut.numbers] = probabilities
+        shown.take(cut)
+    total = np.zeros(network.classes, np.float32)
+    for numbers in video.chosen:
+        total += found[numbers]
+    mean = total / np.float32(len(video.chosen))
+    yield Prediction(path, 0.0, video.frames / video.fps, mean, shown.pixels(network.crop))
+
+
+def _predict_windows(
+    network: _Network, sampler: _Sampler, path: Path, thumbnails: int, advance: Callable[[float], Any]
+) -> Iterator[Prediction]:
+    """Windows come out while the video is read.
+
+    If it then lacks some of the frames that it promised, too few to count as broken off, the last windows repeat the
+    last frame for those.
+    """
     info = probe(path)
     fps = float(np.float32(info.fps))  # as records store it
-    read = 0
 
     def stream() -> Iterator[Pixels]:
-        nonlocal read
         for read, frame in enumerate(read_frames(path, sampler.short_side), start=1):
             yield frame.pixels
             if read <= info.delivered:
                 advance(1 / info.delivered)
 
-    def predictions(frames: int) -> Iterator[Prediction]:
-        cuts = cut_clips(stream(), sampler.clips(frames, fps))
-        # Windows are of one length, so that they are finished in the order in which they begin.
-        for (first, end), found in zip(
-            sampler.windows(frames, fps), _averages(network, cuts, sampler, path, thumbnails)
-        ):
-            yield Prediction(path, first / fps, end / fps, *found)
-
-    if sampler.window is not None:
-        # Windows come out while the video is read. If it then lacks some of the frames that it promised, too few to
-        # count as broken off, the last windows repeat the last frame for those.
-        yield from predictions(info.delivered)
-        return
-    found = list(predictions(info.delivered))
-    if read != info.delivered:  # some pictures were lost: the clips are spread over what there is
-        found = list(predictions(read))
-    yield from found
-
-
-def _averages(
-    network: _Network, cuts: Iterable[Cut], sampler: _Sampler, path: Path, thumbnails: int
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8]]]:
-    """Mean probabilities and thumbnails of each part, once all of its clips have come."""
-    views, frames, crop = sampler.views.temporal_views, sampler.clip.frames, sampler.views.crop
-    shown = np.unique(np.linspace(0, views * frames - 1, thumbnails).round().astype(int))  # of a part's frames
-    parts: dict[int, _Part] = {}
-    for batch in _batches(cut._replace(pixels=network.prepare(cut.pixels)) for cut in cuts):
-        for cut, probabilities in zip(batch, network([cut.pixels for cut in batch], path), strict=True):
-            part = parts.setdefault(cut.part, _Part(np.zeros(network.classes, np.float32)))
-            part.total += probabilities
-            part.clips += 1
-            chosen = shown[shown // frames == cut.view] % frames
-            part.thumbnails += [np.clip(cut.pixels[place].numpy().round(), 0, 255) for place in chosen]
-            if part.clips == views:
-                del parts[cut.part]
-                seen = np.array(part.thumbnails, np.uint8).reshape(-1, crop, crop, 3)
-                yield part.total / np.float32(views), seen
+    cuts = cut_clips(stream(), sampler.clips(info.delivered, fps), sampler.keep)
+    # Windows are of one length, so that they begin and are finished in their order.
+    upcoming = zip(sampler.windows(info.delivered, fps), sampler.clips(info.delivered, fps))
+    begun: dict[int, _Window] = {}
+    for cut, probabilities in network(cuts, path):
+        if cut.part not in begun:
+            (first, end), clips = next(upcoming)
+            total = np.zeros(network.classes, np.float32)
+            begun[cut.part] = _Window(first / fps, end / fps, _Thumbnails(clips, thumbnails), total)
+        window = begun[cut.part]
+        window.total += cut.clips * probabilities
+        window.clips += cut.clips
+        window.shown.take(cut)
+        if window.clips == sampler.views.temporal_views:
+            del begun[cut.part]
+            mean = window.total / np.float32(window.clips)
+            yield Prediction(path, window.start, window.end, mean, window.shown.pixels(network.crop))
 
 
 @dataclass(eq=False)
-class _Part:
-    """What the clips of a part have given so far."""
+class _Window:
+    """What the clips of a window have given so far."""
 
+    start: float
+    end: float
+    shown: "_Thumbnails"
     total: NDArray[np.float32]
     clips: int = 0
-    thumbnails: list[Any] = field(default_factory=list)
 
 
-def _batches(cuts: Iterable[Cut]) -> Iterator[list[Cut]]:
-    cuts = iter(cuts)
-    while batch := list(itertools.islice(cuts, CLIPS_A_CALL)):
-        yield batch
+class _Thumbnails:
+    """Some of the frames that the network sees of clips, evenly chosen in time.
+
+    Args:
+        clips: numbers of their frames, [clips, T].
+        count: frames at most.
+    """
+
+    def __init__(self, clips: NDArray[np.int64], count: int) -> None:
+        numbers = np.unique(clips)
+        places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
+        self._pixels: dict[int, NDArray[np.uint8] | None] = dict.fromkeys(numbers[places].tolist())
+
+    def take(self, cut: Cut) -> None:
+        """Keeps the frames of a clip, [T, S, S, 3], that were chosen."""
+        for number, frame in zip(cut.numbers, cut.frames):
+            if number in self._pixels and self._pixels[number] is None:
+                self._pixels[number] = np.clip(frame.numpy().round(), 0, 255).astype(np.uint8)
+
+    def pixels(self, side: int) -> NDArray[np.uint8]:
+        """Those that came, [n, side, side, 3]."""
+        came = [pixels for pixels in self._pixels.values() if pixels is not None]
+        return np.array(came, np.uint8).reshape(-1, side, side, 3)
 
 
 @contextmanager

@@ -24,8 +24,7 @@ from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.run_folder import RunFolder
-
-_TEMPORAL_VIEWS = 10  # of a model file, which has no run to say it
+from x3d_tf.types import stored_to_json
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,6 +98,7 @@ class Measurement:
             "squeeze": views.squeeze,
             "clip_starts": self.clip_starts,
             "frame_sampling": self.frame_sampling,
+            "stored": stored_to_json(self.manifest.stored),
             "head_pool": model.options.head_pool,
             "stem_kernel": model.options.stem_kernel,
             "options": asdict(model.options),
@@ -152,7 +152,7 @@ def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
     options = replace(model.options, head_pool=head_pool)
     changed = X3D(model.expansion, model.num_classes, options, task=model.task)
     changed.set_weights(model.get_weights())  # poolings have no weights, so the lists are the same
-    changed.class_names, changed.squeeze = model.class_names, model.squeeze
+    changed.take_facts(model)
     return changed
 
 
@@ -194,9 +194,9 @@ def measurement_of_file(file: Path, procedure: Procedure) -> Measurement:
         weights=weights_of(file),
         manifest=open_dataset(dataset),
         split=dataset.eval_split,
-        views=procedure.views_of(model, _TEMPORAL_VIEWS),
+        views=procedure.views_of(model, model.test_views),
         clip_starts=procedure.clip_starts,
-        frame_sampling=procedure.frame_sampling or "slowfast",
+        frame_sampling=procedure.frame_sampling or model.frame_sampling,
         seed=None,
     )
 
@@ -234,7 +234,8 @@ def evaluate_file(file: str | Path, *, output: str, overwrite: bool = False, **p
         file: the file.
         output: folder of the report.
         overwrite: whether a report that is there may be replaced.
-        **procedure: the fields of `Procedure`, among them records and split; 10 clips a video unless told.
+        **procedure: the fields of `Procedure`, among them records and split. What is left out defaults to what the
+            file says.
 
     Raises:
         UserError: no such file, or not one of ours; otherwise as `evaluate_run`.

@@ -12,11 +12,12 @@ from x3d_tf._text import check_class_name, counted
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, require_window
 from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion, Task
+from x3d_tf.types import MAX_VIEWS, FrameSampling, Storage, stored_from_json, stored_to_json
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import Network
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 JSON_LIMIT = 16 * 1024 * 1024  # bytes
 _NAMES_LIMIT = 2_000_000  # characters of all class names: their JSON is below the limit whatever they are
 _INTEGER_DIGITS = 18
@@ -37,6 +38,9 @@ class Description:
         task: whether a clip has one class or any number of them, or boxes on it have.
         squeeze: whether frames are to be scaled to squares before a crop is cut out, instead of by their short side.
         detection_head: of a detector "full", "simple" or "frame"; else none.
+        stored: how the frames that it was trained on were stored; None where they were not.
+        frame_sampling: how the frames of its clips are chosen; "slowfast" for a detector, which has a rule of its own.
+        test_views: clips of a video that its predictions are the mean of, 1..1000.
 
     Raises:
         UserError: naming the field, the rule and the value received.
@@ -52,6 +56,9 @@ class Description:
     task: Task = "single_label"
     squeeze: bool = False
     detection_head: Literal["full", "simple", "frame"] | None = None
+    stored: Storage | None = None
+    frame_sampling: FrameSampling = "slowfast"
+    test_views: int = 10
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -69,6 +76,9 @@ class Description:
         detects = self.task == "detection"
         fits = (self.detection_head is not None) == detects and (self.include_top or not detects)
         require(fits, "detection_head", f"be there in detectors alone (task {self.task!r})", self.detection_head)
+        plain = not detects or self.frame_sampling == "slowfast"
+        require(plain, "frame_sampling", "be 'slowfast' for a detector", self.frame_sampling)
+        require(1 <= self.test_views <= MAX_VIEWS, "test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
 
     @classmethod
     def of(cls, model: "Network", *, class_names: tuple[str, ...], form: Any, size: int | None = None) -> "Description":
@@ -84,6 +94,9 @@ class Description:
             model.task,
             model.squeeze,
             getattr(model, "head", None),
+            model.stored,
+            model.frame_sampling,
+            model.test_views,
         )
 
     def layers(self) -> Iterator[tuple[str, int]]:
@@ -120,7 +133,8 @@ class Description:
 
     def to_json(self) -> str:
         """As a JSON object."""
-        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1)
+        fields = {**dataclasses.asdict(self), "stored": stored_to_json(self.stored)}
+        return json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Description":
@@ -138,6 +152,7 @@ class Description:
             fields["options"] = ModelOptions(**fields["options"])
             require(isinstance(fields["class_names"], list), "class_names", "be a list", fields["class_names"])
             fields["class_names"] = tuple(fields["class_names"])
+            fields["stored"] = stored_from_json(fields["stored"])
             return cls(**fields)
         except UserError:
             raise

@@ -141,7 +141,7 @@ def _filled(model: _Model, description: Description, path: Path) -> _Model:
             _load_weights(model, path)
     except (*UNREADABLE, UserWarning) as error:
         raise UserError(f"the weights of {path} do not fit its description: {error}") from error
-    model.class_names, model.squeeze = description.class_names, description.squeeze
+    model.take_facts(description)
     return model
 
 

@@ -1,7 +1,7 @@
 """X3D as one flat Keras graph: `network` writes it down once, whatever layers it is made of."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import layers, ops
@@ -31,6 +31,10 @@ from x3d_tf.modeling.layers import (
     conv_initializer,
 )
 from x3d_tf.modeling.roi_align import regions
+from x3d_tf.types import FrameSampling, Storage
+
+if TYPE_CHECKING:
+    from x3d_tf.modeling.description import Description
 
 _TASKS = ("single_label", "multi_label")
 MEAN, STD = 0.45 * 255, 0.225 * 255  # of RGB in 0..255, one value for all channels (PySlowFast)
@@ -82,6 +86,10 @@ class Network(keras.Model):
         expansion, options, num_classes, include_top, task: what it was built from.
         class_names: one for each output, of a network that `x3d_tf.load` read; else none.
         squeeze: whether it was trained on frames that were scaled to squares; those it is tested on then are, too.
+        stored: how the frames that it was trained on were stored; those of videos then go the same way. None where they
+            were not, or where nobody has said so.
+        frame_sampling: how the frames of the clips that it was trained on were chosen; see `data.clips.frame_indices`.
+        test_views: clips of a video whose probabilities are averaged, unless asked for otherwise.
         trunk_end: name of the layer whose output the head takes.
         logits: the tensor of the network's graph that a loss takes.
     """
@@ -93,6 +101,9 @@ class Network(keras.Model):
     task: Task
     class_names: tuple[str, ...] = ()
     squeeze: bool = False
+    stored: Storage | None = None
+    frame_sampling: FrameSampling = "slowfast"
+    test_views: int = 10
     trunk_end: str = "conv5"
 
     @property
@@ -104,6 +115,11 @@ class Network(keras.Model):
     def tested_size(self) -> int:
         """Side in pixels of the one centre crop that tests, and applications by default, take."""
         return self.clip.size
+
+    def take_facts(self, source: "Network | Description") -> None:
+        """Takes over what its weights do not say: the class names, and how its clips are made of videos."""
+        for name in ("class_names", "squeeze", "stored", "frame_sampling", "test_views"):
+            setattr(self, name, getattr(source, name))
 
     @property
     def logits(self) -> Any:

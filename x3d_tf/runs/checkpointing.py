@@ -224,7 +224,7 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
         model.set_weights([reader.get_tensor(f"{role}/{i}{_SUFFIX}") for i in range(len(model.weights))])
     except Exception as error:  # a damaged file makes TensorFlow raise almost anything
         raise UserError(f"{prefix}.index cannot be read ({first_line(error)})") from error
-    model.class_names, model.squeeze = description.class_names, description.squeeze
+    model.take_facts(description)
     return model
 
 

@@ -11,6 +11,7 @@ from x3d_tf._checks import UserError, check_field_types, require
 from x3d_tf.data.datasets import DatasetSpec
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
+from x3d_tf.types import MAX_VIEWS
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class TrainConfig:
         detection: what concerns detectors alone.
         init: a run folder or a `.keras` file of this package whose weights the run starts from; fresh ones unless
             given. Where its classes are others, the classifier is new.
-        test_views: clips of each test video whose probabilities are averaged (K of K-Center testing).
+        test_views: clips of each test video whose probabilities are averaged (K of K-Center testing), 1..1000.
         checkpoint_steps: steps from one checkpoint to the next.
         seed: of the first weights, the order of the data and its augmentation.
 
@@ -209,7 +210,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_field_types(self)
         plan(self.expansion, self.model)  # whose bounds are to be known before records are made
-        require(self.test_views >= 1, "TrainConfig.test_views", "be at least 1", self.test_views)
+        inside = 1 <= self.test_views <= MAX_VIEWS
+        require(inside, "TrainConfig.test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
         require(self.checkpoint_steps >= 1, "TrainConfig.checkpoint_steps", "be at least 1", self.checkpoint_steps)
         require(0 <= self.seed < 2**31, "TrainConfig.seed", "be in [0, 2**31)", self.seed)
         taught = self.init is not None or not self.recipe.frozen_norms

@@ -110,10 +110,7 @@ def _train(
     trainer.fit(run, manifest.fingerprint(), allow_other_groups=allow_other_groups)
     print("Saving the model.")
     write_whole(run.labels, "".join(f"{name}\n" for name in manifest.classes).encode())
-    size = trainer.model.tested_size
-    sampling = "key_frame" if manifest.task == "detection" else config.dataset.frame_sampling
-    contract = input_contract(config.expansion, sampling, config.dataset.squeeze, size)
-    write_whole(run.input, json.dumps(contract, indent=1).encode())
+    write_whole(run.input, json.dumps(input_contract(trainer.model), indent=1).encode())
     trainer.save_result(run)
 
 
@@ -137,7 +134,9 @@ class Trainer:
         with strategy.scope():
             with arithmetic(config.execution.precision):
                 self.model = _network(config, manifest)
-            self.model.class_names, self.model.squeeze = manifest.classes, config.dataset.squeeze
+            self.model.class_names, self.model.stored = manifest.classes, manifest.stored
+            self.model.squeeze, self.model.frame_sampling = config.dataset.squeeze, config.dataset.frame_sampling
+            self.model.test_views = config.test_views
             self.step = TrainStep(self.model, config, strategy, self._class_weights())
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None

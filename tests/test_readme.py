@@ -1,0 +1,102 @@
+"""The README's example for applications, run as it stands, against our own predictions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exported_model import decided_network
+from test_docs import blocks
+from video_fixtures import write_video
+
+import x3d_tf
+from x3d_tf.data.clips import input_contract
+from x3d_tf.data.video import probe
+from x3d_tf.types import Storage
+
+README = Path(__file__).parents[1] / "README.md"
+NAMES = tuple("abcdef")
+
+
+def moving_blocks(count: int, height: int, width: int) -> np.ndarray:
+    """Frames of coloured blocks that move by a pixel each."""
+    side = -(-width // 8)
+    picture = np.random.default_rng(0).integers(0, 256, (height // 8, side, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    return np.stack([np.roll(picture[:, :width], number, axis=1) for number in range(count)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Videos at three rates, upright and wide ones, one shorter than a clip."""
+    folder = tmp_path_factory.mktemp("videos")
+    return [
+        write_video(folder / "wide.mp4", moving_blocks(50, 64, 112)),
+        write_video(folder / "upright.mkv", moving_blocks(41, 120, 72), 25),
+        write_video(folder / "small.avi", moving_blocks(60, 40, 56), 60),
+        write_video(folder / "short.mp4", moving_blocks(6, 64, 80)),
+    ]
+
+
+@pytest.fixture
+def real(request: pytest.FixtureRequest) -> list[Path]:
+    """Real videos of constant rate that are to be shown as they are stored."""
+    folder: Path = request.getfixturevalue("shared_data")
+    paths = [
+        *sorted((folder / "clips").iterdir()),
+        *sorted((folder / "ut_interaction" / "set1").glob("*/*_0[1-5].avi")),
+    ]
+    infos = {path: probe(path) for path in paths}
+    found = [path for path, info in infos.items() if not info.variable_rate]
+    assert len(found) >= 5
+    return found
+
+
+@pytest.fixture(
+    params=[
+        {"stored": Storage(48, 80)},
+        {"stored": Storage(96, 95), "squeeze": True, "frame_sampling": "exact", "test_views": 1},
+    ],
+    ids=["", "squeezed"],
+)
+def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> x3d_tf.X3D:
+    """A network that is sure of what it says, in a run's folder as the README names it."""
+    model = decided_network()
+    for name, value in request.param.items():
+        setattr(model, name, value)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    x3d_tf.save(x3d_tf.portable(model, NAMES), run / "model.keras")
+    (run / "labels.txt").write_text("".join(f"{name}\n" for name in NAMES), encoding="utf-8")
+    (run / "input.json").write_text(json.dumps(input_contract(model)))
+    return model
+
+
+def example() -> dict[str, Any]:
+    """The names that the example defines."""
+    line, code = next((line, code) for line, code in blocks(README) if "input.json" in code)
+    names: dict[str, Any] = {"__name__": "application"}
+    exec(compile("\n" * line + code, str(README), "exec"), names)
+    return names
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("videos", ["made", "real"])
+def test_an_application_predicts_as_we_do(videos: str, network: x3d_tf.X3D, request: pytest.FixtureRequest) -> None:
+    paths: list[Path] = request.getfixturevalue(videos)
+    probabilities_of = example()["probabilities_of"]
+    ours = list(x3d_tf.predict_videos(network, paths, progress=False))
+    for path, result in zip(paths, ours, strict=True):
+        assert isinstance(result, x3d_tf.Prediction), result
+        np.testing.assert_allclose(probabilities_of(str(path)), result.probabilities, atol=1e-3, err_msg=path.name)
+    spread = np.ptp([result.probabilities for result in ours if isinstance(result, x3d_tf.Prediction)], axis=0)
+    assert spread.max() > 0.05  # else the bound above would mean little
+
+
+def test_the_example_needs_few_packages_and_lines() -> None:
+    code = next(code for _, code in blocks(README) if "input.json" in code)
+    lines = [line for line in code.splitlines() if line.strip()]
+    imported = {line.split()[1] for line in lines if line.startswith(("import ", "from "))}
+    assert imported == {"io", "json", "av", "numpy", "tensorflow", "PIL"}
+    assert len(lines) <= 36
