@@ -191,9 +191,9 @@ def _build(
         "seed": seed,
         **sources.facts,
     }
-    _check_splits(sources)
     for doubt in class_names.doubts(sources.classes):
         warnings.warn(doubt, stacklevel=3)
+    _check_splits(sources)
     with opened(output, settings | draw | {"videos_per_shard": index.VIDEOS_PER_SHARD}, sources) as folder:
         if folder.is_finished:
             result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)
