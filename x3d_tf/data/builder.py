@@ -194,9 +194,9 @@ def _build(
 ) -> BuildResult:
     settings: dict[str, int | float | str] = {"source": source, "seed": seed, **sources.facts}
     build = {"short_side": coding.short_side, "quality": coding.quality, "videos_per_shard": index.VIDEOS_PER_SHARD}
-    _check_splits(sources)
     for doubt in class_names.doubts(sources.classes):
         warnings.warn(doubt, stacklevel=3)
+    _check_splits(sources)
     with opened(output, settings | draw | build, sources) as folder:
         if folder.is_finished:
             result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)
