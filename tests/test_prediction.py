@@ -377,7 +377,7 @@ def test_multi_label_probabilities_are_sigmoids(linear: Any, clips: Path, monkey
 
 def test_bad_files_are_reported_and_the_rest_goes_on(linear: Any, clips: Path, tmp_path: Path) -> None:
     (tmp_path / "words.mp4").write_text("no video\n" * 200)
-    results = list(predict_videos(linear, [tmp_path / "words.mp4", "nowhere.mp4", clips / "short.avi"], progress=False))
+    results = list(predict_videos(linear, [tmp_path / "words.mp4", __file__, clips / "short.avi"], progress=False))
     assert [type(result) for result in results] == [VideoError, VideoError, Prediction]
     assert "nowhere.mp4: no such file" in str(results[1])
 
@@ -403,12 +403,12 @@ def test_a_network_that_gives_no_numbers_is_an_error(clips: Path) -> None:
 )
 def test_settings_are_checked_before_anything_is_read(linear: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        predict_videos(linear, ["nowhere.mp4"], **settings)
+        predict_videos(linear, [__file__], **settings)
 
 
 def test_a_network_without_classifier_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must have its classifier \(include_top\)"):
-        predict_videos(x3d_tf.build_x3d(TINY, include_top=False), ["nowhere.mp4"])
+        predict_videos(x3d_tf.build_x3d(TINY, include_top=False), [__file__])
 
 
 def test_folders_are_searched(tmp_path: Path) -> None:
