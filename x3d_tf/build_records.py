@@ -33,13 +33,14 @@ on, and --quality=85 or a smaller --short_side make them smaller.
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
-from x3d_tf import _command
+from x3d_tf import _command, configs
 from x3d_tf._checks import UserError, require, some
 from x3d_tf._terminal import one_line
 from x3d_tf.data.build_folder import FAILURES_NAME
@@ -48,6 +49,7 @@ from x3d_tf.data.encoding import TIMEOUT
 from x3d_tf.data.key_frames import FIRST_MINUTE
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import default_splits
+from x3d_tf.runs.advice import advice
 
 FLAGS = flags.FLAGS
 
@@ -191,18 +193,27 @@ def _next(manifest: Manifest, detects: bool) -> list[str]:
     bindings = [f'DatasetSpec.records="{manifest.folder}"']
     bindings += [f'DatasetSpec.train_split="{names[0]}"'] if names[0] != "train" else []
     bindings += [f'DatasetSpec.eval_split="{names[-1]}"'] if names[-1] != tested else []
-    recipes = "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
+    recipes = ["gin/x3d_s.gin", "gin/data/records.gin"]
     begin = "Train on them with:"
     if detects:
-        recipes = "--gin_file=gin/ava/x3d_m_v2.2.gin"
+        recipes = ["gin/ava/x3d_m_v2.2.gin"]
         begin = "Train on them, from weights of Kinetics (TrainConfig.init; without it from random ones), with:"
         trained = sum(bool(record.labels) for record in manifest.splits[names[0]].records)
         bindings += ['TrainConfig.init="runs/x3d_m_kinetics"', f"Recipe.batch={min(64, trained // 8 * 8 or trained)}"]
     elif int(manifest.settings.get("short_side", 256)) < _SMALLEST_OF_X3D_S:
-        recipes = "--gin_file=gin/few_videos.gin"
-    options = " ".join(f"--gin_bindings='{binding}'" for binding in bindings)
+        recipes = ["gin/few_videos.gin"]
+    options = " ".join([f"--gin_file={file}" for file in recipes] + [f"--gin_bindings='{each}'" for each in bindings])
     run = f"--workdir=runs/{Path(manifest.folder).resolve().name}"
-    return [begin, f"  python -m x3d_tf.train {recipes} {options} {run}"]
+    return [*_advice(manifest, recipes, names[0]), begin, f"  python -m x3d_tf.train {options} {run}"]
+
+
+def _advice(manifest: Manifest, recipes: list[str], split: str) -> list[str]:
+    """Where the records do not fit the recipes that are named for them."""
+    from x3d_tf.data.pipeline import short_sides  # imports TensorFlow
+
+    config = configs.parse(recipes).config
+    config = replace(config, dataset=replace(config.dataset, train_split=split))
+    return [f"  warning: {text}" for text in advice(manifest, config, short_sides(manifest, split))]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from absl import flags
 
 from x3d_tf import _command, configs
 from x3d_tf._checks import UserError, require
+from x3d_tf.runs.advice import print_advice
 
 FLAGS = flags.FLAGS
 
@@ -43,8 +44,10 @@ def main() -> None:
     from x3d_tf.training.clips import save_training_preview
 
     output.parent.mkdir(parents=True, exist_ok=True)
+    config = replace(config, dataset=spec)
     manifest = hold_out(open_dataset(spec), spec, config.seed)
-    save_training_preview(manifest, replace(config, dataset=spec), output, FLAGS.clips)
+    print_advice(manifest, config)
+    save_training_preview(manifest, config, output, FLAGS.clips)
     print(f"written: {output}")
 
 

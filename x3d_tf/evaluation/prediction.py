@@ -42,7 +42,8 @@ class Prediction:
         start, end: the part that this is of, in seconds from the first frame; all of it unless windows were asked for.
         probabilities: one a class, float32: they add up to 1, but for a multi-label network, where each class has its
             own.
-        thumbnails: some of the frames as the network saw them, evenly chosen, uint8 [n, S, S, 3].
+        thumbnails: some of the frames as the network saw them, spread evenly over the part, uint8 [n, S, S, 3].
+        times: of the thumbnails, in seconds from the first frame, float64 [n].
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Prediction:
     end: float
     probabilities: NDArray[np.float32]
     thumbnails: NDArray[np.uint8]
+    times: NDArray[np.float64]
 
     def top(self, count: int = 5) -> list[int]:
         """The most probable classes, highest first; of equal ones the lower comes first."""
@@ -82,7 +84,7 @@ def predict_videos(
         short_side: pixels to which larger frames are scaled first, as records have them; 256, or what the network
             looks at where that is larger, unless given.
         frame_sampling: see `clips.frame_indices`.
-        thumbnails: frames to keep with each prediction.
+        thumbnails: frames to keep with each prediction; fewer of a part that has fewer.
         progress: whether to show a progress bar.
 
     Yields:
@@ -150,11 +152,18 @@ def list_videos(paths: Iterable[str | Path]) -> list[Path]:
 
 
 class Cut(NamedTuple):
-    """A clip out of a stream: which part it is of, which of that part's clips, and its frames [T, height, width, 3]."""
+    """A clip out of a stream.
+
+    Attributes:
+        part, view: which part it is of, and which of that part's clips.
+        pixels: its frames, [T, height, width, 3].
+        numbers: of the frames of all clips of the part, int64 [clips, T].
+    """
 
     part: int
     view: int
     pixels: Pixels
+    numbers: NDArray[np.int64]
 
 
 def cut_clips(frames: Iterable[Pixels], parts: Iterable[NDArray[np.int64]]) -> Iterator[Cut]:
@@ -174,7 +183,7 @@ def cut_clips(frames: Iterable[Pixels], parts: Iterable[NDArray[np.int64]]) -> I
     for number, pixels in enumerate(frames):
         while following is not None and following[1].min() <= number:
             part, clips = following
-            waiting += [_OpenClip(part, view, clip) for view, clip in enumerate(clips)]
+            waiting += [_OpenClip(part, view, clips) for view in range(len(clips))]
             following = next(upcoming, None)
         for clip in waiting:
             clip.take(number, pixels)
@@ -194,22 +203,38 @@ class _OpenClip:
 
     part: int
     view: int
-    numbers: NDArray[np.int64]
+    numbers: NDArray[np.int64]  # of all clips of the part
     pixels: list[Pixels] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        return len(self.pixels) == len(self.numbers)
+        return len(self.pixels) == self.numbers.shape[1]
 
     def take(self, number: int, pixels: Pixels) -> None:
-        while not self.complete and self.numbers[len(self.pixels)] == number:  # short videos repeat frames
+        while not self.complete and self.numbers[self.view, len(self.pixels)] == number:  # short videos repeat frames
             self.pixels.append(pixels)
 
     def fill(self, pixels: Pixels) -> None:
-        self.pixels += [pixels] * (len(self.numbers) - len(self.pixels))
+        self.pixels += [pixels] * (self.numbers.shape[1] - len(self.pixels))
 
     def cut(self) -> Cut:
-        return Cut(self.part, self.view, np.stack(self.pixels))
+        return Cut(self.part, self.view, np.stack(self.pixels), self.numbers)
+
+
+def spread_frames(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Chooses frames of several clips that lie evenly in time: the nearest to the middles of `count` equal spans.
+
+    Args:
+        numbers: of the clips' frames, [clips, T].
+        count: frames to choose; fewer are where there are fewer.
+
+    Returns:
+        Their places in the flattened `numbers`, in the order of time, each frame once.
+    """
+    seen, places = np.unique(numbers, return_index=True)
+    middles = seen[0] + (np.arange(count) + 0.5) * (seen[-1] - seen[0] + 1) / max(count, 1) - 0.5
+    nearest = np.abs(seen - middles[:, None]).argmin(axis=1)
+    return places[np.unique(nearest)]
 
 
 def windows(frames: int, fps: float, window: float | None, hop: float | None) -> Iterator[tuple[int, int]]:
@@ -306,10 +331,10 @@ def _predict_video(
     def predictions(frames: int) -> Iterator[Prediction]:
         cuts = cut_clips(stream(), sampler.clips(frames, fps))
         # Windows are of one length, so that they are finished in the order in which they begin.
-        for (first, end), found in zip(
+        for (first, end), (probabilities, shown, numbers) in zip(
             sampler.windows(frames, fps), _averages(network, cuts, sampler, path, thumbnails)
         ):
-            yield Prediction(path, first / fps, end / fps, *found)
+            yield Prediction(path, first / fps, end / fps, probabilities, shown, numbers / fps)
 
     if sampler.window is not None:
         # Windows come out while the video is read. If it then lacks some of the frames that it promised, too few to
@@ -324,22 +349,25 @@ def _predict_video(
 
 def _averages(
     network: _Network, cuts: Iterable[Cut], sampler: _Sampler, path: Path, thumbnails: int
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8]]]:
-    """Mean probabilities and thumbnails of each part, once all of its clips have come."""
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.int64]]]:
+    """Mean probabilities, thumbnails and the numbers of their frames of each part, once all of its clips have come."""
     views, frames, crop = sampler.views.temporal_views, sampler.clip.frames, sampler.views.crop
-    shown = np.unique(np.linspace(0, views * frames - 1, thumbnails).round().astype(int))  # of a part's frames
     parts: dict[int, _Part] = {}
     for batch in _batches(cut._replace(pixels=network.prepare(cut.pixels)) for cut in cuts):
         for cut, probabilities in zip(batch, network([cut.pixels for cut in batch], path), strict=True):
             part = parts.setdefault(cut.part, _Part(np.zeros(network.classes, np.float32)))
             part.total += probabilities
             part.clips += 1
-            chosen = shown[shown // frames == cut.view] % frames
-            part.thumbnails += [np.clip(cut.pixels[place].numpy().round(), 0, 255) for place in chosen]
+            shown = spread_frames(cut.numbers, thumbnails)
+            for place in shown[shown // frames == cut.view] % frames:
+                picture = np.clip(cut.pixels[place].numpy().round(), 0, 255).astype(np.uint8)
+                part.thumbnails[int(cut.numbers[cut.view, place])] = picture
             if part.clips == views:
                 del parts[cut.part]
-                seen = np.array(part.thumbnails, np.uint8).reshape(-1, crop, crop, 3)
-                yield part.total / np.float32(views), seen
+                numbers = sorted(part.thumbnails)
+                pictures = np.array([part.thumbnails[number] for number in numbers], np.uint8)
+                shape = (-1, crop, crop, 3)  # also of none
+                yield part.total / np.float32(views), pictures.reshape(shape), np.array(numbers, np.int64)
 
 
 @dataclass(eq=False)
@@ -348,7 +376,7 @@ class _Part:
 
     total: NDArray[np.float32]
     clips: int = 0
-    thumbnails: list[Any] = field(default_factory=list)
+    thumbnails: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # by the numbers of their frames
 
 
 def _batches(cuts: Iterable[Cut]) -> Iterator[list[Cut]]:

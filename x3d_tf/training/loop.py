@@ -28,6 +28,7 @@ from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.portable import portable
 from x3d_tf.modeling.saving import describe, load, save
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.runs.advice import print_advice
 from x3d_tf.runs.checkpointing import Checkpoints, Origin
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
@@ -88,6 +89,8 @@ def _train(config: TrainConfig, run: RunFolder, strategy: tf.distribute.Strategy
     manifest = open_dataset(config.dataset)
     records = hold_out(manifest, config.dataset, config.seed)
     _check_records(records, config)
+    if not run.has_checkpoint:  # later its settings are fixed
+        print_advice(records, config)
     if not run.preview.is_file():
         save_training_preview(records, config, run.preview)
     trainer = Trainer(config, records, strategy)
