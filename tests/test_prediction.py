@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_transforms import naive_resize
-from video_fixtures import numbered_frames, write_records, write_video
+from video_fixtures import number_of, numbered_frames, write_records, write_video
 
 import x3d_tf
 from x3d_tf import _csv
@@ -32,6 +32,7 @@ from x3d_tf.evaluation.prediction import (
     json_document,
     list_videos,
     predict_videos,
+    spread_frames,
     windows,
 )
 
@@ -138,8 +139,42 @@ def test_a_network_says_what_it_says_of_the_record_but_for_jpeg(network: Any, cl
     np.testing.assert_allclose(result.probabilities, naive_probabilities(network, decoded(path), 30.0, 4), atol=1e-5)
     # The clips are the same frames, cut alike: those of the next frame would be three times further off.
     seen = result.thumbnails.astype(float)
-    assert np.abs(seen - pixels[0].reshape(seen.shape)).mean() < 5
-    assert np.abs(seen[:-1] - pixels[0].reshape(seen.shape)[1:]).mean() > 15
+    starts = view_starts(41, 30.0, network.clip, 4)
+    _, places = np.unique(frame_indices(starts, 41, 30.0, network.clip), return_index=True)
+    stored = pixels[0].reshape(-1, *seen.shape[1:])[places]
+    assert np.abs(seen - stored).mean() < 5
+    assert np.abs(seen[:-1] - stored[1:]).mean() > 15
+
+
+@pytest.mark.parametrize(
+    ("numbers", "count", "expected"),
+    [
+        (np.arange(0, 300, 6)[:50].reshape(5, 10), 6, [24, 72, 120, 174, 222, 270]),  # middles of sixths of 295 frames
+        ([[0, 10], [100, 110], [200, 210]], 3, [10, 100, 200]),  # not only the first of each clip
+        ([[0, 1, 2], [1, 2, 3]], 2, [0, 2]),  # clips that overlap
+        ([[5, 6, 7]], 1, [6]),
+        ([[0, 1], [0, 1]], 6, [0, 1]),  # there are no more
+        ([[3, 3, 3]], 2, [3]),
+        ([[0, 1]], 0, []),
+    ],
+)
+def test_thumbnails_lie_evenly_in_time(numbers: Any, count: int, expected: list[int]) -> None:
+    numbers = np.array(numbers)
+    places = spread_frames(numbers, count)
+    assert numbers.ravel()[places].tolist() == expected
+
+
+def test_thumbnails_are_the_frames_of_their_times(linear: Any, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", numbered_frames(46, 54, 54), 30, codec="ffv1", pix_fmt="bgr0")
+    (whole,) = predictions(linear, [path], thumbnails=3, temporal_views=4)
+    windowed = predictions(linear, [path], thumbnails=3, window=0.5, hop=0.25)
+    assert len(windowed) > 3
+    for result in (whole, *windowed):
+        np.testing.assert_allclose(result.times, [number_of(picture) / 30 for picture in result.thumbnails])
+        assert len(result.times) == 3 and (np.diff(result.times) > 0).all()
+        assert result.start <= result.times[0] and result.times[-1] <= result.end
+    thirds = np.linspace(0, whole.end, 4)
+    assert ((thirds[:-1] <= whole.times) & (whole.times <= thirds[1:])).all()
 
 
 @pytest.mark.parametrize(("settings", "views"), [({}, 1), ({"temporal_views": 2}, 2)])
@@ -336,10 +371,11 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
         list_videos([tmp_path])
 
 
+NO_THUMBNAILS = np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0)
 RESULTS: list[Prediction | VideoError] = [
-    Prediction(Path("a, b/дом.mp4"), 0.0, 1.5, np.float32([0.5, 0.25, 0.25]), np.zeros((0, 8, 8, 3), np.uint8)),
+    Prediction(Path("a, b/дом.mp4"), 0.0, 1.5, np.float32([0.5, 0.25, 0.25]), *NO_THUMBNAILS),
     VideoError("x\udcff.mp4", "the file is empty"),
-    Prediction(Path("c.mp4"), 0.5, 2.0, np.float32([0.2, 0.2, 0.6]), np.zeros((0, 8, 8, 3), np.uint8)),
+    Prediction(Path("c.mp4"), 0.5, 2.0, np.float32([0.2, 0.2, 0.6]), *NO_THUMBNAILS),
 ]
 
 
@@ -410,7 +446,7 @@ def test_an_empty_document_is_json(tmp_path: Path) -> None:
 def test_names_in_the_table_are_no_formulas(tmp_path: Path) -> None:
     names = ("=run", "-jump")
     with csv_table(tmp_path / "a.csv", names) as add:
-        add(Prediction(Path("=x.mp4"), 0.0, 1.0, np.float32([0.25, 0.75]), RESULTS[0].thumbnails))
+        add(Prediction(Path("=x.mp4"), 0.0, 1.0, np.float32([0.25, 0.75]), *NO_THUMBNAILS))
         add(VideoError("@y.mp4", "+bad"))
     text = (tmp_path / "a.csv").read_text()
     assert text.splitlines()[1:] == ["'=x.mp4,0.000,1.000,'-jump,,0.25,0.75", "'@y.mp4,,,,'+bad,,"]
@@ -502,7 +538,7 @@ def test_windows_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     from x3d_tf.predict import show_windows
 
     def window(path: str, start: float, *probabilities: float) -> Prediction:
-        return Prediction(Path(path), start, start + 2, np.float32(probabilities), np.zeros((0, 8, 8, 3), np.uint8))
+        return Prediction(Path(path), start, start + 2, np.float32(probabilities), *NO_THUMBNAILS)
 
     results = [
         window("a", 0, 0.9, 0.1),

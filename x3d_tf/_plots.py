@@ -122,8 +122,8 @@ def save_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, t
             for true, predicted in np.argwhere(counts):
                 colour = "white" if shares[true, predicted] > 0.5 else "black"
                 number = str(int(counts[true, predicted]))
-                size = min(8, 100 * side / classes / len(number))  # points, so that it stays in its cell
-                axes.text(predicted, true, number, ha="center", va="center", color=colour, fontsize=size)
+                points = min(8, 100 * side / classes / len(number))  # so that it stays in its cell
+                axes.text(predicted, true, number, ha="center", va="center", color=colour, fontsize=points)
 
 
 def save_sweep(
