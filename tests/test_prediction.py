@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_transforms import naive_resize
-from video_fixtures import numbered_frames, write_records, write_video
+from video_fixtures import number_of, numbered_frames, write_records, write_video
 
 import x3d_tf
 from x3d_tf import _csv
@@ -34,6 +34,7 @@ from x3d_tf.evaluation.prediction import (
     csv_table,
     json_document,
     predict_videos,
+    spread_frames,
     windows,
 )
 from x3d_tf.evaluation.testing import evaluate_run
@@ -160,8 +161,8 @@ def test_thumbnails_are_frames_that_the_network_saw(network: Any, clips: Path) -
     path = clips / "a b, c.mp4"
     frames = decoded(path)
     (result,) = predictions(network, [path], temporal_views=4, thumbnails=5)
-    numbers = np.unique(frame_indices(view_starts(41, 30.0, network.clip, 4), 41, 30.0, network.clip))
-    shown = frames[numbers[[0, 4, 8, 11, 15]]]  # evenly chosen of 16
+    numbers = frame_indices(view_starts(41, 30.0, network.clip, 4), 41, 30.0, network.clip)
+    shown = frames[numbers.ravel()[spread_frames(numbers, 5)]]
     expected = naive_resize(shown, 54, 72)[:, 3:51, 12:60]
     assert np.abs(result.thumbnails.astype(float) - expected).max() <= 1
 
@@ -199,6 +200,37 @@ def test_a_run_predicts_what_its_report_says(network: Any, clips: Path, tmp_path
     assert report.results["stored"] == {"short_side": 40, "jpeg_quality": 60}
     alone = [result.probabilities for result in predictions(str(run.model), paths)]
     np.testing.assert_array_equal(alone, found)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "count", "expected"),
+    [
+        (np.arange(0, 300, 6)[:50].reshape(5, 10), 6, [24, 72, 120, 174, 222, 270]),  # middles of sixths of 295 frames
+        ([[0, 10], [100, 110], [200, 210]], 3, [10, 100, 200]),  # not only the first of each clip
+        ([[0, 1, 2], [1, 2, 3]], 2, [0, 2]),  # clips that overlap
+        ([[5, 6, 7]], 1, [6]),
+        ([[0, 1], [0, 1]], 6, [0, 1]),  # there are no more
+        ([[3, 3, 3]], 2, [3]),
+        ([[0, 1]], 0, []),
+    ],
+)
+def test_thumbnails_lie_evenly_in_time(numbers: Any, count: int, expected: list[int]) -> None:
+    numbers = np.array(numbers)
+    places = spread_frames(numbers, count)
+    assert numbers.ravel()[places].tolist() == expected
+
+
+def test_thumbnails_are_the_frames_of_their_times(linear: Any, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", numbered_frames(46, 54, 54), 30, codec="ffv1", pix_fmt="bgr0")
+    (whole,) = predictions(linear, [path], thumbnails=3, temporal_views=4)
+    windowed = predictions(linear, [path], thumbnails=3, window=0.5, hop=0.25)
+    assert len(windowed) > 3
+    for result in (whole, *windowed):
+        np.testing.assert_allclose(result.times, [number_of(picture) / 30 for picture in result.thumbnails])
+        assert len(result.times) == 3 and (np.diff(result.times) > 0).all()
+        assert result.start <= result.times[0] and result.times[-1] <= result.end
+    thirds = np.linspace(0, whole.end, 4)
+    assert ((thirds[:-1] <= whole.times) & (whole.times <= thirds[1:])).all()
 
 
 @pytest.mark.parametrize(("settings", "views"), [({}, 1), ({"temporal_views": 2}, 2)])
@@ -432,10 +464,11 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
         list_videos(["a.mp4", "b"])
 
 
+NO_THUMBNAILS = np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0)
 RESULTS: list[Prediction | VideoError] = [
-    Prediction(Path("a, b/дом.mp4"), 0.0, 1.5, np.float32([0.5, 0.25, 0.25]), np.zeros((0, 8, 8, 3), np.uint8)),
+    Prediction(Path("a, b/дом.mp4"), 0.0, 1.5, np.float32([0.5, 0.25, 0.25]), *NO_THUMBNAILS),
     VideoError("x\udcff.mp4", "the file is empty"),
-    Prediction(Path("c.mp4"), 0.5, 2.0, np.float32([0.2, 0.2, 0.6]), np.zeros((0, 8, 8, 3), np.uint8)),
+    Prediction(Path("c.mp4"), 0.5, 2.0, np.float32([0.2, 0.2, 0.6]), *NO_THUMBNAILS),
 ]
 
 
@@ -506,7 +539,7 @@ def test_an_empty_document_is_json(tmp_path: Path) -> None:
 def test_names_in_the_table_are_no_formulas(tmp_path: Path) -> None:
     names = ("=run", "-jump")
     with csv_table(tmp_path / "a.csv", names) as add:
-        add(Prediction(Path("=x.mp4"), 0.0, 1.0, np.float32([0.25, 0.75]), RESULTS[0].thumbnails))
+        add(Prediction(Path("=x.mp4"), 0.0, 1.0, np.float32([0.25, 0.75]), *NO_THUMBNAILS))
         add(VideoError("@y.mp4", "+bad"))
     text = (tmp_path / "a.csv").read_text()
     assert text.splitlines()[1:] == ["'=x.mp4,0.000,1.000,'-jump,,0.25,0.75", "'@y.mp4,,,,'+bad,,"]
@@ -598,7 +631,7 @@ def test_windows_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     from x3d_tf.predict import show_windows
 
     def window(path: str, start: float, *probabilities: float) -> Prediction:
-        return Prediction(Path(path), start, start + 2, np.float32(probabilities), np.zeros((0, 8, 8, 3), np.uint8))
+        return Prediction(Path(path), start, start + 2, np.float32(probabilities), *NO_THUMBNAILS)
 
     results = [
         window("a", 0, 0.9, 0.1),

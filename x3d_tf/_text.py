@@ -25,7 +25,7 @@ def decimal(text: str) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def binding_flag(name: str, value: str | int) -> str:
+def binding_flag(name: str, value: str | float) -> str:
     """A setting as it stands on a command line that is printed to be copied, whatever the text of its value."""
     return "--gin_bindings=" + shlex.quote(f"{name}={json.dumps(value, ensure_ascii=False)}")
 

@@ -36,13 +36,14 @@ on, and --quality=85 or a smaller --short_side make them smaller.
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
-from x3d_tf import _command
+from x3d_tf import _command, configs
 from x3d_tf._checks import UserError, require, some
 from x3d_tf._startup import starting_tensorflow
 from x3d_tf._terminal import one_line
@@ -53,6 +54,7 @@ from x3d_tf.data.encoding import TIMEOUT
 from x3d_tf.data.key_frames import FIRST_MINUTE
 from x3d_tf.data.manifest import Manifest
 from x3d_tf.data.sources import default_splits
+from x3d_tf.runs.advice import advice
 
 FLAGS = flags.FLAGS
 
@@ -201,18 +203,28 @@ def _next(manifest: Manifest, detects: bool) -> list[str]:
         bindings |= {"DatasetSpec.train_split": names[0]} if names[0] != "train" else {}
         bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 and not detects else {}
         bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != tested else {}
-    recipes = "--gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin"
+    recipes = ["gin/x3d_s.gin", "gin/data/records.gin"]
     begin = "Train on them with:"
     if detects:
-        recipes = "--gin_file=gin/ava/x3d_m_v2.2.gin"
+        recipes = ["gin/ava/x3d_m_v2.2.gin"]
         begin = "Train on them, from weights of Kinetics (TrainConfig.init; without it from random ones), with:"
         trained = sum(bool(record.labels) for record in manifest.splits[names[0]].records)
         bindings |= {"TrainConfig.init": "runs/x3d_m_kinetics", "Recipe.batch": min(64, trained // 8 * 8 or trained)}
     elif manifest.stored.short_side < _SMALLEST_OF_X3D_S:
-        recipes = "--gin_file=gin/few_videos.gin"
-    options = " ".join(binding_flag(name, value) for name, value in bindings.items())
+        recipes = ["gin/few_videos.gin"]
+    flags_ = [f"--gin_file={file}" for file in recipes] + [binding_flag(*binding) for binding in bindings.items()]
     run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
-    return [begin, f"  python -m x3d_tf.train {recipes} {options} {run}"]
+    return [*_advice(manifest, recipes, names[0]), begin, f"  python -m x3d_tf.train {' '.join(flags_)} {run}"]
+
+
+def _advice(manifest: Manifest, recipes: list[str], split: str) -> list[str]:
+    """Where the records do not fit the recipes that are named for them."""
+    with starting_tensorflow():
+        from x3d_tf.data.pipeline import short_sides
+
+    config = configs.parse(recipes).config
+    config = replace(config, dataset=replace(config.dataset, train_split=split))
+    return [f"  warning: {text}" for text in advice(manifest, config, short_sides(manifest, split))]
 
 
 if __name__ == "__main__":

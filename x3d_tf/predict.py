@@ -328,7 +328,8 @@ def _save_sheet(path: Path, rows: "Sequence[Prediction]", names: Sequence[str], 
         return "\n".join([one_line(row.path.name), times, *top_lines(row, names, 3)])
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    _plots.save_clips([row.thumbnails for row in rows], [label(row) for row in rows], path, title)
+    clips, times = [row.thumbnails for row in rows], [row.times.tolist() for row in rows]
+    _plots.save_clips(clips, [label(row) for row in rows], path, title, times)
 
 
 if __name__ == "__main__":

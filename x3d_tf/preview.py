@@ -18,6 +18,7 @@ from x3d_tf._startup import starting_tensorflow
 from x3d_tf._terminal import tell
 from x3d_tf._text import counted
 from x3d_tf.data.datasets import hold_out, open_dataset, with_splits_of
+from x3d_tf.runs.advice import print_advice
 
 FLAGS = flags.FLAGS
 
@@ -49,7 +50,9 @@ def main() -> None:
 
     tell(f"drawing {counted(FLAGS.clips, 'clip')} of {manifest.folder}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_training_preview(manifest, replace(config, dataset=spec), output, FLAGS.clips)
+    config = replace(config, dataset=spec)
+    print_advice(manifest, config)
+    save_training_preview(manifest, config, output, FLAGS.clips)
     print(f"written: {output}")
 
 

@@ -327,6 +327,23 @@ def decode_frames(jpegs: tf.Tensor) -> tf.Tensor:
     return tf.map_fn(decode_frame, jpegs, fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8))
 
 
+def short_sides(manifest: Manifest, split: str, records: int = 8) -> list[int]:
+    """Short sides in pixels of the stored frames: of the first frame of that many records, spread over the split.
+
+    Raises:
+        UserError: a split without records, or one of these is damaged.
+    """
+    table = RecordTable(manifest, split)
+    chosen = np.unique(np.linspace(0, len(table) - 1, records).round().astype(np.int64))
+    with naming_records():
+        shapes = [table.read(tf.constant(record), _first_shape) for record in chosen]
+    return [int(min(shape[:2])) for shape in shapes]
+
+
+def _first_shape(parsed: ParsedRecord) -> tf.Tensor:
+    return tf.io.extract_jpeg_shape(parsed.frames[0])  # height, width, channels
+
+
 def chances(seed: int, place: Place) -> tf.Tensor:
     """Five uniform numbers in [0, 1) for start, scale, top, left and mirroring; float64."""
     key = tf.random.fold_in(tf.stack([tf.constant(seed, tf.int64), place.epoch]), place.slot)

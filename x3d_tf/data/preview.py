@@ -9,9 +9,11 @@ import tensorflow as tf
 from x3d_tf import _plots
 from x3d_tf._checks import require
 from x3d_tf.data.boxes import have_area
-from x3d_tf.data.clips import FrameSampling
+from x3d_tf.data.clips import FrameSampling, frame_indices, last_start
+from x3d_tf.data.index import video_and_second
+from x3d_tf.data.key_frame_pipeline import with_actions
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import naming_records, place_of, training_dataset
+from x3d_tf.data.pipeline import Place, chances, naming_records, place_of, training_dataset
 from x3d_tf.modeling.expansion import ClipSpec
 
 COLOURS = (  # of boxes: name and RGB
@@ -66,45 +68,67 @@ def save_preview(
         squeeze=squeeze,
         replica_batch=1,  # else a whole batch would be decoded, however large
     )
-    rows, captions = [], []
+    rows, captions, times = [], [], []
     with naming_records():
         for number, (pixels, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
-            step, member = (tf.constant(part, tf.int64) for part in divmod(number, batch))
-            place = place_of(step, member, records=len(records), batch=batch, seed=seed)
-            name = records[int(place.record)].media_id
+            place = _place(number, len(records), batch, seed)
+            record = records[int(place.record)]
+            start = chances(seed, place)[0].numpy() * last_start(record.frames, record.fps, clip)
+            own = frame_indices(start, record.frames, record.fps, clip, frame_sampling) / record.fps
             rows.append(pixels[0])
+            times.append(own.tolist())
             captions.append(
-                f"{label_text(labels[0], manifest.classes)}\n{name}\nepoch {int(place.epoch)}, slot {int(place.slot)}"
+                f"{label_text(labels[0], manifest.classes)}\n{record.media_id}\n"
+                f"{own[0]:.1f} to {own[-1]:.1f} s of {record.frames / record.fps:.1f} s"
             )
     title = f"{manifest.folder}, {split}: the first clips of training, {clip.frames} frames of {clip.size}² pixels"
-    _plots.save_clips(rows, captions, Path(path), title)
+    _plots.save_clips(rows, captions, Path(path), title, times)
     return Path(path)
 
 
-def save_box_preview(manifest: Manifest, split: str, stream: tf.data.Dataset, path: str | Path, clips: int = 8) -> Path:
+def _place(clip: int, records: int, batch: int, seed: int) -> Place:
+    """Where a clip of training stands, counted from 0 over all steps."""
+    step, member = (tf.constant(part, tf.int64) for part in divmod(clip, batch))
+    return place_of(step, member, records=records, batch=batch, seed=seed)
+
+
+def save_box_preview(
+    manifest: Manifest,
+    split: str,
+    stream: tf.data.Dataset,
+    path: str | Path,
+    *,
+    batch: int,
+    seed: int,
+    clips: int = 8,
+) -> Path:
     """Draws the first training clips of key frames as a PNG, with their boxes in colours and what each does.
 
     Args:
         manifest, split: the records.
         stream: of `training_key_frames`, one clip an element.
         path: replaced if it is there.
+        batch, seed: of that stream.
         clips: rows of the sheet.
 
     Returns:
         The path.
     """
+    records = with_actions(manifest.split(split).records)
     rows, captions = [], []
     with naming_records():
-        for inputs, labels in stream.take(clips).as_numpy_iterator():
+        for number, (inputs, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
+            record = records[int(_place(number, len(records), batch, seed).record)]
+            video, second = video_and_second(record.media_id)
             pixels, boxes = np.clip(np.round(inputs["clip"][0]), 0, 255), inputs["boxes"][0]
             shown = have_area(boxes).numpy()
-            lines = []
-            for number, (box, own) in enumerate(zip(boxes[shown], labels[0][shown])):
-                name, colour = COLOURS[number % len(COLOURS)]
+            lines = [f"{video}, second {second}"]
+            for order, (box, own) in enumerate(zip(boxes[shown], labels[0][shown])):
+                name, colour = COLOURS[order % len(COLOURS)]
                 draw_box(pixels, box, colour)
                 lines.append(f"{name}: {label_text(own, manifest.classes) or 'nothing'}")
             rows.append(pixels)
-            captions.append("\n".join(lines) or "no box")
+            captions.append("\n".join(lines if len(lines) > 1 else [*lines, "no box in the crop"]))
     _plots.save_clips(rows, captions, Path(path), f"{manifest.folder}, {split}: the first clips of training")
     return Path(path)
 

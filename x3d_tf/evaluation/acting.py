@@ -4,6 +4,7 @@ As in AVA: a clip around each whole second, whose boxes stand still for it. Othe
 whole frame and not its centre square, so that persons at the sides are seen, too.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -13,11 +14,13 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 import tensorflow as tf
+from matplotlib import get_data_path
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import appearing, writing
+from x3d_tf._plots import shortened
 from x3d_tf._terminal import progress_bar
 from x3d_tf.data import transforms
 from x3d_tf.data.ava import BoxTable, KeyFrame, of_all_actions, read_boxes
@@ -32,6 +35,8 @@ from x3d_tf.modeling.detection import Detector
 
 Boxes = NDArray[np.float32]  # x1, y1, x2, y2 in [0, 1] of the frame, [n, 4]
 Persons = Callable[[int, Pixels], Boxes]  # by second and picture
+
+_Place = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 _PERSON = 1  # number of the class in COCO's label map, which TensorFlow's detectors share
 _UNLIMITED = 1 << 30  # pixels
@@ -242,13 +247,40 @@ def in_words(acting: Acting, names: Sequence[str], score: float) -> list[list[st
 
 def _drawn(pixels: Pixels, acting: Acting, names: Sequence[str], score: float) -> Pixels:
     picture = Image.fromarray(np.ascontiguousarray(pixels))
-    pen, size = ImageDraw.Draw(picture), max(10, picture.height // 30)
-    font = ImageFont.load_default(size)
-    for number, (box, actions) in enumerate(zip(acting.boxes, in_words(acting, names, score))):
-        _, colour = COLOURS[number % len(COLOURS)]
-        x1, y1, x2, y2 = (float(x) * side for x, side in zip(box, (picture.width, picture.height) * 2))
-        pen.rectangle((x1, y1, x2, y2), outline=colour, width=max(2, size // 6))
-        for row, text in enumerate(actions):
-            place = (x1 + size // 4, y1 + row * size)
-            pen.text(place, text, fill=colour, font=font, stroke_width=1, stroke_fill=(0, 0, 0))
+    pen, size = ImageDraw.Draw(picture), max(10, picture.height // 36)
+    corners = acting.boxes * np.array((picture.width, picture.height) * 2)
+    colours = [COLOURS[number % len(COLOURS)][1] for number in range(len(corners))]
+    for box, colour in zip(corners.tolist(), colours):
+        pen.rectangle(box, outline=colour, width=max(2, size // 6))
+    longest = min(int(picture.width / (0.65 * size)), 36)  # characters of a line
+    written: list[_Place] = []
+    for (x1, y1, _, _), actions, colour in zip(corners.tolist(), in_words(acting, names, score), colours):
+        if not actions:
+            continue
+        text = "\n".join(shortened(each, longest) for each in actions)
+        left, top, right, bottom = pen.multiline_textbbox((2, 0), text, _font(size))
+        place = _free_place((x1, y1, x1 + right + left, y1 + bottom + top), picture.size, written)
+        pen.rectangle(place, fill=colour)
+        ink = (0, 0, 0) if colour[1] > 150 else (255, 255, 255)  # green makes a colour bright
+        pen.multiline_text((place[0] + 2, place[1]), text, ink, _font(size))
+        written.append(place)
     return np.asarray(picture)
+
+
+def _free_place(place: _Place, size: tuple[int, int], written: Sequence[_Place]) -> _Place:
+    """The nearest place of a text that is within the picture and, if there is room below, over no other text."""
+    width, height = place[2] - place[0], place[3] - place[1]
+    left = max(min(place[0], size[0] - 1 - width), 0.0)
+    highest = max(min(place[1], size[1] - 1 - height), 0.0)
+    top = highest
+    for other in sorted(written, key=lambda other: other[1]):
+        if left < other[2] and other[0] < left + width and top < other[3] and other[1] < top + height:
+            top = other[3] + 1
+    top = top if top + height < size[1] else highest
+    return left, top, left + width, top + height
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's font, which has Greek, Cyrillic and Arabic letters; Pillow's has Latin ones only."""
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

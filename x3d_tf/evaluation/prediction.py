@@ -46,7 +46,8 @@ class Prediction:
         start, end: the part that this is of, in seconds from the first frame; all of it unless windows were asked for.
         probabilities: one a class, float32: they add up to 1, but for a multi-label network, where each class has its
             own.
-        thumbnails: some of the frames as the network saw them, evenly chosen, uint8 [n, S, S, 3].
+        thumbnails: some of the frames as the network saw them, spread evenly over the part, uint8 [n, S, S, 3].
+        times: of the thumbnails, in seconds from the first frame, float64 [n].
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Prediction:
     end: float
     probabilities: NDArray[np.float32]
     thumbnails: NDArray[np.uint8]
+    times: NDArray[np.float64]
 
     def top(self, count: int = 5) -> list[int]:
         """The most probable classes, highest first; of equal ones the lower comes first."""
@@ -84,7 +86,7 @@ def predict_videos(
             tested with, `test_views`; of each window to 1, its middle.
         window: seconds, no shorter than a clip of the network.
         hop: seconds from the start of one window to that of the next; the length of the window unless given.
-        thumbnails: frames to keep with each prediction.
+        thumbnails: frames to keep with each prediction; fewer of a part that has fewer.
         progress: whether to show a progress bar.
 
     Yields:
@@ -118,6 +120,22 @@ def predict_videos(
         model.stored,
     )
     return _predict(_Network(model, sampler.views), sampler, paths, thumbnails, progress)
+
+
+def spread_frames(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Chooses frames of several clips that lie evenly in time: the nearest to the middles of `count` equal spans.
+
+    Args:
+        numbers: of the clips' frames, [clips, T].
+        count: frames to choose; fewer are where there are fewer.
+
+    Returns:
+        Their places in the flattened `numbers`, in the order of time, each frame once.
+    """
+    seen, places = np.unique(numbers, return_index=True)
+    middles = seen[0] + (np.arange(count) + 0.5) * (seen[-1] - seen[0] + 1) / max(count, 1) - 0.5
+    nearest = np.abs(seen - middles[:, None]).argmin(axis=1)
+    return places[np.unique(nearest)]
 
 
 def windows(frames: int, fps: float, window: float | None, hop: float | None) -> Iterator[tuple[int, int]]:
@@ -236,7 +254,7 @@ def _predict_whole(
     for numbers in video.chosen:
         total += found[numbers]
     mean = total / np.float32(len(video.chosen))
-    yield Prediction(path, 0.0, video.frames / video.fps, mean, shown.pixels(network.crop))
+    yield Prediction(path, 0.0, video.frames / video.fps, mean, *shown.taken(network.crop, video.fps))
 
 
 def _predict_windows(
@@ -272,7 +290,7 @@ def _predict_windows(
         if window.clips == sampler.views.temporal_views:
             del begun[cut.part]
             mean = window.total / np.float32(window.clips)
-            yield Prediction(path, window.start, window.end, mean, window.shown.pixels(network.crop))
+            yield Prediction(path, window.start, window.end, mean, *window.shown.taken(network.crop, fps))
 
 
 @dataclass(eq=False)
@@ -287,17 +305,16 @@ class _Window:
 
 
 class _Thumbnails:
-    """Some of the frames that the network sees of clips, evenly chosen in time.
+    """Some of the frames that the network sees of clips, spread evenly in time.
 
     Args:
-        clips: numbers of their frames, [clips, T].
+        clips: numbers of their frames, int64 [clips, T].
         count: frames at most.
     """
 
     def __init__(self, clips: NDArray[np.int64], count: int) -> None:
-        numbers = np.unique(clips)
-        places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
-        self._pixels: dict[int, NDArray[np.uint8] | None] = dict.fromkeys(numbers[places].tolist())
+        numbers = clips.ravel()[spread_frames(clips, count)]
+        self._pixels: dict[int, NDArray[np.uint8] | None] = dict.fromkeys(numbers.tolist())
 
     def take(self, cut: Cut) -> None:
         """Keeps the frames of a clip, [T, S, S, 3], that were chosen."""
@@ -305,10 +322,10 @@ class _Thumbnails:
             if number in self._pixels and self._pixels[number] is None:
                 self._pixels[number] = np.clip(frame.numpy().round(), 0, 255).astype(np.uint8)
 
-    def pixels(self, side: int) -> NDArray[np.uint8]:
-        """Those that came, [n, side, side, 3]."""
-        came = [pixels for pixels in self._pixels.values() if pixels is not None]
-        return np.array(came, np.uint8).reshape(-1, side, side, 3)
+    def taken(self, side: int, fps: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+        """Those that came, [n, side, side, 3], and their times in seconds, [n]."""
+        came = {number: pixels for number, pixels in self._pixels.items() if pixels is not None}
+        return np.array(list(came.values()), np.uint8).reshape(-1, side, side, 3), np.array(list(came)) / fps
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def save_training_preview(manifest: Manifest, config: TrainConfig, path: Path, c
     """Draws the first clips of a run as a PNG, those of key frames with their boxes; returns its path."""
     split = config.dataset.train_split
     if manifest.task == "detection":
-        return save_box_preview(manifest, split, training_clips(manifest, config, replica_batch=1), path, clips)
+        stream = training_clips(manifest, config, replica_batch=1)
+        return save_box_preview(manifest, split, stream, path, batch=config.recipe.batch, seed=config.seed, clips=clips)
     return save_preview(
         manifest,
         split,

@@ -32,6 +32,7 @@ from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.portable import portable
 from x3d_tf.modeling.saving import load, save
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.runs.advice import print_advice
 from x3d_tf.runs.checkpointing import Checkpoints, Origin
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
@@ -102,6 +103,8 @@ def _train(
     records = hold_out(manifest, config.dataset, config.seed)
     _check_records(records, config)
     print(_describe_splits(records, config))
+    if not run.has_checkpoint:  # later its settings are fixed
+        print_advice(records, config)
     if not run.preview.is_file():
         tell(f"drawing the first clips: {run.preview}")
         save_training_preview(records, config, run.preview)

@@ -1,0 +1,175 @@
+"""Advice on records that do not fit a recipe: who gets it, what it says, and that its binding mends what it names."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from video_fixtures import noise_video, write_records
+
+from x3d_tf import configs
+from x3d_tf.data.index import Record, Split
+from x3d_tf.data.manifest import Manifest
+from x3d_tf.modeling.expansion import Task
+from x3d_tf.runs.advice import advice, print_advice
+from x3d_tf.types import Storage
+
+X3D_S = ("gin/x3d_s.gin", "gin/data/records.gin")
+X3D_L = ("gin/x3d_l.gin", "gin/data/records.gin")
+FEW = ("gin/few_videos.gin",)
+AVA = ("gin/ava/x3d_m_v2.2.gin",)
+
+
+def records(
+    lengths: list[tuple[float, int]],
+    fps: float = 30.0,
+    classes: tuple[int, ...] = (1, 1),
+    stored: int = 256,
+    task: Task = "single_label",
+) -> Manifest:
+    """Of so many videos of so many seconds each; `classes` are the shares of the classes."""
+    labels = [label for label, share in enumerate(classes) for _ in range(share)]
+    seconds = [length for length, count in lengths for _ in range(count)]
+    videos = [
+        Record(0, 0, 1, round(length * fps), fps, (labels[number % len(labels)],), f"{number}.mp4")
+        for number, length in enumerate(seconds)
+    ]
+    names = tuple(f"class {label}" for label in range(len(classes)))
+    return Manifest(Path("data"), names, {"train": Split((), tuple(videos))}, {}, Storage(stored, 95), task)
+
+
+def bindings_in(text: str) -> tuple[str, ...]:
+    """The settings of the flags that a text names, as a shell reads them."""
+    flags = re.findall(r"--gin_bindings=(?:'[^']*'|\S)+", text)
+    return tuple(shlex.split(flag)[0].removeprefix("--gin_bindings=") for flag in flags)
+
+
+def advised(manifest: Manifest, files: tuple[str, ...], sides: list[int], bindings: tuple[str, ...] = ()) -> list[str]:
+    return advice(manifest, configs.parse(files, bindings).config, sides)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "files", "sides", "bindings"),
+    [
+        (records([(4.0, 48)]), FEW, [96], ()),
+        (records([(3.2, 25), (2.0, 23)]), FEW, [96], ()),  # most fill 80 % of the 3.97 s
+        (records([(0.03, 48)]), ("gin/x2d.gin", "gin/data/records.gin"), [256], ()),  # a clip of one frame
+        (records([(5.0, 48)]), FEW, [73, 72, 80], ()),
+        (records([(5.0, 48)]), X3D_S, [182], ()),
+        (records([(5.0, 24)]), FEW, [96], ()),  # 300 times each
+        (records([(5.0, 8)]), FEW, [96], ("Recipe.patience=4", "DatasetSpec.validation_fraction=0.1")),
+        (records([(5.0, 50)], classes=(4, 1)), FEW, [96], ()),
+        (records([(5.0, 60)], classes=(5, 1)), FEW, [96], ('Recipe.class_weights="balanced"',)),
+        (records([(5.0, 60)], classes=(5, 1), task="multi_label"), FEW, [96], ()),
+        (records([(2.7, 60_000)], classes=(5, 1), task="detection"), AVA, [256], ()),
+        (records([(3.0, 8)], classes=(7, 1), stored=128), ("gin/x3d_l.gin",), [128], ("Recipe.steps=4000",)),
+    ],
+)
+def test_records_that_fit_get_none(
+    manifest: Manifest, files: tuple[str, ...], sides: list[int], bindings: tuple[str, ...]
+) -> None:
+    assert advised(manifest, files, sides, bindings) == []
+
+
+@pytest.mark.parametrize(
+    ("manifest", "files", "sides", "numbers", "given"),
+    [
+        (
+            records([(2.0, 47), (9.0, 1)]),
+            FEW,
+            [96],
+            ("spans 3.97 s", "47 of the 48 training videos", "median 2.00 s", "50% of a clip repeats", "fill 80%"),
+            ("Expansion.gamma_tau=3.52",),
+        ),
+        (records([(3.0, 48)]), FEW, [96], ("median 3.00 s", "24% of a clip"), ("Expansion.gamma_tau=5.29",)),
+        (
+            records([(0.4, 48)], fps=25.0),
+            FEW,
+            [96],
+            ("median 0.40 s",),
+            ("Expansion.gamma_tau=1.2", "Expansion.gamma_t=10"),  # every frame
+        ),
+        (
+            records([(5.0, 48)]),
+            X3D_L,
+            [256],
+            ("measure 256 pixels", "to 356 to 446", "cuts out 312", "--short_side=446"),
+            ("Expansion.gamma_s=2.0",),
+        ),
+        (
+            records([(5.0, 48)]),
+            X3D_S,
+            [90, 96, 300],
+            ("measure 96 pixels", "3 records", "to 182 to 228"),
+            ("Expansion.gamma_s=0.75",),
+        ),
+        (
+            records([(2.7, 60_000)], task="detection"),
+            AVA,
+            [200],
+            ("measure 200", "to 256 to 320"),
+            ("Expansion.gamma_s=1.5625",),
+        ),
+        (
+            records([(5.0, 12)]),
+            FEW,
+            [96],
+            ("900 steps of 8 clips", "12 training videos", "600 times"),
+            ("Recipe.steps=450",),
+        ),
+        (records([(2.7, 12)], task="detection"), FEW, [96], ("12 training key frames",), ("Recipe.steps=450",)),
+        (
+            records([(5.0, 60)], classes=(5, 1)),
+            FEW,
+            [96],
+            ("'class 1' has 10 training videos and 'class 0' 50", "from 5 times"),
+            ('Recipe.class_weights="balanced"',),
+        ),
+    ],
+)
+def test_advice_names_the_numbers_and_its_binding_mends_them(
+    manifest: Manifest, files: tuple[str, ...], sides: list[int], numbers: tuple[str, ...], given: tuple[str, ...]
+) -> None:
+    (text,) = advised(manifest, files, sides)
+    assert "\n" not in text
+    for number in numbers:
+        assert number in text
+    bindings = bindings_in(text)
+    assert bindings == given
+    assert advised(manifest, files, sides, bindings) == []
+
+
+def test_all_that_does_not_fit_is_named() -> None:
+    texts = advised(records([(1.0, 12)], classes=(11, 1)), X3D_L, [128], ("Recipe.steps=4000",))
+    assert [[each.partition("=")[0] for each in bindings_in(text)] for text in texts] == [
+        ["Expansion.gamma_s"],
+        ["Recipe.steps"],
+        ["Expansion.gamma_tau"],
+        ["Recipe.class_weights"],
+    ]
+
+
+def test_videos_of_one_frame_get_no_binding() -> None:
+    (text,) = advised(records([(1 / 30, 48)]), FEW, [96])
+    assert text.endswith("use longer videos")
+
+
+def test_the_worked_example_gets_none(shared_data: Path) -> None:
+    with (shared_data / "ut_interaction" / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("1", "2"):
+        own = [(int(row["frames"]) / float(row["fps"]), 1) for row in rows if row["set"] == name]
+        assert len(own) == 60
+        assert advised(records(own, classes=(1,) * 6, stored=96), FEW, [96]) == []
+
+
+def test_the_frames_of_records_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [(40, 52), (48, 44), (64, 80)]
+    manifest = write_records(tmp_path, {"train": [noise_video(seed, 150, *size) for seed, size in enumerate(sizes)]})
+    bindings = ["Recipe.batch=3", "Recipe.reference_batch=3", f'DatasetSpec.records="{tmp_path}"']
+    config: Any = configs.parse(FEW, bindings).config
+    print_advice(manifest, config)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "pixels" in line]
+    assert line.startswith("warning: the training frames measure 44 pixels on their short side (median of 3 records)")

@@ -1,0 +1,157 @@
+"""The pictures that runs leave: nothing is cut off, nothing wasted, and axes say what they show."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from x3d_tf import _plots
+
+NAMES = ("hug", "pushing something from left to right, " * 6, "走路 跑步", "дом", "a$^{$b", "\x1b[2J")
+TITLE = "x3d(tau=7,t=17,s=0.5714,w=1,b=1,d=1), test, 10 clips x 1 crop of 64 pixels: top-1 83.3%"
+Picture = Callable[[Path], None]
+
+
+def names(count: int) -> list[str]:
+    return [NAMES[number] if number < len(NAMES) else f"class {number}" for number in range(count)]
+
+
+def confusion(classes: int) -> Picture:
+    counts = np.random.default_rng(0).integers(0, 30, (classes, classes))
+    return lambda path: _plots.save_confusion(counts, names(classes), path, TITLE)
+
+
+def precisions(classes: int) -> Picture:
+    values = np.linspace(0, 1, classes)
+    return lambda path: _plots.save_precisions(values, np.full(classes, 7), names(classes), path, TITLE)
+
+
+def sweep(count: int) -> Picture:
+    points = [(1.963 * k, 1 - 0.1 / k) for k in range(1, count + 1)]
+    return lambda path: _plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, "top-1")
+
+
+def history(count: int, every: int = 0) -> list[dict[str, float]]:
+    rows = [
+        {"step": 10.0 * number, "loss": 1.0983 + 1e-5 * (number % 3), "accuracy": 1.0, "learning_rate": 1e-5}
+        for number in range(1, count + 1)
+    ]
+    for row in rows[every - 1 :: every] if every else ():
+        row |= {"validation_loss": 0.5, "validation_accuracy": row["step"] / 10 / count}
+    return rows
+
+
+def curves(count: int, every: int = 0) -> Picture:
+    return lambda path: _plots.save_curves(history(count, every), path, TITLE)
+
+
+def sheet(rows: int, columns: int, lines: int = 3) -> Picture:
+    clips = [np.full((columns, 32, 32, 3), 90)] * rows
+    labels = ["\n".join(names(lines))] * rows
+    return lambda path: _plots.save_clips(clips, labels, path, TITLE, [[0.04 * k for k in range(columns)]] * rows)
+
+
+PICTURES = {
+    **{f"confusion matrix of {count} classes": confusion(count) for count in (2, 6, 60, 61)},
+    **{f"precisions of {count} classes": precisions(count) for count in (0, 2, 80)},
+    **{f"sweep of {count} points": sweep(count) for count in (1, 5)},
+    **{f"curves of {count} rows": curves(count) for count in (0, 1, 2000)},
+    **{f"curves of {count} rows with validation": curves(count, 8) for count in (16, 2000)},
+    **{f"sheet of {rows} x {columns}": sheet(rows, columns) for rows, columns in ((1, 1), (3, 6), (2, 40))},
+    "sheet with long labels": sheet(2, 2, 30),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_all_ink_is_within_the_picture_which_has_no_wasted_margin(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Text that is cut off would touch the rim; 11 pixels of it are white, and ink begins right there."""
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")  # also of letters that no font has
+        PICTURES[name](tmp_path / "a.png")
+    assert caplog.text == ""
+    inked = (np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 250).astype(int)
+    for axis in (0, 1):
+        places = np.flatnonzero(inked.any(axis=axis))
+        margins = (places[0], inked.shape[1 - axis] - 1 - places[-1])
+        assert min(margins) >= 8 and max(margins) <= 25, margins
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved from now on, drawn."""
+    from matplotlib.figure import Figure
+
+    saved: list[Any] = []
+
+    def keep(figure: Any, path: Path, **_: object) -> None:
+        figure.canvas.draw()
+        path.touch()
+        saved.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+def test_curves_show_validation_on_plain_axes(figures: list[Any], tmp_path: Path) -> None:
+    curves(20, 5)(tmp_path / "a.png")
+    loss, accuracy, rate = figures[0].axes
+    assert accuracy.get_ylim() == (0, 100) and loss.get_ylim()[0] == 0 and rate.get_ylim()[0] == 0
+    for axes, trained, validated in ((loss, 1.0983, [0.5] * 4), (accuracy, 100, [25, 50, 75, 100])):
+        training, validation = axes.lines
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+        np.testing.assert_allclose(training.get_ydata(), trained, rtol=1e-4)
+        assert list(validation.get_xdata()) == [50, 100, 150, 200]
+        np.testing.assert_allclose(validation.get_ydata(), validated)
+    assert len(rate.lines) == 1 and rate.get_legend() is None
+    for axes in (loss, accuracy, rate):
+        assert axes.get_xlim() == (0, 200)
+        assert axes.yaxis.get_offset_text().get_text() == axes.xaxis.get_offset_text().get_text() == ""
+
+
+def test_long_curves_have_a_mean(figures: list[Any], tmp_path: Path) -> None:
+    curves(1000)(tmp_path / "a.png")
+    noisy, mean = figures[0].axes[0].lines
+    assert len(noisy.get_xdata()) == 1000 and len(mean.get_xdata()) == 100
+    assert mean.get_xdata()[0] == pytest.approx(55) and mean.get_label() == "training, mean of 10 rows"
+
+
+def test_numbers_stand_below_the_frames_and_names_beside_them(figures: list[Any], tmp_path: Path) -> None:
+    clips = [np.zeros((3, 32, 32, 3)), np.zeros((2, 32, 32, 3))]
+    _plots.save_clips(clips, ["hug\na.mp4", "kick"], tmp_path / "a.png", "title", [[0, 2.5, 61], [0, 0.04]])
+    texts = {text.get_text(): text.get_window_extent() for text in figures[0].axes[0].texts}
+    assert set(texts) == {"hug\na.mp4", "kick", "title", "0.0 s", "2.5 s", "61.0 s", "0.00 s", "0.04 s"}
+    assert texts["0.0 s"].x1 < texts["2.5 s"].x0 and texts["0.00 s"].y1 < texts["0.0 s"].y0
+    assert texts["hug\na.mp4"].x1 < texts["0.0 s"].x0 and texts["kick"].y1 < texts["hug\na.mp4"].y0
+    assert texts["title"].y0 > texts["hug\na.mp4"].y1
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ([100, 100], (90, 100)),
+        ([0], (0, 10)),
+        ([50, 60], (49, 61)),
+        ([0, 100], (0, 100)),
+        ([97.5, 98], (90, 100)),
+        ([2.0, 40], (0, 45.6)),
+    ],
+)
+def test_axes_in_percent_stay_within_0_to_100(values: list[float], limits: tuple[float, float]) -> None:
+    low, high = _plots._percent_limits(values)
+    assert (low, high) == pytest.approx(limits)
+    assert low <= min(values) and max(values) <= high
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "expected"),
+    [("hug", 3, "hug"), ("hugs", 3, "h…s"), ("left to right", 9, "left…ight"), ("a\x1bb\udcff", 20, "a\\x1bb\\udcff")],
+)
+def test_long_names_lose_their_middle(name: str, length: int, expected: str) -> None:
+    assert _plots.shortened(name, length) == expected
