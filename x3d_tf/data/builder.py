@@ -289,8 +289,7 @@ class _Build:
 
         labels = {name: label for label, name in enumerate(self.sources.classes)}
         sources = [
-            Source(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.start, v.annotation)
-            for v in shard.videos
+            Source(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.annotation) for v in shard.videos
         ]
         failed: list[Failure] = []
 

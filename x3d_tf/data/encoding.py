@@ -61,9 +61,12 @@ def encode_or_reason(video: Video, short_side: int, quality: int) -> Result:
     except VideoError as error:
         return VideoError(error.path, f"{error.reason} (key frame {video.media_id})") if video.annotation else error
     if video.annotation is not None:
-        last = video.start + (len(encoded.frames) - 1) / encoded.fps
-        if frame_at(video.annotation.second, video.start, encoded.fps) >= len(encoded.frames):
+        place = frame_at(video.annotation.second, encoded.start, encoded.fps)
+        if place >= len(encoded.frames):
+            last = encoded.start + (len(encoded.frames) - 1) / encoded.fps
             return VideoError(video.path, f"ends at {last:.1f} s, before the key frame {video.media_id}")
+        if place < 0:
+            return VideoError(video.path, f"begins at {encoded.start:.1f} s, after the key frame {video.media_id}")
     return encoded
 
 

@@ -51,13 +51,11 @@ class Source(NamedTuple):
     Attributes:
         media_id: its name.
         labels: its classes as ascending indices.
-        start: second of the file of its first frame.
         annotation: what is known of one of its frames, which makes it a record of action detection.
     """
 
     media_id: str
     labels: tuple[int, ...]
-    start: float = 0.0
     annotation: Annotation | None = None
 
 
@@ -116,7 +114,7 @@ def encode_record(video: EncodedVideo, source: Source, classes: Sequence[str]) -
         "image/timestamp": tf.train.FeatureList(feature=[_ints([time]) for time in microseconds]),
     }
     if source.annotation is not None:
-        frames |= _regions(source.annotation, frame_at(source.annotation.second, source.start, video.fps), microseconds)
+        frames |= _regions(source.annotation, frame_at(source.annotation.second, video.start, video.fps), microseconds)
     example = tf.train.SequenceExample(
         context=tf.train.Features(feature=context), feature_lists=tf.train.FeatureLists(feature_list=frames)
     )
