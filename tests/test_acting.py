@@ -93,7 +93,7 @@ def test_pictures_are_those_that_records_would_hold(model: Any, film: Path, monk
     found = list(act_in_video(model, film, persons, progress=False))
     np.testing.assert_array_equal(seen, [frames[0], frames[30], frames[60]])
     clip = transforms.resize(np.stack([frames[n] for n in key_frame_indices(30, 75, 30.0, model.clip)]), 36)
-    scores = model({"clip": clip[None], "boxes": found[1].boxes[None]}, training=False)[0]
+    scores = model({"clip": clip[None], "boxes": tf.constant(found[1].boxes[None])}, training=False)[0]
     np.testing.assert_allclose(found[1].scores, scores, atol=1e-5)
 
 

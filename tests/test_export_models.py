@@ -48,7 +48,9 @@ def test_the_card_says_what_to_feed_and_what_it_costs(run: Path) -> None:
     source = open_model(run)
     card = source.card()
     rules = card["input"].pop("rules")
-    assert rules["stored"] == "each frame of a clip is compressed as a JPEG file of quality 90, and decoded"
+    assert rules["stored"] == (
+        "each frame of a clip is compressed as a JPEG file of quality 90, and decoded by the accurate integer transform"
+    )
     assert card["input"] == {
         "frames": 4,
         "stride": 2.0,

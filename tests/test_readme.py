@@ -20,10 +20,10 @@ NAMES = tuple("abcdef")
 
 
 def moving_blocks(count: int, height: int, width: int) -> np.ndarray:
-    """Frames of coloured blocks that move by a pixel each."""
+    """Frames of coloured blocks that move faster and faster."""
     side = -(-width // 8)
     picture = np.random.default_rng(0).integers(0, 256, (height // 8, side, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    return np.stack([np.roll(picture[:, :width], number, axis=1) for number in range(count)])
+    return np.stack([np.roll(picture[:, :width], number**2 // 16, axis=1) for number in range(count)])
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,13 @@ def real(request: pytest.FixtureRequest) -> list[Path]:
     ids=["", "squeezed"],
 )
 def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> x3d_tf.X3D:
-    """A network that is sure of what it says, in a run's folder as the README names it."""
+    """A network whose probabilities differ from video to video, in a run's folder as the README names it."""
     model = decided_network()
+    coarse = np.random.default_rng(1).integers(0, 256, (8, model.clip.frames, 6, 6, 3))
+    logits = np.asarray(model(coarse.repeat(8, 2).repeat(8, 3).astype(np.float32)))
+    fc2, scale = model.get_layer("fc2"), 3 / logits.std(axis=0)
+    fc2.kernel.assign(fc2.kernel * scale)
+    fc2.bias.assign(-logits.mean(axis=0) * scale)
     for name, value in request.param.items():
         setattr(model, name, value)
     monkeypatch.chdir(tmp_path)
@@ -73,9 +78,11 @@ def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     return model
 
 
-def example() -> dict[str, Any]:
-    """The names that the example defines."""
+def example(change: tuple[str, str] = ("", "")) -> dict[str, Any]:
+    """The names that the example defines, with another text in place of one of its."""
     line, code = next((line, code) for line, code in blocks(README) if "input.json" in code)
+    assert change[0] in code
+    code = code.replace(*change) if change[0] else code
     names: dict[str, Any] = {"__name__": "application"}
     exec(compile("\n" * line + code, str(README), "exec"), names)
     return names
@@ -92,6 +99,25 @@ def test_an_application_predicts_as_we_do(videos: str, network: x3d_tf.X3D, requ
         np.testing.assert_allclose(probabilities_of(str(path)), result.probabilities, atol=1e-3, err_msg=path.name)
     spread = np.ptp([result.probabilities for result in ours if isinstance(result, x3d_tf.Prediction)], axis=0)
     assert spread.max() > 0.05  # else the bound above would mean little
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("network", [{"stored": Storage(48, 80)}], indirect=True, ids=[""])
+def test_no_step_of_the_example_can_be_left_out(network: x3d_tf.X3D, made: list[Path]) -> None:
+    """Else the comparison above would not see where one is wrong."""
+    paths = made[:2]
+    ours = [getattr(result, "probabilities", None) for result in x3d_tf.predict_videos(network, paths, progress=False)]
+    for change in (
+        ('spec["stored"]["jpeg_quality"]', "95"),
+        ('spec["decoded_short_side"]', "256"),
+        ("* (span - 1) / max(frames - 1, 1)", '* spec["stride"] * fps / 30'),
+        ("* (last // (clips - 1))", "* 0"),
+        ("side - crop + 1", "side - crop - 5"),
+        ("numbers.ravel()], shape)", "numbers.ravel()], shape, antialias=True)"),
+        (".mean(axis=0)", "[0]"),
+    ):
+        found = [example(change)["probabilities_of"](str(path)) for path in paths]
+        assert np.abs(np.subtract(found, ours)).max() > 3e-3, change
 
 
 def test_the_example_needs_few_packages_and_lines() -> None:

@@ -291,6 +291,7 @@ def test_a_models_name_is_no_path() -> None:
 @pytest.mark.parametrize("stride", [1001, 10**400])
 def test_a_card_of_an_absurd_stride_is_refused(tmp_path: Path, stride: int) -> None:
     fed = {"frames": 4, "stride": stride, "crop": 32, "frame_sampling": "slowfast", "resize": 32}
+    fed |= {"stored": "none", "clips": 1}
     (tmp_path / "card").write_text(json.dumps({"input": fed, "classes": ["a"]}))
     with pytest.raises(UserError, match="stride must"):
         client.Contract.read(tmp_path / "card")

@@ -129,7 +129,11 @@ def _key_frame_rules(model: "Network") -> dict[str, str]:
 def _picture_rules(model: "Network") -> dict[str, str]:
     """From a decoded frame to the pixels of the clip."""
     stored = model.stored
-    jpeg = f"compressed as a JPEG file of quality {stored.jpeg_quality}, and decoded" if stored else "as it is decoded"
+    jpeg = (
+        f"compressed as a JPEG file of quality {stored.jpeg_quality}, and decoded by the accurate integer transform"
+        if stored
+        else "as it is decoded"
+    )
     sizes = "height and width become `resize`"
     if not model.squeeze:
         sizes = "the short side becomes `resize`, the long side floor(long side * resize / short side)"
