@@ -140,8 +140,8 @@ def main() -> None:
     if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
         raise UserError(f"--json={FLAGS.json}: no such folder")
     _command.require_path("--artefacts", FLAGS.artefacts)
-    _command.require_path("--clips", FLAGS.clips, "folder of videos or records")
     artefacts = find_artefacts(Path(FLAGS.artefacts))
+    _command.require_path("--clips", FLAGS.clips, "folder of videos or records")
     require_classifier(FLAGS.model)
     with starting_tensorflow():
         import tensorflow as tf

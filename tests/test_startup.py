@@ -161,7 +161,6 @@ WRONG = [  # command, arguments, and what its error says
     ("export.tflite", ["--model=nix", "--output=nix"], "nix: no such model file"),
     ("export.onnx", ["--model=nix", "--output=nix", "--formats=nix"], "--formats must be of onnx, openvino"),
     ("export.verify", ["--model=nix", "--artefacts=nix", "--clips=nix"], "--artefacts=nix: no such file or folder"),
-    ("export.verify", ["--model=nix", "--artefacts=tests", "--clips=nix"], "--clips=nix: no such folder"),
     ("export.serving.client", ["--card=nix", "--grpc=localhost:1", "nix.mp4"], "no such file: nix.mp4"),
 ]
 # Each case is a fork of one process, which has imported what takes long but TensorFlow.

@@ -145,7 +145,7 @@ def test_records_of_unknown_classes_are_refused(finished: RunFolder, tmp_path: P
     from moving_square import write_records
 
     write_records(tmp_path / "other", videos=2, classes=("left", "sideways"))
-    with pytest.raises(ValueError, match="does not know: sideways"):
+    with pytest.raises(ValueError, match="1 class unknown to the model: sideways"):
         evaluate_run(finished, records=str(tmp_path / "other"), split="train")
 
 

@@ -294,11 +294,14 @@ def test_the_exit_status_says_whether_bounds_hold(
 
 
 def test_nothing_to_verify(command: Any, source: models.Source, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing: no such folder or file"):
+    with pytest.raises(ValueError, match="nothing: no such file or folder"):
         command(model=source.path, artefacts=tmp_path / "nothing")
     (tmp_path / "notes.txt").write_text("no artefact")
     with pytest.raises(ValueError, match=r"holds no artefact: no saved_model\.pb"):
         command(model=source.path, artefacts=tmp_path)
+    (tmp_path / "a.tflite").touch()
+    with pytest.raises(ValueError, match=r"^--clips=nothing: no such folder of videos or records$"):
+        command(model=source.path, artefacts=tmp_path, clips="nothing")
 
 
 def test_the_table_has_a_row_for_each_and_all_operators(tmp_path: Path) -> None:
