@@ -67,7 +67,7 @@ def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
     tell("starting TensorFlow")
     with kept_back() as messages:
         yield
-        line = _devices(messages) if devices else None
+        line = _devices(messages) if devices else _leave_gpus()
     if line:
         tell(line)
 
@@ -136,6 +136,14 @@ def _devices(messages: Any) -> str:
         return f"using {cores}"
     reason = why_no_gpu(_content(messages) if messages else "", tf.test.is_built_with_cuda(), _nvidia_devices())
     return f"no GPU found{f' ({reason})' if reason else ''}: using {cores}"
+
+
+def _leave_gpus() -> None:
+    """Takes the CPU alone: an operation that runs later would look for GPUs then, and tell of it."""
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.list_logical_devices()
 
 
 def _name(tf: Any, gpu: Any) -> str:
