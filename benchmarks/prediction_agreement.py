@@ -27,7 +27,8 @@ from command import run
 from x3d_tf.evaluation import prediction
 from x3d_tf.evaluation.prediction import Prediction, predict_videos
 from x3d_tf.evaluation.testing import Measurement, Procedure, measurement_of_run
-from x3d_tf.modeling.saving import load_classifier, weights_of
+from x3d_tf.modeling.archive import weights_of
+from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.run_folder import RunFolder
 

@@ -52,7 +52,7 @@ def real(request: pytest.FixtureRequest) -> list[Path]:
 
 @pytest.fixture(
     params=[
-        {"stored": Storage(48, 80)},
+        {"stored": Storage(60, 80)},
         {"stored": Storage(96, 95), "squeeze": True, "frame_sampling": "exact", "test_views": 1},
     ],
     ids=["", "squeezed"],
@@ -100,7 +100,7 @@ def test_an_application_predicts_as_we_do(videos: str, network: x3d_tf.X3D, requ
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("network", [{"stored": Storage(48, 80)}], indirect=True, ids=[""])
+@pytest.mark.parametrize("network", [{"stored": Storage(60, 80)}], indirect=True, ids=[""])
 def test_no_step_of_the_example_can_be_left_out(network: x3d_tf.X3D, made: list[Path]) -> None:
     """Else the comparison above would not see where one is wrong."""
     paths = made[:2]

@@ -139,7 +139,7 @@ def _picture_rules(model: "Network") -> dict[str, str]:
         sizes = "the short side becomes `resize`, the long side floor(long side * resize / short side)"
     return {
         "decoded_short_side": "a frame whose short side is longer is scaled to it, the long side rounded down, by "
-        "FFmpeg's bilinear scaler; others keep their size",
+        "FFmpeg's bilinear scaler, interlaced ones as whole pictures; others keep their size",
         "stored": f"each frame of a clip is {jpeg}",
         "resize": f"{sizes}; bilinear with half-pixel centres, without antialiasing, not rounded",
         "crop": "the square of that side whose first row is ceil((height - crop) / 2) and whose first column is "
