@@ -205,9 +205,10 @@ def test_a_run_predicts_what_its_report_says(network: Any, clips: Path, tmp_path
 @pytest.mark.parametrize(
     ("numbers", "count", "expected"),
     [
-        (np.arange(0, 300, 6)[:50].reshape(5, 10), 6, [24, 72, 120, 174, 222, 270]),  # middles of sixths of 295 frames
-        ([[0, 10], [100, 110], [200, 210]], 3, [10, 100, 200]),  # not only the first of each clip
-        ([[0, 1, 2], [1, 2, 3]], 2, [0, 2]),  # clips that overlap
+        (np.arange(0, 306, 6)[:, None], 6, [24, 72, 126, 174, 222, 276]),  # near 25, 75, 125, ...
+        (np.arange(10)[:, None] * 100 + np.arange(90), 6, [82, 247, 412, 577, 742, 907]),  # within the clips
+        ([[0, 10], [100, 110]], 3, [10, 100, 110]),  # near 18, 55 and 92
+        ([[0, 1, 2], [1, 2, 3]], 2, [1, 2]),  # clips that overlap
         ([[5, 6, 7]], 1, [6]),
         ([[0, 1], [0, 1]], 6, [0, 1]),  # there are no more
         ([[3, 3, 3]], 2, [3]),

@@ -108,7 +108,7 @@ def save_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, t
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         bar = figure.add_axes((1 + 0.2 / side, 0, 0.15 / side, 1))
         figure.colorbar(image, cax=bar, label="share of the true class", format=lambda share, _: f"{share:.0%}")
-        axes.set_title(_wrapped(title, max(side + 1, 6)), loc="left", fontsize=11)
+        axes.set_title(_wrapped(title, max(side + 1, 4.5)), loc="left", fontsize=11)
         axes.set(xlabel="predicted", ylabel="true")
         if classes <= 60:  # more names would not be legible
             names = [shortened(name, _NAME_LENGTH) for name in class_names]
@@ -122,7 +122,7 @@ def save_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, t
             for true, predicted in np.argwhere(counts):
                 colour = "white" if shares[true, predicted] > 0.5 else "black"
                 number = str(int(counts[true, predicted]))
-                points = min(8, 100 * side / classes / len(number))  # so that it stays in its cell
+                points = min(11, 100 * side / classes / len(number))  # so that it stays in its cell
                 axes.text(predicted, true, number, ha="center", va="center", color=colour, fontsize=points)
 
 

@@ -127,15 +127,18 @@ def spread_frames(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
     Args:
         numbers: of the clips' frames, [clips, T].
-        count: frames to choose; fewer are where there are fewer.
+        count: frames to choose; all where there are fewer.
 
     Returns:
         Their places in the flattened `numbers`, in the order of time, each frame once.
     """
     seen, places = np.unique(numbers, return_index=True)
-    middles = seen[0] + (np.arange(count) + 0.5) * (seen[-1] - seen[0] + 1) / max(count, 1) - 0.5
-    nearest = np.abs(seen - middles[:, None]).argmin(axis=1)
-    return places[np.unique(nearest)]
+    chosen: list[int] = []
+    for part in range(min(count, len(seen))):
+        distances = np.abs(seen - seen[0] - (part + 0.5) * (seen[-1] - seen[0]) / count)
+        distances[chosen] = np.inf
+        chosen.append(int(distances.argmin()))
+    return places[np.sort(np.array(chosen, np.int64))]
 
 
 def windows(frames: int, fps: float, window: float | None, hop: float | None) -> Iterator[tuple[int, int]]:
