@@ -39,7 +39,8 @@ class Prediction:
 
     Attributes:
         path: the file.
-        start, end: the part that this is of, in seconds from the first frame; all of it unless windows were asked for.
+        start, end: the part that this is of, in seconds of the file, see `video.VideoInfo.start`; all of it unless
+            windows were asked for.
         probabilities: one a class, float32: they add up to 1, but for a multi-label network, where each class has its
             own.
         thumbnails: some of the frames as the network saw them, evenly chosen, uint8 [n, S, S, 3].
@@ -309,7 +310,7 @@ def _predict_video(
         for (first, end), found in zip(
             sampler.windows(frames, fps), _averages(network, cuts, sampler, path, thumbnails)
         ):
-            yield Prediction(path, first / fps, end / fps, *found)
+            yield Prediction(path, info.start + first / fps, info.start + end / fps, *found)
 
     if sampler.window is not None:
         # Windows come out while the video is read. If it then lacks some of the frames that it promised, too few to
@@ -363,7 +364,8 @@ def csv_table(
 ) -> Iterator[Callable[[Prediction | VideoError], None]]:
     """A CSV file of predictions: gives the function that adds one.
 
-    Columns: video, start and end in seconds, predicted (the most probable class), error, and p(CLASS) for each class.
+    Columns: video, start and end in seconds of the file (see `video.VideoInfo.start`), predicted (the most probable
+    class), error, and p(CLASS) for each class.
     Text that a spreadsheet would take for a formula gets a leading `'`; `x3d_tf._csv` reads it back.
     The file appears when the block ends, complete. Where the block is left early, `unfinished(path)` gets the rows so
     far.
