@@ -140,10 +140,10 @@ def _devices(messages: Any) -> str:
 
 def _leave_gpus() -> None:
     """Takes the CPU alone: an operation that runs later would look for GPUs then, and tell of it."""
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.list_logical_devices()
+    tf = sys.modules.get("tensorflow")
+    if tf is not None:
+        tf.config.set_visible_devices([], "GPU")
+        tf.config.list_logical_devices()
 
 
 def _name(tf: Any, gpu: Any) -> str:

@@ -53,12 +53,12 @@ from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.encoding import TIMEOUT
 from x3d_tf.data.key_frames import FIRST_MINUTE
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.sources import default_splits
+from x3d_tf.data.sources import FOLDER_FPS, default_splits
 from x3d_tf.runs.advice import advice
 
 FLAGS = flags.FLAGS
 
-_OF_BOXES = ("proposals", "exclusions", "label_map", "starts_at")
+_OF_BOXES = ("proposals", "exclusions", "label_map", "starts_at", "frame_rate")
 _SMALLEST_OF_X3D_S = 182  # pixels to which it scales the short side; smaller frames would be blown up
 
 
@@ -71,6 +71,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("exclusions", None, "SPLIT=FILE: with --boxes, a csv of key frames to leave out.")
     flags.DEFINE_string("label_map", None, "With --boxes: a .pbtxt of the actions; AVA's 80 unless given.")
     flags.DEFINE_float("starts_at", FIRST_MINUTE, "With --boxes: second of the film at which the files begin.")
+    flags.DEFINE_float("frame_rate", None, "With --boxes: images a second in folders of frames. Defaults to 30.")
     flags.DEFINE_string("output", None, "Folder for the records: new, empty, or of this build.", required=True)
     flags.DEFINE_list("splits", None, "Names of the folders in --videos, or in --csv's column, that are the splits.")
     flags.DEFINE_float("split", None, "Part of each class's videos that becomes the test split, such as 0.2.")
@@ -111,6 +112,9 @@ def _build_videos() -> BuildResult:
 
 
 def _build_key_frames() -> BuildResult:
+    videos = Path(FLAGS.videos)
+    if FLAGS.frame_rate is None and videos.is_dir() and any(entry.is_dir() for entry in videos.iterdir()):
+        print(f"Folders of frames are read as {FOLDER_FPS:g} images a second; --frame_rate says otherwise.")
     return build_key_frames(
         FLAGS.videos,
         FLAGS.output,
@@ -119,6 +123,7 @@ def _build_key_frames() -> BuildResult:
         exclusions=_by_split("exclusions"),
         label_map=FLAGS.label_map,
         starts_at=FLAGS.starts_at,
+        frame_rate=FOLDER_FPS if FLAGS.frame_rate is None else FLAGS.frame_rate,
         **_coding(),
     )
 

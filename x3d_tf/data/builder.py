@@ -25,10 +25,11 @@ from x3d_tf.data.build_folder import BuildFolder, Failure, Finished, opened
 from x3d_tf.data.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_reason
 from x3d_tf.data.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
 from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.sources import Sources, Video, find_videos, read_csv
+from x3d_tf.data.sources import FOLDER_FPS, Sources, Video, find_videos, read_csv
 from x3d_tf.data.video import EncodedVideo, VideoError
 from x3d_tf.types import Storage
 
+_FASTEST = 1000.0  # images a second that a folder of frames may have
 ESTIMATE_FROM = 16  # videos, from which the size of all is estimated
 
 
@@ -145,6 +146,7 @@ def build_key_frames(
     exclusions: Mapping[str, str | Path] | None = None,
     label_map: str | Path | None = None,
     starts_at: float = FIRST_MINUTE,
+    frame_rate: float = FOLDER_FPS,
     short_side: int = 256,
     quality: int = 95,
     seed: int = 0,
@@ -157,13 +159,15 @@ def build_key_frames(
     Otherwise as `build_records`.
 
     Args:
-        videos: holds for each video a file `NAME.*`, or a folder `NAME` with its frames as images, 30 a second.
+        videos: holds for each video a file `NAME.*`, or a folder `NAME` with its frames as images, whose names end
+            with their numbers. Where numbers are left out, the image before them is repeated.
         output: folder for the records: new, empty, or of the same build.
         boxes: by split, the csv file of boxes and their actions; see `x3d_tf.data.ava.read_boxes`.
         proposals: by split, that of the boxes of a person detector, with scores.
         exclusions: by split, that of key frames to leave out.
         label_map: .pbtxt file of the actions; AVA's 80 unless given.
         starts_at: second of the film at which the files begin; AVA's are cut at minute 15.
+        frame_rate: images a second in folders of frames.
         short_side, quality, seed, workers, timeout, progress: see `build_records`.
 
     Raises:
@@ -172,6 +176,9 @@ def build_key_frames(
     """
     coding = _Coding(short_side, quality, workers, timeout)
     require(0 <= starts_at < math.inf, "starts_at", "be seconds, at least 0", starts_at)
+    require(
+        0 < frame_rate <= _FASTEST, "frame_rate", f"be above 0 and at most {_FASTEST:g} images a second", frame_rate
+    )
 
     def paths(given: Mapping[str, str | Path] | None) -> dict[str, Path]:
         return {split: Path(path) for split, path in (given or {}).items()}
@@ -183,6 +190,7 @@ def build_key_frames(
         exclusions=paths(exclusions),
         label_map=None if label_map is None else Path(label_map),
         starts_at=starts_at,
+        frame_rate=frame_rate,
         seed=seed,
     )
     margin = {"margin": MARGIN, "starts_at": starts_at}

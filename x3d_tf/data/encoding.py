@@ -55,9 +55,13 @@ def encode_or_reason(video: Video, short_side: int, quality: int) -> Result:
         video: a file, or a folder of frames.
         short_side, quality: see `video.encode_video`.
     """
-    encode = frame_folders.encode_folder if video.path.is_dir() else encode_video
     try:
-        encoded = encode(video.path, short_side, quality, video.start, video.end)
+        if video.path.is_dir():
+            encoded = frame_folders.encode_folder(
+                video.path, short_side, quality, video.start, video.end, video.frame_rate
+            )
+        else:
+            encoded = encode_video(video.path, short_side, quality, video.start, video.end)
     except VideoError as error:
         return VideoError(error.path, f"{error.reason} (key frame {video.media_id})") if video.annotation else error
     if video.annotation is not None:
@@ -209,7 +213,7 @@ def _answer(encode: Encode, video: Video) -> Result | Exception:
 
 def _is_unchanged(video: Video, state: State) -> bool:
     if video.path.is_dir():
-        return frame_folders.is_unchanged(video.path, state, video.start, video.end)
+        return frame_folders.is_unchanged(video.path, state, video.start, video.end, video.frame_rate)
     return state_of(video.path) == state
 
 

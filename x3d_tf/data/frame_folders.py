@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,24 +13,29 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from x3d_tf.data.clips import resized_shape
-from x3d_tf.data.sources import State
-from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg, first_from
+from x3d_tf.data.sources import FOLDER_FPS, State
+from x3d_tf.data.timeline import LONGEST_HOLE
+from x3d_tf.data.video import MAX_RECORD_BYTES, EncodedVideo, VideoError, encode_jpeg, first_from
 
-FPS = 30.0  # at which frames are taken out of AVA's videos
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def encode_folder(
-    folder: Path, short_side: int = 256, quality: int = 95, start: float = 0.0, end: float | None = None
+    folder: Path,
+    short_side: int = 256,
+    quality: int = 95,
+    start: float = 0.0,
+    end: float | None = None,
+    fps: float = FOLDER_FPS,
 ) -> EncodedVideo:
-    """The frames of a folder as JPEG files; arguments as `video.encode_video`.
+    """The frames of a folder as JPEG files; arguments as `video.encode_video`, and the images a second.
 
-    Images in the order of the numbers that their names end with are the frames, 30 a second. JPEG files in RGB that
-    need not be scaled are taken as they are.
+    The numbers that names of images end with tell their times: the lowest is second 0, and where numbers are left out
+    the image before them is repeated. JPEG files in RGB that need not be scaled are taken as they are.
 
     Raises:
-        VideoError: a folder without images, or none between `start` and `end`; an image that cannot be read, or of
-            another size than those before.
+        VideoError: a folder without images, none between `start` and `end`, or numbers that leave more than 60 s
+            without one; an image that cannot be read, or of another size than those before; frames that exceed 1 GiB.
     """
     try:
         images = _images(folder, folder.stat().st_mtime_ns)
@@ -39,16 +45,20 @@ def encode_folder(
         raise VideoError(folder, f"holds no images ({', '.join(SUFFIXES)})")
     frames: list[bytes] = []
     sizes: dict[tuple[int, int], None] = {}
-    for path in images[_between(start, end)]:
+    total = 0
+    for path, count in _between(images, start, end, fps).items():
         jpeg, size = _jpeg(path, short_side, quality)
-        frames.append(jpeg)
         sizes.setdefault(size)
         if len(sizes) > 1:
             before, now = sizes
             raise VideoError(path, f"is of another size than the frames before, {now} instead of {before}")
+        total += count * len(jpeg)
+        if total > MAX_RECORD_BYTES:
+            raise VideoError(folder, f"its frames exceed {MAX_RECORD_BYTES} bytes as JPEG; use shorter parts of it")
+        frames += [jpeg] * count
     if not frames:
-        raise VideoError(folder, f"ends before {start:g} s: it has {len(images)} frames, {FPS:g} a second")
-    return EncodedVideo(frames, FPS)
+        raise VideoError(folder, f"ends before {start:g} s: it has {len(images)} images, {fps:g} a second")
+    return EncodedVideo(frames, float(np.float32(fps)), first_from(start, fps) / fps)
 
 
 def state_of(folder: Path) -> State:
@@ -56,14 +66,14 @@ def state_of(folder: Path) -> State:
     return _scan(folder).state
 
 
-def is_unchanged(folder: Path, state: State, start: float, end: float | None) -> bool:
+def is_unchanged(folder: Path, state: State, start: float, end: float | None, fps: float = FOLDER_FPS) -> bool:
     """Whether the images between two seconds are still those that they were when `state_of` gave this state.
 
     A process lists a folder once: from then on it looks only at the images that it is asked about.
     """
     try:
         changed = folder.stat().st_mtime_ns
-        listed, images = _listed(folder, changed), _images(folder, changed)[_between(start, end)]
+        listed, images = _listed(folder, changed), _between(_images(folder, changed), start, end, fps)
         return listed.state == state and all(_state_of(path.stat()) == listed.images[path.name] for path in images)
     except VideoError:  # no order of the images
         return state_of(folder) == state
@@ -71,8 +81,21 @@ def is_unchanged(folder: Path, state: State, start: float, end: float | None) ->
         return False
 
 
-def _between(start: float, end: float | None) -> slice:
-    return slice(first_from(start, FPS), None if end is None else first_from(end, FPS))
+def _between(images: list[tuple[int, Path]], start: float, end: float | None, fps: float) -> dict[Path, int]:
+    """The images that are shown between two seconds, and for how many frames each."""
+    numbers = [number - images[0][0] for number, _ in images]
+    for (_, path), before, after in zip(images[1:], numbers, numbers[1:]):
+        if after - before > LONGEST_HOLE * fps:
+            raise VideoError(path, f"has a number that leaves more than {LONGEST_HOLE:.0f} s without an image")
+    first = first_from(start, fps)
+    stop = numbers[-1] + 1 if end is None else min(numbers[-1] + 1, first_from(end, fps))
+    shown: dict[Path, int] = {}
+    if first >= stop:
+        return shown
+    for place in range(max(bisect_right(numbers, first) - 1, 0), bisect_right(numbers, stop - 1)):
+        until = min(numbers[place + 1], stop) if place + 1 < len(numbers) else stop
+        shown[images[place][1]] = until - max(numbers[place], first)
+    return shown
 
 
 class _Listing(NamedTuple):
@@ -103,8 +126,8 @@ def _is_image(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=2)  # the key frames of a video are encoded one after the other
-def _images(folder: Path, changed: int) -> list[Path]:
-    """The images of a folder in their order.
+def _images(folder: Path, changed: int) -> list[tuple[int, Path]]:
+    """The images of a folder in the order of their numbers, which come with them.
 
     Raises:
         VideoError: one whose name does not end with a number, which no other has.
@@ -117,7 +140,7 @@ def _images(folder: Path, changed: int) -> list[Path]:
         if number is None or int(number.group()) in numbers:
             raise VideoError(path, "has a name that does not end with a number of its own, which orders the frames")
         numbers[int(number.group())] = path
-    return [numbers[number] for number in sorted(numbers)]
+    return sorted(numbers.items())
 
 
 def _jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:

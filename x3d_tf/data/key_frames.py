@@ -19,7 +19,7 @@ from x3d_tf.data.ava import (
     read_label_map,
 )
 from x3d_tf.data.index import key_frame_name, video_and_second
-from x3d_tf.data.sources import Annotation, Box, Sources, Video, in_order
+from x3d_tf.data.sources import FOLDER_FPS, Annotation, Box, Sources, Video, in_order
 from x3d_tf.data.video import VideoError
 
 FIRST_MINUTE = 900.0  # second of a film at which AVA's videos begin
@@ -34,6 +34,7 @@ def find_key_frames(
     exclusions: Mapping[str, Path] | None = None,
     label_map: Path | None = None,
     starts_at: float = FIRST_MINUTE,
+    frame_rate: float = FOLDER_FPS,
     seed: int = 0,
 ) -> Sources:
     """The key frames that csv files of boxes name; a record holds the frames around one.
@@ -46,11 +47,13 @@ def find_key_frames(
         exclusions: by split, that of key frames to leave out.
         label_map: the actions; AVA's 80 unless given.
         starts_at: second of the film at which the files begin, of whose whole the timestamps count the seconds.
+        frame_rate: images a second in folders of frames.
         seed: of the order.
 
     Returns:
         The sources, of task "detection": class k is action k + 1. Videos that are not there are unusable. The facts are
-        the splits that have proposals, and how many key frames the lists name for each, `key_frames_SPLIT`.
+        the splits that have proposals, how many key frames the lists name for each, `key_frames_SPLIT`, and where there
+        are folders of frames, `frame_rate`.
 
     Raises:
         UserError: what is wrong with a file, with its line; a timestamp before the videos begin; none of the videos is
@@ -65,7 +68,7 @@ def find_key_frames(
     names, files = _class_names(actions), _files_by_name(videos)
     splits: dict[str, list[Video]] = {}
     unusable: dict[str, VideoError] = {}
-    facts: dict[str, int | str] = {"proposals": ",".join(sorted(proposals or {}))}
+    facts: dict[str, int | float | str] = {"proposals": ",".join(sorted(proposals or {}))}
     for split, path in boxes.items():
         truth, of_found = read_boxes(path, "ground truth", actions), (proposals or {}).get(split)
         # a box found is one whatever it is said to do
@@ -79,7 +82,7 @@ def find_key_frames(
             if frame.video not in files:
                 unusable.setdefault(frame.video, VideoError(videos / frame.video, f"no such video ({path} names it)"))
                 continue
-            members.append(_video(files[frame.video], frame, annotations[frame], names))
+            members.append(_video(files[frame.video], frame, annotations[frame], names, frame_rate))
     for split, path in boxes.items():
         rule = f"name key frames for split {split}, less the excluded ones"
         require(bool(facts[key_frames_of(split)]), str(path), rule, "none")
@@ -88,6 +91,8 @@ def find_key_frames(
         raise UserError(f"no video that {lists} name is in {videos} ({len(unusable)} named)")
     for split, members in splits.items():
         require(bool(members), f"{boxes[split]}", f"name key frames of videos in {videos} for split {split}", "none")
+    if any(path.is_dir() for path in {video.path for members in splits.values() for video in members}):
+        facts["frame_rate"] = frame_rate
     ordered = {split: _in_order(members, seed) for split, members in splits.items()}
     return Sources(ordered, list(unusable.values()), names, "detection", facts)
 
@@ -169,7 +174,7 @@ def _rows(table: BoxTable, starts_at: float, path: Path | None) -> Iterator[tupl
         yield frame, (x1, y1, x2, y2), int(action), float(score)
 
 
-def _video(file: Path, frame: KeyFrame, annotation: Annotation, names: tuple[str, ...]) -> Video:
+def _video(file: Path, frame: KeyFrame, annotation: Annotation, names: tuple[str, ...], frame_rate: float) -> Video:
     present = sorted({label for own in annotation.labels for label in own})
     return Video(
         file,
@@ -178,4 +183,5 @@ def _video(file: Path, frame: KeyFrame, annotation: Annotation, names: tuple[str
         max(annotation.second - MARGIN, 0.0),
         annotation.second + MARGIN,
         annotation,
+        frame_rate=frame_rate,
     )

@@ -27,6 +27,7 @@ from x3d_tf.modeling.expansion import Task
 COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two have to be there
 LABEL_SEPARATOR = ";"
 Box = tuple[float, float, float, float]
+FOLDER_FPS = 30.0  # images a second in folders of frames, as they are taken out of AVA's videos
 State = tuple[int, int]  # size and time of a file, or what stands for them: equal while the content is
 _LONGEST = 1e6  # seconds of a video that a list may name: beyond, times have no precision of a frame
 SPLIT_NAMES = ("train", "val", "test")  # that folders, or a csv file's column, may have without their being named
@@ -65,6 +66,7 @@ class Video(NamedTuple):
         end: second of the file to stop before; None is its end.
         annotation: of one of the frames between, where a record is of that.
         state: of the file when the build began, to notice a change; None where that does not matter.
+        frame_rate: images a second, where the path is a folder of frames.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class Video(NamedTuple):
     end: float | None = None
     annotation: Annotation | None = None
     state: State | None = None
+    frame_rate: float = FOLDER_FPS
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Sources:
     unusable: list[VideoError]
     classes: tuple[str, ...]
     task: Task
-    facts: Mapping[str, int | str] = field(default_factory=dict)
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
 
 
 def find_videos(

@@ -116,7 +116,8 @@ def _timeline(path: str | Path, state: tuple[int, int] | None) -> Timeline:
         fps, uniform = _rate(times, tick, declared)
         _check_length(path, container, stream, scan, len(times), fps)
         measured = bool(np.any(times != times[0]))
-        known = measured and not np.isnan(stored).any() and container.format.name != "avi" and not scan.empty
+        guessed = container.format.name == "avi" and not np.array_equal(scan.pts, scan.dts)  # it stores no order
+        known = measured and not np.isnan(stored).any() and not guessed and not scan.empty
         seekable = known and container.format.name in _SEEKABLE and bool(np.all(np.diff(stored) > 0))
         start = 0.0 if container.start_time is None else float(times[0]) - container.start_time / av.time_base
     slots = np.arange(len(times)) if uniform else _slots(path, times, fps)
@@ -278,6 +279,8 @@ def _check_length(
     """Raises VideoError where the file ends before the length that it states, of the video or else of all streams."""
     length = (container.duration or 0) / av.time_base
     own = _tagged_seconds(stream)
+    if container.format.name in _JOINED:  # nor does it state a length
+        return
     if container.format.name == "avi" and stream.average_rate:  # there FFmpeg guesses durations from the file's size
         found, expected = scan.end - scan.first, stream.frames / float(stream.average_rate)
     elif stream.frames and stream.duration:

@@ -144,19 +144,28 @@ def encode_video(
     if stop is not None and stop <= first:
         begins = f" and begins at {timeline.start:.3f} s" if timeline.start else ""
         raise VideoError(path, f"has no frame between {start} s and {end} s: it has {timeline.fps:g} a second{begins}")
-    frames: list[bytes] = []
-    total = 0
-    previous: Pixels | None = None
-    for _, pixels in _frames(path, timeline, short_side, first, stop):
-        if pixels is not previous:  # a repeated frame is the same array
-            encoded, previous = encode_jpeg(pixels, quality), pixels
-        frames.append(encoded)
-        total += len(encoded)
-        if total > MAX_RECORD_BYTES:
-            raise VideoError(path, f"its frames exceed {MAX_RECORD_BYTES} bytes as JPEG; cut it into shorter clips")
+    try:
+        frames = _jpegs(path, _frames(path, timeline, short_side, first, stop, seek=True), quality)
+    except _UnsureError:
+        frames = _jpegs(path, _frames(path, timeline, short_side, first, stop), quality)
     if not frames:
         raise VideoError(path, f"ends before {start} s, where it was to start")
     return EncodedVideo(frames, float(np.float32(timeline.fps)), timeline.start + first / timeline.fps)
+
+
+def _jpegs(path: str | Path, frames: Iterator[Frame], quality: int) -> list[bytes]:
+    """Frames as JPEG files; raises VideoError if they are too large for a record."""
+    jpegs: list[bytes] = []
+    total = 0
+    previous: Pixels | None = None
+    for _, pixels in frames:
+        if pixels is not previous:  # a repeated frame is the same array
+            encoded, previous = encode_jpeg(pixels, quality), pixels
+        jpegs.append(encoded)
+        total += len(encoded)
+        if total > MAX_RECORD_BYTES:
+            raise VideoError(path, f"its frames exceed {MAX_RECORD_BYTES} bytes as JPEG; cut it into shorter clips")
+    return jpegs
 
 
 def first_from(second: float, fps: float) -> int:
@@ -181,9 +190,18 @@ def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
 
 
 def _frames(
-    path: str | Path, timeline: Timeline, short_side: int, first: int = 0, stop: int | None = None
+    path: str | Path,
+    timeline: Timeline,
+    short_side: int,
+    first: int = 0,
+    stop: int | None = None,
+    seek: bool = False,
 ) -> Iterator[Frame]:
-    """Frames `first` to before `stop` of the constant rate; what lies outside is decoded only where it has to be."""
+    """Frames `first` to before `stop` of the constant rate.
+
+    With `seek` what lies before them is decoded only where it has to be. Raises _UnsureError, perhaps after some of
+    them, where they may then differ from the same frames of the video as a whole.
+    """
     shown: av.VideoFrame | None = None  # what the frames from `upcoming` on show until the next picture's first
     pixels: Pixels | None = None  # the same, once it is needed
     upcoming, lost, number = first, 0, -1
@@ -200,8 +218,12 @@ def _frames(
                     raise VideoError(path, f"changes its frame size midway, from {before} to {now}")
             yield Frame(timeline.start + slot / timeline.fps, pixels)
 
+    wanted = max(int(np.searchsorted(timeline.slots, first, side="right")) - 1, 0)
+    end = timeline.pictures if stop is None else int(np.searchsorted(timeline.slots, stop))
+    sought = seek and wanted > 0 and timeline.seekable
+    pictures = _pictures_between(path, timeline, wanted, end) if sought else _all_pictures(path, timeline)
     with reported(path):
-        for number, skipped, picture in _pictures(path, timeline, first):
+        for number, skipped, picture in pictures:
             lost += skipped
             slot = int(timeline.slots[number])
             if shown is not None:  # else it is shown in place of those before it that cannot be decoded, too
@@ -221,27 +243,47 @@ def _frames(
 _Numbered = tuple[int, int, av.VideoFrame]  # a picture's number, how many before it were lost, and the picture
 
 
-def _pictures(path: str | Path, timeline: Timeline, first: int) -> Iterator[_Numbered]:
-    """Pictures from the one on that the frame `first` shows, and perhaps some before it.
+class _UnsureError(Exception):
+    """Pictures after a seek may not be those of the whole video."""
 
-    Starts at a key picture before that frame, where timestamps say for sure which one that is, else at the first.
-    """
-    wanted = max(int(np.searchsorted(timeline.slots, first, side="right")) - 1, 0)
-    if wanted and timeline.seekable and timeline.ticks is not None:
-        with opened(path) as (container, stream):
-            # Decoders learn from the first picture what later ones do not tell: faults of encoders, to make up for.
-            next(_decoded(container, stream), None)
-            container.seek(int(timeline.ticks[wanted]), stream=stream)
-            numbered = _after_key(_numbered(_decoded(container, stream), timeline))
-            for number, _, picture in numbered:
-                if number > wanted or picture.is_corrupt:
-                    break  # what it is made of lies before the key picture
-                if number == wanted:
-                    yield number, 0, picture
-                    yield from numbered
-                    return
+
+def _all_pictures(path: str | Path, timeline: Timeline) -> Iterator[_Numbered]:
     with opened(path) as (container, stream):
         yield from _numbered(_decoded(container, stream), timeline)
+
+
+def _pictures_between(path: str | Path, timeline: Timeline, first: int, end: int) -> Iterator[_Numbered]:
+    """Pictures from the number `first` to `end`, both included, decoded from a key picture on.
+
+    Raises:
+        _UnsureError: pictures cannot be found, or are damaged: what FFmpeg shows then depends on those before.
+    """
+    assert timeline.ticks is not None
+    begun = False
+    with opened(path) as (container, stream):
+        # Decoders learn from the first picture what later ones do not tell: faults of encoders, to make up for.
+        next(_decoded(container, stream), None)
+        container.seek(int(timeline.ticks[first]), stream=stream)
+        for number, lost, picture in _after_key(_numbered(_decoded(container, stream, strict=True), timeline)):
+            if picture.is_corrupt or not (begun or number <= first):
+                raise _UnsureError
+            if number >= end and any(each.is_corrupt for each in _waiting(stream)):
+                raise _UnsureError
+            if number >= first:
+                yield number, lost if begun else 0, picture
+                begun = True
+            if number >= end:
+                return
+    if not begun:
+        raise _UnsureError
+
+
+def _waiting(stream: "av.VideoStream") -> list[av.VideoFrame]:
+    """Pictures that are decoded already and shown later, which those before them may be made of; ends the decoding."""
+    try:
+        return stream.decode(None)
+    except av.EOFError:  # it has ended
+        return []
 
 
 def _after_key(pictures: Iterator[_Numbered]) -> Iterator[_Numbered]:
@@ -264,8 +306,13 @@ def _numbered(pictures: Iterator[av.VideoFrame], timeline: Timeline) -> Iterator
         following, started = number + 1, True
 
 
-def _decoded(container: "av.container.InputContainer", stream: "av.VideoStream") -> Iterator[av.VideoFrame]:
-    """Pictures in the order in which they are shown; packets that cannot be decoded give none."""
+def _decoded(
+    container: "av.container.InputContainer", stream: "av.VideoStream", strict: bool = False
+) -> Iterator[av.VideoFrame]:
+    """Pictures in the order in which they are shown; packets that cannot be decoded give none.
+
+    With `strict` they raise _UnsureError.
+    """
     damage: av.FFmpegError | None = None
     found = False
     for packet in itertools.chain(packets(container, stream), (None,)):
@@ -274,6 +321,8 @@ def _decoded(container: "av.container.InputContainer", stream: "av.VideoStream")
         except av.MemoryError:
             raise
         except av.FFmpegError as error:
+            if strict:
+                raise _UnsureError from error
             damage = damage or error
             continue
         found = found or bool(pictures)

@@ -124,6 +124,7 @@ class VideoClips:
 
     Attributes:
         fps: of the video, as its record states it.
+        start: when its first frame is shown, see `video.VideoInfo`.
         promised: frames that the file says it has.
         frames: frames that were decoded; known after the iteration.
         chosen: `numbers` of the K clips; known after the iteration.
@@ -142,6 +143,7 @@ class VideoClips:
     ) -> None:
         info = probe(path)
         self.fps, self.promised, self.frames = float(np.float32(info.fps)), info.delivered, 0
+        self.start = info.start
         self.chosen: list[tuple[int, ...]] = []
         self._path, self._clips_of, self._short_side = path, clips_of, short_side
         self._keep, self._on_frame = keep, on_frame

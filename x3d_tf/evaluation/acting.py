@@ -29,7 +29,7 @@ from x3d_tf.data.clips import decoded_short_side, key_frame_indices
 from x3d_tf.data.preview import COLOURS
 from x3d_tf.data.records import as_stored
 from x3d_tf.data.sources import Box
-from x3d_tf.data.video import Pixels, probe, read_frames
+from x3d_tf.data.video import Pixels, frame_at, probe, read_frames
 from x3d_tf.data.video_clips import cut_clips
 from x3d_tf.modeling.detection import Detector
 
@@ -47,7 +47,7 @@ class Acting(NamedTuple):
     """What persons do at a second of a video.
 
     Attributes:
-        second: from its start.
+        second: of the file, see `video.VideoInfo.start`.
         boxes: x1, y1, x2, y2 in [0, 1] of the frame, float32 [n, 4].
         scores: float32 [n, classes].
     """
@@ -160,7 +160,7 @@ def act_in_video(model: Detector, path: str | Path, persons: Persons, *, progres
         progress: whether a bar on stderr tells how far it is.
 
     Yields:
-        One for each whole second that the video reaches, from 0.
+        One for each whole second of the file up to the video's last, from 0; without boxes for those before it begins.
 
     Raises:
         VideoError: it cannot be read, or breaks off.
@@ -168,16 +168,20 @@ def act_in_video(model: Detector, path: str | Path, persons: Persons, *, progres
     """
     info = probe(path)
     fps, clip, side = float(np.float32(info.fps)), model.clip, model.expansion.test_size
-    count = max(1, math.ceil(info.delivered / fps - 1e-6))
-    keys = [round(second * fps) for second in range(count) if round(second * fps) < info.delivered]
+    count = max(1, math.ceil(info.start + info.delivered / fps - 1e-6))
+    places = [frame_at(second, info.start, fps) for second in range(count)]
+    keys = [place for place in places if 0 <= place < info.delivered]
+    before = sum(place < 0 for place in places)
     chosen = [key_frame_indices(key, info.delivered, fps, clip) for key in keys]
     parts = [np.union1d(frames, key)[None] for frames, key in zip(chosen, keys)]
     scores_of = tf.function(lambda given: model(given, training=False), reduce_retracing=True)
     frames = (frame.pixels for frame in read_frames(path, decoded_short_side(model.stored, side)))
+    for second in range(before):
+        yield Acting(second, np.zeros((0, 4), np.float32), np.zeros((0, model.num_classes), np.float32))
     with progress_bar(len(keys), "second", Path(path).name, leave=None, disable=not progress) as bar:
         for cut in cut_clips(frames, parts, lambda pixels: as_stored(pixels, model.stored)):
             places, pictures = parts[cut.part][0], np.stack(cut.frames)
-            boxes = persons(cut.part, pictures[np.searchsorted(places, keys[cut.part])])
+            boxes = persons(before + cut.part, pictures[np.searchsorted(places, keys[cut.part])])
             scores = np.zeros((0, model.num_classes), np.float32)
             if len(boxes):
                 pixels = transforms.resize(pictures[np.searchsorted(places, chosen[cut.part])], side)
@@ -185,7 +189,7 @@ def act_in_video(model: Detector, path: str | Path, persons: Persons, *, progres
                 if not np.isfinite(scores).all():
                     raise UserError(f"the network gives scores that are not numbers for {path}")
             bar.update()
-            yield Acting(cut.part, boxes, scores)
+            yield Acting(before + cut.part, boxes, scores)
 
 
 def detections(acting: Mapping[str, Sequence[Acting]], starts_at: int = 0) -> BoxTable:
@@ -221,7 +225,8 @@ def draw_video(
         WriteError: the file cannot be written.
     """
     output = Path(output)
-    rate = Fraction(probe(path).fps).limit_denominator(1001)
+    info = probe(path)
+    rate = Fraction(info.fps).limit_denominator(1001)
     with writing(output), appearing(output) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream: Any = None
         for number, frame in enumerate(read_frames(path, _UNLIMITED)):
@@ -229,7 +234,7 @@ def draw_video(
             if stream is None:
                 stream = container.add_stream(_CODEC, rate=rate)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            place = min(math.floor(number / rate + Fraction(1, 2)), len(acting) - 1)
+            place = min(math.floor(Fraction(info.start) + number / rate + Fraction(1, 2)), len(acting) - 1)
             picture = _drawn(frame.pixels[:height, :width], acting[place], names, score)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         if stream is not None:

@@ -43,11 +43,12 @@ class Prediction:
 
     Attributes:
         path: the file.
-        start, end: the part that this is of, in seconds from the first frame; all of it unless windows were asked for.
+        start, end: the part that this is of, in seconds of the file, see `video.VideoInfo.start`; all of it unless
+            windows were asked for.
         probabilities: one a class, float32: they add up to 1, but for a multi-label network, where each class has its
             own.
         thumbnails: some of the frames as the network saw them, spread evenly over the part, uint8 [n, S, S, 3].
-        times: of the thumbnails, in seconds from the first frame, float64 [n].
+        times: of the thumbnails, in seconds of the file, float64 [n].
     """
 
     path: Path
@@ -257,7 +258,8 @@ def _predict_whole(
     for numbers in video.chosen:
         total += found[numbers]
     mean = total / np.float32(len(video.chosen))
-    yield Prediction(path, 0.0, video.frames / video.fps, mean, *shown.taken(network.crop, video.fps))
+    end = video.start + video.frames / video.fps
+    yield Prediction(path, video.start, end, mean, *shown.taken(network.crop, video.fps, video.start))
 
 
 def _predict_windows(
@@ -285,7 +287,9 @@ def _predict_windows(
         if cut.part not in begun:
             (first, end), clips = next(upcoming)
             total = np.zeros(network.classes, np.float32)
-            begun[cut.part] = _Window(first / fps, end / fps, _Thumbnails(clips, thumbnails), total)
+            begun[cut.part] = _Window(
+                info.start + first / fps, info.start + end / fps, _Thumbnails(clips, thumbnails), total
+            )
         window = begun[cut.part]
         window.total += cut.clips * probabilities
         window.clips += cut.clips
@@ -293,7 +297,7 @@ def _predict_windows(
         if window.clips == sampler.views.temporal_views:
             del begun[cut.part]
             mean = window.total / np.float32(window.clips)
-            yield Prediction(path, window.start, window.end, mean, *window.shown.taken(network.crop, fps))
+            yield Prediction(path, window.start, window.end, mean, *window.shown.taken(network.crop, fps, info.start))
 
 
 @dataclass(eq=False)
@@ -325,10 +329,10 @@ class _Thumbnails:
             if number in self._pixels and self._pixels[number] is None:
                 self._pixels[number] = np.clip(frame.numpy().round(), 0, 255).astype(np.uint8)
 
-    def taken(self, side: int, fps: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    def taken(self, side: int, fps: float, start: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
         """Those that came, [n, side, side, 3], and their times in seconds, [n]."""
         came = {number: pixels for number, pixels in self._pixels.items() if pixels is not None}
-        return np.array(list(came.values()), np.uint8).reshape(-1, side, side, 3), np.array(list(came)) / fps
+        return np.array(list(came.values()), np.uint8).reshape(-1, side, side, 3), start + np.array(list(came)) / fps
 
 
 @contextmanager
@@ -337,7 +341,8 @@ def csv_table(
 ) -> Iterator[Callable[[Prediction | VideoError], None]]:
     """A CSV file of predictions: gives the function that adds one.
 
-    Columns: video, start and end in seconds, predicted (the most probable class), error, and p(CLASS) for each class.
+    Columns: video, start and end in seconds of the file (see `video.VideoInfo.start`), predicted (the most probable
+    class), error, and p(CLASS) for each class.
     Text that a spreadsheet would take for a formula gets a leading `'`; `x3d_tf._csv` reads it back.
     The file appears when the block ends, complete. Where the block is left early, `unfinished(path)` gets the rows so
     far.
