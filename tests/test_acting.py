@@ -21,6 +21,8 @@ from x3d_tf.evaluation.acting import (
     Acting,
     ListedBoxes,
     PersonDetector,
+    _drawn,
+    _free_place,
     act_in_video,
     detections,
     draw_video,
@@ -207,6 +209,33 @@ def test_a_drawn_video_has_boxes_that_stay_until_half_way_to_the_next(film: Path
     reddish = [frame[12:36, 24:26, 0].mean() - frame[12:36, 24:26, 1].mean() > 40 for frame in frames]
     assert reddish == [15 <= number < 45 for number in range(75)]
     assert [path.name for path in tmp_path.iterdir()] == ["drawn.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("place", "written", "expected"),
+    [
+        ((10, 10, 40, 20), [], (10, 10, 40, 20)),
+        ((80, 10, 110, 20), [], (69, 10, 99, 20)),  # it would reach beyond the right side
+        ((-5, 45, 25, 55), [], (0, 39, 30, 49)),
+        ((10, 10, 40, 20), [(20, 5, 60, 15)], (10, 16, 40, 26)),
+        ((10, 10, 40, 20), [(20, 15, 60, 25), (0, 5, 60, 14)], (10, 26, 40, 36)),
+        ((10, 10, 40, 20), [(50, 5, 60, 15)], (10, 10, 40, 20)),
+        ((10, 30, 40, 40), [(20, 25, 60, 45)], (10, 30, 40, 40)),  # no room below
+        ((0, 0, 200, 10), [], (0, 0, 200, 10)),
+    ],
+)
+def test_texts_of_boxes_stay_in_the_picture_and_apart(place: Any, written: Any, expected: Any) -> None:
+    assert _free_place(place, (100, 50), written) == expected
+
+
+def test_drawn_texts_are_shortened_but_for_their_ends() -> None:
+    def drawn(name: str, score: float) -> np.ndarray:
+        acting = Acting(0, np.float32([[0.5, 0, 1, 1]]), np.float32([[score]]))
+        return _drawn(np.zeros((96, 128, 3), np.uint8), acting, [name], 0.5)
+
+    once = drawn("a" * 40 + " дом", 0.9)
+    np.testing.assert_array_equal(once, drawn("a" * 400 + " дом", 0.9))
+    assert (once != drawn("a" * 40 + " дом", 0.8)).any() and (once != drawn("a" * 40 + " сад", 0.9)).any()
 
 
 def test_what_cannot_be_read_leaves_nothing(tmp_path: Path, model: Any) -> None:

@@ -15,6 +15,7 @@ import tensorflow as tf
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
+from x3d_tf import _plots
 from x3d_tf._checks import UserError
 from x3d_tf.data.ava import KeyFrame, read_boxes
 from x3d_tf.data.builder import build_key_frames
@@ -28,6 +29,7 @@ from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.saving import load_detector
 from x3d_tf.runs.recipe import Detection, Execution, Recipe, TrainConfig
 from x3d_tf.training import forward
+from x3d_tf.training.clips import save_training_preview
 from x3d_tf.training.initialization import start_from
 from x3d_tf.training.loop import train
 from x3d_tf.training.objectives import Objective
@@ -256,6 +258,24 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return train(config_of(folder), tmp_path_factory.mktemp("runs") / "detector")
     finally:
         tf.config.run_functions_eagerly(False)
+
+
+def test_previews_name_the_key_frame_and_what_its_boxes_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(_plots, "save_clips", lambda *given: drawn.extend(given))
+    manifest = Manifest.load(folder / "records")
+    save_training_preview(manifest, config_of(folder), tmp_path / "a.png", 6)
+    seconds, named = set(), set()
+    for pixels, caption in zip(*drawn[:2]):
+        first, *boxes = caption.splitlines()
+        video, _, second = first.partition(", second ")
+        grey = numbered_frames(240)[30 * (int(second) - 900), -1, -1]  # of the key frame, the third of the clip
+        assert video == "film" and np.abs(np.median(pixels[2], axis=(0, 1)) - grey).max() < 8
+        seconds.add(int(second))
+        named |= {name for line in boxes for name in line.partition(": ")[2].split(", ")}
+    assert len(seconds) > 1 and named >= {"sit", "wave"}
 
 
 def test_a_run_leaves_a_detector(run: Any) -> None:

@@ -3,8 +3,9 @@
 With the recipe of a run, before it:
   python -m x3d_tf.preview --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin --records=data/mine
 
-Each row is a clip, with its class, its video and its place in the order of training at the left, or of action detection
-with its boxes and what each does: the first ones of the run that the same --gin_file and --gin_bindings start.
+Each row is a clip, with its class, its video and its time in that at the left, or of action detection with its boxes
+and what each does: the first ones of the run that the same --gin_file and --gin_bindings start. Where the records do
+not fit the configuration, warnings name the numbers and the binding that mends them.
 """
 
 from dataclasses import replace
