@@ -68,6 +68,7 @@ def peer_file(name: str, process: str, function: str, *, exact: bool = True, **s
 FORMS = (
     ours("trainable", "trainable"),
     ours("portable", "portable"),
+    ours("portable, not compiled", "portable, not compiled"),
     ours("deployed", "deployed"),
     ours("trainable, clips side by side", "trainable side by side"),
     ours("deployed, clips side by side", "deployed side by side"),

@@ -52,7 +52,7 @@ def network(name: str) -> x3d_tf.X3D:
 
 
 def predict(case: Case, form: str) -> Call:
-    """A form of the network as a compiled function of uint8 clips.
+    """A form of the network as a function of uint8 clips, compiled but for the one that is called as it is.
 
     Args:
         case: what to compute.
@@ -62,6 +62,8 @@ def predict(case: Case, form: str) -> Call:
     model = network(case.network)
     function, finish = FORWARD[form](model, case.batch)
     clips = tf.constant(squares(case.network, case.batch))
+    if form == "portable, not compiled":
+        return lambda: finish(function(clips, training=False).numpy())
     spec = tf.TensorSpec(clips.shape, tf.uint8)
     concrete = tf.function(
         lambda clips: function(clips, training=False), input_signature=[spec]
@@ -86,6 +88,7 @@ def _as_it_is(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
 FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
     "trainable": lambda model, batch: (model, softmax),
     "portable": lambda model, batch: (x3d_tf.portable(model, [str(n) for n in range(CLASSES)]), _as_it_is),
+    "portable, not compiled": lambda model, batch: FORWARD["portable"](model, batch),
     "deployed": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
     "frozen": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
     "trainable side by side": lambda model, batch: (_side_by_side(model), softmax),
