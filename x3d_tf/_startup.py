@@ -67,7 +67,11 @@ def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
     tell("starting TensorFlow")
     with kept_back() as messages:
         yield
-        line = _devices(messages) if devices else _leave_gpus()
+        line = None
+        if devices:
+            line = _devices(messages)
+        else:
+            _leave_gpus()
     if line:
         tell(line)
 
