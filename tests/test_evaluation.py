@@ -22,6 +22,7 @@ from x3d_tf.evaluation.watch import watch_run
 from x3d_tf.runs import checkpointing
 from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.types import Storage
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -256,6 +257,7 @@ class Several(SimpleNamespace):
     """Records of several classes each, as far as a test looks at them."""
 
     folder, classes, task = Path("several"), ("b", "a", "c"), "multi_label"  # in another order than the model's
+    stored = Storage(256, 95)
 
     def split(self, _: str) -> Any:
         labels = [(0,), (0, 1), (1,), (0, 1)]

@@ -128,7 +128,7 @@ def test_so_does_one_with_every_option(records: Path, source: Path, tmp_path: Pa
 @pytest.fixture(scope="module")
 def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
     """A run that its patience ends after three steps, and what it printed. The first score is a real one."""
-    measure, scores = Validation.__call__, iter([None, Score(2.0, 1.0), Score(2.0, 1.0)])
+    measure, scores = Validation.__call__, iter([None, Score(1.0, 1.0), Score(1.0, 1.0)])
     config = some(records, source)
     config = replace(config, recipe=replace(config.recipe, patience=1), checkpoint_steps=1)
     printed = io.StringIO()

@@ -335,9 +335,13 @@ def short_sides(manifest: Manifest, split: str, records: int = 8) -> list[int]:
     """
     table = RecordTable(manifest, split)
     chosen = np.unique(np.linspace(0, len(table) - 1, records).round().astype(np.int64))
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.int64)])  # the errors of graphs name the record
+    def shape_of(record: tf.Tensor) -> tf.Tensor:
+        return table.read(record, _first_shape)
+
     with naming_records():
-        shapes = [table.read(tf.constant(record), _first_shape) for record in chosen]
-    return [int(min(shape[:2])) for shape in shapes]
+        return [int(min(shape_of(record)[:2])) for record in chosen]
 
 
 def _first_shape(parsed: ParsedRecord) -> tf.Tensor:
