@@ -3,8 +3,9 @@
 import json
 import os
 import signal
+import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,166 @@ def write_video(
     return path
 
 
+def write_with_sound(
+    path: Path,
+    frames: np.ndarray,
+    codec: str,
+    sound_codec: str,
+    seconds: float,
+    first: float = 0.0,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Encodes frames, 30 a second and shown from the second `first` on, beside silence from 0 to `seconds`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.bit_rate = 4_000_000
+        sound = container.add_stream(sound_codec, rate=48000, layout="mono")
+        sound.bit_rate = 64_000
+        for index, pixels in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            picture.pts, picture.time_base = round(first * 30) + index, Fraction(1, 30)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+        size = sound.codec_context.frame_size or 1024
+        for place in range(0, round(seconds * 48000), size):
+            silence = av.AudioFrame(format=sound.format.name, layout="mono", samples=size)
+            for plane in silence.planes:
+                plane.update(bytes(plane.buffer_size))
+            silence.rate, silence.pts, silence.time_base = 48000, place, Fraction(1, 48000)
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode())
+    return path
+
+
+def copied(source: Path, path: Path, keep: Callable[[Any], bool] = lambda packet: True) -> Path:
+    """Copies the packets of a file that are to be kept into another, which may be of another format.
+
+    Packets without timestamps get some, one after the other.
+    """
+    with av.open(str(source)) as given, av.open(str(path), "w") as container:
+        streams = {stream.index: container.add_stream_from_template(stream) for stream in given.streams}
+        now = 0
+        for packet in given.demux():
+            if packet.size and keep(packet):
+                if packet.pts is None and packet.dts is None:
+                    packet.pts = packet.dts = now
+                    now += packet.duration or 0
+                packet.stream = streams[packet.stream_index]
+                container.mux(packet)
+    return path
+
+
+def set_display_matrix(path: Path, a: float, b: float, c: float, d: float) -> Path:
+    """Makes an mp4 file ask its player to show the point (x, y) at (ax + cy, bx + dy)."""
+    one = 1 << 16
+    matrix = struct.pack(">9i", round(a * one), round(b * one), 0, round(c * one), round(d * one), 0, 0, 0, 1 << 30)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 4 + 40  # 40 bytes of other fields come before the matrix
+    content[start : start + 36] = matrix
+    path.write_bytes(content)
+    return path
+
+
 def rotate_mp4(path: Path, quarter_turns: int) -> None:
     """Makes an mp4 file ask its player for counterclockwise quarter turns, by its track's display matrix."""
     cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter_turns]
-    one = 1 << 16
-    matrix = np.array([cosine * one, -sine * one, 0, sine * one, cosine * one, 0, 0, 0, 1 << 30], ">i4")
-    content = bytearray(path.read_bytes())
-    start = content.index(b"tkhd") + 4 + 40  # 40 bytes of other fields come before the matrix
-    content[start : start + 36] = matrix.tobytes()
-    path.write_bytes(content)
+    set_display_matrix(path, cosine, -sine, sine, cosine)
+
+
+def with_cover(path: Path) -> Path:
+    """Puts a cover picture into an mp4 file, before its tracks: FFmpeg then shows it as the first stream."""
+
+    def box(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + len(content), name) + content
+
+    image = encode_jpeg(np.full((300, 300, 3), (250, 0, 0), np.uint8))
+    cover = box(b"ilst", box(b"covr", box(b"data", struct.pack(">II", 13, 0) + image)))
+    handler = box(b"hdlr", struct.pack(">II4s12x", 0, 0, b"mdir") + b"\0")
+    content = path.read_bytes()
+    start = content.index(b"moov") - 4  # behind the pictures, whose places stay
+    size = struct.unpack(">I", content[start : start + 4])[0]
+    head = start + 8 + struct.unpack(">I", content[start + 8 : start + 12])[0]
+    meta = box(b"udta", box(b"meta", bytes(4) + handler + cover))
+    movie = box(b"moov", content[start + 8 : head] + meta + content[head : start + size])
+    path.write_bytes(content[:start] + movie + content[start + size :])
+    return path
+
+
+def id3_cover() -> bytes:
+    """What stands before the sound in an mp3 file that has a cover picture."""
+    image = encode_jpeg(np.full((300, 300, 3), (250, 0, 0), np.uint8))
+    content = b"\0image/jpeg\0\x03\0" + image
+    frame = b"APIC" + struct.pack(">I2x", len(content)) + content
+    size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
+    return b"ID3\x03\0\0" + size + frame
+
+
+class _Bits:
+    """Bits of an H.264 unit."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def put(self, width: int, value: int) -> "_Bits":
+        self.text += f"{value:0{width}b}"
+        return self
+
+    def code(self, *values: int) -> "_Bits":
+        """Puts numbers in exponential Golomb code."""
+        for value in values:
+            self.put(2 * (value + 1).bit_length() - 1, value + 1)
+        return self
+
+    def align(self, bit: str = "0") -> "_Bits":
+        self.text += bit * (-len(self.text) % 8)
+        return self
+
+    def unit(self, head: int) -> bytes:
+        self.text += "1"
+        data, zeros, escaped = self.align().packed(), 0, bytearray()
+        for byte in data:
+            if zeros >= 2 and byte <= 3:
+                escaped.append(3)
+                zeros = 0
+            escaped.append(byte)
+            zeros = 0 if byte else zeros + 1
+        return b"\0\0\0\1" + bytes([head]) + bytes(escaped)
+
+    def packed(self) -> bytes:
+        return int("1" + self.text, 2).to_bytes(len(self.text) // 8 + 1, "big")[1:]
+
+
+def field_coded(count: int, whole: Callable[[int], bool] = lambda number: False) -> bytes:
+    """H.264 of 25 frames a second, 64x64, of the levels of `numbered_frames`, each of which is two packets: its fields.
+
+    Frames for which `whole` holds are one packet, as encoders choose for each frame. Written bit by bit, for PyAV's
+    encoders make no fields: samples are stored as they are (I_PCM).
+    """
+    parameters = _Bits().put(8, 77).put(8, 0).put(8, 30).code(0, 0, 0, 0, 1).put(1, 0).code(3, 1)
+    parameters.put(4, 0b0010).put(3, 0b100).put(3, 0b001).put(32, 1).put(32, 50).put(5, 0b10000)
+    picture = _Bits().code(0, 0).put(2, 0).code(0, 0, 0).put(3, 0).code(0, 0, 0).put(3, 0b100)
+    heads = parameters.unit(0x67) + picture.unit(0x68)
+
+    def coded(number: int, level: int, field: int | None) -> bytes:
+        key = field != 1
+        bits = _Bits().code(0, 7, 0).put(4, 0)
+        bits.put(1, 0) if field is None else bits.put(2, 2 + field)
+        if key:
+            bits.code(number % 2)
+        bits.put(4, field or 0).put(2 if key else 1, 0).code(0, 1)
+        samples = "".join(f"{value:08b}" for value in [level] * 256 + [128] * 128)
+        for _ in range(16 if field is None else 8):
+            bits.code(25).align().text += samples
+        return b"\0\0\0\1\x09\x10" + bits.unit(0x65 if key else 0x21)
+
+    film = b""
+    for number in range(count):
+        level = round(16 + (16 + 4 * number % 200) * 219 / 255)
+        fields: tuple[int | None, ...] = (None,) if whole(number) else (0, 1)
+        pictures = [coded(number, level, field) for field in fields]
+        film += pictures[0][:6] + heads + pictures[0][6:] + b"".join(pictures[1:])
+    return film
 
 
 def noise_video(seed: int, frames: int, height: int = 40, width: int = 52) -> EncodedVideo:

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -344,9 +345,7 @@ def _upright_rgb(picture: av.VideoFrame, short_side: int) -> Pixels:
 def _progressive(picture: av.VideoFrame) -> av.VideoFrame:
     """The same picture, not marked as interlaced: FFmpeg would scale its two fields apart."""
     graph = av.filter.Graph()
-    source = graph.add_buffer(
-        width=picture.width, height=picture.height, format=picture.format, time_base=picture.time_base
-    )
+    source = graph.add_buffer(width=picture.width, height=picture.height, format=picture.format, time_base=Fraction(1))
     marked, sink = graph.add("setfield", "prog"), graph.add("buffersink")
     source.link_to(marked)
     marked.link_to(sink)
