@@ -327,9 +327,9 @@ def short_sides(manifest: Manifest, split: str, records: int = 8) -> list[int]:
     """
     table = RecordTable(manifest, split)
     chosen = np.unique(np.linspace(0, len(table) - 1, records).round().astype(np.int64))
+    shapes = tf.data.Dataset.from_tensor_slices(chosen).map(lambda record: table.read(record, _first_shape))
     with naming_records():
-        shapes = [table.read(tf.constant(record), _first_shape) for record in chosen]
-    return [int(min(shape[:2])) for shape in shapes]
+        return [int(min(shape[:2])) for shape in shapes.with_options(deterministic(tuned=False)).as_numpy_iterator()]
 
 
 def _first_shape(parsed: ParsedRecord) -> tf.Tensor:
