@@ -15,6 +15,7 @@ from x3d_tf.data.h264_fields import Field, FieldReader, second_fields
 DEFAULT_FPS = 30.0  # of a video whose file and timestamps give no rate: a single frame
 LONGEST_HOLE = 60.0  # seconds without a frame; a longer hole is taken for damaged timestamps, not for a still picture
 MISSING_TOLERANCE = 0.1  # part of the declared frames that may be missing before a file counts as truncated
+_LATEST_START = 3600.0  # seconds: a picture that begins later after the sound is taken for damaged timestamps
 MAX_FRAMES = 5_000_000  # of a constant rate, about two days: damaged timestamps could ask for any number
 _UNIFORM_TOLERANCE = 0.1  # of a frame's duration: steps that differ by more make a variable rate
 _NEARLY_ALL = 2 / 3  # of the steps, that are alike where pictures were dropped now and then or stood still
@@ -120,6 +121,8 @@ def _timeline(path: str | Path, state: tuple[int, int] | None) -> Timeline:
         known = measured and not np.isnan(stored).any() and not guessed and not scan.empty
         seekable = known and container.format.name in _SEEKABLE and bool(np.all(np.diff(stored) > 0))
         start = 0.0 if container.start_time is None else float(times[0]) - container.start_time / av.time_base
+    if start > _LATEST_START:
+        raise VideoError(path, f"its picture begins {start:.0f} s after the file, more than {_LATEST_START:.0f} s")
     slots = np.arange(len(times)) if uniform else _slots(path, times, fps)
     start = start if start > _ROUNDING else 0.0  # pictures that lead up to the first key picture may come before it
     return Timeline(fps, start, slots, stored if known else None, not uniform, seekable)
