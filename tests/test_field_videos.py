@@ -3,7 +3,9 @@
 Frame n of most has the grey level 16 + 4 * (n mod 50), so that what was decoded tells its number.
 """
 
+import io
 import re
+from bisect import bisect
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +15,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from PIL import Image
 from video_fixtures import (
     copied,
     field_coded,
@@ -26,6 +29,9 @@ from video_fixtures import (
 )
 
 from x3d_tf.data import timeline
+from x3d_tf.data.encoding import encode_or_reason
+from x3d_tf.data.frame_folders import encode_folder
+from x3d_tf.data.sources import Video
 from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
 
 REORDERED = {"bf": "2", "g": "15", "crf": "4"}
@@ -149,6 +155,7 @@ def damaged(name: str, codec: str) -> Callable[[Path], Path]:
 
 
 STILL = [*range(0, 1000, 40), *range(20_000, 21_000, 40)]  # milliseconds: a second, a hole of 19, a second
+LEFT = [n for n in range(60) if n % 7 not in (2, 5, 6)]  # steps of one, two and three frames
 STOOD = [*range(25), *[24] * (500 - 25), *range(25, 50)]
 GOOD: dict[str, tuple[Callable[[Path], Path], Right]] = {
     "sound longer, mkv": (beside_sound("a.mkv", "libx264", "aac"), Right(30, ALL, 60)),
@@ -183,6 +190,10 @@ GOOD: dict[str, tuple[Callable[[Path], Path], Right]] = {
     "a hole, ts": (lambda folder: at_times(folder / "a.ts", STILL), Right(25, STOOD, 50)),
     "a hole, webm": (lambda folder: at_times(folder / "a.webm", STILL, "libvpx"), Right(25, STOOD, 50)),
     "a hole, mp4": (lambda folder: at_times(folder / "a.mp4", STILL), Right(25, STOOD, 50)),
+    "pictures left out": (
+        lambda folder: at_times(folder / "a.mp4", [40 * n for n in LEFT]),
+        Right(25, [bisect(LEFT, n) - 1 for n in range(LEFT[-1] + 1)], len(LEFT)),
+    ),
     "damaged packet, avi": (damaged("a.avi", "mpeg4"), Right(30, [*ALL[:34], 33, *ALL[35:]], 60)),
     "damaged packet, mp4": (damaged("a.mp4", "mpeg4"), Right(30, [*ALL[:34], 33, *ALL[35:]], 60)),
     "from the middle": (from_the_middle, Right(30, ALL[15:], 45, 0.15)),
@@ -319,3 +330,31 @@ def test_bursts_do_not_make_a_rate(tmp_path: Path) -> None:
     """A recorder that was late writes its pictures at once; one millisecond is no rate of a thousand."""
     times = [100 * (number // 4) + number % 4 for number in range(60)]
     assert probe(at_times(tmp_path / "a.mkv", times)).fps < 60
+
+
+def folder_of(folder: Path, numbers: list[int]) -> Path:
+    for number in numbers:
+        Image.fromarray(numbered_frames(50)[number % 50]).save(folder / f"img_{number:05d}.jpg", quality=95)
+    return folder
+
+
+def numbers_in(jpegs: list[bytes]) -> list[int]:
+    return [number_of(np.asarray(Image.open(io.BytesIO(jpeg)))) for jpeg in jpegs]
+
+
+def test_images_keep_the_times_of_their_numbers_at_the_rate_of_the_folder(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, [*range(1, 10), 14, 15, *range(20, 40)])
+    shown = [*range(1, 10), *[9] * 4, 14, *[15] * 5, *range(20, 40)]
+    assert numbers_in(encode_folder(folder).frames) == shown
+    for start, end in ((0.0, 0.4), (0.4, 0.8), (0.48, 0.52), (1.4, None)):
+        found = encode_folder(folder, start=start, end=end, fps=25)
+        first, stop = round(start * 25), None if end is None else round(end * 25)
+        assert (numbers_in(found.frames), found.fps, found.start) == (shown[first:stop], 25.0, start)
+        assert encode_or_reason(Video(folder, "a", (), start, end, frame_rate=25.0), 256, 95) == found
+    with pytest.raises(VideoError, match=r"ends before 1\.6 s: it has 31 images, 25 a second"):
+        encode_folder(folder, start=1.6, fps=25)
+
+
+def test_numbers_of_images_that_are_times_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match=r"img_99999\.jpg: has a number that leaves more than 60 s without an image"):
+        encode_folder(folder_of(tmp_path, [1, 2, 99999]))

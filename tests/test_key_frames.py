@@ -105,6 +105,7 @@ def test_folders_of_frames_make_the_same_records(folder: Path, records: Manifest
     given = {"train": tmp_path / "train.csv"}
     given["train"].write_text("".join(line for line in TRUTH.splitlines(True) if line.startswith("film")))
     made = build_key_frames(tmp_path / "videos", tmp_path / "records", given, label_map=folder / "actions.pbtxt")
+    assert (made.manifest.settings["frame_rate"], "frame_rate" in records.settings) == (30.0, False)
     for media_id in ("film,0902", "film,0904"):
         (ours, known), (theirs, same) = content(made.manifest, media_id), content(records, media_id)
         assert len(ours.frames) == len(theirs.frames) and int(known.key_frame) == int(same.key_frame)

@@ -53,6 +53,8 @@ def opened(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "a
             stream = _video_stream(container)
             if stream is None:
                 raise VideoError(path, "has no video stream")
+            if stream.codec_context is None:
+                raise VideoError(path, "cannot be decoded (FFmpeg has no decoder for its video)")
             if not stream.codec_context.codec.name.startswith("lib"):
                 # In several threads FFmpeg's own decoders mend damaged pictures a little differently each time.
                 stream.thread_count = 1
