@@ -9,7 +9,7 @@ my_videos/train/CLASS/VIDEO and my_videos/test/CLASS/VIDEO (other names: --split
 A csv file that lists them, with paths relative to --videos (without it, to the file's own folder):
   python -m x3d_tf.build_records --csv=my_list.csv --videos=my_videos --output=data/my_records
 Its first line names the columns: path,label and any of split,start,end. Split is train, val or test (or as in --splits;
-or none, and --split); start and end are the seconds of the file to keep. "run;jump" are two labels, and make a multi-label task.
+or none, and --split); start and end are the seconds to keep. "run;jump" are two labels, and make a multi-label task.
 
 Action detection: AVA's videos, or folders of their frames, and its csv files of boxes, one for each split:
   python -m x3d_tf.build_records --videos=ava/videos_15min --output=data/ava \\
