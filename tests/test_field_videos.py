@@ -5,6 +5,7 @@ Frame n of most has the grey level 16 + 4 * (n mod 50), so that what was decoded
 
 import io
 import re
+from bisect import bisect
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -154,6 +155,7 @@ def damaged(name: str, codec: str) -> Callable[[Path], Path]:
 
 
 STILL = [*range(0, 1000, 40), *range(20_000, 21_000, 40)]  # milliseconds: a second, a hole of 19, a second
+LEFT = [n for n in range(60) if n % 7 not in (2, 5, 6)]  # steps of one, two and three frames
 STOOD = [*range(25), *[24] * (500 - 25), *range(25, 50)]
 GOOD: dict[str, tuple[Callable[[Path], Path], Right]] = {
     "sound longer, mkv": (beside_sound("a.mkv", "libx264", "aac"), Right(30, ALL, 60)),
@@ -188,6 +190,10 @@ GOOD: dict[str, tuple[Callable[[Path], Path], Right]] = {
     "a hole, ts": (lambda folder: at_times(folder / "a.ts", STILL), Right(25, STOOD, 50)),
     "a hole, webm": (lambda folder: at_times(folder / "a.webm", STILL, "libvpx"), Right(25, STOOD, 50)),
     "a hole, mp4": (lambda folder: at_times(folder / "a.mp4", STILL), Right(25, STOOD, 50)),
+    "pictures left out": (
+        lambda folder: at_times(folder / "a.mp4", [40 * n for n in LEFT]),
+        Right(25, [bisect(LEFT, n) - 1 for n in range(LEFT[-1] + 1)], len(LEFT)),
+    ),
     "damaged packet, avi": (damaged("a.avi", "mpeg4"), Right(30, [*ALL[:34], 33, *ALL[35:]], 60)),
     "damaged packet, mp4": (damaged("a.mp4", "mpeg4"), Right(30, [*ALL[:34], 33, *ALL[35:]], 60)),
     "from the middle": (from_the_middle, Right(30, ALL[15:], 45, 0.15)),

@@ -7,6 +7,8 @@ The five most probable classes of each file, also below folders; as files, too, 
 What happens when in a long video: a prediction for every 5 seconds of it, or for 5 seconds in every second:
   python -m x3d_tf.predict --model=runs/mine --window=5 --csv=out.csv film.mkv
   python -m x3d_tf.predict --model=runs/mine --window=5 --hop=1 --csv=out.csv film.mkv
+Seconds are those of the file, as players count them: 0 is where its first stream begins, which may be the sound. The
+columns start and end are what `build_records --csv` takes.
 
 What each person does, once a second, with a model of action detection: boxes from a csv file (AVA's columns, the last a
 score; the timestamps are seconds of the video, or of the film with --starts_at) or from a person detector, a SavedModel

@@ -18,8 +18,9 @@ MISSING_TOLERANCE = 0.1  # part of the declared frames that may be missing befor
 _LATEST_START = 3600.0  # seconds: a picture that begins later after the sound is taken for damaged timestamps
 MAX_FRAMES = 5_000_000  # of a constant rate, about two days: damaged timestamps could ask for any number
 _UNIFORM_TOLERANCE = 0.1  # of a frame's duration: steps that differ by more make a variable rate
-_NEARLY_ALL = 2 / 3  # of the steps, that are alike where pictures were dropped now and then or stood still
-_FASTEST = 240.0  # a second: shorter steps, if others are longer, are bursts of a recorder that was late
+_MOST = 2 / 3  # of the steps, that are alike where pictures were left out now and then, or stood still
+_NEARLY_ALL = 0.9  # of the steps, that are multiples of one where many pictures were left out
+_FASTEST = 240.0  # pictures a second: shorter steps, where others are longer, are bursts of a recorder that was late
 _HOLE = 10.0  # times the mean step: a step that says nothing of the rate
 _RATE_TOLERANCE = 0.1  # a declared rate further than this from that of uneven timestamps is not believed
 _EVEN_RATE_TOLERANCE = 0.002  # the same, of even ones
@@ -230,7 +231,7 @@ def _without_cut_pictures(times: NDArray[np.float64], decoded: NDArray[np.int64]
     steps = np.diff(times)
     usual = float(np.median(steps)) if len(steps) else 0.0
     late = steps > usual + max(_UNIFORM_TOLERANCE * usual, 1.01 * tick)
-    if np.all(np.diff(decoded) > 0) or np.mean(~late) < _NEARLY_ALL:
+    if np.all(np.diff(decoded) > 0) or np.mean(~late) < _MOST:
         return times
     for count in range(min(int(_REORDERED), len(steps)), 0, -1):
         if late[-count] and decoded[-count:].min() > decoded[:-count].max():  # none of them is decoded before others
@@ -244,17 +245,27 @@ def _rate(times: NDArray[np.float64], tick: float, declared: float) -> tuple[flo
     steps = np.diff(times)
     if len(steps) == 0 or not steps.any():  # nothing to measure: trust the header
         return declared or DEFAULT_FPS, True
-    usual = float(np.median(steps))
-    even = np.abs(steps - usual) <= max(_UNIFORM_TOLERANCE * usual, 1.01 * tick)  # containers round times to ticks
+    even = _alike(steps, float(np.median(steps)), tick)
+    uniform, steady = bool(even.all()), np.mean(even) >= _MOST
+    if not steady:  # perhaps multiples of a shorter one
+        short = float(np.quantile(steps, 0.25, method="lower"))
+        even = _alike(steps, short, tick)
+        whole = np.maximum(np.round(steps / short), 1) if short else 1
+        steady = np.mean(_alike(steps / whole, short, tick)) >= _NEARLY_ALL
     step = float(np.mean(steps[even]))
-    if even.all() or (np.mean(even) >= _NEARLY_ALL and step * _FASTEST >= 1):
+    if uniform or (steady and step * _FASTEST >= 1):
         rounding = 1.01 * tick / int(np.sum(even))
         tolerance = _EVEN_RATE_TOLERANCE + rounding / step
     else:
         step = float(np.mean(steps[steps <= _HOLE * np.mean(steps)]))
         tolerance = _RATE_TOLERANCE
     believable = declared > 0 and abs(1 / (declared * step) - 1) <= tolerance
-    return (declared if believable else float(f"{1 / step:.9g}")), bool(even.all())
+    return (declared if believable else float(f"{1 / step:.9g}")), uniform
+
+
+def _alike(steps: NDArray[np.float64], step: float, tick: float) -> NDArray[np.bool_]:
+    """Which steps are of this length, but for the rounding of containers to ticks."""
+    return np.abs(steps - step) <= max(_UNIFORM_TOLERANCE * step, 1.01 * tick)
 
 
 def _slots(path: str | Path, times: NDArray[np.float64], fps: float) -> NDArray[np.int64]:
