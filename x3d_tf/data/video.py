@@ -34,6 +34,8 @@ __all__ = (
 
 Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
 
+_UPRIGHT = (False, 1, 1)  # of `_orientation`: as stored
+
 TIME_TOLERANCE = 1e-3  # of a frame's duration: how far a frame may lie before the second from which to keep
 MAX_RECORD_BYTES = 1 << 30  # a record is one protocol buffer message, which cannot exceed 2 GiB
 
@@ -207,12 +209,15 @@ def _frames(
     pixels: Pixels | None = None  # the same, once it is needed
     upcoming, lost, number = first, 0, -1
     sizes: dict[tuple[int, ...], None] = {}
+    orientation, angle = _UPRIGHT, None
 
     def show(picture: av.VideoFrame, slots: range) -> Iterator[Frame]:
-        nonlocal pixels
+        nonlocal pixels, orientation, angle
         for slot in slots:
             if pixels is None:
-                pixels = _upright_rgb(picture, short_side)
+                if picture.rotation != angle:  # the matrix takes as long to read as a fifth of a small picture
+                    orientation, angle = _orientation(picture), picture.rotation
+                pixels = _upright_rgb(picture, short_side, orientation)
                 sizes.setdefault(pixels.shape[:2])
                 if len(sizes) > 1:
                     before, now = sizes
@@ -332,13 +337,13 @@ def _decoded(
         raise damage
 
 
-def _upright_rgb(picture: av.VideoFrame, short_side: int) -> Pixels:
+def _upright_rgb(picture: av.VideoFrame, short_side: int, orientation: tuple[bool, int, int]) -> Pixels:
     height, width = picture.height, picture.width
     if min(height, width) > short_side:
         height, width = resized_shape(height, width, short_side)
     whole = _progressive(picture) if picture.interlaced_frame else picture
     pixels = whole.reformat(int(width), int(height), "rgb24").to_ndarray()
-    turned, rows, columns = _orientation(picture)
+    turned, rows, columns = orientation
     return np.ascontiguousarray((pixels.transpose(1, 0, 2) if turned else pixels)[::rows, ::columns])
 
 
@@ -363,10 +368,10 @@ def _orientation(picture: av.VideoFrame) -> tuple[bool, int, int]:
     """
     matrix: Any = picture.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return False, 1, 1
+        return _UPRIGHT
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32, 5).tolist()  # x' = ax + cy, y' = bx + dy
     if a * d == b * c:
-        return False, 1, 1
+        return _UPRIGHT
     turned = abs(b) + abs(c) > abs(a) + abs(d)
     rows, columns = (b, c) if turned else (d, a)
     return turned, -1 if rows < 0 else 1, -1 if columns < 0 else 1
