@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from x3d_tf._checks import UserError, require
 from x3d_tf._terminal import one_line
 from x3d_tf.data import transforms
-from x3d_tf.data.clips import decoded_short_side, frame_indices, view_starts
+from x3d_tf.data.clips import decoded_short_side, view_indices
 from x3d_tf.data.listing import list_videos
 from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.pipeline import evaluation_dataset, naming_records
@@ -94,8 +94,7 @@ def _of_video(source: Source, path: Path) -> Any:
     clip, views, stored = source.model.clip, source.views, source.model.stored
 
     def middle(frames: int, fps: float) -> NDArray[np.int64]:
-        starts = view_starts(frames, fps, clip, views.temporal_views)
-        return np.asarray(frame_indices(starts, frames, fps, clip, source.frame_sampling))
+        return view_indices(frames, fps, clip, views.temporal_views, source.frame_sampling)
 
     short_side = decoded_short_side(stored, views.resize)
     video = VideoClips(path, middle, short_side, lambda pixels: as_stored(pixels, stored))

@@ -5,8 +5,8 @@
 
 The model card, which lies in every version's folder, says which frames to send. They are sampled as in testing and sent
 as JPEG files like those that the model was trained on, a clip in a request: 13 frames of 256 x 340 pixels take a few
-hundred kilobytes. As raw pixels the clips of larger networks pass the 4 MB that a gRPC end accepts unless told
-otherwise, and as numbers in JSON they are slow to read. Where the card says that no frames were stored, they are sent
+hundred kilobytes. As raw pixels the clips of larger networks pass the 4 MB that a gRPC end accepts by default,
+and as numbers in JSON they are slow to read. Where the card says that no frames were stored, they are sent
 without loss, as PNG files of four to six times that size. The answer of a video is the mean of its clips' (--views).
 
 gRPC needs `pip install 'x3d_tf[serving]'`; REST needs nothing more, and goes through the proxies of the environment
@@ -37,7 +37,7 @@ from x3d_tf._files import SMALL, read_limited
 from x3d_tf._startup import starting_tensorflow
 from x3d_tf._terminal import one_line
 from x3d_tf._text import counted
-from x3d_tf.data.clips import decoded_short_side, frame_indices, view_starts
+from x3d_tf.data.clips import decoded_short_side, view_indices
 from x3d_tf.data.video import Pixels, VideoError, encode_jpeg
 from x3d_tf.data.video_clips import VideoClips
 from x3d_tf.modeling.expansion import MAX_FRAMES, MAX_STRIDE, ClipSpec
@@ -159,8 +159,7 @@ def encoded_clips(path: Path, contract: Contract, views: int | None = None) -> l
     """
 
     def clips_of(frames: int, fps: float) -> NDArray[np.int64]:
-        starts = view_starts(frames, fps, contract.clip, views or contract.views)
-        return np.asarray(frame_indices(starts, frames, fps, contract.clip, contract.frame_sampling))
+        return view_indices(frames, fps, contract.clip, views or contract.views, contract.frame_sampling)
 
     def encode(pixels: Pixels) -> bytes:
         return _png(pixels) if contract.stored is None else encode_jpeg(pixels, contract.stored.jpeg_quality)

@@ -269,7 +269,7 @@ class _Build:
                     except WriteError as error:
                         raise UserError(
                             f"{error}; finished shards stay, {len(self.finished)} of {len(self.shards)}, and the same "
-                            " command resumes from there"
+                            "command resumes from there"
                         ) from error
         splits = {
             name: join_shards([self.finished[shard.file].part for shard in self.shards if shard.split == name])

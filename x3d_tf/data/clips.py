@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from x3d_tf._checks import check_field_types, require
 from x3d_tf.modeling.expansion import ClipSpec
@@ -233,6 +234,17 @@ def frame_indices(
     position = xp.expand_dims(_float64(start, xp), -1) + offsets  # [..., T]
     inside = xp.minimum(xp.maximum(position, 0.0), _float64(frames, xp) - 1.0)
     return xp.asarray(inside, dtype=xp.int64)  # truncates
+
+
+def view_indices(
+    frames: int, fps: float, clip: ClipSpec, temporal_views: int, sampling: FrameSampling
+) -> NDArray[np.int64]:
+    """Indices of the frames of all clips that a video is predicted by, int64 [temporal_views, T].
+
+    Arguments as `view_starts`, which spreads the clips by "offset", and `frame_indices`.
+    """
+    starts = view_starts(frames, fps, clip, temporal_views)
+    return np.asarray(frame_indices(starts, frames, fps, clip, sampling))
 
 
 def key_frame_indices(key_frame: Any, frames: Any, fps: Any, clip: ClipSpec, xp: Any = np) -> Any:

@@ -212,13 +212,14 @@ def stored_record(path: tf.Tensor, offset: tf.Tensor, length: tf.Tensor) -> tf.T
 def check_lengths(manifest: Manifest, split: str) -> None:
     """Compares the lengths that the headers of a split's records state with those that the manifest lists.
 
-    TensorFlow reserves memory for what a header states, and crashes where there is not as much.
+    TensorFlow reserves memory for what a header states, and crashes where there is not as much. `Manifest.split` must
+    have found the shards complete.
 
     Raises:
-        UserError: as `Manifest.split`, or naming the shard, the record and both lengths.
+        UserError: naming the shard, the record and both lengths.
         OSError: a shard that cannot be read.
     """
-    part = manifest.split(split)
+    part = manifest.splits[split]
     of_shard: dict[int, list[tuple[int, Record]]] = {}
     for number, record in enumerate(part.records):
         of_shard.setdefault(record.shard, []).append((number, record))

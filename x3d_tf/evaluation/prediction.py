@@ -23,7 +23,7 @@ from x3d_tf._files import WriteError, partial_of, put_in_place, writing
 from x3d_tf._locks import locked
 from x3d_tf._text import counted
 from x3d_tf.data import transforms
-from x3d_tf.data.clips import FrameSampling, ViewSpec, decoded_short_side, frame_indices, require_windows, view_starts
+from x3d_tf.data.clips import FrameSampling, ViewSpec, decoded_short_side, require_windows, view_indices
 from x3d_tf.data.listing import list_videos
 from x3d_tf.data.records import as_stored
 from x3d_tf.data.video import Pixels, VideoError, first_from, probe, read_frames
@@ -182,8 +182,7 @@ class _Sampler:
 
     def whole(self, frames: int, fps: float) -> NDArray[np.int64]:
         """Frame numbers [K, T] of the clips of a video."""
-        starts = view_starts(frames, fps, self.clip, self.views.temporal_views)
-        return np.asarray(frame_indices(starts, frames, fps, self.clip, self.frame_sampling))
+        return view_indices(frames, fps, self.clip, self.views.temporal_views, self.frame_sampling)
 
     def clips(self, frames: int, fps: float) -> Iterator[NDArray[np.int64]]:
         """Frame numbers [K, T] of the clips of each window."""

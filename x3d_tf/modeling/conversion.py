@@ -117,7 +117,7 @@ def import_checkpoint(
         network: the variant or expansion that the checkpoint is of. XS, S and M have the same weights.
         num_classes: outputs of the classifier; those of the checkpoint unless given, which they must be if it is kept.
         keep_head: False makes a fresh classifier fc2, of `num_classes`.
-        head_pool: see `ModelOptions`; the source's own unless given: `fixed_probabilities` for PySlowFast and
+        head_pool: see `ModelOptions`. Defaults to the source's own: `fixed_probabilities` for PySlowFast and
             pytorchvideo, `global` for the others.
 
     Returns:

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from x3d_tf._text import binding_flag
+from x3d_tf._text import binding_flag, counted
 from x3d_tf.data.clips import STRIDE_FPS
 from x3d_tf.data.index import Record
 from x3d_tf.data.manifest import Manifest
@@ -122,7 +122,7 @@ def _of_classes(manifest: Manifest, config: TrainConfig, records: Sequence[Recor
     if config.recipe.class_weights != "none" or many < RARE * few:
         return None
     return (
-        f"class {manifest.classes[least]!r} has {few} training video{'s' if few > 1 else ''} and "
+        f"class {manifest.classes[least]!r} has {counted(few, 'training video')} and "
         f"{manifest.classes[most]!r} {many}; from {RARE} times as many on, the loss of the rare one hardly counts. "
         f"Weigh all classes alike: {binding_flag('Recipe.class_weights', 'balanced')}"
     )
