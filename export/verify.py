@@ -39,13 +39,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from tqdm import tqdm
 
 from x3d_tf import _command
 from x3d_tf._checks import UserError
 from x3d_tf._files import write_whole
 from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import tell
+from x3d_tf._terminal import progress_bar, tell
 from x3d_tf._text import counted
 from x3d_tf.modeling.archive import model_file, require_classifier
 
@@ -196,7 +195,7 @@ def verify(
     expected = _reference(source, clips)
     keras = Artefact(model_file(source.path), "tensorflow")
     rows = {artefact: Row(str(artefact.path), "", artefact.bytes) for artefact in (keras, *artefacts)}
-    bar = tqdm(total=len(rows) * (1 + len(threads) * rounds), desc="verifying", leave=False, mininterval=1.0)
+    bar = progress_bar(len(rows) * (1 + len(threads) * rounds), "call", "verifying", leave=False)
     with Workers() as workers, bar:
         for artefact, row in rows.items():
             bar.set_postfix_str(artefact.path.name)

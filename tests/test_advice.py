@@ -3,6 +3,7 @@
 import csv
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,25 @@ def test_all_that_does_not_fit_is_named() -> None:
         ["Expansion.gamma_tau"],
         ["Recipe.class_weights"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (("turn left", "turn right"), True),
+        (("stop", "Swipe_Left_hand", "Swipe_Right_hand"), True),
+        (("left to right", "right to left"), True),
+        (("left-handed", "stop"), False),  # mirrored, it is no other class
+        (("leftovers", "rights"), False),
+    ],
+)
+def test_classes_that_are_mirror_images_are_named(names: tuple[str, ...], warned: bool) -> None:
+    manifest = replace(records([(5.0, 48)]), classes=names)
+    texts = advised(manifest, FEW, [96])
+    assert len(texts) == warned
+    if warned:
+        assert repr(names[-1]) in texts[0] and bindings_in(texts[0]) == ("DatasetSpec.flip=False",)
+        assert advised(manifest, FEW, [96], bindings_in(texts[0])) == []
 
 
 def test_videos_of_one_frame_get_no_binding() -> None:

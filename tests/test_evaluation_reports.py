@@ -237,6 +237,21 @@ def test_a_detectors_line_tells_of_table_8(tmp_path: Path) -> None:
     assert [(each["paper's mAP"], each["paper's top-1"]) for each in row] == [("23.2", "-"), ("-", "72.9")]
 
 
+@pytest.mark.parametrize(
+    ("videos", "top1", "told"), [(2, 0.5, "9 % to 91 %"), (60, 0.9, "80 % to 95 %"), (1, 1.0, "21 % to 100 %")]
+)
+def test_a_line_of_few_videos_states_the_interval(tmp_path: Path, videos: int, top1: float, told: str) -> None:
+    results = settings(records="data/mine") | {"top1": top1, "top5": 1.0, "videos": videos}
+    lines = describe(Report(tmp_path, results)).splitlines()
+    assert lines[1:] == [f"few videos: the 95 % confidence interval of this top-1 is {told}"]
+
+
+def test_a_line_of_other_data_is_silent_about_the_paper(tmp_path: Path) -> None:
+    results = settings() | {"top1": 0.7, "top5": 0.9, "videos": 19_877}
+    assert "72.9 %" in describe(Report(tmp_path, results))
+    assert "paper" not in describe(Report(tmp_path, results | {"records": "data/mine"}))
+
+
 def test_thirty_views_are_held_against_table_4() -> None:
     results = settings(network="x3d_m", views="10-LeftCenterRight", resize=256, crop=256)
     published = published_for(results)

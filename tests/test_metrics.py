@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score
 
 from x3d_tf.evaluation.metrics import (
@@ -11,6 +12,7 @@ from x3d_tf.evaluation.metrics import (
     mean_average_precision,
     top_k_accuracy,
     top_k_hits,
+    wilson_interval,
 )
 
 
@@ -82,3 +84,9 @@ def test_the_mean_leaves_classes_without_positives_out() -> None:
     expected = [average_precision_score(truth[:, c], scores[:, c]) for c in (0, 1, 3)]
     assert mean_average_precision(scores, truth) == pytest.approx(np.mean(expected), abs=1e-12)
     assert np.isnan(mean_average_precision(scores, np.zeros((50, 4))))
+
+
+@pytest.mark.parametrize(("hits", "samples"), [(0, 1), (1, 1), (1, 2), (49, 60), (60, 60), (15_000, 20_000)])
+def test_the_interval_is_scipys(hits: int, samples: int) -> None:
+    expected = binomtest(hits, samples).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(hits / samples, samples) == pytest.approx((expected.low, expected.high), abs=1e-6)

@@ -7,12 +7,14 @@ from typing import Any
 from x3d_tf._checks import UserError, require
 from x3d_tf._files import write_whole
 from x3d_tf._text import counted
+from x3d_tf.evaluation.metrics import wilson_interval
 from x3d_tf.evaluation.published import PublishedAccuracy, PublishedPrecision, differences, published_for
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, write_csv
 
 _PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
 _NUMERIC = ("videos", "top-1", "top-5", "mAP", "GMACs a video", "M parameters", _PAPERS_TOP1, _PAPERS_MAP)
 _EMPTY = "-"
+FEW_VIDEOS = 400  # below it the interval of a top-1 of 50 % spans 10 points or more
 
 
 def find_reports(paths: Sequence[str]) -> list[Report]:
@@ -84,7 +86,11 @@ def _source(published: PublishedAccuracy | PublishedPrecision) -> str:
 
 
 def describe(report: Report) -> str:
-    """A report in a line for people, and in a second one what the paper prints of the network."""
+    """Returns the text that a command prints for a report.
+
+    The first line states the metrics and how they were measured. A second line gives the confidence interval where the
+    videos are few. A last line gives the paper's figure where the records are those of its data set.
+    """
     r, row = report.results, _row(report)
     measured = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
     thing = "key frame" if "boxes_tested" in r else "video"
@@ -93,7 +99,10 @@ def describe(report: Report) -> str:
         f"{counted(r['classes'], 'class')}, {r['views']}, {row['GMACs a video']} GMACs a {thing}, "
         f"{row['M parameters']} M parameters)"
     )
-    if row["paper"] == _EMPTY:
+    if "top1" in r and r["videos"] < FEW_VIDEOS:
+        low, high = wilson_interval(r["top1"], r["videos"])
+        line += f"\nfew videos: the 95 % confidence interval of this top-1 is {100 * low:.0f} % to {100 * high:.0f} %"
+    if (published := published_for(r)) is None or "other data" in differences(r, published):
         return line
     if row[_PAPERS_MAP] != _EMPTY:
         return f"{line}\nthe paper's mAP on AVA: {row[_PAPERS_MAP]} %, {row['paper']}"

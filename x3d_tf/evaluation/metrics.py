@@ -1,5 +1,7 @@
 """Metrics of classification, in numpy."""
 
+import math
+
 import numpy as np
 
 
@@ -22,6 +24,23 @@ def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Share of the samples that `top_k_hits` counts, in [0, 1]; nan for no samples."""
     return float(np.mean(top_k_hits(scores, labels, k))) if len(labels) else float("nan")
+
+
+def wilson_interval(share: float, samples: int, z: float = 1.959964) -> tuple[float, float]:
+    """Returns the score interval of a proportion (Wilson, 1927).
+
+    Args:
+        share: the proportion that was measured, in [0, 1].
+        samples: independent ones, at least 1.
+        z: quantile of the normal distribution; the default gives the 95 % interval.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+    """
+    centre = share + z * z / (2 * samples)
+    half = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
+    low, high = ((centre + sign * half) / (1 + z * z / samples) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Imports no TensorFlow at the top: commands that only read settings import this m
 """
 
 import math
+import re
 import statistics
 import sys
 from collections import Counter
@@ -49,7 +50,11 @@ def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int]) -> lis
     records = [record for record in manifest.split(config.dataset.train_split).records if record.labels]
     if config.dataset.name == "moving_shapes" or not records:
         return []
-    found = [_of_frames(manifest, config, sides), _of_epochs(manifest, config, len(records))]
+    found = [
+        _of_frames(manifest, config, sides),
+        _of_epochs(manifest, config, len(records)),
+        _of_flip(manifest, config),
+    ]
     if manifest.task != "detection":  # records of key frames are as long as a clip may be
         found.append(_of_length(config, records))
     if manifest.task == "single_label":
@@ -113,6 +118,28 @@ def _of_epochs(manifest: Manifest, config: TrainConfig, records: int) -> str | N
         f"{epochs:.0f} times, and more than {MOST_EPOCHS} times overfits. Add {things}, or train for fewer steps: "
         f"{binding_flag('Recipe.steps', steps)}"
     )
+
+
+def _of_flip(manifest: Manifest, config: TrainConfig) -> str | None:
+    """Of two classes that are mirror images by their names."""
+    if not config.dataset.flip:
+        return None
+    names = set(manifest.classes)
+    pairs = ((name, _mirrored(name)) for name in manifest.classes)
+    pair = next(((name, other) for name, other in pairs if other != name and other in names), None)
+    if pair is None:
+        return None
+    return (
+        f"classes {pair[0]!r} and {pair[1]!r} differ in left and right, and training mirrors half of its clips, which "
+        "makes them the same. Train without mirroring: --gin_bindings=DatasetSpec.flip=False"
+    )
+
+
+def _mirrored(name: str) -> str:
+    """The name with left and right exchanged, in the case that they have."""
+    other = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+    other |= {right: left for left, right in other.items()}
+    return re.sub("|".join(other), lambda match: other[match.group()], name)
 
 
 def _of_classes(manifest: Manifest, config: TrainConfig, records: Sequence[Record]) -> str | None:

@@ -170,7 +170,7 @@ class Trainer:
         history = History(run, self.config, per_epoch, first)
         print(self._describe(run) + (f", from the checkpoint of step {first}" if first else ""))
         self._warn_of_small_groups(origin)
-        print("The first step takes longer: TensorFlow compiles it.")
+        tell("compiling the training step and taking the first one: this may take a minute or two on a slow machine")
         try:
             with naming_records(), tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar:
                 self._loop(run, checkpoints, history, first, bar)
@@ -192,7 +192,7 @@ class Trainer:
             with held_back():  # a step that was taken must not be missing from the history
                 history.add(self.step(batches, count))
                 done += count
-                bar.update(count)
+                _advance(bar, done)
                 if self._is_checkpoint(done) or done // _ROW_STEPS != (done - count) // _ROW_STEPS:
                     bar.set_postfix_str(history.end_row(done))
             if self._is_checkpoint(done):
@@ -333,6 +333,16 @@ class Trainer:
             )
 
 
+def _advance(bar: "tqdm[Any]", done: int) -> None:
+    """Moves the bar to the steps done. The time left counts from the end of the first call, which compiles the step."""
+    if bar.n == bar.initial:
+        bar.initial = bar.n = done
+        bar.unpause()
+        bar.refresh()
+    else:
+        bar.update(done - bar.n)
+
+
 _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
 
 
@@ -364,7 +374,7 @@ def _check_records(manifest: Manifest, config: TrainConfig) -> None:
     held = len(_training_records(manifest, config))
     fits = config.recipe.batch <= held
     rest = " less those held out for validation" if config.dataset.validation_fraction else ""
-    rule = f"be at most {held}, the records of split {split!r}{rest} (Recipe.reference_batch goes with it)"
+    rule = f"be at most {held}, the records of split {split!r}{rest}; learning rate and steps are scaled to it"
     require(fits, "Recipe.batch", rule, config.recipe.batch)
 
 
