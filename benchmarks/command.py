@@ -10,7 +10,7 @@ from measuring import Case, Form, Measurement, measure
 from reporting import figures, machine, network_table, write_json
 
 import x3d_tf
-from x3d_tf._machine import usable_cpus
+from x3d_tf.processes import available_cpus
 
 CLASSES = 400
 
@@ -27,7 +27,9 @@ def parser(
     )
     found.add_argument("--networks", nargs="+", default=networks, choices=list(x3d_tf.VARIANTS), metavar="NAME")
     found.add_argument("--batches", nargs="+", type=positive, default=batches, metavar="N", help="clips of a call")
-    found.add_argument("--threads", type=positive, default=usable_cpus(), help="of each process; all CPUs by default")
+    found.add_argument(
+        "--threads", type=positive, default=available_cpus(), help="of each process; all CPUs by default"
+    )
     found.add_argument("--rounds", type=positive, default=rounds, help="in each of which all forms have a turn")
     help_forms = "names, patterns such as 'torch*', @ours or @peers; all by default"
     found.add_argument("--forms", nargs="+", metavar="FORM", help=help_forms)

@@ -13,7 +13,7 @@ from measuring import Case
 from numpy.typing import NDArray
 from x3d_tf.export.runtimes import Artefact, open_artefact
 
-from x3d_tf._checks import require
+from x3d_tf.errors import require
 
 Call = Callable[[], NDArray[np.float32]]
 
@@ -29,7 +29,7 @@ def write_tflite(case: Case, file: str, form: str) -> None:
     """Writes a TFLite file of the case's batch, int8 ones calibrated on made-up clips: speed depends on none."""
     from x3d_tf.export import tflite
 
-    from x3d_tf.modeling.deployed import deployed
+    from x3d_tf.modeling.folded import deployed
 
     app = deployed(_source(case).model, batch=case.batch)
     calls = -(-4 // case.batch)

@@ -29,14 +29,14 @@ import tensorflow as tf
 from reporting import machine, versions
 
 import x3d_tf
-from x3d_tf._files import write_whole
-from x3d_tf.data.datasets import DatasetSpec, open_dataset
-from x3d_tf.data.index import VIDEOS_PER_SHARD
-from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
-from x3d_tf.data.pipeline import training_dataset
-from x3d_tf.data.records import Source, write_split
-from x3d_tf.data.video import EncodedVideo, VideoError, encode_jpeg
-from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
+from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
+from x3d_tf.data.input_pipeline import training_dataset
+from x3d_tf.data.records.format import Source, write_split
+from x3d_tf.data.records.index import VIDEOS_PER_SHARD
+from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
+from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_jpeg
+from x3d_tf.files import atomic_write
+from x3d_tf.parallel import num_batch_slices, use_single_threaded_ops
 from x3d_tf.training.forward import forward_of
 from x3d_tf.types import Storage
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 def measure_rates(settings: argparse.Namespace) -> None:
     """Clips a second of the pipeline alone, and a training step's time with fresh and with kept batches."""
-    one_thread_an_operation(parts_of_batch(settings.batch, x3d_tf.ModelOptions().bn_group))
+    use_single_threaded_ops(num_batch_slices(settings.batch, x3d_tf.ModelOptions().bn_group))
     made_up = settings.records is None
     spec = DatasetSpec(
         settings.records or "data/moving_shapes",
@@ -149,7 +149,7 @@ def report(rows: list[str], figures: dict[str, Any], settings: argparse.Namespac
         "versions": versions(),
         "machine": machine() | {"gpus": gpus},
     }
-    write_whole(Path(settings.json), (json.dumps(result, indent=2) + "\n").encode())
+    atomic_write(Path(settings.json), (json.dumps(result, indent=2) + "\n").encode())
     print(f"written to {settings.json}")
 
 

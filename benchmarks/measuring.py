@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from x3d_tf._processes import Answering, Ended
+from x3d_tf.processes import Worker, WorkerDied
 
 BOUND = 1e-5  # of a probability, between float32 forms of equal weights
 SLOW_CALLS = 2  # of a form marked as slow
@@ -135,7 +135,7 @@ class Processes:
 
     def __init__(self, threads: int, verbose: bool = False) -> None:
         self._threads, self._verbose = threads, verbose
-        self._processes: dict[str, Answering] = {}
+        self._processes: dict[str, Worker] = {}
 
     def __enter__(self) -> "Processes":
         return self
@@ -168,10 +168,10 @@ class Processes:
     def _ask(self, process: str, *question: Any) -> Any:
         if process not in self._processes:
             os.environ.update(_environment(self._threads))  # before any library of its is loaded, and inherited by it
-            self._processes[process] = Answering(_serve, self._verbose)
+            self._processes[process] = Worker(_serve, self._verbose)
         try:
             return self._processes[process].ask(*question)
-        except Ended as error:
+        except WorkerDied as error:
             del self._processes[process]
             raise Failed(f"{error}; --verbose shows what it printed") from error
 

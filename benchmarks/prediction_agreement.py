@@ -24,9 +24,9 @@ from unittest import mock
 import numpy as np
 from command import run
 
-from x3d_tf.evaluation import prediction
-from x3d_tf.evaluation.prediction import Prediction, predict_videos
-from x3d_tf.evaluation.testing import Measurement, Procedure, measurement_of_run
+from x3d_tf.evaluation.classification import Evaluation, Procedure, evaluation_of_run
+from x3d_tf.inference import prediction
+from x3d_tf.inference.prediction import Prediction, predict_videos
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
@@ -48,7 +48,7 @@ def main() -> None:
 def compare(folder: RunFolder, videos: Path) -> None:
     """Prints the rows of a run."""
     model = load_classifier(folder.root)
-    measurement = measurement_of_run(folder, Procedure(), model, weights_of(folder.root))
+    measurement = evaluation_of_run(folder, Procedure(), model, weights_of(folder.root))
     expected = measurement.predict()
     report = float((expected.probabilities.argmax(axis=1) == expected.labels).mean())
     files = [videos / name for name in expected.videos]
@@ -84,7 +84,7 @@ def leaving_out(model: X3D, *, scaled: bool, compressed: bool) -> Iterator[None]
         model.stored = stored
 
 
-def predicted(model: X3D, files: list[Path], measurement: Measurement) -> np.ndarray:
+def predicted(model: X3D, files: list[Path], measurement: Evaluation) -> np.ndarray:
     """Probabilities [videos, classes]."""
     rows = []
     for result in predict_videos(model, files, temporal_views=measurement.views.temporal_views):

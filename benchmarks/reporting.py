@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from measuring import Measured, Measurement
 
-from x3d_tf._files import write_whole
-from x3d_tf._machine import usable_cpus
+from x3d_tf.files import atomic_write
+from x3d_tf.processes import available_cpus
 
 PACKAGES = (
     *("x3d-tf", "tensorflow", "keras", "numpy", "torch", "pytorchvideo"),
@@ -137,7 +137,7 @@ def write_json(path: str | Path, settings: dict[str, Any], tables: list[Any]) ->
         "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
         "tables": tables,
     }
-    write_whole(Path(path), (json.dumps(result, indent=1) + "\n").encode())
+    atomic_write(Path(path), (json.dumps(result, indent=1) + "\n").encode())
 
 
 def versions() -> dict[str, str]:
@@ -154,7 +154,7 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """What it ran on, and how busy that is now."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"system": platform.platform(), "cpu": _cpu_model(), "cpus": usable_cpus(), "load_average_1_minute": load}
+    return {"system": platform.platform(), "cpu": _cpu_model(), "cpus": available_cpus(), "load_average_1_minute": load}
 
 
 def _cpu_model() -> str:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import x3d_tf
-from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.config import Execution, Recipe, TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.modeling import x3d
-from x3d_tf.modeling.deployed import deployed
+from x3d_tf.modeling.folded import deployed
 from x3d_tf.modeling.layers import ChannelwiseConv3D, GhostBatchNorm, conv_initializer
-from x3d_tf.modeling.lowerings.tensorflow import clip_by_clip
-from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
-from x3d_tf.training.step import TrainStep, arithmetic
+from x3d_tf.parallel import map_clips_in_parallel
+from x3d_tf.training.step import TrainStep, precision_scope
 
 Call = Callable[[], NDArray[np.float32]]
 
@@ -77,7 +77,7 @@ def predict(case: Case, form: str) -> Call:
 def _side_by_side(network: Callable[..., Any]) -> Callable[..., Any]:
     """Clip by clip, several at a time."""
     single = functools.partial(network, training=False)
-    return lambda clips, training: clip_by_clip(single)(clips)
+    return lambda clips, training: map_clips_in_parallel(single)(clips)
 
 
 def _as_it_is(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -148,7 +148,7 @@ def train(
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])  # the trainer's default where there is no GPU
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        with arithmetic(config.execution.precision):
+        with precision_scope(config.execution.precision):
             model = x3d_tf.X3D(config.expansion, CLASSES, config.model)
             model = with_grouped_convolutions(model) if grouped else model
         step = TrainStep(model, config, strategy)

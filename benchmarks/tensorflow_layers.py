@@ -41,7 +41,7 @@ def make(case: Case, form: str) -> Callable[[], None]:
     """
     limit_threads(case.threads)
     keras.utils.set_random_seed(0)
-    x3d_tf.set_lowering("ops" if form == "ops" else "auto")  # of what is traced before this function ends
+    x3d_tf.set_kernels("ops" if form == "ops" else "auto")  # of what is traced before this function ends
     layer = _layer(case.layer, form)
     x = tf.random.normal((case.batch, *case.layer.shape), seed=0)
     layer.build(x.shape)

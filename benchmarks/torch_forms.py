@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import pytorchvideo_models
 
-from x3d_tf._checks import require
+from x3d_tf.errors import require
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf._machine import usable_cpus
-from x3d_tf._startup import kept_back
+from x3d_tf.processes import available_cpus
+from x3d_tf.startup import kept_back
 
 CONVOLUTIONS = ("CONV_2D", "CONV_3D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")  # all that has trained weights
 
@@ -127,7 +127,7 @@ def _run(content: bytes, clips: NDArray[np.uint8]) -> Iterator[list[NDArray[Any]
 
     with kept_back(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's own copy of the interpreter is to go one day
-        interpreter = tf.lite.Interpreter(model_content=content, num_threads=usable_cpus())
+        interpreter = tf.lite.Interpreter(model_content=content, num_threads=available_cpus())
         interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()
     for call in clips:

@@ -10,16 +10,16 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from x3d_tf._checks import UserError, require
-from x3d_tf._terminal import one_line
 from x3d_tf.data import transforms
-from x3d_tf.data.clips import decoded_short_side, view_indices
-from x3d_tf.data.listing import list_videos
-from x3d_tf.data.manifest import MANIFEST_NAME, Manifest
-from x3d_tf.data.pipeline import evaluation_dataset, naming_records
-from x3d_tf.data.records import as_stored
-from x3d_tf.data.video import VideoError
-from x3d_tf.data.video_clips import VideoClips
+from x3d_tf.data.input_pipeline import evaluation_dataset, record_errors_as_user_errors
+from x3d_tf.data.records.format import as_stored
+from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
+from x3d_tf.data.sampling import decoded_short_side, view_indices
+from x3d_tf.data.video.clip_reader import VideoClips
+from x3d_tf.data.video.decode import VideoError
+from x3d_tf.data.video.listing import list_videos
+from x3d_tf.errors import UserError, require
+from x3d_tf.terminal import one_line
 
 from .models import Source
 
@@ -63,7 +63,7 @@ def _of_records(source: Source, manifest: Manifest, split: str | None, limit: in
         source.views,
         frame_sampling=source.frame_sampling,
     )
-    with naming_records():
+    with record_errors_as_user_errors():
         return np.concatenate([clips[:, 0] for clips, _, _ in videos.as_numpy_iterator()])
 
 
@@ -101,7 +101,7 @@ def _of_video(source: Source, path: Path) -> Any:
     found = {cut.numbers: cut.frames for cut in video}
     pixels = np.stack(found[video.chosen[0]])
     with tf.device("cpu"):
-        return transforms.crops(transforms.resize(pixels, views.resize, views.squeeze), views.crop, 1)[0].numpy()
+        return transforms.crops(transforms.resize(pixels, views.resize, views.stretch), views.crop, 1)[0].numpy()
 
 
 def _evenly(items: Sequence[Any], limit: int) -> list[Any]:

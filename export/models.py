@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import x3d_tf
-from x3d_tf._checks import require
-from x3d_tf._text import counted
-from x3d_tf.data.clips import FrameSampling, ViewSpec, input_contract
+from x3d_tf.config import TrainConfig
+from x3d_tf.data.sampling import FrameSampling, input_contract
+from x3d_tf.errors import require
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
 from x3d_tf.modeling.archive import model_file
 from x3d_tf.modeling.detection import cost_of
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import load, load_classifier
 from x3d_tf.modeling.x3d import MEAN, STD, Network
-from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.text import counted
+from x3d_tf.types import ViewSpec
 
 _LONGEST_NAME = 100  # bytes, so that a format, a suffix and what marks an unfinished file fit beside it
 _METRICS = ("top1", "top5", "map")  # of a report, for the card
@@ -60,16 +61,14 @@ class Source:
 
     @property
     def frame_sampling(self) -> FrameSampling:
-        """Which frames of a video a clip takes, as in training; see `x3d_tf.data.clips.frame_indices`."""
+        """Which frames of a video a clip takes, as in training; see `x3d_tf.data.sampling.frame_indices`."""
         return self.model.frame_sampling
 
     @property
     def views(self) -> ViewSpec:
         """How frames become the network's clip: one clip of a video, its centre crop."""
         model = self.model
-        return ViewSpec(
-            temporal_views=1, resize=model.expansion.test_size, crop=model.tested_size, squeeze=model.squeeze
-        )
+        return ViewSpec(temporal_views=1, resize=model.expansion.test_size, crop=model.eval_size, stretch=model.stretch)
 
     @property
     def weights_sha256(self) -> str:
@@ -92,7 +91,7 @@ class Source:
             "task": model.task,
             "input": {
                 **input_contract(model),
-                "shape": [batch or "N", clip.frames, model.tested_size, model.tested_size, 3],
+                "shape": [batch or "N", clip.frames, model.eval_size, model.eval_size, 3],
                 "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",
             },
             "output": _OUTPUTS[model.task],

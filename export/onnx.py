@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from x3d_tf import _command
-from x3d_tf._checks import UserError, require
-from x3d_tf._files import partial_of, writing
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import tell
+from x3d_tf import commands
+from x3d_tf.errors import UserError, require
+from x3d_tf.files import os_errors_as_write_error, temporary_path
 from x3d_tf.modeling.archive import require_classifier
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import tell
 
 if TYPE_CHECKING:
     from .models import Source
@@ -109,7 +109,7 @@ def export_formats(
         raise UserError(f"there already: {', '.join(taken)}; give another --output, or replace with --force")
     import keras
 
-    from x3d_tf.modeling.deployed import deployed
+    from x3d_tf.modeling.folded import deployed
 
     app = deployed(source.model, batch=batch)
     spec = keras.InputSpec(shape=app.input_shape, dtype="uint8", name="clips")
@@ -132,9 +132,9 @@ def export_formats(
 @contextmanager
 def _scratch(place: Path) -> Iterator[Path]:
     """A hidden folder beside what is to be written."""
-    partial = partial_of(place)
+    partial = temporary_path(place)
     new = [folder for folder in place.parents if not folder.exists()]  # innermost first
-    with writing(place):
+    with os_errors_as_write_error(place):
         try:
             shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
             partial.mkdir(parents=True)
@@ -188,4 +188,4 @@ _FINISHERS: dict[str, Any] = {"onnx": _finish_onnx, "openvino": _finish_openvino
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

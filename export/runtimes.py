@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from x3d_tf._checks import UserError, require
+from x3d_tf.errors import UserError, require
 
 CARD = "model_card.json"  # in a SavedModel's folder and in a .tflite file
 SIGNATURE, OUTPUT = "serving_default", "probabilities"  # of a SavedModel

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from x3d_tf import _command
-from x3d_tf._checks import UserError, require
-from x3d_tf._files import partial_of, writing
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import tell
+from x3d_tf import commands
+from x3d_tf.errors import UserError, require
+from x3d_tf.files import os_errors_as_write_error, temporary_path
 from x3d_tf.modeling.archive import describe
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import tell
 
 if TYPE_CHECKING:
     from .models import Source
@@ -125,8 +125,8 @@ def place(output: Path, version: int | None, *, force: bool = False) -> Path:
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
     """A folder that gets its name when the block has ended well. Servers pass over hidden ones."""
-    partial, replaced = partial_of(folder), folder.with_name(f".{folder.name}.replaced")
-    with writing(folder):
+    partial, replaced = temporary_path(folder), folder.with_name(f".{folder.name}.replaced")
+    with os_errors_as_write_error(folder):
         try:
             shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
             shutil.rmtree(replaced, ignore_errors=True)
@@ -166,7 +166,7 @@ def _write_warmup(path: Path, source: "Source", model: str) -> None:
     import tensorflow as tf
 
     clip = source.model.clip
-    shape = (1, clip.frames, source.model.tested_size, source.model.tested_size, 3)
+    shape = (1, clip.frames, source.model.eval_size, source.model.eval_size, 3)
     grey = tf.make_tensor_proto(_GREY, tf.uint8, shape)  # one value that stands for all
     if source.model.task == "detection":
         asked = {"clips": grey, "boxes": tf.make_tensor_proto([[[0.0, 0.0, 1.0, 1.0]]], tf.float32)}
@@ -188,7 +188,7 @@ def _grey_frame(side: int) -> bytes:
     """A JPEG file."""
     import numpy as np
 
-    from x3d_tf.data.video import encode_jpeg
+    from x3d_tf.data.video.decode import encode_jpeg
 
     return encode_jpeg(np.full((side, side * 4 // 3, 3), _GREY, np.uint8))
 
@@ -220,4 +220,4 @@ def _message(*fields: tuple[int, bytes]) -> bytes:
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from x3d_tf.data import transforms
-from x3d_tf.data.clips import ViewSpec
-from x3d_tf.data.records import MAX_PIXELS
-from x3d_tf.modeling.deployed import deployed
-from x3d_tf.modeling.lowerings.tensorflow import clip_by_clip
+from x3d_tf.data.records.format import MAX_PIXELS
+from x3d_tf.modeling.folded import deployed
+from x3d_tf.parallel import map_clips_in_parallel
+from x3d_tf.types import ViewSpec
 
 from .models import Source
 
@@ -39,7 +39,7 @@ class _Served(tf.Module):
         super().__init__()
         network = deployed(source.model, batch=1 if device == "cpu" else None)
         answers = functools.partial(network, training=False)
-        self.batches = clip_by_clip(answers, _CHAINS) if device == "cpu" else answers
+        self.batches = map_clips_in_parallel(answers, _CHAINS) if device == "cpu" else answers
         self.labels = tf.saved_model.Asset(str(labels))
         self.weights = [variable.value for variable in network.variables]  # a SavedModel holds what its module does
 
@@ -101,7 +101,7 @@ class DetectorSignatures(_Served):
     def __init__(self, source: Source, labels: Path, device: Device = "cpu") -> None:
         super().__init__(source, labels, device)
         batches, clip = self.batches, source.model.clip
-        shape = (None, clip.frames, source.model.tested_size, source.model.tested_size, 3)
+        shape = (None, clip.frames, source.model.eval_size, source.model.eval_size, 3)
 
         @tf.function(
             input_signature=[
@@ -149,7 +149,7 @@ def decoded_clips(files: tf.Tensor, views: ViewSpec) -> tf.Tensor:
 
     Args:
         files: strings [N, T], the bytes of JPEG or PNG files.
-        views: `resize`, `squeeze` and `crop` are followed.
+        views: `resize`, `stretch` and `crop` are followed.
 
     Returns:
         [N, T, crop, crop, 3] float32, RGB in 0..255.
@@ -195,7 +195,7 @@ def _frame(file: tf.Tensor, name: tf.Tensor, views: ViewSpec) -> tf.Tensor:
     with tf.control_dependencies([tf.debugging.Assert(few & compact, [limits, name, sides])]):
         file = tf.identity(file)
     pixels = tf.io.decode_jpeg(file, channels=3, dct_method="INTEGER_ACCURATE")  # also decodes PNG
-    clip = transforms.resize(pixels[tf.newaxis], views.resize, views.squeeze)
+    clip = transforms.resize(pixels[tf.newaxis], views.resize, views.stretch)
     return transforms.crops(clip, views.crop, 1)[0, 0]
 
 

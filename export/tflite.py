@@ -37,13 +37,13 @@ from absl import flags
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf import _command
-from x3d_tf._checks import UserError, require
-from x3d_tf._files import write_whole, writing
-from x3d_tf._startup import kept_back, starting_tensorflow
-from x3d_tf._terminal import tell
-from x3d_tf.data.manifest import Manifest
+from x3d_tf import commands
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.errors import UserError, require
+from x3d_tf.files import atomic_write, os_errors_as_write_error
 from x3d_tf.modeling.archive import require_classifier
+from x3d_tf.startup import kept_back, starting_tensorflow
+from x3d_tf.terminal import tell
 
 from .bias_correction import correct_biases, operator_name, read_model
 
@@ -161,9 +161,9 @@ def export_tflite(
         raise UserError(f"there already: {', '.join(taken)}; give another --output, or replace with --force")
     # Before the first conversion, so that wrong records cost no waiting.
     clips = calibration_clips(source, calibration, batch) if "int8" in formats else None
-    with writing(folder):
+    with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    from x3d_tf.modeling.deployed import deployed
+    from x3d_tf.modeling.folded import deployed
 
     app = deployed(source.model, batch=batch)
     for form, path in paths.items():
@@ -173,8 +173,8 @@ def export_tflite(
         report = _report(content, form, card, calibration if form == "int8" else None)
         content = _with_files(content, source, card)
         report |= {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        write_whole(path, content)
-        write_whole(path.with_suffix(".json"), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+        atomic_write(path, content)
+        atomic_write(path.with_suffix(".json"), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
         yield path
 
 
@@ -187,7 +187,7 @@ def calibration_clips(source: "Source", calibration: Calibration, batch: int) ->
     Raises:
         UserError: no records there, no such split, or damaged ones.
     """
-    from x3d_tf.data.pipeline import naming_records, training_dataset
+    from x3d_tf.data.input_pipeline import record_errors_as_user_errors, training_dataset
 
     require(calibration.records is not None, "calibration", "name records", None)
     model, run = source.model, source.run
@@ -200,10 +200,10 @@ def calibration_clips(source: "Source", calibration: Calibration, batch: int) ->
         batch=1,
         seed=0,
         frame_sampling=source.frame_sampling,
-        squeeze=model.squeeze,
+        stretch=model.stretch,
     )
     calls = -(-calibration.clips // batch)
-    with naming_records():
+    with record_errors_as_user_errors():
         drawn = itertools.islice(stream.as_numpy_iterator(), calls * batch)
         clips = np.concatenate(
             [
@@ -389,4 +389,4 @@ def _with_files(content: bytes, source: "Source", card: Mapping[str, Any]) -> by
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

@@ -40,13 +40,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from x3d_tf import _command
-from x3d_tf._checks import UserError
-from x3d_tf._files import write_whole
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import progress_bar, tell
-from x3d_tf._text import counted
+from x3d_tf import commands
+from x3d_tf.errors import UserError
+from x3d_tf.files import atomic_write
 from x3d_tf.modeling.archive import model_file, require_classifier
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import progress_bar, tell
+from x3d_tf.text import counted
 
 from .runtimes import Artefact, find_artefacts
 from .workers import Failed, NotRun, Opened, Workers
@@ -61,7 +61,7 @@ FLAGS = flags.FLAGS
 
 THREADS = (1, 2)
 FEW_CLIPS = 20  # of fewer, a single one is more than the 5 % in which int8 may differ
-_STRANGERS = ("Flex", "CUSTOM", "PyFunc", "EagerPyFunc", "XlaLaunch")  # that stock runtimes do not have
+_NONPORTABLE_OPS = ("Flex", "CUSTOM", "PyFunc", "EagerPyFunc", "XlaLaunch")  # that stock runtimes do not have
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ def main() -> None:
         raise UserError(f"{FLAGS.json} exists; give another --json, or replace it with --overwrite")
     if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
         raise UserError(f"--json={FLAGS.json}: no such folder")
-    _command.require_path("--artefacts", FLAGS.artefacts)
+    commands.require_path("--artefacts", FLAGS.artefacts)
     artefacts = find_artefacts(Path(FLAGS.artefacts))
-    _command.require_path("--clips", FLAGS.clips, "folder of videos or records")
+    commands.require_path("--clips", FLAGS.clips, "folder of videos or records")
     require_classifier(FLAGS.model)
     with starting_tensorflow():
         import tensorflow as tf
@@ -164,7 +164,7 @@ def main() -> None:
             "number_of_clips": len(clips),
         }
         content = about | {"rows": [asdict(row) for row in rows]}
-        write_whole(Path(FLAGS.json), (json.dumps(content, indent=1) + "\n").encode())
+        atomic_write(Path(FLAGS.json), (json.dumps(content, indent=1) + "\n").encode())
         print(f"written: {FLAGS.json}")
     if any(row.failed for row in rows):
         sys.exit("an artefact does not do what its model does: see FAILED above")
@@ -210,7 +210,7 @@ def _reference(source: "Source", clips: "NDArray[np.uint8]") -> "NDArray[np.floa
     """Probabilities of the trained network, as its accuracy was measured."""
     import numpy as np
 
-    from x3d_tf.evaluation.views import probabilities_of
+    from x3d_tf.evaluation.multiview import probabilities_of
 
     network = probabilities_of(source.model, clips.shape[2])
     return np.concatenate(
@@ -262,7 +262,7 @@ def _check_form(opened: Opened, clip: tuple[int, ...]) -> None:
     if len(opened.clip) != len(clip) or any(size not in (None, wanted) for size, wanted in zip(opened.clip, clip)):
         theirs = " x ".join("any" if size is None else str(size) for size in opened.clip)
         raise Failed(f"its clip is {theirs}, the model's {' x '.join(map(str, clip))}")
-    strangers = [name for name in opened.operators if name.startswith(_STRANGERS)]
+    strangers = [name for name in opened.operators if name.startswith(_NONPORTABLE_OPS)]
     if strangers:
         raise Failed(f"it has operators that are not everywhere: {', '.join(strangers)}")
 
@@ -345,4 +345,4 @@ def _number(value: float | None, form: str) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

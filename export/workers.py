@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from x3d_tf._processes import Answering, Ended
-from x3d_tf._startup import Mode, kept_back, mode, set_mode
+from x3d_tf.processes import Worker, WorkerDied
+from x3d_tf.startup import Mode, kept_back, mode, set_mode
 
 from .runtimes import EXTRAS, Artefact, Runner, open_artefact, probabilities
 
@@ -42,7 +42,7 @@ class Workers:
     """The processes. They start when they are needed and end with the block."""
 
     def __init__(self) -> None:
-        self._workers: dict[tuple[str, int], Answering] = {}
+        self._workers: dict[tuple[str, int], Worker] = {}
 
     def __enter__(self) -> "Workers":
         return self
@@ -67,10 +67,10 @@ class Workers:
     def _ask(self, artefact: Artefact, threads: int, *question: Any) -> Any:
         key = (artefact.runtime, threads)
         if key not in self._workers:
-            self._workers[key] = Answering(_serve, threads, mode())
+            self._workers[key] = Worker(_serve, threads, mode())
         try:
             return self._workers[key].ask(artefact, *question)
-        except Ended as error:
+        except WorkerDied as error:
             raise Failed(str(error)) from error
 
 

@@ -21,8 +21,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # These begin first: a long file that begins last leaves the other process idle.
 LONG_FILES = (
-    *("test_training.py", "test_forward.py", "test_step.py", "test_detector_training.py", "test_prediction.py"),
-    *("test_evaluation.py", "test_verify.py", "test_tflite.py", "test_x3d.py", "test_saved_model.py"),
+    *("test_loop.py", "test_forward.py", "test_step.py", "test_detector_training.py", "test_prediction.py"),
+    *("test_classification.py", "test_verify.py", "test_tflite.py", "test_x3d.py", "test_saved_model.py"),
 )
 
 
@@ -56,12 +56,12 @@ def float64() -> Iterator[None]:
 def plain_operations() -> Iterator[None]:
     """Layers as on a GPU: the forms for CPUs are compiled again for each shape, which takes seconds."""
     import x3d_tf
-    from x3d_tf.modeling import lowerings
+    from x3d_tf.modeling import kernels
 
-    before = lowerings._chosen
-    x3d_tf.set_lowering("gpu")
+    before = kernels._chosen
+    x3d_tf.set_kernels("gpu")
     yield
-    x3d_tf.set_lowering(before)
+    x3d_tf.set_kernels(before)
 
 
 @pytest.fixture

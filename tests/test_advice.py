@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from video_fixtures import noise_video, write_records
 
-from x3d_tf import configs
-from x3d_tf.data.index import Record, Split
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.modeling.expansion import Task
+from x3d_tf import gin_config
+from x3d_tf.data.records.index import Record, Split
+from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.runs.advice import advice, print_advice
-from x3d_tf.types import Storage
+from x3d_tf.types import Storage, Task
 
 X3D_S = ("gin/x3d_s.gin", "gin/data/records.gin")
 X3D_L = ("gin/x3d_l.gin", "gin/data/records.gin")
@@ -48,7 +47,7 @@ def bindings_in(text: str) -> tuple[str, ...]:
 
 
 def advised(manifest: Manifest, files: tuple[str, ...], sides: list[int], bindings: tuple[str, ...] = ()) -> list[str]:
-    return advice(manifest, configs.parse(files, bindings).config, sides)
+    return advice(manifest, gin_config.parse(files, bindings).config, sides)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +188,7 @@ def test_the_frames_of_records_are_measured(tmp_path: Path, capsys: pytest.Captu
     sizes = [(40, 52), (48, 44), (64, 80)]
     manifest = write_records(tmp_path, {"train": [noise_video(seed, 150, *size) for seed, size in enumerate(sizes)]})
     bindings = ["Recipe.batch=3", "Recipe.reference_batch=3", f'DatasetSpec.records="{tmp_path}"']
-    config: Any = configs.parse(FEW, bindings).config
+    config: Any = gin_config.parse(FEW, bindings).config
     print_advice(manifest, config)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "pixels" in line]
     assert line.startswith("warning: the training frames measure 44 pixels on their short side (median of 3 records)")

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from x3d_tf._checks import UserError
-from x3d_tf.data.ava import (
+from x3d_tf.data.datasets.ava import (
     NO_ACTION,
     BoxTable,
     KeyFrame,
@@ -18,6 +17,7 @@ from x3d_tf.data.ava import (
     read_label_map,
     write_detections,
 )
+from x3d_tf.errors import UserError
 
 LABELS = Path(__file__).parents[2] / "shared" / "data" / "labels"
 ACTIONS = {1: "sit", 3: "wave"}

@@ -13,8 +13,8 @@ from video_fixtures import noise_video, write_records
 
 import x3d_tf
 from x3d_tf.data import batches
-from x3d_tf.data.clips import frame_indices
-from x3d_tf.data.pipeline import training_dataset
+from x3d_tf.data.input_pipeline import training_dataset
+from x3d_tf.data.sampling import frame_indices
 
 CLIP = x3d_tf.ClipSpec(3, 2.0, 28)  # tests on 32 pixels, trains on 32 to 40
 VIDEOS = [noise_video(seed, 5 + 4 * seed) for seed in range(5)]

@@ -18,14 +18,16 @@ from video_fixtures import (
     write_video,
 )
 
-from x3d_tf._checks import UserError
 from x3d_tf.build_records import summary
-from x3d_tf.data import builder, encoding, frame_folders, index
-from x3d_tf.data.builder import build_records
-from x3d_tf.data.encoding import Retryable, encode_all, state_of
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.sources import Video, find_videos
-from x3d_tf.data.video import EncodedVideo, VideoError
+from x3d_tf.data.build import builder, encoding
+from x3d_tf.data.build.builder import build_records
+from x3d_tf.data.build.encoding import Retryable, encode_all, state_of
+from x3d_tf.data.build.sources import Video, find_videos
+from x3d_tf.data.records import index
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.video import image_sequences
+from x3d_tf.data.video.decode import EncodedVideo, VideoError
+from x3d_tf.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -314,17 +316,17 @@ def test_folders_of_frames_that_change_are_noticed(tmp_path: Path) -> None:
         (tmp_path / f"{number}.jpg").write_text("frame")
     (tmp_path / "notes").touch()
     state = state_of(tmp_path)
-    frame_folders._listed.cache_clear()
-    assert frame_folders.is_unchanged(tmp_path, state, 0.0, None)
+    image_sequences._listed.cache_clear()
+    assert image_sequences.is_unchanged(tmp_path, state, 0.0, None)
     (tmp_path / "notes").write_text("not a frame")
     assert state_of(tmp_path) == state
     (tmp_path / "40.jpg").write_text("another")  # in place: the folder itself does not change
     assert state_of(tmp_path) != state
-    assert frame_folders.is_unchanged(tmp_path, state, 0.0, 1.0)  # frames 0 to 29
-    assert not frame_folders.is_unchanged(tmp_path, state, 1.0, 2.0)
-    frame_folders._listed.cache_clear()
-    assert not frame_folders.is_unchanged(tmp_path, state, 0.0, 1.0)  # a process that lists the folder now
-    assert not frame_folders.is_unchanged(tmp_path / "gone", state, 0.0, None)
+    assert image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # frames 0 to 29
+    assert not image_sequences.is_unchanged(tmp_path, state, 1.0, 2.0)
+    image_sequences._listed.cache_clear()
+    assert not image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # a process that lists the folder now
+    assert not image_sequences.is_unchanged(tmp_path / "gone", state, 0.0, None)
 
 
 def command(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -1,233 +1,290 @@
-"""The table of the names that PyTorch implementations give to X3D's weights: whole, one-to-one, and theirs."""
+"""Checkpoints on disk: atomic, two of them, and nothing of a foreign folder is believed."""
 
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from x3d_tf import X3D, Expansion, build_x3d
-from x3d_tf.modeling.architecture import ModelOptions, plan
-from x3d_tf.modeling.checkpoints import (
-    NAMINGS,
-    Naming,
-    WeightName,
-    names,
-    source_shape,
-    to_ours,
-    to_source,
-)
+import x3d_tf
+from x3d_tf.errors import UserError
+from x3d_tf.files import WriteError
+from x3d_tf.runs.checkpoints import Checkpoints, Origin, checkpoint_steps, load_checkpoint
+from x3d_tf.runs.run_folder import RunFolder
 
-every_naming = pytest.mark.parametrize("naming", NAMINGS)
+TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=1, gamma_s=32 / 112, gamma_w=0.2, gamma_b=1, gamma_d=0.2)
+ORIGIN = Origin("settings", "records", clips_per_group=8, groups_per_step=2)
 
-
-def named_weights(model: X3D, naming: Naming) -> list[tuple[WeightName, keras.Variable]]:
-    table = names(plan(model.expansion, model.options), naming)
-    return [(name, getattr(model.get_layer(name.layer), name.weight)) for name in table]
-
-
-def shapes(model: X3D, naming: Naming) -> dict[str, tuple[int, ...]]:
-    """What a state dict would say of the network."""
-    return {name.source: source_shape(tuple(v.shape), name.kind) for name, v in named_weights(model, naming)}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"se": "all"},
-        {"se": "none"},
-        {"separable": False},
-        {"shortcut_norm": "on_width_change"},
-        {"shortcut_norm": "on_width_change", "se": "all", "separable": False},
-        {"input": "difference", "stem_kernel": 3},
-    ],
-    ids=str,
-)
-def test_the_table_names_every_weight_once(options: dict[str, Any]) -> None:
-    model = build_x3d(Expansion(gamma_t=2, gamma_b=2.25), num_classes=7, **options)
-    weights = [weight for weight in model.weights if "seed_generator" not in weight.path]
-    for naming in NAMINGS:
-        named = named_weights(model, naming)
-        assert {id(variable) for _, variable in named} == {id(weight) for weight in weights}
-        assert len({name.target for name, _ in named}) == len(named) == len(weights)
-        assert len({name.source for name, _ in named}) == len(named)
-
-
-def test_one_network_has_more_weights_with_each_option() -> None:
-    def count(**options: Any) -> int:
-        return len(list(names(plan(Expansion(), ModelOptions(**options)), "slowfast")))
-
-    norm, reduce_and_expand = 4, 2 * 2
-    assert count(se="none") + 7 * reduce_and_expand == count()  # blocks 0, 2 and 4 of stages 1, 2, 5 and 3 deep
-    assert count() + 4 * reduce_and_expand == count(se="all")
-    assert count(shortcut_norm="on_width_change") + norm == count()
-    assert count(separable=False) == count()
-
-
-@every_naming
-def test_the_four_statistics_of_a_batch_norm(naming: Naming) -> None:
-    ours = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
-    norms = [name for name in names(plan(Expansion()), naming) if name.layer.endswith("_bn")]
-    assert len(norms) % 4 == 0
-    assert all(ours[name.source.rpartition(".")[2]] == name.weight for name in norms)
-
-
-@pytest.mark.parametrize(
-    ("kind", "theirs", "ours"),
-    [
-        ("conv", (4, 3, 1, 5, 7), (1, 5, 7, 3, 4)),
-        ("channelwise", (4, 1, 5, 3, 7), (5, 3, 7, 4)),
-        ("pointwise", (4, 3, 1, 1, 1), (3, 4)),
-        ("linear", (4, 3), (3, 4)),
-        ("vector", (4,), (4,)),
-    ],
-)
-def test_layouts_return(kind: Any, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
-    array = np.random.default_rng(0).standard_normal(theirs)
-    assert to_ours(array, kind).shape == ours
-    assert source_shape(ours, kind) == theirs
-    np.testing.assert_array_equal(to_source(to_ours(array, kind), kind), array)
-
-
-def test_layouts_put_entries_in_their_places() -> None:
-    draw = np.random.default_rng(0)
-    conv, channelwise = draw.standard_normal((4, 3, 2, 5, 7)), draw.standard_normal((4, 1, 5, 3, 7))
-    assert to_ours(conv, "conv")[1, 4, 6, 2, 3] == conv[3, 2, 1, 4, 6]
-    assert to_ours(channelwise, "channelwise")[4, 2, 6, 3] == channelwise[3, 0, 4, 2, 6]
-    assert to_ours(conv[:, :, :1, :1, :1], "pointwise")[2, 3] == conv[3, 2, 0, 0, 0]
-    assert to_ours(conv[:, :, 0, 0, 0], "linear")[2, 3] == conv[3, 2, 0, 0, 0]
-
-
-def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
-
-
-# What the four packages call some of X3D-M's weights, and of which shape they are.
-FACTS: dict[Naming, dict[str, tuple[int, ...]]] = {
-    "slowfast": {
-        "s1.pathway0_stem.conv_xy.weight": (24, 3, 1, 3, 3),
-        "s1.pathway0_stem.conv.weight": (24, 1, 5, 1, 1),
-        **norm("s1.pathway0_stem.bn", 24),
-        "s2.pathway0_res0.branch1.weight": (24, 24, 1, 1, 1),
-        **norm("s2.pathway0_res0.branch1_bn", 24),
-        "s2.pathway0_res0.branch2.a.weight": (54, 24, 1, 1, 1),
-        **norm("s2.pathway0_res0.branch2.a_bn", 54),
-        "s3.pathway0_res4.branch2.b.weight": (108, 1, 3, 3, 3),
-        **norm("s3.pathway0_res4.branch2.b_bn", 108),
-        "s5.pathway0_res0.branch1.weight": (192, 96, 1, 1, 1),
-        "s5.pathway0_res0.branch2.se.fc1.weight": (32, 432, 1, 1, 1),
-        "s5.pathway0_res0.branch2.se.fc1.bias": (32,),
-        "s5.pathway0_res0.branch2.se.fc2.weight": (432, 32, 1, 1, 1),
-        "s5.pathway0_res0.branch2.se.fc2.bias": (432,),
-        "s5.pathway0_res6.branch2.c.weight": (192, 432, 1, 1, 1),
-        **norm("s5.pathway0_res6.branch2.c_bn", 192),
-        "head.conv_5.weight": (432, 192, 1, 1, 1),
-        **norm("head.conv_5_bn", 432),
-        "head.lin_5.weight": (2048, 432, 1, 1, 1),
-        "head.projection.weight": (400, 2048),
-        "head.projection.bias": (400,),
-    },
-    "pytorchvideo": {
-        "blocks.0.conv.conv_t.weight": (24, 3, 1, 3, 3),  # the convolution over space: the two have each other's names
-        "blocks.0.conv.conv_xy.weight": (24, 1, 5, 1, 1),
-        **norm("blocks.0.norm", 24),
-        "blocks.1.res_blocks.0.branch1_conv.weight": (24, 24, 1, 1, 1),
-        "blocks.2.res_blocks.0.branch1_conv.weight": (48, 24, 1, 1, 1),
-        **norm("blocks.2.res_blocks.0.branch1_norm", 48),
-        "blocks.1.res_blocks.0.branch2.conv_a.weight": (54, 24, 1, 1, 1),
-        **norm("blocks.1.res_blocks.0.branch2.norm_a", 54),
-        "blocks.1.res_blocks.0.branch2.conv_b.weight": (54, 1, 3, 3, 3),
-        **norm("blocks.1.res_blocks.0.branch2.norm_b.0", 54),
-        "blocks.1.res_blocks.0.branch2.norm_b.1.block.0.weight": (8, 54, 1, 1, 1),
-        "blocks.1.res_blocks.0.branch2.norm_b.1.block.0.bias": (8,),
-        "blocks.1.res_blocks.0.branch2.norm_b.1.block.2.weight": (54, 8, 1, 1, 1),
-        "blocks.1.res_blocks.0.branch2.norm_b.1.block.2.bias": (54,),
-        "blocks.4.res_blocks.6.branch2.conv_c.weight": (192, 432, 1, 1, 1),
-        **norm("blocks.4.res_blocks.6.branch2.norm_c", 192),
-        "blocks.5.pool.pre_conv.weight": (432, 192, 1, 1, 1),
-        **norm("blocks.5.pool.pre_norm", 432),
-        "blocks.5.pool.post_conv.weight": (2048, 432, 1, 1, 1),
-        "blocks.5.proj.weight": (400, 2048),
-        "blocks.5.proj.bias": (400,),
-    },
-    "pytorchvideo_mobile": {
-        "s1.pathway0_stem_conv_xy.kernel.conv.weight": (24, 3, 1, 3, 3),
-        "s1.pathway0_stem_conv.kernel.conv.weight": (24, 1, 5, 1, 1),
-        **norm("s1.pathway0_stem_conv.kernel.bn", 24),
-        "s2.pathway0_res0._res_proj.kernel.conv.weight": (24, 24, 1, 1, 1),
-        **norm("s2.pathway0_res0._res_proj.kernel.bn", 24),
-        "s2.pathway0_res0.layers.conv_0.kernel.conv.weight": (54, 24, 1, 1, 1),
-        **norm("s2.pathway0_res0.layers.conv_0.kernel.bn", 54),
-        "s2.pathway0_res0.layers.conv_1.kernel.conv.weight": (54, 1, 3, 3, 3),
-        **norm("s2.pathway0_res0.layers.conv_1.kernel.bn", 54),
-        "s2.pathway0_res0.layers.se.se.block.0.weight": (8, 54, 1, 1, 1),
-        "s2.pathway0_res0.layers.se.se.block.0.bias": (8,),
-        "s2.pathway0_res0.layers.se.se.block.2.weight": (54, 8, 1, 1, 1),
-        "s2.pathway0_res0.layers.se.se.block.2.bias": (54,),
-        "s5.pathway0_res6.layers.conv_2.kernel.conv.weight": (192, 432, 1, 1, 1),
-        **norm("s5.pathway0_res6.layers.conv_2.kernel.bn", 192),
-        "head.conv_5.kernel.conv.weight": (432, 192, 1, 1, 1),
-        **norm("head.conv_5.kernel.bn", 432),
-        "head.lin_5.kernel.conv.weight": (2048, 432, 1, 1, 1),
-        "projection.model.weight": (400, 2048),
-        "projection.model.bias": (400,),
-    },
-    "mmaction2": {
-        "backbone.conv1_s.conv.weight": (24, 3, 1, 3, 3),
-        "backbone.conv1_t.conv.weight": (24, 1, 5, 1, 1),
-        **norm("backbone.conv1_t.bn", 24),
-        "backbone.layer1.0.downsample.conv.weight": (24, 24, 1, 1, 1),
-        **norm("backbone.layer1.0.downsample.bn", 24),
-        "backbone.layer1.0.conv1.conv.weight": (54, 24, 1, 1, 1),
-        **norm("backbone.layer1.0.conv1.bn", 54),
-        "backbone.layer2.4.conv2.conv.weight": (108, 1, 3, 3, 3),
-        **norm("backbone.layer2.4.conv2.bn", 108),
-        "backbone.layer1.2.se_module.fc1.weight": (8, 54, 1, 1, 1),
-        "backbone.layer1.2.se_module.fc1.bias": (8,),
-        "backbone.layer1.2.se_module.fc2.weight": (54, 8, 1, 1, 1),
-        "backbone.layer1.2.se_module.fc2.bias": (54,),
-        "backbone.layer4.6.conv3.conv.weight": (192, 432, 1, 1, 1),
-        **norm("backbone.layer4.6.conv3.bn", 192),
-        "backbone.conv5.conv.weight": (432, 192, 1, 1, 1),
-        **norm("backbone.conv5.bn", 432),
-        "cls_head.fc1.weight": (2048, 432),
-        "cls_head.fc2.weight": (400, 2048),
-        "cls_head.fc2.bias": (400,),
-    },
-}
+Make = Callable[..., Checkpoints]
 
 
 @pytest.fixture(scope="module")
-def x3d_m() -> X3D:
-    return build_x3d("x3d_m")
+def model() -> x3d_tf.X3D:
+    network = x3d_tf.build_x3d(TINY, num_classes=2)
+    network.class_names = ("left", "right")
+    return network
 
 
-@pytest.fixture(scope="module")
-def x3d_m_of_pytorchvideo() -> X3D:
-    return build_x3d("x3d_m", shortcut_norm="on_width_change")
+@pytest.fixture
+def counter() -> tf.Variable:
+    """Stands for the optimiser."""
+    return tf.Variable(0.0)
 
 
-@pytest.mark.parametrize("naming", ["slowfast", "pytorchvideo_mobile", "mmaction2"])
-def test_names_and_shapes_of_x3d_m(naming: Naming, x3d_m: X3D) -> None:
-    table = shapes(x3d_m, naming)
-    assert {name: table.get(name) for name in FACTS[naming]} == FACTS[naming]
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run")
 
 
-def test_names_and_shapes_of_x3d_m_in_pytorchvideo(x3d_m_of_pytorchvideo: X3D) -> None:
-    table = shapes(x3d_m_of_pytorchvideo, "pytorchvideo")
-    assert {name: table.get(name) for name in FACTS["pytorchvideo"]} == FACTS["pytorchvideo"]
-    assert not [name for name in table if name.startswith("blocks.1.res_blocks.0.branch1_norm")]
+@pytest.fixture
+def make(model: x3d_tf.X3D, counter: tf.Variable, run: RunFolder) -> Make:
+    """What a process that starts in the run folder has."""
+
+    def checkpoints(origin: Origin = ORIGIN, **others: Any) -> Checkpoints:
+        return Checkpoints(run, model, {"optimizer": [counter], **others}, origin)
+
+    return checkpoints
 
 
-def test_which_blocks_have_squeeze_excitation(x3d_m: X3D) -> None:
-    blocks = {name.split(".se_module")[0] for name in shapes(x3d_m, "mmaction2") if "se_module" in name}
-    depths = {1: 3, 2: 5, 3: 11, 4: 7}
-    assert blocks == {f"backbone.layer{k}.{block}" for k, depth in depths.items() for block in range(0, depth, 2)}
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_shapes_of_the_dense_ablation() -> None:
-    table = shapes(build_x3d(Expansion(gamma_w=0.3, gamma_b=1.5), num_classes=7, separable=False), "slowfast")
-    assert table["s2.pathway0_res0.branch2.a.weight"] == (12, 8, 3, 1, 1)
-    assert table["s2.pathway0_res0.branch2.b.weight"] == (12, 12, 1, 3, 3)
-    assert table["s2.pathway0_res0.branch2.c.weight"] == (8, 12, 1, 1, 1)
+def files_of(*steps: int) -> list[str]:
+    return sorted(f"ckpt-{step}{ending}" for step in steps for ending in (".index", ".data-00000-of-00001"))
+
+
+def save(checkpoints: Checkpoints, counter: tf.Variable, *steps: int) -> None:
+    for step in steps:
+        counter.assign(step)
+        checkpoints.save(step)
+
+
+def test_the_two_newest_are_kept_and_the_newest_is_restored(make: Make, run: RunFolder, counter: tf.Variable) -> None:
+    save(make(), counter, 1, 9, 10, 11)
+    assert names(run.checkpoints) == files_of(10, 11)
+    counter.assign(-1)
+    assert make().restore() == 11
+    assert float(counter) == 11
+    assert load_checkpoint(run, 10).class_names == ("left", "right")
+
+
+def test_a_missing_and_an_additional_variable_are_noticed(
+    make: Make, run: RunFolder, counter: tf.Variable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(make(), counter, 1)
+    for others in ({"average": [tf.Variable(0.0)]}, {"optimizer": [counter, tf.Variable(0.0)]}, {"optimizer": []}):
+        with pytest.raises(UserError, match=r"no checkpoint in .* can be read. Restore them from a copy"):
+            make(**others).restore()
+    assert "ckpt-1.index cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["damaged", 'model_checkpoint_path: "../../precious"'])
+def test_a_list_of_checkpoints_is_not_believed(
+    make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path, text: str
+) -> None:
+    save(make(), counter, 1, 2)
+    victims = [tmp_path / "precious.index", tmp_path / "precious.data-00000-of-00001", run.root / "ckpt-1.index"]
+    for victim in victims:
+        victim.touch()
+    paths = [f"{tmp_path}/precious", "../../precious", "../ckpt-1", f"{tmp_path}/*", "../../*"]
+    lines = "".join(f'all_model_checkpoint_paths: "{path}"\n' for path in paths)
+    (run.checkpoints / "checkpoint").write_text(f"{text}\n{lines}")
+    checkpoints = make()
+    assert checkpoints.restore() == 2
+    save(checkpoints, counter, 3, 4, 5)
+    assert all(victim.exists() for victim in victims)
+    assert (run.checkpoints / "checkpoint").read_text() == f"{text}\n{lines}"
+    assert checkpoint_steps(run.checkpoints) == [4, 5]
+
+
+def test_leftovers_of_a_kill_go_and_nothing_else(
+    make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path
+) -> None:
+    save(make(), counter, 2, 3)
+    folder = run.checkpoints
+    for ending in (".index", ".data-00000-of-00001"):  # killed before it deleted the oldest
+        (folder / f"ckpt-1{ending}").write_bytes((folder / f"ckpt-2{ending}").read_bytes())
+    for name in ("ckpt-4_temp", ".partial-ckpt_temp"):
+        (folder / name).mkdir()
+        (folder / name / "part-00000-of-00001.data-00000-of-00001").touch()
+    for name in (".partial-ckpt.index", "ckpt-4.data-00000-of-00001"):
+        (folder / name).touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    (folder / "ckpt-5_temp").symlink_to(elsewhere)
+    (folder / "ckpt-6.data-00000-of-00001").symlink_to(elsewhere / "file")
+    kept = ["ckpt-last.index", "ckpt-².index", "ckpt-007.index", "ckpt-1.npz", "notes"]
+    for name in kept:
+        (folder / name).touch()
+    checkpoints = make()
+    assert checkpoints.restore() == 3
+    assert names(folder) == sorted(files_of(2, 3) + kept)
+    assert names(elsewhere) == ["file"]
+
+
+def test_a_link_where_a_checkpoint_is_written_leads_nowhere(
+    make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path
+) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / "file").touch()
+    run.checkpoints.mkdir()
+    for name in ("ckpt-1.index", "ckpt-1.data-00000-of-00001", ".partial-ckpt.index"):
+        (run.checkpoints / name).symlink_to(victim)
+    (run.checkpoints / ".partial-ckpt_temp").symlink_to(folder)
+    save(make(), counter, 1)
+    assert victim.read_text() == "precious" and names(folder) == ["file"]
+    assert names(run.checkpoints) == files_of(1)
+
+
+def test_the_folder_may_be_a_link(make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path) -> None:
+    (tmp_path / "large disk").mkdir()
+    run.checkpoints.symlink_to(tmp_path / "large disk")
+    save(make(), counter, 1, 2, 3)
+    assert names(tmp_path / "large disk") == files_of(2, 3)
+
+
+def test_a_damaged_newest_gives_way(make: Make, run: RunFolder, counter: tf.Variable) -> None:
+    save(make(), counter, 40, 60)
+    (run.checkpoints / "ckpt-60.data-00000-of-00001").write_bytes(b"damaged")
+    checkpoints = make()
+    assert checkpoints.restore() == 40 and float(counter) == 40
+    assert checkpoint_steps(run.checkpoints) == [40, 60]
+    save(checkpoints, counter, 50)
+    assert names(run.checkpoints) == files_of(40, 50)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(
+    make: Make, run: RunFolder, counter: tf.Variable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(make(), counter, 10, 20)
+    for file in files_of(20):
+        (run.checkpoints / file).rename(run.checkpoints / file.replace("20", "1000"))
+    assert make().restore() == 10
+    assert "ckpt-1000.index must be 1000, as its name says, got 20" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"ckpt-1000\.index must be 1000, as its name says, got 20"):
+        load_checkpoint(run, 1000)
+
+
+@pytest.mark.parametrize("ending", [".index", ".data-00000-of-00001"])
+def test_a_pipe_in_place_of_a_checkpoint_is_not_opened(
+    make: Make, run: RunFolder, counter: tf.Variable, ending: str
+) -> None:
+    save(make(), counter, 10, 20)
+    pipe = run.checkpoints / f"ckpt-20{ending}"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"ckpt-20{ending} does not exist or is not a file"):
+        load_checkpoint(run, 20)
+    assert make().restore() == 10
+
+
+@pytest.fixture
+def limited() -> Iterator[Callable[[int], None]]:
+    """Limits the size of files, which fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, 20_000])
+def test_a_checkpoint_that_does_not_fit_is_one_line(
+    make: Make, run: RunFolder, counter: tf.Variable, limited: Callable[[int], None], size: int
+) -> None:
+    checkpoints = make()
+    save(checkpoints, counter, 1, 2)
+    before = {name: (run.checkpoints / name).read_bytes() for name in names(run.checkpoints)}
+    assert max(map(len, before.values())) > 20_000
+    limited(size)
+    with pytest.raises(WriteError) as caught:
+        save(checkpoints, counter, 3)
+    limited(1 << 40)
+    assert str(caught.value).startswith(f"{run.checkpoints}/ckpt-3.index cannot be written: File too large. Once ")
+    assert "resumes from step 2" in str(caught.value) and "\n" not in str(caught.value)
+    assert {name: (run.checkpoints / name).read_bytes() for name in names(run.checkpoints)} == before
+    save(checkpoints, counter, 3)
+    assert make().restore() == 3
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_disk_that_fills_up_between_the_files(
+    make: Make, run: RunFolder, counter: tf.Variable, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    save(make(), counter, 1, 2)
+    flush, replace, calls = os.fsync, Path.replace, iter(range(9))
+
+    def fail(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            if next(calls) == failing:
+                raise OSError(28, "No space left on device")
+            return function(*arguments)
+
+        return called
+
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match="No space left on device"):
+        patch.setattr(os, "fsync", fail(flush))
+        patch.setattr(Path, "replace", fail(replace))
+        save(make(), counter, 3)
+    assert names(run.checkpoints) == files_of(1, 2)
+
+
+def test_a_checkpoint_is_not_written_twice(make: Make, run: RunFolder, counter: tf.Variable) -> None:
+    checkpoints = make()
+    save(checkpoints, counter, 1)
+    inode = (run.checkpoints / "ckpt-1.index").stat().st_ino
+    save(checkpoints, counter, 1)
+    again = make()
+    again.restore()
+    save(again, counter, 1)
+    assert (run.checkpoints / "ckpt-1.index").stat().st_ino == inode
+
+
+def test_tensors_larger_than_their_file_are_refused_before_they_are_read(run: RunFolder) -> None:
+    run.checkpoints.mkdir()
+    large = tf.train.Checkpoint(description=tf.Variable(np.zeros(1 << 20, "float32")))
+    large.write(str(run.checkpoints / "ckpt-1"))
+    os.truncate(run.checkpoints / "ckpt-1.data-00000-of-00001", 100)
+    with pytest.raises(UserError, match=r"must fit into the 100 bytes of ckpt-1.data-00000-of-00001, got 'description"):
+        load_checkpoint(run, 1)
+    (run.checkpoints / "ckpt-1").mkdir()
+    with pytest.raises(UserError, match="not be a folder"):
+        load_checkpoint(run, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"config": "other"}, "is of another configuration"),
+        ({"records": "other"}, r"trained on other records .* is records there and other here"),
+        ({"clips_per_group": 4, "groups_per_step": 4}, r"2 groups of 8 clips a step .* 4 groups of 4 clips .*--allow_"),
+        ({"groups_per_step": 1}, r"2 groups of 8 clips a step .* 1 group of 8 clips"),
+    ],
+)
+def test_other_origins_are_refused(make: Make, counter: tf.Variable, changed: dict[str, Any], message: str) -> None:
+    from dataclasses import replace
+
+    save(make(), counter, 1)
+    with pytest.raises(UserError, match=message):
+        make(replace(ORIGIN, **changed)).restore()
+
+
+def test_other_groups_may_be_allowed_and_are_noted(make: Make, counter: tf.Variable) -> None:
+    save(make(), counter, 1)
+    other = Origin("settings", "records", clips_per_group=4, groups_per_step=4)
+    checkpoints = make(other)
+    assert checkpoints.restore(allow_other_groups=True) == 1
+    save(checkpoints, counter, 2)
+    assert make(other).restore() == 2
+    with pytest.raises(UserError, match="4 groups of 4 clips a step"):
+        make().restore()

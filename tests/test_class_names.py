@@ -2,7 +2,7 @@
 
 import pytest
 
-from x3d_tf.data.class_names import doubts
+from x3d_tf.data.build.class_names import doubts
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import tensorflow as tf
 from PIL import Image
 from video_fixtures import noise_video, write_records
 
-from x3d_tf.data import moving_shapes
-from x3d_tf.data.datasets import DatasetSpec, open_dataset, open_for_training, with_splits_of
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.moving_shapes import DIRECTIONS, draw_picture, shifts
-from x3d_tf.data.records import parse_record
+from x3d_tf.data.datasets import moving_shapes
+from x3d_tf.data.datasets.moving_shapes import DIRECTIONS, draw_picture, shifts
+from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset, open_for_training, with_default_splits
+from x3d_tf.data.records.format import parse_record
+from x3d_tf.data.records.manifest import Manifest
 
 
 def render(seed: int, direction: str) -> np.ndarray:
@@ -173,9 +173,9 @@ def test_records_are_opened_as_they_are(tmp_path: Path) -> None:
 def test_training_takes_the_splits_that_are_there(
     names: str, settings: dict[str, Any], expected: tuple[str, str | None, float]
 ) -> None:
-    found = with_splits_of(DatasetSpec("unused", **settings), names.split())
+    found = with_default_splits(DatasetSpec("unused", **settings), names.split())
     assert (found.eval_split, found.validation_split, found.validation_fraction) == expected
-    assert with_splits_of(found, names.split()) == found or settings.get("eval_split") == "val"
+    assert with_default_splits(found, names.split()) == found or settings.get("eval_split") == "val"
 
 
 def test_records_are_opened_for_training(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from test_roi_align import naive
 
 import x3d_tf
-from x3d_tf._checks import UserError
+from x3d_tf.errors import UserError
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.saving import load_classifier, load_detector
 
@@ -56,8 +56,8 @@ def test_the_head_is_what_a_naive_one_computes(head: Any, size: int) -> None:
     clip = np.zeros((1, 4, size, size, 3), np.uint8)  # not alike everywhere, as noise would be
     clip[:, :, : size // 3] = np.linspace(0, 255, size)[:, None]
     boxes = np.float32([[[0.1, 0.2, 0.9, 0.7], [-0.3, 0.5, 0.4, 1.2], [0, 0, 1, 1]]])
-    trunk = keras.Model(network.input, network.get_layer(network.trunk_end).output)
-    maps = np.asarray(trunk({"clip": clip, "boxes": boxes}))[0].mean(axis=0)  # (H, W, C)
+    backbone = keras.Model(network.input, network.get_layer(network.backbone_end).output)
+    maps = np.asarray(backbone({"clip": clip, "boxes": boxes}))[0].mean(axis=0)  # (H, W, C)
     pooled = naive(maps, np.clip(boxes[0], 0, 1) * size, 7, 1 / 32, True).max(axis=(1, 2))
     if network.head == "full":
         pooled = np.maximum(pooled @ np.asarray(network.get_layer("fc1").kernel), 0)

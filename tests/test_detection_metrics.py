@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from x3d_tf._checks import UserError
-from x3d_tf.data.ava import BoxTable, read_boxes, read_label_map
+from x3d_tf.data.datasets.ava import BoxTable, read_boxes, read_label_map
+from x3d_tf.errors import UserError
 from x3d_tf.evaluation.detection_metrics import (
     LabeledBoxes,
     detection_average_precisions,

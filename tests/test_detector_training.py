@@ -15,31 +15,32 @@ import tensorflow as tf
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
-from x3d_tf import _plots
-from x3d_tf._checks import UserError
-from x3d_tf.data.ava import KeyFrame, read_boxes
-from x3d_tf.data.builder import build_key_frames
-from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.evaluation.detecting import score_split
+from x3d_tf import plots
+from x3d_tf.config import Detection, Execution, Recipe, TrainConfig
+from x3d_tf.data.build.builder import build_key_frames
+from x3d_tf.data.datasets.ava import KeyFrame, read_boxes
+from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.errors import UserError
+from x3d_tf.evaluation.classification import evaluate_run
+from x3d_tf.evaluation.detection import score_split
 from x3d_tf.evaluation.detection_reports import evaluate_files, score_detections
-from x3d_tf.evaluation.testing import evaluate_run
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.saving import load_detector
-from x3d_tf.runs.recipe import Detection, Execution, Recipe, TrainConfig
 from x3d_tf.training import forward
-from x3d_tf.training.clips import save_training_preview
-from x3d_tf.training.initialization import start_from
+from x3d_tf.training.inputs import save_training_preview
 from x3d_tf.training.loop import train
-from x3d_tf.training.objectives import Objective
+from x3d_tf.training.losses import Loss
 from x3d_tf.training.schedule import schedule_of
 from x3d_tf.training.step import TrainStep
+from x3d_tf.training.transfer import load_pretrained
 from x3d_tf.training.validation import DetectorValidation
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
 ROOT = Path(__file__).parents[1]
+HELPERS = str(ROOT / "tests" / "helpers")
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 RECIPE = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=6, warmup_fraction=1 / 6, weight_decay=1e-7)
 
@@ -64,7 +65,7 @@ def test_the_loss_is_the_mean_over_boxes_and_classes() -> None:
     real[[0, 2, 3], [1, 0, 0]] = False
     p = 1 / (1 + np.exp(-logits[real]))
     expected = -np.mean(np.where(labels[real] > 0, np.log(p), np.log(1 - p)))
-    loss, accuracy, left_out = Objective("detection", 4)(tf.constant(logits), tf.constant(labels), inputs)
+    loss, accuracy, left_out = Loss("detection", 4)(tf.constant(logits), tf.constant(labels), inputs)
     assert float(loss) == pytest.approx(expected, abs=1e-6)
     right = [row[scores.argmax()] for row, scores in zip(labels[real], logits[real])]
     assert float(accuracy) == pytest.approx(np.mean(right), abs=1e-6)
@@ -73,7 +74,7 @@ def test_the_loss_is_the_mean_over_boxes_and_classes() -> None:
 
 def test_a_step_without_boxes_has_no_loss() -> None:
     inputs, labels = given(0, 2)
-    loss, accuracy, left_out = Objective("detection", 4)(tf.zeros((4, 2, 3)), tf.constant(labels), inputs)
+    loss, accuracy, left_out = Loss("detection", 4)(tf.zeros((4, 2, 3)), tf.constant(labels), inputs)
     assert float(loss) == float(accuracy) == float(left_out) == 0
 
 
@@ -121,7 +122,7 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_detector_training as test
-from x3d_tf.training.objectives import Objective
+from x3d_tf.training.losses import Objective
 inputs, labels = test.given(3, 2)
 inputs["boxes"][0] = 0  # other numbers of boxes on the devices
 logits = np.random.default_rng(1).standard_normal((4, 5, 3)).astype("float32")
@@ -140,7 +141,7 @@ np.testing.assert_allclose(both(), alone, atol=1e-6)
 
 
 def test_devices_add_up_to_the_mean_over_all_boxes() -> None:
-    code = TWO_DEVICES.format(tests=str(ROOT / "tests"))
+    code = TWO_DEVICES.format(tests=HELPERS)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -176,7 +177,7 @@ for name, devices in (("one", ["CPU:0"]), ("two", ["CPU:0", "CPU:1"])):
 @pytest.mark.parametrize(("execution", "bound"), [("float64", 1e-5), ("bfloat16", 0.1)])
 def test_a_run_on_two_devices_is_that_on_one(folder: Path, tmp_path: Path, execution: str, bound: float) -> None:
     """With batch norm measured anew, in float32; in bfloat16 with a step in two parts."""
-    code = RUNS.format(tests=str(ROOT / "tests"), folder=str(folder), to=str(tmp_path), execution=execution)
+    code = RUNS.format(tests=HELPERS, folder=str(folder), to=str(tmp_path), execution=execution)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (list(np.load(tmp_path / name / "weights.npz").values()) for name in ("one", "two"))
@@ -245,7 +246,7 @@ def config_of(folder: Path, **changes: Any) -> TrainConfig:
         "expansion": TINY,
         "dataset": DatasetSpec(str(folder / "records"), validation_split="test"),
         "recipe": RECIPE,
-        "detection": Detection(test_boxes="annotated"),
+        "detection": Detection(eval_boxes="annotated"),
         "checkpoint_steps": 3,
     }
     return TrainConfig(**(fields | changes))
@@ -264,7 +265,7 @@ def test_previews_name_the_key_frame_and_what_its_boxes_do(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(_plots, "save_clips", lambda *given: drawn.extend(given))
+    monkeypatch.setattr(plots, "save_clips", lambda *given: drawn.extend(given))
     manifest = Manifest.load(folder / "records")
     save_training_preview(manifest, config_of(folder), tmp_path / "a.png", 6)
     seconds, named = set(), set()
@@ -293,7 +294,7 @@ def test_a_run_leaves_a_detector(run: Any) -> None:
 def test_its_report_is_that_of_its_detections(
     folder: Path, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], boxes: str
 ) -> None:
-    config = config_of(folder, detection=Detection(test_boxes=boxes))
+    config = config_of(folder, detection=Detection(eval_boxes=boxes))
     run.config.write_text(config.to_json())
     try:
         report = evaluate_run(run, output=str(tmp_path / "report"))
@@ -347,7 +348,7 @@ def test_a_report_tells_of_key_frames_without_a_record(folder: Path, run: Any, t
 
 def test_validation_may_take_some_key_frames(folder: Path, run: Any) -> None:
     manifest, model = Manifest.load(folder / "records"), load_detector(run.root)
-    every = [Detection(test_boxes="annotated", validation_every=number) for number in (2, 452, 1000)]
+    every = [Detection(eval_boxes="annotated", validation_every=number) for number in (2, 452, 1000)]
     taken = DetectorValidation(model, manifest, "test", every[0])._manifest.splits["test"].records
     assert [record.media_id for record in taken] == ["film,0904"]
     assert 0 <= DetectorValidation(model, manifest, "test", every[1])().accuracy <= 1
@@ -365,7 +366,7 @@ def test_a_detector_starts_from_a_classifier(head: Any, tmp_path: Path) -> None:
     classifier = x3d_tf.build_x3d(TINY, num_classes=5)
     x3d_tf.save(classifier, tmp_path / "a.keras", tuple("abcde"))
     model = x3d_tf.build_detector(TINY, num_classes=3, head=head)
-    transfer = start_from(model, tmp_path / "a.keras")
+    transfer = load_pretrained(model, tmp_path / "a.keras")
     assert transfer.new == ("fc2",) and "res5_0_conv_a" in transfer.taken
     for name in transfer.taken:
         for ours, theirs in zip(model.get_layer(name).get_weights(), classifier.get_layer(name).get_weights()):

@@ -12,7 +12,7 @@ from moving_square import write_records
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
-from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.modeling import expansion
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -91,7 +91,7 @@ def benchmarks(fresh: Fresh) -> None:
 def parity(fresh: Fresh) -> None:
     """Their network computes; comparing it with ours requires [test], too."""
     code = "import torch, pytorchvideo_models as p; m = p.standard('x3d_xs').model.eval()"
-    fresh.run("-c", f"{code}; print(m(torch.zeros(1, 3, 4, 160, 160)).shape)", at=fresh.tree / "tests")
+    fresh.run("-c", f"{code}; print(m(torch.zeros(1, 3, 4, 160, 160)).shape)", at=fresh.tree / "tests" / "helpers")
 
 
 def linters_and_fast_tests(fresh: Fresh) -> None:

@@ -28,11 +28,10 @@ from video_fixtures import (
     write_with_sound,
 )
 
-from x3d_tf.data import timeline
-from x3d_tf.data.encoding import encode_or_reason
-from x3d_tf.data.frame_folders import encode_folder
-from x3d_tf.data.sources import Video
-from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
+from x3d_tf.data.build.encoding import encode_or_reason
+from x3d_tf.data.build.sources import Video
+from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames, timeline
+from x3d_tf.data.video.image_sequences import encode_folder
 
 REORDERED = {"bf": "2", "g": "15", "crf": "4"}
 ALL = list(range(60))

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from x3d_tf import _plots
-from x3d_tf._checks import UserError
-from x3d_tf._files import WriteError, appearing, read_limited, write_whole, writing
-from x3d_tf.data.sources import text_of
+from x3d_tf import plots
+from x3d_tf.errors import UserError
 from x3d_tf.evaluation.reports import read_results
+from x3d_tf.files import WriteError, atomic_path, atomic_write, os_errors_as_write_error, read_limited, read_text
 from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 
 
@@ -29,12 +28,12 @@ def test_a_file_of_before_stays(tmp_path: Path, full_disk: None) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"before")
     with pytest.raises(WriteError, match=r"a\.txt cannot be written: No space left on device$"):
-        write_whole(path, b"after")
+        atomic_write(path, b"after")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_interrupted_file_is_removed(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "a.txt") as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.txt") as partial:
         partial.write_bytes(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -42,7 +41,7 @@ def test_an_interrupted_file_is_removed(tmp_path: Path) -> None:
 
 def test_pictures_are_complete_or_absent(tmp_path: Path, full_disk: None) -> None:
     with pytest.raises(WriteError, match=r"a\.png cannot be written: No space left on device$"):
-        _plots.save_confusion(np.eye(2, dtype=int), ["a", "b"], tmp_path / "a.png", "title")
+        plots.save_confusion(np.eye(2, dtype=int), ["a", "b"], tmp_path / "a.png", "title")
     assert not list(tmp_path.iterdir())
 
 
@@ -59,13 +58,13 @@ def test_errors_of_tensorflow_name_the_file() -> None:
     message = "{{function_node f}} /a/b; No space left on device [Op:A]\n\tFailed to flush 11 events to /a/b"
     with (
         pytest.raises(WriteError, match=r"^events cannot be written: No space left on device$"),
-        writing(Path("events")),
+        os_errors_as_write_error(Path("events")),
     ):
         raise tf.errors.ResourceExhaustedError(None, None, message)
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(ZeroDivisionError), writing(Path("a")):
+    with pytest.raises(ZeroDivisionError), os_errors_as_write_error(Path("a")):
         raise ZeroDivisionError
 
 
@@ -81,6 +80,6 @@ def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
             read_limited(path, 8)
     with pytest.raises(FileNotFoundError):
         read_limited(tmp_path / "b", 8)
-    for read in (read_results, lambda path: text_of(path, "csv")):
+    for read in (read_results, lambda path: read_text(path, "csv")):
         with pytest.raises(UserError, match="must be a regular file"):
             read(pipe)

@@ -15,11 +15,11 @@ from sklearn.metrics import average_precision_score
 from video_fixtures import noise_video, write_records
 
 import x3d_tf
-from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.evaluation.testing import evaluate_run
-from x3d_tf.modeling.description import Description
-from x3d_tf.runs.checkpointing import checkpoint_steps, load_checkpoint
-from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
+from x3d_tf.config import Execution, Recipe, TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.evaluation.classification import evaluate_run
+from x3d_tf.modeling.metadata import Metadata
+from x3d_tf.runs.checkpoints import checkpoint_steps, load_checkpoint
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training import loop
 from x3d_tf.training.loop import train
@@ -180,7 +180,7 @@ def test_a_checkpoint_is_a_network(early: tuple[RunFolder, str], tmp_path: Path)
 def test_a_network_that_a_checkpoint_cannot_hold_is_not_built(
     factor: str, value: float, message: str, tmp_path: Path
 ) -> None:
-    described = Description(x3d_tf.Expansion(), x3d_tf.ModelOptions(), 2, True, ("a", "b"), "trainable", 112).to_json()
+    described = Metadata(x3d_tf.Expansion(), x3d_tf.ModelOptions(), 2, True, ("a", "b"), "trainable", 112).to_json()
     text = described.replace(f'"{factor}": 1.0', f'"{factor}": {value}')
     assert text != described
     run = RunFolder(tmp_path)

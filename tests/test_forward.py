@@ -15,12 +15,13 @@ import tensorflow as tf
 from test_step import config_of, dataset, make
 
 import x3d_tf
-from x3d_tf.modeling.lowerings import tensorflow as lowering
-from x3d_tf.runs.recipe import Execution
+from x3d_tf import parallel
+from x3d_tf.config import Execution
 from x3d_tf.training import forward
 from x3d_tf.training.forward import _blocks
 
 ROOT = Path(__file__).parents[1]
+HELPERS = str(ROOT / "tests" / "helpers")
 
 
 def state_after(
@@ -65,7 +66,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
         {},
         {"precision": "bfloat16"},
         pytest.param({"precision": "float16", "accumulation": 2}, marks=pytest.mark.slow),
-        {"recipe": {"trunk_rate": 0.0}},
+        {"recipe": {"backbone_lr_factor": 0.0}},
         {"recipe": {"batch_norm": "frozen"}},
         {"options": {"separable": False, "input": "difference", "se": "none"}},
     ],
@@ -111,14 +112,14 @@ def test_clips_side_by_side_are_the_batch(
 def test_clips_side_by_side_in_a_graph_of_the_forms_for_cpus(
     float64: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    x3d_tf.set_lowering("cpu")
+    x3d_tf.set_kernels("cpu")
     try:
         monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 1)
         expected = state_after("nothing", **settings)
         monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 2)
         assert_same(state_after("nothing", **settings), expected, 1e-10)
     finally:
-        x3d_tf.set_lowering("auto")
+        x3d_tf.set_kernels("auto")
 
 
 def test_clips_side_by_side_recompute(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +139,12 @@ def test_clips_side_by_side_recompute(eager: None, monkeypatch: pytest.MonkeyPat
 def test_parts_share_groups_evenly(
     monkeypatch: pytest.MonkeyPatch, cores: int, clips: int | None, group: int, parts: int
 ) -> None:
-    monkeypatch.setattr(lowering, "_cores", lambda: cores)
-    assert lowering.parts_of_batch(clips, group) == parts
+    monkeypatch.setattr(parallel, "_cores", lambda: cores)
+    assert parallel.num_batch_slices(clips, group) == parts
 
 
 def test_graphics_cards_take_the_batch_at_once(uncompiled: None) -> None:
-    assert lowering.parts_of_batch(8, 8) == 1
+    assert parallel.num_batch_slices(8, 8) == 1
 
 
 def test_every_block_is_found() -> None:
@@ -159,7 +160,7 @@ import keras, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_forward as test, x3d_tf
-x3d_tf.set_lowering("gpu")
+x3d_tf.set_kernels("gpu")
 keras.config.set_floatx("float64")
 keras.config.set_dtype_policy("float64")
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -174,7 +175,7 @@ test.assert_same(*states, 1e-10)
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["activations", "blocks"])
 def test_two_devices_take_the_same_steps(recompute: str) -> None:
-    run(TWO_DEVICES.format(tests=str(ROOT / "tests"), recompute=recompute))
+    run(TWO_DEVICES.format(tests=HELPERS, recompute=recompute))
 
 
 PEAK = """
@@ -184,7 +185,7 @@ from pathlib import Path
 import numpy as np, tensorflow as tf
 from test_step import config_of
 from x3d_tf import build_x3d
-from x3d_tf.runs.recipe import Execution
+from x3d_tf.config import Execution
 from x3d_tf.training.step import TrainStep
 model = build_x3d("x3d_xs")
 step = TrainStep(model, config_of(execution=Execution(recompute={recompute!r})), tf.distribute.get_strategy())
@@ -205,8 +206,7 @@ print("peak", peak() - before)
 def test_the_compiled_step_takes_less_memory(recompute: str) -> None:
     """TensorFlow takes two runs of the same operations for one where it can, which would keep everything."""
     kept, recomputed = (
-        int(run(PEAK.format(tests=str(ROOT / "tests"), recompute=each)).split("peak")[1])
-        for each in ("nothing", recompute)
+        int(run(PEAK.format(tests=HELPERS, recompute=each)).split("peak")[1]) for each in ("nothing", recompute)
     )
     assert recomputed < 0.8 * kept
 

@@ -14,12 +14,12 @@ from absl import flags
 from absl.testing import flagsaver
 
 import x3d_tf
-from x3d_tf import configs
+from x3d_tf import gin_config
 from x3d_tf import import_weights as command
-from x3d_tf.data.sources import kinetics_classes
+from x3d_tf.data.build.sources import kinetics_classes
 from x3d_tf.modeling.archive import describe
-from x3d_tf.modeling.conversion import export_checkpoint, import_checkpoint
-from x3d_tf.training.initialization import start_from
+from x3d_tf.modeling.pytorch.convert import export_checkpoint, import_checkpoint
+from x3d_tf.training.transfer import load_pretrained
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -105,12 +105,12 @@ def test_the_command_that_is_printed_starts_from_the_network(
     bindings = [value for name, value in given if name == "--gin_bindings"]
     assert files == ["gin/x2d.gin", "gin/data/records.gin", "gin/finetune.gin"]
     assert ["--workdir", "runs/mine"] in given
-    config = configs.parse(files, bindings).config
+    config = gin_config.parse(files, bindings).config
     assert (config.init, config.expansion) == (output, model.expansion)
     network = x3d_tf.X3D(config.expansion, 3, config.model)
     network.class_names = ("a", "b", "c")
     assert network.options == model.options
-    assert "head_pool" not in str(start_from(network, output))
+    assert "head_pool" not in str(load_pretrained(network, output))
 
 
 def test_a_wrong_variant_is_told_before_tensorflow_starts(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,20 +17,20 @@ from video_fixtures import number_of, numbered_frames, write_manifest, write_vid
 
 import x3d_tf
 from x3d_tf import build_records
-from x3d_tf._checks import UserError
 from x3d_tf.data import boxes as moving
-from x3d_tf.data.builder import build_key_frames
-from x3d_tf.data.clips import key_frame_indices
-from x3d_tf.data.datasets import DatasetSpec, hold_out
-from x3d_tf.data.frame_folders import encode_folder
-from x3d_tf.data.index import video_and_second
-from x3d_tf.data.key_frame_pipeline import evaluation_key_frames
-from x3d_tf.data.key_frame_pipeline import training_key_frames as train_clips
-from x3d_tf.data.key_frames import find_key_frames
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.records import ParsedAnnotation, parse_annotation, parse_record
-from x3d_tf.data.verify import verify_records
-from x3d_tf.data.video import VideoError
+from x3d_tf.data.build.builder import build_key_frames
+from x3d_tf.data.build.key_frames import find_key_frames
+from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
+from x3d_tf.data.detection_pipeline import evaluation_key_frames
+from x3d_tf.data.detection_pipeline import training_key_frames as train_clips
+from x3d_tf.data.records.format import ParsedAnnotation, parse_annotation, parse_record
+from x3d_tf.data.records.index import parse_key_frame_id
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.verify import verify_records
+from x3d_tf.data.sampling import key_frame_indices
+from x3d_tf.data.video.decode import VideoError
+from x3d_tf.data.video.image_sequences import encode_folder
+from x3d_tf.errors import UserError
 
 CLIP = x3d_tf.ClipSpec(4, 5, 32)  # 10 frames before the key frame, 5 after it
 ACTIONS = 'item { name: "sit" id: 1 }\nitem { name: "wave" id: 2 }\nitem { name: "run" id: 4 }\n'
@@ -222,8 +222,8 @@ def test_boxes_move_with_the_pixels(graph: bool) -> None:
 
     def moved() -> Any:
         before, after = tf.constant([48, 66]), tf.constant([36, 49])
-        boxes = moving.scaled(moving.in_pixels(tf.constant(given), 48, 66), before, after)
-        return moving.flipped(moving.cropped(boxes, tf.constant(3), tf.constant(10), 32), 32)
+        boxes = moving.scale(moving.to_pixels(tf.constant(given), 48, 66), before, after)
+        return moving.flip(moving.crop(boxes, tf.constant(3), tf.constant(10), 32), 32)
 
     found = (tf.function(moved) if graph else moved)()
     expected = [naive_boxes(list(box), 66, 48, 36, 3, 10, 32, True) for box in given]
@@ -238,17 +238,20 @@ def test_proposals_near_a_box_are_samples_of_it() -> None:
         tf.constant([[0.0, 0.0, 0.5, 0.49], [0.0, 0.0, 0.5, 0.4], [0.51, 0.5, 1.0, 1.0]]),
         tf.constant([0.9, 0.9, 0.9]),
     )
-    boxes = moving.annotated(known, 3)
+    boxes = moving.ground_truth_samples(known, 3)
     np.testing.assert_array_equal(boxes.boxes, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
     np.testing.assert_array_equal(boxes.labels, [[0, 1, 1], [1, 0, 0]])
-    matched = moving.with_proposals(boxes, known.proposals, 0.9, negatives=False)
+    matched = moving.add_matched_proposals(boxes, known.proposals, 0.9, negatives=False)
     np.testing.assert_array_equal(matched.labels, [[0, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 0]])
     np.testing.assert_array_equal(matched.boxes[2:], tf.gather(known.proposals, [0, 2]))
-    every = moving.with_proposals(boxes, known.proposals, 0.9, negatives=True)
+    every = moving.add_matched_proposals(boxes, known.proposals, 0.9, negatives=True)
     np.testing.assert_array_equal(every.labels[2:], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
     none = moving.Samples(tf.zeros((0, 4)), tf.zeros((0, 3)))
-    assert moving.with_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
-    assert moving.with_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist() == [[0] * 3] * 3
+    assert moving.add_matched_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
+    assert (
+        moving.add_matched_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist()
+        == [[0] * 3] * 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -456,8 +459,8 @@ def test_only_jpeg_and_png_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("second", ["", "-1", "1_0", "９", "9" * 5000, "9" * 30])
 def test_names_of_key_frames_that_are_none(second: str) -> None:
     with pytest.raises(UserError, match="the name of a record of a key frame must be VIDEO,SECOND, got 'film,"):
-        video_and_second(f"film,{second}")
-    assert video_and_second("a,film,0902") == ("a,film", 902)
+        parse_key_frame_id(f"film,{second}")
+    assert parse_key_frame_id("a,film,0902") == ("a,film", 902)
 
 
 def test_an_action_that_is_called_as_a_missing_one_would_be(folder: Path, tmp_path: Path) -> None:

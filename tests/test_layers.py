@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 import x3d_tf
+from x3d_tf import parallel
 from x3d_tf.modeling import layers
-from x3d_tf.modeling.lowerings import tensorflow as lowering
+from x3d_tf.modeling.kernels import tensorflow as kernels
 
 BOUND = 1e-5
 
@@ -60,7 +61,7 @@ CASES = [  # T, H, W, kernel, stride
 @pytest.mark.parametrize(("t", "h", "w", "kernel_size", "stride"), CASES)
 @pytest.mark.parametrize("shapes", ["static", "open"])
 @pytest.mark.parametrize(
-    "form", [lowering.channelwise_conv3d, layers.channelwise_conv3d], ids=["tensorflow", "keras.ops"]
+    "form", [kernels.channelwise_conv3d, layers.channelwise_conv3d], ids=["tensorflow", "keras.ops"]
 )
 def test_channelwise_convolution(
     t: int, h: int, w: int, kernel_size: tuple[int, int, int], stride: int, shapes: str, form: Any
@@ -96,7 +97,7 @@ def test_the_gradient_of_one_clip_takes_nothing_from_other_memory(monkeypatch: p
     kernel = tf.ones((3, 3, 3, 2))
     with tf.GradientTape() as tape:
         tape.watch(kernel)
-        y = lowering.channelwise_conv3d(tf.ones((1, 4, 6, 6, 2)), kernel, 2)
+        y = kernels.channelwise_conv3d(tf.ones((1, 4, 6, 6, 2)), kernel, 2)
     assert np.isfinite(tape.gradient(y, kernel)).all()
 
 
@@ -118,7 +119,7 @@ def test_dense_convolution(kernel_size: tuple[int, int, int], stride: int, side:
 
 @pytest.mark.parametrize("side", [6, 7])
 @pytest.mark.parametrize("shapes", ["static", "open"])
-@pytest.mark.parametrize("form", [lowering.pointwise_conv3d, layers.pointwise_conv3d], ids=["tensorflow", "keras.ops"])
+@pytest.mark.parametrize("form", [kernels.pointwise_conv3d, layers.pointwise_conv3d], ids=["tensorflow", "keras.ops"])
 def test_strided_pointwise_convolution(side: int, shapes: str, form: Any) -> None:
     draw = np.random.default_rng(0)
     x, kernel = draw.standard_normal((2, 3, side, side, 4)), draw.standard_normal((4, 5))
@@ -224,7 +225,7 @@ def test_batch_norm_gradients_equal_automatic_ones(float64: None) -> None:
     rows, upstream = (tf.constant(draw.standard_normal((2, 4, 10, 6)) * 2 + 1) for _ in range(2))
     gamma, beta = (tf.constant(draw.standard_normal(6)) for _ in range(2))
     results = []
-    for form in (lowering.normalize, layers.normalize):
+    for form in (kernels.normalize, layers.normalize):
         with tf.GradientTape() as tape:
             tape.watch([rows, gamma, beta])
             (y,), mean, variance = form([rows], gamma, beta, 1e-5)
@@ -236,7 +237,7 @@ def test_batch_norm_gradients_equal_automatic_ones(float64: None) -> None:
 
 def test_statistics_are_exact_far_from_zero() -> None:
     rows = (1000 + np.random.default_rng(0).standard_normal((1, 16, 256, 3))).astype("float32")
-    (y,), _, variance = lowering.normalize([tf.constant(rows)], tf.ones(3), tf.zeros(3), 1e-5)
+    (y,), _, variance = kernels.normalize([tf.constant(rows)], tf.ones(3), tf.zeros(3), 1e-5)
     close(variance[0, 0, 0], rows.astype("float64").var(axis=(0, 1, 2)), 1e-3)
     close(np.std(y, axis=(1, 2)), np.ones((1, 3)), 1e-3)
 
@@ -264,7 +265,7 @@ def test_clips_by_themselves(count: int, opened: bool) -> None:
     clips = np.arange(count * 6, dtype="float32").reshape(count, 2, 3)
     network = lambda clip: tf.reduce_sum(tf.ensure_shape(clip, (1, 2, 3)) ** 2, axis=1)  # noqa: E731
     signature = tf.TensorSpec((None if opened else count, 2, 3), tf.float32)
-    call = tf.function(lowering.clip_by_clip(network, chains=3), input_signature=[signature])
+    call = tf.function(parallel.map_clips_in_parallel(network, chains=3), input_signature=[signature])
     close(call(clips), (clips**2).sum(1), 1e-3)
     assert call.get_concrete_function().structured_outputs.shape.as_list() == [None if opened else count, 3]
     loops = [op for op in call.get_concrete_function().graph.get_operations() if op.type.endswith("While")]
@@ -273,10 +274,10 @@ def test_clips_by_themselves(count: int, opened: bool) -> None:
 
 @pytest.fixture
 def chosen(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The layers take the named lowering."""
-    x3d_tf.set_lowering(request.param)
+    """The layers use the named kernels."""
+    x3d_tf.set_kernels(request.param)
     yield
-    x3d_tf.set_lowering("auto")
+    x3d_tf.set_kernels("auto")
 
 
 @pytest.mark.parametrize(
@@ -289,12 +290,12 @@ def test_graphics_cards_get_whole_batches(chosen: None, shapes: list[tuple[int, 
         seen.append(tuple(clips.shape))
         return 2 * clips
 
-    close(tf.function(lowering.for_this_device(network))(tf.ones((5, 2))), np.full((5, 2), 2), 0)
+    close(tf.function(parallel.optimize_for_device(network))(tf.ones((5, 2))), np.full((5, 2), 2), 0)
     assert seen == shapes
 
 
 @pytest.mark.parametrize("chosen", ["ops", "cpu", "gpu"], indirect=True)
-def test_all_lowerings_compute_the_same(chosen: None) -> None:
+def test_all_kernels_compute_the_same(chosen: None) -> None:
     keras.utils.set_random_seed(0)
     parts = [
         layers.ChannelwiseConv3D((3, 3, 3), 2),
@@ -335,11 +336,11 @@ def _by_itself(network: keras.Sequential, x: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["tpu", "CPU", ""])
-def test_another_lowering_is_refused(name: Any) -> None:
-    with pytest.raises(ValueError, match=f"lowering must be among auto, ops, cpu, gpu, got '{name}'"):
-        x3d_tf.set_lowering(name)
+def test_other_kernels_are_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"kernels must be among auto, ops, cpu, gpu, got '{name}'"):
+        x3d_tf.set_kernels(name)
 
 
 def test_chains_are_at_least_one() -> None:
     with pytest.raises(ValueError, match="chains must be at least 1, got 0"):
-        lowering.clip_by_clip(tf.identity, chains=0)
+        parallel.map_clips_in_parallel(tf.identity, chains=0)

@@ -17,8 +17,8 @@ import tensorflow as tf
 from recipe import FLOAT64_BOUND, clips, difference, give_recipe_weights, named_weights
 
 from x3d_tf import VARIANTS, X3D, build_x3d
-from x3d_tf.modeling.checkpoints import Naming, to_ours
-from x3d_tf.modeling.conversion import export_checkpoint
+from x3d_tf.modeling.pytorch.convert import export_checkpoint
+from x3d_tf.modeling.pytorch.weight_names import Naming, to_ours
 from x3d_tf.training.optimizer import SGD
 
 FLOAT32_BOUND = 1e-5  # of the largest entry

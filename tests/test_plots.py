@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from x3d_tf import _plots
+from x3d_tf import plots
 
 NAMES = ("hug", "pushing something from left to right, " * 6, "走路 跑步", "дом", "a$^{$b", "\x1b[2J")
 TITLE = "x3d(tau=7,t=17,s=0.5714,w=1,b=1,d=1), test, 10 clips x 1 crop of 64 pixels: top-1 83.3%"
@@ -23,17 +23,17 @@ def names(count: int) -> list[str]:
 
 def confusion(classes: int) -> Picture:
     counts = np.random.default_rng(0).integers(0, 30, (classes, classes))
-    return lambda path: _plots.save_confusion(counts, names(classes), path, TITLE)
+    return lambda path: plots.save_confusion(counts, names(classes), path, TITLE)
 
 
 def precisions(classes: int) -> Picture:
     values = np.linspace(0, 1, classes)
-    return lambda path: _plots.save_precisions(values, np.full(classes, 7), names(classes), path, TITLE)
+    return lambda path: plots.save_precisions(values, np.full(classes, 7), names(classes), path, TITLE)
 
 
 def sweep(count: int) -> Picture:
     points = [(1.963 * k, 1 - 0.1 / k) for k in range(1, count + 1)]
-    return lambda path: _plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, "top-1")
+    return lambda path: plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, "top-1")
 
 
 def history(count: int, every: int = 0) -> list[dict[str, float]]:
@@ -47,13 +47,13 @@ def history(count: int, every: int = 0) -> list[dict[str, float]]:
 
 
 def curves(count: int, every: int = 0) -> Picture:
-    return lambda path: _plots.save_curves(history(count, every), path, TITLE)
+    return lambda path: plots.save_curves(history(count, every), path, TITLE)
 
 
 def sheet(rows: int, columns: int, lines: int = 3) -> Picture:
     clips = [np.full((columns, 32, 32, 3), 90)] * rows
     labels = ["\n".join(names(lines))] * rows
-    return lambda path: _plots.save_clips(clips, labels, path, TITLE, [[0.04 * k for k in range(columns)]] * rows)
+    return lambda path: plots.save_clips(clips, labels, path, TITLE, [[0.04 * k for k in range(columns)]] * rows)
 
 
 PICTURES = {
@@ -124,7 +124,7 @@ def test_long_curves_have_a_mean(figures: list[Any], tmp_path: Path) -> None:
 
 def test_numbers_stand_below_the_frames_and_names_beside_them(figures: list[Any], tmp_path: Path) -> None:
     clips = [np.zeros((3, 32, 32, 3)), np.zeros((2, 32, 32, 3))]
-    _plots.save_clips(clips, ["hug\na.mp4", "kick"], tmp_path / "a.png", "title", [[0, 2.5, 61], [0, 0.04]])
+    plots.save_clips(clips, ["hug\na.mp4", "kick"], tmp_path / "a.png", "title", [[0, 2.5, 61], [0, 0.04]])
     texts = {text.get_text(): text.get_window_extent() for text in figures[0].axes[0].texts}
     assert set(texts) == {"hug\na.mp4", "kick", "title", "0.0 s", "2.5 s", "61.0 s", "0.00 s", "0.04 s"}
     assert texts["0.0 s"].x1 < texts["2.5 s"].x0 and texts["0.00 s"].y1 < texts["0.0 s"].y0
@@ -144,7 +144,7 @@ def test_numbers_stand_below_the_frames_and_names_beside_them(figures: list[Any]
     ],
 )
 def test_axes_in_percent_stay_within_0_to_100(values: list[float], limits: tuple[float, float]) -> None:
-    low, high = _plots._percent_limits(values)
+    low, high = plots._percent_limits(values)
     assert (low, high) == pytest.approx(limits)
     assert low <= min(values) and max(values) <= high
 
@@ -154,4 +154,4 @@ def test_axes_in_percent_stay_within_0_to_100(values: list[float], limits: tuple
     [("hug", 3, "hug"), ("hugs", 3, "h…s"), ("left to right", 9, "left…ight"), ("a\x1bb\udcff", 20, "a\\x1bb\\udcff")],
 )
 def test_long_names_lose_their_middle(name: str, length: int, expected: str) -> None:
-    assert _plots.shortened(name, length) == expected
+    assert plots.shortened(name, length) == expected

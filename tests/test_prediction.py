@@ -18,18 +18,21 @@ from test_transforms import naive_resize
 from video_fixtures import number_of, numbered_frames, write_records, write_video
 
 import x3d_tf
-from x3d_tf import _csv
-from x3d_tf._checks import UserError
-from x3d_tf._files import WriteError, partial_of
-from x3d_tf.data import video_clips
-from x3d_tf.data.clips import ViewSpec, frame_indices, view_starts
-from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.data.listing import list_videos
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.video import VideoError, encode_video, probe, read_frames
-from x3d_tf.data.video_clips import VideoClips, cut_clips
-from x3d_tf.evaluation import prediction
-from x3d_tf.evaluation.prediction import (
+from x3d_tf import csv_files
+from x3d_tf.config import TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.sampling import frame_indices, view_starts
+from x3d_tf.data.video import clip_reader
+from x3d_tf.data.video.clip_reader import VideoClips, cut_clips
+from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames
+from x3d_tf.data.video.listing import list_videos
+from x3d_tf.errors import UserError
+from x3d_tf.evaluation.classification import evaluate_run
+from x3d_tf.evaluation.multiview import predict_split
+from x3d_tf.files import WriteError, temporary_path
+from x3d_tf.inference import prediction
+from x3d_tf.inference.prediction import (
     Prediction,
     csv_table,
     json_document,
@@ -37,11 +40,8 @@ from x3d_tf.evaluation.prediction import (
     spread_frames,
     windows,
 )
-from x3d_tf.evaluation.testing import evaluate_run
-from x3d_tf.evaluation.views import predict_split
-from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
-from x3d_tf.types import Storage
+from x3d_tf.types import Storage, ViewSpec
 
 ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
@@ -52,7 +52,7 @@ class Linear:
     """Stands for a network, so that none is compiled: its logits are weighted sums of all values of a clip."""
 
     expansion, clip, num_classes, include_top, task = TINY, TINY.clip, len(NAMES), True, "single_label"
-    squeeze, stored, frame_sampling, test_views = False, None, "slowfast", 10
+    stretch, stored, frame_sampling, test_views = False, None, "slowfast", 10
 
     def __init__(self) -> None:
         self.weights = np.random.default_rng(0).normal(0, 0.02 / 255, (4 * 48 * 48 * 3, len(NAMES))).astype(np.float32)
@@ -136,11 +136,11 @@ def test_a_video_equals_a_plain_loop(linear: Any, clips: Path, settings: dict[st
 
 def of_records(model: Any, manifest: Manifest, views: int) -> np.ndarray:
     """Probabilities of the records of "test", as reports have them."""
-    spec = ViewSpec(temporal_views=views, resize=54, crop=48, squeeze=model.squeeze)
+    spec = ViewSpec(temporal_views=views, resize=54, crop=48, stretch=model.stretch)
     return predict_split(model, manifest, "test", spec, frame_sampling=model.frame_sampling, progress=False)
 
 
-@pytest.mark.parametrize("facts", [{}, {"squeeze": True, "frame_sampling": "exact"}], ids=["", "squeezed"])
+@pytest.mark.parametrize("facts", [{}, {"stretch": True, "frame_sampling": "exact"}], ids=["", "stretched"])
 @pytest.mark.parametrize("stored", [Storage(256, 95), Storage(40, 60)], ids=["smaller", "scaled"])
 def test_a_video_gets_the_probabilities_of_its_record(
     network: Any, clips: Path, stored: Storage, facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +194,7 @@ def test_a_run_predicts_what_its_report_says(network: Any, clips: Path, tmp_path
     x3d_tf.save(x3d_tf.portable(saved, manifest.classes), run.model)
     report = evaluate_run(run)
     with (report.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        expected = [[float(row[f"p({name})"]) for name in manifest.classes] for row in _csv.dicts(file)]
+        expected = [[float(row[f"p({name})"]) for name in manifest.classes] for row in csv_files.dicts(file)]
     found = [result.probabilities for result in predictions(run.root, paths)]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert report.results["stored"] == {"short_side": 40, "jpeg_quality": 60}
@@ -361,8 +361,8 @@ def test_another_number_of_frames_than_promised(
     """41 can be decoded: clips are spread over those, and only those that this moves are computed again."""
     path, passes = clips / "a b, c.mp4", []
     expected = naive_probabilities(linear, decoded(path), 30.0, views)
-    monkeypatch.setattr(video_clips, "probe", lambda path: replace(probe(path), delivered=promised))
-    monkeypatch.setattr(video_clips, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
+    monkeypatch.setattr(clip_reader, "probe", lambda path: replace(probe(path), delivered=promised))
+    monkeypatch.setattr(clip_reader, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
     (result,) = predictions(linear, [path], temporal_views=views)
     np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
     assert result.end == pytest.approx(41 / 30)
@@ -393,7 +393,7 @@ def test_a_variable_rate_is_decoded_once(linear: Any, tmp_path: Path, monkeypatc
     path = write_video(tmp_path / "a.mkv", numbered_frames(len(times)), 10, times_ms=times)
     assert probe(path).delivered == len(decoded(path)) != probe(path).frames
     passes = []
-    monkeypatch.setattr(video_clips, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
+    monkeypatch.setattr(clip_reader, "read_frames", lambda *args: passes.append(args) or read_frames(*args))
     predictions(linear, [path])
     assert len(passes) == 1
 
@@ -523,7 +523,7 @@ def test_results_so_far_are_kept_under_another_name(tmp_path: Path, error: type[
 def test_results_on_a_full_disk_name_their_file(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     real = Path.open
-    full = {partial_of(path): (Path("/dev/full"), "w")}
+    full = {temporary_path(path): (Path("/dev/full"), "w")}
     monkeypatch.setattr(Path, "open", lambda self, mode="r", **named: real(*full.get(self, (self, mode)), **named))
     with pytest.raises(WriteError, match=r"a cannot be written: No space left on device$"), write(path, ("a",)) as add:
         for _ in range(10_000):  # more than a buffer holds
@@ -545,7 +545,7 @@ def test_names_in_the_table_are_no_formulas(tmp_path: Path) -> None:
     text = (tmp_path / "a.csv").read_text()
     assert text.splitlines()[1:] == ["'=x.mp4,0.000,1.000,'-jump,,0.25,0.75", "'@y.mp4,,,,'+bad,,"]
     with (tmp_path / "a.csv").open(newline="") as file:
-        rows = list(_csv.dicts(file))
+        rows = list(csv_files.dicts(file))
     assert [(row["video"], row["predicted"], row["error"]) for row in rows] == [
         ("=x.mp4", "-jump", ""),
         ("@y.mp4", "", "+bad"),

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from video_fixtures import noise_video, write_records
 
-from x3d_tf import ClipSpec, _plots
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import training_dataset
+from x3d_tf import ClipSpec, plots
+from x3d_tf.data.input_pipeline import training_dataset
 from x3d_tf.data.preview import label_text, save_preview
-from x3d_tf.data.video import EncodedVideo, encode_jpeg
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.video.decode import EncodedVideo, encode_jpeg
 
 CLIP = ClipSpec(3, 2.0, 28)
 SETTINGS: dict[str, Any] = {"jitter": (32, 40), "flip": True, "batch": 3, "seed": 7}
@@ -28,7 +28,7 @@ def test_rows_are_the_first_clips_of_training(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(_plots, "save_clips", lambda *args: drawn.extend(args))
+    monkeypatch.setattr(plots, "save_clips", lambda *args: drawn.extend(args))
     save_preview(manifest, "train", CLIP, tmp_path / "a.png", **SETTINGS, clips=8)
     clips, captions, path, title, times = drawn
     batches = list(training_dataset(manifest, "train", CLIP, **SETTINGS).take(3).as_numpy_iterator())
@@ -45,7 +45,7 @@ def test_rows_are_the_first_clips_of_training(
 def test_frames_have_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grey level of each frame is four times its number."""
     drawn: list[Any] = []
-    monkeypatch.setattr(_plots, "save_clips", lambda *args: drawn.extend(args))
+    monkeypatch.setattr(plots, "save_clips", lambda *args: drawn.extend(args))
     grey = [encode_jpeg(np.full((40, 52, 3), 4 * number, np.uint8)) for number in range(30)]
     manifest = write_records(tmp_path / "records", {"train": [EncodedVideo(grey, 30.0)] * 3})
     save_preview(manifest, "train", CLIP, tmp_path / "a.png", **SETTINGS, clips=6)
@@ -59,7 +59,7 @@ def test_the_picture_holds_the_clips(tmp_path: Path) -> None:
     """Each frame of one colour is found again at its place."""
     colours = np.random.default_rng(0).integers(30, 220, (2, 4, 3))
     clips = [np.broadcast_to(row[:, None, None], (4, 64, 64, 3)) for row in colours]
-    _plots.save_clips(clips, ["a$^{$", "大 x\udcff\nsecond line"], tmp_path / "a.png", "title", [[0, 0.5, 1, 61]] * 2)
+    plots.save_clips(clips, ["a$^{$", "大 x\udcff\nsecond line"], tmp_path / "a.png", "title", [[0, 0.5, 1, 61]] * 2)
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     places = []
     for colour in colours.reshape(-1, 3):

@@ -14,8 +14,8 @@ from test_docs import blocks
 from video_fixtures import write_video
 
 import x3d_tf
-from x3d_tf.data.clips import input_contract
-from x3d_tf.data.video import probe
+from x3d_tf.data.sampling import input_contract
+from x3d_tf.data.video.decode import probe
 from x3d_tf.types import Storage
 
 README = Path(__file__).parents[1] / "README.md"
@@ -54,7 +54,7 @@ def real(request: pytest.FixtureRequest) -> list[Path]:
 
 
 SCALED = {"stored": Storage(60, 80)}
-SQUEEZED = {"stored": Storage(96, 95), "squeeze": True, "frame_sampling": "exact", "test_views": 1}
+STRETCHED = {"stored": Storage(96, 95), "stretch": True, "frame_sampling": "exact", "test_views": 1}
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def example(change: tuple[str, str] = ("", "")) -> dict[str, Any]:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("network", "videos"),
-    [(SCALED, "made"), (SQUEEZED, "made"), (SCALED, "real")],
+    [(SCALED, "made"), (STRETCHED, "made"), (SCALED, "real")],
     indirect=["network"],
-    ids=["scaled", "squeezed", "real videos"],
+    ids=["scaled", "stretched", "real videos"],
 )
 def test_an_application_predicts_as_we_do(videos: str, network: x3d_tf.X3D, request: pytest.FixtureRequest) -> None:
     paths: list[Path] = request.getfixturevalue(videos)

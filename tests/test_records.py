@@ -13,11 +13,10 @@ import pytest
 import tensorflow as tf
 from video_fixtures import noise_video, write_manifest, write_records
 
-from x3d_tf.data import index, records
-from x3d_tf.data.index import Record, shard_name
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import training_dataset
-from x3d_tf.data.records import (
+from x3d_tf.data.input_pipeline import training_dataset
+from x3d_tf.data.records import format as record_format
+from x3d_tf.data.records import index
+from x3d_tf.data.records.format import (
     ShardWriter,
     Source,
     check_lengths,
@@ -26,8 +25,10 @@ from x3d_tf.data.records import (
     stated_length,
     stored_record,
 )
-from x3d_tf.data.video import EncodedVideo, VideoError
-from x3d_tf.modeling.expansion import ClipSpec
+from x3d_tf.data.records.index import Record, shard_name
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.video.decode import EncodedVideo, VideoError
+from x3d_tf.types import ClipSpec
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest
     sources = [Source(str(i), (0,)) for i in range(7)]
     taken: list[Any] = []
     results = [video, bad, bad, bad, video, video, video]
-    split = records.write_split(tmp_path, "train", sources, iter(results), ["a"], taken.append)
+    split = record_format.write_split(tmp_path, "train", sources, iter(results), ["a"], taken.append)
     assert taken == results
     assert [(r.shard, r.media_id) for r in split.records] == [(0, "0"), (1, "4"), (1, "5"), (2, "6")]
     names = [shard_name("train", index, 4) for index in (0, 2, 3)]  # in shard 1 both failed

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from x3d_tf.export.serving import client, rest
 
-from x3d_tf._checks import UserError
+from x3d_tf.errors import UserError
 
 Talk = Callable[[socket.socket], Any]
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from x3d_tf import Expansion, _locks
-from x3d_tf._checks import UserError
-from x3d_tf._files import WriteError, appearing, partial_of, write_whole
-from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf import Expansion, locks
+from x3d_tf.config import Execution, TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.errors import UserError
 from x3d_tf.evaluation.reports import reporting
-from x3d_tf.runs.recipe import Execution, TrainConfig
+from x3d_tf.files import WriteError, atomic_path, atomic_write, temporary_path
 from x3d_tf.runs.run_folder import RunFolder
 
 CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewhere"))
@@ -143,16 +143,16 @@ def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
 
 def test_the_text_of_a_lock_is_not_repeated_unseen(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with _locks.locked(path, "taken", "wait"):
+    with locks.locked(path, "taken", "wait"):
         path.write_text("\x1b[2Jprocess 1 on evil")
-        with pytest.raises(UserError, match=r"^taken; wait$"), _locks.locked(path, "taken", "wait"):
+        with pytest.raises(UserError, match=r"^taken; wait$"), locks.locked(path, "taken", "wait"):
             pass
 
 
 def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(WriteError, match="lock cannot be written"), _locks.locked(tmp_path / "lock", "taken", "wait"):
+    with pytest.raises(WriteError, match="lock cannot be written"), locks.locked(tmp_path / "lock", "taken", "wait"):
         pass
     assert (tmp_path / "precious").read_text() == "precious"
 
@@ -166,14 +166,14 @@ def test_a_file_system_without_locks_is_told(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with _locks.locked(tmp_path / "lock", "taken", "wait"):
+    with locks.locked(tmp_path / "lock", "taken", "wait"):
         assert f"the file system of {tmp_path} has no locks (No locks available)" in capsys.readouterr().err
 
 
 def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, lock = tmp_path / "lock", _locks._lock
+    path, lock = tmp_path / "lock", locks._lock
     removals = [path, path]
 
     def removed_first(descriptor: int, own: Path) -> bool:
@@ -181,11 +181,11 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
             removals.pop().unlink()
         return lock(descriptor, own)
 
-    monkeypatch.setattr(_locks, "_lock", removed_first)
+    monkeypatch.setattr(locks, "_lock", removed_first)
     with (
-        _locks.locked(path, "taken", "wait"),
+        locks.locked(path, "taken", "wait"),
         pytest.raises(UserError, match="taken"),
-        _locks.locked(path, "taken", "wait"),
+        locks.locked(path, "taken", "wait"),
     ):
         pass
 
@@ -193,9 +193,9 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
 def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     for name in ("a", "b"):
-        partial_of(tmp_path / name).symlink_to(tmp_path / "precious")
-    write_whole(tmp_path / "a", b"new")
-    with appearing(tmp_path / "b") as path:
+        temporary_path(tmp_path / name).symlink_to(tmp_path / "precious")
+    atomic_write(tmp_path / "a", b"new")
+    with atomic_path(tmp_path / "b") as path:
         path.write_bytes(b"new")
     assert (tmp_path / "precious").read_text() == "precious"
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"new"

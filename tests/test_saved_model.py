@@ -24,8 +24,8 @@ from x3d_tf.export.models import Source, open_model
 from x3d_tf.export.signatures import MAX_PIXELS, decoded_clips
 
 import x3d_tf
-from x3d_tf._files import WriteError
-from x3d_tf.data.clips import ViewSpec
+from x3d_tf.files import WriteError
+from x3d_tf.types import ViewSpec
 
 ROOT = Path(__file__).parents[1]
 SIZE, FRAMES = TINY.clip.size, TINY.clip.frames
@@ -108,7 +108,7 @@ def naive_clip(frames: list[np.ndarray], views: ViewSpec) -> np.ndarray:
         height, width = frame.shape[:2]
         short = min(height, width)
         target = (height * views.resize // short, width * views.resize // short)
-        scaled = naive_resize(frame[None], *((views.resize, views.resize) if views.squeeze else target))[0]
+        scaled = naive_resize(frame[None], *((views.resize, views.resize) if views.stretch else target))[0]
         top, left = ((side - views.crop + 1) // 2 for side in scaled.shape[:2])
         cut.append(scaled[top : top + views.crop, left : left + views.crop])
     return np.stack(cut)
@@ -124,7 +124,7 @@ def test_frames_of_any_size(loaded: Any, network: x3d_tf.X3D) -> None:
 
 
 def test_frames_are_scaled_to_squares_where_the_model_was_trained_so() -> None:
-    views = ViewSpec(resize=20, crop=16, squeeze=True)
+    views = ViewSpec(resize=20, crop=16, stretch=True)
     frames = [picture(30, 50), picture(50, 30)]
     decoded = tf.function(decoded_clips)(tf.constant([[encoded(frame) for frame in frames]]), views)
     np.testing.assert_allclose(decoded[0], naive_clip(frames, views), atol=2e-3)
@@ -224,7 +224,15 @@ def c_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         pytest.skip("there is no gcc")
     program = tmp_path_factory.mktemp("c") / "run_saved_model"
     home = Path(tf.sysconfig.get_lib())
-    build = ["gcc", "-Wall", "-Wextra", "-Werror", str(ROOT / "tests" / "run_saved_model.c"), "-o", str(program)]
+    build = [
+        "gcc",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        str(ROOT / "tests" / "helpers" / "run_saved_model.c"),
+        "-o",
+        str(program),
+    ]
     build += ["-I", tf.sysconfig.get_include(), "-L", str(home), f"-Wl,-rpath,{home}"]
     build += ["-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2"]
     build += ["-fuse-ld=gold"] if shutil.which("ld.gold") else []  # four times as fast with such large libraries

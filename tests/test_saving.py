@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import x3d_tf
-from x3d_tf._checks import UserError
-from x3d_tf._files import WriteError
-from x3d_tf.modeling import architecture, archive, description, saving
+from x3d_tf.errors import UserError
+from x3d_tf.files import WriteError
+from x3d_tf.modeling import architecture, archive, metadata, saving
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")
@@ -260,13 +260,13 @@ NUMBERS = {"gamma_t": 1024, "gamma_s": 16, "gamma_tau": 1000, "gamma_w": 85.3, "
 def test_what_is_not_a_number_of_a_network_is_refused(name: str, value: str) -> None:
     if (name, value) == ("dropout", "0"):
         return
-    fields = json.loads(description.Description(TINY, x3d_tf.ModelOptions(), 3, True, NAMES, "portable", 64).to_json())
+    fields = json.loads(metadata.Metadata(TINY, x3d_tf.ModelOptions(), 3, True, NAMES, "portable", 64).to_json())
     for part in (fields["expansion"], fields["options"], fields):
         if name in part:
             part[name] = "HERE"
     text = json.dumps(fields).replace('"HERE"', value)
     with pytest.raises(UserError) as error:
-        description.Description.from_json(text)
+        metadata.Metadata.from_json(text)
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
@@ -310,7 +310,7 @@ def test_classes_that_the_file_cannot_hold_are_not_built(file: Path) -> None:
 
 def test_the_parameters_of_every_form_are_counted() -> None:
     """Never more than there are, or files of ours would be refused."""
-    options, of = x3d_tf.ModelOptions(), description.Description
+    options, of = x3d_tf.ModelOptions(), metadata.Metadata
     networks = [
         (x3d_tf.build_x3d(TINY, 3), of(TINY, options, 3, True, NAMES, "trainable", 64)),
         (x3d_tf.build_x3d(TINY, 3, include_top=False), of(TINY, options, 3, False, (), "trainable", 64)),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from x3d_tf.data.sources import Sources, Video, find_videos, read_classes, read_csv
+from x3d_tf.data.build.sources import Sources, Video, find_videos, read_classes, read_csv
 
 
 def touch(folder: Path, *files: str) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from x3d_tf import _startup
-from x3d_tf._startup import why_no_gpu
+from x3d_tf import startup
+from x3d_tf.startup import why_no_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE = "import os; os.write(2, b'noise of a library\\n')"
@@ -22,8 +22,8 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def command(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A command whose start of TensorFlow is noisy and then does `body`."""
     return run(
-        "from x3d_tf import _command, _startup\nfrom x3d_tf._checks import UserError\n"
-        f"def main():\n    with _startup.starting_tensorflow(devices=False):\n        {NOISE}; {body}\n"
+        "from x3d_tf import _command, _startup\nfrom x3d_tf.errors import UserError\n"
+        f"def main():\n    with startup.starting_tensorflow(devices=False):\n        {NOISE}; {body}\n"
         "    os.write(2, b'after\\n')\n_command.run(main)",
         *arguments,
     )
@@ -55,14 +55,14 @@ def test_a_crash_in_the_start_says_where() -> None:
 def test_without_standard_error_a_command_works() -> None:
     code = (
         "from x3d_tf import _command, _startup\n"
-        "def main():\n    with _startup.starting_tensorflow(devices=False): pass\n    print('done')\n_command.run(main)"
+        "def main():\n    with startup.starting_tensorflow(devices=False): pass\n    print('done')\n_command.run(main)"
     )
     done = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$0" 2>&-', code], stdout=subprocess.PIPE, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_a_library_prints_and_redirects_nothing() -> None:
-    code = f"from x3d_tf import _startup\nwith _startup.starting_tensorflow(): {NOISE}"
+    code = f"from x3d_tf import _startup\nwith startup.starting_tensorflow(): {NOISE}"
     assert run(code).stderr == "noise of a library\n"
 
 
@@ -70,7 +70,7 @@ def test_a_command_names_its_devices_and_prints_nothing_else_of_tensorflow() -> 
     body = (
         "from x3d_tf import _command, _startup\n"
         "def main():\n"
-        "    with _startup.starting_tensorflow():\n        import tensorflow as tf\n"
+        "    with startup.starting_tensorflow():\n        import tensorflow as tf\n"
         "    tf.function(lambda x: x * 2, jit_compile=True)(tf.ones(3))\n"  # of which TensorFlow tells by itself
         "_command.run(main)"
     )
@@ -123,10 +123,10 @@ def test_messages_are_kept_where_there_is_no_room_for_them(monkeypatch: pytest.M
     def full() -> None:
         raise FileNotFoundError("no usable temporary directory")
 
-    monkeypatch.setattr(_startup, "_mode", "quiet")
-    monkeypatch.setattr(_startup.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(startup, "_mode", "quiet")
+    monkeypatch.setattr(startup.tempfile, "TemporaryFile", full)
     before = os.fstat(2)
-    with _startup.kept_back() as kept:
+    with startup.kept_back() as kept:
         assert kept is None and os.fstat(2) == before
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from x3d_tf._checks import UserError
-from x3d_tf.modeling import state_dicts
-from x3d_tf.modeling.checkpoints import NAMINGS, Naming, source_shapes
+from x3d_tf.errors import UserError
 from x3d_tf.modeling.expansion import VARIANTS, Expansion
-from x3d_tf.modeling.state_dicts import StateDict, read_state_dict
-from x3d_tf.modeling.torch_files import Tensor, read_checkpoint, write_checkpoint
+from x3d_tf.modeling.pytorch import state_dicts
+from x3d_tf.modeling.pytorch.checkpoint_files import Tensor, read_checkpoint, write_checkpoint
+from x3d_tf.modeling.pytorch.state_dicts import StateDict, read_state_dict
+from x3d_tf.modeling.pytorch.weight_names import NAMINGS, Naming, source_shapes
 
 SMALL = Expansion(gamma_tau=1, gamma_t=2, gamma_s=64 / 112, gamma_w=1 / 3, gamma_b=2.25, gamma_d=0.4)
 WIDER = replace(SMALL, gamma_w=0.5)  # the same names, other shapes

@@ -13,17 +13,18 @@ import pytest
 import tensorflow as tf
 
 import x3d_tf
-from x3d_tf.data.datasets import DatasetSpec
+from x3d_tf.config import Execution, Recipe, TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.modeling.layers import GhostBatchNorm
-from x3d_tf.runs.recipe import Execution, Recipe, TrainConfig
 from x3d_tf.training import forward
-from x3d_tf.training.averaging import MovingAverage
+from x3d_tf.training.ema import MovingAverage
 from x3d_tf.training.precise_bn import PreciseStatistics
-from x3d_tf.training.step import LossScale, TrainStep, arithmetic, balancing_weights
+from x3d_tf.training.step import LossScale, TrainStep, balancing_weights, precision_scope
 
 pytestmark = pytest.mark.usefixtures("eager")  # two devices take traced steps in slow tests
 
 ROOT = Path(__file__).parents[1]
+HELPERS = str(ROOT / "tests" / "helpers")
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 CLASSES = 3
 
@@ -51,7 +52,7 @@ def make(
     config: TrainConfig, *, task: Any = "single_label", strategy: tf.distribute.Strategy | None = None, **kwargs: Any
 ) -> tuple[x3d_tf.X3D, TrainStep]:
     keras.utils.set_random_seed(0)
-    with arithmetic(config.execution.precision):
+    with precision_scope(config.execution.precision):
         model = x3d_tf.X3D(TINY, CLASSES, config.model, task=task)
     for layer in model.layers:  # a fresh block is its shortcut, which would hide most of the network
         if isinstance(layer, GhostBatchNorm):
@@ -150,7 +151,7 @@ def test_balancing_makes_classes_count_the_same() -> None:
 
 
 def test_a_frozen_trunk_does_not_move() -> None:
-    config = config_of({"trunk_rate": 0.0}, init="somewhere")
+    config = config_of({"backbone_lr_factor": 0.0}, init="somewhere")
     model, step = make(config)
     before = {layer.name: layer.get_weights() for layer in model.layers}
     step(batches(), 1)
@@ -172,7 +173,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_the_rest_moves() -> None:
 def test_a_slow_trunk_moves_by_the_factor(float64: None) -> None:
     changes = []
     for rate in (1.0, 0.1):
-        model, step = make(config_of({"trunk_rate": rate, "weight_decay": 0.0}))
+        model, step = make(config_of({"backbone_lr_factor": rate, "weight_decay": 0.0}))
         before = {name: model.get_layer(name).get_weights()[0] for name in ("conv5_conv", "fc1")}
         step(batches(), 1)
         changes.append({name: model.get_layer(name).get_weights()[0] - old for name, old in before.items()})
@@ -288,8 +289,8 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_step
 from x3d_tf.modeling.layers import Dropout
-from x3d_tf.runs.recipe import Execution
-x3d_tf.set_lowering("gpu")
+from x3d_tf.config import Execution
+x3d_tf.set_kernels("gpu")
 tf.config.run_functions_eagerly({eagerly})
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
@@ -326,7 +327,7 @@ with step.average.swapped():
 )
 def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precision: Any, eagerly: bool) -> None:
     """Two at once, each in two parts, like one device one by one; with dropout of their own. float32 means float64."""
-    code = TWO_DEVICES.format(tests=str(ROOT / "tests"), folder=str(tmp_path), precision=precision, eagerly=eagerly)
+    code = TWO_DEVICES.format(tests=HELPERS, folder=str(tmp_path), precision=precision, eagerly=eagerly)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

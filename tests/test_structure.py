@@ -14,50 +14,50 @@ WITHOUT_TENSORFLOW = (
     "x3d_tf.modeling.architecture",
     "x3d_tf.modeling.archive",
     "x3d_tf.modeling.cost",
-    "x3d_tf.modeling.checkpoints",
-    "x3d_tf.modeling.description",
-    "x3d_tf.modeling.state_dicts",
-    "x3d_tf.modeling.torch_files",
-    "x3d_tf.data.build_folder",
-    "x3d_tf.data.builder",
-    "x3d_tf.data.class_names",
-    "x3d_tf.data.clips",
-    "x3d_tf.data.containers",
-    "x3d_tf.data.datasets",
-    "x3d_tf.data.encoding",
-    "x3d_tf.data.frame_folders",
-    "x3d_tf.data.h264_fields",
-    "x3d_tf.data.index",
-    "x3d_tf.data.listing",
-    "x3d_tf.data.manifest",
-    "x3d_tf.data.sources",
-    "x3d_tf.data.timeline",
-    "x3d_tf.data.video",
-    "x3d_tf.data.video_clips",
-    "x3d_tf._csv",
-    "x3d_tf._files",
-    "x3d_tf._locks",
-    "x3d_tf._startup",
-    "x3d_tf._terminal",
-    "x3d_tf._text",
+    "x3d_tf.modeling.pytorch.weight_names",
+    "x3d_tf.modeling.metadata",
+    "x3d_tf.modeling.pytorch.state_dicts",
+    "x3d_tf.modeling.pytorch.checkpoint_files",
+    "x3d_tf.data.build.state",
+    "x3d_tf.data.build.builder",
+    "x3d_tf.data.build.class_names",
+    "x3d_tf.data.sampling",
+    "x3d_tf.data.video.containers",
+    "x3d_tf.data.datasets.spec",
+    "x3d_tf.data.build.encoding",
+    "x3d_tf.data.video.image_sequences",
+    "x3d_tf.data.video.h264_fields",
+    "x3d_tf.data.records.index",
+    "x3d_tf.data.video.listing",
+    "x3d_tf.data.records.manifest",
+    "x3d_tf.data.build.sources",
+    "x3d_tf.data.video.timeline",
+    "x3d_tf.data.video.decode",
+    "x3d_tf.data.video.clip_reader",
+    "x3d_tf.csv_files",
+    "x3d_tf.files",
+    "x3d_tf.locks",
+    "x3d_tf.startup",
+    "x3d_tf.terminal",
+    "x3d_tf.text",
     "x3d_tf.evaluation.comparison",
     "x3d_tf.evaluation.metrics",
-    "x3d_tf.evaluation.procedure",
-    "x3d_tf.evaluation.published",
+    "x3d_tf.evaluation.eval_config",
+    "x3d_tf.evaluation.paper",
     "x3d_tf.evaluation.reports",
-    "x3d_tf.runs.recipe",
+    "x3d_tf.config",
     "x3d_tf.runs.run_folder",
     "x3d_tf.types",
 )
 WITHOUT_GIN = (
     "x3d_tf.modeling.x3d",
     "x3d_tf.modeling.saving",
-    "x3d_tf.modeling.conversion",
+    "x3d_tf.modeling.pytorch.convert",
     "x3d_tf.data.batches",
-    "x3d_tf.data.pipeline",
+    "x3d_tf.data.input_pipeline",
     "x3d_tf.data.preview",
-    "x3d_tf.evaluation.prediction",
-    "x3d_tf.evaluation.testing",
+    "x3d_tf.inference.prediction",
+    "x3d_tf.evaluation.classification",
     "x3d_tf.evaluation.watch",
     "x3d_tf.training.loop",
 )
@@ -80,7 +80,7 @@ def test_counting_imports_no_tensorflow() -> None:
 
 
 def test_configurations_import_no_tensorflow() -> None:
-    assert imported_with("import x3d_tf.configs", "tensorflow", "keras") == []
+    assert imported_with("import x3d_tf.gin_config", "tensorflow", "keras") == []
 
 
 def test_the_library_imports_no_gin() -> None:
@@ -95,7 +95,7 @@ for module in pkgutil.walk_packages(x3d_tf.__path__, "x3d_tf."):
     if module.name.count(".") == 1 and not module.name.startswith("x3d_tf._"):
         importlib.import_module(module.name)
 folder, tiny = sys.argv[1], x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
-x3d_tf.set_lowering("gpu")
+x3d_tf.set_kernels("gpu")
 model = x3d_tf.build_x3d(tiny, num_classes=2)
 calls = {
     "build_detector": lambda: x3d_tf.build_detector(tiny, num_classes=2).num_classes == 2,
@@ -108,7 +108,7 @@ calls = {
     "predict_videos": lambda: [
         result.probabilities.shape for result in x3d_tf.predict_videos(folder + "/m.keras", folder + "/a.mp4")
     ] == [(2,)],
-    "set_lowering": lambda: True,
+    "set_kernels": lambda: True,
 }
 print(*[name for name, call in calls.items() if not call()])
 print(*sorted({name for name in x3d_tf.__all__ if inspect.isfunction(getattr(x3d_tf, name))} ^ set(calls)))

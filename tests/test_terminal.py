@@ -5,9 +5,9 @@ import io
 import pytest
 from tqdm import tqdm
 
-from x3d_tf._files import WriteError
-from x3d_tf._terminal import OutputClosed, Terminal, one_line, printable, progress_bar
-from x3d_tf._text import counted
+from x3d_tf.files import WriteError
+from x3d_tf.terminal import OutputClosed, Terminal, one_line, printable, progress_bar
+from x3d_tf.text import counted
 
 HOSTILE = "a\x1b[2J\x07\r\x9b\x7fb\u202ec\u2066\udc80"
 ESCAPED = r"a\x1b[2J\x07\r\x9b\x7fb\u202ec\u2066\udc80"

@@ -20,8 +20,8 @@ from x3d_tf.export.bias_correction import CONVOLUTIONS, read_model
 from x3d_tf.export.models import Source, open_model
 
 import x3d_tf
-from x3d_tf._checks import UserError
-from x3d_tf.modeling.deployed import deployed
+from x3d_tf.errors import UserError
+from x3d_tf.modeling.folded import deployed
 
 litert = pytest.importorskip("ai_edge_litert.interpreter")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from x3d_tf import Expansion
-from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.runs.recipe import Recipe, TrainConfig
+from x3d_tf.config import Recipe, TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.optimizer import SGD
 from x3d_tf.training.schedule import schedule_of

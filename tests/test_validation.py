@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import x3d_tf
-from x3d_tf.data.datasets import HELD_OUT, DatasetSpec, hold_out
-from x3d_tf.data.index import Record, Shard, Split, file_of, piece_name
-from x3d_tf.data.manifest import Manifest
+from x3d_tf.data.datasets.spec import HELD_OUT, DatasetSpec, hold_out
+from x3d_tf.data.records.index import Record, Shard, Split, parse_segment_file, segment_id
+from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.training.validation import Score, Validation
 from x3d_tf.types import Storage
 
@@ -49,19 +49,19 @@ def test_pieces_of_a_file_go_together() -> None:
     """Those of a few files are of two classes; the pieces' names are as a csv with start and end gives them."""
     whole = manifest_of({0: 12, 1: 12})
     pieces = tuple(
-        record._replace(media_id=piece_name(f"{i // 3}.mp4", float(i), None if i % 2 else i + 1.5))
+        record._replace(media_id=segment_id(f"{i // 3}.mp4", float(i), None if i % 2 else i + 1.5))
         for i, record in enumerate(whole.splits["train"].records[2:])
     )
     manifest = dataclasses.replace(whole, splits={"train": Split(whole.splits["train"].shards, pieces)})
     held = hold_out(manifest, spec(0.3), seed=0).splits
-    files = {name: {file_of(record.media_id) for record in split.records} for name, split in held.items()}
+    files = {name: {parse_segment_file(record.media_id) for record in split.records} for name, split in held.items()}
     assert not files["train"] & files[HELD_OUT]
     assert files["train"] | files[HELD_OUT] == {f"{i}.mp4" for i in range(8)}
 
 
 def test_names_of_pieces_return_to_their_files() -> None:
     for start, end in ((None, None), (0.5, None), (None, 3.0), (1e-05, 1e20)):
-        assert file_of(piece_name("a#b-c/d.mp4", start, end)) == "a#b-c/d.mp4"
+        assert parse_segment_file(segment_id("a#b-c/d.mp4", start, end)) == "a#b-c/d.mp4"
 
 
 def test_the_choice_depends_on_names_and_seed_alone() -> None:

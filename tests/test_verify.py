@@ -20,8 +20,8 @@ from x3d_tf.export import clips as clips_module
 from x3d_tf.export import models, runtimes, verify, workers
 
 import x3d_tf
-from x3d_tf.data.video import encode_video
-from x3d_tf.modeling.deployed import deployed
+from x3d_tf.data.video.decode import encode_video
+from x3d_tf.modeling.folded import deployed
 from x3d_tf.types import Storage
 
 NAMES = ("hug", "kick", "wave")

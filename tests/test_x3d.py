@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import x3d_tf
 from x3d_tf import VARIANTS, X3D, Expansion, build_x3d, cost
-from x3d_tf.modeling.deployed import deployed
+from x3d_tf.modeling.folded import deployed
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.portable import portable
 

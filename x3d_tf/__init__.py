@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from x3d_tf.data.batches import dataset
-    from x3d_tf.evaluation.prediction import Prediction, predict_videos
+    from x3d_tf.inference.prediction import Prediction, predict_videos
     from x3d_tf.modeling.architecture import ModelOptions
     from x3d_tf.modeling.cost import cost
     from x3d_tf.modeling.detection import Detector, build_detector
-    from x3d_tf.modeling.expansion import VARIANTS, ClipSpec, Expansion
-    from x3d_tf.modeling.lowerings import set_lowering
+    from x3d_tf.modeling.expansion import VARIANTS, Expansion
+    from x3d_tf.modeling.kernels import set_kernels
     from x3d_tf.modeling.portable import portable
     from x3d_tf.modeling.saving import load, save
     from x3d_tf.modeling.x3d import X3D, build_x3d
+    from x3d_tf.types import ClipSpec
 
-_ROOMS = {
-    "ClipSpec": "modeling.expansion",
+_LAZY_NAMES = {
+    "ClipSpec": "types",
     "Detector": "modeling.detection",
     "Expansion": "modeling.expansion",
     "ModelOptions": "modeling.architecture",
-    "Prediction": "evaluation.prediction",
+    "Prediction": "inference.prediction",
     "VARIANTS": "modeling.expansion",
     "X3D": "modeling.x3d",
     "build_detector": "modeling.detection",
@@ -32,9 +33,9 @@ _ROOMS = {
     "dataset": "data.batches",
     "load": "modeling.saving",
     "portable": "modeling.portable",
-    "predict_videos": "evaluation.prediction",
+    "predict_videos": "inference.prediction",
     "save": "modeling.saving",
-    "set_lowering": "modeling.lowerings",
+    "set_kernels": "modeling.kernels",
 }
 
 __all__ = [
@@ -53,15 +54,15 @@ __all__ = [
     "portable",
     "predict_videos",
     "save",
-    "set_lowering",
+    "set_kernels",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _LAZY_NAMES:
         raise AttributeError(f"module 'x3d_tf' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"x3d_tf.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"x3d_tf.{_LAZY_NAMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -43,18 +43,19 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from x3d_tf import _command, configs
-from x3d_tf._checks import UserError, require, some
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import one_line
-from x3d_tf._text import binding_flag, counted
-from x3d_tf.data.build_folder import FAILURES_NAME
-from x3d_tf.data.builder import BuildResult, build_key_frames, build_records
-from x3d_tf.data.encoding import TIMEOUT
-from x3d_tf.data.key_frames import FIRST_MINUTE
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.sources import FOLDER_FPS, default_splits
+from x3d_tf import commands, gin_config
+from x3d_tf.data.build.builder import BuildResult, build_key_frames, build_records
+from x3d_tf.data.build.encoding import TIMEOUT
+from x3d_tf.data.build.key_frames import FIRST_MINUTE
+from x3d_tf.data.build.sources import default_splits
+from x3d_tf.data.build.state import FAILURES_NAME
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.video.image_sequences import FOLDER_FPS
+from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.runs.advice import advice
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import one_line
+from x3d_tf.text import binding_flag, counted
 
 FLAGS = flags.FLAGS
 
@@ -156,7 +157,7 @@ def _verify() -> None:
         raise UserError(f"--verify takes --output only, not {', '.join(given)}")
     Manifest.load(FLAGS.output)  # before TensorFlow is loaded, which takes seconds
     with starting_tensorflow():
-        from x3d_tf.data.verify import verify_records
+        from x3d_tf.data.records.verify import verify_records
 
     problems: list[str] = []
     for report in verify_records(FLAGS.output):
@@ -184,7 +185,7 @@ def summary(result: BuildResult) -> list[str]:
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
-            lines.append(f"  {name} has no {thing} of {counted(len(missing), 'class')}: {one_line(some(missing))}")
+            lines.append(f"  {name} has no {thing} of {counted(len(missing), 'class')}: {one_line(first_few(missing))}")
     if len(manifest.classes) == 1 and manifest.task == "single_label":
         lines.append("  There is one class only: a network has nothing to tell it from.")
     if result.failures:
@@ -225,13 +226,13 @@ def _next(manifest: Manifest, detects: bool) -> list[str]:
 def _advice(manifest: Manifest, recipes: list[str], split: str) -> list[str]:
     """Where the records do not fit the recipes that are named for them."""
     with starting_tensorflow():
-        from x3d_tf.data.pipeline import short_sides
+        from x3d_tf.data.input_pipeline import short_sides
 
-    config = configs.parse(recipes).config
+    config = gin_config.parse(recipes).config
     config = replace(config, dataset=replace(config.dataset, train_split=split))
     return [f"  warning: {text}" for text in advice(manifest, config, short_sides(manifest, split))]
 
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 from absl import flags
 
-from x3d_tf import _command, configs
-from x3d_tf._checks import UserError
+from x3d_tf import commands, gin_config
+from x3d_tf.errors import UserError
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.cost import Cost, cost, layer_costs
 from x3d_tf.modeling.expansion import VARIANTS, Expansion, Variant, name_of
@@ -27,7 +27,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    configs.define_flags(required=False)
+    gin_config.define_flags(required=False)
     flags.DEFINE_bool("layers", False, "Print a row for each layer.")
     flags.DEFINE_integer("num_classes", 400, "Outputs of the classifier.", lower_bound=1)
 
@@ -37,7 +37,7 @@ def main() -> None:
     if FLAGS.gin_bindings and not FLAGS.gin_file:
         raise UserError("--gin_bindings change a recipe: give it with --gin_file")
     if FLAGS.gin_file:
-        parsed = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
+        parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
         networks, options = [parsed.config.expansion], parsed.config.model
     else:
         networks, options = [variant.expansion for variant in VARIANTS.values()], ModelOptions()
@@ -110,4 +110,4 @@ def layer_table(expansion: Expansion, options: ModelOptions, num_classes: int) -
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

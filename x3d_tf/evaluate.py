@@ -35,15 +35,15 @@ from typing import Any
 
 from absl import flags
 
-from x3d_tf import _command
-from x3d_tf._checks import UserError
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import tell
-from x3d_tf.data.datasets import DatasetSpec, open_dataset
-from x3d_tf.evaluation.procedure import Procedure, detector_report_folder, folder_of
+from x3d_tf import commands
+from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
+from x3d_tf.errors import UserError
+from x3d_tf.evaluation.eval_config import EvalConfig, detector_report_folder, folder_of
 from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
 from x3d_tf.modeling.archive import describe
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import tell
 
 FLAGS = flags.FLAGS
 
@@ -107,13 +107,13 @@ def main() -> None:
         return
     _check_paths()
     with starting_tensorflow():
+        from x3d_tf.evaluation.classification import evaluate_file, evaluate_run
+        from x3d_tf.evaluation.multiview import CLIPS_A_CALL
         from x3d_tf.evaluation.sweep import sweep_file, sweep_run
-        from x3d_tf.evaluation.testing import evaluate_file, evaluate_run
-        from x3d_tf.evaluation.views import CLIPS_A_CALL
         from x3d_tf.evaluation.watch import watch_run
-        from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
+        from x3d_tf.parallel import use_single_threaded_ops
 
-        one_thread_an_operation(CLIPS_A_CALL)
+        use_single_threaded_ops(CLIPS_A_CALL)
     if FLAGS.watch:
         watch_run(RunFolder(FLAGS.run), poll_seconds=FLAGS.poll_seconds, overwrite=FLAGS.overwrite, **_procedure())
         return
@@ -130,7 +130,7 @@ def main() -> None:
 
 def _check_paths() -> None:
     """Raises what a test would raise of paths, before TensorFlow, which takes seconds, is imported."""
-    asked, report = Procedure(**_procedure()), Path(FLAGS.output or "")
+    asked, report = EvalConfig(**_procedure()), Path(FLAGS.output or "")
     detects = not FLAGS.watch and describe(FLAGS.run or FLAGS.model).task == "detection"  # watching needs no model yet
     if FLAGS.run:
         run = RunFolder(FLAGS.run)
@@ -204,4 +204,4 @@ def _check_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

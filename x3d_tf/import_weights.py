@@ -7,7 +7,7 @@ checkpoint is executed:
   python -m x3d_tf.predict --model=x3d_m_k400.keras party.mp4
 
 With a fresh classifier of 10 classes:
-  python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --num_classes=10 --keep_head=false --output=trunk.keras
+  python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --num_classes=10 --keep_head=false --output=backbone.keras
 
 The way back, from a run folder or a model file to a state dict that loads there with strict=True:
   python -m x3d_tf.import_weights runs/mine --to=pytorchvideo --output=mine.pyth
@@ -24,21 +24,21 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from x3d_tf import _command
-from x3d_tf._checks import UserError, require
-from x3d_tf._files import write_whole
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import tell
-from x3d_tf._text import binding_flag, counted
-from x3d_tf.data.sources import kinetics_classes, read_classes
+from x3d_tf import commands
+from x3d_tf.data.build.sources import kinetics_classes, read_classes
+from x3d_tf.errors import UserError, require
+from x3d_tf.files import atomic_write
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.archive import require_classifier
-from x3d_tf.modeling.checkpoints import NAMINGS
 from x3d_tf.modeling.expansion import VARIANTS
-from x3d_tf.modeling.state_dicts import read_state_dict
+from x3d_tf.modeling.pytorch.state_dicts import read_state_dict
+from x3d_tf.modeling.pytorch.weight_names import NAMINGS
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import tell
+from x3d_tf.text import binding_flag, counted
 
 if TYPE_CHECKING:
-    from x3d_tf.modeling.conversion import Report
+    from x3d_tf.modeling.pytorch.convert import Report
 
 FLAGS = flags.FLAGS
 
@@ -107,8 +107,8 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
     tell(f"reading {checkpoint}")
     state = read_state_dict(checkpoint, FLAGS.variant, keep_head=FLAGS.keep_head)
     with starting_tensorflow():
-        from x3d_tf.modeling.conversion import import_state_dict
         from x3d_tf.modeling.portable import portable
+        from x3d_tf.modeling.pytorch.convert import import_state_dict
         from x3d_tf.modeling.saving import save
 
     tell(f"building {FLAGS.variant}")
@@ -138,7 +138,7 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
 
 
 def _write_table(report: "Report", output: Path) -> None:
-    write_whole(table_of(output), f"{report}\n".encode("utf-8", "backslashreplace"))
+    atomic_write(table_of(output), f"{report}\n".encode("utf-8", "backslashreplace"))
     print(f"written: {output}, and the list of its tensors, {table_of(output)}")
 
 
@@ -156,7 +156,7 @@ def _training(model: Path, variant: str, options: ModelOptions) -> str:
 
 def _to_pytorch(model: Path, output: Path) -> None:
     with starting_tensorflow():
-        from x3d_tf.modeling.conversion import export_checkpoint
+        from x3d_tf.modeling.pytorch.convert import export_checkpoint
         from x3d_tf.modeling.saving import load_classifier
 
     tell(f"loading {model}")
@@ -169,4 +169,4 @@ def _to_pytorch(model: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main, positional=True)
+    commands.run(main, positional=True)

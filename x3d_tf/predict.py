@@ -37,21 +37,21 @@ from typing import TYPE_CHECKING
 from absl import flags
 from tqdm import tqdm
 
-from x3d_tf import _command, _plots
-from x3d_tf._checks import UserError, require
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import one_line, tell
-from x3d_tf._text import counted
-from x3d_tf.data.ava import write_detections
-from x3d_tf.data.clips import require_windows
-from x3d_tf.data.listing import list_videos
-from x3d_tf.data.video import VideoError
+from x3d_tf import commands, plots
+from x3d_tf.data.datasets.ava import write_detections
+from x3d_tf.data.sampling import require_windows
+from x3d_tf.data.video.decode import VideoError
+from x3d_tf.data.video.listing import list_videos
+from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import one_line, tell
+from x3d_tf.text import counted
 
 if TYPE_CHECKING:
-    from x3d_tf.evaluation.acting import Acting, Persons
-    from x3d_tf.evaluation.prediction import Prediction
+    from x3d_tf.inference.actions import ActionScores, PersonBoxes
+    from x3d_tf.inference.prediction import Prediction
     from x3d_tf.modeling.detection import Detector
 
 FLAGS = flags.FLAGS
@@ -96,13 +96,13 @@ def main(videos: list[str]) -> None:
         _act(paths)
         return
     with starting_tensorflow():
-        from x3d_tf.evaluation.prediction import csv_table, json_document, predict_videos
-        from x3d_tf.evaluation.views import CLIPS_A_CALL
-        from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation
+        from x3d_tf.evaluation.multiview import CLIPS_A_CALL
+        from x3d_tf.inference.prediction import csv_table, json_document, predict_videos
         from x3d_tf.modeling.saving import load_classifier
+        from x3d_tf.parallel import use_single_threaded_ops
 
         if FLAGS.views != 1 and FLAGS.window is None:  # one clip alone is faster with all threads
-            one_thread_an_operation(CLIPS_A_CALL)
+            use_single_threaded_ops(CLIPS_A_CALL)
     tell(f"loading {FLAGS.model}")
     model = load_classifier(FLAGS.model)
     tell("compiling the network: the first clips take longer")
@@ -166,7 +166,7 @@ def _telling_kept(seen: Sized, videos: int, *outputs: str | None) -> Iterator[No
         videos: how many there are.
         outputs: the files that were asked for.
     """
-    from x3d_tf.evaluation.prediction import unfinished
+    from x3d_tf.inference.prediction import unfinished
 
     try:
         yield
@@ -203,23 +203,23 @@ def _act(paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} is no file: actions are detected in video files")
-    _command.require_path("--boxes", FLAGS.boxes, "csv file")
-    _command.require_path("--person_detector", FLAGS.person_detector, "SavedModel")
+    commands.require_path("--boxes", FLAGS.boxes, "csv file")
+    commands.require_path("--person_detector", FLAGS.person_detector, "SavedModel")
     with starting_tensorflow():
-        from x3d_tf.evaluation import acting
-        from x3d_tf.evaluation.prediction import unfinished
+        from x3d_tf.inference import actions
+        from x3d_tf.inference.prediction import unfinished
         from x3d_tf.modeling.saving import load_detector
 
-    listed = acting.ListedBoxes(FLAGS.boxes, FLAGS.box_score, FLAGS.starts_at) if FLAGS.boxes else None
+    listed = actions.CsvBoxes(FLAGS.boxes, FLAGS.box_score, FLAGS.starts_at) if FLAGS.boxes else None
     if listed and listed.unsure:
         left_out = f"{counted(listed.unsure, 'row')} with a score below {FLAGS.box_score:g} (--box_score)"
         print(one_line(f"{FLAGS.boxes}: left out {left_out}"))
     if FLAGS.person_detector:
         tell(f"loading {FLAGS.person_detector}")
-    finder = acting.PersonDetector(FLAGS.person_detector, FLAGS.box_score) if FLAGS.person_detector else None
+    finder = actions.PersonDetector(FLAGS.person_detector, FLAGS.box_score) if FLAGS.person_detector else None
     tell(f"loading {FLAGS.model}")
     model = load_detector(FLAGS.model)
-    found: dict[str, list[acting.Acting]] = {}
+    found: dict[str, list[actions.ActionScores]] = {}
     failures = 0
 
     def act(path: Path) -> None:
@@ -233,7 +233,7 @@ def _act(paths: Sequence[Path]) -> None:
         if drawn:
             drawn[path].parent.mkdir(parents=True, exist_ok=True)
             tell(f"drawing {drawn[path]}")
-            acting.draw_video(path, drawn[path], own, model.class_names, FLAGS.action_score)
+            actions.draw_video(path, drawn[path], own, model.class_names, FLAGS.action_score)
         found[path.stem] = own
 
     with _telling_kept(found, len(paths), FLAGS.csv):
@@ -246,10 +246,10 @@ def _act(paths: Sequence[Path]) -> None:
                     failures += 1
         except BaseException:
             if FLAGS.csv and found:
-                write_detections(unfinished(Path(FLAGS.csv)), acting.detections(found, FLAGS.starts_at))
+                write_detections(unfinished(Path(FLAGS.csv)), actions.detections(found, FLAGS.starts_at))
             raise
     if FLAGS.csv:
-        write_detections(Path(FLAGS.csv), acting.detections(found, FLAGS.starts_at))
+        write_detections(Path(FLAGS.csv), actions.detections(found, FLAGS.starts_at))
     written = [str(drawn[path]) for path in drawn if path.stem in found] + ([FLAGS.csv] if FLAGS.csv else [])
     if written:
         print(one_line(f"written: {', '.join(written)}"))
@@ -257,14 +257,14 @@ def _act(paths: Sequence[Path]) -> None:
         sys.exit(f"{failures} of {counted(len(paths), 'file')} could not be predicted")
 
 
-def _act_in(model: "Detector", path: Path, persons: "Persons") -> "list[Acting]":
+def _act_in(model: "Detector", path: Path, persons: "PersonBoxes") -> "list[ActionScores]":
     """What persons do in each second of a video, also printed."""
-    from x3d_tf.evaluation.acting import act_in_video, in_words
+    from x3d_tf.inference.actions import detect_actions, format_actions
 
     own = []
-    for each in act_in_video(model, path, persons):
+    for each in detect_actions(model, path, persons):
         own.append(each)
-        for number, actions in enumerate(in_words(each, model.class_names, FLAGS.action_score), 1):
+        for number, actions in enumerate(format_actions(each, model.class_names, FLAGS.action_score), 1):
             line = ", ".join(actions) or "nothing of which the network is sure"
             tqdm.write(one_line(f"{path.name}  {each.second:5d} s  person {number}: {line}"))
     return own
@@ -331,9 +331,9 @@ def _save_sheet(path: Path, rows: "Sequence[Prediction]", names: Sequence[str], 
 
     path.parent.mkdir(parents=True, exist_ok=True)
     clips, times = [row.thumbnails for row in rows], [row.times.tolist() for row in rows]
-    _plots.save_clips(clips, [label(row) for row in rows], path, title, times)
+    plots.save_clips(clips, [label(row) for row in rows], path, title, times)
 
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main, positional=True)
+    commands.run(main, positional=True)

@@ -13,20 +13,20 @@ from pathlib import Path
 
 from absl import flags
 
-from x3d_tf import _command, configs
-from x3d_tf._checks import UserError, require
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import tell
-from x3d_tf._text import counted
-from x3d_tf.data.datasets import hold_out, open_dataset, with_splits_of
+from x3d_tf import commands, gin_config
+from x3d_tf.data.datasets.spec import hold_out, open_dataset, with_default_splits
+from x3d_tf.errors import UserError, require
 from x3d_tf.runs.advice import print_advice
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import tell
+from x3d_tf.text import counted
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    configs.define_flags(required=True)
+    gin_config.define_flags(required=True)
     flags.DEFINE_string("records", None, "Folder of the records; the configuration's unless given.")
     flags.DEFINE_integer("clips", 8, "Rows of the picture.", lower_bound=1, upper_bound=64)
     flags.DEFINE_string("output", "preview.png", "The picture.")
@@ -39,15 +39,15 @@ def main() -> None:
     require(output.suffix == ".png", "--output", "end in .png", FLAGS.output)
     if output.exists() and not FLAGS.overwrite:
         raise UserError(f"{output} exists; give another --output, or replace it with --overwrite")
-    config = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or []).config
+    config = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or []).config
     spec = config.dataset
     if FLAGS.records:
         spec = replace(spec, name="records", records=FLAGS.records)
     manifest = open_dataset(replace(spec, eval_split=spec.train_split))  # there need be nothing to test on yet
-    spec = with_splits_of(spec, manifest.splits)
+    spec = with_default_splits(spec, manifest.splits)
     manifest = hold_out(manifest, spec, config.seed)
     with starting_tensorflow():
-        from x3d_tf.training.clips import save_training_preview
+        from x3d_tf.training.inputs import save_training_preview
 
     tell(f"drawing {counted(FLAGS.clips, 'clip')} of {manifest.folder}")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -59,4 +59,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

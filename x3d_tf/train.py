@@ -15,20 +15,20 @@ from pathlib import Path
 
 from absl import flags
 
-from x3d_tf import _command, configs
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf.data.datasets import open_dataset
-from x3d_tf.evaluation.procedure import detector_report_folder, report_folder
+from x3d_tf import commands, gin_config
+from x3d_tf.config import TrainConfig
+from x3d_tf.data.datasets.spec import open_dataset
+from x3d_tf.evaluation.eval_config import detector_report_folder, report_folder
 from x3d_tf.modeling.archive import describe
-from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.startup import starting_tensorflow
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    configs.define_flags(required=True)
+    gin_config.define_flags(required=True)
     flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the first gin file> unless given.")
     flags.DEFINE_bool(
         "allow_other_groups",
@@ -40,16 +40,16 @@ def define_flags() -> None:
 
 def main() -> None:
     """Trains and tests as the flags say."""
-    parsed = configs.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
+    parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
     _check_paths(config, RunFolder(workdir))
     with starting_tensorflow():
-        from x3d_tf.evaluation.testing import evaluate_run
-        from x3d_tf.modeling.lowerings.tensorflow import one_thread_an_operation, parts_of_batch
+        from x3d_tf.evaluation.classification import evaluate_run
+        from x3d_tf.parallel import num_batch_slices, use_single_threaded_ops
         from x3d_tf.training.loop import train
 
         clips = config.recipe.batch // config.execution.accumulation
-        one_thread_an_operation(parts_of_batch(clips, config.model.bn_group))
+        use_single_threaded_ops(num_batch_slices(clips, config.model.bn_group))
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
     run = train(config, workdir, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
     config = run.read_config()  # whose records may have another place than those of a finished run
@@ -75,4 +75,4 @@ def _check_paths(config: TrainConfig, run: RunFolder) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main)
+    commands.run(main)

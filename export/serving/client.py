@@ -31,17 +31,17 @@ from absl import flags
 from numpy.typing import NDArray
 from PIL import Image
 
-from x3d_tf import _command
-from x3d_tf._checks import UserError, require, some
-from x3d_tf._files import SMALL, read_limited
-from x3d_tf._startup import starting_tensorflow
-from x3d_tf._terminal import one_line
-from x3d_tf._text import counted
-from x3d_tf.data.clips import decoded_short_side, view_indices
-from x3d_tf.data.video import Pixels, VideoError, encode_jpeg
-from x3d_tf.data.video_clips import VideoClips
-from x3d_tf.modeling.expansion import MAX_FRAMES, MAX_STRIDE, ClipSpec
-from x3d_tf.types import MAX_VIEWS, FrameSampling, Storage, stored_from_json
+from x3d_tf import commands
+from x3d_tf.data.sampling import decoded_short_side, view_indices
+from x3d_tf.data.video.clip_reader import VideoClips
+from x3d_tf.data.video.decode import Pixels, VideoError, encode_jpeg
+from x3d_tf.errors import UserError, first_few, require
+from x3d_tf.files import SMALL, read_limited
+from x3d_tf.modeling.expansion import MAX_FRAMES, MAX_STRIDE
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.terminal import one_line
+from x3d_tf.text import counted
+from x3d_tf.types import MAX_VIEWS, ClipSpec, FrameSampling, Storage, stored_from_json
 
 from . import rest
 
@@ -63,7 +63,7 @@ class Contract:
 
     Attributes:
         clip: frames of a clip and their distance.
-        frame_sampling: see `x3d_tf.data.clips.frame_indices`.
+        frame_sampling: see `x3d_tf.data.sampling.frame_indices`.
         resize: pixels to which the server scales frames.
         stored: how the frames that it was trained on were stored; None where they were not.
         views: clips of a video.
@@ -124,7 +124,7 @@ def main(videos: list[str]) -> None:
     require(bool(videos), "the command line", "name video files", videos)
     require((FLAGS.grpc is None) != (FLAGS.rest is None), "the server", "be given by --grpc or by --rest", FLAGS.grpc)
     if not any(Path(video).exists() for video in videos):
-        raise UserError(f"no such file: {some(videos)}")
+        raise UserError(f"no such file: {first_few(videos)}")
     require(0 < FLAGS.timeout <= _DAY, "--timeout", f"be above 0 and at most {_DAY} seconds", FLAGS.timeout)
     path = Path(FLAGS.card)
     contract = Contract.read(path)
@@ -283,4 +283,4 @@ def top_lines(probabilities: NDArray[np.float32], names: Sequence[str]) -> list[
 
 if __name__ == "__main__":
     define_flags()
-    _command.run(main, positional=True)
+    commands.run(main, positional=True)

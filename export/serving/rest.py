@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from x3d_tf._checks import UserError, require
+from x3d_tf.errors import UserError, require
 
 Result = TypeVar("Result")
 

@@ -35,12 +35,11 @@ def shard_reader(folder: str) -> Callable[..., dict[str, Answer]]:
     """Opens datasets on a folder of records; returns what reads all of it, by those or by new ones."""
     import tensorflow as tf
 
-    from x3d_tf.data.clips import ViewSpec
-    from x3d_tf.data.pipeline import evaluation_dataset, naming_records, training_dataset
-    from x3d_tf.data.verify import verify_records
-    from x3d_tf.modeling.expansion import ClipSpec
+    from x3d_tf.data.input_pipeline import evaluation_dataset, record_errors_as_user_errors, training_dataset
+    from x3d_tf.data.records.verify import verify_records
+    from x3d_tf.types import ClipSpec, ViewSpec
 
-    clip, views = ClipSpec(4, 1, 32), ViewSpec(temporal_views=1, resize=36, crop=32, squeeze=False)
+    clip, views = ClipSpec(4, 1, 32), ViewSpec(temporal_views=1, resize=36, crop=32, stretch=False)
 
     def opened() -> dict[str, Any]:
         training = training_dataset(folder, "train", clip, jitter=(36, 44), flip=True, batch=3, seed=0)
@@ -48,7 +47,7 @@ def shard_reader(folder: str) -> Callable[..., dict[str, Answer]]:
 
     def content(dataset: Any) -> str:
         digest = hashlib.sha256()
-        with naming_records():
+        with record_errors_as_user_errors():
             for element in dataset:
                 for tensor in tf.nest.flatten(element):
                     digest.update(tensor.numpy().tobytes())
@@ -72,7 +71,7 @@ def shard_reader(folder: str) -> Callable[..., dict[str, Answer]]:
 
 def manifest_reader(folder: str) -> Callable[[], Answer]:
     """Returns what reads a manifest and looks at the sizes of all shards."""
-    from x3d_tf.data.manifest import Manifest
+    from x3d_tf.data.records.manifest import Manifest
 
     def content() -> str:
         manifest = Manifest.load(folder)
@@ -85,22 +84,22 @@ def checkpoint_reader(config: str, workdir: str) -> Callable[[bool], dict[str, A
     """Trains a tiny run to two checkpoints; returns what restores the newest and tells what came of it."""
     import keras
 
-    from x3d_tf import configs
-    from x3d_tf.runs import checkpointing
+    from x3d_tf import gin_config
+    from x3d_tf.runs import checkpoints
     from x3d_tf.runs.run_folder import RunFolder
     from x3d_tf.training.loop import train
 
     made: list[tuple[Any, tuple[Any, ...]]] = []
-    initialise = checkpointing.Checkpoints.__init__
+    initialise = checkpoints.Checkpoints.__init__
 
     def recording(self: Any, *given: Any, **named: Any) -> None:
         initialise(self, *given, **named)
         made.append((self, (*given, *named.values())))
 
-    checkpointing.Checkpoints.__init__ = recording  # type: ignore[method-assign]
+    checkpoints.Checkpoints.__init__ = recording  # type: ignore[method-assign]
     run = RunFolder(workdir)
     run.model.unlink(missing_ok=True)  # of a worker that was ended: from the last checkpoint there is no step to take
-    train(configs.parse([config]).config, workdir)
+    train(gin_config.parse([config]).config, workdir)
     checkpoints, given = made[-1]
     variables = list(_variables(given, keras.Model))
 
@@ -114,7 +113,7 @@ def checkpoint_reader(config: str, workdir: str) -> Callable[[bool], dict[str, A
             restored = outcome_of(checkpoints.restore)
 
         def loaded() -> str:
-            weights = checkpointing.load_checkpoint(run, NEWEST).get_weights()
+            weights = checkpoints.load_checkpoint(run, NEWEST).get_weights()
             return hashlib.sha256(b"".join(array.tobytes() for array in weights)).hexdigest()
 
         found = {"restored": restored, "state": state(), "told": told.getvalue()}

@@ -130,7 +130,7 @@ def serving(report: Report, folder: Path) -> str | None:
     from video_fixtures import numbered_frames  # type: ignore[import-not-found]
 
     from export.serving.client import rest_asker
-    from x3d_tf.data.video import encode_jpeg
+    from x3d_tf.data.video.decode import encode_jpeg
 
     count = report.chosen.requests
     model = save_model_in_worker(folder / "model.keras")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # of two trials at a time, each would take the whole GPU
 
@@ -225,7 +225,7 @@ class Command:
         env: dict[str, str] | None = None,
     ) -> None:
         line = [sys.executable, *([] if words[0].endswith(".py") else ["-m"]), *words]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.started, self.seconds, self.megabytes = time.monotonic(), seconds, megabytes
         self.process = subprocess.Popen(
@@ -436,7 +436,7 @@ def outcome_of(act: Callable[[], Any]) -> tuple[str, str]:
 
     To refuse is to raise what commands print in one line; anything else would be a traceback.
     """
-    from x3d_tf._checks import UserError
+    from x3d_tf.errors import UserError
 
     try:
         return "gives", str(act())

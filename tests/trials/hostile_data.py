@@ -91,8 +91,8 @@ TEXTS: dict[str, dict[str, str | bytes]] = {
 
 def text_reader(kind: str) -> Callable[[str], tuple[str, str]]:
     """In the worker: returns what reads a file of this kind and says how much it holds."""
-    from x3d_tf.data.ava import read_boxes, read_label_map
-    from x3d_tf.data.sources import read_csv
+    from x3d_tf.data.build.sources import read_csv
+    from x3d_tf.data.datasets.ava import read_boxes, read_label_map
 
     def read(path: str) -> str:
         if kind == "csv":
@@ -138,8 +138,8 @@ def _one_line(report: Report, reader: Worker, question: str) -> str | None:
 
 
 def manifest_reader(_: str) -> Callable[[str], tuple[str, str]]:
-    from x3d_tf.data.manifest import Manifest
-    from x3d_tf.data.verify import verify_records
+    from x3d_tf.data.records.manifest import Manifest
+    from x3d_tf.data.records.verify import verify_records
 
     def read(folder: str) -> str:
         manifest = Manifest.load(folder)

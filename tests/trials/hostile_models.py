@@ -89,7 +89,7 @@ def torch_reader(folder: str) -> Callable[[str], tuple[str, str]]:
     """Writes a small PyTorch checkpoint to `folder`; returns what reads a file."""
     import numpy as np
 
-    from x3d_tf.modeling.torch_files import read_checkpoint, write_checkpoint
+    from x3d_tf.modeling.pytorch.checkpoint_files import read_checkpoint, write_checkpoint
 
     draw = np.random.default_rng(0)
     state = {f"s{number}.weight": draw.standard_normal((4, 3, 3), np.float32) for number in range(5)}

@@ -36,7 +36,7 @@ CODE: dict[str, dict[str, str]] = {
         "b.gin": "import evilmod\n",
     },
     "dynamic registration, subprocess": {
-        "evil.gin": f"{DYNAMIC}import subprocess\nimport x3d_tf.runs.recipe\n{GOOD}"
+        "evil.gin": f"{DYNAMIC}import subprocess\nimport x3d_tf.config\n{GOOD}"
         f"subprocess.getoutput.cmd = '{TOUCH}'\nTrainConfig.init = @subprocess.getoutput()\n"
     },
     "dynamic registration, os": {
@@ -153,9 +153,9 @@ def attempt_of_path(report: Report, folder: Path, path: str) -> str | None:
 
 def parser() -> Callable[[str], tuple[str, str]]:
     """In the worker: returns what parses a file."""
-    from x3d_tf import configs
+    from x3d_tf import gin_config
 
-    return lambda path: outcome_of(lambda: configs.parse([path]).config)
+    return lambda path: outcome_of(lambda: gin_config.parse([path]).config)
 
 
 def mutants(report: Report, folder: Path) -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from x3d_tf._checks import require
-from x3d_tf.data.clips import FrameSampling, ViewSpec
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import evaluation_dataset, training_dataset
-from x3d_tf.modeling.expansion import BASE_CROP, ClipSpec, Expansion
+from x3d_tf.data.input_pipeline import evaluation_dataset, training_dataset
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.sampling import FrameSampling
+from x3d_tf.errors import require
+from x3d_tf.modeling.expansion import BASE_CROP, Expansion
+from x3d_tf.types import ClipSpec, ViewSpec
 
 
 def dataset(
@@ -22,7 +23,7 @@ def dataset(
     flip: bool = True,
     seed: int = 0,
     frame_sampling: FrameSampling = "slowfast",
-    squeeze: bool = False,
+    stretch: bool = False,
 ) -> tf.data.Dataset:
     """Batches of clips and labels out of records, as `build_records` makes them.
 
@@ -41,7 +42,7 @@ def dataset(
         flip: whether half of the training clips are mirrored; False where left and right differ in meaning.
         seed: of the order and the chances of training.
         frame_sampling: see `clips.frame_indices`.
-        squeeze: see `transforms.resize`.
+        stretch: see `transforms.resize`.
 
     Returns:
         Dataset of (clips, labels): float32 [batch, T, S, S, 3], RGB in 0..255; int32 [batch] or, of multi-label
@@ -68,10 +69,10 @@ def dataset(
             batch=batch,
             seed=seed,
             frame_sampling=frame_sampling,
-            squeeze=squeeze,
+            stretch=stretch,
         )
     require(jitter is None, "jitter", "be for training only", jitter)
     require(batch >= 1, "batch", "be at least 1", batch)
-    middle = ViewSpec(temporal_views=1, resize=expansion.test_size, crop=clip.size, squeeze=squeeze)
+    middle = ViewSpec(temporal_views=1, resize=expansion.test_size, crop=clip.size, stretch=stretch)
     videos = evaluation_dataset(records, split, clip, middle, batch_videos=batch, frame_sampling=frame_sampling)
     return videos.map(lambda clips, labels, _: (clips[:, 0], labels))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from x3d_tf.data.records import ParsedAnnotation
+from x3d_tf.data.records.format import ParsedAnnotation
 
 
 class Samples(NamedTuple):
@@ -18,13 +18,13 @@ class Samples(NamedTuple):
     labels: tf.Tensor
 
 
-def in_pixels(boxes: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+def to_pixels(boxes: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
     """Boxes in [0, 1] of a frame, clipped to its pixels."""
     sides = tf.cast(tf.stack([width, height, width, height]), boxes.dtype)
     return tf.clip_by_value(boxes * sides, tf.zeros_like(sides), sides - 1)
 
 
-def scaled(boxes: tf.Tensor, before: tf.Tensor, after: tf.Tensor) -> tf.Tensor:
+def scale(boxes: tf.Tensor, before: tf.Tensor, after: tf.Tensor) -> tf.Tensor:
     """Boxes of a frame that was scaled; `before` and `after` are its height and width, [2].
 
     Both axes by the ratio of the long side, which was rounded down, while the ratio of the short one is exact.
@@ -32,24 +32,24 @@ def scaled(boxes: tf.Tensor, before: tf.Tensor, after: tf.Tensor) -> tf.Tensor:
     return boxes * tf.cast(tf.reduce_max(after) / tf.reduce_max(before), boxes.dtype)
 
 
-def cropped(boxes: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:
+def crop(boxes: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:
     """Boxes within a square of `size` pixels, clipped to it. Those outside lose their width or height."""
     corner = tf.cast(tf.stack([left, top, left, top]), boxes.dtype)
     return tf.clip_by_value(boxes - corner, 0.0, size - 1.0)
 
 
-def flipped(boxes: tf.Tensor, width: int) -> tf.Tensor:
+def flip(boxes: tf.Tensor, width: int) -> tf.Tensor:
     """Boxes of a frame whose left and right were swapped."""
     x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
     return tf.stack([width - 1 - x2, y1, width - 1 - x1, y2], axis=-1)
 
 
-def have_area(boxes: tf.Tensor) -> tf.Tensor:
+def is_nonempty(boxes: tf.Tensor) -> tf.Tensor:
     """Which boxes [..., 4] have a width and a height, bool [...]."""
     return tf.reduce_all(boxes[..., 2:] > boxes[..., :2], axis=-1)
 
 
-def overlaps(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+def pairwise_iou(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     """Intersection over union of each of the boxes [n, 4] with each of [m, 4]: [n, m]."""
     low, high = tf.maximum(a[:, None, :2], b[None, :, :2]), tf.minimum(a[:, None, 2:], b[None, :, 2:])
     shared = tf.reduce_prod(tf.maximum(high - low, 0), axis=-1)
@@ -57,7 +57,7 @@ def overlaps(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     return tf.math.divide_no_nan(shared, areas[0][:, None] + areas[1][None] - shared)
 
 
-def annotated(parsed: ParsedAnnotation, classes: int) -> Samples:
+def ground_truth_samples(parsed: ParsedAnnotation, classes: int) -> Samples:
     """The boxes of a key frame, each once, with all that it does."""
     boxes, places = tf.raw_ops.UniqueV2(x=parsed.boxes, axis=[0])
     hot = tf.one_hot(parsed.labels, classes)  # nothing of a box without a class
@@ -65,7 +65,7 @@ def annotated(parsed: ParsedAnnotation, classes: int) -> Samples:
     return Samples(tf.reshape(boxes, [-1, 4]), labels)
 
 
-def with_proposals(known: Samples, proposals: tf.Tensor, iou: float, *, negatives: bool) -> Samples:
+def add_matched_proposals(known: Samples, proposals: tf.Tensor, iou: float, *, negatives: bool) -> Samples:
     """Annotated boxes, and after them those found that overlap one by more than `iou`, with the labels of the best.
 
     Args:
@@ -74,7 +74,7 @@ def with_proposals(known: Samples, proposals: tf.Tensor, iou: float, *, negative
         iou: intersection over union.
         negatives: whether the other ones stay, too, as boxes that do nothing.
     """
-    each = overlaps(proposals, known.boxes)  # [m, n]
+    each = pairwise_iou(proposals, known.boxes)  # [m, n]
     match = tf.reduce_max(each, axis=1) > iou  # of no boxes the highest overlap is below any
     each = tf.pad(each, [[0, 0], [0, 1]], constant_values=-1.0)  # so that there is a best one
     labels = tf.gather(tf.pad(known.labels, [[0, 1], [0, 0]]), tf.argmax(each, axis=1))

@@ -6,15 +6,21 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from x3d_tf import _plots
-from x3d_tf._checks import require
-from x3d_tf.data.boxes import have_area
-from x3d_tf.data.clips import FrameSampling, frame_indices, last_start
-from x3d_tf.data.index import video_and_second
-from x3d_tf.data.key_frame_pipeline import with_actions
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import Place, chances, naming_records, place_of, training_dataset
-from x3d_tf.modeling.expansion import ClipSpec
+from x3d_tf import plots
+from x3d_tf.data.boxes import is_nonempty
+from x3d_tf.data.detection_pipeline import with_labels
+from x3d_tf.data.input_pipeline import (
+    SamplePosition,
+    augmentation_randoms,
+    record_errors_as_user_errors,
+    sample_position,
+    training_dataset,
+)
+from x3d_tf.data.records.index import parse_key_frame_id
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start
+from x3d_tf.errors import require
+from x3d_tf.types import ClipSpec
 
 COLOURS = (  # of boxes: name and RGB
     ("red", (230, 30, 30)),
@@ -37,13 +43,13 @@ def save_preview(
     batch: int,
     seed: int,
     frame_sampling: FrameSampling = "slowfast",
-    squeeze: bool = False,
+    stretch: bool = False,
     clips: int = 8,
 ) -> Path:
     """Draws the first clips of training as a PNG: sampled, scaled, cropped and mirrored, with their labels.
 
     Args:
-        manifest, split, clip, jitter, flip, batch, seed, frame_sampling, squeeze: as `training_dataset`;
+        manifest, split, clip, jitter, flip, batch, seed, frame_sampling, stretch: as `training_dataset`;
             with those of a run these are the clips of its first steps, in their order.
         path: replaced if it is there.
         clips: rows of the sheet.
@@ -65,15 +71,15 @@ def save_preview(
         batch=batch,
         seed=seed,
         frame_sampling=frame_sampling,
-        squeeze=squeeze,
+        stretch=stretch,
         replica_batch=1,  # else a whole batch would be decoded, however large
     )
     rows, captions, times = [], [], []
-    with naming_records():
+    with record_errors_as_user_errors():
         for number, (pixels, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
             place = _place(number, len(records), batch, seed)
             record = records[int(place.record)]
-            start = chances(seed, place)[0].numpy() * last_start(record.frames, record.fps, clip)
+            start = augmentation_randoms(seed, place)[0].numpy() * last_start(record.frames, record.fps, clip)
             own = frame_indices(start, record.frames, record.fps, clip, frame_sampling) / record.fps
             rows.append(pixels[0])
             times.append(own.tolist())
@@ -82,14 +88,14 @@ def save_preview(
                 f"{own[0]:.1f} to {own[-1]:.1f} s of {record.frames / record.fps:.1f} s"
             )
     title = f"{manifest.folder}, {split}: the first clips of training, {clip.frames} frames of {clip.size}² pixels"
-    _plots.save_clips(rows, captions, Path(path), title, times)
+    plots.save_clips(rows, captions, Path(path), title, times)
     return Path(path)
 
 
-def _place(clip: int, records: int, batch: int, seed: int) -> Place:
+def _place(clip: int, records: int, batch: int, seed: int) -> SamplePosition:
     """Where a clip of training stands, counted from 0 over all steps."""
     step, member = (tf.constant(part, tf.int64) for part in divmod(clip, batch))
-    return place_of(step, member, records=records, batch=batch, seed=seed)
+    return sample_position(step, member, records=records, batch=batch, seed=seed)
 
 
 def save_box_preview(
@@ -114,14 +120,14 @@ def save_box_preview(
     Returns:
         The path.
     """
-    records = with_actions(manifest.split(split).records)
+    records = with_labels(manifest.split(split).records)
     rows, captions = [], []
-    with naming_records():
+    with record_errors_as_user_errors():
         for number, (inputs, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
             record = records[int(_place(number, len(records), batch, seed).record)]
-            video, second = video_and_second(record.media_id)
+            video, second = parse_key_frame_id(record.media_id)
             pixels, boxes = np.clip(np.round(inputs["clip"][0]), 0, 255), inputs["boxes"][0]
-            shown = have_area(boxes).numpy()
+            shown = is_nonempty(boxes).numpy()
             lines = [f"{video}, second {second}"]
             for order, (box, own) in enumerate(zip(boxes[shown], labels[0][shown])):
                 name, colour = COLOURS[order % len(COLOURS)]
@@ -129,7 +135,7 @@ def save_box_preview(
                 lines.append(f"{name}: {label_text(own, manifest.classes) or 'nothing'}")
             rows.append(pixels)
             captions.append("\n".join(lines if len(lines) > 1 else [*lines, "no box in the crop"]))
-    _plots.save_clips(rows, captions, Path(path), f"{manifest.folder}, {split}: the first clips of training")
+    plots.save_clips(rows, captions, Path(path), f"{manifest.folder}, {split}: the first clips of training")
     return Path(path)
 
 

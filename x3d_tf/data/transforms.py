@@ -7,18 +7,18 @@ neither rounded nor normalised: the model normalises.
 import tensorflow as tf
 import tensorflow.experimental.numpy as tnp
 
-from x3d_tf.data.clips import crop_offsets, resized_shape
+from x3d_tf.data.sampling import crop_offsets, resized_shape
 
 
-def resize(clip: tf.Tensor, short_side: int | tf.Tensor, squeeze: bool = False) -> tf.Tensor:
+def resize(clip: tf.Tensor, short_side: int | tf.Tensor, stretch: bool = False) -> tf.Tensor:
     """Scales the short side to `short_side` pixels, int or int64 scalar; the long side is rounded down.
 
-    With `squeeze` the long side is scaled to the same length: the frame becomes a square.
+    With `stretch` the long side is scaled to the same length: the frame becomes a square.
 
     Bilinear with half-pixel centres and without antialiasing, which is torch's `interpolate(align_corners=False)`.
     """
     shape, side = tf.shape(clip, tf.int64), tf.cast(short_side, tf.int64)
-    height, width = (side, side) if squeeze else resized_shape(shape[1], shape[2], side, xp=tnp)
+    height, width = (side, side) if stretch else resized_shape(shape[1], shape[2], side, xp=tnp)
     resized = tf.image.resize(clip, tf.cast(tf.stack([height, width]), tf.int32), method="bilinear", antialias=False)
     return tf.cast(resized, tf.float32)
 

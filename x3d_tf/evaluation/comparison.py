@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from x3d_tf._checks import UserError, require
-from x3d_tf._files import write_whole
-from x3d_tf._text import counted
+from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.metrics import wilson_interval
-from x3d_tf.evaluation.published import PublishedAccuracy, PublishedPrecision, differences, published_for
+from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, differences, published_for
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, write_csv
+from x3d_tf.files import atomic_write
+from x3d_tf.text import counted
 
 _PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
 _NUMERIC = ("videos", "top-1", "top-5", "mAP", "GMACs a video", "M parameters", _PAPERS_TOP1, _PAPERS_MAP)
@@ -93,7 +93,7 @@ def describe(report: Report) -> str:
     """
     r, row = report.results, _row(report)
     measured = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
-    thing = "key frame" if "boxes_tested" in r else "video"
+    thing = "key frame" if "eval_boxes" in r else "video"
     line = (
         f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(measured)} ({counted(r['videos'], thing)}, "
         f"{counted(r['classes'], 'class')}, {r['views']}, {row['GMACs a video']} GMACs a {thing}, "
@@ -158,5 +158,5 @@ def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool 
         folder.mkdir(parents=True, exist_ok=True)
         cells = [["" if cell == _EMPTY else cell for cell in row.values()] for row in rows]
         write_csv(folder / "comparison.csv", [list(rows[0]), *cells])
-        write_whole(folder / "comparison.md", as_markdown(rows).encode("utf-8", "backslashreplace"))
+        atomic_write(folder / "comparison.md", as_markdown(rows).encode("utf-8", "backslashreplace"))
     return rows

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from x3d_tf import _csv, _plots
-from x3d_tf._checks import require
-from x3d_tf._text import counted
-from x3d_tf.data.ava import (
+from x3d_tf import csv_files, plots
+from x3d_tf.data.datasets.ava import (
     BoxTable,
     KeyFrame,
     LabelMap,
@@ -22,8 +20,10 @@ from x3d_tf.data.ava import (
     read_label_map,
     write_detections,
 )
+from x3d_tf.errors import require
 from x3d_tf.evaluation.detection_metrics import LabeledBoxes, detection_average_precisions, mean_over_classes
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, write_csv, write_json
+from x3d_tf.text import counted
 
 IOU = 0.5  # of a box found and a real one that match
 
@@ -99,7 +99,7 @@ def evaluate_files(
     """Measures a file of detections.
 
     Args:
-        detections, groundtruth: see `x3d_tf.data.ava.read_boxes`.
+        detections, groundtruth: see `x3d_tf.data.datasets.ava.read_boxes`.
         label_map: the actions to measure; the 60 that AVA's evaluation takes unless given.
         exclusions: key frames that do not count.
 
@@ -158,7 +158,7 @@ def write_detection_report(
     write_csv(folder / "per_class.csv", _rows(scores))
     names = list(scores.actions.values())
     title = f"frame mAP at IoU {IOU:g}: {scores.mean:.1%}"
-    _plots.save_precisions(scores.precisions, scores.positives, names, folder / "per_class.png", title)
+    plots.save_precisions(scores.precisions, scores.positives, names, folder / "per_class.png", title)
     write_json(folder / RESULTS_NAME, results)
     return Report(folder, results)
 
@@ -166,7 +166,7 @@ def write_detection_report(
 def _rows(scores: DetectionScores) -> Iterable[Sequence[Any]]:
     yield ["action_id", "action", "positives", "average_precision"]
     for (number, name), held, precision in zip(scores.actions.items(), scores.positives, scores.precisions):
-        yield [number, name, held, "" if math.isnan(precision) else _csv.number(precision, ".6g")]
+        yield [number, name, held, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]
 
 
 def summary(scores: DetectionScores, worst_and_best: int = 3) -> list[str]:

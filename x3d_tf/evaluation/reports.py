@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from x3d_tf import _csv, _plots
-from x3d_tf._checks import UserError
-from x3d_tf._files import SMALL, read_limited, write_whole, writing
-from x3d_tf._locks import locked
+from x3d_tf import csv_files, plots
+from x3d_tf.errors import UserError
 from x3d_tf.evaluation.metrics import (
     average_precisions,
     confusion_matrix,
@@ -24,7 +22,9 @@ from x3d_tf.evaluation.metrics import (
     top_k_accuracy,
     top_k_hits,
 )
-from x3d_tf.modeling.expansion import Task
+from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
+from x3d_tf.locks import locked
+from x3d_tf.types import Task
 
 RESULTS_NAME = "results.json"
 _TEXTS = ("network", "records", "split", "views")
@@ -102,7 +102,7 @@ def reporting(folder: Path) -> Iterator[None]:
         UserError: another process writes to it.
         WriteError: it cannot be written.
     """
-    with writing(folder):
+    with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     conflict = f"another process is writing the report {folder}"
     with locked(folder / ".lock", conflict, "wait for it, or choose another --output"):
@@ -129,7 +129,7 @@ def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predict
             predictions.probabilities.argmax(axis=1), predictions.labels, len(predictions.class_names)
         )
         title = f"{results['network']}, {results['split']}, {results['views']}: top-1 {results['top1']:.1%}"
-        _plots.save_confusion(counts, predictions.class_names, confusion, title)
+        plots.save_confusion(counts, predictions.class_names, confusion, title)
     write_json(folder / RESULTS_NAME, results)
     return Report(folder, results)
 
@@ -141,7 +141,7 @@ def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     yield ["video", *(["label", "predicted"] if single else ["labels"]), *(f"p({name})" for name in names)]
     for video, row, truth in zip(predictions.videos, predictions.probabilities, predictions.truth):
         own = ";".join(names[number] for number in np.flatnonzero(truth))
-        yield [video, own, *([names[row.argmax()]] if single else []), *(_csv.number(p, ".6g") for p in row)]
+        yield [video, own, *([names[row.argmax()]] if single else []), *(csv_files.number(p, ".6g") for p in row)]
 
 
 def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
@@ -150,7 +150,7 @@ def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     if predictions.task == "multi_label":
         yield ["class", "positives", "average_precision"]
         for name, held, precision in zip(names, truth.sum(axis=0), average_precisions(probabilities, truth)):
-            yield [name, held, "" if math.isnan(precision) else _csv.number(precision, ".6g")]
+            yield [name, held, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]
         return
     labels = predictions.labels
     hits = {k: top_k_hits(probabilities, labels, k) for k in (1, 5)}
@@ -159,7 +159,7 @@ def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     yield ["class", "videos", "top1", "top5", "most_confused_with", "times"]
     for number, name in enumerate(names):
         own = labels == number
-        shares = [_csv.number(hits[k][own].mean(), ".6g") if own.any() else "" for k in (1, 5)]
+        shares = [csv_files.number(hits[k][own].mean(), ".6g") if own.any() else "" for k in (1, 5)]
         other = int(wrong[number].argmax())
         times = int(wrong[number, other])
         yield [name, int(own.sum()), *shares, names[other] if times else "", times or ""]
@@ -225,9 +225,9 @@ def other_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) -> l
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=1).encode())
+    atomic_write(path, json.dumps(content, indent=1).encode())
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a csv, whole or not at all; text that a spreadsheet would take for a formula is guarded, see `_csv`."""
-    write_whole(path, _csv.encoded(rows))
+    """Writes a csv atomically; `csv_files` guards text that a spreadsheet would take for a formula."""
+    atomic_write(path, csv_files.encoded(rows))

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from x3d_tf import _plots
-from x3d_tf._checks import UserError, require
-from x3d_tf._text import counted
+from x3d_tf import plots
+from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.classification import Evaluation, evaluation_of_file, evaluation_of_run
 from x3d_tf.evaluation.comparison import describe
-from x3d_tf.evaluation.procedure import Procedure, folder_of
+from x3d_tf.evaluation.eval_config import EvalConfig, folder_of
 from x3d_tf.evaluation.reports import (
     RESULTS_NAME,
     Report,
@@ -16,10 +16,10 @@ from x3d_tf.evaluation.reports import (
     read_report,
     write_csv,
 )
-from x3d_tf.evaluation.testing import Measurement, measurement_of_file, measurement_of_run
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.text import counted
 
 CLIPS = (1, 3, 5, 7, 10)
 
@@ -47,7 +47,7 @@ def sweep_run(run: RunFolder, *, output: str | None = None, overwrite: bool = Fa
         run: the run.
         output: folder of all the reports and of sweep.csv and sweep.png; the places within the run folder unless given.
         overwrite: whether all tests are made anew.
-        **procedure: the fields of `Procedure` but temporal_views.
+        **procedure: the fields of `EvalConfig` but temporal_views.
 
     Raises:
         UserError: as `evaluate_run`; a report of another test is where one of these should go.
@@ -56,25 +56,25 @@ def sweep_run(run: RunFolder, *, output: str | None = None, overwrite: bool = Fa
     folders = {k: Path(output) / f"{k}clips" if output else folder_of(run, asked, k) for k in CLIPS}
     folder = Path(output) if output else folder_of(run, asked, "sweep_")
     return _sweep(
-        measurement_of_run(run, asked, load_classifier(run.root), weights_of(run.root)), folder, folders, overwrite
+        evaluation_of_run(run, asked, load_classifier(run.root), weights_of(run.root)), folder, folders, overwrite
     )
 
 
 def sweep_file(file: str | Path, *, output: str, overwrite: bool = False, **procedure: Any) -> Sweep:
     """As `sweep_run` for a `.keras` file; the procedure has to name records and split."""
-    measurement = measurement_of_file(Path(file), _without_views(procedure))
+    measurement = evaluation_of_file(Path(file), _without_views(procedure))
     return _sweep(measurement, Path(output), {k: Path(output) / f"{k}clips" for k in CLIPS}, overwrite)
 
 
-def _without_views(procedure: dict[str, Any]) -> Procedure:
-    asked = Procedure(**procedure)
+def _without_views(procedure: dict[str, Any]) -> EvalConfig:
+    asked = EvalConfig(**procedure)
     require(
         asked.temporal_views is None, "temporal_views", f"not be given: a sweep takes {CLIPS}", asked.temporal_views
     )
     return replace(asked, temporal_views=1)
 
 
-def _sweep(measurement: Measurement, folder: Path, folders: dict[int, Path], overwrite: bool) -> Sweep:
+def _sweep(measurement: Evaluation, folder: Path, folders: dict[int, Path], overwrite: bool) -> Sweep:
     measurements = {k: measurement.with_views(k) for k in CLIPS}
     there = {} if overwrite else {k: _finished(measurements[k], folders[k]) for k in CLIPS}  # all, before hours of work
     reports = []
@@ -88,7 +88,7 @@ def _sweep(measurement: Measurement, folder: Path, folders: dict[int, Path], ove
     return sweep
 
 
-def _finished(measurement: Measurement, folder: Path) -> Report | None:
+def _finished(measurement: Evaluation, folder: Path) -> Report | None:
     """The report of the same test, if there is one."""
     if not (folder / RESULTS_NAME).is_file():
         return None
@@ -114,5 +114,5 @@ def _write(sweep: Sweep) -> None:
     name = "mAP" if metrics == ("map",) else "top-1"
     title = f"{rows[0]['network']} on {rows[0]['records']}, {rows[0]['split']}, {rows[0]['videos']} videos"
     points = [(row["gmacs_per_video"], row[metrics[0]]) for row in rows]
-    _plots.save_sweep(points, CLIPS, sweep.folder / "sweep.png", title, name)
+    plots.save_sweep(points, CLIPS, sweep.folder / "sweep.png", title, name)
     write_csv(sweep.folder / "sweep.csv", [header, *table])

@@ -5,17 +5,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from x3d_tf._checks import UserError, require
-from x3d_tf._terminal import tell
-from x3d_tf._text import counted, whole
-from x3d_tf.data.datasets import open_dataset
-from x3d_tf.evaluation.procedure import Procedure, folder_of
+from x3d_tf.data.datasets.spec import open_dataset
+from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.classification import evaluation_of_run
+from x3d_tf.evaluation.eval_config import EvalConfig, folder_of
 from x3d_tf.evaluation.reports import other_settings, read_results, reporting, write_csv, write_json
-from x3d_tf.evaluation.testing import measurement_of_run
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.runs import checkpointing
+from x3d_tf.runs import checkpoints
 from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.terminal import tell
+from x3d_tf.text import counted, whole
 
 _METRICS = ("top1", "top5", "map")
 
@@ -34,7 +34,7 @@ def watch_run(
         run: the run; it may have no checkpoint yet.
         poll_seconds: between two looks for new checkpoints.
         overwrite: whether the results of an earlier watch are deleted first.
-        **procedure: the fields of `Procedure`.
+        **procedure: the fields of `EvalConfig`.
 
     Returns:
         The content of each STEP.json, by step.
@@ -44,7 +44,7 @@ def watch_run(
             run with the same procedure.
     """
     require(poll_seconds > 0, "poll_seconds", "be positive", poll_seconds)
-    asked = Procedure(**procedure)
+    asked = EvalConfig(**procedure)
     if open_dataset(run.read_config().dataset).task == "detection":
         raise UserError(f"{run.root} trains a detector, which cannot be watched: DatasetSpec.validation_split tests it")
     own = folder_of(run, asked)
@@ -65,7 +65,7 @@ def watch_run(
 class _Watch:
     """The steps that were tested, and those that could not be."""
 
-    def __init__(self, run: RunFolder, procedure: Procedure, folder: Path, overwrite: bool) -> None:
+    def __init__(self, run: RunFolder, procedure: EvalConfig, folder: Path, overwrite: bool) -> None:
         self.run, self.procedure, self.folder = run, procedure, folder
         if overwrite:
             for file in _step_files(self.folder):
@@ -79,14 +79,14 @@ class _Watch:
         """Tests the checkpoints that are there and have not been tested, the oldest first: it is the next to go."""
         passed: set[int] = set()  # one try a look: a checkpoint that is being written is whole at the next
         while True:
-            steps = checkpointing.checkpoint_steps(self.run.checkpoints)
+            steps = checkpoints.checkpoint_steps(self.run.checkpoints)
             new = [step for step in steps if step not in self.results and step not in passed]
             if not new:
                 return
             passed.add(new[0])
             tell(f"loading the checkpoint of step {new[0]}")
             try:
-                model = checkpointing.load_checkpoint(self.run, new[0])
+                model = checkpoints.load_checkpoint(self.run, new[0])
             except UserError as error:
                 self.failures[new[0]] = str(error)
                 continue
@@ -95,7 +95,7 @@ class _Watch:
 
     def _test(self, step: int, model: X3D) -> None:
         weights = {"weights": str(self.run.checkpoints / f"ckpt-{step}"), "step": step}
-        measurement = measurement_of_run(self.run, self.procedure, model, weights)
+        measurement = evaluation_of_run(self.run, self.procedure, model, weights)
         settings = measurement.settings()
         for tested, results in self.results.items():
             other = set(other_settings(results, settings)) - {"step"}

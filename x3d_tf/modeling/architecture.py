@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
 
-from x3d_tf._checks import SettingTypeError, check_field_types, require
+from x3d_tf.errors import SettingTypeError, check_field_types, require
 from x3d_tf.modeling.expansion import Expansion
 
 BASE_WIDTHS = (24, 48, 96, 192)  # res2..res5 of X2D, paper Table 1; conv1 is as wide as res2

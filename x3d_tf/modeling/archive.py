@@ -1,7 +1,7 @@
 """The zip file that a model is in, checked before anything is built of it. Imports no TensorFlow.
 
 The file may come from anyone. Nothing is allocated, counted or built beyond what its size and the bounds of a
-`Description` allow: members are stored without compression, arrays are as large as their bytes, and the network that is
+`Metadata` allow: members are stored without compression, arrays are as large as their bytes, and the network that is
 described has no more parameters than there are weights.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import h5py
 
-from x3d_tf._checks import UserError, first_line, require
-from x3d_tf.modeling.description import JSON_LIMIT, Description
+from x3d_tf.errors import UserError, first_line, require
+from x3d_tf.modeling.metadata import JSON_LIMIT, Metadata
 
 MEMBER = "x3d_tf.json"
 WEIGHTS = "model.weights.h5"
@@ -38,7 +38,7 @@ _WEIGHT_BYTES = 4  # Keras stores float32, whatever precision a network computes
 _ENCRYPTED = 0x1  # flag of a member
 
 
-def read_description(path: Path) -> Description:
+def read_description(path: Path) -> Metadata:
     """What a `.keras` file says of itself, which fits the size of its weights.
 
     Raises:
@@ -49,7 +49,7 @@ def read_description(path: Path) -> Description:
         with zipfile.ZipFile(path) as archive:
             archive.getinfo(MEMBER)
             members = _members(archive, path.stat().st_size)
-            description = Description.from_json(archive.read(MEMBER))
+            description = Metadata.from_json(archive.read(MEMBER))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except UNREADABLE as error:
@@ -59,7 +59,7 @@ def read_description(path: Path) -> Description:
     return description
 
 
-def describe(path: str | Path) -> Description:
+def describe(path: str | Path) -> Metadata:
     """What a `.keras` file of ours says of itself.
 
     Raises:
@@ -96,7 +96,7 @@ def weights_of(path: Path) -> dict[str, Any]:
         return {"weights": str(file), "weights_sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
-def check_weights(path: Path, description: Description) -> None:
+def check_weights(path: Path, description: Metadata) -> None:
     """Refuses weights that cannot be those of the network that is described, or that are more than plain arrays.
 
     Raises:

@@ -15,7 +15,8 @@ from x3d_tf.modeling.architecture import (
     require_classes,
     se_width,
 )
-from x3d_tf.modeling.expansion import ClipSpec, Expansion, as_expansion
+from x3d_tf.modeling.expansion import Expansion, as_expansion
+from x3d_tf.types import ClipSpec
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Action detection (paper, section 5): what each of some boxes on a clip's middle frame does.
+"""Action detection (paper, section 5): classifies the actions in each box on a clip's middle frame.
 
-The trunk of the classifier, whose last feature maps are averaged over time, since boxes stay where they are for a clip;
-then RoIAlign, the maximum over each box, and the classifier's own two layers. The paper does not say where conv5 and
+The classifier's backbone, whose last feature maps are averaged over time because a box does not move within a clip;
+then RoIAlign, the maximum over each box, and the classifier's two dense layers. The paper does not say where conv5 and
 fc1 go. Its 3.1 M parameters of X3D-M (Table 8) are 3.106 M with both of them and at most 2.09 M without fc1.
 """
 
@@ -11,11 +11,12 @@ from typing import Any, Literal, get_args
 import keras
 from keras import layers, ops
 
-from x3d_tf._checks import require
+from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan, require_classes
 from x3d_tf.modeling.cost import Cost, fully_connected, layer_costs
-from x3d_tf.modeling.expansion import ClipSpec, Expansion, Task, as_expansion
-from x3d_tf.modeling.x3d import Network, TrainableParts, conv5, fc1, fc2, full_precision, layer_name, trunk
+from x3d_tf.modeling.expansion import Expansion, as_expansion
+from x3d_tf.modeling.x3d import Network, TrainableParts, backbone, conv5, fc1, fc2, full_precision, layer_name
+from x3d_tf.types import ClipSpec, Task
 
 DetectionHead = Literal["full", "simple", "frame"]
 
@@ -28,7 +29,7 @@ def build_detector(
     name: str | None = None,
     **options: Any,
 ) -> "Detector":
-    """Builds a detector with fresh weights. `x3d_tf.training.initialization.start_from` gives it those of a classifier.
+    """Builds a detector with fresh weights. `x3d_tf.training.transfer.load_pretrained` gives it those of a classifier.
 
     Args:
         network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
@@ -95,10 +96,10 @@ class Detector(Network):
         name = name or f"{layer_name(expansion)}_detector"
         super().__init__(inputs=inputs, outputs=scores(logits), name=name, **kwargs)
         self.expansion, self.options, self.num_classes, self.head = expansion, options, num_classes, head
-        self.trunk_end = "res5" if head == "simple" else "conv5"
+        self.backbone_end = "res5" if head == "simple" else "conv5"
 
     @property
-    def tested_size(self) -> int:
+    def eval_size(self) -> int:
         return self.expansion.test_size
 
     @property
@@ -131,7 +132,7 @@ def graph(
     Returns:
         Logits (N, B, num_classes).
     """
-    x = trunk(clip, architecture, parts)
+    x = backbone(clip, architecture, parts)
     if head != "simple":
         x = conv5(x, architecture, parts)
     x = ops.mean(ops.cast(parts.clips(x), full_precision()), axis=1)  # [N, H, W, C]
@@ -152,7 +153,7 @@ def scores(logits: Any) -> Any:
 
 def cost_of(model: Network) -> Cost:
     """Of a network, or of a detector with one box, on the clip that it is tested on."""
-    clip = ClipSpec(model.clip.frames, model.clip.stride, model.tested_size)
+    clip = ClipSpec(model.clip.frames, model.clip.stride, model.eval_size)
     rows = layer_costs(model.expansion, clip, num_classes=model.num_classes, options=model.options)
     if getattr(model, "head", None) == "simple":
         inputs = plan(model.expansion, model.options).stages[-1].width

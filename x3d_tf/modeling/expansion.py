@@ -2,12 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from x3d_tf._checks import check_field_types, require
-
-# A clip has one class, or any number of them; or each of the boxes on its middle frame has any number.
-Task = Literal["single_label", "multi_label", "detection"]
+from x3d_tf.errors import check_field_types, require
+from x3d_tf.types import ClipSpec
 
 BASE_CROP = 112  # pixels: the crop of X2D, paper Table 1
 BASE_SCALE = (128, 160)  # pixels: short side of X2D's training frames, from the smallest to the largest
@@ -16,27 +13,6 @@ BASE_SCALE = (128, 160)  # pixels: short side of X2D's training frames, from the
 MAX_FRAMES = 1024
 MAX_SIDE = 2048  # pixels
 MAX_STRIDE = 1000  # source frames
-
-
-@dataclass(frozen=True)
-class ClipSpec:
-    """What a network sees of a video.
-
-    Attributes:
-        frames: frames of a clip, T.
-        stride: source frames from one to the next, τ, counted at 30 frames per second; need not be whole.
-        size: side of the square crop in pixels, S.
-    """
-
-    frames: int
-    stride: float
-    size: int
-
-    def __post_init__(self) -> None:
-        check_field_types(self)
-        require(self.frames >= 1, "ClipSpec.frames", "be at least 1", self.frames)
-        require(0 < self.stride < math.inf, "ClipSpec.stride", "be positive", self.stride)
-        require(self.size >= 1, "ClipSpec.size", "be at least 1", self.size)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ norm, swish with a fast gradient, dropout that differs between devices.
 
 All but the last two take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side
 (TensorFlow's "same" padding differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form
-of one backend, in `lowerings`, computes the same.
+of one backend, in `kernels`, computes the same.
 """
 
 import math
@@ -15,7 +15,7 @@ import keras
 from keras import ops
 
 from x3d_tf.modeling.architecture import ModelOptions, require_window, window_rule
-from x3d_tf.modeling.lowerings import lowering
+from x3d_tf.modeling.kernels import active_kernels
 from x3d_tf.modeling.roi_align import REGION_BINS, regions
 
 
@@ -45,7 +45,7 @@ class PointwiseConv3D(keras.layers.Layer):
     def call(self, x: Any) -> Any:
         if self.stride == 1:
             return ops.matmul(x, self.kernel)
-        return _forms().pointwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
+        return _implementation().pointwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return _output_shape(input_shape, self.stride, self.filters)
@@ -115,7 +115,7 @@ class ChannelwiseConv3D(keras.layers.Layer):
         )
 
     def call(self, x: Any) -> Any:
-        return _forms().channelwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
+        return _implementation().channelwise_conv3d(x, ops.convert_to_tensor(self.kernel), self.stride)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return _output_shape(input_shape, self.stride, input_shape[-1])
@@ -200,7 +200,7 @@ class GhostBatchNorm(keras.layers.Layer):
         # Statistics of half-precision numbers are summed in full precision.
         rows = [ops.cast(ops.reshape(part, rows_shape), self.variable_dtype) for part in parts]
         found = [
-            _forms().normalize(rows[first : first + joined], gamma, beta, self.epsilon)
+            _implementation().normalize(rows[first : first + joined], gamma, beta, self.epsilon)
             for first in range(0, len(rows), joined)
         ]
         mean = sum(mean for _, mean, _ in found) / len(found)
@@ -243,7 +243,7 @@ class Swish(keras.layers.Layer):
     """x * sigmoid(x), in any shape."""
 
     def call(self, x: Any) -> Any:
-        return _forms().swish(x)
+        return _implementation().swish(x)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return tuple(input_shape)
@@ -278,9 +278,9 @@ class _DeviceSeeds(keras.random.SeedGenerator):
         seed = self.source.next(ordered)
         if keras.backend.backend() != "tensorflow":
             return seed  # one device
-        from x3d_tf.modeling.lowerings.tensorflow import seed_of_device
+        from x3d_tf.modeling.kernels.tensorflow import per_replica_seed
 
-        return seed_of_device(seed)
+        return per_replica_seed(seed)
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
@@ -319,7 +319,7 @@ class RequireWindow(keras.layers.Layer):
         if all(isinstance(side, int) for side in sides):
             require_window(self.options, min(sides), self.train_size)
             return clips
-        from x3d_tf.modeling.lowerings.tensorflow import require_sides
+        from x3d_tf.modeling.kernels.tensorflow import require_sides
 
         return require_sides(clips, *window_rule(self.options, self.train_size))
 
@@ -348,11 +348,11 @@ def swish(x: Any) -> Any:
     return ops.silu(x)
 
 
-def _forms() -> Any:
-    """The module with the functions that do the layers' work: the backend's lowering, or this one."""
-    if lowering() == "ops":
+def _implementation() -> Any:
+    """The module with the functions that do the layers' work: the backend's kernels, or this one."""
+    if active_kernels() == "ops":
         return sys.modules[__name__]
-    from x3d_tf.modeling.lowerings import tensorflow
+    from x3d_tf.modeling.kernels import tensorflow
 
     return tensorflow
 

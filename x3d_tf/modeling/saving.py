@@ -8,11 +8,11 @@ from typing import TypeVar
 
 import keras
 
-from x3d_tf._checks import UserError, require
-from x3d_tf._files import appearing, writing
+from x3d_tf.errors import UserError, require
+from x3d_tf.files import atomic_path, os_errors_as_write_error
 from x3d_tf.modeling.archive import MEMBER, UNREADABLE, check_weights, model_file, read_description, require_classifier
-from x3d_tf.modeling.description import Description, named_or_numbered
 from x3d_tf.modeling.detection import Detector
+from x3d_tf.modeling.metadata import Metadata, named_or_numbered
 from x3d_tf.modeling.portable import build_portable, take_weights
 from x3d_tf.modeling.x3d import X3D, Network
 
@@ -40,20 +40,20 @@ def save(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; give another path, or overwrite=True")
     description = _description(model, class_names)
-    with writing(path), appearing(path, path.suffix) as partial:
+    with os_errors_as_write_error(path), atomic_path(path, path.suffix) as partial:
         model.save(partial)
         with zipfile.ZipFile(partial, "a") as archive:
             archive.writestr(MEMBER, description.to_json())
 
 
-def _description(model: keras.Model, class_names: Sequence[str] | None) -> Description:
+def _description(model: keras.Model, class_names: Sequence[str] | None) -> Metadata:
     if isinstance(model, Network):
         if not model.include_top:
-            return Description.of(model, class_names=(), form="trainable")
+            return Metadata.of(model, class_names=(), form="trainable")
         names = named_or_numbered(class_names, model.num_classes)
-        return Description.of(model, class_names=names, form="trainable")
+        return Metadata.of(model, class_names=names, form="trainable")
     description = getattr(model, "description", None)
-    if not isinstance(description, Description):
+    if not isinstance(description, Metadata):
         raise ValueError(
             f"x3d_tf.save takes a model of x3d_tf.build_x3d, build_detector, load or portable, got {model!r}"
         )
@@ -105,7 +105,7 @@ def load_detector(path: str | Path) -> Detector:
     return _filled(_detector(description), description, path)
 
 
-def _checked(path: str | Path) -> tuple[Path, Description]:
+def _checked(path: str | Path) -> tuple[Path, Metadata]:
     """The `.keras` file and its description, which fits the weights."""
     file = model_file(path)
     description = read_description(file)
@@ -113,7 +113,7 @@ def _checked(path: str | Path) -> tuple[Path, Description]:
     return file, description
 
 
-def _classifier(description: Description) -> X3D:
+def _classifier(description: Metadata) -> X3D:
     return X3D(
         description.expansion,
         description.num_classes,
@@ -123,14 +123,14 @@ def _classifier(description: Description) -> X3D:
     )
 
 
-def _detector(description: Description) -> Detector:
+def _detector(description: Metadata) -> Detector:
     assert description.detection_head is not None  # a description of a detector has one
     return Detector(
         description.expansion, description.num_classes, description.options, head=description.detection_head
     )
 
 
-def _filled(model: _Model, description: Description, path: Path) -> _Model:
+def _filled(model: _Model, description: Metadata, path: Path) -> _Model:
     """The network with weights and names of the file."""
     try:
         if description.form == "portable":

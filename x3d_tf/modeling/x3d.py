@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import layers, ops
 
-from x3d_tf._checks import require
+from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import (
     FC1_WIDTH,
     STAGE_NAMES,
@@ -18,7 +18,7 @@ from x3d_tf.modeling.architecture import (
     require_classes,
     se_width,
 )
-from x3d_tf.modeling.expansion import ClipSpec, Expansion, Task, as_expansion, name_of
+from x3d_tf.modeling.expansion import Expansion, as_expansion, name_of
 from x3d_tf.modeling.layers import (
     ChannelwiseConv3D,
     Conv3D,
@@ -31,10 +31,12 @@ from x3d_tf.modeling.layers import (
     conv_initializer,
 )
 from x3d_tf.modeling.roi_align import regions
-from x3d_tf.types import FrameSampling, Storage
+from x3d_tf.types import ClipSpec, FrameSampling, Storage, Task
 
 if TYPE_CHECKING:
-    from x3d_tf.modeling.description import Description
+    from x3d_tf.modeling.metadata import Metadata
+
+    pass
 
 _TASKS = ("single_label", "multi_label")
 MEAN, STD = 0.45 * 255, 0.225 * 255  # of RGB in 0..255, one value for all channels (PySlowFast)
@@ -85,12 +87,12 @@ class Network(keras.Model):
     Attributes:
         expansion, options, num_classes, include_top, task: what it was built from.
         class_names: one for each output, of a network that `x3d_tf.load` read; else none.
-        squeeze: whether it was trained on frames that were scaled to squares; those it is tested on then are, too.
+        stretch: whether it was trained on frames that were scaled to squares; those it is tested on then are, too.
         stored: how the frames that it was trained on were stored; those of videos then go the same way. None where they
             were not, or where nobody has said so.
         frame_sampling: how the frames of the clips that it was trained on were chosen; see `data.clips.frame_indices`.
         test_views: clips of a video whose probabilities are averaged, unless asked for otherwise.
-        trunk_end: name of the layer whose output the head takes.
+        backbone_end: name of the layer whose output the head takes.
         logits: the tensor of the network's graph that a loss takes.
     """
 
@@ -100,11 +102,11 @@ class Network(keras.Model):
     include_top: bool
     task: Task
     class_names: tuple[str, ...] = ()
-    squeeze: bool = False
+    stretch: bool = False
     stored: Storage | None = None
     frame_sampling: FrameSampling = "slowfast"
     test_views: int = 10
-    trunk_end: str = "conv5"
+    backbone_end: str = "conv5"
 
     @property
     def clip(self) -> ClipSpec:
@@ -112,13 +114,13 @@ class Network(keras.Model):
         return self.expansion.clip
 
     @property
-    def tested_size(self) -> int:
+    def eval_size(self) -> int:
         """Side in pixels of the one centre crop that tests, and applications by default, take."""
         return self.clip.size
 
-    def take_facts(self, source: "Network | Description") -> None:
+    def take_facts(self, source: "Network | Metadata") -> None:
         """Takes over what its weights do not say: the class names, and how its clips are made of videos."""
-        for name in ("class_names", "squeeze", "stored", "frame_sampling", "test_views"):
+        for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views"):
             setattr(self, name, getattr(source, name))
 
     @property
@@ -257,12 +259,12 @@ def graph(
     Returns:
         Logits (N, num_classes), or pool5 (N, head_width).
     """
-    x = conv5(trunk(clips, architecture, parts), architecture, parts)
+    x = conv5(backbone(clips, architecture, parts), architecture, parts)
     window = pool_window(train_size)
     return head(x, architecture.options, parts, window=window, num_classes=num_classes, task=task)
 
 
-def trunk(clips: Any, architecture: Architecture, parts: Any) -> Any:
+def backbone(clips: Any, architecture: Architecture, parts: Any) -> Any:
     """Up to res5; arguments as `graph`."""
     x = parts.normalize(clips, "normalize")
     if architecture.options.input == "difference":

@@ -10,12 +10,12 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from x3d_tf._text import binding_flag, counted
-from x3d_tf.data.clips import STRIDE_FPS
-from x3d_tf.data.index import Record
-from x3d_tf.data.manifest import Manifest
+from x3d_tf.config import TrainConfig
+from x3d_tf.data.records.index import Record
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.sampling import STRIDE_FPS
 from x3d_tf.modeling.expansion import BASE_SCALE
-from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.text import binding_flag, counted
 
 FILLED = 0.8  # share of a clip that most videos must fill; gin/few_videos.gin was measured on videos that fill 0.87
 MOST_EPOCHS = 300  # the paper's recipe sees each video of Kinetics-400 256 times
@@ -28,7 +28,7 @@ def print_advice(manifest: Manifest, config: TrainConfig) -> None:
     Raises:
         UserError: damaged records.
     """
-    from x3d_tf.data.pipeline import short_sides  # imports TensorFlow
+    from x3d_tf.data.input_pipeline import short_sides  # imports TensorFlow
 
     for text in advice(manifest, config, short_sides(manifest, config.dataset.train_split)):
         print(f"warning: {text}", file=sys.stderr)

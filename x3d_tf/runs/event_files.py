@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from x3d_tf._files import writing
+from x3d_tf.files import os_errors_as_write_error
 
 
 class EventFile:
@@ -17,16 +17,16 @@ class EventFile:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with writing(folder):
+        with os_errors_as_write_error(folder):
             self._writer = tf.summary.create_file_writer(str(folder))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the figures of a step, by their names."""
-        with writing(self._folder), self._writer.as_default(step=step):
+        with os_errors_as_write_error(self._folder), self._writer.as_default(step=step):
             for name, value in values.items():
                 tf.summary.scalar(name, value)
 
     def flush(self) -> None:
         """Writes what was added."""
-        with writing(self._folder):
+        with os_errors_as_write_error(self._folder):
             self._writer.flush()

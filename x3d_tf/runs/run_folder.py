@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from x3d_tf import _csv
-from x3d_tf._checks import UserError
-from x3d_tf._files import SMALL, partial_of, read_limited, write_whole, writing
-from x3d_tf._locks import locked
-from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf import csv_files
+from x3d_tf.config import TrainConfig
+from x3d_tf.errors import UserError
+from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited, temporary_path
+from x3d_tf.locks import locked
 
 # the last two only in the rows of steps that were validated
 HISTORY_FIELDS = (
@@ -76,7 +76,7 @@ class RunFolder:
             WriteError: it cannot be written.
         """
         self._refuse_foreign()
-        with writing(self.root):
+        with os_errors_as_write_error(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         conflict = f"another process is training in {self.root}"
         with locked(self.lock, conflict, "wait for it, or choose another --workdir"):
@@ -99,9 +99,9 @@ class RunFolder:
             for path in (self.history, self.preview):  # of a run that never came to a checkpoint
                 path.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
-        write_whole(self.config, config.to_json().encode())  # a folder that has it is a run's
+        atomic_write(self.config, config.to_json().encode())  # a folder that has it is a run's
         for name, text in texts.items():
-            write_whole(self.root / name, text.encode())
+            atomic_write(self.root / name, text.encode())
 
     def check(self, config: TrainConfig) -> bool:
         """Whether the folder is of this run, which has got to a checkpoint; writes nothing.
@@ -134,15 +134,15 @@ class RunFolder:
     def keep_places(self, config: TrainConfig) -> None:
         """Replaces `config.json` where the configuration in use names other places than it, so that tests find them."""
         if self.read_config() != config:
-            write_whole(self.config, config.to_json().encode())
+            atomic_write(self.config, config.to_json().encode())
 
     def mark_trained(self) -> None:
         """Notes that there is a checkpoint."""
         if not self.trained.is_file():
-            write_whole(self.trained, _TRAINED.encode())
+            atomic_write(self.trained, _TRAINED.encode())
 
     def _refuse_foreign(self) -> None:
-        own = {partial_of(self.config), self.lock}
+        own = {temporary_path(self.config), self.lock}
         foreign = not self.root.is_dir() or (not self.config.is_file() and set(self.root.iterdir()) - own)
         if self.root.exists() and foreign:
             raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
@@ -198,7 +198,7 @@ class RunFolder:
             return rows
         with self.history.open(newline="", encoding="utf-8", errors="replace") as file:
             try:
-                for row in _csv.dicts(file):
+                for row in csv_files.dicts(file):
                     rows.append(_history_row(row))
             except (KeyError, ValueError, csv.Error):  # a row that was cut off when the run was killed, or edited
                 print(
@@ -208,12 +208,12 @@ class RunFolder:
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
         """Replaces `history.csv`."""
-        write_whole(self.history, _csv.encoded([HISTORY_FIELDS, *map(_history_cells, rows)]))
+        atomic_write(self.history, csv_files.encoded([HISTORY_FIELDS, *map(_history_cells, rows)]))
 
     def append_history(self, row: dict[str, float]) -> None:
         """Adds a row to `history.csv`, which has been written."""
-        with writing(self.history), self.history.open("a", newline="", encoding="utf-8") as file:
-            _csv.Writer(file).row(_history_cells(row))
+        with os_errors_as_write_error(self.history), self.history.open("a", newline="", encoding="utf-8") as file:
+            csv_files.Writer(file).row(_history_cells(row))
 
 
 def _history_row(cells: Mapping[str, str]) -> dict[str, float]:

@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from x3d_tf.modeling.architecture import STAGE_NAMES, plan
 from x3d_tf.modeling.layers import Dropout, GhostBatchNorm
-from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.x3d import Network
+from x3d_tf.parallel import num_batch_slices
 
 _Parts = list[Any]  # of a tensor: some of the batch's clips each
 _Observer = Callable[[GhostBatchNorm, _Parts], None]  # of what goes into a batch norm
@@ -32,7 +32,7 @@ def forward_of(model: Network, recompute: str = "nothing") -> Callable[..., Any]
         The function. Another argument, `observe`, is called with each batch norm and the parts of its input; not of
         what is recomputed.
     """
-    first, last = model.get_layer("clip").output, model.get_layer(model.trunk_end).output
+    first, last = model.get_layer("clip").output, model.get_layer(model.backbone_end).output
     cuts = {"nothing": _whole, "activations": _around_activations, "blocks": _around_blocks}[recompute](model)
     makers = {id(layer.output): layer for layer in model.layers}
     segments = [_Segment(_between(makers, inputs, output), inputs, output, again) for inputs, output, again in cuts]
@@ -44,14 +44,14 @@ def forward_of(model: Network, recompute: str = "nothing") -> Callable[..., Any]
     @tf.autograph.experimental.do_not_convert
     def forward(given: Any, observe: _Observer | None = None) -> Any:
         clips = given["clip"] if detects else given
-        parts = parts_of_batch(clips.shape[0], model.options.bn_group)
+        parts = num_batch_slices(clips.shape[0], model.options.bn_group)
         if parts == 1 and recompute == "nothing" and observe is None:
             return whole(given, training=True)
         values = {id(first): tf.split(tf.cast(clips, first.dtype), parts)}
         for segment in segments:
             values[id(segment.output)] = segment([values[id(tensor)] for tensor in segment.inputs], observe)
-        trunk = tf.concat(values[id(last)], 0)
-        return head([trunk, *(given[name] for name in more)] if detects else trunk, training=True)
+        backbone = tf.concat(values[id(last)], 0)
+        return head([backbone, *(given[name] for name in more)] if detects else backbone, training=True)
 
     return forward
 
@@ -60,7 +60,7 @@ _Cut = tuple[list[Any], Any, bool]  # inputs of a segment, its output, whether t
 
 
 def _whole(model: Network) -> Iterator[_Cut]:
-    yield [model.get_layer("clip").output], model.get_layer(model.trunk_end).output, False
+    yield [model.get_layer("clip").output], model.get_layer(model.backbone_end).output, False
 
 
 def _around_blocks(model: Network) -> Iterator[_Cut]:
@@ -70,7 +70,7 @@ def _around_blocks(model: Network) -> Iterator[_Cut]:
         y = model.get_layer(name).output
         yield [x], y, True
         x = y
-    yield [x], model.get_layer(model.trunk_end).output, False
+    yield [x], model.get_layer(model.backbone_end).output, False
 
 
 def _around_activations(model: Network) -> Iterator[_Cut]:
@@ -89,7 +89,7 @@ def _around_activations(model: Network) -> Iterator[_Cut]:
         yield [b], c, True
         yield [x, c], y, False
         x = y
-    yield [x], model.get_layer(model.trunk_end).output, False
+    yield [x], model.get_layer(model.backbone_end).output, False
 
 
 def _blocks(model: Network) -> Iterator[tuple[str, str]]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from x3d_tf import _plots
-from x3d_tf._checks import UserError
+from x3d_tf import plots
+from x3d_tf.config import TrainConfig
+from x3d_tf.errors import UserError
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runs.event_files import EventFile
-from x3d_tf.runs.recipe import TrainConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.schedule import schedule_of
 from x3d_tf.training.validation import Score
@@ -105,4 +105,4 @@ class History:
     def save_plots(self) -> None:
         """Draws the curves so far."""
         self.writer.flush()
-        _plots.save_curves(self.rows, self.run.curves, name_of(self.config.expansion))
+        plots.save_curves(self.rows, self.run.curves, name_of(self.config.expansion))

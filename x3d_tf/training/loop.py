@@ -13,34 +13,34 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from x3d_tf._checks import UserError, require
-from x3d_tf._files import write_whole
-from x3d_tf._signals import held_back
-from x3d_tf._terminal import tell
-from x3d_tf._text import counted
-from x3d_tf.data.clips import input_contract
-from x3d_tf.data.datasets import HELD_OUT, hold_out, open_for_training, with_splits_of
-from x3d_tf.data.index import Record
-from x3d_tf.data.key_frame_pipeline import require_proposals, with_actions
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.data.pipeline import naming_records
+from x3d_tf.config import TrainConfig
+from x3d_tf.data.datasets.spec import HELD_OUT, hold_out, open_for_training, with_default_splits
+from x3d_tf.data.detection_pipeline import require_proposals, with_labels
+from x3d_tf.data.input_pipeline import record_errors_as_user_errors
+from x3d_tf.data.records.index import Record
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.sampling import input_contract
+from x3d_tf.errors import UserError, require
+from x3d_tf.files import atomic_write
 from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.modeling.lowerings.tensorflow import parts_of_batch
 from x3d_tf.modeling.portable import portable
 from x3d_tf.modeling.saving import load, save
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.parallel import num_batch_slices
 from x3d_tf.runs.advice import print_advice
-from x3d_tf.runs.checkpointing import Checkpoints, Origin
-from x3d_tf.runs.recipe import TrainConfig
+from x3d_tf.runs.checkpoints import Checkpoints, Origin
 from x3d_tf.runs.run_folder import RunFolder
-from x3d_tf.training.clips import save_training_preview, training_clips
+from x3d_tf.signals import held_back
+from x3d_tf.terminal import tell
+from x3d_tf.text import counted
 from x3d_tf.training.history import History
-from x3d_tf.training.initialization import start_from
+from x3d_tf.training.inputs import save_training_preview, training_clips
 from x3d_tf.training.precise_bn import PreciseStatistics
-from x3d_tf.training.step import TrainStep, arithmetic, balancing_weights
+from x3d_tf.training.step import TrainStep, balancing_weights, precision_scope
+from x3d_tf.training.transfer import load_pretrained
 from x3d_tf.training.validation import DetectorValidation, Score, Validation
 
 _ROW_STEPS = 10  # steps that a row of the history averages over
@@ -81,7 +81,7 @@ def train(
     if run.config.is_file() and run.model.is_file():  # which takes no lock, for nothing is written
         there = run.read_config().dataset  # whose records may be gone
         names = {there.train_split, there.eval_split, there.validation_split or there.train_split}
-        run.open(replace(config, dataset=with_splits_of(config.dataset, names)), {})
+        run.open(replace(config, dataset=with_default_splits(config.dataset, names)), {})
         print(f"{run.root} is finished: {run.model} is there")
         return run
     with run.training():
@@ -112,8 +112,8 @@ def _train(
     trainer = Trainer(config, records, strategy)
     trainer.fit(run, manifest.fingerprint(), allow_other_groups=allow_other_groups)
     print("Saving the model.")
-    write_whole(run.labels, "".join(f"{name}\n" for name in manifest.classes).encode())
-    write_whole(run.input, json.dumps(input_contract(trainer.model), indent=1).encode())
+    atomic_write(run.labels, "".join(f"{name}\n" for name in manifest.classes).encode())
+    atomic_write(run.input, json.dumps(input_contract(trainer.model), indent=1).encode())
     trainer.save_result(run)
 
 
@@ -135,10 +135,10 @@ class Trainer:
         _check_batch(config, strategy.num_replicas_in_sync)
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
-            with arithmetic(config.execution.precision):
+            with precision_scope(config.execution.precision):
                 self.model = _network(config, manifest)
             self.model.class_names, self.model.stored = manifest.classes, manifest.stored
-            self.model.squeeze, self.model.frame_sampling = config.dataset.squeeze, config.dataset.frame_sampling
+            self.model.stretch, self.model.frame_sampling = config.dataset.stretch, config.dataset.frame_sampling
             self.model.test_views = config.test_views
             self.step = TrainStep(self.model, config, strategy, self._class_weights())
         precise = config.recipe.precise_bn_batches
@@ -172,7 +172,10 @@ class Trainer:
         self._warn_of_small_groups(origin)
         tell("compiling the training step and taking the first one: this may take a minute or two on a slow machine")
         try:
-            with naming_records(), tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar:
+            with (
+                record_errors_as_user_errors(),
+                tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar,
+            ):
                 self._loop(run, checkpoints, history, first, bar)
         except KeyboardInterrupt:
             self._save_interrupted(checkpoints, history)
@@ -254,7 +257,7 @@ class Trainer:
     def _start(self) -> None:
         """Takes over weights before the first step, if the configuration names some."""
         if self.config.init is not None:
-            print(start_from(self.model, self.config.init))
+            print(load_pretrained(self.model, self.config.init))
             if self.step.average is not None:
                 self.step.average.reset()
 
@@ -297,7 +300,7 @@ class Trainer:
         scaled = f" (Recipe.steps = {config.recipe.steps} is of Recipe.reference_batch = {reference})"
         scaled = scaled if reference != self.batch else ""
         clips = self.batch // devices // config.execution.accumulation
-        parts = parts_of_batch(clips, config.model.bn_group)
+        parts = num_batch_slices(clips, config.model.bn_group)
         side_by_side = f", {parts} parts of its batch side by side" if parts > 1 else ""
         return (
             f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on "
@@ -380,17 +383,17 @@ def _check_records(manifest: Manifest, config: TrainConfig) -> None:
 
 def _check_detection(manifest: Manifest, config: TrainConfig) -> None:
     dataset = config.dataset
-    for name, plain in (("squeeze", False), ("frame_sampling", "slowfast")):
+    for name, plain in (("stretch", False), ("frame_sampling", "slowfast")):
         value, rule = getattr(dataset, name), f"stay {plain!r} for key frames, which have a rule of their own"
         require(value == plain, f"DatasetSpec.{name}", rule, value)
-    if config.detection.test_boxes == "proposals":
+    if config.detection.eval_boxes == "proposals":
         for split in filter(None, (dataset.eval_split, dataset.validation_split)):
             require_proposals(manifest, split)
 
 
 def _training_records(manifest: Manifest, config: TrainConfig) -> tuple[Record, ...]:
     records = manifest.split(config.dataset.train_split).records
-    return with_actions(records) if manifest.task == "detection" else records
+    return with_labels(records) if manifest.task == "detection" else records
 
 
 def _network(config: TrainConfig, manifest: Manifest) -> X3D | Detector:

@@ -31,7 +31,7 @@ class SGD(keras.optimizers.Optimizer):
         """Leaves variables out of the regularisation; to be called before the first step."""
         self.exclude_from_weight_decay(var_list=list(variables))
 
-    def slow_down(self, variables: Iterable[Any], factor: float) -> None:
+    def scale_learning_rate(self, variables: Iterable[Any], factor: float) -> None:
         """Multiplies the learning rate of variables; to be called before the first step."""
         self._rates |= {self._var_key(variable): factor for variable in variables}
 

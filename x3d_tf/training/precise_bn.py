@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from x3d_tf._terminal import progress_bar
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.terminal import progress_bar
 from x3d_tf.training.forward import forward_of
 
 

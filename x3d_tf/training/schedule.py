@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from x3d_tf.runs.recipe import Recipe
+from x3d_tf.config import Recipe
 
 
 @keras.saving.register_keras_serializable("x3d_tf")

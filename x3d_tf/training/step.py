@@ -8,12 +8,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.x3d import Network
-from x3d_tf.runs.recipe import Recipe, TrainConfig
-from x3d_tf.training.averaging import MovingAverage
+from x3d_tf.training.ema import MovingAverage
 from x3d_tf.training.forward import forward_of
-from x3d_tf.training.objectives import Objective
+from x3d_tf.training.losses import Loss
 from x3d_tf.training.optimizer import SGD
 from x3d_tf.training.schedule import schedule_of
 
@@ -21,7 +21,7 @@ _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mix
 
 
 @contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
+def precision_scope(precision: str) -> Iterator[None]:
     """Layers made within the block compute in this precision ("float32", "bfloat16", "float16")."""
     before = keras.config.dtype_policy()
     if precision != "float32":  # which leaves what the program has chosen, such as float64
@@ -57,7 +57,7 @@ class TrainStep:
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
         self._scale = LossScale() if execution.precision == "float16" else None
         self._parts = execution.accumulation
-        self._objective = Objective(model.task, recipe.batch, self._parts, class_weights)
+        self._loss = Loss(model.task, recipe.batch, self._parts, class_weights)
         self._sums: list[tf.Variable] = []
         if self._parts > 1 or self._scale is not None:
             # each device its own, which the optimiser adds up
@@ -111,7 +111,7 @@ class TrainStep:
 
     def _named(self, rows: Any) -> dict[str, Any]:
         """What was measured, [steps, measures], by its name."""
-        names = self._objective.measures
+        names = self._loss.metric_names
         return dict(zip(names, tf.unstack(rows, num=len(names), axis=1)))
 
     def _one(self, batches: Any) -> Any:
@@ -124,7 +124,7 @@ class TrainStep:
     def _accumulated(self, batches: Any) -> Any:
         """A step whose gradients are added up before they are used: its parts', or to see whether they overflow."""
         self._strategy.run(self._clear)
-        measured = tf.zeros(len(self._objective.measures))
+        measured = tf.zeros(len(self._loss.metric_names))
         for _ in tf.range(self._parts):
             measured += self._over_devices(self._add, next(batches))
         if self._scale is None:
@@ -169,7 +169,7 @@ class TrainStep:
 
     def _gradients(self, given: Any, labels: Any) -> tuple[Any, list[Any]]:
         with tf.GradientTape() as tape:
-            measured = self._objective(self._forward(given), labels, given)
+            measured = self._loss(self._forward(given), labels, given)
             loss = measured[0]
             scaled = loss if self._scale is None else loss * self._scale.value
         gradients = tape.gradient(scaled, self.model.trainable_variables)  # the optimiser adds the devices' up
@@ -199,14 +199,14 @@ class LossScale:
 
 
 def freeze(model: Network, recipe: Recipe) -> None:
-    """Marks as not trainable what the recipe freezes: the trunk, or batch norm."""
+    """Marks as not trainable what the recipe freezes: the backbone, or batch norm."""
     for layer in model.layers:
         frozen_norm = recipe.frozen_norms and isinstance(layer, GhostBatchNorm)
-        if frozen_norm or (recipe.trunk_rate == 0 and in_trunk(layer)):
+        if frozen_norm or (recipe.backbone_lr_factor == 0 and in_backbone(layer)):
             layer.trainable = False
 
 
-def in_trunk(layer: keras.Layer) -> bool:
+def in_backbone(layer: keras.Layer) -> bool:
     """Whether a layer comes before fc1: what `include_top=False` leaves."""
     return layer.name not in ("fc1", "fc2")
 
@@ -215,9 +215,11 @@ def _optimizer(model: Network, recipe: Recipe) -> SGD:
     optimizer = SGD(schedule_of(recipe), recipe.momentum, l2=recipe.weight_decay)
     norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]
     optimizer.exclude(weight for norm in norms for weight in norm.trainable_weights)
-    if recipe.trunk_rate != 1:
-        trunk = [layer for layer in model.layers if in_trunk(layer)]
-        optimizer.slow_down((weight for layer in trunk for weight in layer.trainable_weights), recipe.trunk_rate)
+    if recipe.backbone_lr_factor != 1:
+        backbone = [layer for layer in model.layers if in_backbone(layer)]
+        optimizer.scale_learning_rate(
+            (weight for layer in backbone for weight in layer.trainable_weights), recipe.backbone_lr_factor
+        )
     optimizer.build(model.trainable_variables)
     return optimizer
 

@@ -5,17 +5,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from x3d_tf._checks import UserError
-from x3d_tf.data.clips import ViewSpec
-from x3d_tf.data.datasets import DatasetSpec
-from x3d_tf.data.index import video_and_second
-from x3d_tf.data.manifest import Manifest
-from x3d_tf.evaluation.detecting import score_split
+from x3d_tf.config import Detection
+from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.data.records.index import parse_key_frame_id
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.errors import UserError
+from x3d_tf.evaluation.detection import score_split
 from x3d_tf.evaluation.metrics import mean_average_precision, top_k_accuracy
-from x3d_tf.evaluation.views import predict_split
+from x3d_tf.evaluation.multiview import predict_split
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.runs.recipe import Detection
+from x3d_tf.types import ViewSpec
 
 
 class Score(NamedTuple):
@@ -47,7 +47,7 @@ class Validation:
     def __init__(self, model: X3D, manifest: Manifest, split: str, dataset: DatasetSpec, resize: int) -> None:
         self._model, self._manifest, self._split = model, manifest, split
         self._sampling = dataset.frame_sampling
-        self._views = ViewSpec(temporal_views=1, resize=resize, crop=model.clip.size, squeeze=model.squeeze)
+        self._views = ViewSpec(temporal_views=1, resize=resize, crop=model.clip.size, stretch=model.stretch)
         records = manifest.split(split).records
         if not records:
             raise UserError(f"split {split!r} of {manifest.folder} holds no records to validate on")
@@ -86,7 +86,7 @@ class DetectorValidation:
     def __init__(self, model: Detector, manifest: Manifest, split: str, detection: Detection) -> None:
         every = detection.validation_every
         records = manifest.split(split).records
-        taken = [record for record in records if video_and_second(record.media_id)[1] % every == 0]
+        taken = [record for record in records if parse_key_frame_id(record.media_id)[1] % every == 0]
         if not taken:
             of_these = f" whose seconds {every} divides" if every > 1 else ""
             raise UserError(f"split {split!r} of {manifest.folder} holds no records{of_these} to validate on")

@@ -1,0 +1,400 @@
+"""Multi-view testing against one view at a time, and what becomes of it: reports, sweeps, watched runs."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import x3d_tf
+from x3d_tf.config import TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.errors import UserError
+from x3d_tf.evaluation import classification
+from x3d_tf.evaluation.classification import evaluate_file, evaluate_run
+from x3d_tf.evaluation.reports import read_results
+from x3d_tf.evaluation.sweep import sweep_file, sweep_run
+from x3d_tf.evaluation.watch import watch_run
+from x3d_tf.runs import checkpoints as run_checkpoints
+from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.types import Storage
+
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
+# One block a stage; 64 pixels, for the larger crop of 73 has more than one window of the head's fixed poolings.
+TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
+
+
+class FixedLogits:
+    """Stands for a network: the logits of a clip are picked by its brightness."""
+
+    def __init__(self, logits: list[tuple[float, float]], clip: object) -> None:
+        self.logits, self.clip, self.num_classes = np.array(logits, "float32"), clip, 2
+        self.task = "single_label"
+
+    def __call__(self, clips: object, training: bool) -> object:
+        import tensorflow as tf
+
+        level = tf.cast(tf.round(tf.reduce_mean(clips, axis=(1, 2, 3, 4)) / 100), tf.int32)
+        return tf.gather(self.logits, level)
+
+
+def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    from x3d_tf.evaluation import multiview as module
+    from x3d_tf.types import ViewSpec
+
+    spec = ViewSpec(temporal_views=3, resize=8, crop=8)
+    levels = np.float32([[0, 1, 2], [2, 1, 1]])  # of the views of two videos
+    clips = np.ones((2, 3, 1, 8, 8, 3), "float32") * levels[:, :, None, None, None, None] * 100
+
+    def dataset(*_: object, **__: object) -> tf.data.Dataset:
+        return tf.data.Dataset.from_tensor_slices((clips, [0, 0], [0, 1])).batch(1)
+
+    class Video(NamedTuple):
+        media_id: str
+
+    class Folder:
+        folder = "somewhere"
+
+        def split(self, _: str) -> object:
+            return type("Split", (), {"records": (Video("a"), Video("b"))})
+
+    monkeypatch.setattr(module, "evaluation_dataset", dataset)
+    model = FixedLogits([(6, 0), (0, 2), (0, 2)], x3d_tf.ClipSpec(1, 1, 8))
+    probabilities = module.predict_split(model, Folder(), "test", spec)  # type: ignore[arg-type]
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities[0], [0.412, 0.588], atol=5e-4)  # mean logits would say class 0
+    np.testing.assert_allclose(probabilities[1], [0.119, 0.881], atol=5e-4)
+
+    model.task = "multi_label"
+    probabilities = module.predict_split(model, Folder(), "test", spec, progress=False)  # type: ignore[arg-type]
+    expected = np.mean([[1 / (1 + np.exp(-x)) for x in row] for row in [(6, 0), (0, 2), (0, 2)]], axis=0)
+    np.testing.assert_allclose(probabilities[0], expected, atol=1e-6)
+
+    broken = FixedLogits([(6, 0), (0, 2), (float("nan"), 2)], x3d_tf.ClipSpec(1, 1, 8))
+    with pytest.raises(ValueError, match="probabilities that are not numbers for a of somewhere"):
+        module.predict_split(broken, Folder(), "test", spec)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from moving_square import write_records
+
+    folder = tmp_path_factory.mktemp("data") / "square"
+    write_records(folder, videos=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network() -> x3d_tf.X3D:
+    """Untrained, but with weights that make its probabilities differ from video to video."""
+    import keras
+
+    keras.utils.set_random_seed(3)
+    model = x3d_tf.X3D(TINY, 2, x3d_tf.ModelOptions())
+    model.get_layer("fc2").kernel.assign(np.random.default_rng(0).normal(0, 3, (2048, 2)))
+    model.class_names = ("left", "right")
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(network: x3d_tf.X3D, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("saved") / "model.keras"
+    x3d_tf.save(x3d_tf.portable(network, network.class_names), file)
+    return file
+
+
+@pytest.fixture
+def run(records: Path, saved: Path, tmp_path: Path) -> RunFolder:
+    """As training leaves it, without the training."""
+    run = unfinished(records, tmp_path / "run")
+    shutil.copy(saved, run.model)
+    return run
+
+
+def unfinished(records: Path, folder: Path) -> RunFolder:
+    run = RunFolder(folder)
+    dataset = DatasetSpec(records=str(records), eval_split="train", flip=False)
+    run.open(TrainConfig(expansion=TINY, dataset=dataset, test_views=2), {})
+    return run
+
+
+def probabilities_in(folder: Path) -> np.ndarray:
+    with (folder / "predictions.csv").open(encoding="utf-8") as file:
+        return np.array([[float(row["p(left)"]), float(row["p(right)"])] for row in csv.DictReader(file)])
+
+
+def naive_probabilities(network: x3d_tf.X3D, records: Path, size: int, starts: list[int]) -> np.ndarray:
+    """Softmax of each window of 2 x 2 positions of conv5, of each clip of four frames, one at a time; their mean."""
+    import keras
+    import tensorflow as tf
+
+    from x3d_tf.data.records.format import parse_record
+
+    conv5 = keras.Model(network.input, network.get_layer("conv5").output)
+    fc1, fc2 = np.asarray(network.get_layer("fc1").kernel), network.get_layer("fc2")
+    videos = []
+    for serialized in tf.data.TFRecordDataset(sorted(map(str, records.glob("*.tfrecord")))):
+        frames = [tf.io.decode_jpeg(frame, dct_method="INTEGER_ACCURATE") for frame in parse_record(serialized).frames]
+        frames = [tf.image.resize(frame, (size, size)).numpy() for frame in frames]
+        found = []
+        for start in starts:
+            maps = np.asarray(conv5(np.stack(frames[start : start + 4])[None]))[0].mean(axis=0)
+            assert maps.shape[:2] == (3, 3)
+            for top in (0, 1):
+                for left in (0, 1):
+                    pooled = maps[top : top + 2, left : left + 2].mean(axis=(0, 1))
+                    logits = np.maximum(pooled @ fc1, 0) @ np.asarray(fc2.kernel) + np.asarray(fc2.bias)
+                    found.append(np.exp(logits) / np.exp(logits).sum())
+        videos.append(np.mean(found, axis=0))
+    return np.array(videos)
+
+
+def test_three_crops_with_other_clips_frames_and_head(run: RunFolder, network: x3d_tf.X3D, records: Path) -> None:
+    report = evaluate_run(
+        run,
+        temporal_views=3,
+        spatial_crops=3,
+        clip_starts="slowfast",
+        frame_sampling="exact",
+        head_pool="fixed_probabilities",
+    )
+    # ten frames, clips of four: the last start is 6, and 6·k/3 are the starts; crops of square frames are all alike
+    expected = naive_probabilities(network, records, 73, [0, 2, 4])
+    assert np.ptp(expected[:, 0]) > 0.01  # else anything would pass
+    np.testing.assert_allclose(probabilities_in(report.folder), expected, atol=1e-5)
+    r = report.results
+    assert (r["views"], r["resize"], r["crop"]) == ("3-LeftCenterRight", 73, 73)
+    assert (r["clip_starts"], r["frame_sampling"], r["head_pool"]) == ("slowfast", "exact", "fixed_probabilities")
+    assert report.folder.name == "square_train_3leftcenterright_slowfast_starts_exact_frames_fixed_probabilities"
+    clip = x3d_tf.ClipSpec(4, 1, 73)
+    options = x3d_tf.ModelOptions(head_pool="fixed_probabilities")
+    assert r["gmacs_per_video"] == pytest.approx(9 * x3d_tf.cost(TINY, clip, num_classes=2, options=options).macs / 1e9)
+    assert r["params"] == sum(int(np.prod(w.shape)) for w in network.trainable_weights)
+
+    pooled = evaluate_run(run, temporal_views=3, spatial_crops=3, clip_starts="slowfast", frame_sampling="exact")
+    assert pooled.folder != report.folder
+    assert np.abs(probabilities_in(pooled.folder) - expected).max() > 1e-4  # the pooling does make a difference
+
+
+def test_a_model_file_is_tested_as_it_is(run: RunFolder, records: Path, tmp_path: Path) -> None:
+    of_run = evaluate_run(run, temporal_views=1)
+    asked: dict[str, Any] = {"records": str(records), "split": "train", "temporal_views": 1}
+    of_file = evaluate_file(run.model, output=str(tmp_path / "report"), **asked)
+    assert (of_file.folder / "predictions.csv").read_bytes() == (of_run.folder / "predictions.csv").read_bytes()
+    assert of_file.results | {"seed": 0, "records": of_run.results["records"]} == of_run.results
+    with pytest.raises(UserError, match="holds a report already"):
+        evaluate_file(run.model, output=str(tmp_path / "report"), **asked)
+    with pytest.raises(UserError, match="give --records and --split"):
+        evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records))
+    with pytest.raises(UserError, match=r"has no split 'test'; it has train"):
+        evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records), split="test")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_unfinished_run_is_refused(records: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a run writes its model when it is finished"):
+        evaluate_run(unfinished(records, tmp_path / "run"))
+
+
+def test_weights_that_are_not_numbers_are_refused(
+    run: RunFolder, network: x3d_tf.X3D, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = classification.with_head_pool(network, "fixed_logits")  # a copy
+    broken.get_layer("fc2").bias.assign([float("nan"), 0])
+    monkeypatch.setattr(classification, "load_classifier", lambda _: broken)
+    with pytest.raises(UserError, match=r"probabilities that are not numbers for square/0 of .*square"):
+        evaluate_run(run, temporal_views=1)
+    assert not list(run.evaluations.glob("*/results.json"))
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(
+    run: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested: list[int] = []
+
+    def predict(model: Any, manifest: Any, split: str, views: Any, **_: Any) -> np.ndarray:
+        if len(tested) == 2:
+            raise KeyboardInterrupt
+        tested.append(views.temporal_views)
+        first = np.arange(5) < views.temporal_views // 2
+        return np.stack([first, ~first], axis=1).astype("float32")
+
+    monkeypatch.setattr(classification, "predict_split", predict)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_run(run)
+    tested.append(0)
+    sweep = sweep_run(run)
+    assert tested == [1, 3, 0, 5, 7, 10]
+    with (sweep.folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["views"] for row in rows] == [f"{k}-Center" for k in (1, 3, 5, 7, 10)]
+    # the videos are left, right, left, right, left; the first 0, 1, 2, 3 and 5 are called left
+    assert [float(row["top1"]) for row in rows] == pytest.approx([0.4, 0.6, 0.4, 0.6, 0.6])
+    macs = x3d_tf.cost(TINY, num_classes=2).macs / 1e9
+    assert [float(row["gmacs_per_video"]) for row in rows] == pytest.approx([macs * k for k in (1, 3, 5, 7, 10)], 1e-5)
+    assert (sweep.folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    again = sweep_file(run.model, output=str(tmp_path / "sweep"), records=str(records), split="train")
+    assert tested[6:] == [1, 3, 5, 7, 10]
+    assert (again.folder / "sweep.csv").read_bytes() == (sweep.folder / "sweep.csv").read_bytes()
+    with pytest.raises(UserError, match=r"3clips holds the report of another test \(other clip_starts\)"):
+        results = json.loads((tmp_path / "sweep" / "3clips" / "results.json").read_text())
+        (tmp_path / "sweep" / "3clips" / "results.json").write_text(json.dumps(results | {"clip_starts": "slowfast"}))
+        sweep_file(run.model, output=str(tmp_path / "sweep"), records=str(records), split="train")
+    with pytest.raises(UserError, match="temporal_views must not be given"):
+        sweep_run(run, temporal_views=3)
+
+
+class Several(SimpleNamespace):
+    """Records of several classes each, as far as a test looks at them."""
+
+    folder, classes, task = Path("several"), ("b", "a", "c"), "multi_label"  # in another order than the model's
+    stored = Storage(256, 95)
+
+    def split(self, _: str) -> Any:
+        labels = [(0,), (0, 1), (1,), (0, 1)]
+        return SimpleNamespace(records=[SimpleNamespace(media_id=f"v{n}", labels=own) for n, own in enumerate(labels)])
+
+    def fingerprint(self) -> str:
+        return "0" * 64
+
+
+def test_several_labels_give_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, network: x3d_tf.X3D) -> None:
+    from sklearn.metrics import average_precision_score
+
+    scores = np.array([[0.1, 0.9, 0.5], [0.6, 0.4, 0.5], [0.2, 0.6, 0.1], [0.6, 0.8, 0.0]], np.float32)
+    monkeypatch.setattr(classification, "predict_split", lambda *_, **__: scores)
+    model = x3d_tf.X3D(TINY, 3, x3d_tf.ModelOptions())
+    model.class_names, model.task = ("a", "b", "c"), "multi_label"
+    monkeypatch.setattr(classification, "load_classifier", lambda _: model)
+    monkeypatch.setattr(classification, "open_dataset", lambda _: Several())
+    file = tmp_path / "model.keras"
+    file.write_bytes(b"weights")
+    asked = {"records": "several", "split": "test"}
+    report = evaluate_file(file, output=str(tmp_path / "report"), **asked)
+
+    truth = np.array([[0, 1], [1, 1], [1, 0], [1, 1]])
+    precisions = [average_precision_score(truth[:, c], scores[:, c]) for c in (0, 1)]
+    assert report.results["map"] == pytest.approx(np.mean(precisions), abs=1e-12)
+    assert report.results["classes_with_positives"] == 2
+    assert not {"top1", "top5"} & set(report.results)
+    assert sorted(path.name for path in report.folder.iterdir()) == ["per_class.csv", "predictions.csv", "results.json"]
+    with (report.folder / "predictions.csv").open() as stream:
+        assert [row["labels"] for row in csv.DictReader(stream)] == ["b", "a;b", "a", "a;b"]
+    with (report.folder / "per_class.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["positives"] for row in rows] == ["3", "3", "0"]
+    assert [row["average_precision"] for row in rows] == [*(f"{p:.6g}" for p in precisions), ""]
+
+    model.task = "single_label"
+    with pytest.raises(UserError, match=r"task of several must be the model's, single_label, got 'multi_label'"):
+        evaluate_file(file, output=str(tmp_path / "other"), **asked)
+
+
+class Checkpoints:
+    """Stands for the checkpoints of a run that trains elsewhere: what each look at the folder finds."""
+
+    def __init__(self, run: RunFolder, looks: list[list[int]], network: x3d_tf.X3D, broken: dict[int, int]) -> None:
+        self.run, self.looks, self.network = run, iter(looks), network
+        self.broken = broken  # step -> how often it cannot be read
+        self.now: list[int] = []
+        self.loaded: list[int] = []
+
+    def sleep(self, _: float) -> None:
+        """Time passes."""
+        self.now = next(self.looks)
+        if self.now == [-1]:
+            raise KeyboardInterrupt
+        if self.now[-1] == 60:
+            self.run.model.touch()
+
+    def steps(self, folder: Path) -> list[int]:
+        assert folder == self.run.checkpoints
+        return self.now
+
+    def load(self, run: RunFolder, step: int) -> x3d_tf.X3D:
+        if self.broken.get(step, 0):
+            self.broken[step] -= 1
+            raise UserError(f"the checkpoint of step {step} is damaged")
+        self.loaded.append(step)
+        return self.network
+
+
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    def install(checkpoints: Checkpoints) -> Checkpoints:
+        def predict(*_: object, **__: object) -> np.ndarray:
+            """A later checkpoint calls more of the five videos left: 10 the first, 20 the first two and so on."""
+            first = np.arange(5) < checkpoints.loaded[-1] // 10
+            return np.stack([first, ~first], axis=1).astype("float32")
+
+        monkeypatch.setattr(classification, "predict_split", predict)
+        monkeypatch.setattr(run_checkpoints, "checkpoint_steps", checkpoints.steps, raising=False)
+        monkeypatch.setattr(run_checkpoints, "load_checkpoint", checkpoints.load, raising=False)
+        monkeypatch.setattr("x3d_tf.evaluation.watch.time.sleep", checkpoints.sleep)
+        return checkpoints
+
+    yield install
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    import tensorflow as tf
+
+    files = sorted(map(str, folder.glob("events*")))
+    events = [event for file in files for event in tf.compat.v1.train.summary_iterator(file)]
+    return [(v.tag, event.step, float(tf.make_ndarray(v.tensor))) for event in events for v in event.summary.value]
+
+
+def test_watching_tests_what_comes_and_stops_with_the_run(
+    records: Path, network: x3d_tf.X3D, tmp_path: Path, watching: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(records, tmp_path / "run")
+    # 20 is half written when first seen; 30 is deleted before it can be read; 50 stays damaged
+    looks = [[10, 20], [20, 30], [20, 40], [-1]]
+    first = watching(Checkpoints(run, looks, network, {20: 1, 30: 9}))
+    with pytest.raises(KeyboardInterrupt):
+        watch_run(run, temporal_views=1)
+    assert first.loaded == [10, 20, 40]
+
+    second = watching(Checkpoints(run, [[40, 50], [50, 60]], network, {50: 9}))
+    results = watch_run(run, temporal_views=1)
+    assert second.loaded == [60]  # 40 has its result from before
+    assert sorted(results) == [10, 20, 40, 60]
+    folder = run.evaluations / "square_train_1center_steps"
+    assert sorted(path.name for path in folder.iterdir()) == ["10.json", "20.json", "40.json", "60.json", "steps.csv"]
+    with (folder / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [10, 20, 40, 60]
+    expected = [0.6, 0.4, 0.4, 0.6]  # the videos are left, right, left, right, left
+    assert [float(row["top1"]) for row in rows] == pytest.approx(expected)
+    assert read_results(folder / "20.json")["top1"] == pytest.approx(0.4)
+    output = capsys.readouterr()
+    assert "is finished" in output.out
+    assert "warning: the checkpoint of step 50 was not tested: the checkpoint of step 50 is damaged" in output.err
+
+    # sorted: the files of the two watches are read in the order of their names, which within a second is any
+    found = sorted((step, value) for tag, step, value in scalars(run.tensorboard / folder.name) if tag == "eval/top1")
+    assert [step for step, _ in found] == [10, 20, 40, 60]
+    assert [value for _, value in found] == pytest.approx(expected)
+
+
+def test_a_watch_that_tests_otherwise_is_refused(
+    records: Path, network: x3d_tf.X3D, tmp_path: Path, watching: Any
+) -> None:
+    run = unfinished(records, tmp_path / "run")
+    watching(Checkpoints(run, [[10, 60]], network, {}))
+    watch_run(run, temporal_views=1)
+    path = run.evaluations / "square_train_1center_steps" / "10.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"videos": 4}))
+    watching(Checkpoints(run, [[70, 80]], network, {})).now = [70]
+    with pytest.raises(UserError, match=r"10\.json is of another test \(other videos\).*--overwrite"):
+        watch_run(run, temporal_views=1)
+    assert sorted(watch_run(run, temporal_views=1, overwrite=True)) == [70]

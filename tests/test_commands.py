@@ -1,0 +1,181 @@
+"""What all commands do with errors and interruptions, in processes of their own."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(body: str, *arguments: str, positional: bool = False) -> subprocess.CompletedProcess[str]:
+    code = (
+        "from x3d_tf import _command\nfrom x3d_tf.errors import UserError\n"
+        f"def main(*paths):\n    {body}\n_command.run(main, positional={positional})"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("raise UserError('--x must be 1, got 2')", 1, "error: --x must be 1, got 2"),
+        ("open('/nothing/there')", 1, "error: [Errno 2] No such file or directory: '/nothing/there'"),
+        ("pass", 0, ""),
+    ],
+)
+def test_mistakes_are_one_line_and_a_status(body: str, status: int, message: str) -> None:
+    done = run(body)
+    assert (done.returncode, done.stderr.strip()) == (status, message)
+
+
+def test_faults_of_the_package_keep_their_traceback() -> None:
+    done = run("1 / 0")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_arguments_without_a_flag_are_for_commands_that_take_them() -> None:
+    assert "error: unexpected argument 'file'" in run("pass", "file").stderr
+    assert run("print(paths)", "file", positional=True).stdout == "(['file'],)\n"
+
+
+FLAGS = (
+    "from absl import flags\n"
+    "flags.DEFINE_string('model', None, 'A run folder. Or a file.', required=True)\n"
+    "flags.DEFINE_multi_string('gin_file', None, 'A .gin file.', required=True)\n"
+    "flags.DEFINE_integer('views', None, 'Clips.', lower_bound=1)\n"
+    "flags.DEFINE_integer('clips', 8, 'Rows.', lower_bound=1, upper_bound=64)\n"
+    "flags.DEFINE_float('hop', None, 'Seconds. Defaults to 5.', upper_bound=0.0)\n"
+    "flags.DEFINE_enum('crops', '1', ['1', '3'], 'Crops.')\n"
+    "flags.DEFINE_bool('sweep', False, 'All.')\n"
+)
+GIVEN = ("--model=a", "--gin_file=b")
+
+
+def run_with_flags(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = f"'What it does.'\n{FLAGS}from x3d_tf import _command\ndef main(): pass\n_command.run(main)"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gin_file=b",), "--model (a run folder) is required"),
+        ((), "these flags are required: --model (a run folder), --gin_file (a .gin file)"),
+        ((*GIVEN, "--model"), "--model requires a value"),
+        ((*GIVEN, "--viws=3"), "--viws is not a flag of this command; did you mean --views?"),
+        ((*GIVEN, "--run_with_pdbs"), "--run_with_pdbs is not a flag of this command; --help lists them"),
+        ((*GIVEN, "--views=0"), "--views must be a whole number, at least 1, got '0'"),
+        ((*GIVEN, "--views=1: 2"), "--views must be a whole number, at least 1, got '1: 2'"),
+        ((*GIVEN, "--views="), "--views must be a whole number, at least 1, got ''"),
+        ((*GIVEN, "--clips=65"), "--clips must be a whole number in 1..64, got '65'"),
+        ((*GIVEN, "--hop=fast"), "--hop must be a number, at most 0.0, got 'fast'"),
+        ((*GIVEN, "--crops=2"), "--crops must be one of 1, 3, got '2'"),
+        ((*GIVEN, "--sweep=perhaps"), "--sweep must be true or false, got 'perhaps'"),
+        ((*GIVEN, "--verbose=perhaps"), "--verbose must be true or false, got 'perhaps'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_in_our_words(arguments: tuple[str, ...], message: str) -> None:
+    done = run_with_flags(*arguments)
+    assert (done.returncode, done.stderr, done.stdout) == (1, f"error: {message}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--model=a", "-h"), ("--viws=3", "--help")])
+def test_help_is_of_the_command_alone_and_no_failure(arguments: tuple[str, ...]) -> None:
+    done = run_with_flags(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("What it does.\n\nflags:\n  --clips=WHOLE_NUMBER\n      Rows. Defaults to 8.\n")
+    assert "--crops=1|3" in done.stdout and "--[no]verbose" in done.stdout and "pdb" not in done.stdout
+    assert done.stdout.count("Defaults to 5") == 1
+
+
+def test_help_after_two_dashes_is_an_argument() -> None:
+    assert run("print(paths)", "--", "--help", positional=True).stdout == "(['--help'],)\n"
+
+
+WAITING = "import time; print('ready', flush=True); time.sleep(60)"
+SAVING = (
+    "import time\n"
+    "    try:\n"
+    "        print('ready', flush=True); time.sleep(60)\n"
+    "    except KeyboardInterrupt:\n"
+    "        print('saving', flush=True); time.sleep(1); print('saved', flush=True); raise"
+)
+
+
+def start(body: str) -> subprocess.Popen[str]:
+    code = f"from x3d_tf import _command\ndef main():\n    {body}\n_command.run(main)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_signals_are_one_line_and_a_status(number: int, status: int, message: str) -> None:
+    process = start(WAITING)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors.strip()) == (status, message)
+
+
+def test_a_second_signal_does_not_cut_the_saving_short() -> None:
+    process = start(SAVING)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout and process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (143, "saved\n")
+    assert errors.startswith("still stopping; a third signal ends at once")
+
+
+def test_a_third_signal_ends_at_once() -> None:
+    process = start(SAVING.replace("time.sleep(1)", "time.sleep(60)"))
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout and process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr and process.stderr.readline().startswith("still stopping")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (143, "")
+
+
+def test_hostile_text_is_escaped_in_output_errors_and_warnings() -> None:
+    body = (
+        "import warnings, sys\n    name = 'a\\x1b[2J\\nb\\u202e\\udc80'\n    print(name)\n    warnings.warn(name)\n"
+        "    raise UserError(name + ' is no video')"
+    )
+    done = run(body)
+    assert done.stdout == "a\\x1b[2J\nb\\u202e\\udc80\n"
+    name = r"a\x1b[2J\nb\u202e\udc80"
+    assert done.stderr == f"warning: {name}\nerror: {name} is no video\n"
+
+
+def test_an_error_is_the_last_line_after_a_progress_bar() -> None:
+    body = (
+        "from tqdm import tqdm\n    steps = (step for step in tqdm(range(9)))\n    next(steps)\n"
+        "    raise UserError('--x must be 1, got 2')"
+    )
+    assert run(body).stderr.splitlines()[-1] == "error: --x must be 1, got 2"
+
+
+def test_a_full_standard_output_is_one_line() -> None:
+    code = "from x3d_tf import _command\ndef main():\n    print('a')\n_command.run(main)"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    message = "error: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_a_closed_standard_output_is_quiet() -> None:
+    code = "from x3d_tf import _command\ndef main():\n    while True: print('a' * 1000)\n_command.run(main)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(timeout=30), process.stderr.read()) == (141, "")
+    process.stderr.close()

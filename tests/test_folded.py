@@ -1,0 +1,116 @@
+"""The inference form: equal probabilities, folded layers, stock parts."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import x3d_tf
+from x3d_tf.modeling.folded import deployed
+from x3d_tf.parallel import map_clips_in_parallel
+
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.4)  # res4 has two blocks
+
+
+def network(expansion: x3d_tf.Expansion = TINY, **options: Any) -> x3d_tf.X3D:
+    """A network none of whose batch norms is at its first values."""
+    keras.utils.set_random_seed(0)
+    model = x3d_tf.build_x3d(expansion, num_classes=5, **options)
+    draw = np.random.default_rng(0)
+    for layer in model.layers:
+        if hasattr(layer, "moving_mean"):
+            channels = layer.gamma.shape
+            layer.set_weights(
+                [draw.random(channels) + 0.5, *draw.normal(0, 0.3, (2, *channels)), draw.random(channels) + 0.5]
+            )
+    model.get_layer("fc2").kernel.assign(draw.normal(0, 0.1, model.get_layer("fc2").kernel.shape))
+    return model
+
+
+def clips(count: int, size: int = 64, frames: int = 4) -> np.ndarray:
+    """Coloured squares of 16 pixels, others in each clip and frame."""
+    squares = np.random.default_rng(1).integers(0, 256, (count, frames, 8, 8, 3), dtype=np.uint8)
+    return squares.repeat(16, axis=2).repeat(16, axis=3)[:, :, :size, :size]
+
+
+def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
+    function = keras.ops.softmax if model.task == "single_label" else keras.ops.sigmoid
+    return np.asarray(function(model(clips)))
+
+
+@pytest.mark.parametrize(
+    ("options", "batch"),
+    [
+        ({}, 1),
+        ({}, None),
+        ({"separable": False}, 2),
+        ({"se": "none", "stem_kernel": 3, "task": "multi_label"}, None),
+        ({"shortcut_norm": "on_width_change", "input": "difference"}, 1),
+        ({"shortcut_norm": "on_width_change", "input": "difference"}, 2),
+        ({"swish": False, "swish_before": True, "se": "all", "drop_connect": 0.5}, None),
+        ({"swish": False, "swish_before": True, "se": "all", "drop_connect": 0.5}, 2),
+    ],
+    ids=str,
+)
+def test_probabilities_are_the_networks(options: dict[str, Any], batch: int | None) -> None:
+    model = network(**options)
+    pixels = clips(batch or 3)
+    expected = probabilities(model, pixels)
+    assert batch == 1 or np.ptp(expected, axis=0).max() > 1e-4  # clips differ, so that mixing them up would show
+    app = deployed(model, batch=batch)
+    np.testing.assert_allclose(app(pixels), expected, atol=1e-5)
+    np.testing.assert_allclose(app(pixels.astype("float32")), expected, atol=1e-5)
+
+
+def test_clips_side_by_side() -> None:
+    model, pixels = network(), clips(8)
+    expected = probabilities(model, pixels)
+    signature = tf.TensorSpec((None, *pixels.shape[1:]), tf.uint8)
+    call = tf.function(map_clips_in_parallel(deployed(model, batch=1), chains=3), input_signature=[signature])
+    for count in (1, 2, 3, 8):
+        np.testing.assert_allclose(call(pixels[:count]), expected[:count], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pool", "task"),
+    [
+        ("global", "single_label"),
+        ("fixed_probabilities", "single_label"),
+        ("fixed_logits", "single_label"),
+        ("fixed_probabilities", "multi_label"),
+    ],
+)
+@pytest.mark.parametrize("size", [64, 81])
+def test_all_ways_of_pooling(pool: str, task: str, size: int) -> None:
+    model = network(head_pool=pool, task=task)
+    np.testing.assert_allclose(
+        deployed(model, size=size)(clips(2, size)), probabilities(model, clips(2, size)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_few_frames(frames: int) -> None:
+    """Of the three temporal taps the outer ones then see little or nothing."""
+    model = network(x3d_tf.Expansion(gamma_t=frames, gamma_s=64 / 112, gamma_d=0.2))
+    pixels = clips(2, frames=frames)
+    np.testing.assert_allclose(deployed(model)(pixels), probabilities(model, pixels), atol=1e-5)
+
+
+def test_stock_layers_without_norms() -> None:
+    app = deployed(network())
+    assert all(type(layer).__module__.startswith("keras.") for layer in app.layers)
+    assert not any("Normalization" in type(layer).__name__ for layer in app.layers)
+    assert app.input_shape == (None, 4, 64, 64, 3)
+    assert deployed(network(), batch=2).input_shape == (2, 4, 64, 64, 3)
+
+
+def test_what_cannot_be_deployed() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="must be a trainable network"):
+        deployed(x3d_tf.portable(model, list("abcde")))
+    with pytest.raises(ValueError, match="must have its classifier"):
+        deployed(x3d_tf.build_x3d(TINY, include_top=False))
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        deployed(model, batch=0)

@@ -1,0 +1,457 @@
+"""The order of training clips, what is in them, and the views of testing, against plain loops."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from test_transforms import naive_resize
+from video_fixtures import noise_video, write_manifest, write_records
+
+from x3d_tf.data import input_pipeline
+from x3d_tf.data.input_pipeline import (
+    evaluation_dataset,
+    record_errors_as_user_errors,
+    sample_position,
+    training_dataset,
+)
+from x3d_tf.data.records.index import Split
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.sampling import crop_offsets, frame_indices, last_start, view_starts
+from x3d_tf.data.video.decode import EncodedVideo
+from x3d_tf.types import ClipSpec, ViewSpec
+
+RECORDS, BATCH = 11, 4  # two steps an epoch, three records left over
+CLIP = ClipSpec(3, 2.0, 16)
+LENGTHS = [4 + 3 * index for index in range(RECORDS)]  # frames; the first is shorter than the clip
+
+
+@pytest.fixture(scope="module")
+def videos() -> list[EncodedVideo]:
+    return [noise_video(seed, frames, *((40, 52) if seed % 2 else (48, 36))) for seed, frames in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def manifest(videos: list[EncodedVideo], tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Records whose label is their number."""
+    return write_records(tmp_path_factory.mktemp("records"), {"train": videos})
+
+
+def stream(manifest: Manifest, steps: int, **settings: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The first elements, those of `steps` batches of one worker."""
+    chosen: dict[str, Any] = {"jitter": (18, 24), "flip": True, "batch": BATCH, "seed": 5} | settings
+    dataset = training_dataset(manifest, "train", CLIP, **chosen)
+    return list(dataset.take(steps).as_numpy_iterator())
+
+
+def permutation(records: int, seed: int, epoch: int) -> list[int]:
+    places = [
+        sample_position(
+            tf.constant(epoch, tf.int64), tf.constant(slot, tf.int64), records=records, batch=records, seed=seed
+        )
+        for slot in range(records)
+    ]
+    assert [(int(place.epoch), int(place.slot)) for place in places] == [(epoch, slot) for slot in range(records)]
+    return [int(place.record) for place in places]
+
+
+@pytest.mark.parametrize("records", [1, 2, 3, 7, 8, 9, 33, 64])
+def test_each_epoch_is_a_permutation(records: int) -> None:
+    orders = [permutation(records, seed, epoch) for seed in (0, 1, 256) for epoch in (0, 1, 256)]
+    for order in orders:
+        assert sorted(order) == list(range(records))
+    if records > 8:
+        assert len(set(map(tuple, orders))) == len(orders)
+
+
+def test_permutations_have_no_favourites() -> None:
+    def first_of(epoch: tf.Tensor) -> tf.Tensor:
+        return sample_position(epoch, tf.constant(0, tf.int64), records=10, batch=10, seed=3).record
+
+    first = list(tf.data.Dataset.range(2000).map(first_of).as_numpy_iterator())
+    assert first[:3] == [permutation(10, 3, epoch)[0] for epoch in range(3)]
+    counts = np.bincount(first, minlength=10)  # 200 each on average, 13.4 of standard deviation
+    assert np.abs(counts - 200).max() < 5 * 13.4
+
+
+def test_labels_come_in_the_order_that_seed_and_step_decide(manifest: Manifest) -> None:
+    found = [labels.tolist() for _, labels in stream(manifest, 7)]
+    steps_per_epoch = RECORDS // BATCH
+    for step, labels in enumerate(found):
+        order = permutation(RECORDS, 5, step // steps_per_epoch)
+        first = (step % steps_per_epoch) * BATCH
+        assert labels == order[first : first + BATCH]
+    assert found != [labels.tolist() for _, labels in stream(manifest, 7, seed=6)]
+
+
+def equal(one: list[tuple[np.ndarray, ...]], other: list[tuple[np.ndarray, ...]]) -> bool:
+    return all(np.array_equal(a, b) for first, second in zip(one, other, strict=True) for a, b in zip(first, second))
+
+
+def test_a_stream_starts_at_any_step(manifest: Manifest) -> None:
+    whole = stream(manifest, 8)
+    assert equal(whole, stream(manifest, 8))
+    for start in (1, 2, 5):
+        assert equal(whole[start:], stream(manifest, 8 - start, start_step=start))
+    assert not equal(whole[:2], whole[2:4])
+
+
+def test_multi_label_targets_are_one_for_each_class(videos: list[EncodedVideo], tmp_path: Path) -> None:
+    labels = [(0, 2), (1,), (0, 1, 3), (3,)]
+    manifest = write_records(tmp_path, {"train": videos[:4]}, 5, labels)
+    expected = np.array([[float(label in chosen) for label in range(5)] for chosen in labels])
+    found = [targets for _, targets in stream(manifest, 2)]  # of an epoch each
+    for epoch, targets in enumerate(found):
+        assert targets.dtype == np.float32
+        np.testing.assert_array_equal(targets, expected[permutation(4, 5, epoch)])
+    views = evaluation_dataset(manifest, "train", CLIP, ViewSpec(temporal_views=1, resize=16, crop=16), batch_videos=3)
+    tested = [targets for _, targets, _ in views.as_numpy_iterator()]
+    assert [targets.dtype for targets in tested] == [np.float32, np.float32]
+    np.testing.assert_array_equal(np.concatenate(tested), expected)
+
+
+@pytest.mark.parametrize("listed", [(1,), (0, 2), (0, 1, 2)])
+def test_records_of_other_labels_than_the_manifests_are_damaged(
+    videos: list[EncodedVideo], tmp_path: Path, listed: tuple[int, ...]
+) -> None:
+    manifest = write_records(tmp_path, {"train": videos[:1]}, 3, [(0, 1)])
+    part = manifest.splits["train"]
+    manifest.splits["train"] = Split(part.shards, (part.records[0]._replace(labels=listed),))
+    with pytest.raises(ValueError, match="cannot read or decode record 0"), record_errors_as_user_errors():
+        list(evaluation_dataset(manifest, "train", CLIP, ViewSpec(temporal_views=1, resize=16, crop=16)))
+
+
+def test_workers_share_each_batch(manifest: Manifest) -> None:
+    whole = stream(manifest, 4, start_step=1)
+    slices = [stream(manifest, 4, start_step=1, worker=(index, 2)) for index in range(2)]
+    joined = [tuple(np.concatenate(parts) for parts in zip(*pair)) for pair in zip(*slices)]
+    assert equal(whole, joined)
+
+
+def test_a_workers_share_comes_in_replica_batches(manifest: Manifest) -> None:
+    whole = stream(manifest, 3, worker=(1, 2))
+    pieces = stream(manifest, 6, worker=(1, 2), replica_batch=1)
+    assert {clips.shape for clips, _ in pieces} == {(1, 3, 16, 16, 3)}
+    joined = [tuple(np.concatenate(parts) for parts in zip(*pieces[n : n + 2])) for n in (0, 2, 4)]
+    assert equal(whole, joined)
+
+
+def decoded(video: EncodedVideo) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in video.frames])
+
+
+def test_clips_equal_a_plain_loop(manifest: Manifest, videos: list[EncodedVideo]) -> None:
+    mirrored, sizes = [], set()
+    for step, (clips, labels) in enumerate(stream(manifest, 4)):
+        for member in range(BATCH):
+            place = sample_position(
+                tf.constant(step, tf.int64), tf.constant(member, tf.int64), records=RECORDS, batch=BATCH, seed=5
+            )
+            chance = input_pipeline.augmentation_randoms(5, place).numpy()
+            record = int(labels[member])
+            start = chance[0] * last_start(LENGTHS[record], 30.0, CLIP)
+            frames = decoded(videos[record])[frame_indices(start, LENGTHS[record], 30.0, CLIP)]
+            size = round(18 + chance[1] * 6)
+            height, width = (side * size // min(frames.shape[1:3]) for side in frames.shape[1:3])
+            top, left = int(chance[2] * (height - 16 + 1)), int(chance[3] * (width - 16 + 1))
+            expected = naive_resize(frames, height, width)[:, top : top + 16, left : left + 16]
+            mirrored.append(chance[4] < 0.5)
+            sizes.add(size)
+            expected = expected[:, :, ::-1] if mirrored[-1] else expected
+            np.testing.assert_allclose(clips[member], expected, atol=0.01)
+    assert 0 < sum(mirrored) < len(mirrored)
+    assert len(sizes) > 3
+
+
+def test_without_flip_nothing_is_mirrored(manifest: Manifest) -> None:
+    flipped, plain = stream(manifest, 4), stream(manifest, 4, flip=False)
+    kinds = []
+    for (some, _), (none, _) in zip(flipped, plain):
+        for a, b in zip(some, none):
+            assert np.array_equal(a, b) or np.array_equal(a, b[:, :, ::-1])
+            kinds.append(np.array_equal(a, b))
+    assert 0 < sum(kinds) < len(kinds)
+
+
+def test_shapes_are_static(manifest: Manifest) -> None:
+    dataset = training_dataset(manifest.folder, "train", CLIP, jitter=(16, 16), flip=False, batch=BATCH, seed=0)
+    assert dataset.element_spec == (tf.TensorSpec((4, 3, 16, 16, 3), tf.float32), tf.TensorSpec((4,), tf.int32))
+    options = dataset.options()
+    assert options.deterministic
+    assert options.experimental_distribute.auto_shard_policy == tf.data.experimental.AutoShardPolicy.OFF
+
+
+@pytest.mark.parametrize("crops", [1, 3])
+@pytest.mark.parametrize("clip_starts", ["offset", "slowfast"])
+def test_views_equal_a_plain_loop(
+    manifest: Manifest, videos: list[EncodedVideo], crops: int, clip_starts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = ViewSpec(temporal_views=4, spatial_crops=crops, resize=20, crop=16)
+    jpegs = tf.Variable(0, dtype=tf.int64)
+    decode = input_pipeline.decode_frames
+
+    def counting(encoded: tf.Tensor) -> tf.Tensor:
+        with tf.control_dependencies([jpegs.assign_add(tf.size(encoded, tf.int64))]):
+            return decode(tf.identity(encoded))
+
+    monkeypatch.setattr(input_pipeline, "decode_frames", counting)
+    dataset = evaluation_dataset(manifest, "train", CLIP, views, batch_videos=4, clip_starts=clip_starts)
+    elements = list(dataset.as_numpy_iterator())
+    assert [len(labels) for _, labels, _ in elements] == [4, 4, 3]
+    assert np.concatenate([indices for _, _, indices in elements]).tolist() == list(range(RECORDS))
+    assert np.concatenate([labels for _, labels, _ in elements]).tolist() == list(range(RECORDS))
+    needed = 0
+    for record, clips in enumerate(np.concatenate([clips for clips, _, _ in elements])):
+        frames = decoded(videos[record])
+        height, width = (side * 20 // min(frames.shape[1:3]) for side in frames.shape[1:3])
+        resized = naive_resize(frames, height, width)
+        starts = view_starts(len(frames), 30.0, CLIP, 4, clip_starts)
+        assert clips.shape == (4 * crops, 3, 16, 16, 3)
+        seen = set()
+        for view in range(4 * crops):
+            chosen = frame_indices(starts[view // crops], len(frames), 30.0, CLIP)
+            top, left = crop_offsets(height, width, 16, crops)[view % crops]
+            expected = resized[chosen, top : top + 16, left : left + 16]
+            np.testing.assert_allclose(clips[view], expected, atol=0.01)
+            seen |= set(chosen.tolist())
+        needed += len(seen)
+    assert int(jpegs) == needed
+
+
+def damaged(manifest: Manifest, folder: Path, record: int, what: str) -> Manifest:
+    """A copy of the records of which one is bad: its first bytes, its last frame, or its label in the manifest."""
+    shard = manifest.splits["train"].shards[0].file
+    content = (manifest.folder / shard).read_bytes()
+    entries = json.loads((manifest.folder / "manifest.json").read_text())
+    start, length = manifest.splits["train"].records[record][1:3]
+    bad = content[start : start + length]
+    if what == "header":
+        bad = bytes(100) + bad[100:]
+    elif what == "frame":
+        place = bad.rindex(b"\xff\xd9") - 20  # pixels of the last frame, which decodes nevertheless
+        bad = bad[:place] + bytes([bad[place] ^ 4]) + bad[place + 1 :]
+    else:
+        entries["splits"]["train"]["records"]["labels"][record] = [1]
+    (folder / shard).write_bytes(content[:start] + bad + content[start + length :])
+    return write_manifest(folder, entries)
+
+
+@pytest.mark.parametrize(("record", "what"), [(3, "header"), (6, "frame"), (0, "label")])
+def test_a_record_that_cannot_be_read_is_named(manifest: Manifest, tmp_path: Path, record: int, what: str) -> None:
+    bad = damaged(manifest, tmp_path, record, what)
+    name = rf"train-00000-of-00001\.tfrecord: cannot read or decode record {record} of split train"
+    views = ViewSpec(temporal_views=10, resize=20, crop=16)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=name):
+        list(evaluation_dataset(bad, "train", CLIP, views))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=name):
+        stream(bad, 40)
+
+
+def test_records_of_another_name_than_the_manifests_are_damaged(manifest: Manifest) -> None:
+    records = list(manifest.splits["train"].records)
+    names = [record.media_id for record in records]
+    swapped = [names[1], names[0], *names[2:]]
+    of_others = manifest.keeping("train", [r._replace(media_id=name) for r, name in zip(records, swapped)])
+    cause = "cannot read or decode record 0 of split train, at byte 12: its labels, name or boxes are not those"
+    with pytest.raises(ValueError, match=cause), record_errors_as_user_errors():
+        list(evaluation_dataset(of_others, "train", CLIP, VIEWS))
+
+
+VIEWS = ViewSpec(temporal_views=2, resize=20, crop=16)
+
+
+class Streams:
+    """Datasets of records whose shard can be damaged while they are read; more records than are read ahead."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = write_records(folder, {"train": [noise_video(seed, 2) for seed in range(60)]})
+        self.records = manifest.splits["train"].records
+        self.shard = folder / manifest.splits["train"].shards[0].file
+        self.content = self.shard.read_bytes()
+        settings: dict[str, Any] = {"jitter": (18, 24), "flip": True, "batch": BATCH, "seed": 5}
+        self.datasets = {
+            "training": training_dataset(folder, "train", CLIP, **settings),
+            "evaluation": evaluation_dataset(folder, "train", CLIP, VIEWS),
+        }
+
+    def damage(self, what: str) -> None:
+        """Damages the last record, or all of the file."""
+        if what in ("gone", "directory"):
+            self.shard.unlink()
+            if what == "directory":
+                self.shard.mkdir()
+            return
+        last = self.records[-1]
+        start = last.offset - 12
+        damaged = {
+            "truncated": self.content[:start],
+            "truncated in the record": self.content[: last.offset + 9],
+            "empty": b"",
+            "other": b"text" * (len(self.content) // 4) + bytes(len(self.content) % 4),
+            "other length": self.content[:start] + framed(bytes(last.length - 16)) + framed(b""),
+            "flipped": flipped(self.content, last.offset + last.length - 30),  # in the pixels of the last frame
+            "flipped length": flipped(self.content, start),
+        }[what]
+        self.put(damaged)
+
+    def put(self, content: bytes) -> None:
+        """Replaces the shard, so that no reader finds a part of it."""
+        if self.shard.is_dir():
+            self.shard.rmdir()
+        written = self.shard.with_name("written")
+        written.write_bytes(content)
+        written.replace(self.shard)
+
+
+def flipped(content: bytes, position: int) -> bytes:
+    """With one bit of one byte changed."""
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+def framed(record: bytes) -> bytes:
+    """A record as it lies in a shard, with its checksums."""
+    with tempfile.NamedTemporaryFile() as file:
+        with tf.io.TFRecordWriter(file.name) as writer:
+            writer.write(record)
+        return Path(file.name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> Streams:
+    return Streams(tmp_path_factory.mktemp("streams") / "of ü] (x): 5")
+
+
+def rest(batches: Iterator[Any]) -> None:
+    with record_errors_as_user_errors():
+        for _, _ in zip(range(100), batches):
+            pass
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("truncated", r"the file has \d+ bytes where the manifest lists \d+: it was truncated or replaced"),
+        ("truncated in the record", "the file has .* truncated or replaced"),
+        ("empty", "the file has 0 bytes"),
+        ("gone", "the file does not exist"),
+        ("directory", "this is not a file"),
+        ("other", r"its header states \d+ bytes where the manifest lists \d+: the file was replaced"),
+        ("other length", r"its header states \d+ bytes where the manifest lists \d+"),
+        ("flipped", "its bytes do not match their checksum"),
+        ("flipped length", r"its header states \d+ bytes where the manifest lists \d+"),
+    ],
+)
+def test_damage_while_records_are_read_ends_with_an_error(streams: Streams, mode: str, what: str, cause: str) -> None:
+    batches = iter(streams.datasets[mode].as_numpy_iterator())
+    next(batches)
+    streams.damage(what)
+    threads = ThreadPoolExecutor(1)  # so that a read which never ends fails the test
+    try:
+        place = r"cannot read or decode record \d+ of split train, at byte \d+: "
+        with pytest.raises(ValueError, match=place + f"({cause})") as caught:
+            threads.submit(rest, batches).result(timeout=60)
+        assert str(caught.value).startswith(f"{streams.shard}: cannot")
+        assert str(caught.value).endswith(f"build_records --output={streams.shard.parent} --verify")
+    finally:
+        threads.shutdown(wait=False)
+        streams.put(streams.content)
+
+
+READ_AGAIN = """
+import sys
+import tensorflow as tf
+from x3d_tf.data.input_pipeline import training_dataset
+from x3d_tf.types import ClipSpec
+clips = training_dataset(sys.argv[1], "train", ClipSpec(3, 2.0, 16), jitter=(18, 24), flip=True, batch=4, seed=5)
+for step, _ in enumerate(clips):
+    if step == 0:
+        print("started", flush=True)
+        sys.stdin.readline()
+        break
+while True:
+    try:
+        list(clips)
+    except tf.errors.InvalidArgumentError:
+        print("failed", flush=True)
+"""
+
+
+@pytest.mark.slow  # starts TensorFlow
+def test_a_damaged_shard_leaves_ctrl_c_working(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "records")
+    command = [sys.executable, "-c", READ_AGAIN, str(streams.shard.parent)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        try:
+            assert process.stdout.readline() == b"started\n"
+            streams.damage("gone")
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"failed\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGINT and b"KeyboardInterrupt" in errors
+
+
+def test_nothing_before_the_start_is_read(manifest: Manifest, tmp_path: Path) -> None:
+    """The damaged record is in the first batch of an epoch and not in the second."""
+    first = permutation(RECORDS, 5, 0)[0]
+    bad = damaged(manifest, tmp_path, first, "header")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"record {first} of split"):
+        stream(bad, 1)
+    settings: Any = {"jitter": (18, 24), "flip": True, "batch": BATCH, "seed": 5, "start_step": 1}
+    second = training_dataset(bad, "train", CLIP, **settings)
+    assert equal(list(second.take(1).as_numpy_iterator()), stream(manifest, 1, start_step=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 12}, "batch must be in 1..11, the records of split 'train', got 12"),
+        ({"batch": 0}, "batch must be in 1..11"),
+        ({"worker": (2, 2)}, r"worker must be \(index, count\) with 0 <= index < count, got \(2, 2\)"),
+        ({"worker": (0, 3)}, "batch must be divisible by the number of workers, 3, got 4"),
+        ({"worker": (0, 2), "replica_batch": 4}, "replica_batch must divide the 2 clips of a worker, got 4"),
+        ({"replica_batch": 0}, "replica_batch must divide"),
+        ({"start_step": -1}, "start_step must be at least 0, got -1"),
+        ({"jitter": (15, 20)}, r"jitter must be ascending, from at least the crop, 16, got \(15, 20\)"),
+        ({"jitter": (20, 18)}, "jitter must be ascending"),
+        ({"frame_sampling": "fast"}, "frame_sampling must be .* got 'fast'"),
+    ],
+)
+def test_settings_are_checked(manifest: Manifest, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stream(manifest, 1, **settings)
+
+
+def test_evaluation_settings_are_checked(manifest: Manifest) -> None:
+    views = ViewSpec(resize=20, crop=16)
+    with pytest.raises(ValueError, match="batch_videos must be at least 1, got 0"):
+        evaluation_dataset(manifest, "train", CLIP, views, batch_videos=0)
+    with pytest.raises(ValueError, match=r"clip_starts must be .* got 'first'"):
+        evaluation_dataset(manifest, "train", CLIP, views, clip_starts="first")  # type: ignore[arg-type]
+
+
+def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64)).save(buffer, "JPEG")
+    jpeg = bytearray(buffer.getvalue())
+    sides = jpeg.index(b"\xff\xc0") + 5  # height and width, 16 bits each
+    jpeg[sides : sides + 4] = (5793).to_bytes(2, "big") * 2  # 5792 x 5792 would be allowed
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too many pixels"):
+        input_pipeline.decode_frames(tf.constant([bytes(jpeg)]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too many pixels"):
+        tf.function(input_pipeline.decode_frames)(tf.constant([bytes(jpeg)]))

@@ -1,0 +1,574 @@
+"""Builds that are stopped, that run out of disk, or whose folder belongs to another build; and --verify."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow as tf
+from video_fixtures import noise_video, numbered_frames, write_manifest, write_records, write_video
+
+from x3d_tf.build_records import summary
+from x3d_tf.data.build import builder
+from x3d_tf.data.build.builder import BuildResult, build_records
+from x3d_tf.data.build.encoding import Retryable
+from x3d_tf.data.build.sources import Video, find_videos
+from x3d_tf.data.build.state import open_build
+from x3d_tf.data.records import index
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.verify import verify_records
+from x3d_tf.data.video.decode import EncodedVideo, VideoError
+
+SLOW: set[str] = set()  # names of videos that take too long
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Two splits of files that are no videos: `decoding` stands in for their content."""
+    for name in ("train/run/0", "train/run/1", "train/jump/2", "train/jump/bad 3", "train/jump/4", "test/run/5"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "in" / "test" / "stray").touch()
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Shards of two videos, and in place of worker processes a loop; the list gets the names that are decoded."""
+    decoded: list[str] = []
+    pictures = noise_video(0, 9)
+
+    def encode_all(videos: Sequence[Video], *_: object) -> Iterator[EncodedVideo | VideoError]:
+        for video in videos:
+            decoded.append(video.path.name)
+            number = int(video.path.name[-1])
+            if video.path.name in SLOW:
+                yield Retryable(video.path, "is slow")
+            elif "bad" in video.path.read_text():
+                yield VideoError(video.path, "is bad")
+            else:
+                yield EncodedVideo(pictures.frames[: number + 1], 30.0)
+
+    SLOW.clear()
+    monkeypatch.setattr(builder, "encode_all", encode_all)
+    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
+    return decoded
+
+
+def build(videos: Path, output: Path, **settings: Any) -> BuildResult:
+    return build_records(videos, output, progress=False, **settings)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files with their bytes, but for those in folders."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Callable[[], None]:
+    """Raises at the file that is the `count`th to get its name, before or after it has it; returns what ends that."""
+    replace, calls = Path.replace, itertools.count()
+
+    def stopping(self: Path, target: Path) -> Path:
+        number = next(calls)
+        if number == count and before:
+            raise KeyboardInterrupt
+        result = replace(self, target)
+        if number == count:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "replace", stopping)
+    return lambda: monkeypatch.setattr(Path, "replace", replace)
+
+
+def test_a_build_that_was_stopped_anywhere_ends_as_if_it_was_not(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(videos, tmp_path / "whole")
+    expected = content(tmp_path / "whole")
+    assert len([name for name in expected if name.endswith(".tfrecord")]) == 4
+    assert set(expected) - {"build.json", "failures.csv", "manifest.json"} == {
+        shard.file for split in whole.manifest.splits.values() for shard in split.shards
+    }
+    assert whole.failures == 2
+    sizes = {f"train-0000{number}-of-00003.tfrecord": 2 - number // 2 for number in range(3)}
+    sizes["test-00000-of-00001.tfrecord"] = 1
+    stops = 0
+    for number, before in itertools.product(range(100), (True, False)):
+        output = tmp_path / f"{number}{before}"
+        go_on = stop_at(monkeypatch, number, before)
+        try:
+            result = build(videos, output)
+            assert not result.was_finished
+            go_on()
+            break
+        except KeyboardInterrupt:
+            stops += 1
+        finally:
+            go_on()
+        noted = {path.stem for path in output.glob(".build/*.json")}
+        finished = (output / "manifest.json").exists()
+        decoding.clear()
+        result = build(videos, output)
+        assert content(output) == expected
+        assert {path.stem for path in output.glob(".build/*.json")} == set(sizes)  # one video failed
+        assert (result.manifest.splits, result.failures) == (whole.manifest.splits, whole.failures)
+        assert len(decoding) == (0 if finished else sum(count for name, count in sizes.items() if name not in noted))
+    assert stops >= 2 * (2 + 2 * 4 + 1)  # build.json, failures.csv; each shard and its note; manifest.json
+
+
+def test_finished_shards_are_not_decoded_again(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = builder._Build._write_shard
+    calls = itertools.count()
+
+    def stopping(self: Any, *arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return write(self, *arguments)
+
+    monkeypatch.setattr(builder._Build, "_write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        build(videos, tmp_path / "out")
+    first = list(decoding)
+    assert len(first) == 4
+    decoding.clear()
+    result = build(videos, tmp_path / "out")
+    assert not set(first) & set(decoding)
+    assert len(decoding) == 2
+    decoding.clear()
+    again = build(videos, tmp_path / "out")
+    assert again.was_finished
+    assert decoding == []
+    assert (again.manifest, again.failures) == (result.manifest, result.failures)
+    assert "they were finished already" in summary(again)[0]
+
+
+def test_a_note_of_a_shard_that_is_damaged_or_gone_is_not_believed(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(videos, tmp_path / "whole")
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Manifest, "save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        build(videos, output)
+    notes = sorted(output.glob(".build/*.json"))
+    notes[0].write_text("{")
+    notes[1].write_text('{"shards": [{"file": "x"}], "records": [], "failures": []}')
+    (output / notes[2].stem).unlink(missing_ok=True)
+    decoding.clear()
+    build(videos, output)
+    assert len(decoding) == 1 + 2 + 2  # the test split comes first
+    assert content(output) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quality": 80}, "holds a build with quality = 95, not 80; give its settings again to go on with it"),
+        ({"short_side": 64}, "with short_side = 256, not 64"),
+        ({"seed": 1}, "with seed = 0, not 1"),
+        ({"splits": ["train"]}, r"with splits = None, not \['train'\]"),
+    ],
+)
+def test_the_folder_of_another_build_is_left_alone(
+    videos: Path, decoding: list[str], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    build(videos, tmp_path / "out")
+    before = content(tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        build(videos, tmp_path / "out", **settings)
+    assert content(tmp_path / "out") == before
+
+
+def test_other_videos_make_another_build(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    build(videos, tmp_path / "out")
+    file = videos / "train" / "run" / "1"
+    status = file.stat()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="train/run/1 of split train has changed since"):
+        build(videos, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(ValueError, match="train/run/1 of split train is no longer there"):
+        build(videos, tmp_path / "out")
+    file.write_text("train/run/1")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    (videos / "test" / "run" / "6").touch()
+    with pytest.raises(ValueError, match="test/run/6 of split test is new"):
+        build(videos, tmp_path / "out")
+    (videos / "test" / "run" / "6").unlink()
+    assert build(videos, tmp_path / "out").was_finished
+
+
+def test_videos_that_took_too_long_are_tried_again(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(videos, tmp_path / "whole")
+    expected = content(tmp_path / "whole")
+    for number in range(100):
+        output = tmp_path / str(number)
+        SLOW.update(("1", "4"))
+        first = build(videos, output)
+        assert (first.failures, first.to_retry) == (4, 2)
+        SLOW.clear()
+        go_on = stop_at(monkeypatch, number, before=number % 2 == 0)
+        try:
+            build(videos, output)
+            break
+        except KeyboardInterrupt:
+            go_on()
+        result = build(videos, output)
+        assert content(output) == expected
+        assert (result.failures, result.to_retry) == (2, 0)
+        decoding.clear()
+        assert build(videos, output).was_finished and not decoding
+    go_on()
+    assert content(output) == expected
+    assert number > 4
+
+
+def test_a_failed_video_that_is_mended_is_tried_again(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(videos, tmp_path / "out")
+    decoding.clear()
+    assert build(videos, tmp_path / "out").was_finished and not decoding
+    (videos / "train" / "jump" / "bad 3").write_text("mended")
+    again = build(videos, tmp_path / "out")
+    assert not again.was_finished and "bad 3" in decoding and len(decoding) <= 2
+    build(videos, tmp_path / "fresh")
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_a_mended_video_and_a_kill_at_any_moment(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = videos / "train" / "jump" / "bad 3"
+    before, status = bad.read_text(), bad.stat()
+    expected: dict[str, bytes] = {}
+    for number in range(100):
+        bad.write_text(before)
+        os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))
+        output = tmp_path / str(number)
+        build(videos, output)
+        bad.write_text("mended")
+        os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns + 5))
+        if not expected:
+            build(videos, tmp_path / "fresh")
+            expected = content(tmp_path / "fresh")
+        go_on = stop_at(monkeypatch, number, before=number % 2 == 0)
+        try:
+            build(videos, output)
+            break
+        except KeyboardInterrupt:
+            go_on()
+        build(videos, output)
+        assert content(output) == expected
+    go_on()
+    assert content(output) == expected
+    assert number > 3
+
+
+def test_a_split_of_which_nothing_can_be_read_is_an_error(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    (videos / "test" / "run" / "5").write_text("bad")
+    message = r"no video of split test can be read \(1 tried\); the reasons are in .*failures.csv"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            build(videos, tmp_path / "out")
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    (videos / "test" / "run" / "5").write_text("mended")
+    decoding.clear()
+    build(videos, tmp_path / "out")
+    assert decoding == ["5"]
+
+
+def test_a_build_without_a_finished_shard_makes_way(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(builder._Build, "_write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        build(videos, output, quality=80)
+    (output / ".train-00000-of-00009.tfrecord.partial").touch()  # of a process that was killed
+    build(videos, output)
+    build(videos, tmp_path / "new")
+    assert content(output) == content(tmp_path / "new")
+
+
+def test_one_process_at_a_time(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    with open_build(tmp_path / "out", {"quality": 80}, find_videos(videos)):
+        (tmp_path / "out" / ".train-00000-of-00003.tfrecord.partial").touch()
+        before = content(tmp_path / "out")
+        with pytest.raises(ValueError, match="another process is building into"):
+            build(videos, tmp_path / "out")
+        assert content(tmp_path / "out") == before
+    build(videos, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output: .*file is a file, not a folder"):
+        build(videos, tmp_path / "file")
+    with pytest.raises(ValueError, match="file/sub cannot be written: Not a directory"):
+        build(videos, tmp_path / "file" / "sub")
+    if os.geteuid():  # permissions do not bind root
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(ValueError, match="closed/out cannot be written: Permission denied"):
+            build(videos, tmp_path / "closed" / "out")
+
+
+class FullWriter:
+    """TensorFlow's writer on a disk that fills up in the third shard: when written to, or only when closed."""
+
+    made = 0
+    fails_at = ""
+
+    def __init__(self, path: str) -> None:
+        FullWriter.made += 1
+        self.full = FullWriter.made == 3
+        self.file = Path(path).open("wb")  # noqa: SIM115
+
+    def write(self, record: bytes) -> None:
+        self.fail("write")
+        self.file.write(b"x" * (len(record) + 16))
+
+    def close(self) -> None:
+        self.file.close()
+        self.fail("close")
+
+    def fail(self, where: str) -> None:
+        if self.full and where == FullWriter.fails_at:
+            raise tf.errors.ResourceExhaustedError(None, None, "/disk/x; No space left on device")
+
+
+@pytest.mark.parametrize("where", ["write", "close"])
+def test_a_full_disk_keeps_what_is_finished(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    output = tmp_path / "out"
+    monkeypatch.setattr(FullWriter, "made", 0)
+    monkeypatch.setattr(FullWriter, "fails_at", where)
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.io, "TFRecordWriter", FullWriter)
+        message = r"tfrecord cannot be written: No space left on device; finished shards stay, 2 of 4"
+        with pytest.raises(ValueError, match=message):
+            build(videos, output)
+    assert len(list(output.glob("*.tfrecord"))) == 2
+    assert not list(output.glob(".*.partial"))
+    result = build(videos, output)
+    assert [len(split.shards) for split in result.manifest.splits.values()] == [3, 1]
+
+
+def test_a_full_disk_at_the_notes_and_the_manifest(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(videos, tmp_path / "whole")
+    for count in range(100):
+        calls = itertools.count()
+
+        def fsync(file: int, count: int = count, calls: "itertools.count[int]" = calls) -> None:
+            if next(calls) == count:
+                raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            try:
+                build(videos, tmp_path / str(count))
+                break
+            except ValueError as error:
+                assert "cannot be written: No space left on device" in str(error)
+        build(videos, tmp_path / str(count))
+        assert content(tmp_path / str(count)) == content(tmp_path / "whole")
+    assert count > 8
+
+
+@pytest.mark.parametrize("room", [10**12, 100])
+def test_size_is_estimated_before_the_bulk(
+    videos: Path,
+    decoding: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    room: int,
+) -> None:
+    monkeypatch.setattr(builder, "ESTIMATE_FROM", 3)
+    monkeypatch.setattr(builder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": room}))
+    if room > 1000:
+        build_records(videos, tmp_path / "out")
+        assert " of records; 1000.0 GB are free on the disk" in capsys.readouterr().out
+        return
+    message = r"out needs about 0\.\d MB more, by the first 3 videos, and its disk has 0\.0 MB free: .* --quality"
+    with pytest.raises(ValueError, match=message):
+        build(videos, tmp_path / "out")
+    assert len(decoding) == 3
+
+
+def test_the_estimate_is_in_proportion(tmp_path: Path) -> None:
+    def rest(videos: list[Video], count: int = 2) -> float:
+        estimate = builder._Estimate(videos)
+        for _ in range(count):
+            estimate.add(EncodedVideo([b"12345", b"67890"], 30.0))
+        return estimate.rest
+
+    paths = [tmp_path / str(number) for number in range(4)]
+    for path, size in zip(paths, (10, 30, 50, 70), strict=True):
+        path.write_bytes(bytes(size))
+    assert rest([Video(path, "", ()) for path in paths]) == pytest.approx(20 / 40 * 120)
+    assert rest([Video(path, "", (), start, start + 2) for start, path in enumerate(paths)]) == pytest.approx(20)
+    assert rest([Video(path, "", (), start) for start, path in enumerate(paths)]) == pytest.approx(20)
+    assert rest([Video(tmp_path / "gone", "", ())] * 4) == 0.0
+
+
+def test_a_killed_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        write_video(tmp_path / "in" / "ab"[number % 2] / f"{number}.mp4", numbered_frames(20))
+    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 1)
+    # The third video takes for ever, so that the process is killed amid the work, whatever the machine's speed.
+    code = (
+        "import sys, time\n"
+        "from x3d_tf.data.build import builder\n"
+        "from x3d_tf.data.records import index\n"
+        "real = builder.encode_all\n"
+        "def encode_all(*arguments):\n"
+        "    for number, result in enumerate(real(*arguments)):\n"
+        "        if number == 2:\n"
+        "            time.sleep(600)\n"
+        "        yield result\n"
+        "if __name__ == '__main__':\n"
+        "    builder.encode_all, index.VIDEOS_PER_SHARD = encode_all, 1\n"
+        "    builder.build_records(sys.argv[1], sys.argv[2], workers=1, progress=False)\n"
+    )
+    script = tmp_path / "build.py"
+    script.write_text(code)
+    killed = subprocess.Popen([sys.executable, str(script), str(tmp_path / "in"), str(tmp_path / "out")])
+    noted = tmp_path / "out" / ".build"
+    deadline = time.monotonic() + 120
+    while len(list(noted.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert len(list((tmp_path / "out").glob("*.tfrecord"))) == 2
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    result = build(tmp_path / "in", tmp_path / "out", workers=1)
+    assert len(result.manifest.split("train").records) == 6
+    build(tmp_path / "in", tmp_path / "whole", workers=2)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
+    videos = [noise_video(seed, 3 + seed) for seed in range(5)]
+    return write_records(tmp_path / "records", {"train": videos[:3], "test": videos[3:]})
+
+
+def test_whole_records_are_verified(records: Manifest) -> None:
+    reports = list(verify_records(records.folder, progress=False))
+    assert [str(report) for report in reports] == [
+        "train: 3 videos, 12 frames in 2 shards; none damaged",
+        "test: 2 videos, 13 frames in 1 shard; none damaged",
+    ]
+
+
+def edit_manifest(records: Manifest, how: str) -> None:
+    """Edits manifest.json, and gives it the right checksum: only the records themselves contradict it."""
+    content = json.loads((records.folder / "manifest.json").read_text())
+    train = content["splits"]["train"]
+    columns = train["records"]
+    if how == "sha":
+        train["shards"][0]["sha256"] = "0" * 64
+    elif how == "label":
+        columns["labels"][0] = [2]
+    elif how == "classes":
+        content["classes"] = content["classes"][1:] + content["classes"][:1]
+    elif how == "names":
+        columns["media_id"][:2] = columns["media_id"][1::-1]
+    else:
+        for column in columns.values():
+            del column[1 if how == "last dropped" else 0]
+        train["count"] -= 1
+    write_manifest(records.folder, content)
+
+
+def flip_byte(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("gone", "is missing"),
+        ("short", r"has \d+ bytes, and manifest.json says \d+"),
+        ("data", r"record 1 at byte \d+ \(train/1\) does not have its checksum"),
+        ("header", r"record 0 at byte 12 \(train/0\) has length \d+, and manifest.json says \d+"),
+        ("other", r"record 0 at byte 12 \(train/0\) has length \d+, and manifest.json says \d+"),
+        ("jpeg", r"record 0 at byte 12 \(train/0\) cannot be parsed or decoded"),
+        ("words", r"record 0 at byte 12 \(train/0\) cannot be parsed or decoded"),
+        ("label", r"record 0 at byte 12 \(train/0\) has labels \(0,\), and manifest.json says \(2,\)"),
+        ("sha", "has another SHA-256 than manifest.json says"),
+        ("huge", rf"record 0 at byte 12 \(train/0\) has length {2**46}, and manifest.json says \d+"),
+        ("names", r"record 0 at byte 12 \(train/1\) has media_id 'train/0', and manifest.json says 'train/1'"),
+        ("classes", r"is of the classes \['class 000'\], and manifest.json says \['class 001'\]"),
+        ("dropped", r"has bytes 0 to \d+ that no record listed in manifest.json covers"),
+        ("last dropped", r"has bytes \d+ to \d+ that no record listed in manifest.json covers"),
+    ],
+)
+def test_a_damaged_shard_is_named(records: Manifest, damage: str, message: str) -> None:
+    train = records.splits["train"]
+    shard, second = train.shards[0], train.records[1]
+    path = records.folder / shard.file
+    stored = [record.numpy() for record in tf.data.TFRecordDataset(str(path))]
+    if damage == "gone":
+        path.unlink()
+    elif damage == "short":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "data":
+        flip_byte(path, second.offset + second.length // 2)
+    elif damage == "header":
+        flip_byte(path, 2)
+    elif damage == "huge":  # with the right checksum; TensorFlow would reserve so much memory
+        path.write_bytes(bytes.fromhex("000000000040000072812907") + path.read_bytes()[12:])
+    elif damage in ("label", "sha", "names", "classes", "dropped", "last dropped"):
+        edit_manifest(records, damage)
+    else:
+        other = {
+            "other": [stored[1], stored[0]],
+            "jpeg": [stored[0].replace(b"\xff\xd8\xff", bytes(3)), stored[1]],
+            "words": [b"x" * len(stored[0]), stored[1]],
+        }[damage]
+        with tf.io.TFRecordWriter(str(path)) as writer:  # with the right checksums
+            for record in other:
+                writer.write(record)
+    reports = list(verify_records(records.folder, progress=False))
+    assert [len(report.problems) for report in reports] == ([2, 1] if damage == "classes" else [1, 0])
+    assert f"; {len(reports[0].problems)} damaged\n  " in str(reports[0])
+    with pytest.raises(AssertionError, match=f"^{path}.*{message}$"):
+        raise AssertionError(reports[0].problems[0])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_shards_that_the_manifest_does_not_list_are_named(records: Manifest, split: str) -> None:
+    content = json.loads((records.folder / "manifest.json").read_text())
+    if split == "test":
+        del content["splits"]["test"]
+    else:
+        last = content["splits"]["train"]
+        last["shards"].pop()
+        last["count"] = 2
+        for column in last["records"].values():
+            column.pop()
+    write_manifest(records.folder, content)
+    problems = {report.split: report.problems for report in verify_records(records.folder, progress=False)}
+    name = records.splits[split].shards[-1].file
+    assert problems[split] == (f"{records.folder / name} is not listed in manifest.json",)

@@ -1,0 +1,130 @@
+"""What is exported: the model that a path names, and its card."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from x3d_tf.export.models import Source, open_model
+
+import x3d_tf
+from x3d_tf.config import TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.files import atomic_write
+from x3d_tf.types import Storage
+
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
+NAMES = ("hug", "kick", "wave")
+NETWORK = "x3d_tau_2_t_4"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, as far as exporters look into it."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    folder.mkdir()
+    model = x3d_tf.build_x3d(TINY, num_classes=3)
+    model.stretch, model.frame_sampling, model.stored = True, "exact", Storage(96, 90)
+    x3d_tf.save(x3d_tf.portable(model, NAMES), folder / "model.keras")
+    dataset = DatasetSpec("data/mine", stretch=True, frame_sampling="exact")
+    (folder / "config.json").write_text(replace(TrainConfig(), expansion=TINY, dataset=dataset, seed=5).to_json())
+    return folder
+
+
+def test_a_run_tells_how_it_was_trained(run: Path) -> None:
+    source = open_model(run)
+    assert source.class_names == NAMES
+    assert (source.frame_sampling, source.views.stretch, source.views.crop) == ("exact", True, 64)
+    card = json.loads(json.dumps(source.card()))
+    assert card["training"]["run"] == "mine"
+    assert (card["training"]["records"], card["training"]["seed"]) == ("data/mine", 5)
+    assert card["training"]["tested"] == []
+    assert str(run.parent) not in json.dumps(card)  # where it lay is nobody's business
+
+
+def test_the_card_says_what_to_feed_and_what_it_costs(run: Path) -> None:
+    source = open_model(run)
+    card = source.card()
+    rules = card["input"].pop("rules")
+    assert rules["stored"] == (
+        "each frame of a clip is compressed as a JPEG file of quality 90, and decoded by the accurate integer transform"
+    )
+    assert card["input"] == {
+        "frames": 4,
+        "stride": 2.0,
+        "frames_per_second": 30.0,
+        "frame_sampling": "exact",
+        "offsets": [0, 2, 4, 6],
+        "clips": 10,
+        "stored": {"short_side": 96, "jpeg_quality": 90},
+        "decoded_short_side": 96,
+        "resize": 73,
+        "resized": "both sides",
+        "crop": 64,
+        "shape": ["N", 4, 64, 64, 3],
+        "colours": "RGB",
+        "range": [0, 255],
+        "normalisation": "inside the model: (value - 114.75) / 57.375",
+    }
+    assert card["classes"] == list(NAMES)
+    assert card["params"] == x3d_tf.cost(TINY, num_classes=3).params
+    assert card["expansion"]["gamma_d"] == 0.2
+    assert card["created_by"] == f"x3d_tf {x3d_tf.__version__}"
+
+
+def test_a_file_alone_tells_nothing_of_training(run: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = open_model(run / "model.keras")
+    assert source.card()["training"] is None
+    assert (source.frame_sampling, source.model.stored) == ("exact", Storage(96, 90))  # clips are the same
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("mine", "mine"),
+        ("kicks v1.2 (best)", "kicks_v1.2_best_"),
+        ("été", "été"),
+        ("e\u0301te\u0301", "été"),  # as macOS spells it
+        ("запуск", "запуск"),
+        ("a:b*c?'d\\e$(f)\n", "a_b_c_d_e_f_"),
+        (".hidden", "hidden"),  # export.verify passes over hidden files
+        ("--force", "force"),
+        ("...", NETWORK),
+        ("é" * 120, "é" * 50),  # 255 bytes are all that a file name has
+        ("\udcff", "_"),  # a byte that is no text
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".keras"], ids=["run", "file"])
+def test_an_export_is_named_after_the_run_or_the_file(given: str, expected: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{given}{suffix}"
+    path.touch() if suffix else path.mkdir()
+    source = Source(path, SimpleNamespace(name=NETWORK), NAMES, None)
+    assert source.name == expected
+    atomic_write(tmp_path / f"{source.name}_float32.tflite", b"")  # by way of a longer name
+
+
+def test_a_folder_is_named_as_it_is_from_within_and_through_a_link(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latest").symlink_to(run)
+    assert open_model(tmp_path / "latest").name == "mine"
+    monkeypatch.chdir(run)
+    assert open_model(".").name == "mine"
+    assert open_model("model.keras").name == "model"
+
+
+def test_numbers_for_names_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="numbered"):
+        x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=2), tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="has no class names: 2 classes numbered from 0"):
+        assert open_model(tmp_path).class_names == ("0", "1")
+
+
+def test_a_network_without_classifier_is_not_exported(tmp_path: Path) -> None:
+    x3d_tf.save(x3d_tf.build_x3d(TINY, include_top=False), tmp_path / "features.keras")
+    with pytest.raises(ValueError, match=r"features\.keras must have its classifier"):
+        open_model(tmp_path / "features.keras")

@@ -1,0 +1,104 @@
+"""Multi-view prediction: each video's probabilities are the mean over clips spread across it (paper, section 4)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from x3d_tf.data.input_pipeline import evaluation_dataset, record_errors_as_user_errors
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.sampling import FrameSampling
+from x3d_tf.errors import UserError
+from x3d_tf.modeling.x3d import X3D
+from x3d_tf.parallel import optimize_for_device
+from x3d_tf.terminal import progress_bar
+from x3d_tf.types import ClipStarts, ViewSpec
+
+CLIPS_A_CALL = 8  # of the network
+
+
+def predict_split(
+    model: X3D,
+    manifest: Manifest,
+    split: str,
+    views: ViewSpec,
+    *,
+    clip_starts: ClipStarts = "offset",
+    frame_sampling: FrameSampling = "slowfast",
+    progress: bool = True,
+) -> np.ndarray:
+    """Class probabilities of each video, averaged over its views in float32.
+
+    Args:
+        model: logits out. Its `task` decides what becomes of them: probabilities that add up to one (softmax,
+            "single_label"), or one for each class by itself (sigmoid, "multi_label").
+        manifest: of the records.
+        split: which part.
+        views: which clips and crops.
+        clip_starts: how the clips are spread over a video; see `clips.view_starts`.
+        frame_sampling: which frames a clip takes; see `clips.frame_indices`.
+        progress: whether a bar on stderr tells how far it is.
+
+    Returns:
+        (videos, classes), float32 in [0, 1], in the order of the manifest.
+
+    Raises:
+        UserError: a setting out of range; no such split; records that are missing or damaged; probabilities that are
+            not numbers.
+    """
+    network = probabilities_of(model, views.crop)
+    records = manifest.split(split).records
+    sums = np.zeros((len(records), model.num_classes), np.float32)
+    batches = _clips(manifest, split, model, views, clip_starts, frame_sampling)
+    total = len(records) * views.views
+    with (
+        record_errors_as_user_errors(),
+        progress_bar(total, "clip", "evaluating", leave=None, disable=not progress) as bar,
+    ):
+        for clips, video in batches:
+            probabilities = network(clips).numpy()
+            finite = np.isfinite(probabilities).all(axis=1)
+            if not finite.all():
+                first = records[int(video[int(finite.argmin())])].media_id
+                raise UserError(
+                    f"the network gives probabilities that are not numbers for {first} of {manifest.folder}: its "
+                    "weights are not numbers either, or too large"
+                )
+            np.add.at(sums, video.numpy(), probabilities)
+            bar.update(len(probabilities))
+    return sums / np.float32(views.views)
+
+
+def probabilities_of(model: X3D, crop: int) -> Callable[[Any], Any]:
+    """The compiled function from clips to probabilities, whatever precision the network computes in.
+
+    Args:
+        model: logits out; its `task` chooses softmax or sigmoid.
+        crop: pixels, both sides of the clips.
+
+    Returns:
+        The function from float32 (N, T, crop, crop, 3), RGB in 0..255, to float32 (N, classes), of any N.
+    """
+    return _compiled(model, tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax, crop)
+
+
+@functools.lru_cache(maxsize=1)  # tests of one network follow each other, and its compilation takes seconds
+def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Callable[[Any], Any]:
+    network = optimize_for_device(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32)))
+    return tf.function(network, input_signature=[tf.TensorSpec((None, model.clip.frames, crop, crop, 3), tf.float32)])
+
+
+def _clips(
+    manifest: Manifest, split: str, model: X3D, views: ViewSpec, clip_starts: ClipStarts, frame_sampling: FrameSampling
+) -> tf.data.Dataset:
+    """Batches of clips and the number of the video of each; every video is decoded once."""
+
+    def one_by_one(clips: Any, labels: Any, records: Any) -> tf.data.Dataset:
+        return tf.data.Dataset.from_tensor_slices((clips[0], tf.repeat(records, views.views)))
+
+    dataset = evaluation_dataset(
+        manifest, split, model.clip, views, clip_starts=clip_starts, frame_sampling=frame_sampling
+    )
+    return dataset.flat_map(one_by_one).batch(CLIPS_A_CALL).prefetch(2)

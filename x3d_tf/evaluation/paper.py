@@ -1,0 +1,158 @@
+"""What the paper prints for Kinetics-400 and AVA, and what keeps a result from being held against it.
+
+Imports no TensorFlow.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.expansion import VARIANTS
+
+_OF_THE_NETWORK = ("input", "stem_kernel", "se", "swish", "swish_before", "separable", "shortcut_norm")
+
+
+@dataclass(frozen=True)
+class PublishedAccuracy:
+    """One accuracy that the paper prints.
+
+    Attributes:
+        network: a variant's name.
+        views: of each video, as in reports.
+        top1: in percent, on the validation videos of Kinetics-400.
+        top5: likewise, where the paper prints it.
+        source: its place in the paper.
+    """
+
+    network: str
+    views: str
+    top1: float
+    top5: float | None
+    source: str
+
+
+ACCURACIES = (
+    PublishedAccuracy("x2d", "10-Center", 47.75, None, "section 4.1"),
+    PublishedAccuracy("x3d_xs", "10-Center", 68.6, 87.9, "Table 2"),
+    PublishedAccuracy("x3d_s", "10-Center", 72.9, 90.5, "Table 2"),
+    PublishedAccuracy("x3d_m", "10-Center", 74.6, 91.7, "Table 2"),
+    PublishedAccuracy("x3d_l", "10-Center", 76.8, 92.5, "Table 2"),
+    PublishedAccuracy("x3d_xl", "10-Center", 78.4, 93.6, "Table 2"),
+    PublishedAccuracy("x3d_xxl", "10-Center", 80.0, 94.5, "Table 2"),
+    PublishedAccuracy("x3d_s", "3-Center", 71.4, None, "appendix B"),
+    PublishedAccuracy("x3d_m", "10-LeftCenterRight", 76.0, 92.3, "Table 4"),
+    PublishedAccuracy("x3d_l", "10-LeftCenterRight", 77.5, 92.9, "Table 4"),
+    PublishedAccuracy("x3d_xl", "10-LeftCenterRight", 79.1, 93.9, "Table 4"),
+    PublishedAccuracy("x3d_xxl", "10-LeftCenterRight", 80.4, 94.6, "Table 4"),
+)
+
+
+@dataclass(frozen=True)
+class PublishedPrecision:
+    """A frame mAP of action detection that the paper prints in its Table 8.
+
+    Attributes:
+        network: a variant's name.
+        version: of AVA.
+        map: in percent, on the validation videos, with one centre crop.
+        gmacs: of a clip, as the paper prints them: those of the network for Kinetics.
+        pretrained: the data whose weights training began with.
+    """
+
+    network: str
+    version: str
+    map: float
+    gmacs: float
+    pretrained: str
+
+
+PRECISIONS = (
+    PublishedPrecision("x3d_xl", "2.1", 26.1, 48.4, "Kinetics-400"),
+    PublishedPrecision("x3d_m", "2.2", 23.2, 6.2, "Kinetics-600"),
+    PublishedPrecision("x3d_xl", "2.2", 27.4, 48.4, "Kinetics-600"),
+)
+
+
+def published_for(results: Mapping[str, Any]) -> PublishedAccuracy | PublishedPrecision | None:
+    """What the paper prints of a report's network.
+
+    Args:
+        results: the content of a results.json.
+
+    Returns:
+        Of action detection the precision on the report's version of AVA if it prints one, else on the newest. Of whole
+        videos the accuracy with the report's views if it prints one, else with its usual ones. None where the paper has
+        no such figure.
+    """
+    network = results["network"]
+    if "eval_boxes" in results:
+        found = [row for row in reversed(PRECISIONS) if row.network == network]
+        return next((row for row in found if row.version == ava_version(results)), found[0] if found else None)
+    rows = [row for row in ACCURACIES if row.network == network] if "map" not in results else []
+    return next((row for row in rows if row.views == results["views"]), rows[0] if rows else None)
+
+
+def differences(results: Mapping[str, Any], published: PublishedAccuracy | PublishedPrecision) -> list[str]:
+    """What a report did otherwise than the paper, in words; a report with none may be held against it.
+
+    Args:
+        results: the content of a results.json.
+        published: of the same network.
+    """
+    if isinstance(published, PublishedPrecision):
+        return _differences_of_detection(results, published)
+    expansion = VARIANTS[published.network].expansion
+    size = expansion.clip.size if published.views.endswith("-Center") else expansion.test_size
+    changed = _changed_options(results)
+    kinetics = is_kinetics400(results)
+    found = {
+        "other data": not kinetics,
+        "other split": kinetics and results["split"] not in ("val", "validate", "validation"),
+        "other views": results["views"] != published.views,
+        "other clip starts": results.get("clip_starts", "offset") != "offset",
+        "other crop": (results.get("resize"), results.get("crop")) != (expansion.test_size, size)
+        or bool(results.get("stretch")),
+        f"other network ({', '.join(changed)})": bool(changed),
+    }
+    return [name for name, holds in found.items() if holds]
+
+
+def _differences_of_detection(results: Mapping[str, Any], published: PublishedPrecision) -> list[str]:
+    size = VARIANTS[published.network].expansion.test_size
+    changed = _changed_options(results) + (["head"] if results.get("head") != "full" else [])
+    ava = ava_version(results) == published.version
+    missing = results.get("key_frames_missing", 0)
+    boxes = (results["eval_boxes"], results.get("lowest_score_of_a_box"))
+    found = {
+        "other data": not ava,
+        "other split": ava and results["split"] not in ("val", "validate", "validation"),
+        f"{missing} key frames missing": missing != 0,
+        "other boxes": boxes != ("proposals", 0.8),
+        "other crop": (results.get("resize"), results.get("crop")) != (size, size),
+        f"other network ({', '.join(changed)})": bool(changed),
+    }
+    return [name for name, holds in found.items() if holds]
+
+
+def ava_version(results: Mapping[str, Any]) -> str | None:
+    """The version of AVA that the records call themselves, "2.1" or "2.2", by the name of their folder.
+
+    None where that names none, or where the actions that were measured are not AVA's 60.
+    """
+    name = re.fullmatch(r"ava[^0-9]*(2)[^0-9]?([12])([^0-9].*)?", Path(results["records"]).name.lower())
+    return f"{name[1]}.{name[2]}" if name and results["classes"] == 60 else None
+
+
+def is_kinetics400(results: Mapping[str, Any]) -> bool:
+    """Whether the records call themselves Kinetics-400, by the name of their folder, and have its 400 classes."""
+    name = re.sub(r"[^a-z0-9]", "", Path(results["records"]).name.lower())
+    return results["classes"] == 400 and name.startswith(("kinetics400", "k400"))
+
+
+def _changed_options(results: Mapping[str, Any]) -> list[str]:
+    used = results["options"] if isinstance(results.get("options"), Mapping) else results
+    default = ModelOptions()
+    return [name for name in _OF_THE_NETWORK if used.get(name, getattr(default, name)) != getattr(default, name)]

@@ -1,0 +1,313 @@
+"""The layers' arithmetic in the TensorFlow operations that are fast: the same values as their `keras.ops` twins.
+
+TensorFlow has no channel-wise 3-D convolution, and the gradient of its batch norm passes over memory many times. Both
+decide the speed of X3D, so they are written out here; `layers` chooses between these forms and the portable ones.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from x3d_tf.modeling.kernels import active_kernels
+
+
+def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces a function once for all layers of the same shapes.
+
+    Not being inlined, it is also optimised once: a network's graph is smaller, and ready in half the time.
+    """
+
+    @functools.cache
+    def traced(kernels: str) -> Callable[..., Any]:  # which decides what is in the trace
+        return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+
+    return lambda *arguments: traced(active_kernels())(*arguments)
+
+
+def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
+    """Convolves each channel on its own over time and space, padded by half the kernel on every side.
+
+    A depthwise 2-D convolution for each temporal tap of the kernel, whose results are shifted in time and added in one
+    pass over memory. The gradients are written out, for TensorFlow's own copy the shifted tensors and keep padded ones.
+
+    Args:
+        x: (N, T, H, W, C), any of the first four open.
+        kernel: (kt, kh, kw, C), odd sizes.
+        stride: of both spatial axes.
+
+    Returns:
+        (N, T, ceil(H / stride), ceil(W / stride), C).
+    """
+    if kernel.shape[1] == kernel.shape[2] == 1 and stride == 1:
+        return _temporal_conv(x, kernel)
+
+    @tf.custom_gradient
+    def run(x: Any, kernel: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+        return _channelwise(x, kernel, stride), lambda upstream: _channelwise_gradients(x, kernel, upstream, stride)
+
+    output = run(x, tf.convert_to_tensor(kernel))  # not a variable, which a custom gradient refuses
+    sides = [None if side is None else -(-side // stride) for side in x.shape[2:4]]
+    return tf.ensure_shape(output, [*x.shape[:2], *sides, x.shape[4]])
+
+
+@_traced_once
+def _channelwise(x: Any, kernel: Any, stride: int) -> Any:
+    n, t, *image = _shape(x)
+    shifts = _shifts(kernel, t)
+    frames = tf.reshape(x, [n * t, *image])
+    results = [_depthwise(frames, kernel[tap], stride) for tap in shifts]
+    _, *out_image = _shape(results[0])
+    rows = [tf.reshape(result, [n, t, math.prod(out_image)]) for result in results]
+    return tf.reshape(_shift_and_add(tuple(shifts.values()), *rows), [n, t, *out_image])
+
+
+@_traced_once
+def _channelwise_gradients(x: Any, kernel: Any, upstream: Any, stride: int) -> tuple[Any, Any]:
+    n, t, *image = _shape(x)
+    shifts = _shifts(kernel, t)
+    frames = tf.reshape(x, [n * t, *image])
+    upstream = tf.reshape(upstream, [n * t, *_shape(upstream)[2:]])
+    parts = [_depthwise_input_gradient(frames, kernel[tap], upstream, stride) for tap in shifts]
+    rows = [tf.reshape(part, [n, t, math.prod(image)]) for part in parts]
+    x_gradient = _shift_and_add(tuple(-shift for shift in shifts.values()), *rows)
+    kernel_gradients = [tf.zeros_like(kernel[0])] * kernel.shape[0]
+    for tap, shift in shifts.items():
+        kernel_gradients[tap] = _tap_gradient(frames, kernel[tap], upstream, stride, t, shift)
+    return tf.reshape(x_gradient, [n, t, *image]), tf.stack(kernel_gradients)
+
+
+def _shifts(kernel: Any, t: Any) -> dict[int, int]:
+    """By temporal tap, the forward move of its result in frames. A tap that moves all of a short clip is left out."""
+    shifts = {tap: kernel.shape[0] // 2 - tap for tap in range(kernel.shape[0])}
+    return {tap: shift for tap, shift in shifts.items() if not (isinstance(t, int) and abs(shift) >= t)}
+
+
+def _tap_gradient(frames: Any, kernel: Any, upstream: Any, stride: int, t: Any, shift: int) -> Any:
+    """Gradient of one temporal tap, (kh, kw, C), whose result moves `shift` frames forward.
+
+    Frame f of the input meets frame f + shift of the upstream gradient. Leading slices copy nothing, so all frames of
+    all clips go in one call, and what crosses from one clip into the next is taken off again.
+    """
+    if not isinstance(t, int):
+        rows = tf.reshape(upstream, [-1, t, math.prod(_shape(upstream)[1:])])
+        upstream, shift = tf.reshape(_shifted(rows, -shift), tf.shape(upstream)), 0
+    if shift == 0:
+        return _depthwise_kernel_gradient(frames, kernel, upstream, stride)
+    starts = tf.range(1, tf.shape(frames)[0] // t) * t  # of all clips but the first
+    ends = tf.reshape(starts[:, None] + tf.range(-abs(shift), 0), [-1])  # frames that the next clip's would meet
+    if shift > 0:
+        pairs = [(frames[:-shift], upstream[shift:]), (tf.gather(frames, ends), tf.gather(upstream, ends + shift))]
+    else:
+        pairs = [(frames[-shift:], upstream[:shift]), (tf.gather(frames, ends - shift), tf.gather(upstream, ends))]
+    whole, across = (_depthwise_kernel_gradient(own, kernel, met, stride) for own, met in pairs)
+    return whole - tf.where(tf.size(ends) > 0, across, 0)  # of no frames TensorFlow gives what was in memory before
+
+
+def _depthwise(frames: Any, kernel: Any, stride: int) -> Any:
+    """Depthwise 2-D convolution of (frames, H, W, C) with (kh, kw, C), padded by half the kernel on every side."""
+    return tf.nn.depthwise_conv2d(frames, kernel[..., None], [1, stride, stride, 1], _padding(kernel, stride))
+
+
+def _depthwise_input_gradient(frames: Any, kernel: Any, upstream: Any, stride: int) -> Any:
+    padding = _padding(kernel, stride)
+    if stride == 2 and None not in frames.shape[1:3]:
+        # TensorFlow's "same", the faster one here, pads even sides unequally. A last row and column of zeros mend that
+        # where every second one is taken.
+        kernel = tf.pad(kernel, [*([0, 1 - side % 2] for side in frames.shape[1:3]), [0, 0]])
+        padding = "SAME"
+    strides = [1, stride, stride, 1]
+    return tf.nn.depthwise_conv2d_backprop_input(tf.shape(frames), kernel[..., None], upstream, strides, padding)
+
+
+def _depthwise_kernel_gradient(frames: Any, kernel: Any, upstream: Any, stride: int) -> Any:
+    shape, strides = [*kernel.shape, 1], [1, stride, stride, 1]
+    padding = _padding(kernel, stride)
+    return tf.nn.depthwise_conv2d_backprop_filter(frames, shape, upstream, strides, padding)[..., 0]
+
+
+def _padding(kernel: Any, stride: int) -> Any:
+    """Half the kernel on every side, as TensorFlow wants to be told."""
+    if stride == 1:
+        return "SAME"
+    return [[0, 0], *([size // 2] * 2 for size in kernel.shape[:2]), [0, 0]]
+
+
+def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
+    """A 1x1x1 convolution that takes every `stride`-th row and column.
+
+    As a 2-D convolution, because picking the rows and columns by strided slices takes 4 times as long.
+
+    Args:
+        x: (N, T, H, W, C), any of the first four open.
+        kernel: (C, filters).
+        stride: of both spatial axes.
+
+    Returns:
+        (N, T, ceil(H / stride), ceil(W / stride), filters).
+    """
+    n, t, *image = _shape(x)
+    y = tf.nn.conv2d(tf.reshape(x, [n * t, *image]), kernel[None, None], stride, "VALID")
+    return tf.reshape(y, [n, t, *_shape(y)[1:]])
+
+
+def swish(x: Any) -> Any:
+    """x * sigmoid(x), whose gradient is computed in one pass over memory."""
+
+    @tf.custom_gradient
+    def run(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+        return tf.nn.silu(x), lambda upstream: _swish_gradient(upstream, x)
+
+    return run(x)
+
+
+def _temporal_conv(x: Any, kernel: Any) -> Any:
+    n, t, h, w, c = _shape(x)
+    y = tf.nn.depthwise_conv2d(tf.reshape(x, [n, t, h * w, c]), kernel[:, 0, :, :, None], [1, 1, 1, 1], "SAME")
+    return tf.ensure_shape(tf.reshape(y, [n, t, h, w, c]), x.shape)
+
+
+def _shifted(rows: Any, shift: int) -> Any:
+    """Rows (N, T, ...) moved `shift` frames forward in time, zeros coming in."""
+    if shift == 0:
+        return rows
+    frames = _shape(rows)[1]
+    kept = frames - abs(shift) if isinstance(frames, int) else tf.maximum(frames - abs(shift), 0)
+    missing = frames - kept
+    begin, pad = (0, [missing, 0]) if shift > 0 else (missing, [0, missing])
+    return tf.pad(tf.slice(rows, [0, begin, 0], [-1, kept, -1]), [[0, 0], pad, [0, 0]])
+
+
+def _shape(x: Any) -> list[Any]:
+    dynamic = tf.shape(x)
+    return [size if size is not None else dynamic[axis] for axis, size in enumerate(x.shape)]
+
+
+def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
+    """Batch norm of each group with its own statistics.
+
+    Args:
+        parts: rows (groups, frames, positions, C), all of one shape; each holds a part of each group's frames.
+        gamma, beta: (C,).
+        epsilon: added to the variance.
+
+    Returns:
+        The normalised rows of each part, and each group's mean and biased variance, (groups, 1, 1, C), through which no
+        gradient flows.
+    """
+
+    @tf.custom_gradient
+    def run(gamma: Any, beta: Any, *parts: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+        outputs, mean, variance = _normalized(parts, gamma, beta, epsilon)
+
+        def gradient(*upstreams: Any) -> tuple[Any, ...]:
+            upstreams = upstreams[: len(parts)]  # not those of the statistics
+            return _normalized_gradients(upstreams, parts, gamma, mean, variance, epsilon)
+
+        return (*outputs, mean, variance), gradient
+
+    # not variables, which a custom gradient refuses
+    *outputs, mean, variance = run(tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta), *parts)
+    return outputs, tf.stop_gradient(mean), tf.stop_gradient(variance)
+
+
+@_traced_once
+def _normalized(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
+    mean = _average(_mean(rows) for rows in parts)
+    variance = _average(_mean(_centred_square(rows, mean)) for rows in parts)
+    scale = tf.math.rsqrt(variance + epsilon) * gamma
+    shift = beta - mean * scale
+    return [_affine(rows, scale, shift) for rows in parts], mean, variance
+
+
+@_traced_once
+def _normalized_gradients(
+    upstreams: Sequence[Any], parts: Sequence[Any], gamma: Any, mean: Any, variance: Any, epsilon: float
+) -> tuple[Any, ...]:
+    inverse = tf.math.rsqrt(variance + epsilon)
+    scale = inverse * gamma
+    mean_upstream = _average(_mean(upstream) for upstream in upstreams)
+    # of upstream times the normalised value, which is not kept: it is (rows - mean) * inverse
+    products = (_product(upstream, rows, mean) for upstream, rows in zip(upstreams, parts))
+    mean_product = _average(_mean(product) for product in products) * inverse
+    samples = tf.cast(tf.shape(parts[0])[1] * tf.shape(parts[0])[2] * len(parts), gamma.dtype)
+    slope = -scale * inverse * mean_product
+    shift = -scale * mean_upstream - slope * mean
+    gradients = [_affine2(upstream, rows, scale, slope, shift) for upstream, rows in zip(upstreams, parts)]
+    sums = [tf.reduce_sum(each, [0, 1, 2]) * samples for each in (mean_product, mean_upstream)]
+    return (*sums, *gradients)
+
+
+def _average(values: Iterable[Any]) -> Any:
+    values = list(values)
+    return values[0] if len(values) == 1 else tf.add_n(values) / len(values)
+
+
+def require_sides(clips: Any, smallest: int, rule: str) -> Any:
+    """The clips (N, T, H, W, C), whose graph fails with `rule` where a side is smaller when it runs."""
+    sides = tf.shape(clips)[2:4]
+    fits = tf.debugging.Assert(tf.reduce_all(sides >= smallest), ["the sides of a clip must", rule, "got", sides])
+    with tf.control_dependencies([fits]):
+        return tf.identity(clips)
+
+
+def _mean(rows: Any) -> Any:
+    """Mean over axes 1 and 2, kept: on a CPU by the pooling of whole frames, which is faster than a reduction."""
+    groups, frames, positions, channels = _shape(rows)
+    if isinstance(positions, int) and active_kernels() == "cpu":
+        images = tf.reshape(rows, [groups * frames, positions, 1, channels])
+        rows = tf.reshape(tf.nn.avg_pool2d(images, [positions, 1], 1, "VALID"), [groups, frames, 1, channels])
+    return tf.reduce_mean(rows, axis=[1, 2], keepdims=True)
+
+
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """On a CPU one compiled pass over memory instead of one for each operation."""
+    compiled = tf.function(function, jit_compile=True)
+
+    def call(*arguments: Any) -> Any:
+        return (compiled if active_kernels() == "cpu" else function)(*arguments)
+
+    return call
+
+
+@_fused
+def _shift_and_add(shifts: tuple[int, ...], *results: Any) -> Any:
+    """The sum of rows (N, T, ...), each moved by its own number of frames forward in time, zeros coming in."""
+    return sum(_shifted(rows, shift) for rows, shift in zip(results, shifts))
+
+
+@_fused
+def _swish_gradient(upstream: Any, x: Any) -> Any:
+    gate = tf.sigmoid(x)
+    return upstream * gate * (1 + x * (1 - gate))
+
+
+@_fused
+def _centred_square(rows: Any, mean: Any) -> Any:
+    return tf.square(rows - mean)
+
+
+@_fused
+def _affine(rows: Any, scale: Any, shift: Any) -> Any:
+    return rows * scale + shift
+
+
+@_fused
+def _product(upstream: Any, rows: Any, mean: Any) -> Any:
+    return upstream * (rows - mean)
+
+
+@_fused
+def _affine2(upstream: Any, rows: Any, scale: Any, slope: Any, shift: Any) -> Any:
+    return upstream * scale + rows * slope + shift
+
+
+def per_replica_seed(seed: Any) -> Any:
+    """A seed, integers [2], made another one on each device of a distribution strategy; the first keeps it."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return seed
+    device = tf.cast(context.replica_id_in_sync_group, seed.dtype)
+    return seed + tf.stack([device * 0x3C6EF372, tf.zeros_like(device)])  # far from the seeds that people choose
