@@ -30,7 +30,8 @@ from video_fixtures import (
 
 from x3d_tf.data.build.encoding import encode_or_reason
 from x3d_tf.data.build.sources import Video
-from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames, timeline
+from x3d_tf.data.video import timeline
+from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames
 from x3d_tf.data.video.image_sequences import encode_folder
 
 REORDERED = {"bf": "2", "g": "15", "crf": "4"}
