@@ -74,8 +74,8 @@ def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
     for path, text in texts():
         if path.suffix != ".py":
             continue
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (doc := ast.get_docstring(node)):
-                if doc.split()[0] in OPENINGS:
-                    found.append(f"{path.relative_to(ROOT)}: {doc.splitlines()[0]}")
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
+        docs = filter(None, map(ast.get_docstring, nodes))
+        found += [f"{path.relative_to(ROOT)}: {doc.splitlines()[0]}" for doc in docs if doc.split()[0] in OPENINGS]
     assert found == []

@@ -19,10 +19,20 @@ class SettingTypeError(UserError, TypeError):
     """A setting of the wrong type."""
 
 
-def require(condition: bool, setting: str, rule: str, value: object) -> None:
-    """Raises `UserError("setting must rule, got value")` unless `condition` holds."""
+_NO_VALUE = object()
+
+
+def require(condition: bool, setting: str, rule: str, value: object = _NO_VALUE) -> None:
+    """Raises `UserError("setting must rule, got value")` unless `condition` holds.
+
+    Args:
+        condition: whether the rule holds.
+        setting: the setting or the file, which begins the message.
+        rule: follows "must".
+        value: the value received. Omitted where there is none, and then the message ends with the rule.
+    """
     if not condition:
-        raise UserError(f"{setting} must {rule}, got {_shown(value)}")
+        raise UserError(f"{setting} must {rule}" + ("" if value is _NO_VALUE else f", got {_shown(value)}"))
 
 
 def _shown(value: object) -> str:
