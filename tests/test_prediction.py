@@ -34,12 +34,11 @@ from x3d_tf.files import WriteError, temporary_path
 from x3d_tf.inference import prediction
 from x3d_tf.inference.prediction import (
     Prediction,
-    csv_table,
-    json_document,
     predict_videos,
     spread_frames,
     windows,
 )
+from x3d_tf.inference.writers import csv_table, json_document
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.types import Storage, ViewSpec
 
@@ -418,7 +417,7 @@ def test_bad_files_are_reported_and_the_rest_goes_on(linear: Any, clips: Path, t
 def test_a_network_that_gives_no_numbers_is_an_error(clips: Path) -> None:
     model = x3d_tf.build_x3d(TINY, num_classes=2)
     model.get_layer("fc2").bias.assign([np.nan, 0])
-    with pytest.raises(ValueError, match=r"probabilities that are not numbers for .*short\.avi"):
+    with pytest.raises(ValueError, match=r"probabilities that are not finite for .*short\.avi"):
         predictions(model, [clips / "short.avi"])
 
 
@@ -586,7 +585,7 @@ def test_the_command(network: Any, clips: Path, tmp_path: Path) -> None:
     done = predict(videos, f"--model={tmp_path / 'm.keras'}", *flags)
     assert done.returncode == 1
     assert f"error: {videos / 'bad.mp4'}: the file is empty" in done.stderr
-    assert "1 of 4 files could not be read" in done.stderr
+    assert "1 of 4 files could not be predicted" in done.stderr
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"{videos / 'a b, c.mp4'} (1.4 s)"
@@ -618,7 +617,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     flags.FLAGS(["predict", "--model=m.keras"])
     (tmp_path / "there.csv").touch()
     for settings, videos, message in (
-        ({}, [], "the command line must name video files or folders of them"),
+        ({}, [], "the command line must name video files or folders"),
         ({"contact_sheet": "a.jpg"}, ["a.mp4"], "--contact_sheet must end in .png, got 'a.jpg'"),
         ({"json": "a", "csv": "a"}, ["a.mp4"], "output files must be distinct"),
         ({"csv": str(tmp_path / "there.csv")}, ["a.mp4"], "exists; give another name, or replace it with --overwrite"),
@@ -629,7 +628,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_windows_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
-    from x3d_tf.predict import show_windows
+    from x3d_tf.inference.console import print_windows
 
     def window(path: str, start: float, *probabilities: float) -> Prediction:
         return Prediction(Path(path), start, start + 2, np.float32(probabilities), *NO_THUMBNAILS)
@@ -641,7 +640,7 @@ def test_windows_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
         VideoError("a", "breaks off"),
         window("b", 0, 0.2, 0.8),
     ]
-    show_windows(results, ("jump", "run"))
+    print_windows(results, ("jump", "run"))
     found = capsys.readouterr()
     assert found.out.splitlines() == [
         "a",

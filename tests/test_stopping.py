@@ -72,7 +72,7 @@ def test_predictions_so_far_are_kept(videos: Path, tmp_path: Path, number: int, 
         rows = list(csv.DictReader(file))
     kept = json.loads((tmp_path / "out.partial.json").read_text())["predictions"]
     assert [row["video"] for row in rows] == [entry["video"] for entry in kept]
-    assert 1 <= len(rows) < 24 and f"predictions of {len(rows)} of 24 videos" in output
+    assert 1 <= len(rows) < 24 and f"predictions for {len(rows)} of 24 videos" in output
     assert not (tmp_path / "out.csv").exists() and not (tmp_path / "out.json").exists()
 
 

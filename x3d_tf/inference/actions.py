@@ -1,55 +1,43 @@
-"""What the persons in a video file do, once a second: their boxes come from a csv file or from a person detector.
+"""Detects the actions of each person in a video, once per second. Boxes come from a csv file or a person detector.
 
-As in AVA: a clip around each whole second, whose boxes stand still for it. Other than in tests the network sees the
-whole frame and not its centre square, so that persons at the sides are seen, too.
+As in AVA, a clip is centred on each whole second, and a box does not move within its clip. Unlike in evaluation, the
+network sees the complete frame instead of its centre square, so that people at the sides are included.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import av
 import numpy as np
 import tensorflow as tf
-from matplotlib import get_data_path
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
 from x3d_tf.data import transforms
 from x3d_tf.data.boxes import is_nonempty
 from x3d_tf.data.datasets.ava import BoxTable, KeyFrame, of_all_actions, read_boxes
-from x3d_tf.data.preview import COLOURS
 from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.sampling import decoded_short_side, key_frame_indices
 from x3d_tf.data.video.clip_reader import cut_clips
 from x3d_tf.data.video.decode import Pixels, frame_at, probe, read_frames
 from x3d_tf.errors import UserError, require
-from x3d_tf.files import atomic_path, os_errors_as_write_error
 from x3d_tf.modeling.detection import Detector
-from x3d_tf.plots import shortened
 from x3d_tf.terminal import progress_bar
 from x3d_tf.types import Box
 
-Boxes = NDArray[np.float32]  # x1, y1, x2, y2 in [0, 1] of the frame, [n, 4]
-PersonBoxes = Callable[[int, Pixels], Boxes]  # by second and picture
+Boxes = NDArray[np.float32]  # (n, 4): x1, y1, x2, y2 in [0, 1] of the frame
+PersonBoxes = Callable[[int, Pixels], Boxes]  # (second, frame) -> boxes
 
-_Place = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
-
-_PERSON = 1  # number of the class in COCO's label map, which TensorFlow's detectors share
-_UNLIMITED = 1 << 30  # pixels
-_CODEC = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+_PERSON = 1  # class number of people in COCO's label map, which TensorFlow's detectors use
 
 
 class ActionScores(NamedTuple):
-    """What persons do at a second of a video.
+    """Action scores of the people at one second of a video.
 
     Attributes:
-        second: of the file, see `video.VideoInfo.start`.
-        boxes: x1, y1, x2, y2 in [0, 1] of the frame, float32 [n, 4].
-        scores: float32 [n, classes].
+        second: second of the file, see `VideoInfo.start`.
+        boxes: float32 (n, 4), x1, y1, x2, y2 in [0, 1] of the frame.
+        scores: float32 (n, classes), probabilities.
     """
 
     second: int
@@ -58,115 +46,128 @@ class ActionScores(NamedTuple):
 
 
 class CsvBoxes:
-    """The boxes that a csv file lists.
+    """Boxes from a csv file.
 
     Args:
-        path: in the format of `ava.read_boxes`, with a score in the last column, whose actions do not matter.
-        score: boxes with a lower one are left out.
-        starts_at: timestamp of the videos' first frame.
+        path: csv in the format of `ava.read_boxes`, with a score in the last column. Its actions are ignored.
+        threshold: lowest score of a box; boxes below it are ignored.
+        starts_at: timestamp of the videos' first frame, seconds.
+
+    Attributes:
+        num_below_threshold: number of rows that were ignored.
 
     Raises:
-        UserError: the file cannot be read, or what is wrong with one of its lines; no box has that score.
+        UserError: the file cannot be read, one of its lines is wrong, or no box reaches the threshold.
     """
 
-    def __init__(self, path: str | Path, score: float, starts_at: int = 0) -> None:
+    def __init__(self, path: str | Path, threshold: float, starts_at: int = 0) -> None:
         table = read_boxes(path, "detections", None, seconds=(starts_at, 10**9 - 1))
-        self._of: dict[str, dict[int, dict[Box, None]]] = {}  # each box once, whatever it does
-        sure = table.scores >= score
-        rule = f"have boxes with a score, the last column, of {score:g} or more (--box_score)"
-        highest = f"{table.scores.max():g} at most" if len(table) else "no boxes"
-        require(bool(sure.any()), str(path), rule, highest)
-        self.unsure = len(table) - int(sure.sum())  # rows left out
-        for number, box, taken in zip(table.frames, table.boxes, sure):
+        self._boxes: dict[str, dict[int, dict[Box, None]]] = {}  # dict keys: each box once, for all its actions
+        reaches = table.scores >= threshold
+        rule = f"have boxes with a score, the last column, of {threshold:g} or more (--box_score)"
+        found = f"; the highest is {table.scores.max():g}" if len(table) else ""
+        require(bool(reaches.any()), str(path), rule + found)
+        self.num_below_threshold = len(table) - int(reaches.sum())
+        for number, box, valid in zip(table.frames, table.boxes, reaches):
             frame = table.key_frames[number]
-            seconds = self._of.setdefault(frame.video, {})
+            seconds = self._boxes.setdefault(frame.video, {})
             x1, y1, x2, y2 = box.tolist()
-            if taken and x1 < x2 and y1 < y2:
+            if valid and x1 < x2 and y1 < y2:
                 seconds.setdefault(frame.second - starts_at, {})[x1, y1, x2, y2] = None
 
     def of_video(self, name: str) -> PersonBoxes | None:
-        """Those of a video, by its name without ending; None where the file does not name it."""
-        seconds = self._of.get(name)
+        """Returns the boxes for a video, or None if the file does not contain the video.
+
+        Args:
+            name: the video's file name without its extension.
+        """
+        seconds = self._boxes.get(name)
         if seconds is None:
             return None
         return lambda second, pixels: np.array(list(seconds.get(second, ())), np.float32).reshape(-1, 4)
 
     def after(self, name: str, seconds: int) -> int:
-        """How many boxes of a video are of seconds that it does not reach."""
-        return sum(len(boxes) for second, boxes in self._of.get(name, {}).items() if second >= seconds)
+        """Returns the number of boxes of a video at or after a second."""
+        return sum(len(boxes) for second, boxes in self._boxes.get(name, {}).items() if second >= seconds)
 
 
 class PersonDetector:
-    """Boxes by a SavedModel with the signature of TensorFlow's object detection.
+    """Boxes from a SavedModel with the signature of TensorFlow's object detection API.
 
-    It takes a picture, uint8 (1, H, W, 3), and gives `detection_boxes` (1, n, 4) as y1, x1, y2, x2 in [0, 1],
-    `detection_scores` and `detection_classes` (1, n), 1 being a person. A SavedModel is a program: run those that you
-    trust.
+    The model takes an image, uint8 (1, H, W, 3), and returns `detection_boxes` (1, n, 4) as y1, x1, y2, x2 in [0, 1],
+    `detection_scores` (1, n) and `detection_classes` (1, n), where class 1 is a person. SavedModels can execute
+    arbitrary code: only load ones you trust.
 
     Args:
-        path: its folder.
-        score: boxes with a lower one are left out.
+        path: folder of the SavedModel.
+        threshold: lowest score of a box; boxes below it are ignored.
 
     Raises:
-        UserError: there is no such model, or it has another signature.
+        UserError: the model does not exist, or has another signature.
     """
 
-    def __init__(self, path: str | Path, score: float) -> None:
+    def __init__(self, path: str | Path, threshold: float) -> None:
         try:
-            self._module = tf.saved_model.load(str(path))  # which its signatures live by
+            self._module = tf.saved_model.load(str(path))  # kept: its signatures do not keep it alive
             self._signature = self._module.signatures["serving_default"]
         except (OSError, KeyError, ValueError, AttributeError, tf.errors.OpError) as error:
-            raise UserError(f"{path} is no SavedModel with a signature serving_default: {error}") from error
-        given, outputs = self._signature.structured_input_signature[1], self._signature.structured_outputs
+            raise UserError(f"{path} must be a SavedModel with the signature serving_default: {error}") from error
+        inputs, outputs = self._signature.structured_input_signature[1], self._signature.structured_outputs
         wanted = ("detection_boxes", "detection_classes", "detection_scores")
-        fits = len(given) == 1 and set(wanted) <= set(outputs)
-        rule = f"take one picture and give {', '.join(wanted)}"
-        require(fits, f"the signature of {path}", rule, [*given, *outputs])
-        ((self._input, self._spec),) = given.items()
-        self._path, self._score = path, score
+        fits = len(inputs) == 1 and set(wanted) <= set(outputs)
+        rule = f"take one image and return {', '.join(wanted)}"
+        require(fits, f"the signature of {path}", rule, [*inputs, *outputs])
+        ((self._input, self._spec),) = inputs.items()
+        self._path, self._threshold = path, threshold
 
     def __call__(self, second: int, pixels: Pixels) -> Boxes:
-        """The persons in a picture.
+        """Returns the boxes of the people in a frame.
 
         Raises:
-            UserError: the model fails on it, or gives something else than its signature says.
+            UserError: the model fails, or its outputs do not have the shapes and ranges above.
         """
         try:
             answer = self._signature(**{self._input: tf.cast(pixels[None], self._spec.dtype)})
         except (ValueError, TypeError, tf.errors.OpError) as error:
             reason = str(error).strip().splitlines()[0]
-            what = f"on the picture of second {second}, {pixels.shape[1]} x {pixels.shape[0]} pixels"
+            what = f"on the frame at second {second}, {pixels.shape[1]} x {pixels.shape[0]} pixels"
             raise UserError(f"the person detector {self._path} fails {what}: {reason}") from error
         boxes, scores, classes = (answer[f"detection_{part}"].numpy() for part in ("boxes", "scores", "classes"))
         shapes = [boxes.shape, scores.shape, classes.shape]
         count = boxes.shape[1] if boxes.ndim == 3 else 0
-        of_one = f"detection_boxes, scores and classes of {self._path}"
-        require(shapes == [(1, count, 4), (1, count), (1, count)], of_one, "be (1, n, 4), (1, n) and (1, n)", shapes)
-        chosen = boxes[0][(scores[0] >= self._score) & (np.round(classes[0]) == _PERSON)][:, [1, 0, 3, 2]]
-        inside = bool(((chosen >= -1) & (chosen <= 2)).all())  # which NaN is not; a little outside is usual
-        rule = "be numbers in 0..1 of the picture, not pixels"
+        outputs = f"detection_boxes, scores and classes of {self._path}"
+        require(
+            shapes == [(1, count, 4), (1, count), (1, count)],
+            outputs,
+            "have the shapes (1, n, 4), (1, n) and (1, n)",
+            shapes,
+        )
+        chosen = boxes[0][(scores[0] >= self._threshold) & (np.round(classes[0]) == _PERSON)][:, [1, 0, 3, 2]]
+        inside = bool(((chosen >= -1) & (chosen <= 2)).all())  # False for NaN; slightly outside is usual
+        rule = "be fractions of the image in 0..1, not pixels"
         require(inside, f"detection_boxes of {self._path}", rule, np.array2string(chosen[:1], precision=4))
         chosen = np.clip(chosen, 0, 1).astype(np.float32)
         return chosen[is_nonempty(chosen).numpy()]
 
 
 def detect_actions(
-    model: Detector, path: str | Path, persons: PersonBoxes, *, progress: bool = True
+    model: Detector, path: str | Path, people: PersonBoxes, *, progress: bool = True
 ) -> Iterator[ActionScores]:
-    """Scores the actions of the persons in a video, second by second; memory does not grow with its length.
+    """Scores the actions of the people in a video, second by second. Memory does not grow with the video's length.
 
     Args:
         model: the detector.
         path: the video.
-        persons: gives the boxes of a second.
-        progress: whether a bar on stderr tells how far it is.
+        people: returns the boxes for a second.
+        progress: whether to show a progress bar on stderr.
 
     Yields:
-        One for each whole second of the file up to the video's last, from 0; without boxes for those before it begins.
+        The scores for each whole second of the file from 0 to the video's last. Seconds before the video stream starts
+        have no boxes.
 
     Raises:
-        VideoError: it cannot be read, or breaks off.
-        UserError: scores that are not numbers.
+        VideoError: the video cannot be read, or is truncated.
+        UserError: the network returns scores that are not finite.
     """
     info = probe(path)
     fps, clip, side = float(np.float32(info.fps)), model.clip, model.expansion.test_size
@@ -183,115 +184,37 @@ def detect_actions(
     with progress_bar(len(keys), "second", Path(path).name, leave=None, disable=not progress) as bar:
         for cut in cut_clips(frames, parts, lambda pixels: as_stored(pixels, model.stored)):
             places, pictures = parts[cut.part][0], np.stack(cut.frames)
-            boxes = persons(before + cut.part, pictures[np.searchsorted(places, keys[cut.part])])
+            boxes = people(before + cut.part, pictures[np.searchsorted(places, keys[cut.part])])
             scores = np.zeros((0, model.num_classes), np.float32)
             if len(boxes):
                 pixels = transforms.resize(pictures[np.searchsorted(places, chosen[cut.part])], side)
                 scores = scores_of({"clip": pixels[None], "boxes": tf.constant(boxes[None])}).numpy()[0]
                 if not np.isfinite(scores).all():
-                    raise UserError(f"the network gives scores that are not numbers for {path}")
+                    raise UserError(f"the network returns scores that are not finite for {path}")
             bar.update()
             yield ActionScores(before + cut.part, boxes, scores)
 
 
-def detections(acting: Mapping[str, Sequence[ActionScores]], starts_at: int = 0) -> BoxTable:
-    """Boxes and scores as AVA's files have them: a row for each action of a box.
+def detections(scores_of: Mapping[str, Sequence[ActionScores]], starts_at: int = 0) -> BoxTable:
+    """Converts scores into a table in AVA's format, with one row for each action of each box.
 
     Args:
-        acting: by the name of the video.
-        starts_at: timestamp of the videos' first frame.
+        scores_of: the scores of each video, by its name.
+        starts_at: timestamp of the videos' first frame, seconds.
     """
-    frames = tuple(KeyFrame(video, each.second + starts_at) for video, own in acting.items() for each in own)
-    rows = [each for own in acting.values() for each in own]
-    classes = max((each.scores.shape[1] for each in rows), default=0)
-    places = np.repeat(np.arange(len(rows)), [len(each.boxes) for each in rows])
-    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(each.boxes for each in rows)])
-    scores = np.concatenate([np.zeros((0, classes), np.float32), *(each.scores for each in rows)])
+    frames = tuple(KeyFrame(video, row.second + starts_at) for video, rows in scores_of.items() for row in rows)
+    rows = [row for video_rows in scores_of.values() for row in video_rows]
+    classes = max((row.scores.shape[1] for row in rows), default=0)
+    places = np.repeat(np.arange(len(rows)), [len(row.boxes) for row in rows])
+    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(row.boxes for row in rows)])
+    scores = np.concatenate([np.zeros((0, classes), np.float32), *(row.scores for row in rows)])
     return of_all_actions(frames, places, boxes, scores)
 
 
-def draw_video(
-    path: str | Path, output: str | Path, acting: Sequence[ActionScores], names: Sequence[str], score: float
-) -> None:
-    """Writes a video as an mp4 file with its boxes and what they do; boxes stay half a second before and after theirs.
-
-    Args:
-        path: the video.
-        output: ends in .mp4; replaced if it is there, and whole or not there.
-        acting: of its seconds, from 0.
-        names: of the actions.
-        score: actions with a lower one are not written; three at most of a box.
-
-    Raises:
-        VideoError: the video cannot be read.
-        WriteError: the file cannot be written.
-    """
-    output = Path(output)
-    info = probe(path)
-    rate = Fraction(info.fps).limit_denominator(1001)
-    with (
-        os_errors_as_write_error(output),
-        atomic_path(output) as partial,
-        av.open(str(partial), "w", format="mp4") as container,
-    ):
-        stream: Any = None
-        for number, frame in enumerate(read_frames(path, _UNLIMITED)):
-            height, width = (side // 2 * 2 for side in frame.pixels.shape[:2])  # which its chroma wants
-            if stream is None:
-                stream = container.add_stream(_CODEC, rate=rate)
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            place = min(math.floor(Fraction(info.start) + number / rate + Fraction(1, 2)), len(acting) - 1)
-            picture = _drawn(frame.pixels[:height, :width], acting[place], names, score)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        if stream is not None:
-            container.mux(stream.encode())
-
-
-def format_actions(acting: ActionScores, names: Sequence[str], score: float) -> list[list[str]]:
-    """What each box does: up to three actions of at least that score, highest first."""
-    best = [np.argsort(-scores, kind="stable")[:3] for scores in acting.scores]
+def format_actions(scores: ActionScores, names: Sequence[str], threshold: float) -> list[list[str]]:
+    """Returns the text of up to three actions for each box, highest score first, without those below the threshold."""
+    best = [np.argsort(-row, kind="stable")[:3] for row in scores.scores]
     return [
-        [f"{names[index]} {scores[index]:.0%}" for index in own if scores[index] >= score]
-        for own, scores in zip(best, acting.scores)
+        [f"{names[index]} {row[index]:.0%}" for index in top if row[index] >= threshold]
+        for top, row in zip(best, scores.scores)
     ]
-
-
-def _drawn(pixels: Pixels, acting: ActionScores, names: Sequence[str], score: float) -> Pixels:
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    pen, size = ImageDraw.Draw(picture), max(10, picture.height // 36)
-    corners = acting.boxes * np.array((picture.width, picture.height) * 2)
-    colours = [COLOURS[number % len(COLOURS)][1] for number in range(len(corners))]
-    for box, colour in zip(corners.tolist(), colours):
-        pen.rectangle(box, outline=colour, width=max(2, size // 6))
-    longest = min(int(picture.width / (0.65 * size)), 36)  # characters of a line
-    written: list[_Place] = []
-    for (x1, y1, _, _), actions, colour in zip(corners.tolist(), format_actions(acting, names, score), colours):
-        if not actions:
-            continue
-        text = "\n".join(shortened(each, longest) for each in actions)
-        left, top, right, bottom = pen.multiline_textbbox((2, 0), text, _font(size))
-        place = _free_place((x1, y1, x1 + right + left, y1 + bottom + top), picture.size, written)
-        pen.rectangle(place, fill=colour)
-        ink = (0, 0, 0) if colour[1] > 150 else (255, 255, 255)  # green makes a colour bright
-        pen.multiline_text((place[0] + 2, place[1]), text, ink, _font(size))
-        written.append(place)
-    return np.asarray(picture)
-
-
-def _free_place(place: _Place, size: tuple[int, int], written: Sequence[_Place]) -> _Place:
-    """The nearest place of a text that is within the picture and, if there is room below, over no other text."""
-    width, height = place[2] - place[0], place[3] - place[1]
-    left = max(min(place[0], size[0] - 1 - width), 0.0)
-    highest = max(min(place[1], size[1] - 1 - height), 0.0)
-    top = highest
-    for other in sorted(written, key=lambda other: other[1]):
-        if left < other[2] and other[0] < left + width and top < other[3] and other[1] < top + height:
-            top = other[3] + 1
-    top = top if top + height < size[1] else highest
-    return left, top, left + width, top + height
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's font, which has Greek, Cyrillic and Arabic letters; Pillow's has Latin ones only."""
-    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

@@ -1,0 +1,48 @@
+"""Printed predictions: the top classes of each video, or a timeline of windows."""
+
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
+
+from x3d_tf.data.video.decode import VideoError
+from x3d_tf.inference.prediction import Prediction
+from x3d_tf.terminal import one_line
+
+
+def print_videos(results: Iterable[Prediction | VideoError], names: Sequence[str]) -> None:
+    """Prints the five most probable classes of each video."""
+    for result in results:
+        if isinstance(result, VideoError):
+            tqdm.write(one_line(f"error: {result}"), file=sys.stderr)
+        else:
+            heading = one_line(f"{result.path} ({result.end:.1f} s)")
+            tqdm.write("\n".join([heading, *top_lines(result, names, 5)]))
+
+
+def print_windows(results: Iterable[Prediction | VideoError], names: Sequence[str]) -> None:
+    """Prints a timeline of each video: one line for consecutive windows that share their most probable class."""
+
+    def key(result: Prediction | VideoError) -> tuple[str, int]:
+        return str(result.path), -1 if isinstance(result, VideoError) else result.top(1)[0]
+
+    printed = None
+    for (path, top), group in itertools.groupby(results, key):
+        start, end, total, windows = None, 0.0, 0.0, 0
+        for result in group:
+            if isinstance(result, VideoError):
+                tqdm.write(one_line(f"error: {result}"), file=sys.stderr)
+                continue
+            start, end = result.start if start is None else start, result.end
+            total, windows = total + float(result.probabilities[top]), windows + 1
+        if windows:
+            heading = [] if path == printed else [one_line(path)]
+            printed = path
+            line = f"  {start:8.1f} - {end:8.1f} s  {total / windows:6.1%}  {one_line(names[top])}"
+            tqdm.write("\n".join([*heading, line]))
+
+
+def top_lines(prediction: Prediction, names: Sequence[str], count: int) -> list[str]:
+    """Returns the most probable classes of a prediction, one line each."""
+    return [f"  {prediction.probabilities[index]:6.1%}  {one_line(names[index])}" for index in prediction.top(count)]
