@@ -21,13 +21,11 @@ from x3d_tf.inference.actions import (
     ActionScores,
     CsvBoxes,
     PersonDetector,
-    _drawn,
-    _free_place,
     detect_actions,
     detections,
     format_actions,
 )
-from x3d_tf.inference.drawing import draw_video
+from x3d_tf.inference.drawing import _draw, _free_rectangle, draw_video
 from x3d_tf.types import Storage
 
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
@@ -151,11 +149,11 @@ def test_other_saved_models_are_refused(tmp_path: Path) -> None:
     [
         (
             {"detection_boxes": [[[10.0, 20.0, 40.0, 90.0]]]},
-            "detection_boxes of .* must be numbers in .*, not pixels",
+            "detection_boxes of .* must be fractions of the image in .*, not pixels",
         ),
-        ({"detection_boxes": [[[np.nan] * 4]]}, "detection_boxes of .* must be numbers in"),
-        ({"detection_scores": [0.9]}, r"must be \(1, n, 4\), \(1, n\) and \(1, n\), got"),
-        ({"side": 320}, "the person detector .* fails on the picture of second 7, 97 x 48 pixels: "),
+        ({"detection_boxes": [[[np.nan] * 4]]}, "detection_boxes of .* must be fractions of the image in"),
+        ({"detection_scores": [0.9]}, r"must have the shapes \(1, n, 4\), \(1, n\) and \(1, n\), got"),
+        ({"side": 320}, "the person detector .* fails on the frame at second 7, 97 x 48 pixels: "),
     ],
 )
 def test_what_is_wrong_with_its_answers(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -229,13 +227,13 @@ def test_a_drawn_video_has_boxes_that_stay_until_half_way_to_the_next(film: Path
     ],
 )
 def test_texts_of_boxes_stay_in_the_picture_and_apart(place: Any, written: Any, expected: Any) -> None:
-    assert _free_place(place, (100, 50), written) == expected
+    assert _free_rectangle(place, (100, 50), written) == expected
 
 
 def test_drawn_texts_are_shortened_but_for_their_ends() -> None:
     def drawn(name: str, score: float) -> np.ndarray:
         acting = ActionScores(0, np.float32([[0.5, 0, 1, 1]]), np.float32([[score]]))
-        return _drawn(np.zeros((96, 128, 3), np.uint8), acting, [name], 0.5)
+        return _draw(np.zeros((96, 128, 3), np.uint8), acting, [name], 0.5)
 
     once = drawn("a" * 40 + " дом", 0.9)
     np.testing.assert_array_equal(once, drawn("a" * 400 + " дом", 0.9))
@@ -261,7 +259,7 @@ def test_the_command_writes_and_draws(
     with pytest.raises(SystemExit, match="1 of 2 files could not be predicted"):
         in_process(predict, *arguments, positional=True)
     printed = capsys.readouterr()
-    assert "has no boxes of words" in printed.err
+    assert "has no boxes for words" in printed.err
     assert "film.mp4      1 s  person 2: " in printed.out and "written: " in printed.out
     table = read_boxes(tmp_path / "out.csv", "detections", dict(enumerate(NAMES, 1)), seconds=(0, 9))
     assert len(table) == 3 * 3
