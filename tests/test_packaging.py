@@ -117,16 +117,31 @@ def test_nothing_goes_by_another_name(wheel: Path) -> None:
     assert sorted(path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")) == ["x3d_tf"]
 
 
-def test_it_finds_its_recipes_from_a_foreign_folder(wheel: Path, tmp_path: Path) -> None:
-    flags = ("--gin_file=gin/x3d_s.gin", "--gin_file=gin/data/records.gin")
-    done = run("x3d_tf.complexity", *flags, at=tmp_path, path=wheel)
-    assert "x3d_s" in done.stdout, done.stderr
+@pytest.mark.parametrize(
+    ("recipes", "network"),
+    [(("gin/x3d_s.gin", "gin/data/records.gin"), "x3d_s"), (("gin/ava/x3d_xl_v2.2.gin",), "x3d_xl")],
+    ids=["a network", "includes of includes"],
+)
+def test_recipes_are_found_from_an_empty_folder(
+    recipes: tuple[str, ...], network: str, wheel: Path, tmp_path: Path
+) -> None:
+    done = run("x3d_tf.complexity", *(f"--gin_file={recipe}" for recipe in recipes), at=tmp_path, path=wheel)
+    assert network in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_recipe_that_includes_others_trains_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    settings = ("Expansion.gamma_t=2", "Expansion.gamma_s=0.3", "Expansion.gamma_d=1.0", "Recipe.steps=2")
+    flags = ("--gin_file=gin/x3d_s.gin", *(f"--gin_bindings={setting}" for setting in settings), "--workdir=run")
+    done = run("x3d_tf.train", *flags, at=tmp_path, path=wheel)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.keras").is_file()
 
 
 COMMANDS = sorted(
     ".".join(path.with_suffix("").parts)
     for path in files(ROOT / "export", "*.py")
-    if "_command.run(main" in (ROOT / "export" / path).read_text(encoding="utf-8")
+    if "commands.run(main" in (ROOT / "export" / path).read_text(encoding="utf-8")
 )
 
 
