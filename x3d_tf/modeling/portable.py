@@ -17,7 +17,7 @@ from x3d_tf.modeling import detection
 from x3d_tf.modeling.architecture import plan, require_window
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import ChannelwiseConv3D
-from x3d_tf.modeling.metadata import Metadata, named_or_numbered
+from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
 from x3d_tf.modeling.x3d import ClipParts, Network, graph
 
 
@@ -46,14 +46,14 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
     require(
         model.include_top, "the network of a portable model", "have its classifier (include_top)", model.include_top
     )
-    names, size = named_or_numbered(class_names, model.num_classes), size or model.eval_size
+    names, size = class_names_or_numbers(class_names, model.num_classes), size or model.eval_size
     require(len(names) == model.num_classes, "class_names", f"be {model.num_classes}, one an output", len(names))
     app = build_portable(model, size)
     for source, targets in _pairs(model, app):
         arrays = _split(source, len(targets))
         for target, weights in zip(targets, arrays):
             target.set_weights([w.reshape(t.shape) for w, t in zip(weights, target.weights)])
-    app.description = Metadata.of(model, class_names=names, form="portable", size=size)
+    app.metadata = Metadata.from_model(model, class_names=names, form="portable", size=size)
     return app
 
 
@@ -81,7 +81,7 @@ def build_portable(model: Network, size: int) -> keras.Model:
     return keras.Model(clip, probabilities, name=model.name)
 
 
-def take_weights(model: Network, app: keras.Model) -> None:
+def copy_portable_weights(model: Network, app: keras.Model) -> None:
     """Copies the weights of the application's form into the trainable network."""
     for target, sources in _pairs(model, app):
         arrays = [source.get_weights() for source in sources]
