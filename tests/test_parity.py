@@ -86,10 +86,10 @@ def assert_equal(actual: Mapping[str, Any], expected: Mapping[str, np.ndarray], 
     assert not wrong
 
 
-@pytest.mark.parametrize("views", ["training", "evaluation"])
+@pytest.mark.parametrize("views", ["training", "testing"])
 def test_stages_and_logits(pair: tuple[str, Any, Any], views: str) -> None:
     name, reference, ours = pair
-    size = SIZES[name][views == "evaluation"]
+    size = SIZES[name][views == "testing"]
     batch = clips(f"clips/{views}", 1, VARIANTS[name].expansion.clip.frames, size, size)
     assert_equal(ours(batch), reference(batch), FLOAT32_BOUND)
 

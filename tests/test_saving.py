@@ -362,7 +362,7 @@ def _padded(member: str, size: int) -> Callable[[str, bytes, zipfile.ZipFile], N
     ("change", "message"),
     [
         (_double, "a model file must contain each member once, got 'x3d_tf.json'"),
-        (_add, r"the members of a model file must be among model\.weights\.h5, .*, got 'assets/a.txt'"),
+        (_add, r"a member of a model file must be among model\.weights\.h5, .*, got 'assets/a.txt'"),
         (_deflate, r"model\.weights\.h5 must be stored without compression"),
         (_without_weights, r"a model file must contain model\.weights\.h5"),
         (_padded("x3d_tf.json", 17 << 20), "x3d_tf.json must have at most 16777216 bytes, got 178"),

@@ -121,9 +121,9 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
     members: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         name = member.filename
-        require(name in known, "the members of a model file", f"be among {', '.join(known)}", name[:200])
+        require(name in known, "a member of a model file", f"be among {', '.join(known)}", name[:200])
         require(name not in members, "a model file", "contain each member once", name)
-        require(not member.flag_bits & _ENCRYPTED, name, "not be encrypted", member.flag_bits)
+        require(not member.flag_bits & _ENCRYPTED, name, "not be encrypted")
         stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
         require(stored, name, "be stored without compression, as Keras writes it", member.compress_type)
         limit = min(_LIMITS.get(name, size), size)
@@ -139,32 +139,34 @@ def _iter_array_sizes(file: h5py.File, limit: int) -> Iterator[int]:
     while groups:
         group = groups.pop()
         for name in group:
-            what = f"{group.name}/{name}"[:200]
+            array_name = f"{group.name}/{name}"[:200]
             link = group.get(name, getlink=True)
-            require(isinstance(link, h5py.HardLink), what, "be an array or a group, not a link", type(link).__name__)
+            require(
+                isinstance(link, h5py.HardLink), array_name, "be an array or a group, not a link", type(link).__name__
+            )
             item = group[name]
             address = h5py.h5o.get_info(item.id).addr
             if address in visited:
-                raise UserError(f"{what} must have a single name, but the file links to it several times")
+                raise UserError(f"{array_name} must have a single name, but the file links to it several times")
             visited.add(address)
             if isinstance(item, h5py.Group):
                 groups.append(item)
                 continue
-            size = _checked_num_bytes(item, what)
+            size = _checked_num_bytes(item, array_name)
             total += size
             require(total <= limit, "the arrays", f"have at most {limit} bytes in total", total)
             yield size // item.dtype.itemsize
 
 
-def _checked_num_bytes(item: Any, what: str) -> int:
-    array = isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and not item.dtype.shape
-    require(array, what, "be an array of numbers", type(item).__name__)
+def _checked_num_bytes(item: Any, array_name: str) -> int:
+    is_numeric = isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and not item.dtype.shape
+    require(is_numeric, array_name, "be an array of numbers", type(item).__name__)
     if item.external or item.is_virtual:
-        raise UserError(f"{what} must be stored in the file itself, but refers to another file or array")
+        raise UserError(f"{array_name} must be stored in the file itself, but refers to another file or array")
     size = math.prod(item.shape) * item.dtype.itemsize
     stored = item.id.get_storage_size()
-    plain = item.chunks is None and stored == size
-    require(plain, what, f"have the {size} bytes of its shape {item.shape}, uncompressed", stored)
+    is_uncompressed = item.chunks is None and stored == size
+    require(is_uncompressed, array_name, f"have the {size} bytes of its shape {item.shape}, uncompressed", stored)
     return size
 
 

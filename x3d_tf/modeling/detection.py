@@ -139,7 +139,7 @@ def graph(
     x = backbone(clip, architecture, factory)
     if head != "simple":
         x = conv5(x, architecture, factory)
-    x = ops.mean(ops.cast(factory.clips(x), full_precision()), axis=1)  # [N, H, W, C]
+    x = ops.mean(ops.cast(factory.as_clips(x), full_precision()), axis=1)  # [N, H, W, C]
     if head == "frame":
         x = ops.max(x, axis=(1, 2), keepdims=True)[:, 0]  # [N, 1, C]
         x = ops.add(x, ops.zeros_like(boxes[..., :1]))

@@ -165,7 +165,7 @@ class FoldedLayerFactory:
         scale = ops.reshape(scale, (1, self._batch_times(), 1, c))
         return self._to_images(ops.multiply(rows, scale), x)
 
-    def clips(self, x: Any) -> Any:
+    def as_clips(self, x: Any) -> Any:
         """Returns the tensor as (N, T, H, W, C)."""
         x = ops.reshape(x, (self.frames, self._batch_times(), *x.shape[1:]))
         return ops.transpose(x, (1, 0, 2, 3, 4))

@@ -75,10 +75,11 @@ class Metadata:
         for number, name in enumerate(self.class_names):
             check_class_name(name, f"class_names[{number}]")
         detects = self.task == "detection"
-        fits = (self.detection_head is not None) == detects and (self.include_top or not detects)
-        require(fits, "detection_head", f"be set for detectors only (task {self.task!r})", self.detection_head)
-        plain = not detects or self.frame_sampling == "slowfast"
-        require(plain, "frame_sampling", "be 'slowfast' for a detector", self.frame_sampling)
+        is_consistent = (self.detection_head is not None) == detects and (self.include_top or not detects)
+        rule = f"be set if and only if task is 'detection' (task is {self.task!r})"
+        require(is_consistent, "detection_head", rule, self.detection_head)
+        is_valid_sampling = not detects or self.frame_sampling == "slowfast"
+        require(is_valid_sampling, "frame_sampling", "be 'slowfast' for a detector", self.frame_sampling)
         require(1 <= self.test_views <= MAX_VIEWS, "test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
 
     @classmethod

@@ -20,9 +20,8 @@ def regions(maps: Any, boxes: Any, height: Any, width: Any) -> Any:
         (N, B, 7, 7, C); 0 for boxes without width or height.
     """
     sides = ops.cast(ops.stack([width, height, width, height]), maps.dtype)
-    boxes = (
-        ops.minimum(ops.maximum(ops.cast(boxes, maps.dtype), 0.0), 1.0) * sides
-    )  # not ops.clip: the input has the name "clip"
+    # Not ops.clip, because the network's input has the name "clip".
+    boxes = ops.minimum(ops.maximum(ops.cast(boxes, maps.dtype), 0.0), 1.0) * sides
     return roi_align(maps, boxes, size=REGION_BINS, scale=1 / _STRIDE)
 
 

@@ -88,7 +88,7 @@ class Network(keras.Model):
         stretch: whether training frames were resized to squares, ignoring the aspect ratio. Evaluation does the same.
         stored: size and JPEG quality of the stored training frames. Frames of videos are then resized and compressed
             alike. None if the training frames were not stored, or if this is unknown.
-        frame_sampling: rule that chose the frames of the training clips; see `data.clips.frame_indices`.
+        frame_sampling: rule that chose the frames of the training clips; see `data.sampling.frame_indices`.
         test_views: default number of clips per video whose probabilities are averaged.
         backbone_end: name of the layer whose output is the input of the head.
         logits: logits tensor in the network's graph, the input of the loss.
@@ -194,7 +194,7 @@ class ClipLayerFactory:
     def activation(self, x: Any, function: str, name: str) -> Any:
         return layers.Activation(function, name=name)(x)
 
-    def clips(self, x: Any) -> Any:
+    def as_clips(self, x: Any) -> Any:
         """Returns the tensor as (N, T, H, W, C)."""
         return x
 
@@ -331,7 +331,7 @@ def squeeze_excitation(x: Any, name: str, factory: Any) -> Any:
 
 def head(x: Any, options: ModelOptions, factory: Any, *, window: int, num_classes: int | None, task: Task) -> Any:
     """Builds the head from conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5."""
-    x, full = factory.clips(x), full_precision()
+    x, full = factory.as_clips(x), full_precision()
     x = ops.cast(x, full) if x.dtype != full else x
     if options.head_pool == "global" or num_classes is None:
         x = layers.GlobalAveragePooling3D(name="pool5", dtype=full)(x)

@@ -35,13 +35,8 @@ _HEAD_POOL: dict[Naming, Any] = dict.fromkeys(TITLES, "global") | dict.fromkeys(
 _POOLING_NOTE: dict[Naming, str] = {naming: f", as in {title}" for naming, title in TITLES.items()} | {
     "pytorchvideo": ", the default of pytorchvideo; fixed_logits is equivalent to a model without final softmax",
 }
-_EXPORTABLE_OPTIONS = (
-    "shortcut_norm",
-    "head_pool",
-    "bn_group",
-    "drop_connect",
-    "dropout",
-)  # all others change the graph
+# All other options change the graph.
+_EXPORTABLE_OPTIONS = ("shortcut_norm", "head_pool", "bn_group", "drop_connect", "dropout")
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class Report:
             f"{len(self.rows)} tensors converted, with the names of {TITLES[self.naming]}; only in the checkpoint: "
             f"{first_few(self.only_in_checkpoint) or 'none'}; only in x3d_tf: "
             f"{first_few(self.only_in_network) or 'none'}",
-            f"{self.counters} {COUNTER} ignored: they are counters, not weights",
+            f"{self.counters} {COUNTER} counters, which have no effect on the outputs",
             *self.notes,
             f"SHA-256 of the weights: {self.weights_sha256}",
             f"SHA-256 of {self.path}: {self.sha256}",
@@ -126,8 +121,8 @@ def import_checkpoint(
         path: a file written by `torch.save` with a state dict, at the top level or under any keys; the names may have a
             prefix. Nothing in the file is executed.
         network: variant or expansion of the checkpoint. XS, S and M have weights of equal names and shapes.
-        num_classes: number of outputs of the classifier. Defaults to that of the checkpoint, and must equal it if
-            `keep_head` is true.
+        num_classes: number of outputs of the classifier. Defaults to that of the checkpoint. Required if `keep_head` is
+            false; otherwise no other number is valid.
         keep_head: False creates a randomly initialized classifier fc2 with `num_classes` outputs.
         head_pool: see `ModelOptions`. Defaults to that of the implementation: `fixed_probabilities` for PySlowFast and
             pytorchvideo, `global` for the others.
@@ -268,13 +263,13 @@ def _match_shortcut_norms(
     values: dict[str, np.ndarray], model: X3D, options: ModelOptions, naming: Naming
 ) -> list[str]:
     """Changes the weights in place so that the shortcut of res2 matches `options`, and returns notes about it."""
-    ours = {name.target for name in names(plan(model.expansion, model.options), naming)}
-    theirs = {name.target for name in names(plan(model.expansion, options), naming)}
+    current = {name.target for name in names(plan(model.expansion, model.options), naming)}
+    required = {name.target for name in names(plan(model.expansion, options), naming)}
     notes = []
-    for layer in dict.fromkeys(target.rpartition("/")[0] for target in sorted(ours ^ theirs)):
+    for layer in dict.fromkeys(target.rpartition("/")[0] for target in sorted(current ^ required)):
         block = layer.removesuffix("_shortcut_bn")
         epsilon = model.get_layer(f"{block}_conv_c_bn").epsilon
-        if layer in {target.rpartition("/")[0] for target in ours}:
+        if layer in {target.rpartition("/")[0] for target in current}:
             _fold_shortcut_norm(values, block, epsilon)
             change = f"{layer} is folded into {block}_shortcut and {block}_conv_c_bn"
         else:

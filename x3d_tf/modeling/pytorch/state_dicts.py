@@ -211,30 +211,30 @@ def _prefixes(tensors: Mapping[str, Tensor], sources: Mapping[str, Naming]) -> C
 
 
 def _raise_mismatch(candidates: list[StateDict], expansion: Expansion, keep_head: bool) -> None:
-    """Raises an error that names the matching variants, or else lists the mismatches with the given network."""
+    """Raises an error that names the matching variants, or else lists the mismatches with the requested network."""
 
     def count(candidate: StateDict, network: Expansion) -> int:
         return len(candidate.mismatches(network, head=keep_head))
 
     candidate = min(candidates, key=lambda candidate: count(candidate, expansion))
     errors = candidate.mismatches(expansion, head=keep_head)
-    source, given = f"{candidate.path} ({TITLES[candidate.naming]})", name_of(expansion)
+    source, requested = f"{candidate.path} ({TITLES[candidate.naming]})", name_of(expansion)
     counts = {name: min(count(c, v.expansion) for c in candidates) for name, v in VARIANTS.items()}
     fewest = min(counts.values())
     variants = [name for name, mismatches in counts.items() if mismatches == fewest]
     rule = f"be {' or '.join(variants)}"
-    require(fewest > 0, "network (--variant)", f"{rule} to match the names and shapes in {source}", given)
+    require(fewest > 0, "network (--variant)", f"{rule} to match the names and shapes in {source}", requested)
     if fewest < len(errors) and fewest <= _MAX_MISMATCH * len(candidate.tensors):
         closest = VARIANTS[variants[0]].expansion
         best = min(candidates, key=lambda candidate: count(candidate, closest))
         errors = best.mismatches(closest, head=keep_head)
         raise UserError(
-            f"network (--variant) must {rule}, the closest match for {source}, got {given!r}; "
+            f"network (--variant) must {rule}, the closest match for {source}, got {requested!r}; "
             f"mismatches with {variants[0]}: {len(errors)}\n" + "\n".join(errors)
         )
     if fewest > _MAX_MISMATCH * len(candidate.tensors):
-        given += f" or any of {', '.join(VARIANTS)}"
-    raise UserError(_mismatch_message(candidate, given, errors + candidate.invalid_values(head=keep_head)))
+        requested += f" or any of {', '.join(VARIANTS)}"
+    raise UserError(_mismatch_message(candidate, requested, errors + candidate.invalid_values(head=keep_head)))
 
 
 def _mismatch_message(candidate: StateDict, network: str, errors: list[str]) -> str:
