@@ -97,7 +97,7 @@ FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
 }
 
 
-class GroupedParts(x3d.TrainableParts):
+class GroupedLayerFactory(x3d.TrainableLayerFactory):
     """The trainable network's layers, but Keras' own grouped convolution for the channel-wise ones."""
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
@@ -115,8 +115,8 @@ class GroupedParts(x3d.TrainableParts):
 
 
 def with_grouped_convolutions(model: x3d_tf.X3D) -> x3d_tf.X3D:
-    """The same network, weights included, of `GroupedParts`."""
-    with mock.patch.object(x3d, "TrainableParts", GroupedParts):
+    """Returns the same network, with the same weights, built by `GroupedLayerFactory`."""
+    with mock.patch.object(x3d, "TrainableLayerFactory", GroupedLayerFactory):
         grouped = x3d_tf.X3D(model.expansion, model.num_classes, model.options)
     for layer in model.layers:
         weights = layer.get_weights()

@@ -5,7 +5,7 @@ from x3d_tf import VARIANTS, Expansion, ModelOptions
 from x3d_tf.modeling.architecture import plan, round_width, se_width
 
 SMALL, LARGE = (24, 24, 48, 96, 192), (32, 32, 72, 136, 280)
-TABLE = {  # channels of conv1 and res2..res5, inner channels, depths
+TABLE = {  # widths of conv1 and res2..res5, inner widths, depths
     "x2d": (SMALL, (24, 48, 96, 192), (1, 2, 5, 3)),
     "x3d_xs": (SMALL, (54, 108, 216, 432), (3, 5, 11, 7)),
     "x3d_s": (SMALL, (54, 108, 216, 432), (3, 5, 11, 7)),
@@ -26,14 +26,14 @@ def test_plan_of_the_variants(name: str) -> None:
     assert architecture.head_width == inner[-1]
 
 
-def test_rounding() -> None:
+def test_widths_are_rounded_as_published() -> None:
     assert [round_width(w, 1.45) for w in (24, 48, 96, 192)] == [32, 72, 136, 280]
     assert [se_width(w) for w in (24, 48, 96, 192)] == [8, 8, 8, 16]
     assert [se_width(w) for w in (54, 108, 216, 432)] == [8, 8, 16, 32]
     assert [se_width(w) for w in (72, 162, 306, 630)] == [8, 16, 24, 40]
 
 
-def test_depth_survives_float32() -> None:
+def test_depth_is_robust_to_float32_rounding() -> None:
     depths = [stage.depth for stage in plan(Expansion(gamma_d=float(np.float32(2.2)))).stages]
     assert depths == [3, 5, 11, 7]
 
@@ -55,11 +55,11 @@ def test_drop_connect_grows_with_the_stage() -> None:
     ("option", "value"),
     [("stem_kernel", 4), ("bn_group", 0), ("drop_connect", 1.0), ("dropout", -0.1), ("se", "some"), ("swish", 1)],
 )
-def test_bad_options_are_named(option: str, value: object) -> None:
+def test_invalid_options_are_named(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"ModelOptions\.{option} must .*{value!r}"):
         ModelOptions(**{option: value})  # type: ignore[arg-type]
 
 
-def test_a_width_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"gamma_b must leave a channel of 24, got 0\.01"):
+def test_zero_inner_width_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"gamma_b must give at least 1 inner channel for a width of 24, got 0\.01"):
         plan(Expansion(gamma_b=0.01))

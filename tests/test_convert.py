@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch implementations become networks and go back, without PyTorch."""
+"""Tests of the import and export of PyTorch checkpoints, without PyTorch."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,7 +26,7 @@ State = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def trained() -> X3D:
-    """A network none of whose weights has the value it starts with."""
+    """A network with no weight at its initial value."""
     return fill(build_x3d(SMALL, num_classes=CLASSES))
 
 
@@ -42,7 +42,7 @@ def fill(model: X3D) -> X3D:
 
 
 def random_state(naming: Naming, classes: int = CLASSES) -> State:
-    """Random values under the names and in the shapes of an implementation."""
+    """Creates random weights with the names and shapes of an implementation."""
     options = ModelOptions(shortcut_norm="on_width_change" if naming == "pytorchvideo" else "always")
     model = build_x3d(SMALL, num_classes=classes, shortcut_norm=options.shortcut_norm)
     draw = np.random.default_rng(1)
@@ -66,9 +66,9 @@ def arrays(path: Path) -> State:
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_there_and_back(naming: Naming, tmp_path: Path) -> None:
+def test_import_export_round_trip(naming: Naming, tmp_path: Path) -> None:
     state = random_state(naming)
-    model, report = import_checkpoint(written(tmp_path / "there.pyth", state), SMALL)
+    model, report = import_checkpoint(written(tmp_path / "original.pyth", state), SMALL)
     assert model.num_classes == CLASSES
     assert report.naming == naming
     weights = {name: value for name, value in state.items() if "num_batches" not in name}
@@ -78,11 +78,11 @@ def test_there_and_back(naming: Naming, tmp_path: Path) -> None:
         weight = getattr(model.get_layer(name.layer), name.weight)
         np.testing.assert_array_equal(weight, to_ours(state[name.source], name.kind))
     assert report.counters == len(state) - len(weights)
-    assert (report.left, report.new) == ((), ())
+    assert (report.only_in_checkpoint, report.only_in_network) == ((), ())
 
     back = export_checkpoint(model, tmp_path / "back.pyth", naming)
     returned = arrays(tmp_path / "back.pyth")
-    assert list(returned) == list(state)  # in order, too
+    assert list(returned) == list(state)  # in the same order
     for name, value in returned.items():
         expected = np.zeros((), np.int64) if "num_batches" in name else state[name]
         np.testing.assert_array_equal(value, expected)
@@ -92,7 +92,7 @@ def test_there_and_back(naming: Naming, tmp_path: Path) -> None:
     assert not any("evaluation only" in note for note in back.notes)
 
 
-def test_a_source_decides_shortcuts_and_pooling(tmp_path: Path) -> None:
+def test_the_implementation_determines_shortcuts_and_pooling(tmp_path: Path) -> None:
     expected = {
         "slowfast": ("always", "fixed_probabilities"),
         "pytorchvideo": ("on_width_change", "fixed_probabilities"),
@@ -107,12 +107,16 @@ def test_a_source_decides_shortcuts_and_pooling(tmp_path: Path) -> None:
 
 
 def test_equal_weights_have_equal_checksums(trained: X3D, tmp_path: Path) -> None:
-    of = {naming: export_checkpoint(trained, tmp_path / naming, naming) for naming in NAMINGS}
-    assert of["slowfast"].weights_sha256 == of["mmaction2"].weights_sha256 == of["pytorchvideo_mobile"].weights_sha256
-    assert of["slowfast"].sha256 != of["mmaction2"].sha256
+    reports = {naming: export_checkpoint(trained, tmp_path / naming, naming) for naming in NAMINGS}
+    assert (
+        reports["slowfast"].weights_sha256
+        == reports["mmaction2"].weights_sha256
+        == reports["pytorchvideo_mobile"].weights_sha256
+    )
+    assert reports["slowfast"].sha256 != reports["mmaction2"].sha256
     trained.get_layer("fc2").bias.assign_add(np.full(CLASSES, 1e-3))
     changed = export_checkpoint(trained, tmp_path / "changed", "slowfast")
-    assert changed.weights_sha256 != of["slowfast"].weights_sha256
+    assert changed.weights_sha256 != reports["slowfast"].weights_sha256
 
 
 def test_the_report_names_every_tensor(tmp_path: Path) -> None:
@@ -122,33 +126,36 @@ def test_the_report_names_every_tensor(tmp_path: Path) -> None:
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
     for name, value in state.items():
         if name.startswith("cls_head.fc2"):
-            assert f"only there: {'cls_head.fc2.weight, cls_head.fc2.bias'}" in text
+            assert f"only in the checkpoint: {'cls_head.fc2.weight, cls_head.fc2.bias'}" in text
         elif "num_batches" not in name:
             assert lines[name][0] == "x".join(map(str, value.shape))
     assert lines["backbone.conv1_s.conv.weight"] == ["8x3x1x3x3", "conv1_xy/kernel", "1x3x3x3x8"]
-    assert "only here: fc2/kernel, fc2/bias" in text
+    assert "only in x3d_tf: fc2/kernel, fc2/bias" in text
     assert report.sha256 in text
     assert report.weights_sha256 in text
 
 
-def test_it_says_which_clips_the_network_is_for() -> None:
+def test_the_report_describes_the_input_clips() -> None:
     for variant, others in (("x3d_s", "x3d_xs, x3d_s, x3d_m have equal names and shapes"), ("x3d_xxl", "")):
-        note = convert._clips_of(VARIANTS[variant].expansion)
-        assert note.endswith(others or "one in 2.5 of 30 a second")
+        note = convert._describe_clips(VARIANTS[variant].expansion)
+        assert note.endswith(others or "stride 2.5 at 30 fps")
 
 
-def test_a_fresh_classifier(tmp_path: Path) -> None:
+def test_a_new_classifier(tmp_path: Path) -> None:
     path = written(tmp_path / "a.pyth", random_state("slowfast"))
     model, _ = import_checkpoint(path, SMALL, num_classes=9, keep_head=False)
     assert model.output_shape == (None, 9)
     assert not np.asarray(model.get_layer("fc2").bias).any()
-    with pytest.raises(UserError, match=r"num_classes must be 5, as the classifier of .*keep_head is false, got 9"):
+    with pytest.raises(
+        UserError,
+        match=r"num_classes must be 5, the number of outputs of the classifier in .*keep_head is false, got 9",
+    ):
         import_checkpoint(path, SMALL, num_classes=9)
-    with pytest.raises(UserError, match="num_classes must be given where keep_head is false"):
+    with pytest.raises(UserError, match="num_classes must be set if keep_head is false"):
         import_checkpoint(path, SMALL, keep_head=False)
 
 
-def test_a_trunk_without_classifier(tmp_path: Path) -> None:
+def test_a_backbone_without_classifier(tmp_path: Path) -> None:
     state = {name: value for name, value in random_state("slowfast").items() if "projection" not in name}
     path = written(tmp_path / "a.pyth", state)
     assert import_checkpoint(path, SMALL, num_classes=4, keep_head=False)[0].num_classes == 4
@@ -158,7 +165,7 @@ def test_a_trunk_without_classifier(tmp_path: Path) -> None:
         import_checkpoint(path, SMALL)
 
 
-def test_all_faults_are_listed(tmp_path: Path) -> None:
+def test_all_mismatches_are_listed(tmp_path: Path) -> None:
     state = random_state("pytorchvideo")
     del state["blocks.0.norm.bias"], state["blocks.5.proj.bias"]
     state["blocks.9.weight"] = np.ones((2, 3), np.float32)
@@ -169,12 +176,12 @@ def test_all_faults_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         import_checkpoint(written(tmp_path / "a.pyth", state), SMALL, num_classes=CLASSES)
     expected = (
-        f"{tmp_path / 'a.pyth'} has the names of pytorchvideo, and 7 tensors do not fit",
+        f"{tmp_path / 'a.pyth'} (pytorchvideo) must match ",
         "missing: blocks.0.norm.bias 8",
         "missing: blocks.5.proj.bias 5",
-        "left over: blocks.9.weight 2x3",
-        "left over: blocks.1.res_blocks.0.branch1_norm.weight 8",
-        "shape 2048x144 instead of 2048x144x1x1x1: blocks.5.pool.post_conv.weight",
+        "unexpected: blocks.9.weight 2x3",
+        "unexpected: blocks.1.res_blocks.0.branch1_norm.weight 8",
+        "shape 2048x144, expected 2048x144x1x1x1: blocks.5.pool.post_conv.weight",
         "values of type int64: blocks.0.conv.conv_t.weight",
         "values that are not finite: blocks.0.norm.running_mean",
     )
@@ -185,31 +192,34 @@ def test_all_faults_are_listed(tmp_path: Path) -> None:
 
 
 def outputs(model: X3D) -> Iterable[np.ndarray]:
-    """Of a clip at the training crop and of a larger one."""
+    """Yields outputs for clips of the training crop and for larger ones."""
     for side in (64, 96):
         clips = np.random.default_rng(2).integers(0, 256, (2, 2, side, side, 3)).astype(np.uint8)
         yield keras.ops.convert_to_numpy(model(clips))
 
 
-def test_a_norm_on_a_shortcut_is_folded(trained: X3D, tmp_path: Path) -> None:
+def test_a_batch_norm_on_a_shortcut_is_folded(trained: X3D, tmp_path: Path) -> None:
     report = export_checkpoint(trained, tmp_path / "a.pyth", "pytorchvideo")
     assert not any("branch1_norm" in row.source for row in report.rows if ".1.res_blocks" in row.source)
     assert "res2_0_shortcut_bn is folded" in str(report)
-    assert (report.left, report.new) == ((), tuple(f"res2_0_shortcut_bn/{name}" for name in NORM))
+    assert (report.only_in_checkpoint, report.only_in_network) == (
+        (),
+        tuple(f"res2_0_shortcut_bn/{name}" for name in NORM),
+    )
     assert "evaluation only" in str(report)
-    assert "pytorchvideo pools by fixed_probabilities in its head, this network by global" in str(report)
+    assert "pytorchvideo uses fixed_probabilities pooling in the head, this network global" in str(report)
     model, _ = import_checkpoint(tmp_path / "a.pyth", SMALL, head_pool="global")
     assert model.options.shortcut_norm == "on_width_change"
     for actual, expected in zip(outputs(model), outputs(trained)):
         np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_a_norm_that_changes_nothing(tmp_path: Path) -> None:
+def test_a_missing_batch_norm_is_written_as_an_identity(tmp_path: Path) -> None:
     model = fill(build_x3d(SMALL, num_classes=CLASSES, shortcut_norm="on_width_change"))
     report = export_checkpoint(model, tmp_path / "a.pyth", "mmaction2")
-    assert "res2_0_shortcut_bn, which this network does not have, is written as one that changes nothing" in str(report)
-    assert report.left == tuple(f"backbone.layer1.0.downsample.bn.{name}" for name in NORM.values())
-    assert report.new == ()
+    assert "res2_0_shortcut_bn does not exist in this network and is written as an identity" in str(report)
+    assert report.only_in_checkpoint == tuple(f"backbone.layer1.0.downsample.bn.{name}" for name in NORM.values())
+    assert report.only_in_network == ()
     returned, _ = import_checkpoint(tmp_path / "a.pyth", SMALL)
     assert returned.options.shortcut_norm == "always"
     for actual, expected in zip(outputs(returned), outputs(model)):
@@ -220,16 +230,16 @@ def test_a_norm_that_changes_nothing(tmp_path: Path) -> None:
     ("option", "value"),
     [("input", "difference"), ("stem_kernel", 3), ("se", "all"), ("swish", False), ("separable", False)],
 )
-def test_ablations_have_no_counterpart(option: str, value: object, tmp_path: Path) -> None:
+def test_ablations_cannot_be_exported(option: str, value: object, tmp_path: Path) -> None:
     model = build_x3d(SMALL, num_classes=2, **{option: value})
-    with pytest.raises(UserError, match=f"ModelOptions.{option} must be .* for a network that other implementations"):
+    with pytest.raises(UserError, match=f"ModelOptions.{option} must be .* for export: other implementations"):
         export_checkpoint(model, tmp_path / "a.pyth", "slowfast")
     assert not (tmp_path / "a.pyth").exists()
 
 
-def test_a_network_without_classifier_is_refused(tmp_path: Path) -> None:
+def test_invalid_arguments_of_export_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the network to export must have its classifier"):
         export_checkpoint(build_x3d(SMALL, include_top=False), tmp_path / "a.pyth", "slowfast")
     model = build_x3d(replace(SMALL, gamma_w=0.4), num_classes=2)
-    with pytest.raises(UserError, match="the naming must be among slowfast"):
+    with pytest.raises(UserError, match="naming must be among slowfast"):
         export_checkpoint(model, tmp_path / "a.pyth", "caffe2")  # type: ignore[arg-type]

@@ -15,10 +15,10 @@ EXACT = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_variants_to_the_integer(name: str) -> None:
+def test_cost_of_the_variants_is_exact(name: str) -> None:
     count = cost(name)
     assert (count.macs, count.params) == EXACT[name]
-    # The paper's digits, but for the 0.605 that it prints as 0.60.
+    # The paper prints 0.605 as 0.60.
     published = VARIANTS[name]
     assert count.macs / 1e9 == pytest.approx(published.published_macs, rel=0.009 if name == "x3d_xs" else 0.002)
     digits = len(str(published.published_params).split(".")[1])
@@ -37,21 +37,21 @@ def test_variants_to_the_integer(name: str) -> None:
         ("x3d_xxl", "fixed_logits", 194.0734),
     ],
 )
-def test_thirty_view_size(name: str, head_pool: str, gmacs: float) -> None:
+def test_cost_at_the_thirty_view_size(name: str, head_pool: str, gmacs: float) -> None:
     expansion = VARIANTS[name].expansion
     clip = ClipSpec(expansion.gamma_t, expansion.gamma_tau, expansion.test_size)
     options = ModelOptions(head_pool=head_pool)  # type: ignore[arg-type]
     assert round(cost(name, clip, options=options).macs / 1e9, 4) == gmacs
 
 
-def test_macs_grow_with_the_frames() -> None:
+def test_macs_are_linear_in_the_frames() -> None:
     for frames in (1, 7, 16):
         assert cost("x3d_m", ClipSpec(frames, 5, 224)).macs == frames * 295_662_864 + 1_862_912
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "options", "gmacs", "params"),
-    [  # the digits of the paper's appendix B, and of an independent count where it has none
+    [  # as printed in the paper's appendix B, or else from an independent count
         ("x3d_s", {}, {"separable": False}, "17.6", "22.1"),
         ("x3d_xl", {}, {"separable": False}, "365.4", "95.1"),
         ("x3d_s", {"gamma_b": 0.6}, {"separable": False}, "1.949", "3.161"),
@@ -60,7 +60,7 @@ def test_macs_grow_with_the_frames() -> None:
         ("x3d_xl", {}, {"se": "none"}, "35.84", "10.368"),
     ],
 )
-def test_ablations(name: str, changes: dict, options: dict, gmacs: str, params: str) -> None:
+def test_cost_of_the_ablations(name: str, changes: dict, options: dict, gmacs: str, params: str) -> None:
     expansion = Expansion(**{**vars(VARIANTS[name].expansion), **changes})
     count = cost(expansion, options=ModelOptions(**options))
     for value, printed in ((count.macs / 1e9, gmacs), (count.params_paper / 1e6, params)):
@@ -71,23 +71,23 @@ def test_ablations(name: str, changes: dict, options: dict, gmacs: str, params: 
     ("name", "classes", "params"),
     [("x3d_m", 600, 4.171), ("x3d_xl", 600, 11.401), ("x3d_xl", 157, 10.494), ("x3d_m", 80, 3.106)],
 )
-def test_other_class_counts(name: str, classes: int, params: float) -> None:
+def test_cost_with_other_numbers_of_classes(name: str, classes: int, params: float) -> None:
     assert round(cost(name, num_classes=classes).params_paper / 1e6, 3) == params
 
 
-def test_a_stem_of_three_frames() -> None:
+def test_cost_of_a_stem_kernel_of_three_frames() -> None:
     three = cost("x2d", options=ModelOptions(stem_kernel=3)).macs
     assert three / cost("x2d").macs - 1 == pytest.approx(-0.0077 + 0.0004, abs=1e-3)
     assert cost("x2d").macs - three == 2 * 24 * 56 * 56
 
 
-def test_rows_add_up_and_name_each_layer_once() -> None:
+def test_rows_add_up_and_have_unique_names() -> None:
     rows = layer_costs("x3d_s")
     assert sum((row.cost for row in rows), Cost()) == cost("x3d_s")
     assert len({row.name for row in rows}) == len(rows)
     assert rows[0].shape == (13, 80, 80, 24)
 
 
-def test_no_classes() -> None:
+def test_zero_classes_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"num_classes must be in \[1, 100000\], got 0"):
         cost("x3d_s", num_classes=0)

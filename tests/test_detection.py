@@ -1,4 +1,4 @@
-"""The detector: its graph against a naive head, its size, its files, its steps."""
+"""Tests of the detector: comparison with a naive head, number of parameters, files and exports."""
 
 import json
 import subprocess
@@ -18,12 +18,12 @@ from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.saving import load_classifier, load_detector
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
-SIZE = TINY.test_size  # 73, no whole number of cells
+SIZE = TINY.test_size  # 73, not a multiple of the 32 pixels of a cell
 NAMES = ("sit", "wave", "point")
 
 
 def detector(head: Any = "full", **options: Any) -> Any:
-    """Nothing is left at its first value, and scores of boxes differ."""
+    """Builds a detector with no weight at its initial value, whose scores differ between boxes."""
     keras.utils.set_random_seed(0)
     network = x3d_tf.build_detector(TINY, num_classes=3, head=head, **options)
     draw = np.random.default_rng(0)
@@ -50,10 +50,10 @@ def inputs() -> dict[str, np.ndarray]:
     return {"clip": draw.integers(0, 256, (2, 4, SIZE, SIZE, 3), dtype=np.uint8), "boxes": corners}
 
 
-@pytest.mark.parametrize(("head", "size"), [("full", 64), ("full", 72), ("simple", 72)])  # 72 / 32 is not whole
-def test_the_head_is_what_a_naive_one_computes(head: Any, size: int) -> None:
+@pytest.mark.parametrize(("head", "size"), [("full", 64), ("full", 72), ("simple", 72)])  # 72 is not a multiple of 32
+def test_the_head_equals_a_naive_implementation(head: Any, size: int) -> None:
     network = detector(head)
-    clip = np.zeros((1, 4, size, size, 3), np.uint8)  # not alike everywhere, as noise would be
+    clip = np.zeros((1, 4, size, size, 3), np.uint8)  # boxes differ more on this than on noise
     clip[:, :, : size // 3] = np.linspace(0, 255, size)[:, None]
     boxes = np.float32([[[0.1, 0.2, 0.9, 0.7], [-0.3, 0.5, 0.4, 1.2], [0, 0, 1, 1]]])
     backbone = keras.Model(network.input, network.get_layer(network.backbone_end).output)
@@ -63,13 +63,13 @@ def test_the_head_is_what_a_naive_one_computes(head: Any, size: int) -> None:
         pooled = np.maximum(pooled @ np.asarray(network.get_layer("fc1").kernel), 0)
     fc2 = network.get_layer("fc2")
     expected = 1 / (1 + np.exp(-(pooled @ np.asarray(fc2.kernel) + np.asarray(fc2.bias))))
-    assert np.ptp(expected, axis=0).max() > 3e-3  # boxes differ, by far more than the bound
+    assert np.ptp(expected, axis=0).max() > 3e-3  # boxes differ by far more than the tolerance
     np.testing.assert_allclose(network({"clip": clip, "boxes": boxes})[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("x3d_m", 3.106), ("x3d_xl", 10.3)])
 def test_parameters_are_those_of_the_classifier(name: str, millions: float) -> None:
-    """The paper's Table 8 has 3.1 M for X3D-M; the convention is cost's, which leaves batch norm out."""
+    """Checks against the 3.1 M of X3D-M in the paper's Table 8, by the convention of `cost`, without batch norm."""
     counted = cost(name, num_classes=80)
     if name == "x3d_m":
         network = x3d_tf.build_detector(name)
@@ -98,7 +98,9 @@ def test_a_portable_file_loads_without_this_package(
 
 
 @pytest.mark.parametrize("form", ["trainable", "portable"])
-def test_files_make_the_detector_again(network: Any, inputs: dict[str, np.ndarray], tmp_path: Path, form: str) -> None:
+def test_detectors_survive_saving_and_loading(
+    network: Any, inputs: dict[str, np.ndarray], tmp_path: Path, form: str
+) -> None:
     path = tmp_path / "detector.keras"
     if form == "portable":
         x3d_tf.save(x3d_tf.portable(network, NAMES), path)
@@ -112,9 +114,9 @@ def test_files_make_the_detector_again(network: Any, inputs: dict[str, np.ndarra
         load_classifier(path)
 
 
-def test_classifiers_are_no_detectors(tmp_path: Path) -> None:
+def test_load_detector_rejects_classifiers(tmp_path: Path) -> None:
     x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=3), tmp_path / "a.keras", NAMES)
-    with pytest.raises(UserError, match="is no detector but classifies clips"):
+    with pytest.raises(UserError, match="is not a detector: it classifies clips"):
         load_detector(tmp_path / "a.keras")
 
 
@@ -126,14 +128,14 @@ def test_classifiers_are_no_detectors(tmp_path: Path) -> None:
         ({"num_classes": 0}, r"num_classes must be in \[1, 100000\], got 0"),
     ],
 )
-def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         x3d_tf.build_detector(TINY, **settings)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A version of a served detector."""
+    """Exports a detector as a SavedModel and returns its version folder."""
     from x3d_tf.export.models import open_model
     from x3d_tf.export.saved_model import export_saved_model
 
@@ -160,16 +162,16 @@ def test_a_saved_model_gives_the_same_scores(served: Path, inputs: dict[str, np.
         ({"clips": np.zeros((0, 4, SIZE, SIZE, 3), np.uint8)}, "there must be a clip, got none"),
     ],
 )
-def test_a_saved_model_refuses(
+def test_a_saved_model_rejects_invalid_inputs(
     served: Path, inputs: dict[str, np.ndarray], change: dict[str, np.ndarray], message: str
 ) -> None:
     module = tf.saved_model.load(str(served))
-    given = {"clips": inputs["clip"], "boxes": inputs["boxes"]} | change
+    tensors = {"clips": inputs["clip"], "boxes": inputs["boxes"]} | change
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        module.signatures["detect"](**{name: tf.constant(value) for name, value in given.items()})
+        module.signatures["detect"](**{name: tf.constant(value) for name, value in tensors.items()})
 
 
-def test_the_version_says_what_it_is(served: Path) -> None:
+def test_the_version_folder_documents_the_detector(served: Path) -> None:
     card = json.loads((served / "model_card.json").read_text())
     assert card["task"] == "detection" and card["classes"] == list(NAMES)
     assert card["signatures"]["detect"] == {
@@ -181,7 +183,7 @@ def test_the_version_says_what_it_is(served: Path) -> None:
     assert [b"detect" in log for log in logs.as_numpy_iterator()] == [False, True]
 
 
-def test_other_exporters_take_no_detector(tmp_path: Path) -> None:
+def test_other_exporters_reject_detectors(tmp_path: Path) -> None:
     from x3d_tf.export.models import open_model
 
     x3d_tf.save(x3d_tf.portable(detector(), NAMES), tmp_path / "detector.keras")
@@ -189,7 +191,7 @@ def test_other_exporters_take_no_detector(tmp_path: Path) -> None:
         open_model(tmp_path / "detector.keras")
 
 
-def test_without_regions_all_boxes_get_the_scores_of_the_frame(inputs: dict[str, np.ndarray]) -> None:
+def test_the_frame_head_gives_all_boxes_the_same_scores(inputs: dict[str, np.ndarray]) -> None:
     scores = np.asarray(detector("frame")(inputs))
     assert scores.shape == (2, 3, 3)
     np.testing.assert_allclose(scores, np.repeat(scores[:, :1], 3, axis=1), rtol=0, atol=1e-6)

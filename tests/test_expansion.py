@@ -21,7 +21,7 @@ def test_sizes_of_the_variants(name: str, clip: ClipSpec, test_size: int, jitter
     assert (expansion.clip, expansion.test_size, expansion.jitter) == (clip, test_size, jitter)
 
 
-def test_names() -> None:
+def test_variants_are_found_by_name() -> None:
     assert name_of(as_expansion("x3d_m")) == "x3d_m"
     assert name_of(Expansion(gamma_b=1.5)) == "x3d(tau=1,t=1,s=1,w=1,b=1.5,d=1)"
     with pytest.raises(ValueError, match=r"unknown variant 'x3d_q'.*x3d_xxl"):
@@ -30,7 +30,7 @@ def test_names() -> None:
         as_expansion(3)  # type: ignore[arg-type]
 
 
-def test_bad_factors_are_named() -> None:
+def test_invalid_factors_are_named() -> None:
     with pytest.raises(ValueError, match=r"Expansion\.gamma_w must be positive, got -1"):
         Expansion(gamma_w=-1)
     with pytest.raises(TypeError, match=r"Expansion\.gamma_t must be int, got 1\.5"):

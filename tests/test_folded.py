@@ -1,4 +1,4 @@
-"""The inference form: equal probabilities, folded layers, stock parts."""
+"""Tests of the inference form: equal probabilities, folded batch norms, stock layers."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, 
 
 
 def network(expansion: x3d_tf.Expansion = TINY, **options: Any) -> x3d_tf.X3D:
-    """A network none of whose batch norms is at its first values."""
+    """Builds a network whose batch norms all differ from their initial values."""
     keras.utils.set_random_seed(0)
     model = x3d_tf.build_x3d(expansion, num_classes=5, **options)
     draw = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def network(expansion: x3d_tf.Expansion = TINY, **options: Any) -> x3d_tf.X3D:
 
 
 def clips(count: int, size: int = 64, frames: int = 4) -> np.ndarray:
-    """Coloured squares of 16 pixels, others in each clip and frame."""
+    """Creates clips of random coloured squares of 16 pixels, different in each clip and frame."""
     squares = np.random.default_rng(1).integers(0, 256, (count, frames, 8, 8, 3), dtype=np.uint8)
     return squares.repeat(16, axis=2).repeat(16, axis=3)[:, :, :size, :size]
 
@@ -54,17 +54,17 @@ def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
     ],
     ids=str,
 )
-def test_probabilities_are_the_networks(options: dict[str, Any], batch: int | None) -> None:
+def test_probabilities_equal_the_trainable_networks(options: dict[str, Any], batch: int | None) -> None:
     model = network(**options)
     pixels = clips(batch or 3)
     expected = probabilities(model, pixels)
-    assert batch == 1 or np.ptp(expected, axis=0).max() > 1e-4  # clips differ, so that mixing them up would show
+    assert batch == 1 or np.ptp(expected, axis=0).max() > 1e-4  # clips differ, so mixing them up would fail
     app = deployed(model, batch=batch)
     np.testing.assert_allclose(app(pixels), expected, atol=1e-5)
     np.testing.assert_allclose(app(pixels.astype("float32")), expected, atol=1e-5)
 
 
-def test_clips_side_by_side() -> None:
+def test_clips_in_parallel() -> None:
     model, pixels = network(), clips(8)
     expected = probabilities(model, pixels)
     signature = tf.TensorSpec((None, *pixels.shape[1:]), tf.uint8)
@@ -83,7 +83,7 @@ def test_clips_side_by_side() -> None:
     ],
 )
 @pytest.mark.parametrize("size", [64, 81])
-def test_all_ways_of_pooling(pool: str, task: str, size: int) -> None:
+def test_all_poolings(pool: str, task: str, size: int) -> None:
     model = network(head_pool=pool, task=task)
     np.testing.assert_allclose(
         deployed(model, size=size)(clips(2, size)), probabilities(model, clips(2, size)), atol=1e-5
@@ -92,13 +92,13 @@ def test_all_ways_of_pooling(pool: str, task: str, size: int) -> None:
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_few_frames(frames: int) -> None:
-    """Of the three temporal taps the outer ones then see little or nothing."""
+    """The outer temporal taps then see mostly or only padding."""
     model = network(x3d_tf.Expansion(gamma_t=frames, gamma_s=64 / 112, gamma_d=0.2))
     pixels = clips(2, frames=frames)
     np.testing.assert_allclose(deployed(model)(pixels), probabilities(model, pixels), atol=1e-5)
 
 
-def test_stock_layers_without_norms() -> None:
+def test_only_stock_layers_without_batch_norm() -> None:
     app = deployed(network())
     assert all(type(layer).__module__.startswith("keras.") for layer in app.layers)
     assert not any("Normalization" in type(layer).__name__ for layer in app.layers)
@@ -106,7 +106,7 @@ def test_stock_layers_without_norms() -> None:
     assert deployed(network(), batch=2).input_shape == (2, 4, 64, 64, 3)
 
 
-def test_what_cannot_be_deployed() -> None:
+def test_invalid_arguments_are_named() -> None:
     model = network()
     with pytest.raises(ValueError, match="must be a trainable network"):
         deployed(x3d_tf.portable(model, list("abcde")))

@@ -1,4 +1,4 @@
-"""Equality with PySlowFast and pytorchvideo, through tensors that both computed in double precision."""
+"""Golden tests: compares with tensors that PySlowFast and pytorchvideo computed in double precision."""
 
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ def golden(shared_data: Path) -> dict[str, np.ndarray]:
 
 
 def xs(size: int, **options: Any) -> X3D:
-    """X3D-XS for a crop of `size` pixels, with the weights of the recipe."""
+    """Builds X3D-XS for a crop of `size` pixels, with the weights of the recipe."""
     expansion = Expansion(12, 5, size / 112, 1, 2.25, 2.2)
     model = build_x3d(expansion, num_classes=7, dropout=0.0, **options)
     give_recipe_weights(model)
     return model
 
 
-def test_recipe_is_read_right() -> None:
+def test_recipe_weights_and_clips() -> None:
     first = recipe_weight("s1.pathway0_stem.bn.weight", (24,))[:3]
     np.testing.assert_allclose(first, [0.7223961051, 0.6276789489, 0.9680711783], atol=1e-10)
     assert clips("clips/eval", 2, 5, 72, 104).ravel()[:3].tolist() == [177, 253, 118]
@@ -61,7 +61,7 @@ def test_pytorchvideo(golden: dict[str, np.ndarray]) -> None:
 
 
 def test_two_training_steps(eager: None, golden: dict[str, np.ndarray]) -> None:
-    """Operations one by one; the forms for CPUs are compared in a step with the tensors of pytorchvideo."""
+    """Runs eagerly. The CPU kernels are covered by test_training_step in test_pytorchvideo_tensors.py."""
     model = xs(48)
     optimizer = SGD(0.05, momentum=0.9, l2=5e-3)
     optimizer.exclude(w for w in model.trainable_weights if w.name in ("gamma", "beta"))

@@ -55,9 +55,9 @@ def test_a_checkpoint_becomes_a_model_file_and_returns(
     table = (tmp_path / "new" / "x2d.tensors.txt").read_text()
     assert re.search(r"^head\.projection\.weight +400x2048 +fc2/kernel +2048x400$", table, re.MULTILINE)
     assert len(table.splitlines()) > len(import_checkpoint(checkpoint, "x2d")[1].rows)
-    assert "only there: nothing; only here: nothing" in printed
-    assert "only there: nothing; only here: nothing" in table
-    assert "for clips of 1 frames of 112 x 112 pixels, one in 1 of 30 a second\n" in printed
+    assert "only in the checkpoint: none; only in x3d_tf: none" in printed
+    assert "only in the checkpoint: none; only in x3d_tf: none" in table
+    assert "input clips: 1 frames of 112 x 112 pixels, stride 1 at 30 fps\n" in printed
     assert "named as those of Kinetics-400" in printed
     assert f"--gin_bindings='TrainConfig.init=\"{model}\"'" in printed
     description = describe(model)
@@ -82,7 +82,7 @@ def test_a_fresh_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Pat
             run(checkpoint, **settings)
         (tmp_path / name).rename(tmp_path / f"{name}.before")
     run(checkpoint, **settings, overwrite=True)
-    assert (tmp_path / "a.tensors.txt").read_text().count("only here: fc2/") == 3
+    assert (tmp_path / "a.tensors.txt").read_text().count("only in x3d_tf: fc2/") == 3
     assert describe(tmp_path / "a.keras").class_names == ("0", "1")
     (tmp_path / "classes.txt").write_text("hug\nkick\nrun\n")
     with pytest.raises(ValueError, match=r"classes\.txt must name 2 classes, got 3"):
@@ -117,13 +117,13 @@ def test_a_wrong_variant_is_told_before_tensorflow_starts(checkpoint: Path, tmp_
     """By an import that fails: a process of its own."""
     code = (
         "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
-        "from x3d_tf import _command, import_weights\n"
-        "import_weights.define_flags(); _command.run(import_weights.main, positional=True)"
+        "from x3d_tf import commands, import_weights\n"
+        "import_weights.define_flags(); commands.run(import_weights.main, positional=True)"
     )
     arguments = [str(checkpoint), "--variant=x3d_l", f"--output={tmp_path}/a.keras"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: network (--variant) must be x2d, which" in done.stderr and "Traceback" not in done.stderr
+    assert "error: network (--variant) must be x2d to match" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,6 @@
-"""Equality with pytorchvideo 0.1.5, which runs beside ours on the same weights. Run with -m parity.
+"""Parity tests: compares the networks with pytorchvideo 0.1.5 on the same weights. Run with -m parity.
 
-Prints how far apart the two are, in units of the largest entry: `pytest -m parity -rP`.
+`pytest -m parity -rP` prints the differences, relative to the largest entry.
 """
 
 import gc
@@ -21,9 +21,9 @@ from x3d_tf.modeling.pytorch.convert import export_checkpoint
 from x3d_tf.modeling.pytorch.weight_names import Naming, to_ours
 from x3d_tf.training.optimizer import SGD
 
-FLOAT32_BOUND = 1e-5  # of the largest entry
+FLOAT32_BOUND = 1e-5  # relative to the largest entry
 STAGES = ("conv1", "res2", "res3", "res4", "res5", "conv5")
-SIZES = {  # side of the training crop, and of the crops of 30-view testing
+SIZES = {  # side of the training crop, and of the crops in 30-view evaluation
     "x3d_xs": (160, 182),
     "x3d_s": (160, 182),
     "x3d_m": (224, 256),
@@ -31,14 +31,14 @@ SIZES = {  # side of the training crop, and of the crops of 30-view testing
     "x3d_xl": (312, 356),
 }
 FORMS = [*(("standard", name) for name in SIZES), ("mobile", "x3d_xs"), ("mobile", "x3d_l")]
-LEARNING_RATES, L2 = (0.05, 0.02), 5e-3  # two rates and L2 tell PyTorch's optimiser from Keras'
+LEARNING_RATES, L2 = (0.05, 0.02), 5e-3  # PyTorch's optimiser and Keras' differ with two rates and L2
 
 pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module")
 def pytorchvideo() -> ModuleType:
-    """Fails where torch or pytorchvideo is missing: whoever asks for the comparison wants it made."""
+    """Fails instead of skipping without torch or pytorchvideo, because -m parity requests the tests."""
     try:
         import pytorchvideo_models
     except ImportError as error:
@@ -48,7 +48,7 @@ def pytorchvideo() -> ModuleType:
 
 @pytest.fixture(scope="module", autouse=True)
 def full_precision() -> Iterator[None]:
-    """Float32 is meant: on a GPU, TensorFlow's products would round to 10 bits."""
+    """Disables TensorFloat-32, which rounds the products to 10 bits on GPUs."""
     before = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     yield
@@ -59,7 +59,7 @@ def full_precision() -> Iterator[None]:
 def pair(
     request: pytest.FixtureRequest, pytorchvideo: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Any, Any]]:
-    """A network's name, pytorchvideo's and ours; only one pair is in memory at a time."""
+    """Yields a name, pytorchvideo's network and ours; only one pair is in memory at a time."""
     form, name = request.param
     reference = getattr(pytorchvideo, form)(name)
     folder = tmp_path_factory.mktemp("weights")
@@ -70,19 +70,19 @@ def pair(
 
 
 def with_stages(model: X3D) -> Callable[[np.ndarray], dict[str, Any]]:
-    """The network as a compiled function for any size, to the outputs of its stages and the logits."""
+    """Compiles the network for any size, with the outputs of its stages and the logits."""
     outputs = {stage: model.get_layer(stage).output for stage in STAGES} | {"logits": model.output}
     features = keras.Model(model.input, outputs)
     return tf.function(features, input_signature=[tf.TensorSpec((None, None, None, None, 3), tf.uint8)])
 
 
 def assert_equal(actual: Mapping[str, Any], expected: Mapping[str, np.ndarray], bound: float) -> None:
-    """Compares arrays by name, prints which are farthest off, and names all that are too far."""
+    """Compares arrays by name, prints the largest differences, and fails with all that exceed the bound."""
     assert actual.keys() == expected.keys()
-    found = {name: difference(actual[name], expected[name]) for name in expected}
-    worst = sorted(found, key=lambda name: -found[name])[:7]
-    print(f"{len(found)} arrays, at most:", *(f"{name} {found[name]:.1e}" for name in worst))
-    wrong = {name: value for name, value in found.items() if not value <= bound}
+    differences = {name: difference(actual[name], expected[name]) for name in expected}
+    worst = sorted(differences, key=lambda name: -differences[name])[:7]
+    print(f"{len(differences)} arrays, at most:", *(f"{name} {differences[name]:.1e}" for name in worst))
+    wrong = {name: value for name, value in differences.items() if not value <= bound}
     assert not wrong
 
 
@@ -95,9 +95,9 @@ def test_stages_and_logits(pair: tuple[str, Any, Any], views: str) -> None:
 
 
 def test_a_final_softmax_averages_probabilities(pytorchvideo: ModuleType, tmp_path: Path) -> None:
-    """pytorchvideo's networks end in one unless told otherwise, and the average over positions comes after it."""
+    """By default, pytorchvideo's networks end in a softmax and then average over positions."""
     reference = pytorchvideo.standard("x3d_xs", softmax=True)
-    reference.model.blocks[5].proj.weight.data *= 40  # so that the windows see the classes differently
+    reference.model.blocks[5].proj.weight.data *= 40  # makes the windows disagree
     model = pytorchvideo.imported(reference, tmp_path, head_pool="fixed_probabilities")
     batch = clips("clips/testing", 1, 4, 182, 182)
     probabilities = reference(batch)["logits"]
@@ -110,7 +110,7 @@ def test_a_final_softmax_averages_probabilities(pytorchvideo: ModuleType, tmp_pa
 def test_two_training_steps(
     pytorchvideo: ModuleType, tmp_path: Path, name: str, frames: int, height: int, width: int
 ) -> None:
-    """Whole gradients of the first step, and whole weights, their changes and running statistics after the second."""
+    """Compares all gradients of the first step, and all weights, changes and running statistics after the second."""
     reference = pytorchvideo.standard(name, clip=(frames, height), num_classes=7, double=True)
     model = pytorchvideo.imported(reference, tmp_path, head_pool="fixed_logits")
     named = named_weights(model, "pytorchvideo")
@@ -134,7 +134,7 @@ def test_two_training_steps(
 
 
 def train(model: X3D, batch: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Steps of our optimiser without dropout. Returns the gradients of the first, by path."""
+    """Runs steps of our optimiser without dropout. Returns the gradients of the first step by path."""
     model.get_layer("dropout").rate = 0.0
     optimizer = SGD(LEARNING_RATES[0], momentum=0.9, l2=L2)
     optimizer.exclude(w for w in model.trainable_weights if w.name in ("gamma", "beta"))
@@ -157,7 +157,7 @@ def train(model: X3D, batch: np.ndarray, labels: np.ndarray) -> dict[str, np.nda
 def test_exported_weights_load_strictly(
     pytorchvideo: ModuleType, tmp_path: Path, form: str, naming: Naming, shortcut_norm: str
 ) -> None:
-    """From networks that differ in the batch norm on the shortcut of res2, too."""
+    """Includes networks with another batch norm on the shortcut of res2."""
     model = build_x3d("x3d_xs", num_classes=7, shortcut_norm=shortcut_norm)
     give_recipe_weights(model)
     export_checkpoint(model, tmp_path / "weights.pyth", naming)
@@ -167,8 +167,8 @@ def test_exported_weights_load_strictly(
     assert_equal({"logits": model(batch)}, {"logits": reference(batch)["logits"]}, FLOAT32_BOUND)
 
 
-def test_stored_tensors_are_what_pytorchvideo_computes() -> None:
-    """Those that test_pytorchvideo_tensors.py holds our network to."""
+def test_stored_tensors_equal_pytorchvideos() -> None:
+    """Checks the fixture of test_pytorchvideo_tensors.py."""
     script = runpy.run_path(str(Path(__file__).parent / "fixtures" / "make_pytorchvideo_xs.py"))
     with np.load(script["PATH"]) as stored:
         assert_equal(script["tensors"](), stored, FLOAT64_BOUND / 100)

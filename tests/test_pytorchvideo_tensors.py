@@ -1,4 +1,4 @@
-"""Equality with pytorchvideo through stored tensors, where it is not installed; test_parity.py runs it beside ours."""
+"""Golden tests: compares with stored tensors of pytorchvideo, which need not be installed (see also test_parity.py)."""
 
 import functools
 from pathlib import Path
@@ -12,7 +12,7 @@ from recipe import assert_close, assert_probes, clips, give_recipe_weights, name
 
 from x3d_tf import X3D, Expansion, build_x3d
 
-PATH = Path(__file__).parent / "fixtures" / "pytorchvideo_xs.npz"  # the script beside it says what is in it
+PATH = Path(__file__).parent / "fixtures" / "pytorchvideo_xs.npz"  # documented in make_pytorchvideo_xs.py
 STAGES = ("conv1", "res2", "res3", "res4", "res5", "conv5")
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -25,13 +25,13 @@ def stored() -> dict[str, np.ndarray]:
 
 
 def build(**options: Any) -> X3D:
-    """X3D-XS for small clips, without dropout."""
+    """Builds X3D-XS for small clips, without dropout."""
     return build_x3d(Expansion(12, 3, 33 / 112, 1, 2.25, 2.2), num_classes=7, dropout=0.0, **options)
 
 
 @functools.cache
 def shared() -> X3D:
-    """Built once: most of the time goes there."""
+    """Builds the shared network once, because building takes most of the time."""
     return build(shortcut_norm="on_width_change", head_pool="fixed_logits")
 
 
@@ -48,7 +48,7 @@ def test_every_stage(model: X3D, stored: dict[str, np.ndarray]) -> None:
 
 
 def test_large_clips(model: X3D, stored: dict[str, np.ndarray]) -> None:
-    """On which the head has windows, whose logits are averaged."""
+    """Checks clips with several windows, whose logits are averaged."""
     assert_close(model(clips("clips/large", 2, 3, 72, 104)), stored["large/logits"])
 
 
@@ -59,7 +59,7 @@ def test_mobile_form(stored: dict[str, np.ndarray]) -> None:
 
 
 def test_training_step(model: X3D, stored: dict[str, np.ndarray]) -> None:
-    """Gradients of all weights, and the running statistics afterwards."""
+    """Compares the gradients of all weights and the running statistics after the step."""
     with tf.GradientTape() as tape:
         logits = model(clips("clips/train", 4, 3, 33, 33), training=True)
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits([3, 1, 4, 1], logits))

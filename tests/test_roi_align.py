@@ -1,4 +1,4 @@
-"""RoIAlign against a naive loop, an analytic ramp and torchvision where it is there."""
+"""Tests of RoIAlign against a naive loop, an analytic ramp and, if installed, torchvision."""
 
 import math
 from typing import Any
@@ -19,8 +19,8 @@ BOXES = np.array(
         [0.0, 7.0, 10.0, 8.0],  # at the bottom
         [3.0, 3.0, 3.0, 6.0],  # no width
         [0.0, 0.0, 0.0, 0.0],  # padding
-        [-3.0, -2.5, 4.0, 5.0],  # over the left and upper border
-        [6.0, 5.0, 15.5, 13.0],  # over the right and lower border
+        [-3.0, -2.5, 4.0, 5.0],  # crosses the left and upper border
+        [6.0, 5.0, 15.5, 13.0],  # crosses the right and lower border
         [-9.0, -9.0, -3.0, -2.0],  # outside
         [5.0, 5.0, 2.0, 1.0],  # reversed
     ]
@@ -28,7 +28,7 @@ BOXES = np.array(
 
 
 def naive(features: np.ndarray, boxes: np.ndarray, size: int, scale: float, aligned: bool) -> np.ndarray:
-    """torchvision's rule, sample by sample: (H, W, C) and (B, 4) -> (B, size, size, C)."""
+    """Implements torchvision's definition sample by sample: (H, W, C) and (B, 4) -> (B, size, size, C)."""
     channels = features.shape[-1]
     result = np.zeros((len(boxes), size, size, channels))
     shift = 0.5 if aligned else 0.0
@@ -64,11 +64,11 @@ def bilinear(features: np.ndarray, y: float, x: float) -> np.ndarray:
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(("size", "scale"), [(7, 1.0), (3, 1.0), (2, 0.5), (7, 1 / 32)])
-def test_a_naive_loop_gives_the_same(aligned: bool, size: int, scale: float) -> None:
+def test_roi_align_equals_a_naive_loop(aligned: bool, size: int, scale: float) -> None:
     random = np.random.default_rng(0)
     features = random.standard_normal((2, 8, 10, 3))
     boxes = np.stack([BOXES, BOXES[::-1] + random.uniform(-0.5, 0.5, BOXES.shape)]) / scale
-    expected = [naive(maps, own, size, scale, aligned) for maps, own in zip(features, boxes)]
+    expected = [naive(maps, maps_boxes, size, scale, aligned) for maps, maps_boxes in zip(features, boxes)]
     actual = roi_align(
         features.astype("float32"), boxes.astype("float32"), size=size, scale=scale, aligned=aligned, samples=10
     )
@@ -77,7 +77,7 @@ def test_a_naive_loop_gives_the_same(aligned: bool, size: int, scale: float) -> 
 
 
 @pytest.mark.parametrize("side", [7, 8, 12, 14, 15])
-def test_boxes_within_the_map_need_no_more_samples_than_it_says(side: int) -> None:
+def test_default_samples_suffice_for_boxes_within_the_map(side: int) -> None:
     random = np.random.default_rng(0)
     features = random.standard_normal((1, side, side, 2))
     corners = np.sort(random.uniform(0, side, (40, 2, 2)), axis=1).reshape(40, 4)
@@ -86,17 +86,17 @@ def test_boxes_within_the_map_need_no_more_samples_than_it_says(side: int) -> No
     np.testing.assert_allclose(actual[0], naive(features[0], boxes, 7, 1.0, True), rtol=0, atol=1e-12)
 
 
-def test_a_ramp_gives_the_bins_centres() -> None:
-    """Analytically, away from borders: column j is x1 s - 0.5 + (j + 0.5) (x2 - x1) s / 7."""
+def test_a_ramp_gives_the_centres_of_the_bins() -> None:
+    """Away from borders, column j is x1 s - 0.5 + (j + 0.5) (x2 - x1) s / 7."""
     ramp = np.broadcast_to(np.arange(20.0)[:, None], (1, 20, 20, 1))  # f(y, x) = x
     x1, x2 = 100.0, 500.0
-    found = roi_align(ramp, np.array([[[x1, 128.0, x2, 400.0]]]), size=7, scale=1 / 32)
+    actual = roi_align(ramp, np.array([[[x1, 128.0, x2, 400.0]]]), size=7, scale=1 / 32)
     expected = x1 / 32 - 0.5 + (np.arange(7) + 0.5) * (x2 - x1) / 32 / 7
-    np.testing.assert_allclose(np.asarray(found)[0, 0, :, :, 0], np.tile(expected, (7, 1)), atol=1e-12)
+    np.testing.assert_allclose(np.asarray(actual)[0, 0, :, :, 0], np.tile(expected, (7, 1)), atol=1e-12)
 
 
-def test_the_gradient_is_that_of_the_sum_it_is() -> None:
-    """The function is linear in the map: <upstream, f(map)> = <gradient, map>; and against differences."""
+def test_the_gradient_is_exact() -> None:
+    """Uses linearity in the map, <upstream, f(map)> = <gradient, map>, and a finite difference."""
     random = np.random.default_rng(0)
     features, upstream = tf.constant(random.standard_normal((1, 5, 6, 2))), random.standard_normal((1, 3, 3, 3, 2))
     boxes = np.array([[[0.5, 0.2, 5.8, 4.1], [2.0, 2.0, 2.5, 2.5], [0.0, 0.0, 6.0, 5.0]]])
@@ -111,34 +111,34 @@ def test_the_gradient_is_that_of_the_sum_it_is() -> None:
     assert other - float(value) == pytest.approx(float(gradient[0, 2, 3, 1]), abs=1e-12)
 
 
-def test_no_loop_over_boxes_or_bins_is_in_the_graph() -> None:
+def test_the_graph_has_no_loop_over_boxes_or_bins() -> None:
     def operations(boxes: int, size: int) -> int:
         spec = tf.TensorSpec((None, 8, 8, 4)), tf.TensorSpec((None, boxes, 4))
-        function = tf.function(lambda maps, given: roi_align(maps, given, size=size, scale=1.0), input_signature=spec)
+        function = tf.function(lambda maps, boxes: roi_align(maps, boxes, size=size, scale=1.0), input_signature=spec)
         return len(function.get_concrete_function().graph.get_operations())
 
     assert operations(1, 2) == operations(50, 7)
 
 
-def test_sides_may_be_open() -> None:
+def test_dynamic_sides() -> None:
     features = np.random.default_rng(0).standard_normal((2, 9, 8, 3)).astype("float32")
     boxes = np.tile(np.float32([[0, 0, 8, 9], [1, 2, 3, 4]]), (2, 1, 1))
     spec = [tf.TensorSpec((None, None, None, 3)), tf.TensorSpec((None, None, 4))]
-    function = tf.function(lambda maps, given: roi_align(maps, given, size=7, scale=1.0), input_signature=spec)
+    function = tf.function(lambda maps, boxes: roi_align(maps, boxes, size=7, scale=1.0), input_signature=spec)
     np.testing.assert_allclose(function(features, boxes), roi_align(features, boxes, size=7, scale=1.0), atol=1e-5)
 
 
 def test_mean_over_time_and_alignment_commute() -> None:
-    """Of a box that stays where it is: the head may take the mean first."""
+    """For a box that does not move, so the head may average over time first."""
     clips = np.random.default_rng(0).standard_normal((1, 4, 6, 6, 2))
     boxes: Any = np.array([[[0.7, 1.1, 5.2, 4.9]]])
-    each = [roi_align(clips[:, frame], boxes, size=7, scale=1.0) for frame in range(4)]
-    first = roi_align(clips.mean(axis=1), boxes, size=7, scale=1.0)
-    np.testing.assert_allclose(np.mean(each, axis=0), keras.ops.convert_to_numpy(first), atol=1e-12)
+    aligned_frames = [roi_align(clips[:, frame], boxes, size=7, scale=1.0) for frame in range(4)]
+    aligned_mean = roi_align(clips.mean(axis=1), boxes, size=7, scale=1.0)
+    np.testing.assert_allclose(np.mean(aligned_frames, axis=0), keras.ops.convert_to_numpy(aligned_mean), atol=1e-12)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_torchvision_gives_the_same(aligned: bool) -> None:
+def test_roi_align_equals_torchvision(aligned: bool) -> None:
     torch = pytest.importorskip("torch")
     ops = pytest.importorskip("torchvision.ops")
     features = np.random.default_rng(0).standard_normal((1, 8, 10, 3)).astype("float32")

@@ -1,4 +1,4 @@
-"""Model files: what an application loads, what this package loads again, and what it refuses."""
+"""Tests of model files: saving, loading with and without this package, and rejection of invalid files."""
 
 import errno
 import io
@@ -27,7 +27,7 @@ NAMES = ("hug", "kick", "wave")
 
 @pytest.fixture(scope="module")
 def model() -> x3d_tf.X3D:
-    """A network with nothing left at its first value, so that every weight must travel."""
+    """A network with no weight at its initial value, so that each must be saved and loaded."""
     network = x3d_tf.build_x3d(TINY, num_classes=3)
     draw = np.random.default_rng(0)
     for weight in network.weights:
@@ -54,7 +54,7 @@ def file(saved: bytes, tmp_path: Path) -> Path:
     return tmp_path / "model.keras"
 
 
-def test_a_full_disk_leaves_the_file_of_before(
+def test_a_full_disk_leaves_the_existing_file_intact(
     model: x3d_tf.X3D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fsync(_: int) -> None:
@@ -84,7 +84,7 @@ def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
     ],
     ids=str,
 )
-def test_portable_computes_the_same(options: dict, clips: np.ndarray) -> None:
+def test_portable_equals_the_trainable_network(options: dict, clips: np.ndarray) -> None:
     network = x3d_tf.build_x3d(TINY, num_classes=3, **options)
     for layer in network.layers:
         if hasattr(layer, "moving_mean"):
@@ -104,7 +104,7 @@ def test_portable_of_another_size(model: x3d_tf.X3D) -> None:
     ("pool", "task"),
     [("fixed_probabilities", "single_label"), ("fixed_logits", "single_label"), ("fixed_probabilities", "multi_label")],
 )
-def test_portable_pools_a_larger_clip_alike(pool: str, task: Any, tmp_path: Path) -> None:
+def test_portable_pools_larger_clips_alike(pool: str, task: Any, tmp_path: Path) -> None:
     network = x3d_tf.build_x3d(TINY, num_classes=3, head_pool=pool, task=task)
     clips = np.random.default_rng(1).integers(0, 256, (1, 4, 96, 96, 3), dtype=np.uint8)
     x3d_tf.save(x3d_tf.portable(network, NAMES, size=96), tmp_path / "model.keras")
@@ -113,7 +113,7 @@ def test_portable_pools_a_larger_clip_alike(pool: str, task: Any, tmp_path: Path
     np.testing.assert_array_equal(x3d_tf.load(tmp_path)(clips), network(clips))
 
 
-def test_one_frame_is_enough(clips: np.ndarray) -> None:
+def test_portable_of_a_single_frame(clips: np.ndarray) -> None:
     network = x3d_tf.build_x3d("x2d", num_classes=3)
     frame = np.random.default_rng(1).integers(0, 256, (1, 1, 112, 112, 3), dtype=np.uint8)
     np.testing.assert_allclose(x3d_tf.portable(network, NAMES)(frame), probabilities(network, frame), atol=1e-6)
@@ -137,15 +137,15 @@ assert "x3d_tf" not in sys.modules
 """
 
 
-def test_an_application_needs_only_tensorflow(model: x3d_tf.X3D, file: Path, clips: np.ndarray) -> None:
+def test_portable_files_load_without_this_package(model: x3d_tf.X3D, file: Path, clips: np.ndarray) -> None:
     np.save(file.parent / "clips.npy", clips)
     done = subprocess.run([sys.executable, "-c", APPLICATION], cwd=file.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # bit-equal to the model that was saved
+    # bit-equal to the saved model
     np.testing.assert_array_equal(np.load(file.parent / "out.npy"), x3d_tf.portable(model, NAMES)(clips))
 
 
-def test_either_file_gives_the_trainable_network_again(model: x3d_tf.X3D, file: Path, clips: np.ndarray) -> None:
+def test_both_forms_load_as_the_trainable_network(model: x3d_tf.X3D, file: Path, clips: np.ndarray) -> None:
     x3d_tf.save(model, file.parent / "trainable.keras", NAMES)
     for path in (file, file.parent, file.parent / "trainable.keras"):
         again = x3d_tf.load(path)
@@ -155,7 +155,7 @@ def test_either_file_gives_the_trainable_network_again(model: x3d_tf.X3D, file: 
     np.testing.assert_array_equal(keras.models.load_model(file.parent / "trainable.keras")(clips), model(clips))
 
 
-def test_features_travel_without_a_classifier(tmp_path: Path, clips: np.ndarray) -> None:
+def test_a_network_without_classifier_survives_saving_and_loading(tmp_path: Path, clips: np.ndarray) -> None:
     network = x3d_tf.build_x3d(TINY, include_top=False)
     x3d_tf.save(network, tmp_path / "features.keras")
     np.testing.assert_array_equal(x3d_tf.load(tmp_path / "features.keras")(clips), network(clips))
@@ -169,7 +169,7 @@ def test_missing_names_are_numbered_with_a_warning(model: x3d_tf.X3D, tmp_path: 
     assert x3d_tf.load(tmp_path / "model.keras").class_names == ("0", "1", "2")
 
 
-def test_nothing_is_overwritten(model: x3d_tf.X3D, file: Path) -> None:
+def test_existing_files_are_kept_by_default(model: x3d_tf.X3D, file: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(FileExistsError, match=r"model\.keras exists"):
         x3d_tf.save(model, file, NAMES)
@@ -178,18 +178,18 @@ def test_nothing_is_overwritten(model: x3d_tf.X3D, file: Path) -> None:
     assert archive.describe(file).form == "trainable"
 
 
-def test_what_cannot_be_saved(model: x3d_tf.X3D, tmp_path: Path) -> None:
+def test_invalid_arguments_of_save_are_named(model: x3d_tf.X3D, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"end in \.keras, got .*model.h5"):
         x3d_tf.save(model, tmp_path / "model.h5", NAMES)
-    with pytest.raises(ValueError, match="class_names must be 3, got 2"):
+    with pytest.raises(ValueError, match="class_names must have 3 entries, got 2"):
         x3d_tf.save(model, tmp_path / "model.keras", ("a", "b"))
-    with pytest.raises(ValueError, match=r"takes a model of x3d_tf\.build_x3d"):
+    with pytest.raises(ValueError, match=r"requires a model from x3d_tf\.build_x3d"):
         x3d_tf.save(keras.Sequential([keras.Input((1,))]), tmp_path / "model.keras")
     assert not list(tmp_path.iterdir())
 
 
 def rewritten(file: Path, change: dict | bytes | None) -> Path:
-    """A copy of a model file with another description: fields changed, none at all, or raw bytes."""
+    """Copies a model file with other metadata: changed fields (dict), raw bytes, or none."""
     copy = file.with_name("copy.keras")
     with zipfile.ZipFile(file) as source, zipfile.ZipFile(copy, "w") as target:
         for name in source.namelist():
@@ -205,9 +205,9 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, r"copy\.keras has no x3d_tf\.json.*Save it so"),
-        (b"{", "not a description"),
-        (b"[" * 100_000, "not a description"),
+        (None, r"copy\.keras has no x3d_tf\.json.*Save it again with"),
+        (b"{", "the metadata is not that of an X3D network"),
+        (b"[" * 100_000, "the metadata is not that of an X3D network"),
         ({"format_version": 1}, "format_version must be 2, got 1"),
         ({"stored": None}, 'stored must be "none" or have short_side and jpeg_quality, got None'),
         ({"stored": {"short_side": 96}}, 'stored must be "none" or have short_side and jpeg_quality'),
@@ -220,7 +220,7 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
         ({"num_classes": 10**9}, "num_classes must be"),
         ({"size": 10**6}, "size must be"),
         ({"form": "pickle"}, "form must be"),
-        ({"class_names": ["a"]}, "class_names must be 3, got 1"),
+        ({"class_names": ["a"]}, "class_names must have 3 entries, got 1"),
         ({"class_names": [1, 2, 3]}, "class_names must be"),
         ({"class_names": "abc"}, "class_names must be a list"),
         ({"class_names": ["a", "b\nc", "d"]}, r"class_names\[1\] must name a class in one line of text"),
@@ -228,19 +228,19 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
         ({"expansion": {"gamma_d": 1e9}}, "Expansion.gamma_d must give at most 1000 blocks"),
         ({"expansion": {"gamma_w": 1e6}}, "Expansion.gamma_w must give at most 16384 channels"),
         ({"expansion": {"gamma_w": -1}}, "gamma_w must be positive"),
-        ({"expansion": vars(TINY) | {"gamma_b": 1.0}}, "do not fit its description"),
+        ({"expansion": vars(TINY) | {"gamma_b": 1.0}}, "do not match its metadata"),
         ({"surprise": 1}, "surprise"),
     ],
     ids=str,
 )
-def test_a_bad_description_is_named(file: Path, change: dict | bytes | None, message: str) -> None:
+def test_invalid_metadata_is_named(file: Path, change: dict | bytes | None, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         x3d_tf.load(rewritten(file, change))
     assert "copy.keras" in str(error.value)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_weights_of_pytorch_are_sent_to_the_importer(zipped: bool, tmp_path: Path) -> None:
+def test_pytorch_checkpoints_are_referred_to_the_importer(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.pyth"
     if zipped:
         zipfile.ZipFile(path, "w").writestr("archive/data.pkl", b"")
@@ -257,7 +257,7 @@ NUMBERS = {"gamma_t": 1024, "gamma_s": 16, "gamma_tau": 1000, "gamma_w": 85.3, "
     "value", ["NaN", "Infinity", "-Infinity", "1e999", '"1"', "null", "true", "[]", "-1", "0", "9" * 5000]
 )
 @pytest.mark.parametrize("name", [*NUMBERS, "num_classes", "size", "stem_kernel", "bn_group", "dropout"])
-def test_what_is_not_a_number_of_a_network_is_refused(name: str, value: str) -> None:
+def test_invalid_numbers_in_metadata_are_rejected(name: str, value: str) -> None:
     if (name, value) == ("dropout", "0"):
         return
     fields = json.loads(metadata.Metadata(TINY, x3d_tf.ModelOptions(), 3, True, NAMES, "portable", 64).to_json())
@@ -271,8 +271,8 @@ def test_what_is_not_a_number_of_a_network_is_refused(name: str, value: str) -> 
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_factors_are_bounded(name: str) -> None:
-    """At the bound the plan is still made, which takes no time; above it is refused, by what the factor gives."""
+def test_factors_have_limits(name: str) -> None:
+    """Checks that `plan` accepts the limit, which is fast, and rejects values above it by name."""
     smallest = {"gamma_w": 0.1, "gamma_b": 1.0, "gamma_d": 0.1}
     architecture.plan(x3d_tf.Expansion(**smallest | {"gamma_w": 1.0, name: NUMBERS[name]}))
     for value in (NUMBERS[name] + 1, 10**18, 1e300):
@@ -284,39 +284,37 @@ def test_factors_are_bounded(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gamma_w": 30.0}, "model.weights.h5 must have room for the parameters"),
-        ({"gamma_b": 50.0}, "model.weights.h5 must have room for the parameters"),
-        ({"gamma_d": 80.0}, "model.weights.h5 must have room for the parameters"),
-        ({"gamma_d": 10.0, "gamma_w": 0.1, "gamma_b": 0.2}, "model.weights.h5 must have an array for each layer"),
+        ({"gamma_w": 30.0}, "model.weights.h5 must hold at least [0-9]+ parameters"),
+        ({"gamma_b": 50.0}, "model.weights.h5 must hold at least [0-9]+ parameters"),
+        ({"gamma_d": 80.0}, "model.weights.h5 must hold at least [0-9]+ parameters"),
+        ({"gamma_d": 10.0, "gamma_w": 0.1, "gamma_b": 0.2}, "model.weights.h5 must hold at least [0-9]+ arrays"),
     ],
     ids=str,
 )
-def test_a_network_that_the_file_cannot_hold_is_not_built(
+def test_a_network_too_large_for_the_file_is_not_built(
     change: dict, message: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "_classifier", lambda description: pytest.fail("built"))
-    with pytest.raises(
-        UserError, match=rf"copy\.keras: .*{message} of the network that is described, [0-9]+ or more, got"
-    ):
+    monkeypatch.setattr(saving, "_build_classifier", lambda metadata: pytest.fail("built"))
+    with pytest.raises(UserError, match=rf"copy\.keras: {message} for the network in its metadata, got"):
         x3d_tf.load(rewritten(file, {"expansion": vars(TINY) | change}))
 
 
-def test_classes_that_the_file_cannot_hold_are_not_built(file: Path) -> None:
+def test_a_classifier_too_large_for_the_file_is_rejected(file: Path) -> None:
     for count in (10_000, 100_000):
         change = {"num_classes": count, "class_names": ["a"] * count}
-        with pytest.raises(UserError, match=r"model\.weights\.h5 must have room for the parameters"):
+        with pytest.raises(UserError, match=r"model\.weights\.h5 must hold at least [0-9]+ parameters"):
             archive.describe(rewritten(file, change))
 
 
-def test_the_parameters_of_every_form_are_counted() -> None:
-    """Never more than there are, or files of ours would be refused."""
-    options, of = x3d_tf.ModelOptions(), metadata.Metadata
+def test_metadata_counts_the_parameters_of_every_network() -> None:
+    """An overestimate would reject valid files."""
+    options, build = x3d_tf.ModelOptions(), metadata.Metadata
     networks = [
-        (x3d_tf.build_x3d(TINY, 3), of(TINY, options, 3, True, NAMES, "trainable", 64)),
-        (x3d_tf.build_x3d(TINY, 3, include_top=False), of(TINY, options, 3, False, (), "trainable", 64)),
+        (x3d_tf.build_x3d(TINY, 3), build(TINY, options, 3, True, NAMES, "trainable", 64)),
+        (x3d_tf.build_x3d(TINY, 3, include_top=False), build(TINY, options, 3, False, (), "trainable", 64)),
     ]
     for head in ("full", "simple", "frame"):
-        described = of(TINY, options, 3, True, NAMES, "trainable", 64, "detection", detection_head=head)
+        described = build(TINY, options, 3, True, NAMES, "trainable", 64, "detection", detection_head=head)
         networks.append((x3d_tf.build_detector(TINY, 3, head=head), described))
     for network, described in networks:
         counts = [(weight.path.split("/")[0], weight) for weight in network.trainable_variables]
@@ -324,10 +322,10 @@ def test_the_parameters_of_every_form_are_counted() -> None:
 
 
 def zipped(file: Path, change: Callable[[str, bytes, zipfile.ZipFile], None]) -> Path:
-    """A copy of a model file whose members are written by a function of name, content and archive."""
+    """Copies a model file; `change(name, content, archive)` writes each member."""
     copy = file.with_name("copy.keras")
     with zipfile.ZipFile(file) as source, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of doubled names
+        warnings.simplefilter("ignore")  # about duplicate names
         with zipfile.ZipFile(copy, "w") as target:
             for name in source.namelist():
                 change(name, source.read(name), target)
@@ -363,30 +361,30 @@ def _padded(member: str, size: int) -> Callable[[str, bytes, zipfile.ZipFile], N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_double, "a model file must hold each member once, got 'x3d_tf.json'"),
-        (_add, r"the members of a model file must be model\.weights\.h5, .*, got 'assets/a.txt'"),
+        (_double, "a model file must contain each member once, got 'x3d_tf.json'"),
+        (_add, r"a member of a model file must be among model\.weights\.h5, .*, got 'assets/a.txt'"),
         (_deflate, r"model\.weights\.h5 must be stored without compression"),
-        (_without_weights, r"a model file must hold model\.weights\.h5"),
+        (_without_weights, r"a model file must contain model\.weights\.h5"),
         (_padded("x3d_tf.json", 17 << 20), "x3d_tf.json must have at most 16777216 bytes, got 178"),
         (_padded("metadata.json", 2 << 20), "metadata.json must have at most 1048576 bytes, got 209"),
     ],
 )
-def test_members_that_no_model_file_has(change: Any, message: str, file: Path) -> None:
+def test_unexpected_members_are_rejected(change: Any, message: str, file: Path) -> None:
     with pytest.raises(UserError, match=rf"copy\.keras: {message}"):
         x3d_tf.load(zipped(file, change))
 
 
 @pytest.mark.parametrize(("offset", "message"), [(8, "encrypted"), (20, "stored without"), (24, "stored without")])
-def test_a_directory_that_lies_is_refused(offset: int, message: str, file: Path) -> None:
+def test_inconsistent_member_headers_are_rejected(offset: int, message: str, file: Path) -> None:
     content = bytearray(file.read_bytes())
-    entry = content.rindex(b"PK\1\2")  # of the last member, which is the description
+    entry = content.rindex(b"PK\1\2")  # of the last member, the metadata
     content[entry + offset : entry + offset + 1] = b"\x01"
     file.write_bytes(content)
     with pytest.raises(UserError, match=message):
         x3d_tf.load(file)
 
 
-def test_sizes_beyond_the_file_are_refused(file: Path) -> None:
+def test_member_sizes_beyond_the_file_are_rejected(file: Path) -> None:
     content = bytearray(file.read_bytes())
     entry = content.index(b"model.weights.h5", content.index(b"PK\1\2")) - 46
     for offset in (20, 24):
@@ -459,13 +457,13 @@ def _deep(archive: Any, array: str) -> None:
         (_virtual_array, "/elsewhere must be stored in the file itself"),
         (_shape_bomb, "/elsewhere must have the 1073741824 bytes of its shape .*, uncompressed, got 0"),
         (_unwritten, "/elsewhere must have the 1073741824 bytes of its shape .*, uncompressed, got 0"),
-        (_second_name, "must have one name"),
-        (_cycle, "/layers/elsewhere must have one name"),
+        (_second_name, "must have a single name"),
+        (_cycle, "/layers/elsewhere must have a single name"),
         (_text, "/elsewhere must be an array of numbers"),
-        (_deep, "must have one name"),
+        (_deep, "must have a single name"),
     ],
 )
-def test_weights_that_are_no_plain_arrays(change: Any, message: str, file: Path) -> None:
+def test_weights_other_than_plain_arrays_are_rejected(change: Any, message: str, file: Path) -> None:
     import h5py
 
     def rewrite(name: str, content: bytes, target: zipfile.ZipFile) -> None:
@@ -481,7 +479,7 @@ def test_weights_that_are_no_plain_arrays(change: Any, message: str, file: Path)
 
 
 @pytest.mark.parametrize("keep", [0, 8, 100, 10_000, -100])
-def test_damaged_weights_are_named(keep: int, file: Path) -> None:
+def test_damaged_weights_are_reported_with_the_file(keep: int, file: Path) -> None:
     def cut(name: str, content: bytes, target: zipfile.ZipFile) -> None:
         content = content[:keep] + bytes(len(content[keep:])) if name == "model.weights.h5" else content
         target.writestr(name, content)
@@ -490,7 +488,7 @@ def test_damaged_weights_are_named(keep: int, file: Path) -> None:
         x3d_tf.load(zipped(file, cut))
 
 
-def test_missing_weights_are_not_made_up(file: Path) -> None:
+def test_missing_weights_are_an_error(file: Path) -> None:
     import h5py
 
     copy = file.with_name("copy.keras")
@@ -503,11 +501,11 @@ def test_missing_weights_are_not_made_up(file: Path) -> None:
                     del archive["layers/dense_3"]
                 content = weights.getvalue()
             target.writestr(name, content)
-    with pytest.raises(ValueError, match=r"copy\.keras do not fit"):
+    with pytest.raises(ValueError, match=r"copy\.keras do not match"):
         x3d_tf.load(copy)
 
 
-def test_what_is_not_a_model_file(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such model file or run folder; a run writes its model when"):
         x3d_tf.load(tmp_path)
     (tmp_path / "a.keras").write_bytes(b"not a zip file")

@@ -1,4 +1,4 @@
-"""Starting from other weights: what is taken, what is new, and what does not fit."""
+"""Tests of `load_pretrained`: weights that are loaded, weights that stay new, and networks that do not match."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def network(classes: tuple[str, ...], expansion: x3d_tf.Expansion = TINY, **opti
 
 @pytest.fixture(scope="module", params=["trainable", "portable"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, x3d_tf.X3D]:
-    """A file of each form, and the network in it."""
+    """A model file of each form, and the network saved in it."""
     model, path = network(("a", "b")), tmp_path_factory.mktemp("source") / "model.keras"
     if request.param == "trainable":
         x3d_tf.save(model, path, ("a", "b"))
@@ -28,17 +28,17 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path, model
 
 
-def same(a: x3d_tf.X3D, b: x3d_tf.X3D, layer: str) -> bool:
+def have_equal_weights(a: x3d_tf.X3D, b: x3d_tf.X3D, layer: str) -> bool:
     pairs = zip(a.get_layer(layer).get_weights(), b.get_layer(layer).get_weights())
     return all(x.shape == y.shape and np.array_equal(x, y) for x, y in pairs)
 
 
-def test_all_is_taken_where_the_classes_are_the_same(source: tuple[Path, x3d_tf.X3D]) -> None:
+def test_everything_is_loaded_for_equal_classes(source: tuple[Path, x3d_tf.X3D]) -> None:
     path, theirs = source
     ours = network(("a", "b"))
     transfer = load_pretrained(ours, path)
     assert transfer.new == () and transfer.taken[0] == "conv1_xy" and transfer.taken[-1] == "fc2"
-    assert all(same(ours, theirs, layer.name) for layer in theirs.layers)
+    assert all(have_equal_weights(ours, theirs, layer.name) for layer in theirs.layers)
     assert str(path) in str(transfer) and "new: nothing" in str(transfer)
 
 
@@ -46,21 +46,21 @@ def test_all_is_taken_where_the_classes_are_the_same(source: tuple[Path, x3d_tf.
 def test_the_classifier_is_new_for_other_classes(source: tuple[Path, x3d_tf.X3D], classes: tuple[str, ...]) -> None:
     path, theirs = source
     longer = x3d_tf.Expansion(gamma_tau=2, gamma_t=6, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
-    ours = network(classes, longer)  # no weight depends on the clip
+    ours = network(classes, longer)  # weights do not depend on the clip
     before = ours.get_layer("fc2").get_weights()
     transfer = load_pretrained(ours, path)
     assert transfer.new == ("fc2",) and transfer.taken[-1] == "fc1"
-    assert all(same(ours, theirs, layer.name) for layer in theirs.layers if layer.name != "fc2")
+    assert all(have_equal_weights(ours, theirs, layer.name) for layer in theirs.layers if layer.name != "fc2")
     np.testing.assert_array_equal(before[0], ours.get_layer("fc2").get_weights()[0])
 
 
-def test_a_network_without_classifier_is_enough(tmp_path: Path) -> None:
+def test_loading_from_a_network_without_classifier(tmp_path: Path) -> None:
     features = x3d_tf.build_x3d(TINY, include_top=False)
     x3d_tf.save(features, tmp_path / "features.keras")
     assert load_pretrained(network(("a", "b")), tmp_path / "features.keras").new == ("fc1", "fc2")
 
 
-def test_another_pooling_is_told(source: tuple[Path, x3d_tf.X3D]) -> None:
+def test_another_pooling_is_reported(source: tuple[Path, x3d_tf.X3D]) -> None:
     transfer = load_pretrained(network(("a", "b"), head_pool="fixed_logits"), source[0])
     assert (
         "ModelOptions.head_pool, which larger clips in testing depend on, is global there and fixed_logits here"
@@ -76,7 +76,7 @@ def test_another_pooling_is_told(source: tuple[Path, x3d_tf.X3D]) -> None:
         (TINY, {"se": "none"}, "res2_0_se_reduce"),
     ],
 )
-def test_another_network_is_refused(
+def test_another_network_is_rejected(
     source: tuple[Path, x3d_tf.X3D], expansion: x3d_tf.Expansion, options: dict[str, object], layer: str
 ) -> None:
     with pytest.raises(ValueError, match=f"TrainConfig.init: .* is of another network: .* the first is {layer}"):
@@ -84,7 +84,9 @@ def test_another_network_is_refused(
 
 
 @pytest.mark.parametrize(("option", "value"), [("input", "difference"), ("swish", False), ("swish_before", True)])
-def test_what_no_shape_tells_is_refused_too(source: tuple[Path, x3d_tf.X3D], option: str, value: object) -> None:
+def test_options_without_effect_on_shapes_are_compared(
+    source: tuple[Path, x3d_tf.X3D], option: str, value: object
+) -> None:
     with pytest.raises(ValueError, match=rf"was trained with ModelOptions\.{option} = .*, and here it is {value!r}"):
         load_pretrained(network(("a", "b"), **{option: value}), source[0])
 

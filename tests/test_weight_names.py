@@ -1,4 +1,4 @@
-"""The table of the names that PyTorch implementations give to X3D's weights: whole, one-to-one, and theirs."""
+"""Tests of the table of weight names: complete, one-to-one, and equal to the PyTorch implementations' names."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def named_weights(model: X3D, naming: Naming) -> list[tuple[WeightName, keras.Va
 
 
 def shapes(model: X3D, naming: Naming) -> dict[str, tuple[int, ...]]:
-    """What a state dict would say of the network."""
+    """Returns the shapes of the network's weights in a state dict."""
     return {name.source: source_shape(tuple(v.shape), name.kind) for name, v in named_weights(model, naming)}
 
 
@@ -54,12 +54,12 @@ def test_the_table_names_every_weight_once(options: dict[str, Any]) -> None:
         assert len({name.source for name, _ in named}) == len(named)
 
 
-def test_one_network_has_more_weights_with_each_option() -> None:
+def test_number_of_weights_for_each_option() -> None:
     def count(**options: Any) -> int:
         return len(list(names(plan(Expansion(), ModelOptions(**options)), "slowfast")))
 
     norm, reduce_and_expand = 4, 2 * 2
-    assert count(se="none") + 7 * reduce_and_expand == count()  # blocks 0, 2 and 4 of stages 1, 2, 5 and 3 deep
+    assert count(se="none") + 7 * reduce_and_expand == count()  # blocks 0, 2 and 4 of stages with 1, 2, 5 and 3 blocks
     assert count() + 4 * reduce_and_expand == count(se="all")
     assert count(shortcut_norm="on_width_change") + norm == count()
     assert count(separable=False) == count()
@@ -83,14 +83,14 @@ def test_the_four_statistics_of_a_batch_norm(naming: Naming) -> None:
         ("vector", (4,), (4,)),
     ],
 )
-def test_layouts_return(kind: Any, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
+def test_layout_round_trip(kind: Any, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).standard_normal(theirs)
     assert to_ours(array, kind).shape == ours
     assert source_shape(ours, kind) == theirs
     np.testing.assert_array_equal(to_source(to_ours(array, kind), kind), array)
 
 
-def test_layouts_put_entries_in_their_places() -> None:
+def test_layouts_move_entries_correctly() -> None:
     draw = np.random.default_rng(0)
     conv, channelwise = draw.standard_normal((4, 3, 2, 5, 7)), draw.standard_normal((4, 1, 5, 3, 7))
     assert to_ours(conv, "conv")[1, 4, 6, 2, 3] == conv[3, 2, 1, 4, 6]
@@ -103,7 +103,7 @@ def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
 
 
-# What the four packages call some of X3D-M's weights, and of which shape they are.
+# Names and shapes of some of X3D-M's weights in the four implementations.
 FACTS: dict[Naming, dict[str, tuple[int, ...]]] = {
     "slowfast": {
         "s1.pathway0_stem.conv_xy.weight": (24, 3, 1, 3, 3),
@@ -129,7 +129,7 @@ FACTS: dict[Naming, dict[str, tuple[int, ...]]] = {
         "head.projection.bias": (400,),
     },
     "pytorchvideo": {
-        "blocks.0.conv.conv_t.weight": (24, 3, 1, 3, 3),  # the convolution over space: the two have each other's names
+        "blocks.0.conv.conv_t.weight": (24, 3, 1, 3, 3),  # the spatial convolution: the two names are swapped
         "blocks.0.conv.conv_xy.weight": (24, 1, 5, 1, 1),
         **norm("blocks.0.norm", 24),
         "blocks.1.res_blocks.0.branch1_conv.weight": (24, 24, 1, 1, 1),
@@ -220,7 +220,7 @@ def test_names_and_shapes_of_x3d_m_in_pytorchvideo(x3d_m_of_pytorchvideo: X3D) -
     assert not [name for name in table if name.startswith("blocks.1.res_blocks.0.branch1_norm")]
 
 
-def test_which_blocks_have_squeeze_excitation(x3d_m: X3D) -> None:
+def test_blocks_with_squeeze_excitation(x3d_m: X3D) -> None:
     blocks = {name.split(".se_module")[0] for name in shapes(x3d_m, "mmaction2") if "se_module" in name}
     depths = {1: 3, 2: 5, 3: 11, 4: 7}
     assert blocks == {f"backbone.layer{k}.{block}" for k, depth in depths.items() for block in range(0, depth, 2)}

@@ -11,7 +11,7 @@ from x3d_tf.modeling.folded import deployed
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.portable import portable
 
-TINY = Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)  # one block a stage
+TINY = Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.2)  # one block per stage
 
 
 def clips(*shape: int, seed: int = 0) -> np.ndarray:
@@ -35,7 +35,7 @@ def test_parameters_and_shapes_of_the_variants(name: str) -> None:
     assert [shape[1:4] for shape in shapes] == [(clip.frames, side, side) for side in sides]
 
 
-def test_moving_statistics_are_counted_by_keras() -> None:
+def test_keras_counts_moving_statistics_too() -> None:
     assert build_x3d("x3d_m").count_params() == 3_825_786
 
 
@@ -52,7 +52,7 @@ def test_moving_statistics_are_counted_by_keras() -> None:
     ],
     ids=str,
 )
-def test_options_change_what_is_counted(options: dict[str, Any]) -> None:
+def test_cost_matches_the_network_for_every_option(options: dict[str, Any]) -> None:
     from x3d_tf import ModelOptions
 
     expansion = Expansion(gamma_t=2, gamma_w=1.5, gamma_b=2.25, gamma_d=0.4)
@@ -62,14 +62,14 @@ def test_options_change_what_is_counted(options: dict[str, Any]) -> None:
     assert model(clips(1, 2, 33, 40)).shape == (1, 5)
 
 
-def test_differences_are_of_neighbouring_frames() -> None:
-    """In units of the normalised input; a still picture is nothing."""
+def test_difference_input_subtracts_consecutive_frames() -> None:
+    """Differences are in units of the normalized input, and zero for a still image."""
     model = build_x3d(Expansion(gamma_t=3, gamma_d=0.2), num_classes=2, input="difference")
-    seen = keras.Model(model.input, model.get_layer("conv1_xy").input)
+    differences = keras.Model(model.input, model.get_layer("conv1_xy").input)
     clip = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32, 3)).astype("float32")
-    np.testing.assert_allclose(seen(clip), (clip[:, 1:] - clip[:, :-1]) / (0.225 * 255), atol=1e-5)
-    assert not np.asarray(seen(np.repeat(clip[:, :1], 3, axis=1))).any()
-    with pytest.raises(ValueError, match="gamma_t must be at least 2 where ModelOptions"):
+    np.testing.assert_allclose(differences(clip), (clip[:, 1:] - clip[:, :-1]) / (0.225 * 255), atol=1e-5)
+    assert not np.asarray(differences(np.repeat(clip[:, :1], 3, axis=1))).any()
+    with pytest.raises(ValueError, match="gamma_t must be at least 2 if ModelOptions"):
         build_x3d(Expansion(gamma_t=1), input="difference")
 
 
@@ -78,7 +78,7 @@ def test_unknown_options_are_named() -> None:
         build_x3d(TINY, colour="red")
 
 
-def test_a_fresh_block_is_its_shortcut() -> None:
+def test_a_new_block_equals_its_shortcut() -> None:
     model = build_x3d(Expansion(gamma_d=2 / 5), num_classes=3)  # two blocks in res4
     shortcut = model.get_layer("res4_0_shortcut_bn").output
     outputs = [shortcut, *(model.get_layer(name).output for name in ("res4_0", "res4"))]
@@ -87,7 +87,7 @@ def test_a_fresh_block_is_its_shortcut() -> None:
     np.testing.assert_array_equal(second, first)
 
 
-def test_fresh_weights_have_the_published_spread() -> None:
+def test_initial_weights_have_the_published_standard_deviation() -> None:
     model = build_x3d("x3d_s", num_classes=400)
     spread = {
         "conv1_xy": np.sqrt(2 / (24 * 9)),
@@ -104,14 +104,14 @@ def test_fresh_weights_have_the_published_spread() -> None:
     assert np.asarray(model.get_layer("res4_0_shortcut_bn").gamma).all()
 
 
-def test_integers_and_floats_are_one_input() -> None:
+def test_integer_and_float_inputs_are_equivalent() -> None:
     model = build_x3d(TINY, num_classes=3)
     batch = clips(2, 4, 64, 64)
     np.testing.assert_array_equal(model(batch), model(batch.astype("float32")))
     assert np.abs(np.asarray(model(batch + 0.5)) - np.asarray(model(batch))).max() > 0  # fractions are kept
 
 
-def test_no_top_is_pool5() -> None:
+def test_without_top_the_output_is_pool5() -> None:
     model = build_x3d(TINY, num_classes=3, include_top=False)
     assert model(clips(2, 4, 64, 64)).shape == (2, 432)
     assert [layer.name for layer in model.layers if layer.name in ("fc1", "fc2")] == []
@@ -128,22 +128,22 @@ def test_poolings_agree_at_the_training_crop() -> None:
 
 
 def _naive_head(model: X3D, maps: np.ndarray, window: int, pool: str) -> np.ndarray:
-    """Logits of conv5's maps (N, T, H, W, C) by a loop over clips and windows, in double precision (spec R1.23)."""
+    """Computes logits from conv5's maps (N, T, H, W, C) by a loop over clips and windows, in double precision."""
     fc1, fc2 = ([np.asarray(weight, np.float64) for weight in model.get_layer(name).weights] for name in ("fc1", "fc2"))
     rows = []
     for clip in maps.astype(np.float64):
-        found = []
+        outputs = []
         for top in range(clip.shape[1] - window + 1):
             for left in range(clip.shape[2] - window + 1):
                 pooled = clip[:, top : top + window, left : left + window].mean((0, 1, 2))
                 logits = np.maximum(pooled @ fc1[0], 0) @ fc2[0] + fc2[1]
                 if pool == "fixed_logits":
-                    found.append(logits)
+                    outputs.append(logits)
                 elif model.task == "multi_label":
-                    found.append(1 / (1 + np.exp(-logits)))
+                    outputs.append(1 / (1 + np.exp(-logits)))
                 else:
-                    found.append(np.exp(logits) / np.exp(logits).sum())
-        mean = np.mean(found, axis=0)
+                    outputs.append(np.exp(logits) / np.exp(logits).sum())
+        mean = np.mean(outputs, axis=0)
         if pool == "fixed_probabilities":
             mean = np.log(mean / (1 - mean)) if model.task == "multi_label" else np.log(mean)
         rows.append(mean)
@@ -155,8 +155,8 @@ def _naive_head(model: X3D, maps: np.ndarray, window: int, pool: str) -> np.ndar
 def test_fixed_poolings_equal_a_loop_over_windows(pool: str, task: str) -> None:
     model = build_x3d(TINY, 4, head_pool=pool, task=task)  # type: ignore[arg-type]
     fc2 = model.get_layer("fc2")
-    fc2.kernel.assign(np.random.default_rng(0).normal(0, 0.5, fc2.kernel.shape))  # windows that disagree
-    fc2.bias.assign([20.0, 1.0, -1.0, -30.0])  # and classes near certainty
+    fc2.kernel.assign(np.random.default_rng(0).normal(0, 0.5, fc2.kernel.shape))  # large enough for windows to disagree
+    fc2.bias.assign([20.0, 1.0, -1.0, -30.0])  # classes near probability 1 and 0
     batch = clips(2, 4, 128, 96)
     maps = keras.Model(model.input, model.get_layer("conv5").output)(batch)
     assert maps.shape[2:4] == (4, 3)
@@ -164,15 +164,15 @@ def test_fixed_poolings_equal_a_loop_over_windows(pool: str, task: str) -> None:
     np.testing.assert_allclose(model(batch), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_multi_label_windows_that_are_sure_stay_sure() -> None:
+def test_confident_multi_label_windows_keep_their_probability() -> None:
     model = build_x3d(TINY, 4, head_pool="fixed_probabilities", task="multi_label")
     model.get_layer("fc2").bias.assign([4.6] * 4)
     np.testing.assert_allclose(keras.ops.sigmoid(model(clips(1, 4, 96, 96))), 0.99, atol=0.01)
 
 
 @pytest.mark.parametrize("pool", ["fixed_probabilities", "fixed_logits"])
-def test_a_clip_smaller_than_the_windows_is_refused(pool: str) -> None:
-    rule = rf'at least 33 pixels where ModelOptions.head_pool is "{pool}", .* of the training crop of 64 pixels'
+def test_clips_smaller_than_the_windows_are_rejected(pool: str) -> None:
+    rule = rf'at least 33 pixels if ModelOptions.head_pool is "{pool}", .* of the training crop of 64 pixels'
     model = build_x3d(TINY, 3, head_pool=pool)  # type: ignore[arg-type]
     for sides in ((32, 32), (64, 32), (16, 64)):
         with pytest.raises(ValueError, match=rf"{rule}, got {min(sides)}"):
@@ -190,7 +190,7 @@ def test_a_clip_smaller_than_the_windows_is_refused(pool: str) -> None:
     build_x3d(TINY, 3, head_pool=pool, include_top=False)(clips(1, 4, 32, 32))  # type: ignore[arg-type]
 
 
-def test_drop_connect_keeps_the_mean_and_drops_whole_clips() -> None:
+def test_drop_connect_keeps_the_mean_and_drops_complete_clips() -> None:
     model = build_x3d(TINY, 3, drop_connect=0.5)
     drop = model.get_layer("res5_0_drop")
     kept = np.asarray(drop(np.ones((4000, 1, 2, 2, 3), "float32"), training=True))
@@ -201,7 +201,7 @@ def test_drop_connect_keeps_the_mean_and_drops_whole_clips() -> None:
     np.testing.assert_array_equal(drop(np.ones((4, 1, 2, 2, 3))), np.ones((4, 1, 2, 2, 3)))
 
 
-def test_configuration_returns() -> None:
+def test_config_round_trip() -> None:
     model = build_x3d(TINY, 3, se="all", stem_kernel=3, include_top=False)
     again = X3D.from_config(model.get_config())
     assert again.get_config() == model.get_config()
@@ -215,15 +215,15 @@ def test_static_and_open_sizes_agree() -> None:
     np.testing.assert_allclose(open_sizes(batch), model(batch), atol=1e-6)
 
 
-def test_channelwise_layers_are_where_the_paper_has_them() -> None:
+def test_channelwise_layers_match_the_paper() -> None:
     layers = [layer for layer in build_x3d("x3d_xs").layers if isinstance(layer, ChannelwiseConv3D)]
     assert [layer.kernel_size for layer in layers] == [(5, 1, 1)] + [(3, 3, 3)] * 26
     assert [layer.name for layer in layers if layer.stride == 2] == [f"res{stage}_0_conv_b" for stage in (2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("run_eagerly", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_keras_can_fit_it(run_eagerly: bool, request: pytest.FixtureRequest) -> None:
-    """Operations one by one: compiling the step takes most of the time."""
+def test_keras_fit_trains_the_network(run_eagerly: bool, request: pytest.FixtureRequest) -> None:
+    """Runs eagerly by default, because compiling the step takes most of the time."""
     if run_eagerly:
         request.getfixturevalue("uncompiled")
     keras.utils.set_random_seed(0)
@@ -238,14 +238,14 @@ def test_keras_can_fit_it(run_eagerly: bool, request: pytest.FixtureRequest) -> 
 @pytest.mark.parametrize(
     ("num_classes", "message"),
     [
-        ("3", "num_classes must be a whole number, got '3'"),
-        (3.0, "num_classes must be a whole number, got 3.0"),
-        (None, "num_classes must be a whole number, got None"),
-        (True, "num_classes must be a whole number, got True"),
+        ("3", "num_classes must be an integer, got '3'"),
+        (3.0, "num_classes must be an integer, got 3.0"),
+        (None, "num_classes must be an integer, got None"),
+        (True, "num_classes must be an integer, got True"),
         (0, r"num_classes must be in \[1, 100000\], got 0"),
     ],
 )
-def test_a_wrong_number_of_classes_is_named(num_classes: Any, message: str) -> None:
+def test_invalid_numbers_of_classes_are_named(num_classes: Any, message: str) -> None:
     for build in (x3d_tf.build_x3d, x3d_tf.build_detector, x3d_tf.cost):
         with pytest.raises(ValueError, match=f"^{message}$"):
             build("x3d_xs", num_classes=num_classes)

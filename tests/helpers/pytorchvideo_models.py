@@ -187,5 +187,5 @@ def imported(reference: Reference, folder: Path, head_pool: str) -> "X3D":
     path = folder / "reference.pyth"
     torch.save({"model_state": reference.model.state_dict()}, path)
     model, report = import_checkpoint(path, reference.network, head_pool=head_pool)
-    assert (report.naming, report.left, report.new) == (reference.naming, (), ())
+    assert (report.naming, report.only_in_checkpoint, report.only_in_network) == (reference.naming, (), ())
     return model

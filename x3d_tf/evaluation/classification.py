@@ -152,7 +152,7 @@ def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
     options = replace(model.options, head_pool=head_pool)
     changed = X3D(model.expansion, model.num_classes, options, task=model.task)
     changed.set_weights(model.get_weights())  # poolings have no weights, so the lists are the same
-    changed.take_facts(model)
+    changed.copy_metadata(model)
     return changed
 
 

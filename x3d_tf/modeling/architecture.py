@@ -1,4 +1,7 @@
-"""From expansion factors to whole layers: every rounding of the package happens here. Imports no TensorFlow."""
+"""Computes the widths and depths of all layers from the expansion factors. Imports no TensorFlow.
+
+This module does all rounding of the package.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +11,12 @@ from typing import Literal
 from x3d_tf.errors import SettingTypeError, check_field_types, require
 from x3d_tf.modeling.expansion import Expansion
 
-BASE_WIDTHS = (24, 48, 96, 192)  # res2..res5 of X2D, paper Table 1; conv1 is as wide as res2
+BASE_WIDTHS = (24, 48, 96, 192)  # res2..res5 of X2D, paper Table 1; conv1 has the width of res2
 BASE_DEPTHS = (1, 2, 5, 3)
 FC1_WIDTH = 2048
 STAGE_NAMES = ("res2", "res3", "res4", "res5")
 
-# Settings may come from someone else's file, so that what they ask for is bounded far above the published networks.
+# Settings may come from an untrusted file, so they have limits, far above the published networks.
 MAX_BLOCKS = 1000
 MAX_CHANNELS = 16_384
 MAX_CLASSES = 100_000
@@ -23,33 +26,34 @@ _MAX_BN_GROUP = 65_536
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Choices that the six factors leave open.
+    """Options of the network that the six factors do not determine.
 
-    The defaults are the network of the paper's authors' code, PySlowFast, but for `head_pool`: there clips larger than
-    the training crop are pooled by `fixed_probabilities`. At the training crop all poolings agree.
+    The defaults are those of PySlowFast, the code of the paper's authors, except for `head_pool`: PySlowFast uses
+    `fixed_probabilities` for clips larger than the training crop. At the training crop all poolings agree.
 
     Attributes:
-        input: "rgb"; or "difference": the network sees what changes from each frame of the clip to the next, one frame
-            less, and no still picture. Not from the paper: where few videos of one's own differ by motion alone, it
-            learns that instead of their backgrounds.
-        stem_kernel: frames that conv1's temporal convolution spans, odd. The paper prints 3 and counts with 5.
-        se: squeeze-excitation in every other block from the first of each stage on (`alternate`), in `all`, in `none`.
-        swish: swish after the 3x3x3 convolution; False is ReLU (paper, appendix B).
-        swish_before: swish also before it, the literal reading of the paper's appendix A.3; False is ReLU.
+        input: "rgb", or "difference": the network sees the differences between consecutive frames, one fewer than the
+            clip has, and no still image. "difference" is not from the paper. It suits small datasets whose classes
+            differ by motion alone: the network cannot overfit to the backgrounds.
+        stem_kernel: temporal kernel size of conv1 in frames, odd. The paper prints 3, but its counts imply 5.
+        se: blocks with squeeze-excitation: every other block, starting with the first of each stage (`alternate`),
+            `all` or `none`.
+        swish: swish after the 3x3x3 convolution; False uses ReLU (paper, appendix B).
+        swish_before: swish also before it, the literal reading of the paper's appendix A.3; False uses ReLU.
         separable: channel-wise 3x3x3 convolution; False is the paper's ablation, a dense 3x1x1 before a dense 1x3x3.
-        shortcut_norm: batch norm on the projecting shortcuts: `always` (PySlowFast), or `on_width_change`
-            (pytorchvideo, whose res2 has none).
-        head_pool: what the head does with clips larger than the training crop. `global` averages all positions;
+        shortcut_norm: batch norm on the projection shortcuts: `always` (PySlowFast) or `on_width_change`
+            (pytorchvideo, which has none in res2).
+        head_pool: pooling of clips larger than the training crop. `global` averages over all positions.
             `fixed_probabilities` (PySlowFast, and pytorchvideo by default) and `fixed_logits` (pytorchvideo built
-            without its final softmax) average over windows of the training size and all frames, classify each and
-            take the mean of the probabilities (softmax, or sigmoid for multi-label models) or of the logits. A clip
-            smaller than the training crop has no such window and is refused.
-        bn_group: clips that share batch-norm statistics in training.
-        drop_connect: rate at which res5 drops a residual branch in training; linear over the stages below.
-        dropout: rate before the classifier.
+            without its final softmax) average over windows of the training size and all frames, classify each window,
+            and average the probabilities (softmax, or sigmoid for multi-label models) or the logits. They reject clips
+            smaller than the training crop, which contain no complete window.
+        bn_group: number of clips that share batch-norm statistics in training.
+        drop_connect: rate at which res5 drops a residual branch in training; earlier stages use linearly lower rates.
+        dropout: dropout rate before the classifier.
 
     Raises:
-        TypeError, ValueError: naming the option, the rule and the value received.
+        TypeError, ValueError: an option is invalid. Names the option, the rule and the value received.
     """
 
     input: Literal["rgb", "difference"] = "rgb"
@@ -77,7 +81,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One residual stage: its blocks, outer and inner channels, and the spatial stride of its first block."""
+    """A residual stage: number of blocks, outer and inner channels, and spatial stride of the first block."""
 
     depth: int
     width: int
@@ -87,13 +91,13 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network in whole numbers: what the builder builds and the counter counts.
+    """Integer widths and depths of a network, from which it is built and its cost is counted.
 
     Attributes:
         stem_width: channels of conv1.
         stages: res2 to res5.
         head_width: channels of conv5.
-        options: the choices that the factors leave open.
+        options: the options that the factors do not determine.
     """
 
     stem_width: int
@@ -102,23 +106,23 @@ class Architecture:
     options: ModelOptions
 
     def has_se(self, block: int) -> bool:
-        """Whether block number `block` of a stage, from 0, has squeeze-excitation."""
+        """Returns whether block number `block` of a stage, counted from 0, has squeeze-excitation."""
         return self.options.se == "all" or (self.options.se == "alternate" and block % 2 == 0)
 
     def has_shortcut_norm(self, widens: bool) -> bool:
-        """Whether a projecting shortcut has a batch norm; `widens` says whether it changes the width."""
+        """Returns whether a projection shortcut has a batch norm. `widens`: whether it changes the width."""
         return widens or self.options.shortcut_norm == "always"
 
     def drop_connect(self, stage: int) -> float:
-        """Rate of stage number `stage`, from 0: 0.4, 0.6, 0.8 and 1.0 of the option (PySlowFast's rule)."""
+        """Returns the drop rate of a stage, counted from 0: 0.4, 0.6, 0.8 and 1.0 of the option (as in PySlowFast)."""
         return self.options.drop_connect * (stage + 2) / 5
 
 
 def plan(expansion: Expansion, options: ModelOptions | None = None) -> Architecture:
-    """The architecture of an expansion: paper Table 1 times the factors, rounded as the published networks are.
+    """Returns the architecture of an expansion: paper Table 1 times the factors, rounded as in the published networks.
 
     Raises:
-        UserError: above 1,000 blocks or 16,384 channels, naming the factor.
+        UserError: more than 1,000 blocks or 16,384 channels. Names the factor.
     """
     _require_bounds(expansion)
     widths = [round_width(width, expansion.gamma_w) for width in BASE_WIDTHS]
@@ -127,13 +131,14 @@ def plan(expansion: Expansion, options: ModelOptions | None = None) -> Architect
         for depth, width in zip(BASE_DEPTHS, widths)
     )
     options = options or ModelOptions()
-    enough = options.input == "rgb" or expansion.gamma_t >= 2
-    require(enough, "Expansion.gamma_t", 'be at least 2 where ModelOptions.input is "difference"', expansion.gamma_t)
+    has_enough_frames = options.input == "rgb" or expansion.gamma_t >= 2
+    rule = 'be at least 2 if ModelOptions.input is "difference"'
+    require(has_enough_frames, "Expansion.gamma_t", rule, expansion.gamma_t)
     return Architecture(widths[0], stages, stages[-1].inner_width, options)
 
 
 def _require_bounds(expansion: Expansion) -> None:
-    """Refuses factors that are too large before anything is rounded or counted by them."""
+    """Checks the limits of the factors before anything is rounded or counted with them."""
     widest = BASE_WIDTHS[-1] * expansion.gamma_w
     rule = f"give at most {MAX_CHANNELS} channels"
     require(widest <= MAX_CHANNELS, "Expansion.gamma_w", rule, expansion.gamma_w)
@@ -143,45 +148,45 @@ def _require_bounds(expansion: Expansion) -> None:
 
 
 def require_classes(num_classes: object) -> None:
-    """Refuses a number of classes that no network here has, and what is no whole number."""
+    """Raises `UserError` unless `num_classes` is an integer within the limits."""
     if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
-        raise SettingTypeError(f"num_classes must be a whole number, got {num_classes!r}")
+        raise SettingTypeError(f"num_classes must be an integer, got {num_classes!r}")
     within = 1 <= int(num_classes) <= MAX_CLASSES
     require(within, "num_classes", f"be in [1, {MAX_CLASSES}]", num_classes)
 
 
 def round_width(width: int, factor: float) -> int:
-    """`width * factor` to the nearest multiple of 8, at least 8, and never below 0.9 of it."""
+    """Rounds `width * factor` to the nearest multiple of 8, but to at least 8 and to no less than 0.9 of it."""
     exact = width * factor
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * exact else rounded
 
 
 def se_width(inner_width: int) -> int:
-    """Channels between the two layers of a squeeze-excitation over `inner_width` channels."""
+    """Returns the bottleneck width of a squeeze-excitation over `inner_width` channels."""
     return round_width(inner_width, 1 / 16)
 
 
 def pool_window(train_size: int) -> int:
-    """Side of the head's fixed poolings, in positions of conv5: what a training crop of `train_size` pixels gives."""
+    """Returns the window side of the head's fixed poolings: positions of conv5 for a crop of `train_size` pixels."""
     return math.ceil(train_size / 32)
 
 
 def require_window(options: ModelOptions, size: int, train_size: int) -> None:
-    """Refuses clips of `size` pixels that are smaller than the windows of the head's fixed poolings.
+    """Checks that clips of `size` pixels contain a window of the head's fixed poolings.
 
     Raises:
-        UserError: naming the rule and both sizes.
+        UserError: the clips are too small. Names the rule and both sizes.
     """
     smallest, rule = window_rule(options, train_size)
     require(size >= smallest, "the side of a clip", rule, size)
 
 
 def window_rule(options: ModelOptions, train_size: int) -> tuple[int, str]:
-    """The smallest side of a clip in pixels, and that in words for a message."""
+    """Returns the smallest valid side of a clip in pixels, and the rule as text for a message."""
     smallest = 1 if options.head_pool == "global" else 32 * (pool_window(train_size) - 1) + 1
     rule = (
-        f'be at least {smallest} pixels where ModelOptions.head_pool is "{options.head_pool}", which averages over '
+        f'be at least {smallest} pixels if ModelOptions.head_pool is "{options.head_pool}", which averages over '
         f"windows of the training crop of {train_size} pixels"
     )
     return smallest, rule
@@ -189,9 +194,9 @@ def window_rule(options: ModelOptions, train_size: int) -> tuple[int, str]:
 
 def _inner_width(width: int, gamma_b: float) -> int:
     inner = int(gamma_b * width)
-    require(inner >= 1, "Expansion.gamma_b", f"leave a channel of {width}", gamma_b)
+    require(inner >= 1, "Expansion.gamma_b", f"give at least 1 inner channel for a width of {width}", gamma_b)
     return inner
 
 
 def _depth(depth: int, gamma_d: float) -> int:
-    return max(1, math.ceil(depth * gamma_d - 1e-6))  # a factor that passed through float32 must not add a block
+    return max(1, math.ceil(depth * gamma_d - 1e-6))  # a factor rounded to float32 must not add a block

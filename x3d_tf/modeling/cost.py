@@ -1,4 +1,4 @@
-"""Multiply-adds, parameters and activations of a network, counted from its plan. Imports no TensorFlow."""
+"""Counts the multiply-adds, parameters and activations of a network. Imports no TensorFlow."""
 
 import math
 from collections.abc import Iterator
@@ -21,14 +21,15 @@ from x3d_tf.types import ClipSpec
 
 @dataclass(frozen=True)
 class Cost:
-    """What one clip costs.
+    """The cost of a network for one clip.
 
     Attributes:
-        macs: multiply-adds of the convolutions, squeeze-excitations and fully connected layers, as the paper counts.
-        params: all trainable parameters.
-        params_paper: as the paper prints them: without batch norm and the biases of squeeze-excitation, and with a
-            bias of fc1 that the network does not have. The only convention found to give all its figures.
-        activations: elements put out by the convolutions and fully connected layers.
+        macs: multiply-adds of the convolutions, squeeze-excitations and fully connected layers, as in the paper.
+        params: number of trainable parameters.
+        params_paper: number of parameters as printed in the paper: without batch norm and the biases of
+            squeeze-excitation, and with a bias in fc1 that the network does not have. No other convention was found
+            that gives all figures of the paper.
+        activations: number of output elements of the convolutions and fully connected layers.
     """
 
     macs: int = 0
@@ -42,7 +43,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One row of the per-layer table: the layer's name, its output shape (T, H, W, C) and its cost."""
+    """A row of the per-layer table: name, output shape (T, H, W, C) and cost of a layer."""
 
     name: str
     shape: tuple[int, int, int, int]
@@ -56,16 +57,16 @@ def cost(
     num_classes: int = 400,
     options: ModelOptions | None = None,
 ) -> Cost:
-    """Counts a network on one clip.
+    """Returns the cost of a network for one clip.
 
     Args:
-        network: a variant's name or an expansion.
-        clip: what it is run on; the training clip unless given. Only frames and size matter.
-        num_classes: outputs of the classifier.
-        options: the builder's choices; the defaults unless given.
+        network: name of a variant, or an expansion.
+        clip: input clip, of which only frames and size matter. Defaults to the training clip.
+        num_classes: number of outputs of the classifier.
+        options: options of the network. Defaults to `ModelOptions()`.
 
     Raises:
-        ValueError: an unknown variant, or a value outside its range.
+        ValueError: an unknown variant, or a value out of range.
     """
     return sum((layer.cost for layer in layer_costs(network, clip, num_classes=num_classes, options=options)), Cost())
 
@@ -77,14 +78,14 @@ def layer_costs(
     num_classes: int = 400,
     options: ModelOptions | None = None,
 ) -> list[LayerCost]:
-    """The same count as `cost`, one row a layer, in execution order."""
+    """Returns the cost of each layer in execution order. The arguments are those of `cost`."""
     require_classes(num_classes)
     expansion = as_expansion(network)
     return list(_layers(plan(expansion, options), clip or expansion.clip, expansion.clip.size, num_classes))
 
 
 def parameters(expansion: Expansion, num_classes: int, options: ModelOptions) -> Iterator[tuple[str, int]]:
-    """The layers of a network and their trainable parameters, counted one by one as they are asked for."""
+    """Yields the name and the number of trainable parameters of each layer, counted lazily."""
     for layer in _layers(plan(expansion, options), expansion.clip, expansion.clip.size, num_classes):
         yield layer.name, layer.cost.params
 
@@ -131,19 +132,19 @@ def _head(architecture: Architecture, shape: tuple[int, ...], train_size: int, n
     yield _conv("conv5", (frames, side, side, width), architecture.stages[-1].width)
     positions = 1
     if architecture.options.head_pool != "global":
-        positions = max(1, side - pool_window(train_size) + 1)  # windows of the training size, along one axis
+        positions = max(1, side - pool_window(train_size) + 1)  # windows of the training size along one axis
     yield fully_connected("fc1", width, FC1_WIDTH, bias=False, paper_bias=True, side=positions)
     yield fully_connected("fc2", FC1_WIDTH, num_classes, bias=True, paper_bias=True, side=positions)
 
 
 def _conv(name: str, shape: tuple[int, int, int, int], inputs: int, *, norm: bool = True) -> LayerCost:
-    """A convolution without bias, and its batch norm: `inputs` are the weights of one output channel."""
+    """Counts a convolution without bias and its batch norm. `inputs`: number of weights per output channel."""
     outputs, weights = math.prod(shape), inputs * shape[-1]
     return LayerCost(name, shape, Cost(outputs * inputs, weights + 2 * shape[-1] * norm, weights, outputs))
 
 
 def fully_connected(name: str, inputs: int, outputs: int, *, bias: bool, paper_bias: bool, side: int = 1) -> LayerCost:
-    """A dense layer at `side` x `side` positions."""
+    """Counts a dense layer at `side` x `side` positions."""
     positions, weights = side * side, inputs * outputs
     params, params_paper = weights + outputs * bias, weights + outputs * paper_bias
     return LayerCost(

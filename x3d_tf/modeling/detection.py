@@ -1,8 +1,9 @@
 """Action detection (paper, section 5): classifies the actions in each box on a clip's middle frame.
 
-The classifier's backbone, whose last feature maps are averaged over time because a box does not move within a clip;
-then RoIAlign, the maximum over each box, and the classifier's two dense layers. The paper does not say where conv5 and
-fc1 go. Its 3.1 M parameters of X3D-M (Table 8) are 3.106 M with both of them and at most 2.09 M without fc1.
+The network consists of the classifier's backbone, RoIAlign, the maximum over each box, and the classifier's two dense
+layers. The last feature maps are averaged over time, because a box does not move within a clip. The paper does not
+state whether the detector has conv5 and fc1. It prints 3.1 M parameters for X3D-M (Table 8): with both layers there are
+3.106 M, without fc1 at most 2.09 M.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan, require_classes
 from x3d_tf.modeling.cost import Cost, fully_connected, layer_costs
 from x3d_tf.modeling.expansion import Expansion, as_expansion
-from x3d_tf.modeling.x3d import Network, TrainableParts, backbone, conv5, fc1, fc2, full_precision, layer_name
+from x3d_tf.modeling.x3d import Network, TrainableLayerFactory, backbone, conv5, fc1, fc2, full_precision, layer_name
 from x3d_tf.types import ClipSpec, Task
 
 DetectionHead = Literal["full", "simple", "frame"]
@@ -29,23 +30,26 @@ def build_detector(
     name: str | None = None,
     **options: Any,
 ) -> "Detector":
-    """Builds a detector with fresh weights. `x3d_tf.training.transfer.load_pretrained` gives it those of a classifier.
+    """Builds a detector with randomly initialized weights.
+
+    `x3d_tf.training.transfer.load_pretrained` initializes it from a classifier.
 
     Args:
         network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
-        num_classes: actions, of which a box has any number; AVA's 80 unless given.
-        head: "full" has conv5 and fc1, as the paper's parameters say; "simple" is one linear layer on res5. "frame" is
-            "full" without RoIAlign, blind to the boxes: each gets the scores of the whole frame, for comparison.
-        name: of the model; the variant's name and "_detector" unless given.
-        **options: the fields of `ModelOptions` but head_pool.
+        num_classes: number of actions; a box may have any number of them. Defaults to the 80 actions of AVA.
+        head: "full" has conv5 and fc1, which matches the paper's parameter count; "simple" is one linear layer on res5;
+            "frame" is "full" without RoIAlign: it ignores the boxes and gives each the scores of the full frame, as a
+            baseline.
+        name: name of the model. Defaults to the name of the variant plus "_detector".
+        **options: the fields of `ModelOptions` except head_pool.
 
     Returns:
-        A model from `clip`, (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W, and `boxes`, (N, B, 4):
-        x1, y1, x2, y2 in [0, 1] of the clip, padded with zeros. To scores (N, B, num_classes) in (0, 1), which of
-        padding mean nothing.
+        A model with two inputs: `clip`, (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W; and `boxes`,
+        (N, B, 4): x1, y1, x2, y2 in [0, 1] of the clip, padded with zeros. Its output is scores (N, B, num_classes) in
+        (0, 1); ignore the scores of padded boxes.
 
     Raises:
-        ValueError, TypeError: an unknown variant or option, or a value outside its range.
+        ValueError, TypeError: an unknown variant or option, or a value out of range.
 
     Example:
         >>> detector = build_detector("x3d_m", num_classes=80)
@@ -59,7 +63,7 @@ def build_detector(
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class Detector(Network):
-    """The trainable detector. `build_detector` makes it; its configuration is what that was given.
+    """The trainable detector, as built by `build_detector`. Its config holds the arguments of the constructor.
 
     Attributes:
         head: "full", "simple" or "frame".
@@ -81,7 +85,7 @@ class Detector(Network):
         require_classes(num_classes)
         require(head in get_args(DetectionHead), "head", f"be among {', '.join(get_args(DetectionHead))}", head)
         pool = options.head_pool
-        require(pool == "global", "ModelOptions.head_pool", 'be "global" in a detector, which pools boxes', pool)
+        require(pool == "global", "ModelOptions.head_pool", 'be "global" for a detector, which pools boxes', pool)
         inputs = {
             "clip": keras.Input((None, None, None, 3), name="clip"),
             "boxes": keras.Input((None, 4), name="boxes"),
@@ -89,7 +93,7 @@ class Detector(Network):
         logits = graph(
             **inputs,
             architecture=plan(expansion, options),
-            parts=TrainableParts(options),
+            factory=TrainableLayerFactory(options),
             head=head,
             num_classes=num_classes,
         )
@@ -117,42 +121,42 @@ class Detector(Network):
 
 
 def graph(
-    clip: Any, boxes: Any, *, architecture: Architecture, parts: Any, head: DetectionHead, num_classes: int
+    clip: Any, boxes: Any, *, architecture: Architecture, factory: Any, head: DetectionHead, num_classes: int
 ) -> Any:
-    """The whole detector, in execution order.
+    """Builds the complete detector, in execution order.
 
     Args:
         clip: (N, T, H, W, 3), RGB in 0..255.
         boxes: (N, B, 4), x1, y1, x2, y2 in [0, 1] of the clip.
-        architecture: what to build.
-        parts: makes the layers, as `x3d.TrainableParts` does.
+        architecture: widths, depths and options of the network.
+        factory: creates the layers; see `x3d.TrainableLayerFactory`.
         head: "full", "simple" or "frame".
-        num_classes: outputs for a box.
+        num_classes: number of outputs per box.
 
     Returns:
         Logits (N, B, num_classes).
     """
-    x = backbone(clip, architecture, parts)
+    x = backbone(clip, architecture, factory)
     if head != "simple":
-        x = conv5(x, architecture, parts)
-    x = ops.mean(ops.cast(parts.clips(x), full_precision()), axis=1)  # [N, H, W, C]
+        x = conv5(x, architecture, factory)
+    x = ops.mean(ops.cast(factory.as_clips(x), full_precision()), axis=1)  # [N, H, W, C]
     if head == "frame":
         x = ops.max(x, axis=(1, 2), keepdims=True)[:, 0]  # [N, 1, C]
         x = ops.add(x, ops.zeros_like(boxes[..., :1]))
     else:
-        x = ops.max(parts.regions(x, boxes, clip, "regions"), axis=(2, 3))  # [N, B, C]
+        x = ops.max(factory.regions(x, boxes, clip, "regions"), axis=(2, 3))  # [N, B, C]
     if head != "simple":
         x = fc1(x)
-    return fc2(parts.dropout(x, "dropout"), num_classes)
+    return fc2(factory.dropout(x, "dropout"), num_classes)
 
 
 def scores(logits: Any) -> Any:
-    """What applications get, float32 in (0, 1)."""
+    """Converts logits to scores, float32 in (0, 1)."""
     return layers.Activation("sigmoid", name="scores", dtype="float32")(logits)
 
 
 def cost_of(model: Network) -> Cost:
-    """Of a network, or of a detector with one box, on the clip that it is tested on."""
+    """Returns the cost of a network on one evaluation clip; for a detector, with one box."""
     clip = ClipSpec(model.clip.frames, model.clip.stride, model.eval_size)
     rows = layer_costs(model.expansion, clip, num_classes=model.num_classes, options=model.options)
     if getattr(model, "head", None) == "simple":

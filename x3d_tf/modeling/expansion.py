@@ -1,4 +1,4 @@
-"""The six expansion factors of X3D and the networks that the paper publishes. Imports no TensorFlow."""
+"""The six expansion factors of X3D and the networks published in the paper. Imports no TensorFlow."""
 
 import math
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from x3d_tf.errors import check_field_types, require
 from x3d_tf.types import ClipSpec
 
-BASE_CROP = 112  # pixels: the crop of X2D, paper Table 1
-BASE_SCALE = (128, 160)  # pixels: short side of X2D's training frames, from the smallest to the largest
+BASE_CROP = 112  # crop of X2D in pixels, paper Table 1
+BASE_SCALE = (128, 160)  # smallest and largest short side of X2D's training frames, in pixels
 
-# The factors may come from someone else's file, so that what they ask for is bounded far above the published networks.
+# The factors may come from an untrusted file, so they have limits, far above the published networks.
 MAX_FRAMES = 1024
 MAX_SIDE = 2048  # pixels
 MAX_STRIDE = 1000  # source frames
@@ -17,21 +17,21 @@ MAX_STRIDE = 1000  # source frames
 
 @dataclass(frozen=True)
 class Expansion:
-    """The factors that expand X2D, in the units of the paper's Table 1 (all 1 is X2D itself).
+    """The factors that expand X2D, in the units of the paper's Table 1 (X2D has 1 for all of them).
+
+    Clips have at most 1,024 frames of 2,048 x 2,048 pixels, at most 1,000 source frames apart. `architecture.plan`
+    checks the limits of the other factors.
 
     Attributes:
         gamma_tau: temporal stride, in source frames.
-        gamma_t: frames of a clip.
+        gamma_t: number of frames per clip.
         gamma_s: spatial resolution; the crop is 112 times this.
-        gamma_w: width of all layers. The paper's "2.9" for X3D-XL counts from half the base width: here it is 1.45.
+        gamma_w: width of all layers. The paper's "2.9" for X3D-XL is relative to half the base width; here it is 1.45.
         gamma_b: inner width of the bottlenecks.
-        gamma_d: blocks in a stage.
-
-    Clips have at most 1,024 frames of 2,048 x 2,048 pixels, 1,000 source frames apart; `architecture.plan` bounds the
-    other factors.
+        gamma_d: number of blocks per stage.
 
     Raises:
-        TypeError, ValueError: naming the factor, the rule and the value received.
+        TypeError, ValueError: a factor is invalid. Names the factor, the rule and the value received.
     """
 
     gamma_tau: float = 1.0
@@ -56,12 +56,12 @@ class Expansion:
 
     @property
     def clip(self) -> ClipSpec:
-        """The training clip: T = γt frames at stride γτ, cropped to round(112γs) pixels."""
+        """Training clip: T = γt frames at stride γτ, cropped to round(112γs) pixels."""
         return ClipSpec(self.gamma_t, self.gamma_tau, round(BASE_CROP * self.gamma_s))
 
     @property
     def test_size(self) -> int:
-        """Short side of test frames in pixels, floor(128γs); also the crop of three-crop testing."""
+        """Short side of evaluation frames in pixels, floor(128γs); also the crop of three-crop evaluation."""
         return math.floor(BASE_SCALE[0] * self.gamma_s + 1e-6)
 
     @property
@@ -74,15 +74,15 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Variant:
-    """A published network: its factors and what the paper prints of its cost.
+    """A published network: its factors and its cost as printed in the paper.
 
     Attributes:
-        name: as `build_x3d` takes it.
+        name: name of the network, as passed to `build_x3d`.
         expansion: the six factors.
-        published_macs: multiply-adds of one training-size clip, in units of 1e9.
+        published_macs: multiply-adds for one clip of training size, in units of 1e9.
         published_params: parameters in units of 1e6, in the paper's convention (see `cost`).
         source: table of the paper that prints both.
-        published_test_macs: multiply-adds of one clip of 30-view testing, in units of 1e9, where Table 4 prints them.
+        published_test_macs: multiply-adds for one clip of 30-view evaluation, in units of 1e9, if Table 4 prints them.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Variant:
     published_test_macs: float | None = None
 
 
-_XS_S, _L_XXL = 160 / 112, 312 / 112  # the published crops are 160 and 312 where 112√2 and 112·2√2 are 158.4 and 316.8
+_XS_S, _L_XXL = 160 / 112, 312 / 112  # published crops of 160 and 312 pixels; 112√2 and 112·2√2 are 158.4 and 316.8
 
 VARIANTS: dict[str, Variant] = {
     row.name: row
@@ -104,30 +104,30 @@ VARIANTS: dict[str, Variant] = {
         Variant("x3d_m", Expansion(5.0, 16, 2.0, 1.0, 2.25, 2.2), 4.73, 3.76, "Table 2", 6.2),
         Variant("x3d_l", Expansion(5.0, 16, _L_XXL, 1.0, 2.25, 5.0), 18.37, 6.08, "Table 2", 24.8),
         Variant("x3d_xl", Expansion(5.0, 16, _L_XXL, 1.45, 2.25, 5.0), 35.84, 10.99, "Table 3", 48.4),
-        # Not printed in the paper: the only factors whose cost is within 0.1 % of both its 143.5 and its 194.1 G.
+        # The paper does not print these factors: they are the only ones within 0.1 % of both 143.5 and 194.1 G.
         Variant("x3d_xxl", Expansion(2.5, 32, _L_XXL, 1.45, 2.25, 10.1), 143.5, 20.3, "Table 2", 194.1),
     )
 }
 
 
 def as_expansion(network: "str | Expansion") -> Expansion:
-    """The expansion of a variant's name, or the expansion itself.
+    """Returns the expansion of a variant by its name; an `Expansion` is returned unchanged.
 
     Raises:
-        ValueError: an unknown name; lists the known ones.
-        TypeError: neither a name nor an Expansion.
+        ValueError: unknown name. The message lists the known ones.
+        TypeError: neither a name nor an `Expansion`.
     """
     if isinstance(network, Expansion):
         return network
     if not isinstance(network, str):
-        raise TypeError(f"a network is a variant's name or an Expansion, got {network!r}")
+        raise TypeError(f"a network must be the name of a variant or an Expansion, got {network!r}")
     if network not in VARIANTS:
         raise ValueError(f"unknown variant {network!r}; known: {', '.join(VARIANTS)}, or any Expansion(...)")
     return VARIANTS[network].expansion
 
 
 def name_of(expansion: Expansion) -> str:
-    """The variant's name, or one that spells the factors: `x3d(tau=6,t=13,s=1.429,w=1,b=1.5,d=2.2)`."""
+    """Returns the name of the variant, or the factors: `x3d(tau=6,t=13,s=1.429,w=1,b=1.5,d=2.2)`."""
     for variant in VARIANTS.values():
         if variant.expansion == expansion:
             return variant.name

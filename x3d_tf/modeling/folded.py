@@ -1,12 +1,12 @@
-"""The network for inference alone, in stock Keras layers: the form that exporters start from.
+"""The inference form of a network, built from stock Keras layers, from which models are exported.
 
-The same graph as the trainable network, of a fixed clip size and with probabilities as its output. Three things make it
-faster, and change no probability by more than 1e-5:
+It has the graph of the trainable network, a fixed clip size, and probabilities as its output. Three optimizations make
+it faster and change no probability by more than 1e-5:
 
-- Each batch norm is folded into the convolution before it, whose kernel is scaled and which gets a bias.
-- The subtraction of the pixels' mean and the division by their deviation are folded into the first convolution.
-- Between the clip and the head all tensors are 4-D, (T N, H, W, C): first frames of all clips, then the second ones.
-  Convolution, bias and ReLU stand in a row, which backends fuse, and a shift in time is a slice of whole rows.
+- Each batch norm is folded into the convolution before it, by scaling the kernel and adding a bias.
+- The normalization of the pixels by mean and standard deviation is folded into the first convolution.
+- Between the clip and the head all tensors are 4-D, (T N, H, W, C): the first frames of all clips, then the second
+  ones, and so on. Backends can then fuse convolution, bias and ReLU, and a shift in time is a slice of complete rows.
 """
 
 import dataclasses
@@ -27,22 +27,22 @@ from x3d_tf.modeling.x3d import MEAN, STD, Network, graph
 
 
 def deployed(model: Network, *, size: int | None = None, batch: int | None = None) -> keras.Model:
-    """Makes the inference form of a trained network.
+    """Converts a trained network to its inference form.
 
     Args:
         model: the trainable network, with its classifier, or a detector.
-        size: side of the clip in pixels; the training crop, of a detector all of the frame's short side, 128γs, unless
-            given.
-        batch: clips of a call; any number unless given.
+        size: side of the clip in pixels. Defaults to the training crop, or for a detector to the short side of the
+            frame, 128γs.
+        batch: fixed batch size. Defaults to any batch size.
 
     Returns:
-        A model from clips (batch, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (batch,
-        num_classes), float32; of a detector from {"clip": such clips, "boxes": (batch, B, 4)} of any B to scores
-        (batch, B, num_classes). It cannot be trained: its weights are those of folded layers.
+        A model that maps clips (batch, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (batch,
+        num_classes), float32. For a detector, it maps {"clip": clips, "boxes": (batch, B, 4)} of any B to scores
+        (batch, B, num_classes). The model cannot be trained, because its batch norms are folded.
 
     Raises:
-        ValueError: not a trainable network, one without classifier, a batch below 1, or a size that is smaller than the
-            windows of the head's pooling.
+        ValueError: the model is not a trainable network or has no classifier, `batch` is below 1, or `size` is smaller
+            than the windows of the head's pooling.
     """
     trainable = isinstance(model, Network)
     rule = "be a trainable network, from build_x3d, build_detector or load"
@@ -55,25 +55,25 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
     require_window(model.options, size, model.clip.size)
     clip = keras.Input((model.clip.frames, size, size, 3), batch_size=batch, name="clip")
     options = model.options
-    if pool_window(size) == pool_window(model.clip.size):  # one window, so that all ways of pooling agree
+    if pool_window(size) == pool_window(model.clip.size):  # with one window all poolings agree
         options = dataclasses.replace(options, head_pool="global")
-    architecture, parts = plan(model.expansion, options), DeployedParts(model, batch)
+    architecture, factory = plan(model.expansion, options), FoldedLayerFactory(model, batch)
     if isinstance(model, Detector):
         boxes = keras.Input((None, 4), batch_size=batch, name="boxes")
         logits = detection.graph(
-            _time_major(clip),
+            _to_time_major(clip),
             boxes,
             architecture=architecture,
-            parts=parts,
+            factory=factory,
             head=model.head,
             num_classes=model.num_classes,
         )
         app = keras.Model({"clip": clip, "boxes": boxes}, detection.scores(logits), name=model.name)
     else:
         logits = graph(
-            _time_major(clip),
+            _to_time_major(clip),
             architecture,
-            parts,
+            factory,
             train_size=model.clip.size,
             num_classes=model.num_classes,
             task=model.task,
@@ -82,88 +82,92 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
         probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)
         app = keras.Model(clip, probabilities, name=model.name)
     for layer in app.layers:
-        if isinstance(layer, layers.Dense):  # of squeeze-excitation and head; the parts fill their own
+        if isinstance(layer, layers.Dense):  # squeeze-excitation and head; the factory sets the others
             layer.set_weights(model.get_layer(layer.name).get_weights())
     return app
 
 
-class DeployedParts:
-    """Stock layers with the methods of `x3d.TrainableParts`, for tensors (T N, H, W, C); they take their weights.
+class FoldedLayerFactory:
+    """Creates stock Keras layers with folded weights, for tensors (T N, H, W, C); see `x3d.TrainableLayerFactory`.
 
     Args:
-        model: the trainable network.
-        batch: N; any unless given.
+        model: the trainable network, whose weights the layers get.
+        batch: batch size N; None for any.
     """
 
     def __init__(self, model: Network, batch: int | None) -> None:
         self.model, self.batch, self.frames = model, batch, model.clip.frames
         self.norms = {id(layer.input): layer for layer in model.layers if isinstance(layer, GhostBatchNorm)}
-        self.middle = 0.0  # what zero, of the trainable network's normalised pixels, is in the pixels of this one
+        self.zero_pixel = 0.0  # the pixel value that the trainable network's normalization maps to zero
 
     def normalize(self, x: Any, name: str) -> Any:
-        self.middle = MEAN  # the first convolution does it
+        self.zero_pixel = MEAN  # folded into the first convolution
         return x
 
     def difference(self, x: Any, name: str) -> Any:
-        rows = self._rows(x)
-        self.frames, self.middle = self.frames - 1, 0.0
-        return self._images(layers.Subtract(name=name)([rows[1:, :], rows[:-1, :]]), x)
+        rows = self._to_rows(x)
+        self.frames, self.zero_pixel = self.frames - 1, 0.0
+        return self._to_images(layers.Subtract(name=name)([rows[1:, :], rows[:-1, :]]), x)
 
     def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:
-        kernel, bias = self._folded(name)
-        return _filled(layers.Conv2D(filters, 1, strides=stride, name=name), x, kernel[None, None], bias)
+        kernel, bias = self._folded_weights(name)
+        return _apply_with_weights(layers.Conv2D(filters, 1, strides=stride, name=name), x, kernel[None, None], bias)
 
     def conv(self, x: Any, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
-        weights, bias = self._folded(name)
+        weights, bias = self._folded_weights(name)
         if kernel[0] > 1:
             layer = layers.Conv2D(filters, (kernel[0], 1), padding="same", name=name)
-            return self._images(_filled(layer, self._times(x), weights[:, :, 0], bias), x, filters)
+            return self._to_images(
+                _apply_with_weights(layer, self._to_time_rows(x), weights[:, :, 0], bias), x, filters
+            )
         zero = 0.0
         if name == "conv1_xy":
-            zero, weights = self.middle, weights / STD
+            zero, weights = self.zero_pixel, weights / STD
             bias = bias - zero * weights.sum((0, 1, 2, 3))
-        x = _padded(x, kernel[1:], zero)
-        return _filled(layers.Conv2D(filters, kernel[1:], strides=stride, name=name), x, weights[0], bias)
+        x = _pad(x, kernel[1:], zero)
+        return _apply_with_weights(layers.Conv2D(filters, kernel[1:], strides=stride, name=name), x, weights[0], bias)
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
-        weights, bias = self._folded(name)
+        weights, bias = self._folded_weights(name)
         if kernel[1:] == (1, 1):
             layer = layers.DepthwiseConv2D((kernel[0], 1), padding="same", name=name)
-            return self._images(_filled(layer, self._times(x), weights[:, :, 0, :, None], bias), x)
-        frames, padding = (x, "same") if stride == 1 else (_padded(x, kernel[1:], 0.0), "valid")
+            return self._to_images(
+                _apply_with_weights(layer, self._to_time_rows(x), weights[:, :, 0, :, None], bias), x
+            )
+        frames, padding = (x, "same") if stride == 1 else (_pad(x, kernel[1:], 0.0), "valid")
         terms = []
         for tap in range(kernel[0]):
             shift = kernel[0] // 2 - tap
             if abs(shift) >= self.frames:
-                continue  # all that it would see is padding
+                continue  # this tap sees only padding
             layer = layers.DepthwiseConv2D(
                 kernel[1:], strides=stride, padding=padding, use_bias=shift == 0, name=f"{name}_{tap}"
             )
-            y = _filled(layer, frames, weights[tap][..., None], bias if shift == 0 else None)
-            terms.append(self._shifted(y, shift))
+            y = _apply_with_weights(layer, frames, weights[tap][..., None], bias if shift == 0 else None)
+            terms.append(self._shift_frames(y, shift))
         return layers.Add(name=f"{name}_sum")(terms) if len(terms) > 1 else terms[0]
 
     def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
-        return x  # in the convolution before it
+        return x  # folded into the convolution before it
 
     def activation(self, x: Any, function: str, name: str) -> Any:
         return layers.Activation(function, name=name)(x)
 
     def mean(self, x: Any, name: str) -> Any:
         frames = layers.GlobalAveragePooling2D(name=name)(x)
-        return ops.mean(ops.reshape(frames, (self.frames, self._of_all(), x.shape[-1])), axis=0)
+        return ops.mean(ops.reshape(frames, (self.frames, self._batch_times(), x.shape[-1])), axis=0)
 
-    def scaled(self, x: Any, scale: Any, name: str) -> Any:
+    def scale(self, x: Any, scale: Any, name: str) -> Any:
         _, h, w, c = x.shape
         if self.batch == 1:
             return ops.multiply(x, ops.reshape(scale, (1, 1, 1, c)))
-        rows = ops.reshape(x, (self.frames, self._of_all(), h * w, c))
-        scale = ops.reshape(scale, (1, self._of_all(), 1, c))
-        return self._images(ops.multiply(rows, scale), x)
+        rows = ops.reshape(x, (self.frames, self._batch_times(), h * w, c))
+        scale = ops.reshape(scale, (1, self._batch_times(), 1, c))
+        return self._to_images(ops.multiply(rows, scale), x)
 
-    def clips(self, x: Any) -> Any:
-        """The tensor as (N, T, H, W, C)."""
-        x = ops.reshape(x, (self.frames, self._of_all(), *x.shape[1:]))
+    def as_clips(self, x: Any) -> Any:
+        """Returns the tensor as (N, T, H, W, C)."""
+        x = ops.reshape(x, (self.frames, self._batch_times(), *x.shape[1:]))
         return ops.transpose(x, (1, 0, 2, 3, 4))
 
     def regions(self, x: Any, boxes: Any, clips: Any, name: str) -> Any:
@@ -175,8 +179,8 @@ class DeployedParts:
     def dropout(self, x: Any, name: str) -> Any:
         return x
 
-    def _folded(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Kernel and bias of a convolution together with the batch norm that follows it, if one does; float64."""
+    def _folded_weights(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns kernel and bias of a convolution with the following batch norm, if any, folded in; float64."""
         layer = self.model.get_layer(name)
         kernel = layer.get_weights()[0].astype(np.float64)
         norm = self.norms.get(id(layer.output))
@@ -186,47 +190,47 @@ class DeployedParts:
         scale = gamma / np.sqrt(variance + norm.epsilon)
         return kernel * scale, beta - mean * scale
 
-    def _rows(self, x: Any) -> Any:
-        """(T N, H, W, C) -> (T, N H W C)."""
-        return ops.reshape(x, (self.frames, self._of_all(*x.shape[1:])))
+    def _to_rows(self, x: Any) -> Any:
+        """Reshapes (T N, H, W, C) to (T, N H W C)."""
+        return ops.reshape(x, (self.frames, self._batch_times(*x.shape[1:])))
 
-    def _times(self, x: Any) -> Any:
-        """(T N, H, W, C) -> (1, T, N H W, C), whose rows are moments."""
+    def _to_time_rows(self, x: Any) -> Any:
+        """Reshapes (T N, H, W, C) to (1, T, N H W, C), an image with one row per frame."""
         _, h, w, c = x.shape
-        return ops.reshape(x, (1, self.frames, self._of_all(h, w), c))
+        return ops.reshape(x, (1, self.frames, self._batch_times(h, w), c))
 
-    def _images(self, x: Any, like: Any, channels: int | None = None) -> Any:
-        """Back to (T N, H, W, C), of the sides of another tensor."""
+    def _to_images(self, x: Any, like: Any, channels: int | None = None) -> Any:
+        """Reshapes to (T N, H, W, C), with the height and width of the tensor `like`."""
         _, h, w, c = like.shape
-        return ops.reshape(x, (self._of_all(self.frames), h, w, channels or c))
+        return ops.reshape(x, (self._batch_times(self.frames), h, w, channels or c))
 
-    def _of_all(self, *sizes: int) -> int:
-        """N times the product of the sizes; -1 where N is open."""
+    def _batch_times(self, *sizes: int) -> int:
+        """Returns N times the product of the sizes, or -1 for any batch size."""
         return math.prod(sizes) * self.batch if self.batch else -1
 
-    def _shifted(self, x: Any, shift: int) -> Any:
-        """Moved `shift` frames forward in time, zeros coming in."""
+    def _shift_frames(self, x: Any, shift: int) -> Any:
+        """Shifts the tensor forward in time by `shift` frames and pads with zeros."""
         if shift == 0:
             return x
-        rows = self._rows(x)
+        rows = self._to_rows(x)
         if shift > 0:
-            return self._images(ops.pad(rows[:-shift, :], ((shift, 0), (0, 0))), x)
-        return self._images(ops.pad(rows[-shift:, :], ((0, -shift), (0, 0))), x)
+            return self._to_images(ops.pad(rows[:-shift, :], ((shift, 0), (0, 0))), x)
+        return self._to_images(ops.pad(rows[-shift:, :], ((0, -shift), (0, 0))), x)
 
 
-def _time_major(clips: Any) -> Any:
-    """(N, T, H, W, C) -> (T N, H, W, C)."""
+def _to_time_major(clips: Any) -> Any:
+    """Reorders (N, T, H, W, C) to (T N, H, W, C)."""
     n, t, *image = clips.shape
     return ops.reshape(clips if n == 1 else ops.transpose(clips, (1, 0, 2, 3, 4)), (n * t if n else -1, *image))
 
 
-def _padded(x: Any, kernel: tuple[int, ...], value: float) -> Any:
-    """Half the kernel on both sides of rows and columns, as PyTorch pads; Keras' "same" differs at stride 2."""
+def _pad(x: Any, kernel: tuple[int, ...], value: float) -> Any:
+    """Pads rows and columns by half the kernel on both sides, as in PyTorch; Keras' "same" differs at stride 2."""
     return ops.pad(x, ((0, 0), *((size // 2, size // 2) for size in kernel), (0, 0)), constant_values=value)
 
 
-def _filled(layer: keras.Layer, x: Any, kernel: np.ndarray, bias: np.ndarray | None) -> Any:
-    """What a new layer makes of `x`, with these weights."""
+def _apply_with_weights(layer: keras.Layer, x: Any, kernel: np.ndarray, bias: np.ndarray | None) -> Any:
+    """Applies a new layer to `x`, then sets its weights."""
     y = layer(x)
     layer.set_weights([kernel] if bias is None else [kernel, bias])
     return y

@@ -1,9 +1,9 @@
-"""The layers that Keras lacks: channel-wise and symmetric 3-D convolution, strided pointwise convolution, ghost batch
-norm, swish with a fast gradient, dropout that differs between devices.
+"""Layers that Keras lacks: channel-wise and symmetrically padded 3-D convolution, strided pointwise convolution, ghost
+batch norm, swish with a fast gradient, dropout that differs between devices, RoIAlign, and a check of the clip's size.
 
-All but the last two take and give (N, T, H, W, C) in the channels-last order, pad by half the kernel on every side
-(TensorFlow's "same" padding differs on even sizes at stride 2) and have no bias. Written in `keras.ops`; a faster form
-of one backend, in `kernels`, computes the same.
+The convolutions map (N, T, H, W, C) to (N, T, H, W, C), pad by half the kernel on every side (TensorFlow's "same"
+padding differs for even sizes at stride 2) and have no bias. The layers are written in `keras.ops`; `kernels` contains
+faster implementations for one backend, with the same results.
 """
 
 import math
@@ -20,17 +20,17 @@ from x3d_tf.modeling.roi_align import REGION_BINS, regions
 
 
 def conv_initializer(filters: int, kernel: Sequence[int] = (1, 1, 1)) -> keras.initializers.Initializer:
-    """He normal over fan-out, not truncated and not divided by groups: the initialisation of the authors' code."""
+    """Returns He normal over fan-out, not truncated and not divided by groups, as in PySlowFast."""
     return keras.initializers.RandomNormal(stddev=math.sqrt(2 / (filters * math.prod(kernel))))
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class PointwiseConv3D(keras.layers.Layer):
-    """A 1x1x1 convolution, as a matrix product.
+    """A 1x1x1 convolution, computed as a matrix product.
 
     Args:
-        filters: output channels.
-        stride: of both spatial axes.
+        filters: number of output channels.
+        stride: stride of both spatial axes.
     """
 
     def __init__(self, filters: int, stride: int = 1, **kwargs: Any) -> None:
@@ -55,18 +55,18 @@ class PointwiseConv3D(keras.layers.Layer):
 
 
 def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
-    """(N, T, H, W, C) with (C, filters): the product of every `stride`-th row and column."""
+    """Multiplies every `stride`-th row and column of (N, T, H, W, C) by a kernel (C, filters)."""
     return ops.matmul(x[:, :, ::stride, ::stride], kernel)
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class Conv3D(keras.layers.Layer):
-    """A dense 3-D convolution over time or over space: a kernel of (kt, 1, 1) or (1, kh, kw), odd.
+    """A dense 3-D convolution over time or over space, with a kernel of (kt, 1, 1) or (1, kh, kw), all odd.
 
     Args:
-        filters: output channels.
-        kernel_size: frames, rows, columns.
-        stride: of both spatial axes.
+        filters: number of output channels.
+        kernel_size: kernel size in frames, rows, columns.
+        stride: stride of both spatial axes.
     """
 
     def __init__(self, filters: int, kernel_size: Sequence[int], stride: int = 1, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class Conv3D(keras.layers.Layer):
         )
 
     def call(self, x: Any) -> Any:
-        if self.kernel_size[0] == 1:  # TensorFlow's 2-D convolution is the faster one
+        if self.kernel_size[0] == 1:  # TensorFlow's 2-D convolution is faster than its 3-D one
             n, t, h, w, c = ops.shape(x)
             y = ops.conv(_pad(ops.reshape(x, (-1, h, w, c)), self.kernel_size[1:]), self.kernel[0], self.stride)
             return ops.reshape(y, (n, t, *ops.shape(y)[1:]))
@@ -91,17 +91,17 @@ class Conv3D(keras.layers.Layer):
         return _output_shape(input_shape, self.stride, self.filters)
 
     def get_config(self) -> dict[str, Any]:
-        own = {"filters": self.filters, "kernel_size": self.kernel_size, "stride": self.stride}
-        return {**super().get_config(), **own}
+        config = {"filters": self.filters, "kernel_size": self.kernel_size, "stride": self.stride}
+        return {**super().get_config(), **config}
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class ChannelwiseConv3D(keras.layers.Layer):
-    """A 3-D convolution that keeps each channel to itself. Its kernel is (kt, kh, kw, C).
+    """A channel-wise (depthwise) 3-D convolution with a kernel (kt, kh, kw, C).
 
     Args:
-        kernel_size: frames, rows, columns, all odd.
-        stride: of both spatial axes.
+        kernel_size: kernel size in frames, rows, columns, all odd.
+        stride: stride of both spatial axes.
     """
 
     def __init__(self, kernel_size: Sequence[int], stride: int = 1, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ class ChannelwiseConv3D(keras.layers.Layer):
 
 
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
-    """(N, T, H, W, C) with (kt, kh, kw, C): a depthwise 2-D convolution for each temporal tap, shifted and added."""
+    """Convolves (N, T, H, W, C) with (kt, kh, kw, C) by one depthwise 2-D convolution per temporal tap."""
     n, t, h, w, c = ops.shape(x)
     taps = kernel.shape[0]
     padded = ops.pad(x, [[0, 0], [taps // 2] * 2, [0, 0], [0, 0], [0, 0]])
@@ -138,24 +138,24 @@ def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class GhostBatchNorm(keras.layers.Layer):
-    """Batch norm whose statistics are of groups of clips, contiguous in the batch.
+    """Batch norm with separate statistics for each group of consecutive clips in the batch.
 
-    The batch size that a recipe was tuned for stays that of its statistics, whatever a device holds (paper, appendix
-    A.3: 8 clips). One scale and shift serve all groups. In training a group is normalised by its biased variance; the
-    moving statistics take the mean over groups (and devices) of the means and of the unbiased variances, as PyTorch
-    does.
+    The statistics keep the batch size that a recipe was tuned for (paper, appendix A.3: 8 clips), independently of the
+    batch size per device. All groups share one scale and shift. In training, each group is normalized with its biased
+    variance. The moving statistics are updated with the mean, over groups and devices, of the means and of the unbiased
+    variances, as in PyTorch.
 
-    A batch may come as a list of its parts, equal in size, several to a group or several groups to each; so do the
-    outputs.
+    The input may be a list of equal slices of a batch; the output is then a list too. A group may span several slices,
+    or a slice may contain several groups.
 
     Args:
-        group: clips of a group. A smaller batch is one group.
-        momentum: share of the moving statistics that a step keeps.
-        epsilon: added to the variance.
-        gamma_initializer: of the scale; zeros make a residual branch start as nothing.
+        group: number of clips per group. A smaller batch is one group.
+        momentum: decay of the moving statistics: the fraction that remains after a step.
+        epsilon: small constant added to the variance.
+        gamma_initializer: initializer of the scale; zeros make a residual branch start at zero.
 
     Raises:
-        ValueError: in training, a static batch larger than `group` that is not a multiple of it.
+        ValueError: in training, a static batch is larger than `group` but not a multiple of it.
     """
 
     def __init__(
@@ -175,51 +175,51 @@ class GhostBatchNorm(keras.layers.Layer):
         full: dict[str, Any] = {"shape": shape, "autocast": False}
         self.gamma = self.add_weight(name="gamma", initializer=self.gamma_initializer, **full)
         self.beta = self.add_weight(name="beta", initializer="zeros", **full)
-        # aggregation: without it each device would keep its own, and only the first's would be saved
+        # Without aggregation each device would have its own statistics, and only the first's would be saved.
         moving: dict[str, Any] = {**full, "trainable": False, "aggregation": "mean"}
         self.moving_mean = self.add_weight(name="moving_mean", initializer="zeros", **moving)
         self.moving_variance = self.add_weight(name="moving_variance", initializer="ones", **moving)
 
     def call(self, x: Any, training: bool = False) -> Any:
         gamma, beta = ops.convert_to_tensor(self.gamma), ops.convert_to_tensor(self.beta)
-        parts = x if isinstance(x, list) else [x]
+        slices = x if isinstance(x, list) else [x]
         if training and self.trainable:
-            outputs = self._by_batch(parts, gamma, beta)
+            outputs = self._normalize_by_groups(slices, gamma, beta)
         else:
             scale = gamma * ops.rsqrt(self.moving_variance + self.epsilon)
             shift = beta - self.moving_mean * scale
-            outputs = [part * ops.cast(scale, part.dtype) + ops.cast(shift, part.dtype) for part in parts]
+            outputs = [y * ops.cast(scale, y.dtype) + ops.cast(shift, y.dtype) for y in slices]
         return outputs if isinstance(x, list) else outputs[0]
 
-    def _by_batch(self, parts: list[Any], gamma: Any, beta: Any) -> list[Any]:
-        shape = ops.shape(parts[0])
-        groups = self.groups(shape[0] * len(parts))  # a tensor where the batch is open, which comes in one part
-        each = groups if len(parts) == 1 else max(groups // len(parts), 1)  # groups within a part
-        joined = len(parts) if len(parts) == 1 else max(len(parts) // groups, 1)  # parts of a group
-        rows_shape = (each, shape[0] // each * shape[1], shape[2] * shape[3], shape[4])
-        # Statistics of half-precision numbers are summed in full precision.
-        rows = [ops.cast(ops.reshape(part, rows_shape), self.variable_dtype) for part in parts]
-        found = [
-            _implementation().normalize(rows[first : first + joined], gamma, beta, self.epsilon)
-            for first in range(0, len(rows), joined)
+    def _normalize_by_groups(self, slices: list[Any], gamma: Any, beta: Any) -> list[Any]:
+        shape = ops.shape(slices[0])
+        groups = self.groups(shape[0] * len(slices))  # a tensor if the batch size is dynamic; then one slice
+        groups_per_slice = groups if len(slices) == 1 else max(groups // len(slices), 1)
+        slices_per_group = len(slices) if len(slices) == 1 else max(len(slices) // groups, 1)
+        rows_shape = (groups_per_slice, shape[0] // groups_per_slice * shape[1], shape[2] * shape[3], shape[4])
+        # Statistics of half-precision inputs are summed in full precision.
+        rows = [ops.cast(ops.reshape(x, rows_shape), self.variable_dtype) for x in slices]
+        results = [
+            _implementation().normalize(rows[first : first + slices_per_group], gamma, beta, self.epsilon)
+            for first in range(0, len(rows), slices_per_group)
         ]
-        mean = sum(mean for _, mean, _ in found) / len(found)
-        variance = sum(variance for _, _, variance in found) / len(found)
-        self._update(mean, variance, rows_shape[1] * rows_shape[2] * joined)
-        return [ops.cast(ops.reshape(y, shape), parts[0].dtype) for ys, _, _ in found for y in ys]
+        mean = sum(mean for _, mean, _ in results) / len(results)
+        variance = sum(variance for _, _, variance in results) / len(results)
+        self._update_moving_statistics(mean, variance, rows_shape[1] * rows_shape[2] * slices_per_group)
+        return [ops.cast(ops.reshape(y, shape), slices[0].dtype) for ys, _, _ in results for y in ys]
 
     def groups(self, batch: Any) -> Any:
-        """How many groups a batch makes: an int, or a tensor where the batch is one."""
+        """Returns the number of groups in a batch: an int, or a tensor if `batch` is a tensor."""
         if not isinstance(batch, int):
             return ops.maximum(batch // self.group, 1)
         if batch > self.group and batch % self.group:
             raise ValueError(
-                f"the clips on a device must be at most the batch-norm group, or a multiple of it: got {batch} clips "
-                f"and groups of {self.group} (bn_group)"
+                f"the batch per device must be a multiple of bn_group, or at most bn_group, got {batch} clips and "
+                f"bn_group {self.group}"
             )
         return max(batch // self.group, 1)
 
-    def _update(self, mean: Any, variance: Any, samples: Any) -> None:
+    def _update_moving_statistics(self, mean: Any, variance: Any, samples: Any) -> None:
         samples = ops.cast(samples, variance.dtype)
         unbiased = variance * (samples / ops.maximum(samples - 1, 1))
         for moving, new in ((self.moving_mean, mean), (self.moving_variance, unbiased)):
@@ -240,7 +240,7 @@ class GhostBatchNorm(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class Swish(keras.layers.Layer):
-    """x * sigmoid(x), in any shape."""
+    """Swish activation, x * sigmoid(x), for tensors of any shape."""
 
     def call(self, x: Any) -> Any:
         return _implementation().swish(x)
@@ -251,33 +251,33 @@ class Swish(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class Dropout(keras.layers.Dropout):
-    """Keras' dropout, but each device of a distribution strategy drops other elements.
+    """Keras' dropout with a different random state on each device of a distribution strategy.
 
-    By itself every device draws from the same state, so that a clip on one loses what its neighbour on another does.
-    A batch may come as a list of its parts, equal in size, which lose what they would lose as a whole.
+    With Keras' own layer all replicas share one seed and drop the same elements. The input may be a list of equal
+    slices of a batch; they are dropped as the complete batch would be.
     """
 
     def call(self, x: Any, training: bool = False) -> Any:
         if not training or self.rate == 0:
             return x
-        seed = _DeviceSeeds(self.seed_generator)
+        seed = _PerReplicaSeeds(self.seed_generator)
         if not isinstance(x, list):
             return keras.random.dropout(x, self.rate, noise_shape=self.noise_shape, seed=seed)
-        shape = [own or size for own, size in zip(self.noise_shape, ops.shape(x[0]))]
-        kept = keras.random.dropout(ops.ones((shape[0] * len(x), *shape[1:]), x[0].dtype), self.rate, seed=seed)
-        return [part * own for part, own in zip(x, ops.split(kept, len(x)))]
+        shape = [noise or size for noise, size in zip(self.noise_shape, ops.shape(x[0]))]
+        mask = keras.random.dropout(ops.ones((shape[0] * len(x), *shape[1:]), x[0].dtype), self.rate, seed=seed)
+        return [y * y_mask for y, y_mask in zip(x, ops.split(mask, len(x)))]
 
 
-class _DeviceSeeds(keras.random.SeedGenerator):
-    """The seeds of another generator, made other ones on each device."""
+class _PerReplicaSeeds(keras.random.SeedGenerator):
+    """Wraps a seed generator so that its seeds differ between replicas."""
 
-    def __init__(self, source: keras.random.SeedGenerator) -> None:  # no state of its own
+    def __init__(self, source: keras.random.SeedGenerator) -> None:  # creates no state
         self.source = source
 
     def next(self, ordered: bool = True) -> Any:
         seed = self.source.next(ordered)
         if keras.backend.backend() != "tensorflow":
-            return seed  # one device
+            return seed  # other backends run on one device
         from x3d_tf.modeling.kernels.tensorflow import per_replica_seed
 
         return per_replica_seed(seed)
@@ -285,7 +285,7 @@ class _DeviceSeeds(keras.random.SeedGenerator):
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class Regions(keras.layers.Layer):
-    """What `roi_align.regions` computes, of [maps, boxes, clips] of any size."""
+    """Layer that computes `roi_align.regions` from [maps, boxes, clips] of any size."""
 
     def call(self, inputs: Any) -> Any:
         maps, boxes, clips = inputs
@@ -299,15 +299,15 @@ class Regions(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class RequireWindow(keras.layers.Layer):
-    """Refuses clips (N, T, H, W, C) that are too small for the head's fixed poolings, and changes nothing.
+    """Identity that rejects clips (N, T, H, W, C) too small for the head's fixed poolings.
 
     Args:
         head_pool: see `ModelOptions`.
         train_size: side of the training crop in pixels.
 
     Raises:
-        UserError: a static size that is too small; where TensorFlow knows it only when a graph runs,
-            tf.errors.InvalidArgumentError.
+        UserError: a static size is too small.
+        tf.errors.InvalidArgumentError: a dynamic size is too small when the graph runs.
     """
 
     def __init__(self, head_pool: Any, train_size: int, **kwargs: Any) -> None:
@@ -330,26 +330,26 @@ class RequireWindow(keras.layers.Layer):
         return {**super().get_config(), "head_pool": self.options.head_pool, "train_size": self.train_size}
 
 
-def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
-    """Rows (groups, frames, positions, C) normalised, whose frames come in several parts.
+def normalize(slices: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
+    """Normalizes rows (groups, frames, positions, C), given as slices along the frames.
 
     Returns:
-        The parts, and each group's mean and biased variance, (groups, 1, 1, C).
+        The normalized slices, and the mean and biased variance of each group, (groups, 1, 1, C).
     """
-    rows = ops.concatenate(parts, axis=1)
+    rows = ops.concatenate(slices, axis=1)
     mean = ops.mean(rows, axis=(1, 2), keepdims=True)
     variance = ops.mean(ops.square(rows - mean), axis=(1, 2), keepdims=True)
     y = (rows - mean) * (gamma * ops.rsqrt(variance + epsilon)) + beta
-    return ops.split(y, len(parts), axis=1), ops.stop_gradient(mean), ops.stop_gradient(variance)
+    return ops.split(y, len(slices), axis=1), ops.stop_gradient(mean), ops.stop_gradient(variance)
 
 
 def swish(x: Any) -> Any:
-    """x * sigmoid(x)."""
+    """Computes x * sigmoid(x)."""
     return ops.silu(x)
 
 
 def _implementation() -> Any:
-    """The module with the functions that do the layers' work: the backend's kernels, or this one."""
+    """Returns the module that implements the layers' math: the backend-specific one, or this one."""
     if active_kernels() == "ops":
         return sys.modules[__name__]
     from x3d_tf.modeling.kernels import tensorflow
@@ -358,7 +358,7 @@ def _implementation() -> Any:
 
 
 def _pad(x: Any, kernel: Sequence[int]) -> Any:
-    """Half the kernel on both sides of each axis between the first and the last."""
+    """Pads by half the kernel on both sides of each axis between the first and the last."""
     return ops.pad(x, [[0, 0], *([size // 2] * 2 for size in kernel), [0, 0]])
 
 

@@ -1,4 +1,4 @@
-"""What a model file of ours says of itself: enough to build the network again. Imports no TensorFlow."""
+"""Metadata of a model file, from which its network can be rebuilt. Imports no TensorFlow."""
 
 import dataclasses
 import json
@@ -19,31 +19,32 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 JSON_LIMIT = 16 * 1024 * 1024  # bytes
-_NAMES_LIMIT = 2_000_000  # characters of all class names: their JSON is below the limit whatever they are
+_NAMES_LIMIT = 2_000_000  # characters of all class names, so that even their escaped JSON is below JSON_LIMIT
 _INTEGER_DIGITS = 18
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """A network in words.
+    """Metadata from which a network can be rebuilt.
 
     Attributes:
-        expansion: its factors.
-        options: the builder's other choices.
-        num_classes: outputs of the classifier.
-        include_top: whether it has one.
-        class_names: one for each output, or none where there is no classifier.
-        form: `trainable` (this package's layers, logits) or `portable` (stock layers, probabilities).
-        size: side of the portable form's clip in pixels; the training crop for the trainable one.
-        task: whether a clip has one class or any number of them, or boxes on it have.
-        stretch: whether frames are to be scaled to squares before a crop is cut out, instead of by their short side.
-        detection_head: of a detector "full", "simple" or "frame"; else none.
-        stored: how the frames that it was trained on were stored; None where they were not.
-        frame_sampling: how the frames of its clips are chosen; "slowfast" for a detector, which has a rule of its own.
-        test_views: clips of a video that its predictions are the mean of, 1..1000.
+        expansion: the six expansion factors.
+        options: the other options of the network.
+        num_classes: number of outputs of the classifier.
+        include_top: whether the network has a classifier.
+        class_names: class names, one per output; empty without a classifier.
+        form: `trainable` (this package's layers, logits) or `portable` (stock Keras layers, probabilities).
+        size: side of the input clip in pixels for the portable form; the training crop for the trainable form.
+        task: "single_label" or "multi_label" for clips, or "detection" for boxes.
+        stretch: whether frames are resized to squares, ignoring the aspect ratio, before they are cropped.
+        detection_head: "full", "simple" or "frame" for a detector; None for a classifier.
+        stored: size and JPEG quality of the stored training frames; None if the frames were not stored.
+        frame_sampling: rule that chooses the frames of a clip. Always "slowfast" for a detector, which uses another
+            rule.
+        test_views: number of clips per video whose predictions are averaged, 1 to 1000.
 
     Raises:
-        UserError: naming the field, the rule and the value received.
+        UserError: a field is invalid. Names the field, the rule and the value received.
     """
 
     expansion: Expansion
@@ -66,23 +67,26 @@ class Metadata:
         require(32 <= self.size <= MAX_SIDE, "size", f"be in [32, {MAX_SIDE}] pixels", self.size)
         if self.include_top:
             require_window(self.options, self.size, self.expansion.clip.size)
-        plan(self.expansion, self.options)  # whose bounds hold before a file's network is counted or built
-        letters = sum(map(len, self.class_names))
-        require(letters <= _NAMES_LIMIT, "class_names", f"have at most {_NAMES_LIMIT} characters together", letters)
+        plan(self.expansion, self.options)  # checks the bounds before anything of this size is counted or built
+        characters = sum(map(len, self.class_names))
+        require(characters <= _NAMES_LIMIT, "class_names", f"have at most {_NAMES_LIMIT} characters", characters)
         expected = self.num_classes if self.include_top else 0
-        require(len(self.class_names) == expected, "class_names", f"be {expected}", len(self.class_names))
+        require(len(self.class_names) == expected, "class_names", f"have {expected} entries", len(self.class_names))
         for number, name in enumerate(self.class_names):
             check_class_name(name, f"class_names[{number}]")
         detects = self.task == "detection"
-        fits = (self.detection_head is not None) == detects and (self.include_top or not detects)
-        require(fits, "detection_head", f"be there in detectors alone (task {self.task!r})", self.detection_head)
-        plain = not detects or self.frame_sampling == "slowfast"
-        require(plain, "frame_sampling", "be 'slowfast' for a detector", self.frame_sampling)
+        is_consistent = (self.detection_head is not None) == detects and (self.include_top or not detects)
+        rule = f"be set if and only if task is 'detection' (task is {self.task!r})"
+        require(is_consistent, "detection_head", rule, self.detection_head)
+        is_valid_sampling = not detects or self.frame_sampling == "slowfast"
+        require(is_valid_sampling, "frame_sampling", "be 'slowfast' for a detector", self.frame_sampling)
         require(1 <= self.test_views <= MAX_VIEWS, "test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
 
     @classmethod
-    def of(cls, model: "Network", *, class_names: tuple[str, ...], form: Any, size: int | None = None) -> "Metadata":
-        """Describes a built network."""
+    def from_model(
+        cls, model: "Network", *, class_names: tuple[str, ...], form: Any, size: int | None = None
+    ) -> "Metadata":
+        """Returns the metadata of a built network."""
         return cls(
             model.expansion,
             model.options,
@@ -100,7 +104,7 @@ class Metadata:
         )
 
     def layers(self) -> Iterator[tuple[str, int]]:
-        """The layers of the network and their trainable parameters, counted as they are asked for."""
+        """Yields the name and the number of trainable parameters of each layer, counted lazily."""
         absent = set() if self.include_top else {"fc1", "fc2"}
         if self.detection_head == "simple":
             absent = {"conv5", "fc1", "fc2"}
@@ -111,41 +115,43 @@ class Metadata:
             width = plan(self.expansion, self.options).stages[-1].width
             yield "fc2", (width + 1) * self.num_classes
 
-    def require_fit(self, where: str, weights: int, arrays: int | None = None) -> None:
-        """Refuses a network that a file cannot hold, counted only until that is known, before it is built.
+    def require_capacity(self, where: str, weights: int, arrays: int | None = None) -> None:
+        """Checks, before the network is built, that a file is large enough to hold its weights.
+
+        Counting stops at the first layer that does not fit.
 
         Args:
-            where: what the weights are in, for the message.
-            weights: how many it has room for.
-            arrays: how many arrays it has, where that is known; each layer has at least one.
+            where: the file or member that holds the weights, for the message.
+            weights: number of weights that it can hold.
+            arrays: number of arrays that it holds, if known; each layer has at least one.
 
         Raises:
-            UserError: naming `where`, the rule and the count so far.
+            UserError: the file is too small. Names `where`, the rule and the count so far.
         """
         count = 0
         for number, (_, parameters_) in enumerate(self.layers(), start=1):
             count += parameters_
-            rule = f"have room for the parameters of the network that is described, {count} or more"
+            rule = f"hold at least {count} parameters for the network in its metadata"
             require(count <= weights, where, rule, weights)
             if arrays is not None:
-                rule = f"have an array for each layer of the network that is described, {number} or more"
+                rule = f"hold at least {number} arrays for the network in its metadata"
                 require(number <= arrays, where, rule, arrays)
 
     def to_json(self) -> str:
-        """As a JSON object."""
+        """Returns the metadata as a JSON object."""
         fields = {**dataclasses.asdict(self), "stored": stored_to_json(self.stored)}
         return json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Metadata":
-        """Reads and checks what `to_json` wrote.
+        """Parses and checks JSON written by `to_json`.
 
         Raises:
-            UserError: not JSON, another format version, a missing or unknown field, a value outside its range.
+            UserError: invalid JSON, another format version, a missing or unknown field, or a value out of range.
         """
-        require(len(text) <= JSON_LIMIT, "the description", f"be at most {JSON_LIMIT} bytes", len(text))
+        require(len(text) <= JSON_LIMIT, "the metadata", f"have at most {JSON_LIMIT} bytes", len(text))
         try:
-            fields = json.loads(text, parse_int=_integer)
+            fields = json.loads(text, parse_int=_parse_int)
             version = fields.pop("format_version")
             require(version == FORMAT_VERSION, "format_version", f"be {FORMAT_VERSION}", version)
             fields["expansion"] = Expansion(**fields["expansion"])
@@ -157,18 +163,18 @@ class Metadata:
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise UserError(f"not a description of an X3D network: {error}") from error
+            raise UserError(f"the metadata is not that of an X3D network: {error}") from error
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > _INTEGER_DIGITS:  # messages would be as long
-        raise ValueError(f"an integer has at most {_INTEGER_DIGITS} digits, got {len(digits)}")
+def _parse_int(digits: str) -> int:
+    if len(digits) > _INTEGER_DIGITS:  # keeps messages short
+        raise ValueError(f"an integer must have at most {_INTEGER_DIGITS} digits, got {len(digits)}")
     return int(digits)
 
 
-def named_or_numbered(class_names: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """The names, or numbers where there are none; then warns, for who reads those cannot tell what they mean."""
+def class_names_or_numbers(class_names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Returns the class names, or numbers, with a warning, if there are none."""
     if class_names is not None:
         return tuple(class_names)
-    warnings.warn(f"no class names were given: {counted(count, 'class')} numbered from 0", stacklevel=3)
+    warnings.warn(f"class_names is missing: {counted(count, 'class')} numbered from 0", stacklevel=3)
     return tuple(str(number) for number in range(count))

@@ -1,7 +1,7 @@
-"""The network in stock Keras layers, for applications: a file of it loads wherever Keras is, without this package.
+"""The portable form of a network, built from stock Keras layers: its file loads in Keras without this package.
 
-The same graph as the trainable network with equal layer names, of a fixed clip size and with probabilities as its
-output. A channel-wise 3-D kernel is three depthwise 2-D kernels there, `NAME_0` to `NAME_2`, one for each temporal tap.
+It has the same graph and layer names as the trainable network, a fixed clip size, and probabilities as its output. A
+channel-wise 3-D kernel becomes three depthwise 2-D kernels, `NAME_0` to `NAME_2`, one per temporal tap.
 """
 
 import math
@@ -17,27 +17,27 @@ from x3d_tf.modeling import detection
 from x3d_tf.modeling.architecture import plan, require_window
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import ChannelwiseConv3D
-from x3d_tf.modeling.metadata import Metadata, named_or_numbered
-from x3d_tf.modeling.x3d import ClipParts, Network, graph
+from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
+from x3d_tf.modeling.x3d import ClipLayerFactory, Network, graph
 
 
 def portable(model: Network, class_names: Sequence[str] | None = None, *, size: int | None = None) -> keras.Model:
-    """Makes the application's form of a trained network.
+    """Converts a trained network to its portable form, for inference in applications.
 
     Args:
         model: the trainable network, with its classifier, or a detector.
-        class_names: one for each output; numbered, with a warning, unless given.
-        size: side of the clip in pixels; the training crop, of a detector all of the frame's short side, 128γs, unless
-            given.
+        class_names: class names, one per output. Defaults to numbers, with a warning.
+        size: side of the clip in pixels. Defaults to the training crop, or for a detector to the short side of the
+            frame, 128γs.
 
     Returns:
-        A model from clips (N, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (N, num_classes); of a
-        detector from {"clip": such clips, "boxes": (N, B, 4)} of any B to scores (N, B, num_classes).
-        `x3d_tf.save` writes it with its class names; Keras' own `save` leaves them out.
+        A model that maps clips (N, T, size, size, 3), RGB in 0..255, uint8 or float, to probabilities (N, num_classes).
+        For a detector, it maps {"clip": clips, "boxes": (N, B, 4)} of any B to scores (N, B, num_classes).
+        `x3d_tf.save` writes it with its class names; Keras' own `save` omits them.
 
     Raises:
-        ValueError: a network without classifier, as many names as it has no outputs for, or a size that is smaller than
-            the windows of its head's pooling.
+        ValueError: the network has no classifier, the number of names differs from the number of outputs, or `size` is
+            smaller than the windows of the head's pooling.
     """
     trainable = isinstance(model, Network)
     require(
@@ -46,32 +46,32 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
     require(
         model.include_top, "the network of a portable model", "have its classifier (include_top)", model.include_top
     )
-    names, size = named_or_numbered(class_names, model.num_classes), size or model.eval_size
-    require(len(names) == model.num_classes, "class_names", f"be {model.num_classes}, one an output", len(names))
+    names, size = class_names_or_numbers(class_names, model.num_classes), size or model.eval_size
+    require(len(names) == model.num_classes, "class_names", f"have {model.num_classes} entries", len(names))
     app = build_portable(model, size)
-    for source, targets in _pairs(model, app):
-        arrays = _split(source, len(targets))
+    for source, targets in _matching_layers(model, app):
+        arrays = _split_by_tap(source, len(targets))
         for target, weights in zip(targets, arrays):
             target.set_weights([w.reshape(t.shape) for w, t in zip(weights, target.weights)])
-    app.description = Metadata.of(model, class_names=names, form="portable", size=size)
+    app.metadata = Metadata.from_model(model, class_names=names, form="portable", size=size)
     return app
 
 
 def build_portable(model: Network, size: int) -> keras.Model:
-    """The application's form with fresh weights."""
+    """Builds the portable form with randomly initialized weights."""
     require_window(model.options, size, model.clip.size)
     clip = keras.Input((model.clip.frames, size, size, 3), name="clip")
-    architecture, parts = plan(model.expansion, model.options), PortableParts()
+    architecture, factory = plan(model.expansion, model.options), PortableLayerFactory()
     if isinstance(model, Detector):
         inputs = {"clip": clip, "boxes": keras.Input((None, 4), name="boxes")}
         logits = detection.graph(
-            **inputs, architecture=architecture, parts=parts, head=model.head, num_classes=model.num_classes
+            **inputs, architecture=architecture, factory=factory, head=model.head, num_classes=model.num_classes
         )
         return keras.Model(inputs, detection.scores(logits), name=model.name)
     logits = graph(
         clip,
         architecture,
-        parts,
+        factory,
         train_size=model.clip.size,
         num_classes=model.num_classes,
         task=model.task,
@@ -81,16 +81,16 @@ def build_portable(model: Network, size: int) -> keras.Model:
     return keras.Model(clip, probabilities, name=model.name)
 
 
-def take_weights(model: Network, app: keras.Model) -> None:
-    """Copies the weights of the application's form into the trainable network."""
-    for target, sources in _pairs(model, app):
+def copy_portable_weights(model: Network, app: keras.Model) -> None:
+    """Copies the weights of the portable form into the trainable network."""
+    for target, sources in _matching_layers(model, app):
         arrays = [source.get_weights() for source in sources]
         joined = [np.stack(taps) if len(sources) > 1 else taps[0] for taps in zip(*arrays)]
         target.set_weights([w.reshape(t.shape) for w, t in zip(joined, target.weights)])
 
 
-def _pairs(model: Network, app: keras.Model) -> Iterator[tuple[keras.Layer, list[keras.Layer]]]:
-    """Each layer with weights of the trainable network, and the layers that hold them in the application's form."""
+def _matching_layers(model: Network, app: keras.Model) -> Iterator[tuple[keras.Layer, list[keras.Layer]]]:
+    """Yields each trainable layer that has weights, with the layers that hold them in the portable form."""
     for layer in model.layers:
         if isinstance(layer, ChannelwiseConv3D) and layer.kernel_size[1:] != (1, 1):
             yield layer, [app.get_layer(f"{layer.name}_{tap}") for tap in range(layer.kernel_size[0])]
@@ -98,25 +98,26 @@ def _pairs(model: Network, app: keras.Model) -> Iterator[tuple[keras.Layer, list
             yield layer, [app.get_layer(layer.name)]
 
 
-def _split(layer: keras.Layer, parts: int) -> list[list[np.ndarray]]:
+def _split_by_tap(layer: keras.Layer, count: int) -> list[list[np.ndarray]]:
     weights = layer.get_weights()
-    return [weights] if parts == 1 else [[tap] for tap in weights[0]]
+    return [weights] if count == 1 else [[tap] for tap in weights[0]]
 
 
-class PortableParts(ClipParts):
-    """Stock layers with the methods of `x3d.TrainableParts`; sizes are static and the batch is open."""
+class PortableLayerFactory(ClipLayerFactory):
+    """Creates stock Keras layers, for static sizes and any batch size; see `x3d.TrainableLayerFactory`."""
 
     def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:
         if stride == 1:
             return layers.Dense(filters, use_bias=False, name=name)(x)
-        return _unmerge(layers.Conv2D(filters, 1, strides=stride, use_bias=False, name=name)(_merge(x)), x.shape[1])
+        conv = layers.Conv2D(filters, 1, strides=stride, use_bias=False, name=name)
+        return _split_frames(conv(_merge_frames(x)), x.shape[1])
 
     def conv(self, x: Any, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
         if kernel[0] > 1:
             return layers.Conv3D(filters, kernel, padding="same", use_bias=False, name=name)(x)
-        frames = layers.ZeroPadding2D((kernel[1] // 2, kernel[2] // 2), name=f"{name}_pad")(_merge(x))
+        frames = layers.ZeroPadding2D((kernel[1] // 2, kernel[2] // 2), name=f"{name}_pad")(_merge_frames(x))
         y = layers.Conv2D(filters, kernel[1:], strides=stride, use_bias=False, name=name)(frames)
-        return _unmerge(y, x.shape[1])
+        return _split_frames(y, x.shape[1])
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
         _, t, h, w, c = x.shape
@@ -124,7 +125,7 @@ class PortableParts(ClipParts):
             y = ops.reshape(x, (-1, t, h * w, c))
             y = layers.DepthwiseConv2D((kernel[0], 1), padding="same", use_bias=False, name=name)(y)
             return ops.reshape(y, (-1, t, h, w, c))
-        frames, padding = _merge(x), "same"
+        frames, padding = _merge_frames(x), "same"
         if stride > 1:  # "same" would pad even sizes on one side only
             frames = layers.ZeroPadding2D((kernel[1] // 2, kernel[2] // 2), name=f"{name}_pad")(frames)
             padding = "valid"
@@ -134,7 +135,7 @@ class PortableParts(ClipParts):
                 kernel[1:], strides=stride, padding=padding, use_bias=False, name=f"{name}_{tap}"
             )(frames)
             _, h, w, c = y.shape
-            terms.append(_shifted(ops.reshape(y, (-1, t, h * w * c)), kernel[0] // 2 - tap, f"{name}_{tap}"))
+            terms.append(_shift_frames(ops.reshape(y, (-1, t, h * w * c)), kernel[0] // 2 - tap, f"{name}_{tap}"))
         return ops.reshape(layers.Add(name=f"{name}_sum")(terms), (-1, t, h, w, c))
 
     def difference(self, x: Any, name: str) -> Any:
@@ -154,18 +155,18 @@ class PortableParts(ClipParts):
         return x
 
 
-def _merge(x: Any) -> Any:
-    """(N, T, H, W, C) -> (N T, H, W, C)."""
+def _merge_frames(x: Any) -> Any:
+    """Reshapes (N, T, H, W, C) to (N T, H, W, C)."""
     return ops.reshape(x, (-1, *x.shape[2:]))
 
 
-def _unmerge(x: Any, frames: int) -> Any:
-    """(N T, H, W, C) -> (N, T, H, W, C)."""
+def _split_frames(x: Any, frames: int) -> Any:
+    """Reshapes (N T, H, W, C) to (N, T, H, W, C)."""
     return ops.reshape(x, (-1, frames, *x.shape[1:]))
 
 
-def _shifted(x: Any, shift: int, name: str) -> Any:
-    """Rows (N, T, ...) moved `shift` frames forward in time, zeros coming in."""
+def _shift_frames(x: Any, shift: int, name: str) -> Any:
+    """Shifts rows (N, T, ...) forward in time by `shift` frames and pads with zeros."""
     distance, frames = abs(shift), x.shape[1]
     if distance == 0:
         return x

@@ -1,4 +1,4 @@
-"""Model files: Keras' own format with one more member, `x3d_tf.json`, which `load` builds the network from."""
+"""Saves and loads model files: Keras' `.keras` format plus the member `x3d_tf.json`, the metadata of the network."""
 
 import warnings
 import zipfile
@@ -10,10 +10,10 @@ import keras
 
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import atomic_path, os_errors_as_write_error
-from x3d_tf.modeling.archive import MEMBER, UNREADABLE, check_weights, model_file, read_description, require_classifier
+from x3d_tf.modeling.archive import MEMBER, UNREADABLE, check_weights, model_file, read_metadata, require_classifier
 from x3d_tf.modeling.detection import Detector
-from x3d_tf.modeling.metadata import Metadata, named_or_numbered
-from x3d_tf.modeling.portable import build_portable, take_weights
+from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
+from x3d_tf.modeling.portable import build_portable, copy_portable_weights
 from x3d_tf.modeling.x3d import X3D, Network
 
 _Model = TypeVar("_Model", X3D, Detector)
@@ -22,130 +22,128 @@ _Model = TypeVar("_Model", X3D, Detector)
 def save(
     model: keras.Model, path: str | Path, class_names: Sequence[str] | None = None, *, overwrite: bool = False
 ) -> None:
-    """Writes a `.keras` file of a trainable network or of its portable form.
+    """Saves a trainable network, or its portable form, as a `.keras` file.
 
     Args:
-        model: from `build_x3d`, `build_detector`, `load` or `portable`.
-        path: ends in `.keras`.
-        class_names: for a trainable network, one for each output; numbered, with a warning, unless given.
-        overwrite: whether a file that is there may be replaced.
+        model: a model from `build_x3d`, `build_detector`, `load` or `portable`.
+        path: output file, ending in `.keras`.
+        class_names: class names of a trainable network, one per output. Defaults to numbers, with a warning.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
-        ValueError: another ending, another kind of model, or a wrong number of names.
-        FileExistsError: the file is there and may not be replaced.
-        WriteError: it cannot be written; nothing is left behind.
+        ValueError: wrong file name ending, unsupported model, or wrong number of class names.
+        FileExistsError: the file exists and `overwrite` is false.
+        WriteError: the file cannot be written; no partial file remains.
     """
     path = Path(path)
     require(path.suffix == ".keras", "the path of a model file", "end in .keras", str(path))
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; give another path, or overwrite=True")
-    description = _description(model, class_names)
-    with os_errors_as_write_error(path), atomic_path(path, path.suffix) as partial:
-        model.save(partial)
-        with zipfile.ZipFile(partial, "a") as archive:
-            archive.writestr(MEMBER, description.to_json())
+        raise FileExistsError(f"{path} exists; pass another path, or overwrite=True")
+    metadata = _metadata(model, class_names)
+    with os_errors_as_write_error(path), atomic_path(path, path.suffix) as temporary:
+        model.save(temporary)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.writestr(MEMBER, metadata.to_json())
 
 
-def _description(model: keras.Model, class_names: Sequence[str] | None) -> Metadata:
+def _metadata(model: keras.Model, class_names: Sequence[str] | None) -> Metadata:
     if isinstance(model, Network):
         if not model.include_top:
-            return Metadata.of(model, class_names=(), form="trainable")
-        names = named_or_numbered(class_names, model.num_classes)
-        return Metadata.of(model, class_names=names, form="trainable")
-    description = getattr(model, "description", None)
-    if not isinstance(description, Metadata):
+            return Metadata.from_model(model, class_names=(), form="trainable")
+        names = class_names_or_numbers(class_names, model.num_classes)
+        return Metadata.from_model(model, class_names=names, form="trainable")
+    metadata = getattr(model, "metadata", None)
+    if not isinstance(metadata, Metadata):
         raise ValueError(
-            f"x3d_tf.save takes a model of x3d_tf.build_x3d, build_detector, load or portable, got {model!r}"
+            f"x3d_tf.save requires a model from x3d_tf.build_x3d, build_detector, load or portable, got {model!r}"
         )
-    require(class_names is None, "class_names", "be given to x3d_tf.portable, which has them already", class_names)
-    return description
+    require(class_names is None, "class_names", "be passed to x3d_tf.portable, not to x3d_tf.save", class_names)
+    return metadata
 
 
 def load(path: str | Path) -> X3D | Detector:
-    """Builds the trainable network of a run folder or of a `.keras` file that this package saved.
+    """Loads the trainable network from a run folder or from a `.keras` file saved by this package.
 
-    Only numbers and names are read from the file, never code, and both are checked before a network is built.
+    Reads only numbers and names from the file, never code, and checks both before building the network.
 
     Args:
-        path: a run folder, which holds `model.keras`, or the file.
+        path: a run folder, which holds `model.keras`, or a `.keras` file.
 
     Returns:
-        The network, or the detector of such a file; its `class_names` are the file's.
+        The network, or the detector if the file holds one. Its `class_names` are those of the file.
 
     Raises:
-        UserError: no such file, one that this package did not save, or one whose weights are not those of the network
-            that it describes.
+        UserError: the file does not exist, was not saved by this package, or has weights that do not match its
+            metadata.
     """
-    path, description = _checked(path)
-    if description.task == "detection":
-        return _filled(_detector(description), description, path)
-    return _filled(_classifier(description), description, path)
+    path, metadata = _read_checked_metadata(path)
+    if metadata.task == "detection":
+        return _load_into(_build_detector(metadata), metadata, path)
+    return _load_into(_build_classifier(metadata), metadata, path)
 
 
 def load_classifier(path: str | Path) -> X3D:
-    """As `load`, for what works with classifiers alone.
+    """Loads a classifier; see `load`.
 
     Raises:
-        UserError: besides, the file of a detector.
+        UserError: as for `load`, or the file holds a detector.
     """
     require_classifier(path)
-    path, description = _checked(path)
-    return _filled(_classifier(description), description, path)
+    path, metadata = _read_checked_metadata(path)
+    return _load_into(_build_classifier(metadata), metadata, path)
 
 
 def load_detector(path: str | Path) -> Detector:
-    """As `load`, for what works with detectors alone.
+    """Loads a detector; see `load`.
 
     Raises:
-        UserError: besides, the file of a classifier.
+        UserError: as for `load`, or the file holds a classifier.
     """
-    path, description = _checked(path)
-    if description.task != "detection":
-        raise UserError(f"{path} is no detector but classifies clips (its task is {description.task})")
-    return _filled(_detector(description), description, path)
+    path, metadata = _read_checked_metadata(path)
+    if metadata.task != "detection":
+        raise UserError(f"{path} is not a detector: it classifies clips (task {metadata.task!r})")
+    return _load_into(_build_detector(metadata), metadata, path)
 
 
-def _checked(path: str | Path) -> tuple[Path, Metadata]:
-    """The `.keras` file and its description, which fits the weights."""
+def _read_checked_metadata(path: str | Path) -> tuple[Path, Metadata]:
+    """Returns the path of the `.keras` file and its metadata, checked against the weights."""
     file = model_file(path)
-    description = read_description(file)
-    check_weights(file, description)
-    return file, description
+    metadata = read_metadata(file)
+    check_weights(file, metadata)
+    return file, metadata
 
 
-def _classifier(description: Metadata) -> X3D:
+def _build_classifier(metadata: Metadata) -> X3D:
     return X3D(
-        description.expansion,
-        description.num_classes,
-        description.options,
-        include_top=description.include_top,
-        task=description.task,
+        metadata.expansion,
+        metadata.num_classes,
+        metadata.options,
+        include_top=metadata.include_top,
+        task=metadata.task,
     )
 
 
-def _detector(description: Metadata) -> Detector:
-    assert description.detection_head is not None  # a description of a detector has one
-    return Detector(
-        description.expansion, description.num_classes, description.options, head=description.detection_head
-    )
+def _build_detector(metadata: Metadata) -> Detector:
+    assert metadata.detection_head is not None  # checked by Metadata
+    return Detector(metadata.expansion, metadata.num_classes, metadata.options, head=metadata.detection_head)
 
 
-def _filled(model: _Model, description: Metadata, path: Path) -> _Model:
-    """The network with weights and names of the file."""
+def _load_into(model: _Model, metadata: Metadata, path: Path) -> _Model:
+    """Loads the weights and metadata of the file into the network and returns it."""
     try:
-        if description.form == "portable":
-            app = build_portable(model, description.size)
+        if metadata.form == "portable":
+            app = build_portable(model, metadata.size)
             _load_weights(app, path)
-            take_weights(model, app)
+            copy_portable_weights(model, app)
         else:
             _load_weights(model, path)
     except (*UNREADABLE, UserWarning) as error:
-        raise UserError(f"the weights of {path} do not fit its description: {error}") from error
-    model.take_facts(description)
+        raise UserError(f"the weights of {path} do not match its metadata: {error}") from error
+    model.copy_metadata(metadata)
     return model
 
 
 def _load_weights(model: keras.Model, path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Skipping")  # by itself Keras keeps fresh weights for missing ones
+        warnings.filterwarnings("error", message="Skipping")  # missing weights must be an error, not a warning
         model.load_weights(path)

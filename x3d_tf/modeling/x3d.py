@@ -1,4 +1,4 @@
-"""X3D as one flat Keras graph: `network` writes it down once, whatever layers it is made of."""
+"""X3D as one flat Keras graph. `graph` defines it once; a layer factory chooses the layers it is built from."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -36,10 +36,8 @@ from x3d_tf.types import ClipSpec, FrameSampling, Storage, Task
 if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
 
-    pass
-
 _TASKS = ("single_label", "multi_label")
-MEAN, STD = 0.45 * 255, 0.225 * 255  # of RGB in 0..255, one value for all channels (PySlowFast)
+MEAN, STD = 0.45 * 255, 0.225 * 255  # for RGB in 0..255, one value for all channels (PySlowFast)
 
 
 def build_x3d(
@@ -51,24 +49,24 @@ def build_x3d(
     name: str | None = None,
     **options: Any,
 ) -> "X3D":
-    """Builds a network with fresh weights.
+    """Builds a network with randomly initialized weights.
 
     Args:
         network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
-        num_classes: outputs of the classifier.
-        include_top: False stops before fc1: the output is pool5, (N, channels).
-        task: "single_label" or "multi_label", for which `portable` makes probabilities by softmax or by sigmoid. The
-            network itself gives logits.
-        name: of the model; the variant's name unless given.
+        num_classes: number of outputs of the classifier.
+        include_top: False stops before fc1: the output is then pool5, (N, channels).
+        task: "single_label" or "multi_label". Determines whether `portable` converts logits to probabilities with
+            softmax or with sigmoid; the network itself returns logits.
+        name: name of the model. Defaults to the name of the variant.
         **options: the fields of `ModelOptions`: input, stem_kernel, se, swish, swish_before, separable, shortcut_norm,
             head_pool, bn_group, drop_connect, dropout.
 
     Returns:
-        A model from clips (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W, to logits (N,
-        num_classes). The outputs of its layers conv1, res2, ..., res5, conv5, pool5 and fc1 are features.
+        A model that maps clips (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W, to logits (N,
+        num_classes). The outputs of its layers conv1, res2, ..., res5, conv5, pool5 and fc1 can be used as features.
 
     Raises:
-        ValueError, TypeError: an unknown variant or option, or a value of the wrong type or outside its range.
+        ValueError, TypeError: an unknown variant or option, or a value of the wrong type or out of range.
 
     Example:
         >>> model = build_x3d("x3d_m", num_classes=10, drop_connect=0.1)
@@ -82,18 +80,18 @@ def build_x3d(
 
 
 class Network(keras.Model):
-    """What the classifier and the detector share.
+    """Base class of the classifier and the detector.
 
     Attributes:
-        expansion, options, num_classes, include_top, task: what it was built from.
-        class_names: one for each output, of a network that `x3d_tf.load` read; else none.
-        stretch: whether it was trained on frames that were scaled to squares; those it is tested on then are, too.
-        stored: how the frames that it was trained on were stored; those of videos then go the same way. None where they
-            were not, or where nobody has said so.
-        frame_sampling: how the frames of the clips that it was trained on were chosen; see `data.clips.frame_indices`.
-        test_views: clips of a video whose probabilities are averaged, unless asked for otherwise.
-        backbone_end: name of the layer whose output the head takes.
-        logits: the tensor of the network's graph that a loss takes.
+        expansion, options, num_classes, include_top, task: the arguments that the network was built from.
+        class_names: class names, one per output, if the network was loaded by `x3d_tf.load`; otherwise empty.
+        stretch: whether training frames were resized to squares, ignoring the aspect ratio. Evaluation does the same.
+        stored: size and JPEG quality of the stored training frames. Frames of videos are then resized and compressed
+            alike. None if the training frames were not stored, or if this is unknown.
+        frame_sampling: rule that chose the frames of the training clips; see `data.sampling.frame_indices`.
+        test_views: default number of clips per video whose probabilities are averaged.
+        backbone_end: name of the layer whose output is the input of the head.
+        logits: logits tensor in the network's graph, the input of the loss.
     """
 
     expansion: Expansion
@@ -110,16 +108,16 @@ class Network(keras.Model):
 
     @property
     def clip(self) -> ClipSpec:
-        """The clip that the network is made for."""
+        """Training clip of the network: frames, stride and size."""
         return self.expansion.clip
 
     @property
     def eval_size(self) -> int:
-        """Side in pixels of the one centre crop that tests, and applications by default, take."""
+        """Side in pixels of the single centre crop used in evaluation, and by default in inference."""
         return self.clip.size
 
-    def take_facts(self, source: "Network | Metadata") -> None:
-        """Takes over what its weights do not say: the class names, and how its clips are made of videos."""
+    def copy_metadata(self, source: "Network | Metadata") -> None:
+        """Copies what the weights do not hold: the class names and how clips are made from videos."""
         for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views"):
             setattr(self, name, getattr(source, name))
 
@@ -129,13 +127,13 @@ class Network(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Network":
-        parts = {"expansion": Expansion(**config["expansion"]), "options": ModelOptions(**config["options"])}
-        return cls(**(config | parts))
+        parsed = {"expansion": Expansion(**config["expansion"]), "options": ModelOptions(**config["options"])}
+        return cls(**(config | parsed))
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class X3D(Network):
-    """The trainable network. `build_x3d` makes it; its configuration is what that was given."""
+    """The trainable classifier, as built by `build_x3d`. Its config holds the arguments of the constructor."""
 
     def __init__(
         self,
@@ -152,11 +150,11 @@ class X3D(Network):
         require(isinstance(include_top, bool), "include_top", "be True or False", include_top)
         require(task in _TASKS, "task", f"be among {', '.join(_TASKS)}", task)
         clips = keras.Input((None, None, None, 3), name="clip")
-        windows = include_top and options.head_pool != "global"
+        pools_windows = include_top and options.head_pool != "global"
         outputs = graph(
-            RequireWindow(options.head_pool, expansion.clip.size, name="window")(clips) if windows else clips,
+            RequireWindow(options.head_pool, expansion.clip.size, name="window")(clips) if pools_windows else clips,
             plan(expansion, options),
-            TrainableParts(options),
+            TrainableLayerFactory(options),
             train_size=expansion.clip.size,
             num_classes=num_classes if include_top else None,
             task=task,
@@ -177,12 +175,12 @@ class X3D(Network):
 
 
 def layer_name(expansion: Expansion) -> str:
-    """What Keras takes as a name of a network of these factors."""
+    """Returns the default name of a model, with only the characters that Keras allows."""
     return "".join(c if c.isalnum() else "_" for c in name_of(expansion)).strip("_")
 
 
-class ClipParts:
-    """What the sets of layers share whose tensors are clips, (N, T, H, W, C)."""
+class ClipLayerFactory:
+    """Layer factory methods shared by all forms whose tensors are (N, T, H, W, C)."""
 
     def normalize(self, x: Any, name: str) -> Any:
         return layers.Normalization(axis=None, mean=MEAN, variance=STD**2, name=name)(x)
@@ -190,23 +188,25 @@ class ClipParts:
     def mean(self, x: Any, name: str) -> Any:
         return layers.GlobalAveragePooling3D(keepdims=True, name=name)(x)
 
-    def scaled(self, x: Any, scale: Any, name: str) -> Any:
+    def scale(self, x: Any, scale: Any, name: str) -> Any:
         return layers.Multiply(name=name)([x, scale])
 
     def activation(self, x: Any, function: str, name: str) -> Any:
         return layers.Activation(function, name=name)(x)
 
-    def clips(self, x: Any) -> Any:
-        """The tensor as (N, T, H, W, C)."""
+    def as_clips(self, x: Any) -> Any:
+        """Returns the tensor as (N, T, H, W, C)."""
         return x
 
     def regions(self, x: Any, boxes: Any, clips: Any, name: str) -> Any:
-        """Maps (N, H, W, C) in boxes (N, B, 4) of the clips: (N, B, 7, 7, C)."""
+        """Pools feature maps (N, H, W, C) in boxes (N, B, 4) of the clips to (N, B, 7, 7, C)."""
         return regions(x, boxes, clips.shape[2], clips.shape[3])
 
 
-class TrainableParts(ClipParts):
-    """The layers of the trainable network. Another set with these methods makes the same graph of other layers."""
+class TrainableLayerFactory(ClipLayerFactory):
+    """Creates the layers of the trainable network. Another factory with the same methods builds the same graph from
+    other layers.
+    """
 
     def __init__(self, options: ModelOptions) -> None:
         self.options = options
@@ -221,11 +221,11 @@ class TrainableParts(ClipParts):
         return ChannelwiseConv3D(kernel, stride, name=name)(x)
 
     def difference(self, x: Any, name: str) -> Any:
-        cut = [
+        neighbors = [
             layers.Cropping3D((frames, (0, 0), (0, 0)), "channels_last", name=f"{name}_{which}")(x)
             for which, frames in (("next", (1, 0)), ("this", (0, 1)))
         ]
-        return layers.Subtract(name=name)(cut)
+        return layers.Subtract(name=name)(neighbors)
 
     def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
         return GhostBatchNorm(self.options.bn_group, gamma_initializer=gamma, name=name)(x)
@@ -244,94 +244,94 @@ class TrainableParts(ClipParts):
 
 
 def graph(
-    clips: Any, architecture: Architecture, parts: Any, *, train_size: int, num_classes: int | None, task: Task
+    clips: Any, architecture: Architecture, factory: Any, *, train_size: int, num_classes: int | None, task: Task
 ) -> Any:
-    """The whole network, in execution order (paper, Table 1).
+    """Builds the complete network, in execution order (paper, Table 1).
 
     Args:
         clips: (N, T, H, W, 3), RGB in 0..255.
-        architecture: what to build.
-        parts: makes the layers, as `TrainableParts` does.
-        train_size: side of the training crop in pixels, which the head's fixed poolings need.
-        num_classes: None stops at pool5.
-        task: which probabilities the logits are of.
+        architecture: widths, depths and options of the network.
+        factory: creates the layers; see `TrainableLayerFactory`.
+        train_size: side of the training crop in pixels, which sets the window of the head's fixed poolings.
+        num_classes: number of outputs; None stops at pool5.
+        task: "single_label" or "multi_label": the probabilities that fixed pooling averages.
 
     Returns:
         Logits (N, num_classes), or pool5 (N, head_width).
     """
-    x = conv5(backbone(clips, architecture, parts), architecture, parts)
+    x = conv5(backbone(clips, architecture, factory), architecture, factory)
     window = pool_window(train_size)
-    return head(x, architecture.options, parts, window=window, num_classes=num_classes, task=task)
+    return head(x, architecture.options, factory, window=window, num_classes=num_classes, task=task)
 
 
-def backbone(clips: Any, architecture: Architecture, parts: Any) -> Any:
-    """Up to res5; arguments as `graph`."""
-    x = parts.normalize(clips, "normalize")
+def backbone(clips: Any, architecture: Architecture, factory: Any) -> Any:
+    """Builds the network up to res5. The arguments are those of `graph`."""
+    x = factory.normalize(clips, "normalize")
     if architecture.options.input == "difference":
-        x = parts.difference(x, "difference")
-    x = parts.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
-    x = parts.channelwise(x, (architecture.options.stem_kernel, 1, 1), "conv1_t")
-    x = layers.ReLU(name="conv1")(parts.norm(x, "conv1_bn"))
+        x = factory.difference(x, "difference")
+    x = factory.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
+    x = factory.channelwise(x, (architecture.options.stem_kernel, 1, 1), "conv1_t")
+    x = layers.ReLU(name="conv1")(factory.norm(x, "conv1_bn"))
     for stage_index, (stage_name, stage) in enumerate(zip(STAGE_NAMES, architecture.stages)):
         for index in range(stage.depth):
             rate = architecture.drop_connect(stage_index)
-            x = block(x, f"{stage_name}_{index}", architecture, stage, index, rate, parts)
-            last = index == stage.depth - 1  # whose output goes by the stage's own name
+            x = block(x, f"{stage_name}_{index}", architecture, stage, index, rate, factory)
+            last = index == stage.depth - 1  # its output is named after the stage
             x = layers.ReLU(name=stage_name if last else f"{stage_name}_{index}")(x)
     return x
 
 
-def conv5(x: Any, architecture: Architecture, parts: Any) -> Any:
-    """The last convolution: 1x1x1, to the width of the head."""
-    x = parts.pointwise(x, architecture.head_width, "conv5_conv")
-    return layers.ReLU(name="conv5")(parts.norm(x, "conv5_bn"))
+def conv5(x: Any, architecture: Architecture, factory: Any) -> Any:
+    """Builds the last convolution, 1x1x1, to the width of the head."""
+    x = factory.pointwise(x, architecture.head_width, "conv5_conv")
+    return layers.ReLU(name="conv5")(factory.norm(x, "conv5_bn"))
 
 
 def block(
-    x: Any, name: str, architecture: Architecture, stage: StagePlan, index: int, drop_rate: float, parts: Any
+    x: Any, name: str, architecture: Architecture, stage: StagePlan, index: int, drop_rate: float, factory: Any
 ) -> Any:
-    """A residual block up to the sum; the ReLU after it is the caller's (paper, appendix A.3)."""
+    """Builds a residual block up to the sum; the caller adds the final ReLU (paper, appendix A.3)."""
     options, inner = architecture.options, stage.inner_width
     stride = stage.stride if index == 0 else 1
     shortcut, widens = x, x.shape[-1] != stage.width
     if stride > 1 or widens:
-        shortcut = parts.pointwise(x, stage.width, f"{name}_shortcut", stride)
+        shortcut = factory.pointwise(x, stage.width, f"{name}_shortcut", stride)
         if architecture.has_shortcut_norm(widens):
-            shortcut = parts.norm(shortcut, f"{name}_shortcut_bn")
+            shortcut = factory.norm(shortcut, f"{name}_shortcut_bn")
     if options.separable:
-        x = parts.pointwise(x, inner, f"{name}_conv_a")
+        x = factory.pointwise(x, inner, f"{name}_conv_a")
     else:
-        x = parts.conv(x, inner, (3, 1, 1), f"{name}_conv_a")
-    x = parts.norm(x, f"{name}_conv_a_bn")
-    x = parts.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
+        x = factory.conv(x, inner, (3, 1, 1), f"{name}_conv_a")
+    x = factory.norm(x, f"{name}_conv_a_bn")
+    x = factory.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
     if options.separable:
-        x = parts.channelwise(x, (3, 3, 3), f"{name}_conv_b", stride)
+        x = factory.channelwise(x, (3, 3, 3), f"{name}_conv_b", stride)
     else:
-        x = parts.conv(x, inner, (1, 3, 3), f"{name}_conv_b", stride)
-    x = parts.norm(x, f"{name}_conv_b_bn")
+        x = factory.conv(x, inner, (1, 3, 3), f"{name}_conv_b", stride)
+    x = factory.norm(x, f"{name}_conv_b_bn")
     if architecture.has_se(index):
-        x = squeeze_excitation(x, f"{name}_se", parts)
-    x = parts.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
-    x = parts.pointwise(x, stage.width, f"{name}_conv_c")
-    x = parts.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # so that a fresh block is its shortcut
-    x = parts.drop_branch(x, drop_rate, f"{name}_drop")
+        x = squeeze_excitation(x, f"{name}_se", factory)
+    x = factory.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
+    x = factory.pointwise(x, stage.width, f"{name}_conv_c")
+    x = factory.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # a new block starts as its shortcut
+    x = factory.drop_branch(x, drop_rate, f"{name}_drop")
     return layers.Add(name=f"{name}_add")([shortcut, x])
 
 
-def squeeze_excitation(x: Any, name: str, parts: Any) -> Any:
-    """Scales each channel by a number in (0, 1) made from the means of all channels."""
+def squeeze_excitation(x: Any, name: str, factory: Any) -> Any:
+    """Scales each channel by a factor in (0, 1) computed from the means of all channels."""
     width = x.shape[-1]
-    scale = parts.mean(x, f"{name}_pool")
+    scale = factory.mean(x, f"{name}_pool")
     for role, filters, activation in (("reduce", se_width(width), "relu"), ("expand", width, "sigmoid")):
         scale = layers.Dense(filters, activation, kernel_initializer=conv_initializer(filters), name=f"{name}_{role}")(
             scale
         )
-    return parts.scaled(x, scale, f"{name}_scale")
+    return factory.scale(x, scale, f"{name}_scale")
 
 
-def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes: int | None, task: Task) -> Any:
-    """From conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5."""
-    x, full = parts.clips(x), full_precision()
+def head(x: Any, options: ModelOptions, factory: Any, *, window: int, num_classes: int | None, task: Task) -> Any:
+    """Builds the head from conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5."""
+    x, full = factory.as_clips(x), full_precision()
     x = ops.cast(x, full) if x.dtype != full else x
     if options.head_pool == "global" or num_classes is None:
         x = layers.GlobalAveragePooling3D(name="pool5", dtype=full)(x)
@@ -340,11 +340,11 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
         x = layers.AveragePooling2D(window, strides=1, name="pool5", dtype=full)(x)
     if num_classes is None:
         return x
-    x = fc2(parts.dropout(fc1(x), "dropout"), num_classes)
+    x = fc2(factory.dropout(fc1(x), "dropout"), num_classes)
     if options.head_pool == "fixed_logits":
         x = ops.mean(x, axis=(1, 2))
     elif options.head_pool == "fixed_probabilities":
-        if task == "multi_label":  # the logit of the mean: log p - log(1 - p)
+        if task == "multi_label":  # logit of the mean probability: log p - log(1 - p)
             x = _log_mean(_log_sigmoid(x)) - _log_mean(_log_sigmoid(-x))
         else:
             x = _log_mean(ops.log_softmax(x))
@@ -352,18 +352,18 @@ def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes:
 
 
 def _log_mean(x: Any) -> Any:
-    """Logarithms (N, H, W, C) of numbers to those of their means over all positions, (N, C)."""
-    peak = ops.max(x, axis=(1, 2), keepdims=True)  # taken out, so that no class underflows in all windows
+    """Returns the logarithm of the mean over all positions, (N, C), given logarithms (N, H, W, C)."""
+    peak = ops.max(x, axis=(1, 2), keepdims=True)  # subtracted so that no class underflows in all windows
     return ops.log(ops.mean(ops.exp(x - peak), axis=(1, 2))) + ops.squeeze(peak, axis=(1, 2))
 
 
 def _log_sigmoid(x: Any) -> Any:
-    """Of operations that all export formats have, in a form that does not overflow."""
+    """Computes log(sigmoid(x)) without overflow, from operations that all export formats support."""
     return ops.minimum(x, 0.0) - ops.log(1.0 + ops.exp(-ops.abs(x)))
 
 
 def fc1(x: Any) -> Any:
-    """The hidden layer of the classifier, along the last axis."""
+    """Applies the hidden layer of the classifier along the last axis."""
     initializer = conv_initializer(FC1_WIDTH)
     dense = layers.Dense(
         FC1_WIDTH, "relu", use_bias=False, kernel_initializer=initializer, name="fc1", dtype=full_precision()
@@ -372,11 +372,11 @@ def fc1(x: Any) -> Any:
 
 
 def fc2(x: Any, num_classes: int) -> Any:
-    """Its last layer: logits."""
+    """Applies the last layer of the classifier, which returns logits."""
     normal = keras.initializers.RandomNormal(stddev=0.01)
     return layers.Dense(num_classes, kernel_initializer=normal, name="fc2", dtype=full_precision())(x)
 
 
 def full_precision() -> str:
-    """The precision of the weights, in which heads compute under mixed precision too: it costs little there."""
+    """Returns the dtype of the weights. Heads compute in it under mixed precision too, which costs little."""
     return str(keras.config.dtype_policy().variable_dtype)

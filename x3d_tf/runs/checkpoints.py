@@ -77,7 +77,7 @@ class Checkpoints:
         # By hand: Keras' own tracking leaves out the states of the seed generators.
         seeds = [variable.value for variable in model.variables if "seed_generator" in variable.path]
         roles = {"weights": weights, "seeds": seeds, **others}
-        description = Metadata.of(model, class_names=model.class_names, form="trainable")
+        description = Metadata.from_model(model, class_names=model.class_names, form="trainable")
         self._texts = {"origin": json.dumps(asdict(origin)), "description": description.to_json()}
         self._variables = {name: tf.Variable(text, trainable=False) for name, text in self._texts.items()}
         self._step = tf.Variable(0, trainable=False, dtype=tf.int64)
@@ -219,12 +219,12 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
         room = Path(f"{prefix}{_ENDINGS[0]}").stat().st_size
         description = Metadata.from_json(reader.get_tensor(f"description{_SUFFIX}"))
         role = "average" if reader.has_tensor(f"average/0{_SUFFIX}") else "weights"
-        description.require_fit("its data", room // _WEIGHT_BYTES)
+        description.require_capacity("its data", room // _WEIGHT_BYTES)
         model = X3D(description.expansion, description.num_classes, description.options, task=description.task)
         model.set_weights([reader.get_tensor(f"{role}/{i}{_SUFFIX}") for i in range(len(model.weights))])
     except Exception as error:  # a damaged file makes TensorFlow raise almost anything
         raise UserError(f"{prefix}.index cannot be read ({first_line(error)})") from error
-    model.take_facts(description)
+    model.copy_metadata(description)
     return model
 
 

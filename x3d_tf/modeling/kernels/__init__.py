@@ -1,4 +1,4 @@
-"""Several forms of the same arithmetic: which of them the layers take."""
+"""Selects which implementation of the layers' math to use."""
 
 from typing import Literal, get_args
 
@@ -12,30 +12,31 @@ _chosen: Kernels = "auto"
 
 
 def set_kernels(name: Kernels) -> None:
-    """Chooses the forms that layers take from now on, in this process.
+    """Selects the kernels that layers use from now on in this process.
 
-    All of them compute the same from the same weights. Functions that are traced already stay as they are.
+    All kernels compute the same results from the same weights. Functions that are already traced do not change.
 
     Args:
-        name: "ops", the plain form in `keras.ops`, of any backend; "cpu" or "gpu", TensorFlow operations that are fast
-            there, which run on both; "auto", the default, what suits the backend and the machine.
+        name: "ops" for the portable implementation in `keras.ops`, which supports any backend; "cpu" or "gpu" for
+            TensorFlow kernels optimized for that device, which run on both; "auto", the default, to select by backend
+            and device.
 
     Raises:
-        ValueError: another name, or TensorFlow's forms under another backend.
+        ValueError: unknown name, or TensorFlow kernels with another backend.
 
     Example:
-        >>> x3d_tf.set_kernels("ops")  # is a result the network's, or a fast form's?
+        >>> x3d_tf.set_kernels("ops")  # rule out the optimized kernels when a result looks wrong
     """
     global _chosen
     require(name in get_args(Kernels), "kernels", f"be among {', '.join(get_args(Kernels))}", name)
     backend = keras.backend.backend()
-    rule = f"be auto or ops under Keras' {backend} backend"
+    rule = f"be auto or ops with Keras' {backend} backend"
     require(backend == "tensorflow" or name in ("auto", "ops"), "kernels", rule, name)
     _chosen = name
 
 
 def active_kernels() -> Literal["ops", "cpu", "gpu"]:
-    """The forms that layers take now: what `set_kernels` chose, or what suits the backend and the machine."""
+    """Returns the kernels in use: those set by `set_kernels`, or else those for the backend and device."""
     if _chosen != "auto":
         return _chosen
     if keras.backend.backend() != "tensorflow":

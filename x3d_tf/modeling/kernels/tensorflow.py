@@ -1,7 +1,7 @@
-"""The layers' arithmetic in the TensorFlow operations that are fast: the same values as their `keras.ops` twins.
+"""TensorFlow kernels for the layers' math: faster than the `keras.ops` implementations, with the same results.
 
-TensorFlow has no channel-wise 3-D convolution, and the gradient of its batch norm passes over memory many times. Both
-decide the speed of X3D, so they are written out here; `layers` chooses between these forms and the portable ones.
+TensorFlow has no channel-wise 3-D convolution, and the gradient of its batch norm makes many passes over memory. Both
+dominate the speed of X3D, so this module implements them. `layers` chooses between these kernels and the portable ones.
 """
 
 import functools
@@ -15,28 +15,29 @@ from x3d_tf.modeling.kernels import active_kernels
 
 
 def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Traces a function once for all layers of the same shapes.
+    """Traces a function once for all layers of equal shapes.
 
-    Not being inlined, it is also optimised once: a network's graph is smaller, and ready in half the time.
+    The function is not inlined, so it is optimized only once: the graph is smaller and builds in half the time.
     """
 
     @functools.cache
-    def traced(kernels: str) -> Callable[..., Any]:  # which decides what is in the trace
+    def traced(kernels: str) -> Callable[..., Any]:  # one trace per selected kernel
         return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
 
     return lambda *arguments: traced(active_kernels())(*arguments)
 
 
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
-    """Convolves each channel on its own over time and space, padded by half the kernel on every side.
+    """Convolves each channel separately over time and space, padded by half the kernel on every side.
 
-    A depthwise 2-D convolution for each temporal tap of the kernel, whose results are shifted in time and added in one
-    pass over memory. The gradients are written out, for TensorFlow's own copy the shifted tensors and keep padded ones.
+    Runs one depthwise 2-D convolution per temporal tap of the kernel, then shifts the results in time and adds them in
+    one pass over memory. The gradients are explicit, because TensorFlow's automatic ones copy the shifted tensors and
+    store padded ones.
 
     Args:
-        x: (N, T, H, W, C), any of the first four open.
+        x: (N, T, H, W, C); the first four may be dynamic.
         kernel: (kt, kh, kw, C), odd sizes.
-        stride: of both spatial axes.
+        stride: stride of both spatial axes.
 
     Returns:
         (N, T, ceil(H / stride), ceil(W / stride), C).
@@ -48,7 +49,7 @@ def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
     def run(x: Any, kernel: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
         return _channelwise(x, kernel, stride), lambda upstream: _channelwise_gradients(x, kernel, upstream, stride)
 
-    output = run(x, tf.convert_to_tensor(kernel))  # not a variable, which a custom gradient refuses
+    output = run(x, tf.convert_to_tensor(kernel))  # custom gradients do not accept variables
     sides = [None if side is None else -(-side // stride) for side in x.shape[2:4]]
     return tf.ensure_shape(output, [*x.shape[:2], *sides, x.shape[4]])
 
@@ -70,8 +71,8 @@ def _channelwise_gradients(x: Any, kernel: Any, upstream: Any, stride: int) -> t
     shifts = _shifts(kernel, t)
     frames = tf.reshape(x, [n * t, *image])
     upstream = tf.reshape(upstream, [n * t, *_shape(upstream)[2:]])
-    parts = [_depthwise_input_gradient(frames, kernel[tap], upstream, stride) for tap in shifts]
-    rows = [tf.reshape(part, [n, t, math.prod(image)]) for part in parts]
+    tap_gradients = [_depthwise_input_gradient(frames, kernel[tap], upstream, stride) for tap in shifts]
+    rows = [tf.reshape(gradient, [n, t, math.prod(image)]) for gradient in tap_gradients]
     x_gradient = _shift_and_add(tuple(-shift for shift in shifts.values()), *rows)
     kernel_gradients = [tf.zeros_like(kernel[0])] * kernel.shape[0]
     for tap, shift in shifts.items():
@@ -80,42 +81,43 @@ def _channelwise_gradients(x: Any, kernel: Any, upstream: Any, stride: int) -> t
 
 
 def _shifts(kernel: Any, t: Any) -> dict[int, int]:
-    """By temporal tap, the forward move of its result in frames. A tap that moves all of a short clip is left out."""
+    """Maps each temporal tap to the forward shift of its result in frames. Omits taps that shift out all frames."""
     shifts = {tap: kernel.shape[0] // 2 - tap for tap in range(kernel.shape[0])}
     return {tap: shift for tap, shift in shifts.items() if not (isinstance(t, int) and abs(shift) >= t)}
 
 
 def _tap_gradient(frames: Any, kernel: Any, upstream: Any, stride: int, t: Any, shift: int) -> Any:
-    """Gradient of one temporal tap, (kh, kw, C), whose result moves `shift` frames forward.
+    """Computes the gradient of one temporal tap, (kh, kw, C), whose result is shifted forward by `shift` frames.
 
-    Frame f of the input meets frame f + shift of the upstream gradient. Leading slices copy nothing, so all frames of
-    all clips go in one call, and what crosses from one clip into the next is taken off again.
+    Frame f of the input is paired with frame f + shift of the upstream gradient. Slices of the leading axis copy
+    nothing, so one call handles all frames of all clips; pairs that cross from one clip into the next are subtracted.
     """
     if not isinstance(t, int):
         rows = tf.reshape(upstream, [-1, t, math.prod(_shape(upstream)[1:])])
-        upstream, shift = tf.reshape(_shifted(rows, -shift), tf.shape(upstream)), 0
+        upstream, shift = tf.reshape(_shift_frames(rows, -shift), tf.shape(upstream)), 0
     if shift == 0:
         return _depthwise_kernel_gradient(frames, kernel, upstream, stride)
-    starts = tf.range(1, tf.shape(frames)[0] // t) * t  # of all clips but the first
-    ends = tf.reshape(starts[:, None] + tf.range(-abs(shift), 0), [-1])  # frames that the next clip's would meet
+    starts = tf.range(1, tf.shape(frames)[0] // t) * t  # of all clips except the first
+    ends = tf.reshape(starts[:, None] + tf.range(-abs(shift), 0), [-1])  # frames paired with the next clip's
     if shift > 0:
         pairs = [(frames[:-shift], upstream[shift:]), (tf.gather(frames, ends), tf.gather(upstream, ends + shift))]
     else:
         pairs = [(frames[-shift:], upstream[:shift]), (tf.gather(frames, ends - shift), tf.gather(upstream, ends))]
-    whole, across = (_depthwise_kernel_gradient(own, kernel, met, stride) for own, met in pairs)
-    return whole - tf.where(tf.size(ends) > 0, across, 0)  # of no frames TensorFlow gives what was in memory before
+    total, crossing = (_depthwise_kernel_gradient(inputs, kernel, paired, stride) for inputs, paired in pairs)
+    # Without frames TensorFlow returns uninitialized memory.
+    return total - tf.where(tf.size(ends) > 0, crossing, 0)
 
 
 def _depthwise(frames: Any, kernel: Any, stride: int) -> Any:
-    """Depthwise 2-D convolution of (frames, H, W, C) with (kh, kw, C), padded by half the kernel on every side."""
+    """Convolves (frames, H, W, C) depthwise with (kh, kw, C), padded by half the kernel on every side."""
     return tf.nn.depthwise_conv2d(frames, kernel[..., None], [1, stride, stride, 1], _padding(kernel, stride))
 
 
 def _depthwise_input_gradient(frames: Any, kernel: Any, upstream: Any, stride: int) -> Any:
     padding = _padding(kernel, stride)
     if stride == 2 and None not in frames.shape[1:3]:
-        # TensorFlow's "same", the faster one here, pads even sides unequally. A last row and column of zeros mend that
-        # where every second one is taken.
+        # "SAME" padding is faster here, but pads even sides unequally. At stride 2, a further last row and column of
+        # zeros in the kernel corrects that.
         kernel = tf.pad(kernel, [*([0, 1 - side % 2] for side in frames.shape[1:3]), [0, 0]])
         padding = "SAME"
     strides = [1, stride, stride, 1]
@@ -129,21 +131,21 @@ def _depthwise_kernel_gradient(frames: Any, kernel: Any, upstream: Any, stride: 
 
 
 def _padding(kernel: Any, stride: int) -> Any:
-    """Half the kernel on every side, as TensorFlow wants to be told."""
+    """Returns padding by half the kernel on every side, in TensorFlow's format."""
     if stride == 1:
         return "SAME"
     return [[0, 0], *([size // 2] * 2 for size in kernel.shape[:2]), [0, 0]]
 
 
 def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
-    """A 1x1x1 convolution that takes every `stride`-th row and column.
+    """Applies a 1x1x1 convolution to every `stride`-th row and column.
 
-    As a 2-D convolution, because picking the rows and columns by strided slices takes 4 times as long.
+    It is computed as a 2-D convolution, because strided slices take 4 times as long.
 
     Args:
-        x: (N, T, H, W, C), any of the first four open.
+        x: (N, T, H, W, C); the first four may be dynamic.
         kernel: (C, filters).
-        stride: of both spatial axes.
+        stride: stride of both spatial axes.
 
     Returns:
         (N, T, ceil(H / stride), ceil(W / stride), filters).
@@ -154,7 +156,7 @@ def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
 
 
 def swish(x: Any) -> Any:
-    """x * sigmoid(x), whose gradient is computed in one pass over memory."""
+    """Computes x * sigmoid(x), with a gradient that makes one pass over memory."""
 
     @tf.custom_gradient
     def run(x: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -169,15 +171,15 @@ def _temporal_conv(x: Any, kernel: Any) -> Any:
     return tf.ensure_shape(tf.reshape(y, [n, t, h, w, c]), x.shape)
 
 
-def _shifted(rows: Any, shift: int) -> Any:
-    """Rows (N, T, ...) moved `shift` frames forward in time, zeros coming in."""
+def _shift_frames(rows: Any, shift: int) -> Any:
+    """Shifts rows (N, T, ...) forward in time by `shift` frames and pads with zeros."""
     if shift == 0:
         return rows
     frames = _shape(rows)[1]
-    kept = frames - abs(shift) if isinstance(frames, int) else tf.maximum(frames - abs(shift), 0)
-    missing = frames - kept
+    remaining = frames - abs(shift) if isinstance(frames, int) else tf.maximum(frames - abs(shift), 0)
+    missing = frames - remaining
     begin, pad = (0, [missing, 0]) if shift > 0 else (missing, [0, missing])
-    return tf.pad(tf.slice(rows, [0, begin, 0], [-1, kept, -1]), [[0, 0], pad, [0, 0]])
+    return tf.pad(tf.slice(rows, [0, begin, 0], [-1, remaining, -1]), [[0, 0], pad, [0, 0]])
 
 
 def _shape(x: Any) -> list[Any]:
@@ -185,58 +187,58 @@ def _shape(x: Any) -> list[Any]:
     return [size if size is not None else dynamic[axis] for axis, size in enumerate(x.shape)]
 
 
-def normalize(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
-    """Batch norm of each group with its own statistics.
+def normalize(slices: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
+    """Normalizes each group with its own statistics.
 
     Args:
-        parts: rows (groups, frames, positions, C), all of one shape; each holds a part of each group's frames.
-        gamma, beta: (C,).
-        epsilon: added to the variance.
+        slices: rows (groups, frames, positions, C), sliced along the frames; all slices have equal shapes.
+        gamma, beta: scale and shift, (C,).
+        epsilon: small constant added to the variance.
 
     Returns:
-        The normalised rows of each part, and each group's mean and biased variance, (groups, 1, 1, C), through which no
-        gradient flows.
+        The normalized slices, and the mean and biased variance of each group, (groups, 1, 1, C), with stopped
+        gradients.
     """
 
     @tf.custom_gradient
-    def run(gamma: Any, beta: Any, *parts: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
-        outputs, mean, variance = _normalized(parts, gamma, beta, epsilon)
+    def run(gamma: Any, beta: Any, *slices: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+        outputs, mean, variance = _normalize(slices, gamma, beta, epsilon)
 
         def gradient(*upstreams: Any) -> tuple[Any, ...]:
-            upstreams = upstreams[: len(parts)]  # not those of the statistics
-            return _normalized_gradients(upstreams, parts, gamma, mean, variance, epsilon)
+            upstreams = upstreams[: len(slices)]  # without those of the statistics
+            return _normalize_gradients(upstreams, slices, gamma, mean, variance, epsilon)
 
         return (*outputs, mean, variance), gradient
 
-    # not variables, which a custom gradient refuses
-    *outputs, mean, variance = run(tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta), *parts)
+    # Custom gradients do not accept variables.
+    *outputs, mean, variance = run(tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta), *slices)
     return outputs, tf.stop_gradient(mean), tf.stop_gradient(variance)
 
 
 @_traced_once
-def _normalized(parts: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
-    mean = _average(_mean(rows) for rows in parts)
-    variance = _average(_mean(_centred_square(rows, mean)) for rows in parts)
+def _normalize(slices: Sequence[Any], gamma: Any, beta: Any, epsilon: float) -> tuple[list[Any], Any, Any]:
+    mean = _average(_mean(rows) for rows in slices)
+    variance = _average(_mean(_centred_square(rows, mean)) for rows in slices)
     scale = tf.math.rsqrt(variance + epsilon) * gamma
     shift = beta - mean * scale
-    return [_affine(rows, scale, shift) for rows in parts], mean, variance
+    return [_affine(rows, scale, shift) for rows in slices], mean, variance
 
 
 @_traced_once
-def _normalized_gradients(
-    upstreams: Sequence[Any], parts: Sequence[Any], gamma: Any, mean: Any, variance: Any, epsilon: float
+def _normalize_gradients(
+    upstreams: Sequence[Any], slices: Sequence[Any], gamma: Any, mean: Any, variance: Any, epsilon: float
 ) -> tuple[Any, ...]:
     inverse = tf.math.rsqrt(variance + epsilon)
     scale = inverse * gamma
     mean_upstream = _average(_mean(upstream) for upstream in upstreams)
-    # of upstream times the normalised value, which is not kept: it is (rows - mean) * inverse
-    products = (_product(upstream, rows, mean) for upstream, rows in zip(upstreams, parts))
+    # The normalized value is recomputed as (rows - mean) * inverse to save memory.
+    products = (_product(upstream, rows, mean) for upstream, rows in zip(upstreams, slices))
     mean_product = _average(_mean(product) for product in products) * inverse
-    samples = tf.cast(tf.shape(parts[0])[1] * tf.shape(parts[0])[2] * len(parts), gamma.dtype)
+    samples = tf.cast(tf.shape(slices[0])[1] * tf.shape(slices[0])[2] * len(slices), gamma.dtype)
     slope = -scale * inverse * mean_product
     shift = -scale * mean_upstream - slope * mean
-    gradients = [_affine2(upstream, rows, scale, slope, shift) for upstream, rows in zip(upstreams, parts)]
-    sums = [tf.reduce_sum(each, [0, 1, 2]) * samples for each in (mean_product, mean_upstream)]
+    gradients = [_affine2(upstream, rows, scale, slope, shift) for upstream, rows in zip(upstreams, slices)]
+    sums = [tf.reduce_sum(average, [0, 1, 2]) * samples for average in (mean_product, mean_upstream)]
     return (*sums, *gradients)
 
 
@@ -246,7 +248,7 @@ def _average(values: Iterable[Any]) -> Any:
 
 
 def require_sides(clips: Any, smallest: int, rule: str) -> Any:
-    """The clips (N, T, H, W, C), whose graph fails with `rule` where a side is smaller when it runs."""
+    """Returns the clips (N, T, H, W, C); at run time, the graph fails with `rule` if a side is below `smallest`."""
     sides = tf.shape(clips)[2:4]
     fits = tf.debugging.Assert(tf.reduce_all(sides >= smallest), ["the sides of a clip must", rule, "got", sides])
     with tf.control_dependencies([fits]):
@@ -254,7 +256,7 @@ def require_sides(clips: Any, smallest: int, rule: str) -> Any:
 
 
 def _mean(rows: Any) -> Any:
-    """Mean over axes 1 and 2, kept: on a CPU by the pooling of whole frames, which is faster than a reduction."""
+    """Averages over axes 1 and 2 and keeps them. On CPUs it uses average pooling, which is faster than a reduction."""
     groups, frames, positions, channels = _shape(rows)
     if isinstance(positions, int) and active_kernels() == "cpu":
         images = tf.reshape(rows, [groups * frames, positions, 1, channels])
@@ -263,7 +265,7 @@ def _mean(rows: Any) -> Any:
 
 
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """On a CPU one compiled pass over memory instead of one for each operation."""
+    """Compiles a function on CPUs into one pass over memory instead of one per operation."""
     compiled = tf.function(function, jit_compile=True)
 
     def call(*arguments: Any) -> Any:
@@ -274,8 +276,8 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_fused
 def _shift_and_add(shifts: tuple[int, ...], *results: Any) -> Any:
-    """The sum of rows (N, T, ...), each moved by its own number of frames forward in time, zeros coming in."""
-    return sum(_shifted(rows, shift) for rows, shift in zip(results, shifts))
+    """Adds rows (N, T, ...), each shifted forward in time by its number of frames and padded with zeros."""
+    return sum(_shift_frames(rows, shift) for rows, shift in zip(results, shifts))
 
 
 @_fused
@@ -305,9 +307,9 @@ def _affine2(upstream: Any, rows: Any, scale: Any, slope: Any, shift: Any) -> An
 
 
 def per_replica_seed(seed: Any) -> Any:
-    """A seed, integers [2], made another one on each device of a distribution strategy; the first keeps it."""
+    """Returns a different seed, integers [2], on each replica of a distribution strategy; the first keeps `seed`."""
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return seed
-    device = tf.cast(context.replica_id_in_sync_group, seed.dtype)
-    return seed + tf.stack([device * 0x3C6EF372, tf.zeros_like(device)])  # far from the seeds that people choose
+    replica = tf.cast(context.replica_id_in_sync_group, seed.dtype)
+    return seed + tf.stack([replica * 0x3C6EF372, tf.zeros_like(replica)])  # far from the seeds that users choose

@@ -1,10 +1,10 @@
-"""The weights of a network in what a PyTorch checkpoint holds: under which key, prefix and names.
+"""Finds the weights of a network in a PyTorch checkpoint: their key, their prefix and the implementation's names.
 
 Imports no TensorFlow.
 
-Training programs wrap a network, which puts prefixes before the names of its weights, and store it under a key of their
-own, beside optimizers, averages and counters. No list of keys and prefixes is relied on: a reading of the file is
-taken where it has the names and shapes of the network, if it is the only one.
+Training code often wraps a network, which adds a prefix to the names of its weights, and stores it under a custom key
+together with optimizer state, moving averages and counters. The search does not rely on a list of keys and prefixes: it
+accepts the candidate whose names and shapes match the network, provided that there is only one.
 """
 
 from collections import Counter
@@ -20,10 +20,11 @@ from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.expansion import VARIANTS, Expansion, as_expansion, name_of
 from x3d_tf.modeling.pytorch.checkpoint_files import Tensor, read_checkpoint
 from x3d_tf.modeling.pytorch.weight_names import COUNTER, HEAD, NAMINGS, TITLES, Naming, names, source_shapes
+from x3d_tf.text import counted
 
-_MOST_READINGS = 32  # of a file that are compared; each goes through all its names
-_DEEPEST = 8  # keys that lead to a state dict, one in the other
-_CLOSE = 0.1  # part of its tensors that may not fit the variant that a file is said to be closest to
+_MAX_CANDIDATES = 32  # compared per file; each scans all names of the file
+_MAX_DEPTH = 8  # nesting depth of a state dict
+_MAX_MISMATCH = 0.1  # maximum fraction of mismatched tensors for a variant to be suggested
 
 
 @dataclass(frozen=True)
@@ -31,97 +32,98 @@ class StateDict:
     """The weights of one network in a checkpoint.
 
     Attributes:
-        path: the checkpoint.
-        place: where in it they are, in words: keys and prefix; "" where they are all that it holds.
-        naming: whose names they have.
-        tensors: the weights by those names, without the counters.
-        counters: how many `num_batches_tracked` there are.
-        outside: names of tensors beside the network's, which the prefix tells apart.
+        path: path of the checkpoint.
+        location: keys and prefix that lead to the weights, as text; "" for the top level without prefix.
+        naming: implementation whose names the weights have.
+        tensors: the weights by name, without the counters.
+        counters: number of `num_batches_tracked` counters.
+        unrelated: names of further tensors, which the prefix separates from the network's.
     """
 
     path: Path
-    place: str
+    location: str
     naming: Naming
     tensors: Mapping[str, Tensor]
     counters: int
-    outside: tuple[str, ...] = ()
+    unrelated: tuple[str, ...] = ()
 
     def num_classes(self) -> int | None:
-        """Outputs of the classifier, by its bias or else its kernel; None where there is neither."""
+        """Returns the number of outputs of the classifier, from its bias or kernel; None if both are missing."""
         shapes = [self.tensors[name].shape for name in sorted(_head_names(self.naming)) if name in self.tensors]
         return next((shape[0] for shape in shapes if shape and shape[0]), None)
 
-    def misfits(self, expansion: Expansion, *, head: bool) -> list[str]:
-        """A line for each tensor that a network lacks, that it does not have or that has another shape.
+    def mismatches(self, expansion: Expansion, *, head: bool) -> list[str]:
+        """Returns a line for each missing tensor, unexpected tensor and tensor of another shape.
 
         Args:
-            expansion: the network, with as many classes as the state dict has.
-            head: whether the classifier counts.
+            expansion: the network to compare with, with the number of classes of the state dict.
+            head: whether to compare the classifier.
         """
         expected = source_shapes(expansion, self.naming, self.num_classes() or 1)
-        theirs = dict(self.tensors)
+        actual = dict(self.tensors)
         if not head:
             for name in _head_names(self.naming):
-                theirs.pop(name, None)
+                actual.pop(name, None)
                 expected.pop(name, None)
-        faults = [f"missing: {name} {shape_text(shape)}" for name, shape in expected.items() if name not in theirs]
-        faults += [f"left over: {printable(n)} {shape_text(t.shape)}" for n, t in theirs.items() if n not in expected]
-        return faults + [
-            f"shape {shape_text(theirs[name].shape)} instead of {shape_text(shape)}: {name}"
+        errors = [f"missing: {name} {shape_text(shape)}" for name, shape in expected.items() if name not in actual]
+        errors += [f"unexpected: {printable(n)} {shape_text(t.shape)}" for n, t in actual.items() if n not in expected]
+        return errors + [
+            f"shape {shape_text(actual[name].shape)}, expected {shape_text(shape)}: {name}"
             for name, shape in expected.items()
-            if name in theirs and theirs[name].shape != shape
+            if name in actual and actual[name].shape != shape
         ]
 
-    def wrong_values(self, *, head: bool) -> list[str]:
-        """A line for each tensor whose values are no finite real numbers; see `misfits`."""
-        kept = (name for name in self.tensors if head or name not in _head_names(self.naming))
-        return [fault for name in kept if (fault := _fault(name, self.tensors[name]))]
+    def invalid_values(self, *, head: bool) -> list[str]:
+        """Returns a line for each tensor with values that are not finite floats; see `mismatches`."""
+        compared = (name for name in self.tensors if head or name not in _head_names(self.naming))
+        return [error for name in compared if (error := _value_error(name, self.tensors[name]))]
 
 
 def read_state_dict(path: str | Path, network: str | Expansion, *, keep_head: bool = True) -> StateDict:
     """Finds the weights of a network in a checkpoint.
 
     Args:
-        path: a file that `torch.save` wrote. Nothing in it is executed.
-        network: the variant or expansion that it is of.
-        keep_head: whether the classifier counts.
+        path: a file written by `torch.save`. Nothing in it is executed.
+        network: variant or expansion of the network.
+        keep_head: whether the classifier must match too.
 
     Raises:
-        UserError: not a checkpoint; no names of X3D; another variant (names it); several networks that fit; tensors
-            that are missing, left over, of another shape or type or not finite: it lists all of them.
+        UserError: the file is not a checkpoint; it has no names of a known X3D implementation; it holds another
+            variant, which the message names; several networks match; or tensors are missing, unexpected, not finite, or
+            of another shape or type, all of which the message lists.
     """
     path, expansion = Path(path), as_expansion(network)
-    readings = list(_readings(path, read_checkpoint(path), expansion))
-    fitting: list[StateDict] = []
-    for reading in readings:
-        fits = not reading.misfits(expansion, head=keep_head)
-        if fits and not any(_equal(reading, other) for other in fitting):
-            fitting.append(reading)
-    if len(fitting) > 1:
-        places = ", ".join(reading.place or "by itself" for reading in fitting)
+    candidates = list(_candidates(path, read_checkpoint(path), expansion))
+    matches: list[StateDict] = []
+    for candidate in candidates:
+        is_match = not candidate.mismatches(expansion, head=keep_head)
+        if is_match and not any(_equal(candidate, other) for other in matches):
+            matches.append(candidate)
+    if len(matches) > 1:
+        locations = ", ".join(candidate.location or "top level" for candidate in matches)
         raise UserError(
-            f"{path} holds {len(fitting)} different networks that are each {name_of(expansion)}: {places}. Save the "
-            'one to import by itself: torch.save({"model_state": STATE_DICT}, "weights.pyth")'
+            f"{path} contains {len(matches)} different networks that match {name_of(expansion)}: {locations}. Save "
+            'only the one to import: torch.save({"model_state": STATE_DICT}, "weights.pyth")'
         )
-    if not fitting:
-        _raise_misfits(readings, expansion, keep_head)
-    found = fitting[0]
-    faults = found.wrong_values(head=keep_head)
-    if faults:
-        raise UserError(_listed(found, name_of(expansion), faults))
+    if not matches:
+        _raise_mismatch(candidates, expansion, keep_head)
+    found = matches[0]
+    errors = found.invalid_values(head=keep_head)
+    if errors:
+        raise UserError(_mismatch_message(found, name_of(expansion), errors))
     return found
 
 
-def _readings(path: Path, content: Any, expansion: Expansion) -> Iterator[StateDict]:
-    """The networks that a file may hold, most tensors with known names first."""
+def _candidates(path: Path, content: Any, expansion: Expansion) -> Iterator[StateDict]:
+    """Yields the networks that a file may hold, in descending order of the number of tensors with known names."""
     mappings = list(_mappings(content))
     if not mappings:
         kinds = ", ".join(map(printable, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise UserError(
-            f"{path} holds no state dict, names with a tensor each, by itself or under any key: it has "
-            f"{kinds[:200] or 'nothing'}"
+            f"{path} must contain a state dict, a mapping from names to tensors, at the top level or under a key"
+            + (f", got {kinds[:200]}" if kinds else "")
         )
-    sources = _known_names(expansion)
+    sources = _namings_by_source(expansion)
     votes = Counter(
         {
             (number, prefix, naming): count
@@ -130,62 +132,62 @@ def _readings(path: Path, content: Any, expansion: Expansion) -> Iterator[StateD
         }
     )
     if not votes:
-        shown = ", ".join(printable(name) for _, tensors in mappings[:1] for name in list(tensors)[:3])
+        examples = ", ".join(printable(name) for _, tensors in mappings[:1] for name in list(tensors)[:3])
         raise UserError(
-            f"{path}: its {sum(len(tensors) for _, tensors in mappings)} tensors have names of no X3D known here "
-            f"({', '.join(TITLES.values())}), such as {shown}"
+            f"{path}: its {sum(len(tensors) for _, tensors in mappings)} tensors have names of no known X3D "
+            f"implementation ({', '.join(TITLES.values())}), for example {examples}"
         )
-    best = votes.most_common(_MOST_READINGS)
+    best = votes.most_common(_MAX_CANDIDATES)
     for (number, prefix, naming), count in best:
-        others = tuple(
+        nested = tuple(
             longer
-            for (where, longer, _), theirs in best
-            if where == number and longer != prefix and longer.startswith(prefix) and 10 * theirs >= count
+            for (mapping, longer, _), other_count in best
+            if mapping == number and longer != prefix and longer.startswith(prefix) and 10 * other_count >= count
         )
-        yield _reading(path, *mappings[number], prefix, naming, others)
+        yield _candidate(path, *mappings[number], prefix, naming, nested)
 
 
-def _reading(
+def _candidate(
     path: Path,
     keys: tuple[str, ...],
     tensors: Mapping[str, Tensor],
     prefix: str,
     naming: Naming,
-    others: tuple[str, ...],
+    nested: tuple[str, ...],
 ) -> StateDict:
-    """The tensors below a prefix, but for those below the longer prefixes of other networks."""
-    own = {
+    """Returns the tensors below a prefix, without those below the longer prefixes of other networks."""
+    selected = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
-        if name.startswith(prefix) and not (others and name.startswith(others))
+        if name.startswith(prefix) and not (nested and name.startswith(nested))
     }
-    weights = {name: tensor for name, tensor in own.items() if not _is_counter(name)}
-    outside = [name for name in tensors if name.removeprefix(prefix) not in own or not name.startswith(prefix)]
-    place = " > ".join(map(printable, keys))
+    weights = {name: tensor for name, tensor in selected.items() if not _is_counter(name)}
+    unrelated = [name for name in tensors if name.removeprefix(prefix) not in selected or not name.startswith(prefix)]
+    location = " > ".join(map(printable, keys))
     if prefix:
-        place += f"{', ' if place else ''}names that begin with {printable(prefix)}"
-    left = tuple(printable(name) for name in outside if not _is_counter(name))
-    return StateDict(path, place, naming, weights, len(own) - len(weights), left)
+        location += f"{', ' if location else ''}names with prefix {printable(prefix)}"
+    unrelated_names = tuple(printable(name) for name in unrelated if not _is_counter(name))
+    return StateDict(path, location, naming, weights, len(selected) - len(weights), unrelated_names)
 
 
 def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """The dicts in a file that have tensors under names, each once, with the keys that lead to it."""
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
-    seen: set[int] = set()
-    for keys, value in waiting:  # which grows meanwhile; a file's values may contain each other
-        if id(value) in seen or not isinstance(value, dict | list | tuple):
+    """Yields each dict in a file that maps names to tensors, once, with the keys that lead to it."""
+    pending: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    visited: set[int] = set()
+    for keys, value in pending:  # grows during the loop; values may contain each other
+        if id(value) in visited or not isinstance(value, dict | list | tuple):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
         tensors = {key: item for key, item in items if isinstance(key, str) and isinstance(item, Tensor)}
         if tensors:
             yield keys, tensors
-        items = items if len(keys) < _DEEPEST else []
-        waiting += [((*keys, str(key)), item) for key, item in items if not isinstance(item, Tensor)]
+        items = items if len(keys) < _MAX_DEPTH else []
+        pending += [((*keys, str(key)), item) for key, item in items if not isinstance(item, Tensor)]
 
 
-def _known_names(expansion: Expansion) -> dict[str, Naming]:
-    """The names of a network's weights, and of the deepest variant's, in all implementations."""
+def _namings_by_source(expansion: Expansion) -> dict[str, Naming]:
+    """Returns the implementation for each known name: all weights of the network and of the deepest variant."""
     deepest = VARIANTS["x3d_xxl"].expansion
     return {
         name.source: naming
@@ -196,7 +198,7 @@ def _known_names(expansion: Expansion) -> dict[str, Naming]:
 
 
 def _prefixes(tensors: Mapping[str, Tensor], sources: Mapping[str, Naming]) -> Counter[tuple[str, Naming]]:
-    """What stands before known names, and how often: "" where nothing does."""
+    """Counts the prefixes before known names, by implementation; "" for names without prefix."""
     longest = max(source.count(".") for source in sources)
     votes: Counter[tuple[str, Naming]] = Counter()
     for name in tensors:
@@ -208,40 +210,41 @@ def _prefixes(tensors: Mapping[str, Tensor], sources: Mapping[str, Naming]) -> C
     return votes
 
 
-def _raise_misfits(readings: list[StateDict], expansion: Expansion, keep_head: bool) -> None:
-    """Says which variants a checkpoint is of, or what keeps it from being of the given network."""
+def _raise_mismatch(candidates: list[StateDict], expansion: Expansion, keep_head: bool) -> None:
+    """Raises an error that names the matching variants, or else lists the mismatches with the requested network."""
 
-    def count(reading: StateDict, network: Expansion) -> int:
-        return len(reading.misfits(network, head=keep_head))
+    def count(candidate: StateDict, network: Expansion) -> int:
+        return len(candidate.mismatches(network, head=keep_head))
 
-    reading = min(readings, key=lambda reading: count(reading, expansion))
-    faults = reading.misfits(expansion, head=keep_head)
-    found, title, given = f"{reading.path}", TITLES[reading.naming], name_of(expansion)
-    counts = {name: min(count(r, v.expansion) for r in readings) for name, v in VARIANTS.items()}
+    candidate = min(candidates, key=lambda candidate: count(candidate, expansion))
+    errors = candidate.mismatches(expansion, head=keep_head)
+    source, requested = f"{candidate.path} ({TITLES[candidate.naming]})", name_of(expansion)
+    counts = {name: min(count(c, v.expansion) for c in candidates) for name, v in VARIANTS.items()}
     fewest = min(counts.values())
-    variants = [name for name, misfits in counts.items() if misfits == fewest]
-    rule = f"be {' or '.join(variants)}, which {found} ({title})"
-    require(fewest > 0, "network (--variant)", f"{rule} has the names and shapes of", given)
-    if fewest < len(faults) and fewest <= _CLOSE * len(reading.tensors):
+    variants = [name for name, mismatches in counts.items() if mismatches == fewest]
+    rule = f"be {' or '.join(variants)}"
+    require(fewest > 0, "network (--variant)", f"{rule} to match the names and shapes in {source}", requested)
+    if fewest < len(errors) and fewest <= _MAX_MISMATCH * len(candidate.tensors):
         closest = VARIANTS[variants[0]].expansion
-        best = min(readings, key=lambda reading: count(reading, closest))
-        faults = best.misfits(closest, head=keep_head)
+        best = min(candidates, key=lambda candidate: count(candidate, closest))
+        errors = best.mismatches(closest, head=keep_head)
         raise UserError(
-            f"network (--variant) must {rule} is closest to, got {given!r}; "
-            f"{len(faults)} tensors do not fit that either:\n" + "\n".join(faults)
+            f"network (--variant) must {rule}, the closest match for {source}, got {requested!r}; "
+            f"mismatches with {variants[0]}: {len(errors)}\n" + "\n".join(errors)
         )
-    if fewest > _CLOSE * len(reading.tensors):
-        given += f", and it is of none of {', '.join(VARIANTS)}"
-    raise UserError(_listed(reading, given, faults + reading.wrong_values(head=keep_head)))
+    if fewest > _MAX_MISMATCH * len(candidate.tensors):
+        requested += f" or any of {', '.join(VARIANTS)}"
+    raise UserError(_mismatch_message(candidate, requested, errors + candidate.invalid_values(head=keep_head)))
 
 
-def _listed(reading: StateDict, network: str, faults: list[str]) -> str:
-    first = f"{reading.path} has the names of {TITLES[reading.naming]}, and {len(faults)} tensors do not fit {network}:"
-    return "\n".join([first, *faults])
+def _mismatch_message(candidate: StateDict, network: str, errors: list[str]) -> str:
+    title = TITLES[candidate.naming]
+    first = f"{candidate.path} ({title}) must match {network}, but has {counted(len(errors), 'mismatch')}:"
+    return "\n".join([first, *errors])
 
 
 def _equal(one: StateDict, other: StateDict) -> bool:
-    """Whether two readings give the same weights: a file may name one network twice."""
+    """Returns whether two candidates have equal weights; a file may contain a network twice."""
     if one.naming != other.naming or set(one.tensors) != set(other.tensors):
         return False
     return all(
@@ -250,7 +253,7 @@ def _equal(one: StateDict, other: StateDict) -> bool:
     )
 
 
-def _fault(name: str, tensor: Tensor) -> str:
+def _value_error(name: str, tensor: Tensor) -> str:
     array = tensor.array()
     if array.dtype.kind != "f":
         return f"values of type {tensor.dtype}: {printable(name)}"
@@ -266,11 +269,11 @@ def _is_counter(name: str) -> bool:
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape for a message: `8x3x1x3x3`."""
+    """Formats a shape for a message: `8x3x1x3x3`."""
     return "x".join(map(str, shape)) or "scalar"
 
 
 def printable(name: object) -> str:
-    """A name out of a file; whatever it holds, a terminal shows it and does not obey it."""
+    """Formats a name from a file for a terminal, with control characters escaped."""
     text = str(name)[:200]
     return text if text.isprintable() else ascii(text)

@@ -1,4 +1,4 @@
-"""The names that PyTorch implementations give to X3D's weights, beside ours: one table, to be read either way.
+"""Names of X3D's weights in PyTorch implementations and in this package, as one table for both directions.
 
 Imports no TensorFlow.
 """
@@ -21,26 +21,26 @@ TITLES: dict[Naming, str] = {
     "pytorchvideo_mobile": "pytorchvideo's mobile form",
     "mmaction2": "mmaction2",
 }
-SHORTCUT_NORM: dict[Naming, Literal["always", "on_width_change"]] = {  # `ModelOptions.shortcut_norm` of each
+SHORTCUT_NORM: dict[Naming, Literal["always", "on_width_change"]] = {  # `ModelOptions.shortcut_norm` by implementation
     **dict.fromkeys(NAMINGS, "always"),
     "pytorchvideo": "on_width_change",
 }
-COUNTER = "num_batches_tracked"  # of each batch norm in PyTorch; nothing is computed from it
+COUNTER = "num_batches_tracked"  # step counter of PyTorch's batch norms; has no effect on outputs
 HEAD = "fc2"
 Kind = Literal["conv", "pointwise", "linear", "channelwise", "vector"]
 
 
 @dataclass(frozen=True)
 class WeightName:
-    """One weight under two names.
+    """The names of a weight in PyTorch and in this package.
 
     Attributes:
-        source: its name in the PyTorch state dict.
-        layer: our layer's name.
-        weight: its name in our layer.
-        kind: how the arrays differ. PyTorch's are (out, in / groups, T, H, W), but (out, in) for a `linear` layer; ours
-            are (T, H, W, in, out) for a `conv`, (in, out) for a `pointwise` one or a `linear` layer, (T, H, W, C) for a
-            `channelwise` one; a `vector` is the same.
+        source: name in the PyTorch state dict.
+        layer: name of the Keras layer.
+        weight: name of the weight in the Keras layer.
+        kind: how the layouts differ. In PyTorch, shapes are (out, in / groups, T, H, W), or (out, in) for `linear`. In
+            this package, they are (T, H, W, in, out) for `conv`, (in, out) for `pointwise` and `linear`, and
+            (T, H, W, C) for `channelwise`. A `vector` has the same shape in both.
     """
 
     source: str
@@ -50,13 +50,13 @@ class WeightName:
 
     @property
     def target(self) -> str:
-        """Our name, whole."""
+        """Full name in this package."""
         return f"{self.layer}/{self.weight}"
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A layer under all its names; {stage} counts from 2, {number} from 1, {block} from 0."""
+    """The names of a layer in all implementations. {stage} counts from 2, {number} from 1, {block} from 0."""
 
     layer: str
     kind: Literal["conv", "pointwise", "linear", "channelwise", "norm"]
@@ -68,7 +68,7 @@ class _Row:
 
 
 _STEM = (
-    # pytorchvideo has the names of the two swapped: its conv_t is the spatial one.
+    # pytorchvideo swaps the two names: its conv_t is the spatial convolution.
     _Row(
         "conv1_xy",
         "conv",
@@ -94,7 +94,7 @@ _STEM = (
         "backbone.conv1_t.bn",
     ),
 )
-_PREFIXES = _Row(  # of the names in a block
+_PREFIXES = _Row(  # prefixes of the names in a block
     "res{stage}_{block}_",
     "norm",
     "s{stage}.pathway0_res{block}.",
@@ -153,19 +153,19 @@ _NORM = (("weight", "gamma"), ("bias", "beta"), ("running_mean", "moving_mean"),
 
 
 def names(architecture: Architecture, naming: Naming) -> Iterator[WeightName]:
-    """All weights of a network, in execution order, as an implementation names them.
+    """Yields the names of all weights of a network in an implementation, in execution order.
 
-    The options of the architecture decide whether res2 has a batch norm on its shortcut, which pytorchvideo leaves out.
+    The options of the architecture determine whether res2 has a batch norm on its shortcut; pytorchvideo has none.
     """
     yield from _expand(_STEM, naming)
     width = architecture.stem_width
     for number, stage in enumerate(architecture.stages, start=1):
         for block in range(stage.depth):
-            where = {"stage": number + 1, "number": number, "block": block}
+            indices = {"stage": number + 1, "number": number, "block": block}
             norm = architecture.has_shortcut_norm(width != stage.width)
             shortcut = ((_SHORTCUT, _SHORTCUT_NORM) if norm else (_SHORTCUT,)) if block == 0 else ()
             rows = (*shortcut, *_CONV_A, *_CONV_B, *(_SE if architecture.has_se(block) else ()), *_CONV_C)
-            yield from _expand(rows, naming, architecture.options.separable, _PREFIXES, where)
+            yield from _expand(rows, naming, architecture.options.separable, _PREFIXES, indices)
         width = stage.width
     yield from _expand(_HEAD, naming)
 
@@ -175,15 +175,15 @@ def _expand(
     naming: Naming,
     separable: bool = True,
     prefixes: _Row | None = None,
-    where: dict[str, int] | None = None,
+    indices: dict[str, int] | None = None,
 ) -> Iterator[WeightName]:
-    before_layer = prefixes.layer.format(**where or {}) if prefixes else ""
-    before_source = getattr(prefixes, naming).format(**where or {}) if prefixes else ""
+    layer_prefix = prefixes.layer.format(**indices or {}) if prefixes else ""
+    source_prefix = getattr(prefixes, naming).format(**indices or {}) if prefixes else ""
     for row in rows:
-        layer, source = before_layer + row.layer, before_source + getattr(row, naming)
+        layer, source = layer_prefix + row.layer, source_prefix + getattr(row, naming)
         if row.kind == "norm":
-            for theirs, ours in _NORM:
-                yield WeightName(f"{source}.{theirs}", layer, ours, "vector")
+            for source_weight, weight in _NORM:
+                yield WeightName(f"{source}.{source_weight}", layer, weight, "vector")
             continue
         yield WeightName(f"{source}.weight", layer, "kernel", _kind(row, naming, separable))
         if row.bias:
@@ -191,7 +191,7 @@ def _expand(
 
 
 def _kind(row: _Row, naming: Naming, separable: bool) -> Kind:
-    if row.layer == "fc1" and naming == "mmaction2":  # a linear layer there, a convolution elsewhere
+    if row.layer == "fc1" and naming == "mmaction2":  # a convolution in all other implementations
         return "linear"
     if not separable and row.layer in ("conv_a", "conv_b"):  # the paper's ablation
         return "conv"
@@ -200,12 +200,12 @@ def _kind(row: _Row, naming: Naming, separable: bool) -> Kind:
 
 
 def source_shapes(expansion: Expansion, naming: Naming, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights as an implementation stores them, by its names, in execution order."""
+    """Returns the shapes of all weights in an implementation, by its names, in execution order."""
     options = ModelOptions(shortcut_norm=SHORTCUT_NORM[naming])
     layers = {layer.name: layer for layer in layer_costs(expansion, num_classes=num_classes, options=options)}
     shapes = {}
     for name in names(plan(expansion, options), naming):
-        layer = layers[_COUNTED_AS.get(name.layer, name.layer.removesuffix("_bn"))]
+        layer = layers[_NAMES_IN_COST.get(name.layer, name.layer.removesuffix("_bn"))]
         outputs, inputs = layer.shape[-1], layer.cost.macs // layer.cost.activations
         taps = (inputs, 1, 1) if name.layer == "conv1_t" else (3, 3, 3)
         shapes[name.source] = {
@@ -218,11 +218,11 @@ def source_shapes(expansion: Expansion, naming: Naming, num_classes: int) -> dic
     return shapes
 
 
-_COUNTED_AS = {"conv1_bn": "conv1_t", "conv5_conv": "conv5"}  # layers that the table of costs names otherwise
+_NAMES_IN_COST = {"conv1_bn": "conv1_t", "conv5_conv": "conv5"}  # layers with other names in `layer_costs`
 
 
 def to_ours(array: np.ndarray, kind: Kind) -> np.ndarray:
-    """A PyTorch array in our layout."""
+    """Converts an array from PyTorch's layout to that of this package."""
     if kind == "conv":
         return array.transpose(2, 3, 4, 1, 0)
     if kind == "channelwise":
@@ -233,7 +233,7 @@ def to_ours(array: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def to_source(array: np.ndarray, kind: Kind) -> np.ndarray:
-    """Our array in PyTorch's layout."""
+    """Converts an array from this package's layout to that of PyTorch."""
     if kind == "conv":
         return array.transpose(4, 3, 0, 1, 2)
     if kind == "channelwise":
@@ -244,5 +244,5 @@ def to_source(array: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def source_shape(shape: tuple[int, ...], kind: Kind) -> tuple[int, ...]:
-    """The shape in PyTorch of a weight whose shape is ours."""
+    """Converts a shape from this package's layout to that of PyTorch."""
     return to_source(np.broadcast_to(np.float32(0), shape), kind).shape
