@@ -97,7 +97,7 @@ FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
 }
 
 
-class GroupedLayerFactory(x3d.TrainableLayerFactory):
+class GroupedLayerFactory(x3d.TrainableParts):
     """The trainable network's layers, but Keras' own grouped convolution for the channel-wise ones."""
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
@@ -116,7 +116,7 @@ class GroupedLayerFactory(x3d.TrainableLayerFactory):
 
 def with_grouped_convolutions(model: x3d_tf.X3D) -> x3d_tf.X3D:
     """Returns the same network, with the same weights, built by `GroupedLayerFactory`."""
-    with mock.patch.object(x3d, "TrainableLayerFactory", GroupedLayerFactory):
+    with mock.patch.object(x3d, "TrainableParts", GroupedLayerFactory):
         grouped = x3d_tf.X3D(model.expansion, model.num_classes, model.options)
     for layer in model.layers:
         weights = layer.get_weights()

@@ -16,7 +16,7 @@ from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan, require_classes
 from x3d_tf.modeling.cost import Cost, fully_connected, layer_costs
 from x3d_tf.modeling.expansion import Expansion, as_expansion
-from x3d_tf.modeling.x3d import Network, TrainableLayerFactory, backbone, conv5, fc1, fc2, full_precision, layer_name
+from x3d_tf.modeling.x3d import Network, TrainableParts, backbone, conv5, fc1, fc2, full_precision, layer_name
 from x3d_tf.types import ClipSpec, Task
 
 DetectionHead = Literal["full", "simple", "frame"]
@@ -93,7 +93,7 @@ class Detector(Network):
         logits = graph(
             **inputs,
             architecture=plan(expansion, options),
-            factory=TrainableLayerFactory(options),
+            parts=TrainableParts(options),
             head=head,
             num_classes=num_classes,
         )
@@ -121,7 +121,7 @@ class Detector(Network):
 
 
 def graph(
-    clip: Any, boxes: Any, *, architecture: Architecture, factory: Any, head: DetectionHead, num_classes: int
+    clip: Any, boxes: Any, *, architecture: Architecture, parts: Any, head: DetectionHead, num_classes: int
 ) -> Any:
     """Builds the complete detector, in execution order.
 
@@ -129,25 +129,25 @@ def graph(
         clip: (N, T, H, W, 3), RGB in 0..255.
         boxes: (N, B, 4), x1, y1, x2, y2 in [0, 1] of the clip.
         architecture: widths, depths and options of the network.
-        factory: creates the layers; see `x3d.TrainableLayerFactory`.
+        parts: creates the layers; see `x3d.TrainableParts`.
         head: "full", "simple" or "frame".
         num_classes: number of outputs per box.
 
     Returns:
         Logits (N, B, num_classes).
     """
-    x = backbone(clip, architecture, factory)
+    x = backbone(clip, architecture, parts)
     if head != "simple":
-        x = conv5(x, architecture, factory)
-    x = ops.mean(ops.cast(factory.as_clips(x), full_precision()), axis=1)  # [N, H, W, C]
+        x = conv5(x, architecture, parts)
+    x = ops.mean(ops.cast(parts.as_clips(x), full_precision()), axis=1)  # [N, H, W, C]
     if head == "frame":
         x = ops.max(x, axis=(1, 2), keepdims=True)[:, 0]  # [N, 1, C]
         x = ops.add(x, ops.zeros_like(boxes[..., :1]))
     else:
-        x = ops.max(factory.regions(x, boxes, clip, "regions"), axis=(2, 3))  # [N, B, C]
+        x = ops.max(parts.regions(x, boxes, clip, "regions"), axis=(2, 3))  # [N, B, C]
     if head != "simple":
         x = fc1(x)
-    return fc2(factory.dropout(x, "dropout"), num_classes)
+    return fc2(parts.dropout(x, "dropout"), num_classes)
 
 
 def scores(logits: Any) -> Any:

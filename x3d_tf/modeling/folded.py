@@ -57,14 +57,14 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
     options = model.options
     if pool_window(size) == pool_window(model.clip.size):  # with one window all poolings agree
         options = dataclasses.replace(options, head_pool="global")
-    architecture, factory = plan(model.expansion, options), FoldedLayerFactory(model, batch)
+    architecture, parts = plan(model.expansion, options), FoldedParts(model, batch)
     if isinstance(model, Detector):
         boxes = keras.Input((None, 4), batch_size=batch, name="boxes")
         logits = detection.graph(
             _to_time_major(clip),
             boxes,
             architecture=architecture,
-            factory=factory,
+            parts=parts,
             head=model.head,
             num_classes=model.num_classes,
         )
@@ -73,7 +73,7 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
         logits = graph(
             _to_time_major(clip),
             architecture,
-            factory,
+            parts,
             train_size=model.clip.size,
             num_classes=model.num_classes,
             task=model.task,
@@ -82,13 +82,13 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
         probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)
         app = keras.Model(clip, probabilities, name=model.name)
     for layer in app.layers:
-        if isinstance(layer, layers.Dense):  # squeeze-excitation and head; the factory sets the others
+        if isinstance(layer, layers.Dense):  # squeeze-excitation and head; the parts sets the others
             layer.set_weights(model.get_layer(layer.name).get_weights())
     return app
 
 
-class FoldedLayerFactory:
-    """Creates stock Keras layers with folded weights, for tensors (T N, H, W, C); see `x3d.TrainableLayerFactory`.
+class FoldedParts:
+    """Creates stock Keras layers with folded weights, for tensors (T N, H, W, C); see `x3d.TrainableParts`.
 
     Args:
         model: the trainable network, whose weights the layers get.

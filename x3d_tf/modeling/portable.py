@@ -18,7 +18,7 @@ from x3d_tf.modeling.architecture import plan, require_window
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
-from x3d_tf.modeling.x3d import ClipLayerFactory, Network, graph
+from x3d_tf.modeling.x3d import ClipParts, Network, graph
 
 
 def portable(model: Network, class_names: Sequence[str] | None = None, *, size: int | None = None) -> keras.Model:
@@ -61,17 +61,17 @@ def build_portable(model: Network, size: int) -> keras.Model:
     """Builds the portable form with randomly initialized weights."""
     require_window(model.options, size, model.clip.size)
     clip = keras.Input((model.clip.frames, size, size, 3), name="clip")
-    architecture, factory = plan(model.expansion, model.options), PortableLayerFactory()
+    architecture, parts = plan(model.expansion, model.options), PortableParts()
     if isinstance(model, Detector):
         inputs = {"clip": clip, "boxes": keras.Input((None, 4), name="boxes")}
         logits = detection.graph(
-            **inputs, architecture=architecture, factory=factory, head=model.head, num_classes=model.num_classes
+            **inputs, architecture=architecture, parts=parts, head=model.head, num_classes=model.num_classes
         )
         return keras.Model(inputs, detection.scores(logits), name=model.name)
     logits = graph(
         clip,
         architecture,
-        factory,
+        parts,
         train_size=model.clip.size,
         num_classes=model.num_classes,
         task=model.task,
@@ -103,8 +103,8 @@ def _split_by_tap(layer: keras.Layer, count: int) -> list[list[np.ndarray]]:
     return [weights] if count == 1 else [[tap] for tap in weights[0]]
 
 
-class PortableLayerFactory(ClipLayerFactory):
-    """Creates stock Keras layers, for static sizes and any batch size; see `x3d.TrainableLayerFactory`."""
+class PortableParts(ClipParts):
+    """Creates stock Keras layers, for static sizes and any batch size; see `x3d.TrainableParts`."""
 
     def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:
         if stride == 1:

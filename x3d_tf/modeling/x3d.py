@@ -1,4 +1,4 @@
-"""X3D as one flat Keras graph. `graph` defines it once; a layer factory chooses the layers it is built from."""
+"""X3D as one flat Keras graph. `graph` defines it once; a set of parts supplies the layers."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ class X3D(Network):
         outputs = graph(
             RequireWindow(options.head_pool, expansion.clip.size, name="window")(clips) if pools_windows else clips,
             plan(expansion, options),
-            TrainableLayerFactory(options),
+            TrainableParts(options),
             train_size=expansion.clip.size,
             num_classes=num_classes if include_top else None,
             task=task,
@@ -179,8 +179,8 @@ def layer_name(expansion: Expansion) -> str:
     return "".join(c if c.isalnum() else "_" for c in name_of(expansion)).strip("_")
 
 
-class ClipLayerFactory:
-    """Layer factory methods shared by all forms whose tensors are (N, T, H, W, C)."""
+class ClipParts:
+    """Methods shared by all forms whose tensors are (N, T, H, W, C)."""
 
     def normalize(self, x: Any, name: str) -> Any:
         return layers.Normalization(axis=None, mean=MEAN, variance=STD**2, name=name)(x)
@@ -203,9 +203,10 @@ class ClipLayerFactory:
         return regions(x, boxes, clips.shape[2], clips.shape[3])
 
 
-class TrainableLayerFactory(ClipLayerFactory):
-    """Creates the layers of the trainable network. Another factory with the same methods builds the same graph from
-    other layers.
+class TrainableParts(ClipParts):
+    """Creates the layers of the trainable network.
+
+    Another class with the same methods builds the same graph from other layers.
     """
 
     def __init__(self, options: ModelOptions) -> None:
@@ -244,14 +245,14 @@ class TrainableLayerFactory(ClipLayerFactory):
 
 
 def graph(
-    clips: Any, architecture: Architecture, factory: Any, *, train_size: int, num_classes: int | None, task: Task
+    clips: Any, architecture: Architecture, parts: Any, *, train_size: int, num_classes: int | None, task: Task
 ) -> Any:
     """Builds the complete network, in execution order (paper, Table 1).
 
     Args:
         clips: (N, T, H, W, 3), RGB in 0..255.
         architecture: widths, depths and options of the network.
-        factory: creates the layers; see `TrainableLayerFactory`.
+        parts: creates the layers; see `TrainableParts`.
         train_size: side of the training crop in pixels, which sets the window of the head's fixed poolings.
         num_classes: number of outputs; None stops at pool5.
         task: "single_label" or "multi_label": the probabilities that fixed pooling averages.
@@ -259,79 +260,79 @@ def graph(
     Returns:
         Logits (N, num_classes), or pool5 (N, head_width).
     """
-    x = conv5(backbone(clips, architecture, factory), architecture, factory)
+    x = conv5(backbone(clips, architecture, parts), architecture, parts)
     window = pool_window(train_size)
-    return head(x, architecture.options, factory, window=window, num_classes=num_classes, task=task)
+    return head(x, architecture.options, parts, window=window, num_classes=num_classes, task=task)
 
 
-def backbone(clips: Any, architecture: Architecture, factory: Any) -> Any:
+def backbone(clips: Any, architecture: Architecture, parts: Any) -> Any:
     """Builds the network up to res5. The arguments are those of `graph`."""
-    x = factory.normalize(clips, "normalize")
+    x = parts.normalize(clips, "normalize")
     if architecture.options.input == "difference":
-        x = factory.difference(x, "difference")
-    x = factory.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
-    x = factory.channelwise(x, (architecture.options.stem_kernel, 1, 1), "conv1_t")
-    x = layers.ReLU(name="conv1")(factory.norm(x, "conv1_bn"))
+        x = parts.difference(x, "difference")
+    x = parts.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
+    x = parts.channelwise(x, (architecture.options.stem_kernel, 1, 1), "conv1_t")
+    x = layers.ReLU(name="conv1")(parts.norm(x, "conv1_bn"))
     for stage_index, (stage_name, stage) in enumerate(zip(STAGE_NAMES, architecture.stages)):
         for index in range(stage.depth):
             rate = architecture.drop_connect(stage_index)
-            x = block(x, f"{stage_name}_{index}", architecture, stage, index, rate, factory)
+            x = block(x, f"{stage_name}_{index}", architecture, stage, index, rate, parts)
             last = index == stage.depth - 1  # its output is named after the stage
             x = layers.ReLU(name=stage_name if last else f"{stage_name}_{index}")(x)
     return x
 
 
-def conv5(x: Any, architecture: Architecture, factory: Any) -> Any:
+def conv5(x: Any, architecture: Architecture, parts: Any) -> Any:
     """Builds the last convolution, 1x1x1, to the width of the head."""
-    x = factory.pointwise(x, architecture.head_width, "conv5_conv")
-    return layers.ReLU(name="conv5")(factory.norm(x, "conv5_bn"))
+    x = parts.pointwise(x, architecture.head_width, "conv5_conv")
+    return layers.ReLU(name="conv5")(parts.norm(x, "conv5_bn"))
 
 
 def block(
-    x: Any, name: str, architecture: Architecture, stage: StagePlan, index: int, drop_rate: float, factory: Any
+    x: Any, name: str, architecture: Architecture, stage: StagePlan, index: int, drop_rate: float, parts: Any
 ) -> Any:
     """Builds a residual block up to the sum; the caller adds the final ReLU (paper, appendix A.3)."""
     options, inner = architecture.options, stage.inner_width
     stride = stage.stride if index == 0 else 1
     shortcut, widens = x, x.shape[-1] != stage.width
     if stride > 1 or widens:
-        shortcut = factory.pointwise(x, stage.width, f"{name}_shortcut", stride)
+        shortcut = parts.pointwise(x, stage.width, f"{name}_shortcut", stride)
         if architecture.has_shortcut_norm(widens):
-            shortcut = factory.norm(shortcut, f"{name}_shortcut_bn")
+            shortcut = parts.norm(shortcut, f"{name}_shortcut_bn")
     if options.separable:
-        x = factory.pointwise(x, inner, f"{name}_conv_a")
+        x = parts.pointwise(x, inner, f"{name}_conv_a")
     else:
-        x = factory.conv(x, inner, (3, 1, 1), f"{name}_conv_a")
-    x = factory.norm(x, f"{name}_conv_a_bn")
-    x = factory.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
+        x = parts.conv(x, inner, (3, 1, 1), f"{name}_conv_a")
+    x = parts.norm(x, f"{name}_conv_a_bn")
+    x = parts.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
     if options.separable:
-        x = factory.channelwise(x, (3, 3, 3), f"{name}_conv_b", stride)
+        x = parts.channelwise(x, (3, 3, 3), f"{name}_conv_b", stride)
     else:
-        x = factory.conv(x, inner, (1, 3, 3), f"{name}_conv_b", stride)
-    x = factory.norm(x, f"{name}_conv_b_bn")
+        x = parts.conv(x, inner, (1, 3, 3), f"{name}_conv_b", stride)
+    x = parts.norm(x, f"{name}_conv_b_bn")
     if architecture.has_se(index):
-        x = squeeze_excitation(x, f"{name}_se", factory)
-    x = factory.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
-    x = factory.pointwise(x, stage.width, f"{name}_conv_c")
-    x = factory.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # a new block starts as its shortcut
-    x = factory.drop_branch(x, drop_rate, f"{name}_drop")
+        x = squeeze_excitation(x, f"{name}_se", parts)
+    x = parts.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
+    x = parts.pointwise(x, stage.width, f"{name}_conv_c")
+    x = parts.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # a new block starts as its shortcut
+    x = parts.drop_branch(x, drop_rate, f"{name}_drop")
     return layers.Add(name=f"{name}_add")([shortcut, x])
 
 
-def squeeze_excitation(x: Any, name: str, factory: Any) -> Any:
+def squeeze_excitation(x: Any, name: str, parts: Any) -> Any:
     """Scales each channel by a factor in (0, 1) computed from the means of all channels."""
     width = x.shape[-1]
-    scale = factory.mean(x, f"{name}_pool")
+    scale = parts.mean(x, f"{name}_pool")
     for role, filters, activation in (("reduce", se_width(width), "relu"), ("expand", width, "sigmoid")):
         scale = layers.Dense(filters, activation, kernel_initializer=conv_initializer(filters), name=f"{name}_{role}")(
             scale
         )
-    return factory.scale(x, scale, f"{name}_scale")
+    return parts.scale(x, scale, f"{name}_scale")
 
 
-def head(x: Any, options: ModelOptions, factory: Any, *, window: int, num_classes: int | None, task: Task) -> Any:
+def head(x: Any, options: ModelOptions, parts: Any, *, window: int, num_classes: int | None, task: Task) -> Any:
     """Builds the head from conv5 to logits. `window` is the side of the fixed poolings, in positions of conv5."""
-    x, full = factory.as_clips(x), full_precision()
+    x, full = parts.as_clips(x), full_precision()
     x = ops.cast(x, full) if x.dtype != full else x
     if options.head_pool == "global" or num_classes is None:
         x = layers.GlobalAveragePooling3D(name="pool5", dtype=full)(x)
@@ -340,7 +341,7 @@ def head(x: Any, options: ModelOptions, factory: Any, *, window: int, num_classe
         x = layers.AveragePooling2D(window, strides=1, name="pool5", dtype=full)(x)
     if num_classes is None:
         return x
-    x = fc2(factory.dropout(fc1(x), "dropout"), num_classes)
+    x = fc2(parts.dropout(fc1(x), "dropout"), num_classes)
     if options.head_pool == "fixed_logits":
         x = ops.mean(x, axis=(1, 2))
     elif options.head_pool == "fixed_probabilities":
