@@ -1,6 +1,7 @@
 """The training loop on small records: it learns, stops, resumes and spreads over devices."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tqdm import tqdm
 
 import x3d_tf
 from x3d_tf.config import Recipe, TrainConfig
@@ -26,6 +28,7 @@ from x3d_tf.evaluation.classification import evaluate_run
 from x3d_tf.files import WriteError
 from x3d_tf.runs.checkpoints import Checkpoints, checkpoint_steps, load_checkpoint
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.training import loop
 from x3d_tf.training.history import History
 from x3d_tf.training.loop import Trainer, train
 from x3d_tf.training.step import TrainStep
@@ -391,6 +394,7 @@ from typing import Any
 sys.path.insert(0, {tests!r})
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from test_training import LARGER, config_of
@@ -478,3 +482,17 @@ def test_real_clips_become_a_model(shared_data: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert "8 videos, 2 classes, 1-Center" in done.stdout
     assert len(Manifest.load(records).split("set1").records) == 8
+
+
+def test_the_time_left_does_not_count_compiling() -> None:
+    bar = tqdm(total=10, initial=2, file=io.StringIO())
+    bar.start_t -= 100  # the first step compiles
+    bar.last_print_t -= 100
+    loop._advance(bar, 3, 2)
+    for done in (4, 5, 6):
+        bar.start_t -= 1
+        loop._advance(bar, done, 2)
+    state = bar.format_dict
+    assert (bar.n, state["initial"]) == (6, 3)
+    assert 3 <= state["elapsed"] < 50
+    assert "?" not in tqdm.format_meter(**state)

@@ -195,7 +195,7 @@ class Trainer:
             with held_back():  # a step that was taken must not be missing from the history
                 history.add(self.step(batches, count))
                 done += count
-                _advance(bar, done)
+                _advance(bar, done, first)
                 if self._is_checkpoint(done) or done // _ROW_STEPS != (done - count) // _ROW_STEPS:
                     bar.set_postfix_str(history.end_row(done))
             if self._is_checkpoint(done):
@@ -336,9 +336,17 @@ class Trainer:
             )
 
 
-def _advance(bar: "tqdm[Any]", done: int) -> None:
-    """Moves the bar to the steps done. The time left counts from the end of the first call, which compiles the step."""
-    if bar.n == bar.initial:
+def _advance(bar: "tqdm[Any]", done: int, first: int) -> None:
+    """Moves the bar to `done` steps.
+
+    The first call, after the step that compiled, restarts the clock: the time left must not count compiling.
+
+    Args:
+        bar: the progress bar, which started at step `first`.
+        done: number of steps taken, more than before.
+        first: number of steps taken before this process.
+    """
+    if bar.initial == first:
         bar.initial = bar.n = done
         bar.unpause()
         bar.refresh()
