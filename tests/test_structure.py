@@ -1,90 +1,113 @@
-"""Which module may import what, seen from fresh processes."""
+"""Import rules: what module docstrings and the table of CONTRIBUTING.md promise is what the code does."""
 
+import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 from moving_square import write_records
 from video_fixtures import numbered_frames, write_video
 
-WITHOUT_TENSORFLOW = (
-    "x3d_tf",
-    "x3d_tf.modeling.expansion",
-    "x3d_tf.modeling.architecture",
-    "x3d_tf.modeling.archive",
-    "x3d_tf.modeling.cost",
-    "x3d_tf.modeling.pytorch.weight_names",
-    "x3d_tf.modeling.metadata",
-    "x3d_tf.modeling.pytorch.state_dicts",
-    "x3d_tf.modeling.pytorch.checkpoint_files",
-    "x3d_tf.data.build.state",
-    "x3d_tf.data.build.builder",
-    "x3d_tf.data.build.class_names",
-    "x3d_tf.data.sampling",
-    "x3d_tf.data.video.containers",
-    "x3d_tf.data.datasets.spec",
-    "x3d_tf.data.build.encoding",
-    "x3d_tf.data.video.image_sequences",
-    "x3d_tf.data.video.h264_fields",
-    "x3d_tf.data.records.index",
-    "x3d_tf.data.video.listing",
-    "x3d_tf.data.records.manifest",
-    "x3d_tf.data.build.sources",
-    "x3d_tf.data.video.timeline",
-    "x3d_tf.data.video.decode",
-    "x3d_tf.data.video.clip_reader",
-    "x3d_tf.csv_files",
-    "x3d_tf.files",
-    "x3d_tf.locks",
-    "x3d_tf.startup",
-    "x3d_tf.terminal",
-    "x3d_tf.text",
-    "x3d_tf.evaluation.comparison",
-    "x3d_tf.evaluation.metrics",
-    "x3d_tf.evaluation.eval_config",
-    "x3d_tf.evaluation.paper",
-    "x3d_tf.evaluation.reports",
-    "x3d_tf.config",
-    "x3d_tf.runs.run_folder",
-    "x3d_tf.types",
-)
-WITHOUT_GIN = (
-    "x3d_tf.modeling.x3d",
-    "x3d_tf.modeling.saving",
-    "x3d_tf.modeling.pytorch.convert",
-    "x3d_tf.data.batches",
-    "x3d_tf.data.input_pipeline",
-    "x3d_tf.data.preview",
-    "x3d_tf.inference.prediction",
-    "x3d_tf.evaluation.classification",
-    "x3d_tf.evaluation.watch",
-    "x3d_tf.training.loop",
-)
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "x3d_tf").rglob("*.py"), *(ROOT / "export").rglob("*.py")])
+PROMISE = re.compile(r"imports? no tensorflow|does not import tensorflow", re.IGNORECASE)
 
 
-def imported_with(statement: str, *names: str) -> list[str]:
-    """Those of `names` that are loaded once `statement` ran in a fresh process."""
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): ast.parse(path.read_text("utf-8")) for path in FILES}
+
+
+def type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imported(node: ast.AST, *, lazily: bool) -> Iterator[str]:
+    """Yields the modules of this project that a module imports, also within functions if `lazily`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ImportFrom) and child.module and not child.level:
+            for alias in child.names:
+                name = f"{child.module}.{alias.name}"
+                yield name if name in MODULES else child.module
+        elif not type_checking(child) and (lazily or not isinstance(child, ast.FunctionDef)):
+            yield from imported(child, lazily=lazily)
+
+
+def loaded_by(statement: str, *names: str) -> list[str]:
+    """Returns those of `names` that a fresh process has loaded after the statement."""
     code = f"{statement}\nimport sys\nprint(*[name for name in {names!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 
-def test_light_modules_import_no_tensorflow() -> None:
-    statement = "import " + ", ".join(WITHOUT_TENSORFLOW)
-    assert imported_with(statement, "tensorflow", "keras", "gin") == []
+LIGHT = [
+    name
+    for name, tree in MODULES.items()
+    if name.startswith("x3d_tf") and PROMISE.search(" ".join((ast.get_docstring(tree) or "").split()))
+]
+
+
+def test_modules_that_promise_it_import_no_tensorflow() -> None:
+    assert len(LIGHT) > 40
+    assert loaded_by("import " + ", ".join(LIGHT), "tensorflow", "keras") == []
 
 
 def test_counting_imports_no_tensorflow() -> None:
-    assert imported_with("import x3d_tf; x3d_tf.cost('x3d_m')", "tensorflow", "keras", "gin") == []
+    assert loaded_by("import x3d_tf; x3d_tf.cost('x3d_m')", "tensorflow", "keras", "gin") == []
 
 
-def test_configurations_import_no_tensorflow() -> None:
-    assert imported_with("import x3d_tf.gin_config", "tensorflow", "keras") == []
+def test_only_one_module_imports_gin() -> None:
+    importers = {
+        name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "gin" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gin")
+    }
+    assert importers == {"x3d_tf.gin_config"}
 
 
-def test_the_library_imports_no_gin() -> None:
-    assert imported_with("import " + ", ".join(WITHOUT_GIN), "gin", "tensorflow") == ["tensorflow"]
+def test_no_two_modules_import_each_other() -> None:
+    graph = {
+        name: {other for other in imported(tree, lazily=False) if other in MODULES} for name, tree in MODULES.items()
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def table() -> dict[str, set[str]]:
+    """Returns what each row of the table of CONTRIBUTING.md imports, in its order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|\n]*\|([^|\n]*)\|$", text, re.MULTILINE)
+    return {name: set(re.findall(r"\w+", imports)) for name, imports in rows}
+
+
+def row_of(module: str) -> str | None:
+    """Returns the row that a module belongs to; None for the commands and for the lazy `x3d_tf`."""
+    first, _, rest = module.partition(".")
+    name = first if first == "export" else rest.split(".")[0]
+    if name in table():
+        return name
+    path = ROOT / "x3d_tf" / f"{name}.py"
+    command = not name or "__main__" in path.read_text("utf-8")
+    return None if command else "shared"
+
+
+def test_the_table_of_imports_is_what_the_code_does() -> None:
+    rows = table()
+    found: dict[str, set[str]] = {name: set() for name in rows}
+    for module, tree in MODULES.items():
+        if row := row_of(module):
+            others = {row_of(other) for other in imported(tree, lazily=True) if other.startswith("x3d_tf.")}
+            found[row] |= {other for other in others if other and other != row}
+    assert found == rows
+    order = list(rows)
+    assert all(order.index(other) < order.index(row) for row, others in rows.items() for other in others)
 
 
 PUBLIC = """
