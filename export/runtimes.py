@@ -72,8 +72,8 @@ def find_artefacts(folder: Path) -> list[Artefact]:
     if folder.is_file():
         paths: Iterable[Path] = [folder]
     else:
-        hidden = (path for path in folder.rglob("*") if not path.relative_to(folder).as_posix().startswith("."))
-        paths = sorted(path for path in hidden if "/." not in path.relative_to(folder).as_posix())
+        entries = (path for path in folder.rglob("*") if not path.relative_to(folder).as_posix().startswith("."))
+        paths = sorted(path for path in entries if "/." not in path.relative_to(folder).as_posix())
     found = [artefact for path in paths if (artefact := _artefact(path))]
     if not found:
         raise UserError(
