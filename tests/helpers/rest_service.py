@@ -17,7 +17,7 @@ import tensorflow as tf
 
 
 def respond(loaded: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Returns the response to a predict request in rows ("instances") or columns ("inputs"), as documented by TF Serving.
+    """Returns the response to a predict request, in rows ("instances") or columns ("inputs") as TF Serving documents.
 
     Raises:
         ValueError: the request is invalid.
