@@ -117,7 +117,7 @@ class Result:
 
     @property
     def differs(self) -> bool:
-        """Whether the outputs of an exact implementation exceed `BOUND`."""
+        """True if the implementation is exact and its outputs differ by `BOUND` or more."""
         return self.implementation.exact and self.difference is not None and not self.difference < BOUND
 
 

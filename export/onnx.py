@@ -49,9 +49,9 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
-    flags.DEFINE_list("formats", ["onnx", "openvino"], "Formats to write: onnx, openvino.")
-    flags.DEFINE_integer("batch", 1, "Batch size; 0 is a dynamic batch size.", lower_bound=0)
-    flags.DEFINE_bool("force", False, "Replace existing files.")
+    flags.DEFINE_list("formats", ["onnx", "openvino"], "Comma-separated formats to write: onnx, openvino.")
+    flags.DEFINE_integer("batch", 1, "Batch size; 0 makes it dynamic.", lower_bound=0)
+    flags.DEFINE_bool("force", False, "Replace existing files. Defaults to false.")
 
 
 def main() -> None:

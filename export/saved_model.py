@@ -50,7 +50,7 @@ def define_flags() -> None:
         "version", None, "Version to write. Defaults to the highest existing version plus 1.", lower_bound=1
     )
     flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Device to optimize for; the SavedModel runs on both.")
-    flags.DEFINE_bool("force", False, "Replace an existing version; requires --version.")
+    flags.DEFINE_bool("force", False, "Replace an existing version; requires --version. Defaults to false.")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from x3d_tf.types import ViewSpec
 from .models import ExportableModel
 
 TOP = 5
-MAX_ELONGATION = 16  # aspect ratio of a frame; scaling the short side of a longer frame up takes too much memory
+MAX_ASPECT_RATIO = 16  # scaling up the short side of a longer frame would take too much memory
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"  # first bytes of the files
 _PARALLEL_FRAMES = 8  # decoded at the same time
 _PARALLEL_CLIPS = 8  # processed at the same time on a CPU, one per core; exceeding the number of cores costs 3 %
@@ -196,8 +196,8 @@ def _decode_frame(file: tf.Tensor, name: tf.Tensor, views: ViewSpec) -> tf.Tenso
     sides = tf.cond(is_jpeg, lambda: tf.image.extract_jpeg_shape(file)[:2], lambda: _png_size(file))
     sides = tf.cast(sides, tf.int64)
     small = tf.reduce_prod(sides) <= MAX_PIXELS
-    compact = tf.reduce_max(sides) <= MAX_ELONGATION * tf.reduce_min(sides)
-    limits = f"a frame has more than {MAX_PIXELS} pixels, or one side is more than {MAX_ELONGATION} times the other:"
+    compact = tf.reduce_max(sides) <= MAX_ASPECT_RATIO * tf.reduce_min(sides)
+    limits = f"a frame has more than {MAX_PIXELS} pixels, or one side is more than {MAX_ASPECT_RATIO} times the other:"
     with tf.control_dependencies([tf.debugging.Assert(small & compact, [limits, name, sides])]):
         file = tf.identity(file)
     pixels = tf.io.decode_jpeg(file, channels=3, dct_method="INTEGER_ACCURATE")  # also decodes PNG

@@ -67,7 +67,9 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
     flags.DEFINE_list(
-        "formats", None, f"Formats to write: {', '.join(FORMATS)}. Defaults to all; int8 only with --calibration."
+        "formats",
+        None,
+        f"Comma-separated formats to write: {', '.join(FORMATS)}. Defaults to all; int8 only with --calibration.",
     )
     flags.DEFINE_string("calibration", None, "Folder of records whose training clips calibrate the int8 quantization.")
     flags.DEFINE_string(
@@ -78,10 +80,10 @@ def define_flags() -> None:
         "float_until",
         "res2",
         list(FLOAT_UNTIL),
-        "Last part of the network that int8 keeps in float32, besides fc2; none keeps nothing.",
+        "Last part of the network that int8 keeps in float32, besides fc2; none keeps no layer.",
     )
     flags.DEFINE_integer("batch", 1, "Batch size.", lower_bound=1)
-    flags.DEFINE_bool("force", False, "Replace existing files.")
+    flags.DEFINE_bool("force", False, "Replace existing files. Defaults to false.")
 
 
 def main() -> None:

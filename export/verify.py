@@ -129,11 +129,11 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
     flags.DEFINE_string("artefacts", None, "Folder with the exported artefacts, or a single artefact.", required=True)
     flags.DEFINE_string("clips", None, "Folder of videos, or of records.", required=True)
-    flags.DEFINE_string("split", None, "Split of the records. Defaults to the evaluation split of the run.")
+    flags.DEFINE_string("split", None, "Split of the records. Defaults to the run's evaluation split, or test.")
     flags.DEFINE_integer("limit", 100, "Maximum number of clips; more videos are sampled evenly.", lower_bound=1)
     flags.DEFINE_integer("rounds", 15, "Timed calls per artefact and number of threads.", lower_bound=1)
     flags.DEFINE_string("json", None, "JSON file to write the table and the operators to.")
-    flags.DEFINE_bool("overwrite", False, "Replace an existing --json file.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --json file. Defaults to false.")
 
 
 def main() -> None:
