@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share."""
+"""Command-line interface shared by the benchmarks."""
 
 import argparse
 import fnmatch
@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from measuring import Case, Form, Measurement, measure
-from reporting import figures, machine, network_table, write_json
+from measuring import Case, Implementation, Measurement, measure
+from reporting import figures, machine_info, network_table, write_json
 
 import x3d_tf
 from x3d_tf.processes import available_cpus
@@ -16,72 +16,80 @@ CLASSES = 400
 
 
 def parser(
-    description: str | None, forms: Sequence[Form], *, networks: list[str], batches: list[int], rounds: int, json: str
+    description: str | None,
+    implementations: Sequence[Implementation],
+    *,
+    networks: list[str],
+    batches: list[int],
+    rounds: int,
+    json: str,
 ) -> argparse.ArgumentParser:
-    """The flags that all benchmarks have, with a benchmark's defaults."""
-    names = ", ".join(form.name for form in forms)
-    found = argparse.ArgumentParser(
+    """Returns a parser with the flags that all benchmarks share, and the given defaults."""
+    names = ", ".join(implementation.name for implementation in implementations)
+    arguments = argparse.ArgumentParser(
         description=description,
-        epilog=f"Forms: {names}.",
+        epilog=f"Implementations: {names}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--networks", nargs="+", default=networks, choices=list(x3d_tf.VARIANTS), metavar="NAME")
-    found.add_argument("--batches", nargs="+", type=positive, default=batches, metavar="N", help="clips of a call")
-    found.add_argument(
-        "--threads", type=positive, default=available_cpus(), help="of each process; all CPUs by default"
+    arguments.add_argument("--networks", nargs="+", default=networks, choices=list(x3d_tf.VARIANTS), metavar="NAME")
+    arguments.add_argument("--batches", nargs="+", type=positive, default=batches, metavar="N", help="batch sizes")
+    arguments.add_argument(
+        "--threads", type=positive, default=available_cpus(), help="number of threads per process; default: all CPUs"
     )
-    found.add_argument("--rounds", type=positive, default=rounds, help="in each of which all forms have a turn")
-    help_forms = "names, patterns such as 'torch*', @ours or @peers; all by default"
-    found.add_argument("--forms", nargs="+", metavar="FORM", help=help_forms)
-    found.add_argument("--json", default=json, help=f"where to write the figures; {json} by default")
-    found.add_argument("--verbose", action="store_true", help="show what the frameworks print")
-    return found
+    arguments.add_argument(
+        "--rounds", type=positive, default=rounds, help="rounds; each times every implementation once"
+    )
+    help_forms = "implementations to measure: names, patterns such as 'torch*', @ours or @peers; default: all"
+    arguments.add_argument("--forms", nargs="+", metavar="NAME", help=help_forms)
+    arguments.add_argument("--json", default=json, help=f"JSON file to write; default: {json}")
+    arguments.add_argument("--verbose", action="store_true", help="show the output of the frameworks")
+    return arguments
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parses a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)
 
 
-def chosen(forms: Sequence[Form], patterns: Sequence[str] | None) -> list[Form]:
-    """The forms that any of the patterns means, in their own order; all where there are none.
+def select(implementations: Sequence[Implementation], patterns: Sequence[str] | None) -> list[Implementation]:
+    """Returns the implementations that match any of the patterns, in their original order; all without patterns.
 
     Raises:
-        SystemExit: a pattern that means no form.
+        SystemExit: a pattern matches no implementation.
     """
     if patterns is None:
-        return list(forms)
-    wanted = set()
+        return list(implementations)
+    selected = set()
     for pattern in patterns:
-        found = {form.name for form in forms if _means(pattern, form)}
-        if not found:
-            known = ", ".join(form.name for form in forms)
-            sys.exit(f"error: --forms must name forms, got {pattern!r}; known: {known}, @ours, @peers")
-        wanted |= found
-    return [form for form in forms if form.name in wanted]
+        names = {implementation.name for implementation in implementations if _matches(pattern, implementation)}
+        if not names:
+            known = ", ".join(implementation.name for implementation in implementations)
+            sys.exit(f"error: --forms must name implementations, got {pattern!r}; known: {known}, @ours, @peers")
+        selected |= names
+    return [implementation for implementation in implementations if implementation.name in selected]
 
 
-def _means(pattern: str, form: Form) -> bool:
-    return pattern == f"@{form.group}" or fnmatch.fnmatchcase(form.name.lower(), pattern.lower())
+def _matches(pattern: str, implementation: Implementation) -> bool:
+    return pattern == f"@{implementation.group}" or fnmatch.fnmatchcase(implementation.name.lower(), pattern.lower())
 
 
-def measure_networks(forms: Sequence[Form], settings: argparse.Namespace, passes: int) -> None:
-    """Measures each network with each batch, prints a table of each, and writes the JSON file after each.
+def measure_networks(implementations: Sequence[Implementation], settings: argparse.Namespace, passes: int) -> None:
+    """Measures each network with each batch size; prints a table and updates the JSON file after each of them.
 
     Args:
-        forms: to choose from.
-        settings: the parsed flags.
-        passes: how often a call computes as much as a forward pass does: once, or three times in training.
+        implementations: implementations to select from.
+        settings: parsed flags.
+        passes: operations of a call relative to a forward pass: 1 for inference, 3 for training.
     """
-    forms, tables, differing = chosen(forms, settings.forms), [], set()
+    implementations, tables, differing = select(implementations, settings.forms), [], set()
     for network in settings.networks:
         macs = x3d_tf.cost(network, num_classes=CLASSES).macs
         for batch in settings.batches:
-            before = machine()
+            before = machine_info()
             case = Case(network, batch, settings.threads, verbose=settings.verbose)
-            measurement = measure(forms, case, settings.rounds)
+            measurement = measure(implementations, case, settings.rounds)
             table = figures(measurement, 2 * macs * passes) | {"machine_before": before}
             print("\n".join(network_table(table, settings.threads)), end="\n\n", flush=True)
             tables.append(table)
@@ -89,11 +97,11 @@ def measure_networks(forms: Sequence[Form], settings: argparse.Namespace, passes
             differing |= _differing(measurement)
     print(f"written to {settings.json}")
     if differing:
-        sys.exit(f"error: these forms compute something else than the first of their group: {', '.join(differing)}")
+        sys.exit(f"error: outputs differ from the first implementation of the group: {', '.join(differing)}")
 
 
 def _differing(measurement: Measurement) -> set[str]:
-    return {row.form.name for row in measurement.forms if row.differs}
+    return {result.implementation.name for result in measurement.results if result.differs}
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -1,17 +1,17 @@
-"""How fast are the forms of a network, ours and its peers', at making predictions?
+"""Measures the inference speed of our implementations of a network, and of the peers' implementations.
 
-Each framework has a process of its own, and in each round each form has its turn: one call that does not count, then
-one that is timed. Weights are random. Columns:
+Each framework runs in a separate process. In each round, every implementation makes one warm-up call and one timed
+call. Weights are random. Columns:
 
-  ms/clip    median over the rounds, of a call divided by its clips; then 10th and 90th percentile
-  of peak    two operations for each multiply-add, as a part of what a float32 matrix product of NumPy's reaches, which
-             has its turn in each round, too. Forms in fewer bits may exceed it
-  speed      how many times as fast as the fastest float32 mode of PyTorch: the median of the rounds' ratios
-  max diff.  largest difference of a probability from that of the first form of ours, or of the peers'. Float32 forms
-             that differ by more than 1e-5 are marked, and the exit status is 1
+  ms/clip    median over the rounds of the time per clip, followed by the 10th and 90th percentile
+  of peak    floating-point operations per second (two per multiply-add), relative to a float32 matrix product in NumPy
+             that is also timed in each round. Implementations with lower precision may exceed 100 %
+  speed      speed relative to the fastest float32 mode of PyTorch: the median of the ratios within each round
+  max diff.  maximum difference of a probability from the first implementation in the group, ours or peers. Float32
+             implementations with a difference above 1e-5 are marked, and the exit status is 1
 
-Forms whose packages are missing say so in their row. Keras' own grouped convolution is so slow that it gets two calls
-of one clip.
+If the packages of an implementation are missing, its row says so. Keras' grouped convolution is very slow and therefore
+measured with two calls of one clip.
 
   python benchmarks/forward.py
   python benchmarks/forward.py --networks x3d_s x3d_m --batches 1 8 --threads 2 --rounds 20 --json=forward.json
@@ -19,65 +19,68 @@ of one clip.
 """
 
 from command import measure_networks, parser, run
-from measuring import Form, Work
+from measuring import Implementation, Job
 
 PEER_ONNX = "pytorchvideo.onnx"
 
 
-def ours(name: str, form: str) -> Form:
-    """A form that TensorFlow runs."""
-    process = "TensorFlow, one thread an operation" if "side by side" in form else "TensorFlow"
-    return Form(name, "ours", Work(process, "tensorflow_forms:predict", {"form": form}))
+def ours(name: str) -> Implementation:
+    """Returns an implementation in TensorFlow; the name is a key of `tensorflow_networks.FORWARD`."""
+    process = "TensorFlow, single-threaded ops" if "in parallel" in name else "TensorFlow"
+    return Implementation(name, "ours", Job(process, "tensorflow_networks:predict", {"name": name}))
 
 
-def tflite(name: str, form: str) -> Form:
-    """A TFLite file."""
+def tflite(name: str, format_name: str) -> Implementation:
+    """Returns the TFLite file of a format."""
     file = f"{name}.tflite"
-    return Form(
+    return Implementation(
         name,
         "ours",
-        Work("LiteRT", "file_forms:ours", {"file": file, "runtime": "litert"}),
-        Work("export", "file_forms:write_tflite", {"file": file, "form": form}),
-        exact=form == "float32",
+        Job("LiteRT", "file_formats:ours", {"file": file, "runtime": "litert"}),
+        Job("export", "file_formats:write_tflite", {"file": file, "format_name": format_name}),
+        exact=format_name == "float32",
     )
 
 
-def torch(name: str, precision: str = "float32", **settings: object) -> Form:
-    """A mode of PyTorch's."""
+def torch(name: str, precision: str = "float32", **settings: object) -> Implementation:
+    """Returns a mode of PyTorch."""
     exact = precision == "float32"
-    # frozen in a process of its own: else torch takes what it compiled for the same module without
+    # A separate process for freezing: otherwise torch reuses the module that it compiled without freezing.
     process = "PyTorch frozen" if settings.get("frozen") else "PyTorch"
-    work = Work(process, "torch_forms:predict", {"precision": precision, **settings})
-    return Form(name, "peers", work, exact=exact, reference=exact)
+    job = Job(process, "torch_networks:predict", {"precision": precision, **settings})
+    return Implementation(name, "peers", job, exact=exact, reference=exact)
 
 
-def exported(name: str, process: str, function: str, form: str, *, exact: bool = True, **settings: str) -> Form:
-    """What our ONNX exporter writes: "onnx" or "openvino"."""
-    file = {"onnx": "{network}.onnx", "openvino": "{network}.xml"}[form]
-    work = Work(process, f"file_forms:{function}", {"file": file, **settings})
-    return Form(name, "ours", work, Work("export", "file_forms:write_exported", {"form": form}), exact=exact)
+def exported(
+    name: str, process: str, function: str, format_name: str, *, exact: bool = True, **settings: str
+) -> Implementation:
+    """Returns the file that our exporter writes for the format "onnx" or "openvino"."""
+    file = {"onnx": "{network}.onnx", "openvino": "{network}.xml"}[format_name]
+    run = Job(process, f"file_formats:{function}", {"file": file, **settings})
+    write = Job("export", "file_formats:write_exported", {"format_name": format_name})
+    return Implementation(name, "ours", run, write, exact=exact)
 
 
-def peer_file(name: str, process: str, function: str, *, exact: bool = True, **settings: object) -> Form:
-    """pytorchvideo's ONNX."""
-    work = Work(process, f"file_forms:{function}", {"file": PEER_ONNX, **settings})
-    written = Work("PyTorch export", "torch_forms:export_onnx", {"file": PEER_ONNX})
-    return Form(name, "peers", work, written, exact=exact)
+def peer_file(name: str, process: str, function: str, *, exact: bool = True, **settings: object) -> Implementation:
+    """Returns pytorchvideo's ONNX file in a runtime."""
+    run = Job(process, f"file_formats:{function}", {"file": PEER_ONNX, **settings})
+    write = Job("PyTorch export", "torch_networks:export_onnx", {"file": PEER_ONNX})
+    return Implementation(name, "peers", run, write, exact=exact)
 
 
-FORMS = (
-    ours("trainable", "trainable"),
-    ours("portable", "portable"),
-    ours("portable, not compiled", "portable, not compiled"),
-    ours("deployed", "deployed"),
-    ours("trainable, clips side by side", "trainable side by side"),
-    ours("deployed, clips side by side", "deployed side by side"),
-    ours("frozen", "frozen"),
-    Form(
+IMPLEMENTATIONS = (
+    ours("trainable"),
+    ours("portable"),
+    ours("portable, not compiled"),
+    ours("deployed"),
+    ours("trainable, clips in parallel"),
+    ours("deployed, clips in parallel"),
+    ours("frozen"),
+    Implementation(
         "SavedModel",
         "ours",
-        Work("TensorFlow", "file_forms:ours", {"file": "serving/1", "runtime": "tensorflow"}),
-        Work("export", "file_forms:write_saved_model"),
+        Job("TensorFlow", "file_formats:ours", {"file": "serving/1", "runtime": "tensorflow"}),
+        Job("export", "file_formats:write_saved_model"),
     ),
     tflite("TFLite float32", "float32"),
     tflite("TFLite float16", "float16"),
@@ -95,15 +98,17 @@ FORMS = (
     peer_file("torch ONNX in ONNX Runtime", "ONNX Runtime", "onnxruntime"),
     peer_file("torch ONNX in OpenVINO float32", "OpenVINO", "openvino", precision="f32", peer=True),
     peer_file("torch ONNX in OpenVINO bf16", "OpenVINO", "openvino", exact=False, precision="bf16", peer=True),
-    # in a process of its own: XLA compiles it, and it takes long
-    Form("Keras Conv3D(groups=C)", "ours", Work("Keras", "tensorflow_forms:predict", {"form": "grouped"}), slow=True),
+    # In a separate process, because it is compiled by XLA and slow.
+    Implementation(
+        "Keras Conv3D(groups=C)", "ours", Job("Keras", "tensorflow_networks:predict", {"name": "grouped"}), slow=True
+    ),
 )
 
 
 def main() -> None:
     """Measures, prints the tables and writes the JSON file."""
-    settings = parser(__doc__, FORMS, networks=["x3d_s"], batches=[1], rounds=20, json="forward.json").parse_args()
-    measure_networks(FORMS, settings, passes=1)
+    arguments = parser(__doc__, IMPLEMENTATIONS, networks=["x3d_s"], batches=[1], rounds=20, json="forward.json")
+    measure_networks(IMPLEMENTATIONS, arguments.parse_args(), passes=1)
 
 
 if __name__ == "__main__":

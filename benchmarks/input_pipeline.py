@@ -1,15 +1,15 @@
-"""Does a training step of X3D-S wait for its data?
+"""Measures whether training steps of X3D-S wait for the input pipeline.
 
-Measures the clips that the input pipeline delivers alone, and the time of a training step in rounds that alternate
-between fresh batches and one batch that stays in memory; medians. On a machine without a GPU both do their work on the
-same cores, so a step with fresh batches is slower even where it never waits.
+Reports the throughput of the input pipeline alone, and the time of a training step with new batches and with one batch
+kept in memory, in alternating rounds; all values are medians. Without a GPU, the pipeline and the step share the CPU
+cores, so a step with new batches is slower even if it never waits.
 
   python benchmarks/input_pipeline.py
   python benchmarks/input_pipeline.py --records=data/my_records --flip --json=input_pipeline.json
 
-With --clips it measures what a clip costs instead, without a network: CPU time of all threads, user and system, and
-bytes that the process reads, from disk or from the page cache. --full_shard puts one shard of 64 synthetic videos,
-480 MB, into the folder of the records first, unless it exists: 300 frames of 256x340 pixels each, records of 7.5 MB.
+With --clips, it measures the cost of a clip without a network instead: CPU time (user and system) of all threads, and
+bytes read from disk or page cache. --full_shard first writes one shard of 64 synthetic videos (480 MB) to the folder of
+--records if it is missing; each video has 300 frames of 256 x 340 pixels, a record of 7.5 MB.
 
   python benchmarks/input_pipeline.py --records=/tmp/full_shard --full_shard --clips=500 --networks x3d_s x3d_m
 """
@@ -26,7 +26,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from reporting import machine, versions
+from reporting import machine_info, versions
 
 import x3d_tf
 from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
@@ -41,8 +41,8 @@ from x3d_tf.training.forward import forward_of
 from x3d_tf.types import Storage
 
 NETWORK = x3d_tf.VARIANTS["x3d_s"].expansion
-FRAMES, HEIGHT, WIDTH = 300, 256, 340  # of a synthetic video
-GRAIN, DEVIATION = 4, 6.3  # pixels a side of one colour, levels about grey: 25 kB a JPEG
+FRAMES, HEIGHT, WIDTH = 300, 256, 340  # size of a synthetic video
+GRAIN, DEVIATION = 4, 6.3  # side of a colour block in pixels, deviation from grey: JPEG files of 25 kB
 
 
 def main() -> None:
@@ -57,15 +57,15 @@ def main() -> None:
 
 
 def measure_rates(settings: argparse.Namespace) -> None:
-    """Clips a second of the pipeline alone, and a training step's time with fresh and with kept batches."""
+    """Measures the throughput of the pipeline, and the time of a training step with new and with cached batches."""
     use_single_threaded_ops(num_batch_slices(settings.batch, x3d_tf.ModelOptions().bn_group))
-    made_up = settings.records is None
+    synthetic = settings.records is None
     spec = DatasetSpec(
         settings.records or "data/moving_shapes",
         train_split=settings.split,
         eval_split=settings.split,
         flip=settings.flip,
-        name="moving_shapes" if made_up else "records",
+        name="moving_shapes" if synthetic else "records",
     )
     manifest = open_dataset(spec)
     dataset = training_dataset(
@@ -80,7 +80,7 @@ def measure_rates(settings: argparse.Namespace) -> None:
 
 
 def measure_costs(settings: argparse.Namespace) -> None:
-    """CPU time and bytes read of a clip, for each of the networks' clips."""
+    """Measures the CPU time and the bytes read per clip, for the clip of each network."""
     spec = DatasetSpec(settings.records, train_split=settings.split, eval_split=settings.split, flip=settings.flip)
     manifest = open_dataset(spec)
     rows, figures = [f"batch {settings.batch}, {settings.clips} clips, {spec.records}"], {}
@@ -101,8 +101,8 @@ def measure_costs(settings: argparse.Namespace) -> None:
 
 
 def cost_of(batches: Iterator[Any], count: int, batch: int) -> dict[str, float]:
-    """What a clip costs in so many batches, after the first few."""
-    for _ in range(4):  # two are prefetched; tf.data finds its parallelism
+    """Returns the cost of a clip, averaged over `count` batches after the first ones."""
+    for _ in range(4):  # two are prefetched, and tf.data tunes its parallelism
         next(batches)
     before, read = resource.getrusage(resource.RUSAGE_SELF), bytes_read()
     for _ in range(count):
@@ -114,12 +114,12 @@ def cost_of(batches: Iterator[Any], count: int, batch: int) -> dict[str, float]:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read so far, from disk or from the page cache. Linux only."""
+    """Returns the bytes that this process has read from disk or page cache. Linux only."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def write_full_shard(folder: Path) -> None:
-    """Writes one full shard of synthetic videos and its manifest, unless the folder has one."""
+    """Writes one full shard of synthetic videos and its manifest, if the folder has no manifest."""
     if (folder / MANIFEST_NAME).is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,10 +133,10 @@ def write_full_shard(folder: Path) -> None:
     sources = [Source(f"noise/{seed:02d}", (seed % 2,)) for seed in range(VIDEOS_PER_SHARD)]
     classes = ("even", "odd")
     split = write_split(folder, "train", sources, map(video, range(VIDEOS_PER_SHARD)), classes, lambda _: None)
-    made_by: dict[str, int | float | str] = {"source": "benchmarks/input_pipeline.py"}
-    Manifest(folder, classes, {"train": split}, made_by, Storage(256, 95)).save()
+    build_settings: dict[str, int | float | str] = {"source": "benchmarks/input_pipeline.py"}
+    Manifest(folder, classes, {"train": split}, build_settings, Storage(256, 95)).save()
     mean = split.shards[0].bytes / len(split.records) / 1e6
-    print(f"{folder}: one shard of {len(split.records)} records, {mean:.2f} MB a record")
+    print(f"{folder}: one shard of {len(split.records)} records, {mean:.2f} MB per record")
 
 
 def report(rows: list[str], figures: dict[str, Any], settings: argparse.Namespace) -> None:
@@ -147,35 +147,35 @@ def report(rows: list[str], figures: dict[str, Any], settings: argparse.Namespac
         "settings": vars(settings),
         "figures": figures,
         "versions": versions(),
-        "machine": machine() | {"gpus": gpus},
+        "machine": machine_info() | {"gpus": gpus},
     }
     atomic_write(Path(settings.json), (json.dumps(result, indent=2) + "\n").encode())
     print(f"written to {settings.json}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", help="folder of records; data/moving_shapes, made if absent, by default")
+    parser.add_argument("--records", help="folder of records; default: data/moving_shapes, created if missing")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--flip", action="store_true", help="mirror half of the clips")
+    parser.add_argument("--flip", action="store_true", help="flip half of the clips horizontally")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5, help="of a round")
+    parser.add_argument("--steps", type=int, default=5, help="training steps per round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--no_model", action="store_true", help="measure the pipeline alone")
-    parser.add_argument("--clips", type=int, default=0, help="measure what a clip costs, over so many clips")
-    parser.add_argument("--networks", nargs="+", default=["x3d_s", "x3d_m"], help="whose clips --clips measures")
-    parser.add_argument("--full_shard", action="store_true", help="generate the records of --records first")
-    parser.add_argument("--json", default="input_pipeline.json", help="where to write the figures")
+    parser.add_argument("--clips", type=int, default=0, help="measure the cost per clip over this number of clips")
+    parser.add_argument("--networks", nargs="+", default=["x3d_s", "x3d_m"], help="networks whose clips to measure")
+    parser.add_argument("--full_shard", action="store_true", help="write synthetic records to --records first")
+    parser.add_argument("--json", default="input_pipeline.json", help="JSON file to write")
     settings = parser.parse_args()
     if (settings.full_shard or settings.clips) and not settings.records:
-        parser.error("--records is required with --full_shard and with --clips")
+        parser.error("--full_shard and --clips require --records")
     return settings
 
 
 def pipeline_rate(batches: Iterator[Any], settings: argparse.Namespace) -> float:
-    """Clips per second without a consumer, the median of the rounds."""
-    for _ in range(4):  # two are prefetched; tf.data finds its parallelism
+    """Returns the clips per second without a consumer, the median over the rounds."""
+    for _ in range(4):  # two are prefetched, and tf.data tunes its parallelism
         next(batches)
     rates = []
     for _ in range(settings.rounds):
@@ -185,16 +185,16 @@ def pipeline_rate(batches: Iterator[Any], settings: argparse.Namespace) -> float
 
 
 def step_times(batches: Iterator[Any], classes: int, settings: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step with fresh batches and with one that is kept, and the part spent waiting for the next."""
+    """Returns the seconds of a step with new batches and with a cached one, and the time spent waiting."""
     step = training_step(classes)
-    kept = next(batches)
+    cached_batch = next(batches)
     for _ in range(2):  # the first one traces and compiles
-        step(*kept)
+        step(*cached_batch)
     fresh, cached, waits = [], [], []
     for _ in range(settings.rounds):
         for _ in range(settings.steps):
-            cached.append(timed(lambda: step(*kept)))
-        next(batches)  # what was prefetched during those steps was free
+            cached.append(timed(lambda: step(*cached_batch)))
+        next(batches)  # discards the batches that were prefetched during those steps
         next(batches)
         next(batches)
         for _ in range(settings.steps):
@@ -212,7 +212,7 @@ def step_times(batches: Iterator[Any], classes: int, settings: argparse.Namespac
 
 
 def training_step(classes: int) -> Callable[[tf.Tensor, tf.Tensor], float]:
-    """Forward, backward and update of X3D-S; returns the loss, so that the device has finished."""
+    """Returns a training step of X3D-S, which waits for the device and returns the loss."""
     model = x3d_tf.build_x3d(NETWORK, num_classes=classes)
     forward = forward_of(model)
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True)
@@ -230,7 +230,7 @@ def training_step(classes: int) -> Callable[[tf.Tensor, tf.Tensor], float]:
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Returns the duration of a call in seconds."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

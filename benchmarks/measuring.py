@@ -1,8 +1,9 @@
-"""Forms of a network that take turns, each framework in a process of its own.
+"""Measurement of several implementations in turns, with a separate process for each framework.
 
-In each round every form is called twice, one after the other, and only the second call is timed: threads of whatever
-ran before may still spin, and caches are its. A short call is repeated, and its mean is taken. This module imports no
-framework, nor does any script beside it: forms are named by text, and imported by the process that runs them.
+In each round every implementation is called twice in succession, and only the second call is timed: after the call of
+another framework, its threads may still spin and the caches hold its data. A short call is repeated, and the mean is
+taken. Neither this module nor the benchmark scripts import a framework: implementations are named by strings and
+imported by the process that runs them.
 """
 
 import importlib
@@ -22,23 +23,23 @@ from tqdm import tqdm
 
 from x3d_tf.processes import Worker, WorkerDied
 
-BOUND = 1e-5  # of a probability, between float32 forms of equal weights
-SLOW_CALLS = 2  # of a form marked as slow
-LEAST_SECONDS = 0.02  # that a timing takes
-MATMUL_SIZE = 2048  # of the matrix product that stands for the machine's speed
+BOUND = 1e-5  # maximum difference of probabilities between float32 implementations with equal weights
+SLOW_CALLS = 2  # timed calls of a slow implementation
+LEAST_SECONDS = 0.02  # minimum duration of a timing
+MATMUL_SIZE = 2048  # of the matrix product that measures the speed of the CPU
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all forms of a table compute.
+    """Computation that all implementations of a table perform.
 
     Attributes:
-        network: a variant's name.
-        batch: clips of a call.
-        threads: of each process.
-        folder: for files, of this case alone.
-        layer: what is computed instead of the whole network.
-        verbose: whether frameworks may print to stderr.
+        network: name of the X3D variant.
+        batch: batch size.
+        threads: number of threads per process.
+        folder: temporary folder of this case.
+        layer: layer to compute instead of the complete network.
+        verbose: whether to show the output of the frameworks on stderr.
     """
 
     network: str
@@ -53,13 +54,13 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a process is to do.
+class Job:
+    """A function call in a worker process.
 
     Attributes:
-        process: its name; what has the same name shares a process.
-        function: "module:name"; gets the case, or whatever stands in its place.
-        settings: its keyword arguments.
+        process: name of the process; jobs with the same name share a process.
+        function: function as "module:name". Its argument is the case.
+        settings: keyword arguments of the function.
     """
 
     process: str
@@ -68,44 +69,46 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Form:
-    """A row of a table.
+class Implementation:
+    """An implementation of the network, a row of a table.
 
     Attributes:
-        name: of the row.
-        group: "ours" or "peers"; forms of a group have equal weights.
-        run: its function makes the call that is measured: without arguments, returning probabilities (N, classes), a
+        name: name of the row.
+        group: "ours" or "peers"; implementations in a group have equal weights.
+        run: job that returns the function to measure, which has no arguments and returns probabilities (N, classes), a
             loss, or nothing.
-        file: its function writes what `run` reads. It runs once for all forms that need it, before anything is
-            measured, in a process that ends then.
-        exact: whether it computes in float32, so that its outputs must be those of its group's first such form.
-        reference: whether it may be what the others' speed is given in units of: the fastest one is.
-        slow: called with one clip, and only `SLOW_CALLS` times after the first.
+        file: job that writes the file that `run` reads. It runs once for all implementations that share it, before the
+            measurement, in a process that is stopped afterwards.
+        exact: whether it computes in float32. Its outputs must match those of the first exact implementation in its
+            group.
+        reference: whether it can be the unit of speed; the fastest such implementation is.
+        slow: whether to call it with one clip, and only `SLOW_CALLS` times after the first call.
     """
 
     name: str
     group: str
-    run: Work
-    file: Work | None = None
+    run: Job
+    file: Job | None = None
     exact: bool = True
     reference: bool = False
     slow: bool = False
 
 
 @dataclass
-class Measured:
-    """What was found of a form.
+class Result:
+    """Measurements of an implementation.
 
     Attributes:
-        form: it.
-        batch: clips of a call.
-        seconds: of one call, in each round in which it took part.
-        start: seconds until its first call had ended, compiling included.
-        difference: largest, of an output from those of its group's first exact form; None before that.
-        failure: why it was not measured; empty if it was.
+        implementation: the implementation.
+        batch: batch size.
+        seconds: duration of one call in each round.
+        start: seconds until the end of the first call, including compilation.
+        difference: maximum difference of the outputs from those of the first exact implementation in the group; None if
+            they were not compared.
+        failure: reason for a failed measurement; empty if it succeeded.
     """
 
-    form: Form
+    implementation: Implementation
     batch: int
     seconds: list[float] = field(default_factory=list)
     start: float = math.nan
@@ -114,23 +117,25 @@ class Measured:
 
     @property
     def differs(self) -> bool:
-        """Whether it computes something else than it should."""
-        return self.form.exact and self.difference is not None and not self.difference < BOUND
+        """True if the implementation is exact and its outputs differ by `BOUND` or more."""
+        return self.implementation.exact and self.difference is not None and not self.difference < BOUND
 
 
-MATMUL = Work("matmul", "measuring:matrix_product")
+MATMUL = Job("matmul", "measuring:matrix_product")
 
 
-class Failed(Exception):
-    """Work that could not be done; says why in one line."""
+class JobFailed(Exception):
+    """Raised when a job fails; the message is one line."""
 
 
 class Processes:
-    """Processes by name. They start when they are needed and end with the block.
+    """Context manager for named worker processes, which start on first use and are stopped on exit.
+
+    The methods raise JobFailed if a job fails.
 
     Args:
-        threads: of each.
-        verbose: whether what frameworks print reaches stderr.
+        threads: number of threads per process.
+        verbose: whether to show the output of the frameworks on stderr.
     """
 
     def __init__(self, threads: int, verbose: bool = False) -> None:
@@ -144,77 +149,77 @@ class Processes:
         for name in list(self._processes):
             self.end(name)
 
-    def do(self, work: Work, case: Any) -> Any:
-        """What the function gives; raises Failed, as the other methods do."""
-        return self._ask(work.process, "do", work.function, work.settings, case)
+    def run(self, job: Job, case: Any) -> Any:
+        """Runs a job and returns its result."""
+        return self._request(job.process, "run", job.function, job.settings, case)
 
-    def open(self, name: str, work: Work, case: Any) -> Any:
-        """Makes a call, keeps it by a name, and calls it once. Returns its outputs as an array, or None."""
-        return self._ask(work.process, "open", name, work.function, work.settings, case)
+    def open(self, name: str, job: Job, case: Any) -> Any:
+        """Creates the function to measure, stores it under a name and calls it once. Returns its outputs, or None."""
+        return self._request(job.process, "open", name, job.function, job.settings, case)
 
     def seconds(self, name: str, process: str, *, warm: bool = True) -> float:
-        """How long the call of this name takes, after another one unless `warm` is False."""
-        return self._ask(process, "seconds", name, warm)
+        """Returns the duration of a call of a stored function, after a warm-up call if `warm` is True."""
+        return self._request(process, "seconds", name, warm)
 
     def close(self, name: str, process: str) -> None:
-        """Forgets the call of this name."""
-        self._ask(process, "close", name)
+        """Deletes a stored function."""
+        self._request(process, "close", name)
 
     def end(self, process: str) -> None:
-        """Ends a process, if there is one of this name."""
+        """Stops a process if it is running."""
         if process in self._processes:
-            self._processes.pop(process).end(grace=1)  # libraries clean up, unless it is busy
+            self._processes.pop(process).end(grace=1)  # lets libraries clean up
 
-    def _ask(self, process: str, *question: Any) -> Any:
+    def _request(self, process: str, *request: Any) -> Any:
         if process not in self._processes:
-            os.environ.update(_environment(self._threads))  # before any library of its is loaded, and inherited by it
+            os.environ.update(_environment(self._threads))  # inherited by the process, before it loads any library
             self._processes[process] = Worker(_serve, self._verbose)
         try:
-            return self._processes[process].ask(*question)
+            return self._processes[process].ask(*request)
         except WorkerDied as error:
             del self._processes[process]
-            raise Failed(f"{error}; --verbose shows what it printed") from error
+            raise JobFailed(f"{error}; --verbose shows what it printed") from error
 
 
 def _environment(threads: int) -> dict[str, str]:
     return {
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
-        "CUDA_VISIBLE_DEVICES": "-1",  # all forms run on the CPU
+        "CUDA_VISIBLE_DEVICES": "-1",  # all implementations run on the CPU
         "KERAS_BACKEND": "tensorflow",
         "TF_CPP_MIN_LOG_LEVEL": "2",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else torch keeps a pool of processes
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # without it torch keeps a pool of processes
     }
 
 
 def _serve(pipe: Any, verbose: bool) -> None:
-    """Answers until it is ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is interrupted too, and ends this
+    """Serves requests until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, too, and stops this process
     if not verbose:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os.dup2(2, 1)  # what frameworks print is not part of the table
+    os.dup2(2, 1)  # keeps the output of the frameworks out of the table
     warnings.simplefilter("ignore")
     calls: dict[str, Callable[[], Any]] = {}
     while True:
         try:
-            question, *arguments = pipe.recv()
-        except EOFError:  # of a process that was killed
+            request, *arguments = pipe.recv()
+        except EOFError:  # the parent process was killed
             return
         try:
-            answer = _QUESTIONS[question](calls, *arguments)
+            response = _HANDLERS[request](calls, *arguments)
         except ImportError as error:
-            answer = Failed(f"not installed: {error}; pip install -e '.[bench]'")
-        except Exception as error:  # of any kind: it is for the table
-            answer = Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        pipe.send(answer)
+            response = JobFailed(f"not installed: {error}; pip install -e '.[bench]'")
+        except Exception as error:  # frameworks raise errors of any type
+            response = JobFailed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        pipe.send(response)
 
 
 def function_of(name: str) -> Callable[..., Any]:
-    """The function that a text "module:name" means."""
+    """Imports the function named by "module:name"."""
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def _do(calls: dict[str, Any], function: str, settings: Mapping[str, Any], case: Any) -> Any:
+def _run(calls: dict[str, Any], function: str, settings: Mapping[str, Any], case: Any) -> Any:
     return function_of(function)(case, **settings)
 
 
@@ -240,94 +245,101 @@ def _close(calls: dict[str, Any], name: str) -> None:
     del calls[name]
 
 
-_QUESTIONS: dict[str, Callable[..., Any]] = {"do": _do, "open": _open, "seconds": _seconds, "close": _close}
+_HANDLERS: dict[str, Callable[..., Any]] = {"run": _run, "open": _open, "seconds": _seconds, "close": _close}
 
 
 @dataclass
 class Measurement:
-    """A table's figures: of the forms, and of the matrix product that took its turn among them, in FLOP/s."""
+    """Measurements of a table: the results of the implementations, and the speed of the matrix product in FLOP/s."""
 
     case: Case
-    forms: list[Measured]
+    results: list[Result]
     flops: list[float]
 
 
-def measure(forms: Sequence[Form], case: Case, rounds: int) -> Measurement:
-    """Measures forms in turns.
+def measure(implementations: Sequence[Implementation], case: Case, rounds: int) -> Measurement:
+    """Measures implementations in turns, in new processes.
 
-    Processes are fresh: what torch compiled for another batch would make it compile for any batch now.
+    In a process that has compiled for another batch size, torch would compile for dynamic batch sizes.
     """
     with tempfile.TemporaryDirectory() as folder, Processes(case.threads, case.verbose) as processes:
-        return measure_in(processes, forms, replace(case, folder=folder), rounds)
+        return measure_in_processes(processes, implementations, replace(case, folder=folder), rounds)
 
 
-def measure_in(processes: Processes, forms: Sequence[Form], case: Case, rounds: int) -> Measurement:
-    """The same in processes that may have measured other cases before."""
-    failures = write_files(processes, forms, case)
-    found = _open_forms(processes, forms, case, failures)
+def measure_in_processes(
+    processes: Processes, implementations: Sequence[Implementation], case: Case, rounds: int
+) -> Measurement:
+    """Measures implementations in turns, in processes that may have measured other cases before."""
+    failures = write_files(processes, implementations, case)
+    results = _open_all(processes, implementations, case, failures)
     processes.open("matmul", MATMUL, case)
     flops = []
     for number in tqdm(range(rounds), f"{case}, rounds", leave=False, file=sys.stderr):
         flops.append(2 * MATMUL_SIZE**3 / processes.seconds("matmul", MATMUL.process))
-        for row in found:
-            if not row.failure and not (row.form.slow and number >= SLOW_CALLS):
-                _take_turn(row, processes)
-    for row in found:
-        if not row.failure:
-            processes.close(row.form.name, row.form.run.process)
-    return Measurement(case, found, flops)
+        for result in results:
+            if not result.failure and not (result.implementation.slow and number >= SLOW_CALLS):
+                _time_once(result, processes)
+    for result in results:
+        if not result.failure:
+            processes.close(result.implementation.name, result.implementation.run.process)
+    return Measurement(case, results, flops)
 
 
-def _take_turn(row: Measured, processes: Processes) -> None:
+def _time_once(result: Result, processes: Processes) -> None:
+    implementation = result.implementation
     try:
-        row.seconds.append(processes.seconds(row.form.name, row.form.run.process, warm=not row.form.slow))
-    except Failed as error:
-        row.failure = str(error)
+        seconds = processes.seconds(implementation.name, implementation.run.process, warm=not implementation.slow)
+        result.seconds.append(seconds)
+    except JobFailed as error:
+        result.failure = str(error)
 
 
-def write_files(processes: Processes, forms: Sequence[Form], case: Case) -> dict[str, str]:
-    """Writes the forms' files; returns why those that could not be written could not, by `repr` of the work."""
+def write_files(processes: Processes, implementations: Sequence[Implementation], case: Case) -> dict[str, str]:
+    """Writes the files of the implementations; returns the reasons for failures, by `repr` of the job."""
     failures: dict[str, str] = {}
-    first: dict[str, Form] = {}  # that needs a file
-    for form in forms:
-        if form.file is not None:
-            first.setdefault(repr(form.file), form)
-    for key, form in first.items():
+    first: dict[str, Implementation] = {}  # of those that share a file
+    for implementation in implementations:
+        if implementation.file is not None:
+            first.setdefault(repr(implementation.file), implementation)
+    for key, implementation in first.items():
         start = time.monotonic()
         try:
-            processes.do(form.file, case)
-        except Failed as error:
+            processes.run(implementation.file, case)
+        except JobFailed as error:
             failures[key] = str(error)
-        say(f"{case}: file of {form.name} {'failed' if key in failures else 'written'}, {_since(start)}")
-    for form in first.values():
-        processes.end(form.file.process)
+        log(f"{case}: file of {implementation.name} {'failed' if key in failures else 'written'}, {_since(start)}")
+    for implementation in first.values():
+        processes.end(implementation.file.process)
     return failures
 
 
-def _open_forms(processes: Processes, forms: Sequence[Form], case: Case, failures: Mapping[str, str]) -> list[Measured]:
-    """Makes and calls every form for the first time, and compares what they put out."""
-    found, expected = [], {}
-    for form in forms:
-        row = Measured(form, 1 if form.slow else case.batch, failure=failures.get(repr(form.file), ""))
-        found.append(row)
-        if row.failure:
+def _open_all(
+    processes: Processes, implementations: Sequence[Implementation], case: Case, failures: Mapping[str, str]
+) -> list[Result]:
+    """Creates and calls every implementation once, and compares the outputs."""
+    results, expected = [], {}
+    for implementation in implementations:
+        batch, failure = 1 if implementation.slow else case.batch, failures.get(repr(implementation.file), "")
+        result = Result(implementation, batch, failure=failure)
+        results.append(result)
+        if failure:
             continue
         start = time.monotonic()
         try:
-            outputs = processes.open(form.name, form.run, replace(case, batch=row.batch))
-        except Failed as error:
-            row.failure = str(error)
+            outputs = processes.open(implementation.name, implementation.run, replace(case, batch=batch))
+        except JobFailed as error:
+            result.failure = str(error)
         else:
-            row.start = time.monotonic() - start
-            if form.exact:
-                expected.setdefault(form.group, outputs)
-            row.difference = _difference(outputs, expected.get(form.group))
-        say(f"{case}: {form.name} {'failed' if row.failure else 'ready'}, {_since(start)}")
-    return found
+            result.start = time.monotonic() - start
+            if implementation.exact:
+                expected.setdefault(implementation.group, outputs)
+            result.difference = _difference(outputs, expected.get(implementation.group))
+        log(f"{case}: {implementation.name} {'failed' if result.failure else 'ready'}, {_since(start)}")
+    return results
 
 
 def _difference(actual: Any, expected: Any) -> float | None:
-    """Largest difference of probabilities (N, classes), of as many clips as there are of both; None of losses."""
+    """Returns the maximum difference of probabilities (N, classes) over the common clips; None for losses."""
     if np.ndim(actual) != 2 or np.ndim(expected) != 2:
         return None
     clips = min(len(actual), len(expected))
@@ -335,7 +347,7 @@ def _difference(actual: Any, expected: Any) -> float | None:
 
 
 def matrix_product(case: Any) -> Callable[[], None]:
-    """A large float32 matrix product, for the machine's speed."""
+    """Returns a function that computes a large float32 matrix product, to measure the speed of the CPU."""
     draw = np.random.default_rng(0)
     matrix = draw.random((MATMUL_SIZE, MATMUL_SIZE), dtype=np.float32)
     result = np.empty_like(matrix)
@@ -346,8 +358,8 @@ def matrix_product(case: Any) -> Callable[[], None]:
     return call
 
 
-def say(text: str) -> None:
-    """Tells of progress, away from the tables."""
+def log(text: str) -> None:
+    """Prints a progress message to stderr."""
     tqdm.write(text, file=sys.stderr)
 
 

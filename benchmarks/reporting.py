@@ -1,4 +1,4 @@
-"""Statistics, tables and JSON files of the benchmarks, and what they ran on."""
+"""Statistics, tables, JSON files and machine information of the benchmarks."""
 
 import importlib.metadata
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Measured, Measurement
+from measuring import Measurement, Result
 
 from x3d_tf.files import atomic_write
 from x3d_tf.processes import available_cpus
@@ -19,98 +19,114 @@ PACKAGES = (
     *("x3d-tf", "tensorflow", "keras", "numpy", "torch", "pytorchvideo"),
     *("onnx", "onnxruntime", "tf2onnx", "openvino", "ai-edge-litert"),
 )
-# Beginnings of names of environment variables that change how fast frameworks are.
+# Prefixes of environment variables that affect the speed of frameworks.
 VARIABLES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TF_", "TORCH", "XLA_"),
     *("MALLOC_", "GLIBC_", "LD_PRELOAD"),
 )
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, and 10th and 90th percentile, between which lie four fifths of the values."""
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Returns the median, the 10th and the 90th percentile."""
     low, median, high = np.percentile(values, [10, 50, 90])
     return {"median": float(median), "p10": float(low), "p90": float(high)}
 
 
-def ratio(own: Sequence[float], others: Sequence[float]) -> float:
-    """Median of the ratios of values of the same rounds, so that what slows a whole round cancels."""
+def median_ratio(own: Sequence[float], others: Sequence[float]) -> float:
+    """Returns the median of the ratios within each round, so that changes in machine load cancel out."""
     return float(np.median([a / b for a, b in zip(own, others)]))
 
 
-def reference_of(rows: Sequence[Measured]) -> Measured | None:
-    """What speeds are given in units of: the fastest form marked so, or the first of all where none was measured."""
+def find_reference(rows: Sequence[Result]) -> Result | None:
+    """Returns the unit of speed: the fastest implementation marked as reference, or else the first one measured."""
     ran = [row for row in rows if not row.failure and row.seconds]
-    marked = [row for row in ran if row.form.reference]
-    return min(marked, key=lambda row: spread(row.seconds)["median"]) if marked else next(iter(ran), None)
+    marked = [row for row in ran if row.implementation.reference]
+    return min(marked, key=lambda row: percentiles(row.seconds)["median"]) if marked else next(iter(ran), None)
 
 
 def figures(measurement: Measurement, flop_per_clip: float) -> dict[str, Any]:
-    """All figures of a table, as JSON has them.
+    """Returns all figures of a table for the JSON file.
 
     Args:
-        measurement: of the forms.
-        flop_per_clip: floating-point operations, two for each multiply-add.
+        measurement: measurements of the implementations.
+        flop_per_clip: floating-point operations per clip, two per multiply-add.
     """
-    reference = reference_of(measurement.forms)
+    reference = find_reference(measurement.results)
     return {
         "network": measurement.case.network,
         "batch": measurement.case.batch,
-        "reference": reference.form.name if reference else None,
-        "matmul_flops": spread(measurement.flops) | {"rounds": measurement.flops},
-        "forms": [_figures(row, measurement.flops, reference, flop_per_clip) for row in measurement.forms],
+        "reference": reference.implementation.name if reference else None,
+        "matmul_flops": percentiles(measurement.flops) | {"rounds": measurement.flops},
+        "forms": [_figures(row, measurement.flops, reference, flop_per_clip) for row in measurement.results],
     }
 
 
-def _figures(row: Measured, flops: list[float], reference: Measured | None, flop_per_clip: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": row.form.name, "group": row.form.group, "batch": row.batch, "note": _note(row)}
+def _figures(row: Result, flops: list[float], reference: Result | None, flop_per_clip: float) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "name": row.implementation.name,
+        "group": row.implementation.group,
+        "batch": row.batch,
+        "note": _note(row),
+    }
     if row.failure or not row.seconds or reference is None:
-        return found | {"failure": row.failure or "not measured"}
-    each = [seconds / row.batch for seconds in row.seconds]
-    return found | {
-        "ms_per_clip": spread([1000 * seconds for seconds in each]),
-        "clips_per_second": 1 / spread(each)["median"],
-        "share_of_peak": ratio([flop_per_clip / seconds for seconds in each], flops),
-        "speed_over_reference": ratio([seconds / reference.batch for seconds in reference.seconds], each),
+        return figures | {"failure": row.failure or "not measured"}
+    seconds_per_clip = [seconds / row.batch for seconds in row.seconds]
+    return figures | {
+        "ms_per_clip": percentiles([1000 * seconds for seconds in seconds_per_clip]),
+        "clips_per_second": 1 / percentiles(seconds_per_clip)["median"],
+        "share_of_peak": median_ratio([flop_per_clip / seconds for seconds in seconds_per_clip], flops),
+        "speed_over_reference": median_ratio(
+            [seconds / reference.batch for seconds in reference.seconds], seconds_per_clip
+        ),
         "max_difference": row.difference,
         "start_seconds": row.start,
         "seconds_of_calls": row.seconds,
     }
 
 
-def _note(row: Measured) -> str:
-    notes = [f"batch 1, {len(row.seconds)} calls"] if row.form.slow and row.seconds else []
+def _note(row: Result) -> str:
+    notes = [f"batch 1, {len(row.seconds)} calls"] if row.implementation.slow and row.seconds else []
     return "; ".join(notes + (["DIFFERS"] if row.differs else []))
 
 
-def network_table(found: dict[str, Any], threads: int) -> list[str]:
-    """The lines of a table from `figures`, in Markdown."""
-    peak = found["matmul_flops"]
-    compared = any(form.get("max_difference") is not None for form in found["forms"])
-    header = ["form", "ms/clip", "p10 - p90", "clips/s", "of peak", "speed", *(["max diff."] if compared else []), ""]
-    rows = [_cells(form, compared) for form in found["forms"]]
+def network_table(figures: dict[str, Any], threads: int) -> list[str]:
+    """Returns the lines of a Markdown table with the values of the function `figures`."""
+    peak = figures["matmul_flops"]
+    compared = any(row.get("max_difference") is not None for row in figures["forms"])
+    header = [
+        "implementation",
+        "ms/clip",
+        "p10 - p90",
+        "clips/s",
+        "of peak",
+        "speed",
+        *(["max diff."] if compared else []),
+        "",
+    ]
+    rows = [_cells(row, compared) for row in figures["forms"]]
     return [
-        f"{found['network']}, batch {found['batch']}, {threads} threads, {len(peak['rounds'])} rounds; peak "
+        f"{figures['network']}, batch {figures['batch']}, {threads} threads, {len(peak['rounds'])} rounds; peak "
         f"{peak['median'] / 1e9:.0f} GFLOP/s ({peak['p10'] / 1e9:.0f} - {peak['p90'] / 1e9:.0f}); "
-        f"speed 1 is {found['reference']}",
+        f"speed 1 is {figures['reference']}",
         "",
         *markdown(header, rows),
     ]
 
 
-def _cells(form: dict[str, Any], compared: bool) -> list[str]:
-    if "failure" in form:
-        return [form["name"], *["-"] * (5 + compared), form["failure"]]
-    ms = form["ms_per_clip"]
-    cells = [form["name"], f"{ms['median']:.1f}", f"{ms['p10']:.1f} - {ms['p90']:.1f}"]
-    cells += [f"{form['clips_per_second']:.3g}", f"{form['share_of_peak']:.1%}", f"{form['speed_over_reference']:.2f}"]
+def _cells(row: dict[str, Any], compared: bool) -> list[str]:
+    if "failure" in row:
+        return [row["name"], *["-"] * (5 + compared), row["failure"]]
+    ms = row["ms_per_clip"]
+    cells = [row["name"], f"{ms['median']:.1f}", f"{ms['p10']:.1f} - {ms['p90']:.1f}"]
+    cells += [f"{row['clips_per_second']:.3g}", f"{row['share_of_peak']:.1%}", f"{row['speed_over_reference']:.2f}"]
     if compared:
-        difference = form["max_difference"]
+        difference = row["max_difference"]
         cells.append("-" if difference is None else f"{difference:.1e}")
-    return [*cells, form["note"]]
+    return [*cells, row["note"]]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table with columns of even width, numbers to the right; the first and the last column are text."""
+    """Returns a Markdown table with aligned columns. The first and last column are text, the others numbers."""
     last = len(header) - 1
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
 
@@ -128,12 +144,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_json(path: str | Path, settings: dict[str, Any], tables: list[Any]) -> None:
-    """Writes the figures with all that is needed to understand them."""
+    """Writes the figures with the settings, versions, machine and environment."""
     result = {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings,
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine_info(),
         "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
         "tables": tables,
     }
@@ -141,18 +157,18 @@ def write_json(path: str | Path, settings: dict[str, Any], tables: list[Any]) ->
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the figures, without loading it."""
-    found = {"python": platform.python_version()}
+    """Returns the versions of Python and the installed packages, without importing them."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def machine() -> dict[str, Any]:
-    """What it ran on, and how busy that is now."""
+def machine_info() -> dict[str, Any]:
+    """Returns a description of the machine and its current load."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {"system": platform.platform(), "cpu": _cpu_model(), "cpus": available_cpus(), "load_average_1_minute": load}
 

@@ -1,4 +1,4 @@
-"""Single layers under TensorFlow: ours, their `keras.ops` twins, and Keras' own."""
+"""Single layers in TensorFlow: ours, their `keras.ops` implementation, and Keras' own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import keras
 import tensorflow as tf
 from measuring import Case
-from tensorflow_forms import limit_threads
+from tensorflow_networks import limit_threads
 
 import x3d_tf
 from x3d_tf.modeling import layers
 
 
-def _layer(layer: Any, form: str) -> keras.Layer:
-    """The layer of a form: "ours", "ops" or "keras"."""
+def _build_layer(layer: Any, implementation: str) -> keras.Layer:
+    """Creates the Keras layer for an implementation: "ours", "ops" or "keras"."""
     if layer.kind == "norm":
-        if form == "keras":
+        if implementation == "keras":
             return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)
         return layers.GhostBatchNorm()
-    if form == "keras":
+    if implementation == "keras":
         groups = layer.filters if layer.kind == "channelwise" else 1
         strides = (1, layer.stride, layer.stride)
         return keras.Sequential(
@@ -32,17 +32,17 @@ def _layer(layer: Any, form: str) -> keras.Layer:
     return layers.ChannelwiseConv3D(layer.kernel, layer.stride)
 
 
-def make(case: Case, form: str) -> Callable[[], None]:
-    """A layer's call: forward, or with the gradients of its input and its weights.
+def make(case: Case, implementation: str) -> Callable[[], None]:
+    """Returns the call of a layer: the forward pass, with the gradients of input and weights if the case asks for them.
 
     Args:
-        case: with a `layers.Layer`.
-        form: "ours", "ops" or "keras".
+        case: computation to perform; its layer is a `layers.Layer`.
+        implementation: "ours", "ops" or "keras".
     """
     limit_threads(case.threads)
     keras.utils.set_random_seed(0)
-    x3d_tf.set_kernels("ops" if form == "ops" else "auto")  # of what is traced before this function ends
-    layer = _layer(case.layer, form)
+    x3d_tf.set_kernels("ops" if implementation == "ops" else "auto")  # affects the tracing below
+    layer = _build_layer(case.layer, implementation)
     x = tf.random.normal((case.batch, *case.layer.shape), seed=0)
     layer.build(x.shape)
     training = {"training": True} if case.layer.kind == "norm" else {}
@@ -64,6 +64,6 @@ def make(case: Case, form: str) -> Callable[[], None]:
 
 
 def _wait(outputs: Any) -> None:
-    """Until the device has finished: its tensors' memory is looked at, not copied."""
+    """Waits for the device, by accessing the memory of the outputs without copying it."""
     for tensor in tf.nest.flatten(outputs):
         tensor.numpy()

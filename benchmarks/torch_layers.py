@@ -1,4 +1,4 @@
-"""Single layers under PyTorch."""
+"""Single layers in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,17 @@ from measuring import Case
 
 
 def make(case: Case, layout: str) -> Callable[[], None]:
-    """A layer's call: forward, or with the gradients of its input and its weights.
+    """Returns the call of a layer: the forward pass, with the gradients of input and weights if the case asks for them.
 
     Args:
-        case: with a `layers.Layer`.
-        layout: "contiguous_format" or "channels_last_3d", of input, weights and upstream gradients.
+        case: computation to perform; its layer is a `layers.Layer`.
+        layout: memory layout of input, weights and upstream gradients: "contiguous_format" or "channels_last_3d".
     """
     torch.set_flush_denormal(True)
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     memory_format = getattr(torch, layout)
-    layer = _layer(case.layer).to(memory_format=memory_format).train()
+    layer = _build_layer(case.layer).to(memory_format=memory_format).train()
     frames, height, width, channels = case.layer.shape
     x = torch.randn(case.batch, channels, frames, height, width).contiguous(memory_format=memory_format)
     if not case.layer.gradients:
@@ -38,7 +38,7 @@ def make(case: Case, layout: str) -> Callable[[], None]:
     return with_gradients
 
 
-def _layer(layer: Any) -> torch.nn.Module:
+def _build_layer(layer: Any) -> torch.nn.Module:
     channels = layer.shape[-1]
     if layer.kind == "norm":
         return torch.nn.BatchNorm3d(channels)

@@ -1,17 +1,18 @@
-"""How fast is a training step, ours and its peers'?
+"""Measures the speed of a training step, ours and the peers'.
 
-Ours is the step of `x3d_tf.train`: forward, backward, SGD with Nesterov momentum and L2, under its distribution
-strategy. The peers' is the same in PyTorch. The batch stays in memory, and the clips of a step share batch-norm
-statistics. Each framework has a process of its own, and in each round each form has its turn: one step that does not
-count, then one that is timed. Columns:
+Ours is the step of `x3d_tf.train`: forward pass, backward pass, and SGD with Nesterov momentum and L2, under the
+trainer's distribution strategy. The peers' step is the same in PyTorch. The batch stays in memory, and all clips of a
+step share batch-norm statistics. Each framework runs in a separate process. In each round, every implementation makes
+one warm-up step and one timed step. Columns:
 
-  ms/clip    median over the rounds, of a step divided by its clips; then 10th and 90th percentile
-  of peak    three times the operations of a forward pass, two for each multiply-add, as a part of what a float32 matrix
-             product of NumPy's reaches, which has its turn in each round, too. Forms in fewer bits may exceed it
-  speed      how many times as fast as the fastest float32 mode of PyTorch: the median of the rounds' ratios
+  ms/clip    median over the rounds of the time per clip, followed by the 10th and 90th percentile
+  of peak    floating-point operations per second (two per multiply-add, three times those of a forward pass), relative
+             to a float32 matrix product in NumPy that is also timed in each round. Implementations with lower precision
+             may exceed 100 %
+  speed      speed relative to the fastest float32 mode of PyTorch: the median of the ratios within each round
 
-Forms whose packages are missing say so in their row. Keras' own grouped convolution is so slow that it gets two steps
-of one clip.
+If the packages of an implementation are missing, its row says so. Keras' grouped convolution is very slow and therefore
+measured with two steps of one clip.
 
   python benchmarks/train_step.py
   python benchmarks/train_step.py --networks x3d_s x3d_m --batches 8 --threads 2 --rounds 10 --json=train_step.json
@@ -19,22 +20,22 @@ of one clip.
 """
 
 from command import measure_networks, parser, run
-from measuring import Form, Work
+from measuring import Implementation, Job
 
 
-def ours(name: str, **settings: object) -> Form:
-    """Our step, with settings of `tensorflow_forms.train`: fields of `Execution`, and `options` of the network."""
-    return Form(name, "ours", Work("TensorFlow", "tensorflow_forms:train", settings))
+def ours(name: str, **settings: object) -> Implementation:
+    """Returns our step; the settings are keyword arguments of `tensorflow_networks.train`."""
+    return Implementation(name, "ours", Job("TensorFlow", "tensorflow_networks:train", settings))
 
 
-def torch(name: str, precision: str = "float32", **settings: object) -> Form:
-    """A mode of PyTorch's."""
-    work = Work("PyTorch", "torch_forms:train", {"precision": precision, **settings})
-    return Form(name, "peers", work, reference=precision == "float32")
+def torch(name: str, precision: str = "float32", **settings: object) -> Implementation:
+    """Returns a mode of PyTorch."""
+    job = Job("PyTorch", "torch_networks:train", {"precision": precision, **settings})
+    return Implementation(name, "peers", job, reference=precision == "float32")
 
 
-# A further form is a line here.
-FORMS = (
+# To add an implementation, add a line here.
+IMPLEMENTATIONS = (
     ours("ours"),
     ours("ours, recomputing activations", recompute="activations"),
     ours("ours, recomputing blocks", recompute="blocks"),
@@ -44,15 +45,17 @@ FORMS = (
     torch("torch compile", compiled=True),
     torch("torch compile channels_last_3d", layout="channels_last_3d", compiled=True),
     torch("torch bf16 channels_last_3d", "bfloat16", layout="channels_last_3d"),
-    # in a process of its own: XLA compiles it, and it takes long
-    Form("Keras Conv3D(groups=C)", "ours", Work("Keras", "tensorflow_forms:train", {"grouped": True}), slow=True),
+    # In a separate process, because it is compiled by XLA and slow.
+    Implementation(
+        "Keras Conv3D(groups=C)", "ours", Job("Keras", "tensorflow_networks:train", {"grouped": True}), slow=True
+    ),
 )
 
 
 def main() -> None:
     """Measures, prints the tables and writes the JSON file."""
-    settings = parser(__doc__, FORMS, networks=["x3d_s"], batches=[8], rounds=10, json="train_step.json").parse_args()
-    measure_networks(FORMS, settings, passes=3)
+    arguments = parser(__doc__, IMPLEMENTATIONS, networks=["x3d_s"], batches=[8], rounds=10, json="train_step.json")
+    measure_networks(IMPLEMENTATIONS, arguments.parse_args(), passes=3)
 
 
 if __name__ == "__main__":

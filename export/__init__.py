@@ -1,4 +1,5 @@
-"""From a trained network to what is put in production, and proof that it computes the same.
+"""Export of trained networks for deployment, and verification of the exported artefacts.
 
-One copy has two names: `python -m export.verify` in a checkout, `python -m x3d_tf.export.verify` where it is installed.
+The package has two names: `export` in a checkout (`python -m export.verify`), and `x3d_tf.export` when it is installed
+(`python -m x3d_tf.export.verify`).
 """

@@ -1,4 +1,4 @@
-"""The model that is exported: its network, its class names, and what the receiver of an artefact has to know of it."""
+"""The model to export: its network, its class names, and the model card that ships with every artefact."""
 
 import dataclasses
 import hashlib
@@ -23,24 +23,24 @@ from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.text import counted
 from x3d_tf.types import ViewSpec
 
-_LONGEST_NAME = 100  # bytes, so that a format, a suffix and what marks an unfinished file fit beside it
-_METRICS = ("top1", "top5", "map")  # of a report, for the card
+_LONGEST_NAME = 100  # bytes; leaves space for the format, the suffix and the mark of a temporary file
+_METRICS = ("top1", "top5", "map")  # copied from the reports to the card
 _OUTPUTS = {
-    "single_label": "probabilities that add up to 1",
-    "multi_label": "a probability of each class by itself",
-    "detection": "for each box a score of each action by itself; boxes are x1, y1, x2, y2 in 0..1 of the clip",
+    "single_label": "probabilities that sum to 1",
+    "multi_label": "an independent probability for each class",
+    "detection": "an independent score for each box and action; boxes are x1, y1, x2, y2, relative to the clip in 0..1",
 }
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class ExportableModel:
     """A model to export.
 
     Attributes:
-        path: what was opened: a run folder or a `.keras` file.
-        model: the trainable network, with its classifier, or a detector.
-        class_names: one for each output.
-        run: the settings of the run, where `path` is a run folder that still has them; else None.
+        path: run folder or `.keras` file that the model was loaded from.
+        model: trainable network with its classifier, or a detector.
+        class_names: one name per output.
+        run: settings of the run; None if `path` is not a run folder with settings.
     """
 
     path: Path
@@ -50,10 +50,10 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Name of the exported files: the run folder's, or the `.keras` file's without its suffix.
+        """Name of the exported files: that of the run folder, or of the `.keras` file without its suffix.
 
-        Other characters than letters, digits, `_`, `.` and `-` become `_`. No name begins with `.`, which would hide
-        the file, or with `-`, which commands read as an option. The network's own name where nothing is left.
+        Characters other than letters, digits, `_`, `.` and `-` become `_`. Leading `.` and `-` are removed, because
+        they would hide the file or read as an option of a command. If nothing remains, it is the network's name.
         """
         given = self.path.resolve().name if self.path.is_dir() else self.path.stem
         name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", given)).lstrip(".-")
@@ -61,30 +61,31 @@ class Source:
 
     @property
     def frame_sampling(self) -> FrameSampling:
-        """Which frames of a video a clip takes, as in training; see `x3d_tf.data.sampling.frame_indices`."""
+        """Frame sampling of a clip, as in training; see `x3d_tf.data.sampling.frame_indices`."""
         return self.model.frame_sampling
 
     @property
     def views(self) -> ViewSpec:
-        """How frames become the network's clip: one clip of a video, its centre crop."""
+        """Evaluation view of a video: one clip with a centre crop."""
         model = self.model
         return ViewSpec(temporal_views=1, resize=model.expansion.test_size, crop=model.eval_size, stretch=model.stretch)
 
     @property
     def weights_sha256(self) -> str:
-        """Of the model's file: what tells its artefacts from those of other models."""
+        """SHA-256 of the model file, which identifies the weights that an artefact was exported from."""
         return hashlib.sha256(model_file(self.path).read_bytes()).hexdigest()
 
     def card(self, batch: int | None = None) -> dict[str, Any]:
-        """The model card: what an application must feed, what comes out, what it costs, where it comes from.
+        """Returns the model card: input, output, cost and origin of the model.
+
+        All values can be written as JSON. `input` has the entries of the run folder's `input.json`, and the shape and
+        the normalization of the input tensor.
 
         Args:
-            batch: clips of a call of the artefact; any number unless given.
-
-        Values are those that JSON has. `input` has the entries of a run folder's `input.json`, and the pixels' form.
+            batch: batch size of the artefact. Defaults to a dynamic one, "N".
         """
         model, clip = self.model, self.model.clip
-        count = cost_of(model)
+        cost = cost_of(model)
         return {
             "network": name_of(model.expansion),
             "created_by": f"x3d_tf {x3d_tf.__version__}",
@@ -97,15 +98,15 @@ class Source:
             "output": _OUTPUTS[model.task],
             "classes": list(self.class_names),
             "expansion": dataclasses.asdict(model.expansion),
-            "options": dataclasses.asdict(model.options),  # head_pool among them
-            "gmacs_per_clip": count.macs / 1e9,
-            "params": count.params,
+            "options": dataclasses.asdict(model.options),
+            "gmacs_per_clip": cost.macs / 1e9,
+            "params": cost.params,
             "weights_sha256": self.weights_sha256,
             "training": self._training(),
         }
 
     def _training(self) -> dict[str, Any] | None:
-        """Facts of the run; None of a file, which does not tell."""
+        """Returns the settings and the results of the run; None for a `.keras` file, which does not store them."""
         if self.run is None:
             return None
         run, dataset, recipe = RunFolder(self.path), self.run.dataset, self.run.recipe
@@ -124,24 +125,22 @@ class Source:
         }
 
 
-def open_model(path: str | Path, *, detectors: bool = False) -> Source:
-    """Opens a run folder, or a `.keras` file that this package saved, for export.
-
-    Warns where the classes have no names but numbers.
+def open_model(path: str | Path, *, detectors: bool = False) -> ExportableModel:
+    """Loads a model for export. Warns if its classes have no names.
 
     Args:
-        path: of it.
-        detectors: whether it may be a detector, too.
+        path: run folder, or `.keras` file saved by this package.
+        detectors: whether detectors are accepted.
 
     Raises:
-        UserError: no such file; one that this package did not save; a network without classifier; a detector where that
-            may not be; a damaged run.
+        UserError: the file does not exist or was not saved by this package; the network has no classifier; the network
+            is a detector and `detectors` is false; the run is damaged.
     """
     path = Path(path)
     model = load(path) if detectors else load_classifier(path)
-    require(model.include_top, f"the network of {path}", "have its classifier (include_top)", model.include_top)
+    require(model.include_top, f"the network in {path}", "have a classifier (include_top=True)")
     names = model.class_names
     if names == tuple(str(number) for number in range(len(names))):
         warnings.warn(f"{path} has no class names: {counted(len(names), 'class')} numbered from 0", stacklevel=2)
     run = RunFolder(path)
-    return Source(path, model, names, run.read_config() if run.config.is_file() else None)
+    return ExportableModel(path, model, names, run.read_config() if run.config.is_file() else None)

@@ -1,21 +1,21 @@
-"""Writes ONNX and OpenVINO files, by Keras' own exporters.
+"""Exports ONNX and OpenVINO files with Keras' exporters.
 
   python -m export.onnx --model=runs/mine --output=exported/mine
   python -m export.onnx --model=runs/mine --output=exported/mine --formats=onnx --batch=0
 
-The first writes NAME.onnx, and NAME.xml with NAME.bin, where NAME is the run folder's or the .keras file's: clips,
-uint8 (N, T, S, S, 3), RGB, to probabilities, float32 (N, classes). N is 1, another --batch, or with 0 any, which costs
-OpenVINO much of its speed.
-Class names and the model card go with them: as metadata "labels" and "card" of ONNX, and as runtime information of
-those names under "x3d_tf" of OpenVINO.
+The first command writes NAME.onnx, and NAME.xml with NAME.bin, where NAME is the name of the run folder or .keras file.
+Input: clips, uint8 (N, T, S, S, 3), RGB. Output: probabilities, float32 (N, classes). The batch size N is 1, or the
+value of --batch; --batch=0 makes it dynamic, which is much slower in OpenVINO.
+The files contain the class names and the model card: as the metadata properties "labels" and "card" in ONNX, and as
+runtime information of the same names under "x3d_tf" in OpenVINO.
 
-ONNX requires pip install 'x3d_tf[onnx]', OpenVINO pip install 'x3d_tf[openvino]'. Both files are of the network's
-folded inference form. What Keras' exporters make of other forms does not do: of a normalisation layer the ONNX one
-makes two further inputs, its mean and its variance, which a caller would have to feed. And to OpenVINO's graph every
-swish adds an output, which is taken off here.
+ONNX requires pip install 'x3d_tf[onnx]', OpenVINO requires pip install 'x3d_tf[openvino]'. Both formats are exported
+from the inference network with folded batch norms. Keras' ONNX exporter does not support the other networks: it turns
+the mean and the variance of a normalization layer into model inputs. Keras' OpenVINO exporter adds an output for every
+swish; these outputs are removed here.
 
-On CPUs that have bfloat16 OpenVINO computes in it unless it is told otherwise: faster, and with probabilities that are
-off in the third digit. compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) tells it.
+On CPUs with bfloat16, OpenVINO computes in bfloat16 by default, which is faster but changes the third digit of the
+probabilities. For float32 use compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).
 """
 
 import importlib.util
@@ -37,25 +37,25 @@ from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
 
 if TYPE_CHECKING:
-    from .models import Source
+    from .models import ExportableModel
 
 FLAGS = flags.FLAGS
 
-SUFFIXES = {"onnx": (".onnx",), "openvino": (".bin", ".xml")}  # .xml, by which OpenVINO's are found, comes last
-PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino", "scipy")}  # that Keras' exporters import
+SUFFIXES = {"onnx": (".onnx",), "openvino": (".bin", ".xml")}  # the last one identifies the artefact
+PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino", "scipy")}  # imported by Keras' exporters
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("model", None, "A run folder, or a .keras file that this package saved.", required=True)
+    flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
-    flags.DEFINE_list("formats", ["onnx", "openvino"], "What to write: onnx, openvino.")
-    flags.DEFINE_integer("batch", 1, "Clips of a call; 0 is any number.", lower_bound=0)
-    flags.DEFINE_bool("force", False, "Replace files that are there already.")
+    flags.DEFINE_list("formats", ["onnx", "openvino"], "Comma-separated formats to write: onnx, openvino.")
+    flags.DEFINE_integer("batch", 1, "Batch size; 0 makes it dynamic.", lower_bound=0)
+    flags.DEFINE_bool("force", False, "Replace existing files. Defaults to false.")
 
 
 def main() -> None:
-    """Exports what the flags say."""
+    """Runs the command."""
     require_formats(FLAGS.formats)
     require_classifier(FLAGS.model)
     with starting_tensorflow():
@@ -68,86 +68,87 @@ def main() -> None:
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     print(
-        "To hold them against the model, on real videos:\n"
+        "To verify them against the model on real videos:\n"
         f"  python -m {__spec__.parent}.verify --model={FLAGS.model} --artefacts={FLAGS.output} --clips=FOLDER"
     )
 
 
 def require_formats(formats: list[str]) -> None:
-    """Raises UserError for an unknown format, or one whose packages are not installed."""
+    """Raises UserError if a format is unknown or its packages are not installed."""
     known = ", ".join(SUFFIXES)
-    require(bool(formats) and set(formats) <= set(SUFFIXES), "--formats", f"be of {known}", ",".join(formats))
-    for form in formats:
-        missing = [name for name in PACKAGES[form] if importlib.util.find_spec(name) is None]
+    require(bool(formats) and set(formats) <= set(SUFFIXES), "--formats", f"be a list of {known}", ",".join(formats))
+    for format_name in formats:
+        missing = [name for name in PACKAGES[format_name] if importlib.util.find_spec(name) is None]
         if missing:
-            raise UserError(f"--formats={form} needs {', '.join(missing)}, not installed: pip install 'x3d_tf[{form}]'")
+            install = f"pip install 'x3d_tf[{format_name}]'"
+            raise UserError(f"--formats={format_name} requires {', '.join(missing)}, not installed; {install}")
 
 
 def export_formats(
-    source: "Source", folder: Path, formats: list[str], *, batch: int | None = 1, force: bool = False
+    source: "ExportableModel", folder: Path, formats: list[str], *, batch: int | None = 1, force: bool = False
 ) -> list[Path]:
-    """Writes a model in other formats, each whole or not at all.
+    """Writes a model as ONNX and OpenVINO files, atomically.
 
     Args:
-        source: from `open_model`.
-        folder: made where it is missing.
-        formats: of "onnx" and "openvino".
-        batch: clips of a call; None is any number.
-        force: whether files that are there may be replaced.
+        source: the model, from `open_model`.
+        folder: output folder, created if missing.
+        formats: list of "onnx" and "openvino".
+        batch: batch size; None is dynamic.
+        force: whether to replace existing files.
 
     Returns:
-        The files.
+        The written files.
 
     Raises:
-        UserError: an unknown format, or one whose packages are not installed; a file that may not be replaced.
+        UserError: a format is unknown, or its packages are not installed; a file exists and `force` is false.
         WriteError: a file cannot be written.
     """
     require_formats(formats)
-    wanted = [folder / f"{source.name}{suffix}" for form in formats for suffix in SUFFIXES[form]]
-    taken = [str(path) for path in wanted if path.exists()]
-    if taken and not force:
-        raise UserError(f"there already: {', '.join(taken)}; give another --output, or replace with --force")
+    outputs = [folder / f"{source.name}{suffix}" for format_name in formats for suffix in SUFFIXES[format_name]]
+    existing = [str(path) for path in outputs if path.exists()]
+    if existing and not force:
+        raise UserError(f"already exists: {', '.join(existing)}; choose another --output, or replace with --force")
     import keras
 
     from x3d_tf.modeling.folded import deployed
 
-    app = deployed(source.model, batch=batch)
-    spec = keras.InputSpec(shape=app.input_shape, dtype="uint8", name="clips")
-    for form in formats:
-        with _scratch(folder / source.name) as scratch, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what Keras' exporters do inside
-            path = scratch / f"{source.name}{SUFFIXES[form][-1]}"
+    network = deployed(source.model, batch=batch)
+    spec = keras.InputSpec(shape=network.input_shape, dtype="uint8", name="clips")
+    for format_name in formats:
+        with _scratch_folder(folder / source.name) as scratch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations within Keras' exporters
+            path = scratch / f"{source.name}{SUFFIXES[format_name][-1]}"
             tell(f"converting to {folder / path.name}")
             try:
-                app.export(str(path), verbose=False, format=form, input_signature=[spec])
-                _FINISHERS[form](path, source, batch)
-            except ImportError as error:  # of a package that is there and cannot be imported, or that is new to Keras
-                told = " ".join(str(error).split())
-                raise UserError(f"--formats={form} fails: {told}; pip install 'x3d_tf[{form}]'") from error
-            for suffix in SUFFIXES[form]:
+                network.export(str(path), verbose=False, format=format_name, input_signature=[spec])
+                _FINISHERS[format_name](path, source, batch)
+            except ImportError as error:  # an installed package is broken, or Keras requires another one
+                reason, install = " ".join(str(error).split()), f"pip install 'x3d_tf[{format_name}]'"
+                raise UserError(f"--formats={format_name} failed: {reason}; {install}") from error
+            for suffix in SUFFIXES[format_name]:
                 path.with_suffix(suffix).replace(folder / f"{source.name}{suffix}")
-    return wanted
+    return outputs
 
 
 @contextmanager
-def _scratch(place: Path) -> Iterator[Path]:
-    """A hidden folder beside what is to be written."""
-    partial = temporary_path(place)
-    new = [folder for folder in place.parents if not folder.exists()]  # innermost first
-    with os_errors_as_write_error(place):
+def _scratch_folder(output: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside the output, which is deleted at the end."""
+    partial = temporary_path(output)
+    new = [folder for folder in output.parents if not folder.exists()]  # innermost first
+    with os_errors_as_write_error(output):
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
             partial.mkdir(parents=True)
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):  # not empty: what was to be written is there
+            with suppress(OSError):  # not empty: the export succeeded
                 for folder in new:
                     folder.rmdir()
 
 
-def _finish_onnx(path: Path, source: "Source", batch: int | None) -> None:
-    """Gives the output and the open batch their names, and puts labels and card in."""
+def _finish_onnx(path: Path, source: "ExportableModel", batch: int | None) -> None:
+    """Names the output and the dynamic batch dimension, and adds the labels and the model card."""
     import onnx
 
     model = onnx.load(path)
@@ -159,28 +160,28 @@ def _finish_onnx(path: Path, source: "Source", batch: int | None) -> None:
         clips = tensor.type.tensor_type.shape.dim[0]
         if not clips.HasField("dim_value"):
             clips.dim_param = "N"
-    onnx.helper.set_model_props(model, _facts(source, batch))
+    onnx.helper.set_model_props(model, _metadata(source, batch))
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
 
-def _finish_openvino(path: Path, source: "Source", batch: int | None) -> None:
-    """Takes further outputs off, names the one that is left, and puts labels and card in."""
+def _finish_openvino(path: Path, source: "ExportableModel", batch: int | None) -> None:
+    """Removes the extra outputs, names the remaining one, and adds the labels and the model card."""
     import openvino
 
     model = openvino.Core().read_model(path)
     probabilities = model.outputs[0]
     probabilities.tensor.set_names({"probabilities"})
     model = openvino.Model([probabilities], model.get_parameters(), source.name)
-    for name, text in _facts(source, batch).items():
+    for name, text in _metadata(source, batch).items():
         model.set_rt_info(text, ["x3d_tf", name])
-    finished = path.with_name("finished.xml")  # what was read is still mapped
+    finished = path.with_name("finished.xml")  # the original file is still memory-mapped
     openvino.serialize(model, str(finished))
     for suffix in SUFFIXES["openvino"]:
         finished.with_suffix(suffix).replace(path.with_suffix(suffix))
 
 
-def _facts(source: "Source", batch: int | None) -> dict[str, str]:
+def _metadata(source: "ExportableModel", batch: int | None) -> dict[str, str]:
     return {"labels": "\n".join(source.class_names), "card": json.dumps(source.card(batch), ensure_ascii=False)}
 
 

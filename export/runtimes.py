@@ -1,7 +1,6 @@
-"""Artefacts and what runs them: each form of a model as a function from clips to probabilities.
+"""Runtimes of exported artefacts: every format becomes a function from clips to probabilities.
 
-A form's runtime is imported when the first artefact of it is opened, so that one that is not installed is an
-ImportError there and nowhere else.
+A runtime is imported when its first artefact is opened, so that a missing runtime raises an ImportError only then.
 """
 
 import zipfile
@@ -16,38 +15,38 @@ from numpy.typing import NDArray
 
 from x3d_tf.errors import UserError, require
 
-CARD = "model_card.json"  # in a SavedModel's folder and in a .tflite file
-SIGNATURE, OUTPUT = "serving_default", "probabilities"  # of a SavedModel
+CARD = "model_card.json"  # in the folder of a SavedModel and within a .tflite file
+SIGNATURE, OUTPUT = "serving_default", "probabilities"  # names in a SavedModel
 
 
 class Runner(Protocol):
     """An opened artefact.
 
     Attributes:
-        form: what it is, such as "TFLite int8"; the name of its bounds.
-        clip: frames, height, width and channels of its clips; None where any number will do.
-        batch: clips of a call; None where any number will do.
-        operators: how often each operator is in its graph; empty where the runtime does not tell.
-        card: the model card that the exporter put into it, JSON; empty where there is none.
+        format: format of the artefact, such as "TFLite int8"; a key of `verify.BOUNDS`.
+        clip: frames, height, width and channels of the input; None for dynamic sizes.
+        batch: batch size; None if it is dynamic.
+        operators: number of occurrences of each operator in the graph; empty if the runtime does not report it.
+        card: model card of the exporter, JSON; empty if the artefact has none.
     """
 
-    form: str
+    format: str
     clip: tuple[int | None, ...]
     batch: int | None
     operators: Mapping[str, int]
     card: str
 
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities (N, classes) of clips (N, T, H, W, 3)."""
+        """Returns the probabilities (N, classes) of clips (N, T, H, W, 3)."""
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """Where a form of a model lies.
+    """An exported model on disk.
 
     Attributes:
-        path: the file, or the folder of a SavedModel.
-        runtime: a key of `RUNTIMES`.
+        path: file, or folder of a SavedModel.
+        runtime: key of `RUNTIMES`.
     """
 
     path: Path
@@ -55,7 +54,7 @@ class Artefact:
 
     @property
     def bytes(self) -> int:
-        """Its size: of a folder that of all files in it, of OpenVINO's .xml together with its .bin."""
+        """Size of the file, of all files in a folder, or of an OpenVINO .xml file with its .bin file."""
         if self.path.is_dir():
             return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
         files = [self.path, self.path.with_suffix(".bin")] if self.runtime == "openvino" else [self.path]
@@ -63,23 +62,23 @@ class Artefact:
 
 
 def find_artefacts(folder: Path) -> list[Artefact]:
-    """All artefacts in a folder and below, or the one that is named, sorted by path.
+    """Returns the artefacts in a folder and its subfolders, sorted by path; or the artefact itself, given a file.
 
-    Hidden files and folders are left out: what is being written is hidden.
+    Hidden files and folders are ignored, because unfinished exports are hidden.
 
     Raises:
-        UserError: there is none.
+        UserError: no artefact was found.
     """
     if folder.is_file():
         paths: Iterable[Path] = [folder]
     else:
-        hidden = (path for path in folder.rglob("*") if not path.relative_to(folder).as_posix().startswith("."))
-        paths = sorted(path for path in hidden if "/." not in path.relative_to(folder).as_posix())
+        entries = (path for path in folder.rglob("*") if not path.relative_to(folder).as_posix().startswith("."))
+        paths = sorted(path for path in entries if "/." not in path.relative_to(folder).as_posix())
     found = [artefact for path in paths if (artefact := _artefact(path))]
     if not found:
         raise UserError(
-            f"--artefacts={folder} holds no artefact: no saved_model.pb, *.tflite, *.onnx or OpenVINO *.xml, "
-            "nor does any folder below"
+            f"--artefacts={folder} and its subfolders contain no artefact: "
+            "no saved_model.pb, *.tflite, *.onnx or OpenVINO *.xml file"
         )
     return found
 
@@ -87,7 +86,7 @@ def find_artefacts(folder: Path) -> list[Artefact]:
 def _artefact(path: Path) -> Artefact | None:
     if path.name == "saved_model.pb":
         return Artefact(path.parent, "tensorflow")
-    if path.suffix == ".xml" and not _is_openvino(path):  # some other XML
+    if path.suffix == ".xml" and not _is_openvino(path):  # XML of another program
         return None
     runtime = {".tflite": "litert", ".onnx": "onnxruntime", ".xml": "openvino"}.get(path.suffix)
     return Artefact(path, runtime) if runtime else None
@@ -99,19 +98,19 @@ def _is_openvino(path: Path) -> bool:
 
 
 def open_artefact(artefact: Artefact, threads: int) -> Runner:
-    """Opens an artefact, to be run on so many threads of the CPU.
+    """Opens an artefact for inference on the given number of CPU threads.
 
-    TensorFlow counts threads by process: those of the first artefact hold for all.
+    TensorFlow's thread count is per process, so that the first artefact of a process determines it.
 
     Raises:
-        ImportError: its runtime is not installed.
-        Exception: whatever the runtime makes of a file that it cannot read.
+        ImportError: the runtime is not installed.
+        Exception: the runtime cannot read the file.
     """
     return RUNTIMES[artefact.runtime](artefact.path, threads)
 
 
 class _TensorFlow:
-    """A SavedModel, asked by its default signature; or a model file of ours, as an application runs it."""
+    """Runs the default signature of a SavedModel, or a `.keras` file of this package as applications run it."""
 
     def __init__(self, path: Path, threads: int) -> None:
         import tensorflow as tf
@@ -119,17 +118,16 @@ class _TensorFlow:
         _limit_threads(threads)
         card = path / CARD
         self.card = card.read_text(encoding="utf-8") if card.is_file() else ""
-        self._tensor_of = tf.constant
+        self._to_tensor = tf.constant
         if (path / "saved_model.pb").is_file():
-            self.form = "SavedModel"
-            self._module = tf.saved_model.load(str(path))  # what a signature's variables live by
-            require(SIGNATURE in self._module.signatures, str(path), f"have the signature {SIGNATURE}", "none")
+            self.format = "SavedModel"
+            self._module = tf.saved_model.load(str(path))  # keeps the variables of the signature alive
+            require(SIGNATURE in self._module.signatures, str(path), f"have a signature named {SIGNATURE}")
             self._function = concrete = self._module.signatures[SIGNATURE]
-            require(
-                OUTPUT in concrete.structured_outputs, str(path), f"put out {OUTPUT}", [*concrete.structured_outputs]
-            )
+            outputs = concrete.structured_outputs
+            require(OUTPUT in outputs, str(path), f"have an output named {OUTPUT}", [*outputs])
         else:
-            self.form = "Keras"
+            self.format = "Keras"
             self._function = _keras_function(path)
             concrete = self._function.get_concrete_function()
         inputs, named = concrete.structured_input_signature
@@ -139,7 +137,7 @@ class _TensorFlow:
         self.operators = _graph_operators(concrete.graph.as_graph_def())
 
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._function(**{self._input: self._tensor_of(clips.astype(self._dtype))})[OUTPUT].numpy()
+        return self._function(**{self._input: self._to_tensor(clips.astype(self._dtype))})[OUTPUT].numpy()
 
 
 def _limit_threads(threads: int) -> None:
@@ -157,9 +155,9 @@ def _keras_function(path: Path) -> Any:
     import x3d_tf
 
     model = x3d_tf.load(path)
-    app = x3d_tf.portable(model, model.class_names)
-    spec = tf.TensorSpec((None, *app.input_shape[1:]), tf.uint8, name="clips")
-    return tf.function(lambda clips: {OUTPUT: app(clips, training=False)}, input_signature=[spec])
+    portable = x3d_tf.portable(model, model.class_names)
+    spec = tf.TensorSpec((None, *portable.input_shape[1:]), tf.uint8, name="clips")
+    return tf.function(lambda clips: {OUTPUT: portable(clips, training=False)}, input_signature=[spec])
 
 
 def _graph_operators(graph: Any) -> Counter[str]:
@@ -170,15 +168,15 @@ def _graph_operators(graph: Any) -> Counter[str]:
 
 
 class _LiteRT:
-    """A .tflite file, in LiteRT's interpreter with XNNPACK, its default on CPUs."""
+    """Runs a .tflite file in LiteRT's interpreter with XNNPACK, its default on CPUs."""
 
     def __init__(self, path: Path, threads: int) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-        self.card = _packed_card(path)
+        self.card = _card_in_zip(path)
         plain = Interpreter(str(path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
         self.operators = Counter(entry["op_name"] for entry in plain._get_ops_details())
-        self.form = f"TFLite {_precision(plain)}"
+        self.format = f"TFLite {_precision(plain)}"
         self._interpreter = Interpreter(str(path), num_threads=threads)
         self._interpreter.allocate_tensors()
         (self._input,) = self._interpreter.get_input_details()
@@ -191,22 +189,22 @@ class _LiteRT:
             self._interpreter.resize_tensor_input(self._input["index"], clips.shape)
             self._interpreter.allocate_tensors()
             (self._input,) = self._interpreter.get_input_details()
-        self._interpreter.set_tensor(self._input["index"], _quantised(clips, self._input))
+        self._interpreter.set_tensor(self._input["index"], _quantize(clips, self._input))
         self._interpreter.invoke()
-        found = self._interpreter.get_tensor(self._output["index"])
+        output = self._interpreter.get_tensor(self._output["index"])
         scale, zero = self._output["quantization"]
-        return (found.astype(np.float32) - zero) * np.float32(scale) if scale else found
+        return (output.astype(np.float32) - zero) * np.float32(scale) if scale else output
 
 
-def _packed_card(path: Path) -> str:
+def _card_in_zip(path: Path) -> str:
     if not zipfile.is_zipfile(path):
         return ""
     with zipfile.ZipFile(path) as archive:
         return archive.read(CARD).decode() if CARD in archive.namelist() else ""
 
 
-def _quantised(clips: NDArray[np.uint8], details: Mapping[str, Any]) -> NDArray[Any]:
-    """Pixels as an input tensor holds them."""
+def _quantize(clips: NDArray[np.uint8], details: Mapping[str, Any]) -> NDArray[Any]:
+    """Converts pixels to the type and the quantization of an input tensor."""
     dtype, (scale, zero) = np.dtype(details["dtype"]), details["quantization"]
     if not scale:
         return clips.astype(dtype)
@@ -215,14 +213,14 @@ def _quantised(clips: NDArray[np.uint8], details: Mapping[str, Any]) -> NDArray[
 
 
 def _precision(interpreter: Any) -> str:
-    """What the convolutions of a TFLite file compute with, told from the types of their tensors."""
+    """Infers the format of a TFLite file from the tensor types of its convolutions."""
     dtypes = {entry["index"]: np.dtype(entry["dtype"]).name for entry in interpreter.get_tensor_details()}
     pairs = {
         tuple(dtypes.get(index, "") for index in entry["inputs"][:2])
         for entry in interpreter._get_ops_details()
         if entry["op_name"] in ("CONV_2D", "CONV_3D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
     }
-    inputs, weights = ({pair[place] for pair in pairs} for place in (0, 1))
+    inputs, weights = ({pair[index] for pair in pairs} for index in (0, 1))
     if "int16" in inputs:
         return "int16x8"
     if "int8" in inputs:
@@ -233,9 +231,9 @@ def _precision(interpreter: Any) -> str:
 
 
 class _OnnxRuntime:
-    """An .onnx file, in ONNX Runtime on the CPU."""
+    """Runs an .onnx file in ONNX Runtime on the CPU."""
 
-    form = "ONNX"
+    format = "ONNX"
 
     def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime
@@ -257,31 +255,31 @@ class _OnnxRuntime:
 def _onnx_operators(path: Path) -> Counter[str]:
     try:
         import onnx
-    except ImportError:  # the runtime does without it
+    except ImportError:  # the runtime does not require it
         return Counter()
     return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
 
 
 class _OpenVINO:
-    """An .xml file with its .bin, in OpenVINO on the CPU, in float32.
+    """Runs an .xml file and its .bin file in OpenVINO on the CPU, in float32.
 
-    By itself OpenVINO computes in bfloat16 on CPUs that have it: faster, and with other probabilities.
+    By default OpenVINO computes in bfloat16 on CPUs that support it, which changes the probabilities.
     """
 
-    form = "OpenVINO"
+    format = "OpenVINO"
 
     def __init__(self, path: Path, threads: int) -> None:
         import openvino
 
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         weights = path.with_suffix(".bin")
-        require(weights.is_file(), str(path), f"have its weights beside it, in {weights.name}", "no such file")
+        require(weights.is_file(), str(path), f"have its weights file {weights.name} in the same folder")
         core = openvino.Core()
-        read = core.read_model(path)
-        known = read.has_rt_info(["x3d_tf", "card"])
-        self.card = str(read.get_rt_info(["x3d_tf", "card"]).astype(str)) if known else ""
-        self.operators = Counter(node.get_type_name() for node in read.get_ordered_ops())
-        self._model = core.compile_model(read, "CPU", settings)
+        model = core.read_model(path)
+        has_card = model.has_rt_info(["x3d_tf", "card"])
+        self.card = str(model.get_rt_info(["x3d_tf", "card"]).astype(str)) if has_card else ""
+        self.operators = Counter(node.get_type_name() for node in model.get_ordered_ops())
+        self._model = core.compile_model(model, "CPU", settings)
         shape = self._model.input(0).get_partial_shape()
         batch, *clip = (None if size.is_dynamic else size.get_length() for size in shape)
         self.batch, self.clip = batch, tuple(clip)
@@ -297,16 +295,20 @@ RUNTIMES: dict[str, Any] = {
     "onnxruntime": _OnnxRuntime,
     "openvino": _OpenVINO,
 }
-EXTRAS = {"litert": "tflite", "onnxruntime": "onnx", "openvino": "openvino"}  # of this package, that install a runtime
+EXTRAS = {
+    "litert": "tflite",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+}  # extras of this package that install a runtime
 
 
 def probabilities(runner: Runner, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Probabilities of any number of clips, in as many calls as an artefact needs; the last one is filled up."""
+    """Returns the probabilities of any number of clips; pads the last batch if the batch size is fixed."""
     size = runner.batch or 8
-    found = []
+    outputs = []
     for first in range(0, len(clips), size):
         part = clips[first : first + size]
         missing = (runner.batch or len(part)) - len(part)
-        filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-        found.append(np.asarray(runner(filled))[: len(part)])
-    return np.concatenate(found)
+        padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+        outputs.append(np.asarray(runner(padded))[: len(part)])
+    return np.concatenate(outputs)

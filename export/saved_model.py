@@ -1,15 +1,15 @@
-"""Writes a SavedModel for TF Serving, or for whatever else loads one: C, C++, Java, Go, or Python without this package.
+"""Exports a SavedModel for TF Serving, C, C++, Java, Go, or Python without this package.
 
   python -m export.saved_model --model=runs/mine --output=serving/mine
 
-writes version 1 of a model called "mine" to serving/mine/1, and the next time version 2. A server that watches
-serving/mine takes the new version over by itself. The model can then be asked with uint8 clips (serving_default),
-float32 clips (float_clips) and the JPEG or PNG files of frames (encoded_frames), any number of clips at a time. A
-detector is asked with uint8 clips and boxes (detect, and serving_default, which is the same).
+The first call writes version 1 of the model "mine" to serving/mine/1, the next call writes version 2. A server that
+watches serving/mine loads new versions automatically. The model accepts uint8 clips (signature serving_default),
+float32 clips (float_clips), or the frames of clips as JPEG or PNG files (encoded_frames), with any batch size. A
+detector accepts uint8 clips and boxes (detect and serving_default, which are identical).
 
-The folder of a version holds, beside TensorFlow's files, model_card.json (what to feed, what comes out, what it costs,
-how it was trained), assets/labels.txt (class names) and assets.extra/tf_serving_warmup_requests, which a server answers
-before it takes the version into service.
+In addition to TensorFlow's files, the folder of a version contains model_card.json (input, output, cost and training of
+the model), assets/labels.txt (class names) and assets.extra/tf_serving_warmup_requests, which TF Serving runs before it
+puts the version into service.
 """
 
 import json
@@ -31,35 +31,39 @@ from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
 
 if TYPE_CHECKING:
-    from .models import Source
+    from .models import ExportableModel
     from .signatures import Device
 
 FLAGS = flags.FLAGS
 
 LABELS, CARD, WARMUP = "labels.txt", "model_card.json", "tf_serving_warmup_requests"
-_GREY = 114  # of warm-up clips: the mean that the network takes off
+_GREY = 114  # pixel value of warm-up clips: the mean that the network subtracts
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("model", None, "A run folder, or a .keras file that this package saved.", required=True)
-    flags.DEFINE_string("output", None, "The served model's folder, whose name is its name.", required=True)
-    flags.DEFINE_integer("version", None, "Its version; one more than the highest unless given.", lower_bound=1)
-    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "What it is made fast on. It runs on both.")
-    flags.DEFINE_bool("force", False, "Replace the version, which --version must name, where it exists.")
+    flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
+    flags.DEFINE_string(
+        "output", None, "Folder of the served model. Clients address the model by the folder's name.", required=True
+    )
+    flags.DEFINE_integer(
+        "version", None, "Version to write. Defaults to the highest existing version plus 1.", lower_bound=1
+    )
+    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Device to optimize for; the SavedModel runs on both.")
+    flags.DEFINE_bool("force", False, "Replace an existing version; requires --version. Defaults to false.")
 
 
 def main() -> None:
-    """Exports what the flags say."""
+    """Runs the command."""
     output = Path(FLAGS.output)
-    place(output, FLAGS.version, force=FLAGS.force)  # before TensorFlow is loaded, which takes seconds
+    version_folder(output, FLAGS.version, force=FLAGS.force)  # fails early: loading TensorFlow takes seconds
     describe(FLAGS.model)
     with starting_tensorflow():
         from .models import open_model
 
     tell(f"loading {FLAGS.model}")
     source = open_model(FLAGS.model, detectors=True)
-    tell(f"compiling the network and writing a version into {output}")
+    tell(f"exporting the network to {output}")
     folder = export_saved_model(source, output, FLAGS.version, force=FLAGS.force, device=FLAGS.device)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
@@ -72,26 +76,31 @@ def main() -> None:
 
 
 def export_saved_model(
-    source: "Source", output: Path, version: int | None = None, *, force: bool = False, device: "Device" = "cpu"
+    source: "ExportableModel",
+    output: Path,
+    version: int | None = None,
+    *,
+    force: bool = False,
+    device: "Device" = "cpu",
 ) -> Path:
-    """Writes a version of a served model, whole or not at all.
+    """Writes a version of a served model, atomically.
 
     Args:
-        source: from `open_model`.
-        output: folder of the served model, made where it is missing; its name is what clients ask for.
-        version: one more than the highest that is there unless given.
-        force: whether the version may be replaced.
-        device: what it is made fast on: "cpu" computes the clips of a request side by side, "gpu" as one batch.
+        source: the model, from `open_model`.
+        output: folder of the served model, created if missing; clients address the model by its name.
+        version: version number. Defaults to the highest existing version plus 1.
+        force: whether to replace an existing version.
+        device: device to optimize for: "cpu" processes the clips of a request in parallel, "gpu" as one batch.
 
     Returns:
-        The version's folder, `output/version`.
+        The folder of the version, `output/version`.
 
     Raises:
-        UserError: see `place`.
-        WriteError: it cannot be written; nothing is left behind.
+        UserError: see `version_folder`.
+        WriteError: the version cannot be written; nothing is left behind.
     """
-    folder = place(output, version, force=force)
-    with _appearing(folder) as partial, tempfile.TemporaryDirectory() as scratch:
+    folder = version_folder(output, version, force=force)
+    with _atomic_folder(folder) as partial, tempfile.TemporaryDirectory() as scratch:
         labels = Path(scratch) / LABELS
         labels.write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
         card = _save(source, labels, partial, device)
@@ -101,34 +110,35 @@ def export_saved_model(
     return folder
 
 
-def place(output: Path, version: int | None, *, force: bool = False) -> Path:
-    """Where a version goes.
+def version_folder(output: Path, version: int | None, *, force: bool = False) -> Path:
+    """Returns the folder to write a version to.
 
     Raises:
-        UserError: a version that is there and may not be replaced; `force` without a version; an `output` that is a
-            file, or named by a number as versions are.
+        UserError: the version exists and `force` is false; `force` is set without a version; `output` is a file, or its
+            name is a number or has other characters than letters, digits, `_`, `.` and `-`.
     """
     name = output.resolve().name
     ok = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None and not name.isdigit()
-    require(ok, "--output", "end in the model's name, letters, digits, _, . and -; versions get folders in it", name)
+    rule = "end in the model's name, which has letters, digits, _, . and - and is not a number as versions are"
+    require(ok, "--output", rule, name)
     require(not output.is_file(), "--output", "be a folder", str(output))
-    require(version is not None or not force, "--force", "come with --version, which it replaces", "it alone")
+    require(version is not None or not force, "--force", "be used together with --version, the version to replace")
     if version is None:
         names = [path.name for path in output.iterdir()] if output.is_dir() else []
         version = max((int(name) for name in names if name.isdecimal()), default=0) + 1
     folder = output / str(version)
     if folder.exists() and not force:
-        raise UserError(f"{folder} exists; leave --version out for the next one, or replace it with --force")
+        raise UserError(f"{folder} exists; omit --version to write the next one, or replace it with --force")
     return folder
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder that gets its name when the block has ended well. Servers pass over hidden ones."""
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a hidden folder, which servers ignore; it is renamed to `folder` on success and deleted on failure."""
     partial, replaced = temporary_path(folder), folder.with_name(f".{folder.name}.replaced")
     with os_errors_as_write_error(folder):
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
             shutil.rmtree(replaced, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
@@ -142,15 +152,15 @@ def _appearing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _save(source: "Source", labels: Path, folder: Path, device: "Device") -> dict[str, Any]:
-    """Writes TensorFlow's part; returns the model card."""
+def _save(source: "ExportableModel", labels: Path, folder: Path, device: "Device") -> dict[str, Any]:
+    """Writes TensorFlow's files and returns the model card."""
     import tensorflow as tf
 
-    from .signatures import DetectorSignatures, Signatures
+    from .signatures import ClassifierSignatures, DetectorSignatures
 
-    of = DetectorSignatures if source.model.task == "detection" else Signatures
-    module = of(source, labels, device)
-    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # nobody trains it further
+    signatures = DetectorSignatures if source.model.task == "detection" else ClassifierSignatures
+    module = signatures(source, labels, device)
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # for inference only
     tf.saved_model.save(module, str(folder), signatures=module.by_name(), options=options)
     inputs = {
         name: {
@@ -161,16 +171,16 @@ def _save(source: "Source", labels: Path, folder: Path, device: "Device") -> dic
     return {**source.card(), "artefact": "SavedModel", "tensorflow": tf.__version__, "signatures": inputs}
 
 
-def _write_warmup(path: Path, source: "Source", model: str) -> None:
-    """Writes a request of one clip for each signature, all grey, as a TFRecord of PredictionLog messages."""
+def _write_warmup(path: Path, source: "ExportableModel", model: str) -> None:
+    """Writes one request per signature, each with one grey clip, as a TFRecord file of PredictionLog messages."""
     import tensorflow as tf
 
     clip = source.model.clip
     shape = (1, clip.frames, source.model.eval_size, source.model.eval_size, 3)
-    grey = tf.make_tensor_proto(_GREY, tf.uint8, shape)  # one value that stands for all
+    grey = tf.make_tensor_proto(_GREY, tf.uint8, shape)  # TensorProto repeats the last value
     if source.model.task == "detection":
-        asked = {"clips": grey, "boxes": tf.make_tensor_proto([[[0.0, 0.0, 1.0, 1.0]]], tf.float32)}
-        requests = {"serving_default": asked, "detect": asked}
+        inputs = {"clips": grey, "boxes": tf.make_tensor_proto([[[0.0, 0.0, 1.0, 1.0]]], tf.float32)}
+        requests = {"serving_default": inputs, "detect": inputs}
     else:
         frame = _grey_frame(source.views.resize)
         requests = {
@@ -185,7 +195,7 @@ def _write_warmup(path: Path, source: "Source", model: str) -> None:
 
 
 def _grey_frame(side: int) -> bytes:
-    """A JPEG file."""
+    """Returns the bytes of a grey JPEG file."""
     import numpy as np
 
     from x3d_tf.data.video.decode import encode_jpeg
@@ -194,28 +204,31 @@ def _grey_frame(side: int) -> bytes:
 
 
 def prediction_log(model: str, signature: str, inputs: Mapping[str, bytes]) -> bytes:
-    """A `tensorflow.serving.PredictionLog` of one request, spelt out: its classes are in a package of their own.
+    """Returns a serialized `tensorflow.serving.PredictionLog` message with one request.
+
+    The message is encoded by hand, because its Python classes require the package tensorflow-serving-api.
 
     Args:
-        model, signature: what is asked.
-        inputs: by their names, as serialised `tensorflow.TensorProto`s.
+        model: name of the model.
+        signature: name of the signature.
+        inputs: serialized `tensorflow.TensorProto` messages by input name.
     """
     spec = _message((1, model.encode()), (3, signature.encode()))  # ModelSpec: name, signature_name
-    entries = [_message((1, name.encode()), (2, tensor)) for name, tensor in inputs.items()]  # of a map: key, value
+    entries = [_message((1, name.encode()), (2, tensor)) for name, tensor in inputs.items()]  # map entries: key, value
     request = _message((1, spec), *((2, entry) for entry in entries))  # PredictRequest: model_spec, inputs
     return _message((6, _message((1, request))))  # PredictionLog: predict_log; PredictLog: request
 
 
 def _message(*fields: tuple[int, bytes]) -> bytes:
-    """A protocol buffer message: numbers of its fields, with what they hold."""
-    written = b""
+    """Returns a protocol buffer message, from field numbers and length-delimited contents."""
+    message = b""
     for number, content in fields:
         length, remaining = b"", len(content)
         while remaining >= 0x80:
             length += bytes([remaining & 0x7F | 0x80])
             remaining >>= 7
-        written += bytes([number << 3 | 2]) + length + bytes([remaining]) + content
-    return written
+        message += bytes([number << 3 | 2]) + length + bytes([remaining]) + content
+    return message
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
-"""Runs a model and all its artefacts on the same real clips: do they compute the same, and how fast?
+"""Verifies exported artefacts against the trained model on real clips, and measures their latency.
 
   python -m export.verify --model=runs/mine --artefacts=exported --clips=videos/
   python -m export.verify --model=runs/mine --artefacts=exported --clips=data/mine --split=test --json=verified.json
 
-Every SavedModel, .tflite, .onnx and OpenVINO .xml file in the folder and below becomes a row of the table; the model
-itself, in Keras, is the first. Clips are those that the network is tested on: the middle of each video, of records or
-of files that FFmpeg reads. The row says
+Prints a table with one row per artefact: every SavedModel, .tflite, .onnx and OpenVINO .xml file in the folder and its
+subfolders. The first row is the model itself, run in Keras. Each video gives one clip, the middle one, preprocessed as
+in evaluation. Videos are read from records, or from any files that FFmpeg can decode. Each row reports
 
-- by how much probabilities differ from those of the trained network, at most and in the mean, and in what part of the
-  clips the most probable class is the same;
-- how large the artefact is, and the median time of one call with a single clip, on 1 and on 2 threads of the CPU. All
-  rows take turns, so that what else the machine does slows all of them alike. An artefact of a fixed batch is given so
-  many clips, and its time divided by them;
-- OK or what is wrong. The operators of each graph are listed below the table.
+- the maximum and the mean difference of the probabilities from those of the trained network, and the fraction of clips
+  with the same top-1 class;
+- the size of the artefact, and the median latency of one clip on 1 and on 2 CPU threads. All artefacts are timed in
+  turns, so that other load on the machine slows all of them equally. An artefact with a fixed batch size is called with
+  a full batch, and the time is divided by the batch size;
+- OK, or the reason for the failure. The operators of each graph are listed below the table.
 
-The exit status is 1 where a row broke its bounds or could not be run. Bounds of the largest difference, and of the part
-of clips with the same class:
+The exit status is 1 if an artefact exceeds its bounds or fails to run. Upper bound on the difference, and lower
+bound on the fraction of clips with the same top-1 class:
   Keras, SavedModel             0.00001  99 %
   ONNX, OpenVINO                0.0001   99 %
   TFLite float32                0.0001   99 %
   TFLite float16                0.02     98 %
   TFLite dynamic, int8, int16x8    -     95 %
-OpenVINO is run in float32, which on CPUs with bfloat16 it does not do unless told to.
-Weights or outputs of 8 bits are coarse by themselves, so that of these forms only the class is bounded. An artefact
-whose runtime is not installed is listed as not run, which is no failure unless it is so with all.
+OpenVINO is run in float32; by default it uses bfloat16 on CPUs that support it.
+The 8-bit formats have no bound on the difference, because 8-bit weights and outputs are coarse. An artefact whose
+runtime is not installed is listed as "not run"; the exit status is 1 only if this applies to all artefacts.
 """
 
 import functools
@@ -49,35 +49,35 @@ from x3d_tf.terminal import progress_bar, tell
 from x3d_tf.text import counted
 
 from .runtimes import Artefact, find_artefacts
-from .workers import Failed, NotRun, Opened, Workers
+from .workers import ArtefactError, ArtefactInfo, RuntimeNotInstalled, Workers
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .models import Source
+    from .models import ExportableModel
 
 FLAGS = flags.FLAGS
 
 THREADS = (1, 2)
-FEW_CLIPS = 20  # of fewer, a single one is more than the 5 % in which int8 may differ
-_NONPORTABLE_OPS = ("Flex", "CUSTOM", "PyFunc", "EagerPyFunc", "XlaLaunch")  # that stock runtimes do not have
+FEW_CLIPS = 20  # with fewer clips, a single one is more than the 5 % that int8 may differ in
+_NONPORTABLE_OPS = ("Flex", "CUSTOM", "PyFunc", "EagerPyFunc", "XlaLaunch")  # prefixes of ops that stock runtimes lack
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How far an artefact may be from the trained network.
+    """Tolerances of an export format.
 
     Attributes:
-        difference: of any probability, at most; None is not bounded.
-        agreement: the part of clips whose most probable class is the network's, at least.
+        difference: maximum difference of any probability from the trained network's; None for no limit.
+        agreement: minimum fraction of clips with the same top-1 class as the trained network.
     """
 
     difference: float | None
     agreement: float
 
 
-BOUNDS = {  # by the form that `runtimes.Runner` gives
+BOUNDS = {  # by `runtimes.Runner.format`
     "Keras": Bound(1e-5, 0.99),
     "SavedModel": Bound(1e-5, 0.99),
     "ONNX": Bound(1e-4, 0.99),
@@ -92,21 +92,21 @@ BOUNDS = {  # by the form that `runtimes.Runner` gives
 
 @dataclass
 class Row:
-    """What was found of one artefact.
+    """Results for one artefact.
 
     Attributes:
-        name: its path in the folder of artefacts.
-        form: a key of `BOUNDS`; empty where it could not be opened.
-        bytes: its size.
+        name: path of the artefact.
+        format: key of `BOUNDS`; empty if the artefact could not be opened.
+        bytes: size of the artefact.
         verdict: "OK", "not run: ..." or "FAILED: ...".
-        max_difference, mean_difference: of probabilities from the trained network's.
-        agreement: the part of clips whose most probable class is the network's.
-        milliseconds: of one clip, the median, by threads.
-        operators: how often each is in the graph.
+        max_difference, mean_difference: difference of the probabilities from the trained network's.
+        agreement: fraction of clips with the same top-1 class as the trained network.
+        milliseconds: median latency of one clip, by number of threads.
+        operators: number of occurrences of each operator in the graph.
     """
 
     name: str
-    form: str
+    format: str
     bytes: int
     verdict: str = "OK"
     max_difference: float | None = None
@@ -119,25 +119,29 @@ class Row:
     def failed(self) -> bool:
         return self.verdict.startswith("FAILED")
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the row for the --json file, where the format's key is "form"."""
+        return {"form" if key == "format" else key: value for key, value in asdict(self).items()}
+
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("model", None, "A run folder, or a .keras file that this package saved.", required=True)
-    flags.DEFINE_string("artefacts", None, "Folder of what was exported, or one artefact.", required=True)
-    flags.DEFINE_string("clips", None, "Folder of videos or of records.", required=True)
-    flags.DEFINE_string("split", None, "Part of the records; the one that the run was tested on unless given.")
-    flags.DEFINE_integer("limit", 100, "Clips at most; of more videos, evenly chosen ones.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 15, "Calls to time of each artefact and number of threads.", lower_bound=1)
-    flags.DEFINE_string("json", None, "File for the table, with the operators.")
-    flags.DEFINE_bool("overwrite", False, "Replace the file of --json.")
+    flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
+    flags.DEFINE_string("artefacts", None, "Folder with the exported artefacts, or a single artefact.", required=True)
+    flags.DEFINE_string("clips", None, "Folder of videos, or of records.", required=True)
+    flags.DEFINE_string("split", None, "Split of the records. Defaults to the run's evaluation split, or test.")
+    flags.DEFINE_integer("limit", 100, "Maximum number of clips; more videos are sampled evenly.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 15, "Timed calls per artefact and number of threads.", lower_bound=1)
+    flags.DEFINE_string("json", None, "JSON file to write the table and the operators to.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --json file. Defaults to false.")
 
 
 def main() -> None:
-    """Verifies what the flags name."""
+    """Runs the command."""
     if FLAGS.json and Path(FLAGS.json).exists() and not FLAGS.overwrite:
-        raise UserError(f"{FLAGS.json} exists; give another --json, or replace it with --overwrite")
+        raise UserError(f"{FLAGS.json} exists; choose another --json file, or replace it with --overwrite")
     if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
-        raise UserError(f"--json={FLAGS.json}: no such folder")
+        raise UserError(f"--json={FLAGS.json}: its folder does not exist")
     commands.require_path("--artefacts", FLAGS.artefacts)
     artefacts = find_artefacts(Path(FLAGS.artefacts))
     commands.require_path("--clips", FLAGS.clips, "folder of videos or records")
@@ -145,13 +149,13 @@ def main() -> None:
     with starting_tensorflow():
         import tensorflow as tf
 
-        tf.config.set_visible_devices([], "GPU")  # whose float32 products may be rounded
-        from .clips import read_clips
+        tf.config.set_visible_devices([], "GPU")  # GPUs may round float32 products to TF32
         from .models import open_model
+        from .verification_clips import read_clips
 
     tell(f"loading {FLAGS.model}")
     source = open_model(FLAGS.model)
-    tell(f"reading clips of {FLAGS.clips}")
+    tell(f"reading clips from {FLAGS.clips}")
     clips = read_clips(source, FLAGS.clips, split=FLAGS.split, limit=FLAGS.limit)
     tell("compiling the network")
     rows = verify(source, artefacts, clips, rounds=FLAGS.rounds)
@@ -163,51 +167,51 @@ def main() -> None:
             "clips": FLAGS.clips,
             "number_of_clips": len(clips),
         }
-        content = about | {"rows": [asdict(row) for row in rows]}
+        content = about | {"rows": [row.to_json() for row in rows]}
         atomic_write(Path(FLAGS.json), (json.dumps(content, indent=1) + "\n").encode())
         print(f"written: {FLAGS.json}")
     if any(row.failed for row in rows):
-        sys.exit("an artefact does not do what its model does: see FAILED above")
+        sys.exit("at least one artefact does not match the model: see FAILED above")
     if len(rows) > 1 and all(row.verdict.startswith("not run") for row in rows[1:]):
         sys.exit("nothing was verified: no artefact could be run")
 
 
 def verify(
-    source: "Source",
+    source: "ExportableModel",
     artefacts: Sequence[Artefact],
     clips: "NDArray[np.uint8]",
     *,
     threads: Sequence[int] = THREADS,
     rounds: int = 15,
 ) -> list[Row]:
-    """Runs a model and its artefacts on clips.
+    """Compares artefacts with their model on the given clips.
 
     Args:
-        source: the model.
+        source: the model, from `open_model`.
         artefacts: from `find_artefacts`.
         clips: [clips, T, S, S, 3], from `read_clips`.
-        threads: numbers of threads to time; the last one computes the probabilities.
-        rounds: calls to time.
+        threads: thread counts to time; the probabilities are computed with the last one.
+        rounds: timed calls per artefact and thread count.
 
     Returns:
-        A row for the model in Keras, then one for each artefact.
+        A row for the model in Keras, followed by one row per artefact.
     """
-    expected = _reference(source, clips)
+    expected = _reference_probabilities(source, clips)
     keras = Artefact(model_file(source.path), "tensorflow")
     rows = {artefact: Row(str(artefact.path), "", artefact.bytes) for artefact in (keras, *artefacts)}
     bar = progress_bar(len(rows) * (1 + len(threads) * rounds), "call", "verifying", leave=False)
     with Workers() as workers, bar:
         for artefact, row in rows.items():
             bar.set_postfix_str(artefact.path.name)
-            with _noting(row):
+            with _recording_failure(row):
                 _compare(workers, artefact, row, source.weights_sha256, clips, expected, threads)
             bar.update()
-        _time(workers, rows, clips, threads, rounds, bar)
+        _measure_latency(workers, rows, clips, threads, rounds, bar)
     return list(rows.values())
 
 
-def _reference(source: "Source", clips: "NDArray[np.uint8]") -> "NDArray[np.float32]":
-    """Probabilities of the trained network, as its accuracy was measured."""
+def _reference_probabilities(source: "ExportableModel", clips: "NDArray[np.uint8]") -> "NDArray[np.float32]":
+    """Returns the probabilities of the trained network, computed as in evaluation."""
     import numpy as np
 
     from x3d_tf.evaluation.multiview import probabilities_of
@@ -219,13 +223,13 @@ def _reference(source: "Source", clips: "NDArray[np.uint8]") -> "NDArray[np.floa
 
 
 @contextmanager
-def _noting(row: Row) -> Iterator[None]:
-    """Writes into the row why the block could not be finished."""
+def _recording_failure(row: Row) -> Iterator[None]:
+    """Turns an error raised within the block into the row's verdict."""
     try:
         yield
-    except NotRun as reason:
+    except RuntimeNotInstalled as reason:
         row.verdict = f"not run: {reason}"
-    except Failed as reason:
+    except ArtefactError as reason:
         row.verdict = f"FAILED: {reason}"
 
 
@@ -238,56 +242,57 @@ def _compare(
     expected: "NDArray[np.float32]",
     threads: Sequence[int],
 ) -> None:
-    """Fills in what an artefact is and how far its probabilities are off."""
-    with ThreadPoolExecutor() as pool:  # processes start side by side
-        opened, *_ = list(pool.map(functools.partial(workers.open, artefact), threads))
-    row.form, row.operators = opened.form, dict(Counter(opened.operators).most_common())
-    _check_form(opened, clips.shape[1:])
-    _check_weights(opened, weights)
+    """Fills in the format, operators and differences of a row; raises ArtefactError if a check fails."""
+    with ThreadPoolExecutor() as pool:  # starts the processes in parallel
+        info, *_ = list(pool.map(functools.partial(workers.open, artefact), threads))
+    row.format, row.operators = info.format, dict(Counter(info.operators).most_common())
+    _check_graph(info, clips.shape[1:])
+    _check_weights(info, weights)
     import numpy as np
 
-    found = workers.probabilities(artefact, threads[-1], clips)
-    if found.shape != expected.shape:
-        raise Failed(f"it has {counted(found.shape[-1], 'class')}, the model {expected.shape[-1]}")
-    difference = abs(found - expected)
+    probabilities = workers.probabilities(artefact, threads[-1], clips)
+    if probabilities.shape != expected.shape:
+        raise ArtefactError(f"it has {counted(probabilities.shape[-1], 'class')}, the model has {expected.shape[-1]}")
+    difference = abs(probabilities - expected)
     if not np.isfinite(difference).all():
-        raise Failed("probabilities are not numbers")
+        raise ArtefactError("its probabilities are not finite")
     row.max_difference, row.mean_difference = float(difference.max()), float(difference.mean())
-    row.agreement = float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
-    if broken := _broken(row.max_difference, row.agreement, len(clips), BOUNDS[row.form]):
-        raise Failed(", ".join(broken))
+    row.agreement = float((probabilities.argmax(axis=1) == expected.argmax(axis=1)).mean())
+    if violations := _bound_violations(row.max_difference, row.agreement, len(clips), BOUNDS[row.format]):
+        raise ArtefactError(", ".join(violations))
 
 
-def _check_form(opened: Opened, clip: tuple[int, ...]) -> None:
-    if len(opened.clip) != len(clip) or any(size not in (None, wanted) for size, wanted in zip(opened.clip, clip)):
-        theirs = " x ".join("any" if size is None else str(size) for size in opened.clip)
-        raise Failed(f"its clip is {theirs}, the model's {' x '.join(map(str, clip))}")
-    strangers = [name for name in opened.operators if name.startswith(_NONPORTABLE_OPS)]
-    if strangers:
-        raise Failed(f"it has operators that are not everywhere: {', '.join(strangers)}")
+def _check_graph(info: ArtefactInfo, clip: tuple[int, ...]) -> None:
+    if len(info.clip) != len(clip) or any(size not in (None, expected) for size, expected in zip(info.clip, clip)):
+        shape = " x ".join("any" if size is None else str(size) for size in info.clip)
+        raise ArtefactError(f"its clip shape is {shape}, the model's is {' x '.join(map(str, clip))}")
+    nonportable = [name for name in info.operators if name.startswith(_NONPORTABLE_OPS)]
+    if nonportable:
+        raise ArtefactError(f"it uses operators that stock runtimes lack: {', '.join(nonportable)}")
 
 
-def _check_weights(opened: Opened, weights: str) -> None:
+def _check_weights(info: ArtefactInfo, weights: str) -> None:
     try:
-        card = json.loads(opened.card or "{}")
-        made_of = card.get("weights_sha256", weights)  # what this package did not write does not tell
+        card = json.loads(info.card or "{}")
+        exported_from = card.get("weights_sha256", weights)  # artefacts of other tools have no model card
     except (ValueError, AttributeError) as error:
-        raise Failed(f"its model card cannot be read: {error}") from error
-    if made_of != weights:
+        raise ArtefactError(f"its model card cannot be read: {error}") from error
+    if exported_from != weights:
         run = (card.get("training") or {}).get("run")
-        raise Failed("it is made of other weights" + (f", those of the run {run}" if run else ""))
+        raise ArtefactError("it was exported from different weights" + (f", those of the run {run}" if run else ""))
 
 
-def _broken(difference: float, agreement: float, clips: int, bound: Bound) -> list[str]:
-    broken = []
+def _bound_violations(difference: float, agreement: float, clips: int, bound: Bound) -> list[str]:
+    violations = []
     if bound.difference is not None and difference > bound.difference:
-        broken.append(f"difference above {bound.difference:g}")
+        violations.append(f"max difference above {bound.difference:g}")
     if agreement < bound.agreement:
-        broken.append(f"agreement below {bound.agreement:.0%}: {round(agreement * clips)} of {counted(clips, 'clip')}")
-    return broken
+        same = round(agreement * clips)
+        violations.append(f"top-1 agreement below {bound.agreement:.0%}: {same} of {counted(clips, 'clip')}")
+    return violations
 
 
-def _time(
+def _measure_latency(
     workers: Workers,
     rows: Mapping[Artefact, Row],
     clips: "NDArray[np.uint8]",
@@ -295,52 +300,52 @@ def _time(
     rounds: int,
     bar: Any,
 ) -> None:
-    """Fills in how long one clip takes; all take turns."""
+    """Fills in the median latency of one clip; all artefacts are timed in turns."""
     seconds: dict[tuple[Artefact, int], list[float]] = {}
     for _ in range(rounds):
         for artefact, row in rows.items():
             for count in threads if row.max_difference is not None else ():
                 bar.set_postfix_str(artefact.path.name)
-                with _noting(row):
-                    taken = workers.seconds(artefact, count, clips)
-                    seconds.setdefault((artefact, count), []).append(taken)
+                with _recording_failure(row):
+                    latency = workers.seconds(artefact, count, clips)
+                    seconds.setdefault((artefact, count), []).append(latency)
                 bar.update()
-    for (artefact, count), taken_by_round in seconds.items():
-        rows[artefact].milliseconds[count] = 1000 * statistics.median(taken_by_round)
+    for (artefact, count), latencies in seconds.items():
+        rows[artefact].milliseconds[count] = 1000 * statistics.median(latencies)
 
 
 def table(rows: Sequence[Row], folder: Path, clips: int) -> list[str]:
-    """Lines to print: one a row, then the operators of each."""
-    names = [_name(row, folder) for row in rows]
+    """Returns the lines to print: one line per row, followed by the operators of each artefact."""
+    names = [_relative_name(row, folder) for row in rows]
     width = max(map(len, names))
     threads = sorted({count for row in rows for count in row.milliseconds})
     heads = "".join(f" {f'{count} thr., ms':>11}" for count in threads)
-    few = ": too few for bounds of agreement, which one clip can break" if clips < FEW_CLIPS else ""
+    few = ": too few for the agreement bounds, which a single clip can break" if clips < FEW_CLIPS else ""
     lines = [
         f"{counted(clips, 'clip')}{few}",
-        f"{'':{width}} {'form':14} {'max diff':>9} {'mean diff':>9} {'same top-1':>10} {'MB':>7}{heads} operators",
+        f"{'':{width}} {'format':14} {'max diff':>9} {'mean diff':>9} {'same top-1':>10} {'MB':>7}{heads} operators",
     ]
     for name, row in zip(names, rows):
-        times = "".join(f" {_number(row.milliseconds.get(count), '11.1f')}" for count in threads)
+        times = "".join(f" {_number_or_dash(row.milliseconds.get(count), '11.1f')}" for count in threads)
         lines.append(
-            f"{name:{width}} {row.form or '-':14} {_number(row.max_difference, '9.1e')}"
-            f" {_number(row.mean_difference, '9.1e')} {_number(row.agreement, '10.1%')} {row.bytes / 1e6:7.1f}{times}"
-            f" {len(row.operators) or '-':>9} {row.verdict}"
+            f"{name:{width}} {row.format or '-':14} {_number_or_dash(row.max_difference, '9.1e')}"
+            f" {_number_or_dash(row.mean_difference, '9.1e')} {_number_or_dash(row.agreement, '10.1%')}"
+            f" {row.bytes / 1e6:7.1f}{times} {len(row.operators) or '-':>9} {row.verdict}"
         )
     lines += ["", "operators"]
     for name, row in zip(names, rows):
         counts = ", ".join(f"{operator} {count}" for operator, count in row.operators.items())
-        lines.append(f"  {name}: {counts or 'not known'}")
+        lines.append(f"  {name}: {counts or 'unknown'}")
     return lines
 
 
-def _name(row: Row, folder: Path) -> str:
+def _relative_name(row: Row, folder: Path) -> str:
     path = Path(row.name)
     return str(path.relative_to(folder)) if path != folder and path.is_relative_to(folder) else str(path)
 
 
-def _number(value: float | None, form: str) -> str:
-    return f"{'-':>{form.split('.')[0]}}" if value is None else f"{value:{form}}"
+def _number_or_dash(value: float | None, spec: str) -> str:
+    return f"{'-':>{spec.split('.')[0]}}" if value is None else f"{value:{spec}}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks' statistics and tables exactly, and that their commands work; nothing is timed."""
+"""Statistics, tables and commands of the benchmarks. The times themselves are not checked."""
 
 import json
 import subprocess
@@ -17,28 +17,30 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(FOLDER / script), *arguments], capture_output=True, text=True)
 
 
-def measured(name: str, seconds: list[float], *, reference: bool = False, failure: str = "") -> measuring.Measured:
-    form = measuring.Form(name, "ours", measuring.Work("process", "module:name"), reference=reference)
-    return measuring.Measured(form, 2, seconds, failure=failure)
+def measured(name: str, seconds: list[float], *, reference: bool = False, failure: str = "") -> measuring.Result:
+    implementation = measuring.Implementation(
+        name, "ours", measuring.Job("process", "module:name"), reference=reference
+    )
+    return measuring.Result(implementation, 2, seconds, failure=failure)
 
 
-def test_spread_is_of_percentiles() -> None:
-    assert reporting.spread([float(n) for n in range(11)]) == {"median": 5, "p10": 1, "p90": 9}
-    assert reporting.spread([3.0]) == {"median": 3, "p10": 3, "p90": 3}
+def test_percentiles() -> None:
+    assert reporting.percentiles([float(n) for n in range(11)]) == {"median": 5, "p10": 1, "p90": 9}
+    assert reporting.percentiles([3.0]) == {"median": 3, "p10": 3, "p90": 3}
 
 
-def test_ratios_are_of_the_same_rounds() -> None:
-    assert reporting.ratio([2, 40, 6], [1, 10, 2]) == 3
-    assert reporting.ratio([2, 40], [1, 10, 2]) == 3  # of a form that took part in the first two alone
+def test_ratios_are_taken_within_rounds() -> None:
+    assert reporting.median_ratio([2, 40, 6], [1, 10, 2]) == 3
+    assert reporting.median_ratio([2, 40], [1, 10, 2]) == 3  # measured in the first two rounds only
 
 
-def test_the_reference_is_the_fastest_that_is_marked() -> None:
+def test_the_reference_is_the_fastest_marked_implementation() -> None:
     fast, slow, other = measured("fast", [2.0], reference=True), measured("slow", [3.0], reference=True), [1.0]
     broken = measured("broken", [], reference=True, failure="why")
-    assert reporting.reference_of([measured("other", other), slow, fast, broken]) is fast
+    assert reporting.find_reference([measured("other", other), slow, fast, broken]) is fast
     first = measured("first", [5.0])
-    assert reporting.reference_of([broken, first, measured("other", other)]) is first
-    assert reporting.reference_of([broken]) is None
+    assert reporting.find_reference([broken, first, measured("other", other)]) is first
+    assert reporting.find_reference([broken]) is None
 
 
 def test_figures_and_their_table() -> None:
@@ -61,19 +63,20 @@ def test_figures_and_their_table() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_forms_are_chosen_by_pattern_and_group(capsys: pytest.CaptureFixture[str]) -> None:
-    forms = [measured(name, []).form for name in ("TFLite int8", "TFLite float32", "deployed")]
-    assert [form.name for form in command.chosen(forms, ["deployed", "tflite*8"])] == ["TFLite int8", "deployed"]
-    assert command.chosen(forms, ["@ours"]) == command.chosen(forms, None) == forms
-    with pytest.raises(SystemExit, match="--forms must name forms, got 'none'"):
-        command.chosen(forms, ["none"])
+def test_implementations_are_selected_by_pattern_and_group(capsys: pytest.CaptureFixture[str]) -> None:
+    implementations = [measured(name, []).implementation for name in ("TFLite int8", "TFLite float32", "deployed")]
+    selected = command.select(implementations, ["deployed", "tflite*8"])
+    assert [implementation.name for implementation in selected] == ["TFLite int8", "deployed"]
+    assert command.select(implementations, ["@ours"]) == command.select(implementations, None) == implementations
+    with pytest.raises(SystemExit, match="--forms must name implementations, got 'none'"):
+        command.select(implementations, ["none"])
 
 
 def double(case: measuring.Case, by: int) -> int:
     return case.batch * by
 
 
-def test_what_goes_wrong_is_said_and_the_rest_goes_on() -> None:
+def test_failed_jobs_are_reported_and_do_not_stop_the_others() -> None:
     with measuring.Processes(1) as processes:
         case = measuring.Case("x2d", 3, 1)
         for function, settings, message in (
@@ -81,11 +84,11 @@ def test_what_goes_wrong_is_said_and_the_rest_goes_on() -> None:
             ("os:abort", {}, "TypeError"),
             ("os:_exit", {}, "TypeError"),
         ):
-            with pytest.raises(measuring.Failed, match=message):
-                processes.do(measuring.Work("one", function, settings), case)
-        with pytest.raises(measuring.Failed, match="its process ended with status 3"):
-            processes.do(measuring.Work("one", "os:_exit"), 3)
-        assert processes.do(measuring.Work("one", "test_benchmarks:double", {"by": 2}), case) == 6
+            with pytest.raises(measuring.JobFailed, match=message):
+                processes.run(measuring.Job("one", function, settings), case)
+        with pytest.raises(measuring.JobFailed, match="its process ended with status 3"):
+            processes.run(measuring.Job("one", "os:_exit"), 3)
+        assert processes.run(measuring.Job("one", "test_benchmarks:double", {"by": 2}), case) == 6
 
 
 def test_short_calls_are_repeated() -> None:
@@ -94,10 +97,10 @@ def test_short_calls_are_repeated() -> None:
     assert len(calls) > 2 and 0 < found < measuring.LEAST_SECONDS / 2
 
 
-def test_memory_is_of_the_whole_process_and_of_what_it_makes() -> None:
-    work = measuring.Work("one", "memory:peak", {"function": "measuring:matrix_product", "settings": {}})
+def test_memory_of_the_process_and_of_the_model() -> None:
+    job = measuring.Job("one", "memory:measure_peak", {"function": "measuring:matrix_product", "settings": {}})
     with measuring.Processes(1) as processes:
-        found = processes.do(work, measuring.Case("x2d", 1, 1))
+        found = processes.run(job, measuring.Case("x2d", 1, 1))
     assert 2 * 4 * measuring.MATMUL_SIZE**2 <= found["model"] <= found["process"]
 
 
@@ -117,7 +120,7 @@ def test_predictions(tmp_path: Path) -> None:
     done = run("forward.py", *flags, "--forms", "trainable", "deployed")
     assert done.returncode == 0, done.stderr
     (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
-    assert [(form["name"], len(form["seconds_of_calls"])) for form in table["forms"]] == [
+    assert [(row["name"], len(row["seconds_of_calls"])) for row in table["forms"]] == [
         ("trainable", 1),
         ("deployed", 1),
     ]
@@ -125,10 +128,10 @@ def test_predictions(tmp_path: Path) -> None:
     assert "| deployed" in done.stdout
 
 
-@pytest.mark.slow  # tracing a training step takes half a minute
+@pytest.mark.slow  # tracing a training step takes 30 s
 def test_training_steps(tmp_path: Path) -> None:
     flags = ("--networks", "x2d", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "out.json"))
     done = run("train_step.py", *flags, "--batches", "2", "--forms", "ours")
     assert done.returncode == 0, done.stderr
     (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
-    assert [len(form["seconds_of_calls"]) for form in table["forms"]] == [1]
+    assert [len(row["seconds_of_calls"]) for row in table["forms"]] == [1]

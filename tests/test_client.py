@@ -1,7 +1,7 @@
-"""The client against servers that run the exported model, and the files of the container image.
+"""The client with servers that run the exported model, and the files of the container image.
 
-The servers stand in for TF Serving: its gRPC service is implemented here; its REST interface by Python's HTTP
-server, and by KServe's where that is installed.
+The servers replace TF Serving. Its gRPC service is implemented here; its REST interface is implemented by Python's HTTP
+server, and by KServe if it is installed.
 """
 
 import base64
@@ -29,7 +29,7 @@ from absl import flags
 from absl.testing import flagsaver
 from exported_model import NAMES, TINY, model_file, served_folder
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
-from rest_service import stand_in
+from rest_service import serve
 from test_saved_model import clips, encoded, expected, picture
 from test_structure import imported_with
 from video_fixtures import write_video
@@ -60,7 +60,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def grpc_address(loaded: Any) -> Iterator[str]:
-    """A PredictionService as TF Serving's, by the same generated classes."""
+    """Address of a PredictionService that is built from TF Serving's generated classes."""
     service = pytest.importorskip("tensorflow_serving.apis.prediction_service_pb2_grpc")
     import grpc
     from tensorflow_serving.apis.predict_pb2 import PredictResponse
@@ -93,7 +93,7 @@ def grpc_address(loaded: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def rest_address(loaded: Any) -> Iterator[str]:
-    with stand_in(loaded, "tiny") as address:
+    with serve(loaded, "tiny") as address:
         yield address
 
 
@@ -136,7 +136,7 @@ def run(flags_of_one_command: None) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("kind", ["grpc", "rest", "kserve"])
-def test_a_video_is_answered_as_by_prediction(
+def test_predictions_equal_those_of_predict_videos(
     kind: str, run: Any, video: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = request.getfixturevalue(f"{kind}_address")
@@ -146,12 +146,12 @@ def test_a_video_is_answered_as_by_prediction(
     shown = {line[10:]: float(line[:8].rstrip("% ")) / 100 for line in lines}
     (prediction,) = predict_videos(model_file(), [video], progress=False)
     assert list(shown) == [NAMES[index] for index in prediction.top(5)]
-    wanted = prediction.probabilities[prediction.top(5)]
-    np.testing.assert_allclose(list(shown.values()), wanted, atol=0.0006)  # it prints a tenth of a percent
+    expected_values = prediction.probabilities[prediction.top(5)]
+    np.testing.assert_allclose(list(shown.values()), expected_values, atol=0.0006)  # printed to 0.1 %
 
 
 @pytest.mark.parametrize("stored", [Storage(48, 80), None], ids=["JPEG", "PNG"])
-def test_frames_that_are_sent(video: Path, stored: Storage | None) -> None:
+def test_frames_are_those_of_the_records(video: Path, stored: Storage | None) -> None:
     contract = client.Contract.read(served_folder() / CARD)
     assert (contract.stored, contract.views) == (Storage(48, 80), 3)
     found = client.encoded_clips(video, replace(contract, stored=stored), 2)
@@ -164,8 +164,8 @@ def test_frames_that_are_sent(video: Path, stored: Storage | None) -> None:
             np.testing.assert_array_equal(pixels, frames[number])
 
 
-def test_a_video_whose_last_pictures_are_lost(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips are those of the 20 frames that are left."""
+def test_a_truncated_video(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips are sampled from the 20 remaining frames."""
     contract = replace(client.Contract.read(served_folder() / CARD), stored=None)
     frames = [frame.pixels for frame in read_frames(video)][:20]
     monkeypatch.setattr(clip_reader, "read_frames", lambda *a: itertools.islice(read_frames(*a), 20))
@@ -187,15 +187,15 @@ def test_a_video_whose_last_pictures_are_lost(video: Path, monkeypatch: pytest.M
         ("clips", 2.0, "clips must be a whole number from 1 to 1000"),
     ],
 )
-def test_a_card_is_not_trusted(tmp_path: Path, entry: str, value: object, message: str) -> None:
+def test_an_invalid_card_is_refused(tmp_path: Path, entry: str, value: object, message: str) -> None:
     card = json.loads((served_folder() / CARD).read_text("utf-8"))
     (tmp_path / CARD).write_text(json.dumps(card | {"input": card["input"] | {entry: value}}))
-    with pytest.raises(ValueError, match=rf"{CARD} is not the model_card.json of a model's version: .*{message}"):
+    with pytest.raises(ValueError, match=rf"{CARD} is not a valid model_card.json: .*{message}"):
         client.Contract.read(tmp_path / CARD)
 
 
 @pytest.mark.parametrize("kind", ["grpc", "rest"])
-def test_what_a_server_refuses_is_told(
+def test_server_errors_are_reported(
     kind: str, run: Any, video: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     address = {kind: request.getfixturevalue(f"{kind}_address")}
@@ -213,20 +213,20 @@ def test_what_a_server_refuses_is_told(
 def test_bad_settings(run: Any, video: Path, tmp_path: Path) -> None:
     (tmp_path / CARD).write_text("{}")
     for settings, message in (
-        ({}, "the server must be given by --grpc or by --rest"),
-        ({"grpc": "localhost:1", "rest": "http://localhost:1"}, "the server must be given by --grpc or by --rest"),
+        ({}, "the server must be set by either --grpc or --rest"),
+        ({"grpc": "localhost:1", "rest": "http://localhost:1"}, "the server must be set by either --grpc or --rest"),
         ({"rest": "localhost:8501"}, "--rest must begin with http:// or https://"),
         ({"rest": "http://127.0.0.1:1"}, "http://127.0.0.1:1/v1/models/tiny:predict: .*refused"),
         ({"rest": "http://a", "card": str(tmp_path / "missing")}, "missing cannot be read: No such file"),
-        ({"rest": "http://a", "card": str(tmp_path / CARD)}, "is not the model_card.json of a model's version"),
+        ({"rest": "http://a", "card": str(tmp_path / CARD)}, "is not a valid model_card.json"),
     ):
         with pytest.raises(ValueError, match=message):
             run(video, **settings)
-    with pytest.raises(ValueError, match="the command line must name video files"):
+    with pytest.raises(ValueError, match="the command line must name at least one video file"):
         run(rest="http://a")
 
 
-def test_another_kind_of_server(run: Any, video: Path) -> None:
+def test_a_server_of_another_kind(run: Any, video: Path) -> None:
     class Greeting(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -239,18 +239,18 @@ def test_another_kind_of_server(run: Any, video: Path) -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Greeting) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(ValueError, match="answers with something else than predictions"):
+        with pytest.raises(ValueError, match="returned an invalid response"):
             run(video, rest=f"http://127.0.0.1:{server.server_address[1]}")
         server.shutdown()
 
 
-def test_rest_needs_no_tensorflow() -> None:
+def test_rest_does_not_import_tensorflow() -> None:
     code = "import x3d_tf.export.serving.client, x3d_tf.export.saved_model"
     assert imported_with(code, "tensorflow", "keras", "grpc") == []
 
 
 def tensor(*sizes: int, dtype: int = 1, **values: Any) -> bytes:
-    """A response whose probabilities are a TensorProto of these fields."""
+    """Returns a response whose probabilities are a TensorProto with these fields."""
     from tensorflow.core.framework.tensor_pb2 import TensorProto
     from tensorflow_serving.apis.predict_pb2 import PredictResponse
 
@@ -266,7 +266,7 @@ def floats(*values: float) -> bytes:
 
 @contextmanager
 def grpc_serving(answer: Callable[[Any], bytes], **options: Any) -> Iterator[str]:
-    """The address of a server that answers any call with bytes, or does with its context what it likes."""
+    """Yields the address of a server that responds to any call with the bytes returned by `answer`."""
     grpc = pytest.importorskip("grpc")
 
     class Handler(grpc.GenericRpcHandler):
@@ -281,17 +281,17 @@ def grpc_serving(answer: Callable[[Any], bytes], **options: Any) -> Iterator[str
 
 
 def grpc_error(answer: Callable[[Any], bytes], timeout: float = 20, **options: Any) -> str:
-    """The error, which is one line of a reasonable length without control characters."""
+    """Returns the error message, after checking that it is one printable line of limited length."""
     contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, None, 1, ("a", "b", "c"))
     with grpc_serving(answer, **options) as address, pytest.raises(ValueError) as caught:
-        client.predict([[b"frame"]], client.grpc_asker(address, "m", timeout), contract)
+        client.predict([[b"frame"]], client.grpc_classifier(address, "m", timeout), contract)
     message = str(caught.value)
     assert message.isprintable()
     assert len(message) < 800
     return message
 
 
-def test_grpc_answers_that_are_no_probabilities(capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_grpc_responses(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorflow_serving")
     for content in (
         *(floats(np.nan, 0, 0), floats(np.inf, 0, 0), floats(-0.1, 1, 0), floats(1.1, 0, 0), b"", b"\xff" * 50),
@@ -303,21 +303,21 @@ def test_grpc_answers_that_are_no_probabilities(capfd: pytest.CaptureFixture[str
         *(tensor(1, 3, float_val=[0] * 4), tensor(1, 3, dtype=1 + 100, float_val=[0] * 3)),
     ):
         message = grpc_error(lambda _, content=content: content)
-        assert "answers with something else than predictions: " in message, content
+        assert "returned an invalid response: " in message, content
     for values in ([], [0.5], [0.5] * 4):
         assert "the server's model must have the card's 3 classes, got" in grpc_error(lambda _, v=values: floats(*v))
     assert "DEADLINE_EXCEEDED" in grpc_error(lambda _: time.sleep(3) or floats(0, 0, 1), timeout=0.4)
-    assert "Traceback" not in capfd.readouterr().err  # which the library logs of what it cannot read
+    assert "Traceback" not in capfd.readouterr().err  # which grpc logs for invalid responses
 
 
 @pytest.mark.parametrize("packed", ["NoCompression", "Gzip"])
-def test_grpc_answers_that_are_too_large(packed: str) -> None:
+def test_grpc_responses_that_are_too_large(packed: str) -> None:
     pytest.importorskip("tensorflow_serving")
     import grpc
 
     sizes = {"compression": getattr(grpc.Compression, packed), "options": [("grpc.max_send_message_length", -1)]}
-    told = "RESOURCE_EXHAUSTED" if packed == "NoCompression" else "something else than predictions: DecodeError"
-    assert told in grpc_error(lambda _: bytes(50_000_000), **sizes)  # what is packed stays so
+    message = "RESOURCE_EXHAUSTED" if packed == "NoCompression" else "an invalid response: DecodeError"
+    assert message in grpc_error(lambda _: bytes(50_000_000), **sizes)  # compressed responses are not unpacked
 
 
 def test_grpc_messages_are_escaped() -> None:
@@ -330,7 +330,7 @@ def test_grpc_messages_are_escaped() -> None:
     assert r"INVALID_ARGUMENT: \x1b[31mred \x07\u202eaaa" in grpc_error(refuses)
 
 
-def test_what_does_not_speak_grpc() -> None:
+def test_a_server_without_grpc() -> None:
     pytest.importorskip("tensorflow_serving")
     for answer in (b"", b"HTTP/1.1 200 OK\r\n\r\n", b"\x00" * 1000):
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -342,20 +342,20 @@ def test_what_does_not_speak_grpc() -> None:
                             connection.sendall(answer)
 
             Thread(target=talk, daemon=True).start()
-            ask = client.grpc_asker(f"127.0.0.1:{listening.getsockname()[1]}", "m", 2)
+            classify = client.grpc_classifier(f"127.0.0.1:{listening.getsockname()[1]}", "m", 2)
             with pytest.raises(ValueError, match=r"model m: (UNAVAILABLE|DEADLINE_EXCEEDED): ") as caught:
-                ask([b""])
+                classify([b""])
             assert str(caught.value).isprintable()
             listening.shutdown(socket.SHUT_RDWR)
 
 
-def test_no_grpc_server(run: Any, video: Path) -> None:
+def test_an_unreachable_grpc_server(run: Any, video: Path) -> None:
     pytest.importorskip("tensorflow_serving")
     with pytest.raises(ValueError, match=r"127\.0\.0\.1:1, model tiny: UNAVAILABLE"):
         run(video, grpc="127.0.0.1:1")
 
 
-def test_files_that_are_no_videos(
+def test_files_that_are_not_videos(
     run: Any, video: Path, tmp_path: Path, rest_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.mp4").write_text("no video")
@@ -376,11 +376,11 @@ def test_rows_and_columns_of_rest(kind: str, signature: str, request: pytest.Fix
     if signature == "encoded_frames":
         files = [encoded(picture(60, 80, number)) for number in range(4)]
         name, values = "frames", [[{"b64": base64.b64encode(file).decode()} for file in files]] * 2
-        wanted = loaded.signatures[signature](frames=tf.constant([files, files]))
+        outputs = loaded.signatures[signature](frames=tf.constant([files, files]))
     else:
         name, values = "clips", clips(2).tolist()
-        wanted = loaded.signatures["serving_default"](clips=clips(2))
-    names = [[name.decode() for name in row] for row in wanted["top_classes"].numpy()]
+        outputs = loaded.signatures["serving_default"](clips=clips(2))
+    names = [[name.decode() for name in row] for row in outputs["top_classes"].numpy()]
 
     def post(body: dict[str, Any]) -> Any:
         sent = urllib.request.Request(f"{address}/v1/models/tiny:predict", json.dumps(body).encode())
@@ -392,7 +392,7 @@ def test_rows_and_columns_of_rest(kind: str, signature: str, request: pytest.Fix
     rows = post({"signature_name": signature, "instances": [{name: value} for value in values]})["predictions"]
     assert columns["top_classes"] == names == [row["top_classes"] for row in rows]
     for found in (columns["probabilities"], [row["probabilities"] for row in rows]):
-        np.testing.assert_allclose(found, wanted["probabilities"], atol=1e-5)
+        np.testing.assert_allclose(found, outputs["probabilities"], atol=1e-5)
 
 
 def test_clips_by_grpc(grpc_address: str) -> None:
@@ -414,19 +414,19 @@ def test_clips_by_grpc(grpc_address: str) -> None:
     assert re.search(rf"Shape of tensor clips \[4,{TINY.clip.size},", caught.value.details())
 
 
-# ---- The page
+# ---- The README
 
 
-@pytest.mark.parametrize("place", range(5))
-def test_examples_of_the_page(
-    place: int,
+@pytest.mark.parametrize("index", range(5))
+def test_the_examples_in_the_readme(
+    index: int,
     grpc_address: str,
     rest_address: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each python block, with the addresses of the test's servers."""
+    """Runs each Python block with the addresses of the test servers."""
     page, _ = (FOLDER.parent / "README.md").read_text("utf-8").split("\n## TFLite\n")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.M)
     assert len(blocks) == 5
@@ -436,19 +436,19 @@ def test_examples_of_the_page(
         (tmp_path / "frames" / f"{number}.jpg").write_bytes(encoded(picture(60, 80, number), "JPEG"))
     (tmp_path / "serving" / "mine").mkdir(parents=True)
     (tmp_path / "serving" / "mine" / "1").symlink_to(served_folder())
-    code = blocks[place].replace("localhost:8500", grpc_address).replace("http://localhost:8501", rest_address)
+    code = blocks[index].replace("localhost:8500", grpc_address).replace("http://localhost:8501", rest_address)
     exec(code.replace('= "mine"', '= "tiny"').replace("models/mine", "models/tiny"), {})
     printed = capsys.readouterr().out
     assert "0." in printed or "e-" in printed
-    some = any(name in printed for name in ("jump", "a,b"))  # of six classes five are printed
-    assert some == (place < 4)  # the last prints probabilities only
+    has_names = any(name in printed for name in ("jump", "a,b"))  # five of six classes are printed
+    assert has_names == (index < 4)  # the last example prints probabilities only
 
 
 # ---- The container image
 
 
 def message_of(fields: dict[str, str | int], **repeated: int) -> Any:
-    """A message class: fields of a wrapper type (given by its name) or, by number, of a plain one."""
+    """Creates a message class; the type of a field is the name of a wrapper type or the number of a scalar type."""
     file = descriptor_pb2.FileDescriptorProto(name=f"{'_'.join(fields)}.proto", package="test", syntax="proto3")
     file.dependency.append(wrappers_pb2.DESCRIPTOR.name)
     message = file.message_type.add(name="Message")
@@ -464,16 +464,16 @@ def message_of(fields: dict[str, str | int], **repeated: int) -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("test.Message"))
 
 
-def test_batching_parameters_are_those_of_the_server() -> None:
+def test_batching_parameters_are_valid() -> None:
     numbers = ("max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads")
     fields = dict.fromkeys(numbers, "Int64Value") | {"allowed_batch_sizes": 3, "pad_variable_length_inputs": 8}
-    message = message_of(fields, allowed_batch_sizes=1)()  # of BatchingParameters, the fields that are used
+    message = message_of(fields, allowed_batch_sizes=1)()  # the used fields of BatchingParameters
     text_format.Parse((FOLDER / "batching.config").read_text(), message)
-    assert message.allowed_batch_sizes[-1] == message.max_batch_size.value  # as the server demands
+    assert message.allowed_batch_sizes[-1] == message.max_batch_size.value  # required by the server
     assert list(message.allowed_batch_sizes) == sorted(message.allowed_batch_sizes)
 
 
-def test_models_are_listed_as_the_server_reads_them() -> None:
+def test_the_model_list_is_valid() -> None:
     configs = pytest.importorskip("tensorflow_serving.config.model_server_config_pb2")
     found = text_format.Parse((FOLDER / "models.config").read_text(), configs.ModelServerConfig())
     (model,) = found.model_config_list.config
@@ -481,7 +481,7 @@ def test_models_are_listed_as_the_server_reads_them() -> None:
     assert model.model_platform == "tensorflow"
 
 
-def test_files_that_the_image_needs_are_in_it() -> None:
+def test_the_image_contains_all_configuration_files() -> None:
     texts = {path.name: path.read_text() for path in FOLDER.iterdir() if path.is_file()}
     (copied,) = re.findall(r"^COPY (.*) /config/$", texts["Dockerfile"], re.MULTILINE)
     mentioned = {name for text in texts.values() for name in re.findall(r"/config/(\w+\.config)", text)}

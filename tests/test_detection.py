@@ -157,9 +157,9 @@ def test_a_saved_model_gives_the_same_scores(served: Path, inputs: dict[str, np.
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"boxes": np.zeros((1, 3, 4), "float32")}, "boxes must be of as many clips"),
+        ({"boxes": np.zeros((1, 3, 4), "float32")}, "boxes must have the batch size of clips"),
         ({"boxes": np.full((2, 3, 4), np.nan, "float32")}, "boxes must be finite"),
-        ({"clips": np.zeros((0, 4, SIZE, SIZE, 3), np.uint8)}, "there must be a clip, got none"),
+        ({"clips": np.zeros((0, 4, SIZE, SIZE, 3), np.uint8)}, "clips must not be empty"),
     ],
 )
 def test_a_saved_model_rejects_invalid_inputs(

@@ -1,4 +1,4 @@
-"""What is exported: the model that a path names, and its card."""
+"""Loading of models for export, and model cards."""
 
 import json
 import warnings
@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from x3d_tf.export.models import Source, open_model
+from x3d_tf.export.models import ExportableModel, open_model
 
 import x3d_tf
 from x3d_tf.config import TrainConfig
@@ -22,7 +22,7 @@ NETWORK = "x3d_tau_2_t_4"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder, as far as exporters look into it."""
+    """A run folder with the files that exporters read."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     folder.mkdir()
     model = x3d_tf.build_x3d(TINY, num_classes=3)
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_tells_how_it_was_trained(run: Path) -> None:
+def test_the_card_of_a_run_describes_its_training(run: Path) -> None:
     source = open_model(run)
     assert source.class_names == NAMES
     assert (source.frame_sampling, source.views.stretch, source.views.crop) == ("exact", True, 64)
@@ -41,10 +41,10 @@ def test_a_run_tells_how_it_was_trained(run: Path) -> None:
     assert card["training"]["run"] == "mine"
     assert (card["training"]["records"], card["training"]["seed"]) == ("data/mine", 5)
     assert card["training"]["tested"] == []
-    assert str(run.parent) not in json.dumps(card)  # where it lay is nobody's business
+    assert str(run.parent) not in json.dumps(card)  # paths stay private
 
 
-def test_the_card_says_what_to_feed_and_what_it_costs(run: Path) -> None:
+def test_the_card_describes_input_and_cost(run: Path) -> None:
     source = open_model(run)
     card = source.card()
     rules = card["input"].pop("rules")
@@ -74,12 +74,12 @@ def test_the_card_says_what_to_feed_and_what_it_costs(run: Path) -> None:
     assert card["created_by"] == f"x3d_tf {x3d_tf.__version__}"
 
 
-def test_a_file_alone_tells_nothing_of_training(run: Path) -> None:
+def test_the_card_of_a_file_has_no_training(run: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         source = open_model(run / "model.keras")
     assert source.card()["training"] is None
-    assert (source.frame_sampling, source.model.stored) == ("exact", Storage(96, 90))  # clips are the same
+    assert (source.frame_sampling, source.model.stored) == ("exact", Storage(96, 90))  # the same clips
 
 
 @pytest.mark.parametrize(
@@ -88,28 +88,26 @@ def test_a_file_alone_tells_nothing_of_training(run: Path) -> None:
         ("mine", "mine"),
         ("kicks v1.2 (best)", "kicks_v1.2_best_"),
         ("été", "été"),
-        ("e\u0301te\u0301", "été"),  # as macOS spells it
+        ("e\u0301te\u0301", "été"),  # decomposed, as on macOS
         ("запуск", "запуск"),
         ("a:b*c?'d\\e$(f)\n", "a_b_c_d_e_f_"),
-        (".hidden", "hidden"),  # export.verify passes over hidden files
+        (".hidden", "hidden"),  # export.verify ignores hidden files
         ("--force", "force"),
         ("...", NETWORK),
-        ("é" * 120, "é" * 50),  # 255 bytes are all that a file name has
-        ("\udcff", "_"),  # a byte that is no text
+        ("é" * 120, "é" * 50),  # file names have at most 255 bytes
+        ("\udcff", "_"),  # an invalid byte
     ],
 )
 @pytest.mark.parametrize("suffix", ["", ".keras"], ids=["run", "file"])
 def test_an_export_is_named_after_the_run_or_the_file(given: str, expected: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"{given}{suffix}"
     path.touch() if suffix else path.mkdir()
-    source = Source(path, SimpleNamespace(name=NETWORK), NAMES, None)
+    source = ExportableModel(path, SimpleNamespace(name=NETWORK), NAMES, None)
     assert source.name == expected
-    atomic_write(tmp_path / f"{source.name}_float32.tflite", b"")  # by way of a longer name
+    atomic_write(tmp_path / f"{source.name}_float32.tflite", b"")  # writes a temporary file with a longer name
 
 
-def test_a_folder_is_named_as_it_is_from_within_and_through_a_link(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_name_of_a_folder_is_resolved(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "latest").symlink_to(run)
     assert open_model(tmp_path / "latest").name == "mine"
     monkeypatch.chdir(run)
@@ -117,7 +115,7 @@ def test_a_folder_is_named_as_it_is_from_within_and_through_a_link(
     assert open_model("model.keras").name == "model"
 
 
-def test_numbers_for_names_are_warned_of(tmp_path: Path) -> None:
+def test_missing_class_names_give_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="numbered"):
         x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=2), tmp_path / "model.keras")
     with pytest.warns(UserWarning, match="has no class names: 2 classes numbered from 0"):
@@ -126,5 +124,5 @@ def test_numbers_for_names_are_warned_of(tmp_path: Path) -> None:
 
 def test_a_network_without_classifier_is_not_exported(tmp_path: Path) -> None:
     x3d_tf.save(x3d_tf.build_x3d(TINY, include_top=False), tmp_path / "features.keras")
-    with pytest.raises(ValueError, match=r"features\.keras must have its classifier"):
+    with pytest.raises(ValueError, match=r"features\.keras must have a classifier"):
         open_model(tmp_path / "features.keras")

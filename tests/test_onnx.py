@@ -1,4 +1,4 @@
-"""ONNX and OpenVINO files: they are run, where their runtimes are installed."""
+"""ONNX and OpenVINO files, which are run if their runtimes are installed."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from exported_model import three_classes
 from x3d_tf.export import onnx as exporter
-from x3d_tf.export.models import Source
+from x3d_tf.export.models import ExportableModel
 from x3d_tf.export.runtimes import Artefact, open_artefact
 
 import x3d_tf
@@ -26,30 +26,30 @@ NEEDS_ONNX, NEEDS_OPENVINO = without("onnx", "tf2onnx", "onnxruntime"), without(
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> ExportableModel:
     return three_classes(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize(
-    ("form", "batch"),
+    ("name", "batch"),
     [
         pytest.param("onnx", None, marks=NEEDS_ONNX),
         pytest.param("openvino", None, marks=NEEDS_OPENVINO),
         pytest.param("openvino", 2, marks=NEEDS_OPENVINO),
     ],
 )
-def test_a_file_computes_what_the_network_does(form: str, batch: int | None, source: Source, tmp_path: Path) -> None:
-    written = exporter.export_formats(source, tmp_path / "new", [form], batch=batch)
-    assert sorted(written) == sorted((tmp_path / "new").iterdir())  # hidden ones are gone
+def test_outputs_match_the_network(name: str, batch: int | None, source: ExportableModel, tmp_path: Path) -> None:
+    written = exporter.export_formats(source, tmp_path / "new", [name], batch=batch)
+    assert sorted(written) == sorted((tmp_path / "new").iterdir())  # no hidden files are left
     assert {path.stem for path in written} == {"model"}
-    runner = open_artefact(Artefact(written[-1], {"onnx": "onnxruntime"}.get(form, form)), threads=1)
+    runner = open_artefact(Artefact(written[-1], {"onnx": "onnxruntime"}.get(name, name)), threads=1)
     assert (runner.batch, runner.clip) == (batch, (4, 64, 64, 3))
     clips = np.random.default_rng(1).integers(0, 256, (2, 4, 64, 64, 3), dtype=np.uint8)
     expected = x3d_tf.portable(source.model, NAMES)(clips)
     np.testing.assert_allclose(runner(clips), expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"there already: .*; give another --output, or replace with --force"):
-        exporter.export_formats(source, tmp_path / "new", [form], batch=batch)
-    facts = {"onnx": onnx_facts, "openvino": openvino_facts}[form](written[-1])
+    with pytest.raises(ValueError, match=r"already exists: .*; choose another --output, or replace with --force"):
+        exporter.export_formats(source, tmp_path / "new", [name], batch=batch)
+    facts = {"onnx": onnx_facts, "openvino": openvino_facts}[name](written[-1])
     assert facts.pop("labels").split("\n") == list(NAMES)
     assert json.loads(facts.pop("card"))["input"]["shape"] == [batch or "N", 4, 64, 64, 3]
     assert facts == {"inputs": ["clips"], "outputs": ["probabilities"], "types": ["uint8", "float32"]}
@@ -76,39 +76,41 @@ def openvino_facts(path: Path) -> dict:
     return facts | names | {"types": types}
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else object())
-    with pytest.raises(ValueError, match=r"--formats=onnx needs tf2onnx, .* pip install 'x3d_tf\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"--formats=onnx requires tf2onnx, .* pip install 'x3d_tf\[onnx\]'"):
         exporter.require_formats(["onnx"])
     monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None if name == "scipy" else object())
-    with pytest.raises(ValueError, match=r"--formats=openvino needs scipy, .* pip install 'x3d_tf\[openvino\]'"):
+    with pytest.raises(ValueError, match=r"--formats=openvino requires scipy, .* pip install 'x3d_tf\[openvino\]'"):
         exporter.require_formats(["openvino"])
-    with pytest.raises(ValueError, match="--formats must be of onnx, openvino, got 'onnx,coreml'"):
+    with pytest.raises(ValueError, match="--formats must be a list of onnx, openvino, got 'onnx,coreml'"):
         exporter.require_formats(["onnx", "coreml"])
-    with pytest.raises(ValueError, match="--formats must be of onnx, openvino, got ''"):
+    with pytest.raises(ValueError, match="--formats must be a list of onnx, openvino, got ''"):
         exporter.require_formats([])
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_a_package_that_cannot_be_imported(
-    form: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, source: ExportableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise ImportError("DLL\nnot found")
 
     monkeypatch.setattr(exporter, "require_formats", lambda _: None)
     monkeypatch.setattr("keras.Model.export", fails)
-    with pytest.raises(ValueError, match=rf"--formats={form} fails: DLL not found; pip install 'x3d_tf\[{form}\]'"):
-        exporter.export_formats(source, tmp_path / "new" / "folder", [form])
+    with pytest.raises(ValueError, match=rf"--formats={name} failed: DLL not found; pip install 'x3d_tf\[{name}\]'"):
+        exporter.export_formats(source, tmp_path / "new" / "folder", [name])
     assert not list(tmp_path.iterdir())
     (tmp_path / "kept").mkdir()
     with pytest.raises(ValueError, match="DLL"):
-        exporter.export_formats(source, tmp_path / "kept", [form])
+        exporter.export_formats(source, tmp_path / "kept", [name])
     assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
 
 
 @NEEDS_OPENVINO
-def test_nothing_half_written(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_no_files(
+    source: ExportableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(path: Path, *_: object) -> None:
         assert path.is_file()
         raise RuntimeError("in the last step")
@@ -120,7 +122,7 @@ def test_nothing_half_written(source: Source, tmp_path: Path, monkeypatch: pytes
 
 
 @NEEDS_OPENVINO
-def test_the_example_of_the_page(source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_in_the_readme(source: ExportableModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (
         (Path(__file__).parent.parent / "export" / "README.md").read_text("utf-8").split("\n## ONNX and OpenVINO\n")[1]
     )

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from exported_model import decided_network
+from exported_model import random_network
 from test_docs import blocks
 from video_fixtures import write_video
 
@@ -61,7 +61,7 @@ STRETCHED = {"stored": Storage(96, 95), "stretch": True, "frame_sampling": "exac
 def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> x3d_tf.X3D:
     """A network whose probabilities differ from video to video, in a run's folder as the README names it."""
     keras.utils.set_random_seed(2)
-    model = decided_network()
+    model = random_network()
     coarse = np.random.default_rng(1).integers(0, 256, (8, model.clip.frames, 6, 6, 3))
     logits = np.asarray(model(coarse.repeat(8, 2).repeat(8, 3).astype(np.float32)))
     fc2, scale = model.get_layer("fc2"), 3 / logits.std(axis=0)

@@ -1,4 +1,4 @@
-"""The REST client against servers that are broken or hostile: one line of error, within the time limit."""
+"""The REST client with broken or hostile servers: each gives a one-line error within the time limit."""
 
 import gzip
 import json
@@ -21,12 +21,12 @@ Talk = Callable[[socket.socket], Any]
 
 CLASSES = 3
 ANSWER = json.dumps({"predictions": [{"probabilities": [0.5, 0.25, 0.25]}]}).encode()
-SHORT = 0.4  # seconds, of requests that are to reach their limit
+SHORT = 0.4  # seconds: time limit of requests that should time out
 
 
 @contextmanager
 def serving(talk: Talk) -> Iterator[str]:
-    """The address of a server that reads a request and then does what it is told."""
+    """Yields the address of a server that reads a request and then calls `talk`."""
 
     def answer(connection: socket.socket) -> None:
         with connection, suppress(OSError):
@@ -51,7 +51,7 @@ def serving(talk: Talk) -> Iterator[str]:
 
 
 def sends(body: bytes, status: str = "200 OK", *headers: str, length: int | None = None) -> Talk:
-    """A server that answers at once."""
+    """Returns a server function that sends a complete response."""
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", *headers]
     return lambda connection: connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
@@ -60,30 +60,30 @@ def row(probabilities: str) -> Talk:
     return sends(f'{{"predictions": [{{"probabilities": {probabilities}}}]}}'.encode())
 
 
-def ask(talk: Talk, timeout: float = 20) -> np.ndarray:
+def predict(talk: Talk, timeout: float = 20) -> np.ndarray:
     contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, None, 1, ("a", "b", "c"))
     with serving(talk) as address:
-        return client.predict([[b"frame"]], client.rest_asker(address, "m", timeout), contract)
+        return client.predict([[b"frame"]], client.rest_classifier(address, "m", timeout), contract)
 
 
 def error_of(talk: Talk, timeout: float = 20) -> str:
-    """The error, which is one line of a reasonable length without control characters."""
+    """Returns the error message, after checking that it is one printable line of limited length."""
     with pytest.raises(ValueError) as caught:
-        ask(talk, timeout)
+        predict(talk, timeout)
     message = str(caught.value)
     assert message.isprintable()
     assert len(message) < 800
     return message
 
 
-def test_an_answer() -> None:
-    np.testing.assert_array_equal(ask(sends(ANSWER)), [0.5, 0.25, 0.25])
+def test_a_response() -> None:
+    np.testing.assert_array_equal(predict(sends(ANSWER)), [0.5, 0.25, 0.25])
 
 
-def test_an_answer_in_chunks() -> None:
+def test_a_chunked_response() -> None:
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (ANSWER[:7], ANSWER[7:])) + b"0\r\n\r\n"
     head = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    np.testing.assert_array_equal(ask(lambda connection: connection.sendall(head + chunks)), [0.5, 0.25, 0.25])
+    np.testing.assert_array_equal(predict(lambda connection: connection.sendall(head + chunks)), [0.5, 0.25, 0.25])
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_an_answer_in_chunks() -> None:
         *("0.5", "null", "{}", '"abc"', '{"0": 0.5, "1": 0.5, "2": 0}'),
     ],
 )
-def test_values_that_are_no_probabilities(values: str) -> None:
-    assert "answers with something else than predictions: ValueError: probabilities" in error_of(row(values))
+def test_values_that_are_not_probabilities(values: str) -> None:
+    assert "returned an invalid response: ValueError: probabilities" in error_of(row(values))
 
 
 @pytest.mark.parametrize("values", ["[]", "[1]", "[0.5, 0.5]", "[0.25, 0.25, 0.25, 0.25]"])
@@ -103,7 +103,7 @@ def test_another_number_of_classes(values: str) -> None:
     assert "the server's model must have the card's 3 classes, got" in error_of(row(values))
 
 
-def test_each_answer_is_checked() -> None:
+def test_every_response_is_checked() -> None:
     answers = iter([[0.5, 0.25, 0.25], [0.5, 0.5]])
     contract = client.Contract(client.ClipSpec(4, 1, 32), "slowfast", 32, None, 1, ("a", "b", "c"))
     with pytest.raises(ValueError, match="the server's model must have the card's 3 classes, got 2"):
@@ -120,18 +120,18 @@ def test_each_answer_is_checked() -> None:
     ],
     ids=range(24),
 )
-def test_bodies_that_are_no_predictions(body: bytes) -> None:
-    assert "answers with something else than predictions: " in error_of(sends(body))
+def test_bodies_that_are_not_predictions(body: bytes) -> None:
+    assert "returned an invalid response: " in error_of(sends(body))
 
 
-def endless(beginning: bytes, piece: bytes, pause: float = 0.0, end: bytes = b"") -> Talk:
-    """A server that sends pieces for eight seconds, and then an end that makes an answer of them."""
+def endless(start: bytes, part: bytes, pause: float = 0.0, end: bytes = b"") -> Talk:
+    """Returns a server function that sends `part` repeatedly for eight seconds and then completes the response."""
 
     def talk(connection: socket.socket) -> None:
-        connection.sendall(beginning)
+        connection.sendall(start)
         stop = time.monotonic() + 8
         while time.monotonic() < stop:
-            connection.sendall(piece)
+            connection.sendall(part)
             time.sleep(pause)
         connection.sendall(end)
 
@@ -139,25 +139,25 @@ def endless(beginning: bytes, piece: bytes, pause: float = 0.0, end: bytes = b""
 
 
 OK = b"HTTP/1.1 200 OK\r\n"
-WHOLE = OK + b"Content-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER
+COMPLETE = OK + b"Content-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize(
     "talk",
     [
-        endless(b"", b"", 0.1, WHOLE),
+        endless(b"", b"", 0.1, COMPLETE),
         endless(OK + b"Content-Length: 1000\r\n\r\n", b" ", 0.1, ANSWER),
         endless(OK + b"X-Slow: ", b"a", 0.1, b"\r\nConnection: close\r\n\r\n" + ANSWER),
-        endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.0, WHOLE),
+        endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.0, COMPLETE),
         endless(CHUNKED + b"%x\r\n%s\r\n0\r\n" % (len(ANSWER), ANSWER), b"X-Trailer: a\r\n", 0.0, b"\r\n"),
         endless(CHUNKED, b"1\r\n \r\n", 0.1, b"%x\r\n%s\r\n0\r\n\r\n" % (len(ANSWER), ANSWER)),
         endless(b"HTTP/1.1 500 Sorry\r\n\r\n", b"a", 0.1),
     ],
     ids=["silent", "body", "header", "100 Continue", "trailers", "chunks", "error page"],
 )
-def test_slow_and_endless_answers(talk: Talk) -> None:
-    assert f"no complete answer within {SHORT} seconds; raise --timeout" in error_of(talk, SHORT)
+def test_slow_and_endless_responses(talk: Talk) -> None:
+    assert f"no complete response within {SHORT} seconds; increase --timeout" in error_of(talk, SHORT)
 
 
 def test_a_server_that_does_not_accept() -> None:
@@ -165,33 +165,33 @@ def test_a_server_that_does_not_accept() -> None:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"no complete answer within {SHORT} seconds"):
-            client.rest_asker(address, "m", SHORT)([b"a" * 20_000_000])  # more than buffers take
+        with pytest.raises(ValueError, match=f"no complete response within {SHORT} seconds"):
+            client.rest_classifier(address, "m", SHORT)([b"a" * 20_000_000])  # more than the socket buffers hold
 
 
-def test_a_name_that_is_looked_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_name_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: object, **__: object) -> list:
         time.sleep(8)
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
-    with pytest.raises(ValueError, match=f"no complete answer within {SHORT} seconds"):
-        client.rest_asker("http://localhost:1", "m", SHORT)([b""])
+    with pytest.raises(ValueError, match=f"no complete response within {SHORT} seconds"):
+        client.rest_classifier("http://localhost:1", "m", SHORT)([b""])
 
 
-def test_answers_that_are_too_large() -> None:
-    large = b" " * (rest.MAX_ANSWER + 1 - len(ANSWER)) + ANSWER
-    assert "the answer is larger than 4194304 bytes" in error_of(sends(large))
-    assert "the answer is larger than 4194304 bytes" in error_of(endless(OK + b"\r\n", b" " * 65536))
-    np.testing.assert_array_equal(ask(sends(large[1:])), [0.5, 0.25, 0.25])
+def test_responses_that_are_too_large() -> None:
+    large = b" " * (rest.MAX_RESPONSE + 1 - len(ANSWER)) + ANSWER
+    assert "the response is larger than the limit of 4194304 bytes" in error_of(sends(large))
+    assert "the response is larger than the limit of 4194304 bytes" in error_of(endless(OK + b"\r\n", b" " * 65536))
+    np.testing.assert_array_equal(predict(sends(large[1:])), [0.5, 0.25, 0.25])
     page = sends(b"a" * 10_000_000, "500 " + "b" * 60_000)
     assert ": 500 bbb" in error_of(page)
 
 
-def test_answers_that_end_early() -> None:
-    assert "the answer is truncated, 5 of" in error_of(sends(ANSWER, length=len(ANSWER) + 5))
+def test_truncated_responses() -> None:
+    assert "the response is truncated: 5 of" in error_of(sends(ANSWER, length=len(ANSWER) + 5))
     assert "IncompleteRead" in error_of(lambda connection: connection.sendall(CHUNKED + b"50\r\n" + ANSWER))
-    assert "something else than predictions" in error_of(sends(ANSWER, length=20))
+    assert "an invalid response" in error_of(sends(ANSWER, length=20))
     for sent in (b"", OK, b"HTTP/1.1 2"):
         error_of(lambda connection, sent=sent: connection.sendall(sent))
 
@@ -215,16 +215,16 @@ def test_a_connection_that_is_reset() -> None:
     ],
     ids=range(16),
 )
-def test_what_is_not_http(answer: bytes) -> None:
+def test_invalid_http(answer: bytes) -> None:
     error_of(lambda connection: connection.sendall(answer))
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
-@pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1/a", "http://127.0.0.1:1/", "\x1b[2J", ""])
-def test_redirects_are_not_followed(status: int, place: str) -> None:
-    message = error_of(sends(ANSWER, f"{status} Elsewhere", f"Location: {place}"))
-    shown = place.replace("\x1b", "\\x1b")
-    assert f"{status}, a redirect to {shown}, is not followed" in message
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/a", "http://127.0.0.1:1/", "\x1b[2J", ""])
+def test_redirects_are_not_followed(status: int, location: str) -> None:
+    message = error_of(sends(ANSWER, f"{status} Elsewhere", f"Location: {location}"))
+    shown = location.replace("\x1b", "\\x1b")
+    assert f"status {status} redirects to {shown}, which is not followed" in message
 
 
 def test_control_characters_are_escaped() -> None:
@@ -234,23 +234,23 @@ def test_control_characters_are_escaped() -> None:
     assert r'{ "error": "\x1b[31mred\x07\u202e ' in message
 
 
-@pytest.mark.parametrize("place", ["http_proxy", "no_proxy"])
-def test_proxies_of_the_environment(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy is asked as the environment says, and is trusted no more than a server."""
+@pytest.mark.parametrize("variable", ["http_proxy", "no_proxy"])
+def test_proxies_of_the_environment(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies are used as the environment says, and are not trusted either."""
     monkeypatch.delenv("HTTP_PROXY", raising=False)
-    with serving(sends(b"none of ours", "407 Who\x07")) as proxy, serving(sends(ANSWER)) as address:
+    with serving(sends(b"not ours", "407 Who\x07")) as proxy, serving(sends(ANSWER)) as address:
         monkeypatch.setenv("http_proxy", proxy)
-        monkeypatch.setenv("no_proxy", "127.0.0.1" if place == "no_proxy" else "")
-        asker = client.rest_asker(address, "m", 20)
-        if place == "no_proxy":
-            np.testing.assert_array_equal(asker([b""]), [0.5, 0.25, 0.25])
+        monkeypatch.setenv("no_proxy", "127.0.0.1" if variable == "no_proxy" else "")
+        classify = client.rest_classifier(address, "m", 20)
+        if variable == "no_proxy":
+            np.testing.assert_array_equal(classify([b""]), [0.5, 0.25, 0.25])
         else:
-            with pytest.raises(ValueError, match=r"407 Who\\x07: none of ours$"):
-                asker([b""])
+            with pytest.raises(ValueError, match=r"407 Who\\x07: not ours$"):
+                classify([b""])
         monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
         monkeypatch.setenv("no_proxy", "")
         with pytest.raises(ValueError, match="unknown url type: socks5"):
-            asker([b""])
+            classify([b""])
 
 
 @pytest.mark.parametrize(
@@ -271,27 +271,27 @@ def test_proxies_of_the_environment(place: str, monkeypatch: pytest.MonkeyPatch)
 )
 def test_addresses_that_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="--rest must be") as caught:
-        client.rest_asker(url, "m", 1)
+        client.rest_classifier(url, "m", 1)
     assert str(caught.value).isprintable()
 
 
 def test_a_password_is_not_shown() -> None:
     for url in ("http://me:secret@localhost:8501", "https://secret@a", "http://me:secret@[::1"):
-        with pytest.raises(ValueError, match="--rest must hold no user name and no password") as caught:
-            client.rest_asker(url, "m", 1)
+        with pytest.raises(ValueError, match="--rest must not contain a user name or password") as caught:
+            client.rest_classifier(url, "m", 1)
         assert "secret" not in str(caught.value)
 
 
-def test_a_models_name_is_no_path() -> None:
-    wanted = r"/v1/models/\.\.%2Fa%20b%3Fc%0A:predict: 404 None"
-    with serving(sends(b"", "404 None")) as address, pytest.raises(ValueError, match=wanted):
-        client.rest_asker(address, "../a b?c\n", 20)([b""])
+def test_the_model_name_is_quoted() -> None:
+    message = r"/v1/models/\.\.%2Fa%20b%3Fc%0A:predict: 404 None"
+    with serving(sends(b"", "404 None")) as address, pytest.raises(ValueError, match=message):
+        client.rest_classifier(address, "../a b?c\n", 20)([b""])
 
 
 @pytest.mark.parametrize("stride", [1001, 10**400])
-def test_a_card_of_an_absurd_stride_is_refused(tmp_path: Path, stride: int) -> None:
-    fed = {"frames": 4, "stride": stride, "crop": 32, "frame_sampling": "slowfast", "resize": 32}
-    fed |= {"stored": "none", "clips": 1}
-    (tmp_path / "card").write_text(json.dumps({"input": fed, "classes": ["a"]}))
+def test_a_card_with_an_extreme_stride_is_refused(tmp_path: Path, stride: int) -> None:
+    entries = {"frames": 4, "stride": stride, "crop": 32, "frame_sampling": "slowfast", "resize": 32}
+    entries |= {"stored": "none", "clips": 1}
+    (tmp_path / "card").write_text(json.dumps({"input": entries, "classes": ["a"]}))
     with pytest.raises(UserError, match="stride must"):
         client.Contract.read(tmp_path / "card")

@@ -1,4 +1,4 @@
-"""The SavedModel: against the network itself, from C, from a process without this package, and given bad input."""
+"""The SavedModel: compared with the network, run from C and without this package, and given invalid input."""
 
 import io
 import json
@@ -15,13 +15,13 @@ import pytest
 import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
-from exported_model import NAMES, TINY, decided_network, model_file, served_folder
+from exported_model import NAMES, TINY, model_file, random_network, served_folder
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from test_transforms import naive_resize
 from x3d_tf.export import saved_model as command
-from x3d_tf.export.models import Source, open_model
-from x3d_tf.export.signatures import MAX_PIXELS, decoded_clips
+from x3d_tf.export.models import ExportableModel, open_model
+from x3d_tf.export.signatures import MAX_PIXELS, decode_clips
 
 import x3d_tf
 from x3d_tf.files import WriteError
@@ -43,7 +43,7 @@ def loaded() -> Any:
 
 
 def clips(count: int) -> np.ndarray:
-    """Random pictures, not noise, which would all look alike to a network."""
+    """Returns random coarse images; networks cannot distinguish noise."""
     coarse = np.random.default_rng(count).integers(0, 256, (count, FRAMES, 4, 4, 3), np.uint8)
     return coarse.repeat(SIZE // 4, 2).repeat(SIZE // 4, 3)
 
@@ -57,13 +57,13 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
 
 
-def encoded(pixels: np.ndarray, form: str = "PNG", mode: str = "RGB") -> bytes:
+def encoded(pixels: np.ndarray, file_format: str = "PNG", mode: str = "RGB") -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, form)
+    Image.fromarray(pixels).convert(mode).save(buffer, file_format)
     return buffer.getvalue()
 
 
-# ---- What the signatures compute
+# ---- Outputs of the signatures
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -79,39 +79,39 @@ def test_clips_of_both_types(loaded: Any, network: x3d_tf.X3D, count: int) -> No
         np.testing.assert_allclose(answer["top_probabilities"], np.take_along_axis(probabilities, order, 1), atol=1e-5)
 
 
-def test_for_gpus_a_request_is_one_batch(network: x3d_tf.X3D, tmp_path: Path) -> None:
+def test_gpus_compute_a_request_as_one_batch(network: x3d_tf.X3D, tmp_path: Path) -> None:
     loops = {"While", "StatelessWhile"}
     folder = command.export_saved_model(open_model(model_file()), tmp_path / "mine", device="gpu")
     given = clips(3)
     answer = tf.saved_model.load(str(folder)).signatures["serving_default"](clips=tf.constant(given))
     np.testing.assert_allclose(answer["probabilities"], expected(network, given), atol=1e-5)
-    assert not loops & answering_operations(folder)
-    assert loops & answering_operations(served_folder())
+    assert not loops & network_operations(folder)
+    assert loops & network_operations(served_folder())
 
 
-def answering_operations(folder: Path) -> set[str]:
-    """Operations of the functions that hold the network, or call what does."""
+def network_operations(folder: Path) -> set[str]:
+    """Returns the operations of the functions that contain or call the network."""
     functions = graph_of(folder).graph_def.library.function
-    return {node.op for f in functions if "answer" in f.signature.name for node in f.node_def}
+    return {node.op for f in functions if "classify" in f.signature.name for node in f.node_def}
 
 
-def test_values_between_whole_ones_are_not_rounded(loaded: Any, network: x3d_tf.X3D) -> None:
+def test_float_pixels_are_not_rounded(loaded: Any, network: x3d_tf.X3D) -> None:
     given = clips(1).astype(np.float32) * 0.5 + 0.25
     answer = loaded.signatures["float_clips"](clips=tf.constant(given))["probabilities"]
     np.testing.assert_allclose(answer, expected(network, given), atol=1e-5)
 
 
 def naive_clip(frames: list[np.ndarray], views: ViewSpec) -> np.ndarray:
-    """Each frame scaled and cropped by itself."""
-    cut = []
+    """Scales and crops the frames one by one."""
+    cropped = []
     for frame in frames:
         height, width = frame.shape[:2]
         short = min(height, width)
         target = (height * views.resize // short, width * views.resize // short)
         scaled = naive_resize(frame[None], *((views.resize, views.resize) if views.stretch else target))[0]
         top, left = ((side - views.crop + 1) // 2 for side in scaled.shape[:2])
-        cut.append(scaled[top : top + views.crop, left : left + views.crop])
-    return np.stack(cut)
+        cropped.append(scaled[top : top + views.crop, left : left + views.crop])
+    return np.stack(cropped)
 
 
 def test_frames_of_any_size(loaded: Any, network: x3d_tf.X3D) -> None:
@@ -123,30 +123,30 @@ def test_frames_of_any_size(loaded: Any, network: x3d_tf.X3D) -> None:
     np.testing.assert_allclose(answer["probabilities"], expected(network, naive), atol=1e-4)
 
 
-def test_frames_are_scaled_to_squares_where_the_model_was_trained_so() -> None:
+def test_frames_are_stretched_if_the_model_was_trained_so() -> None:
     views = ViewSpec(resize=20, crop=16, stretch=True)
     frames = [picture(30, 50), picture(50, 30)]
-    decoded = tf.function(decoded_clips)(tf.constant([[encoded(frame) for frame in frames]]), views)
+    decoded = tf.function(decode_clips)(tf.constant([[encoded(frame) for frame in frames]]), views)
     np.testing.assert_allclose(decoded[0], naive_clip(frames, views), atol=2e-3)
 
 
 @pytest.mark.parametrize(
-    ("form", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "L"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "1")]
+    ("file_format", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "L"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "1")]
 )
 @pytest.mark.parametrize("trailing", [b"", b"a maker's note"])
-def test_kinds_of_images(form: str, mode: str, trailing: bytes) -> None:
+def test_image_formats(file_format: str, mode: str, trailing: bytes) -> None:
     pixels = picture(16, 16)
-    file = encoded(pixels, form, mode)
+    file = encoded(pixels, file_format, mode)
     seen = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
-    found = decoded_clips(tf.constant([[file + trailing]]), ViewSpec(resize=16, crop=16))
-    np.testing.assert_allclose(found[0, 0], seen, atol=3 if form == "JPEG" else 0)  # its colours are stored smaller
+    found = decode_clips(tf.constant([[file + trailing]]), ViewSpec(resize=16, crop=16))
+    np.testing.assert_allclose(found[0, 0], seen, atol=3 if file_format == "JPEG" else 0)  # chroma subsampling
 
 
-# ---- Bad input
+# ---- Invalid input
 
 
 def png_head(width: int, height: int) -> bytes:
-    """The start of a PNG file that promises a picture of this size, and its end."""
+    """Returns the header of a PNG file of this size, followed by its end marker."""
     return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height) + b"\x08\2\0\0\0IEND\xaeB`\x82"
 
 
@@ -161,8 +161,8 @@ def png_head(width: int, height: int) -> bytes:
         (b"\xff\xd8\xff", "a frame is truncated:.*clip 1, frame 2"),
         (encoded(picture(60, 80))[:-30], "a frame is truncated:.*clip 1, frame 2"),
         (png_head(1, 1)[:16], "a frame is truncated:.*clip 1, frame 2"),
-        (png_head(100_000, 100_000), f"a frame is above {MAX_PIXELS} pixels.*clip 1, frame 2"),
-        (png_head(100_000, 1), "one side is above 16 times the other.*clip 1, frame 2"),
+        (png_head(100_000, 100_000), f"a frame has more than {MAX_PIXELS} pixels.*clip 1, frame 2"),
+        (png_head(100_000, 1), "one side is more than 16 times the other.*clip 1, frame 2"),
         (b"\xff\xd8\xff" + bytes(100) + b"\xff\xd9", "Invalid JPEG data"),
         (png_head(60, 80), "Invalid PNG"),
     ],
@@ -175,7 +175,7 @@ def test_broken_images_are_errors(loaded: Any, broken: bytes, message: str) -> N
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         signature(frames=tf.constant(given))
     given[1, 2] = given[0, 0]
-    assert signature(frames=tf.constant(given))["probabilities"].shape == (2, 6)  # it goes on serving
+    assert signature(frames=tf.constant(given))["probabilities"].shape == (2, 6)  # still serves
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_broken_images_are_errors(loaded: Any, broken: bytes, message: str) -> N
         ("float_clips", np.zeros((1, FRAMES + 1, SIZE, SIZE, 3), np.float32), r"\[1,5,48,48,3\]"),
         ("float_clips", np.zeros((1, FRAMES, SIZE, SIZE, 3), np.uint8), "expected to be a float tensor"),
         ("float_clips", np.full((1, FRAMES, SIZE, SIZE, 3), np.nan, np.float32), "pixels must be finite numbers"),
-        ("serving_default", np.zeros((0, FRAMES, SIZE, SIZE, 3), np.uint8), "there must be a clip, got none"),
-        ("encoded_frames", np.full((0, FRAMES), b""), "there must be a clip, got none"),
+        ("serving_default", np.zeros((0, FRAMES, SIZE, SIZE, 3), np.uint8), "clips must not be empty"),
+        ("encoded_frames", np.full((0, FRAMES), b""), "clips must not be empty"),
         ("encoded_frames", np.full((FRAMES,), b""), r"Shape of tensor frames \[4\]"),
         ("encoded_frames", np.full((1, FRAMES - 1), b""), r"Shape of tensor frames \[1,3\]"),
     ],
@@ -199,20 +199,20 @@ def test_other_shapes_and_types_are_errors(loaded: Any, signature: str, given: n
         loaded.signatures[signature](**{name: tf.constant(given)})
 
 
-# ---- Who can load it
+# ---- Loading
 
 
 def graph_of(folder: Path) -> Any:
     return SavedModel.FromString((folder / "saved_model.pb").read_bytes()).meta_graphs[0]
 
 
-def test_only_operations_that_every_server_has() -> None:
+def test_only_stock_operations_are_used() -> None:
     graph = graph_of(served_folder()).graph_def
     nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
     functions = {function.signature.name for function in graph.library.function}
     operations = {node.op for node in nodes} - functions
-    assert {"Conv2D", "DecodeJpeg", "EnsureShape", "Assert"} <= operations  # it is the right graph
-    assert not {op for op in operations if "PyFunc" in op or ">" in op}  # Python's, and those of other libraries
+    assert {"Conv2D", "DecodeJpeg", "EnsureShape", "Assert"} <= operations  # the right graph
+    assert not {op for op in operations if "PyFunc" in op or ">" in op}  # Python and custom operations
     assert not [node.name for node in nodes if "_XlaMustCompile" in node.attr and node.attr["_XlaMustCompile"].b]
     assert not [f.signature.name for f in graph.library.function if f.attr["_XlaMustCompile"].b]
 
@@ -221,7 +221,7 @@ def test_only_operations_that_every_server_has() -> None:
 def c_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Runs the C program on a signature of the exported model."""
     if shutil.which("gcc") is None:
-        pytest.skip("there is no gcc")
+        pytest.skip("gcc is not installed")
     program = tmp_path_factory.mktemp("c") / "run_saved_model"
     home = Path(tf.sysconfig.get_lib())
     build = [
@@ -235,7 +235,7 @@ def c_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     ]
     build += ["-I", tf.sysconfig.get_include(), "-L", str(home), f"-Wl,-rpath,{home}"]
     build += ["-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2"]
-    build += ["-fuse-ld=gold"] if shutil.which("ld.gold") else []  # four times as fast with such large libraries
+    build += ["-fuse-ld=gold"] if shutil.which("ld.gold") else []  # four times faster
     subprocess.run(build, check=True)
 
     def call(signature: str, *arguments: Any) -> Any:
@@ -294,9 +294,9 @@ np.save("probabilities.npy", answer["probabilities"])
 
 @pytest.fixture
 def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes a file instead of TensorFlow's part."""
+    """Replaces TensorFlow's files by a text file."""
 
-    def save(source: Source, labels: Path, folder: Path, device: str) -> dict[str, Any]:
+    def save(source: ExportableModel, labels: Path, folder: Path, device: str) -> dict[str, Any]:
         (folder / "saved_model.pb").write_text("new")
         return source.card() | {"signatures": {}}
 
@@ -315,7 +315,7 @@ def run(flags_of_one_command: None) -> Iterator[Any]:
     yield call
 
 
-def test_beside_the_graph() -> None:
+def test_labels_and_model_card() -> None:
     folder = served_folder()
     assert (folder / "assets" / "labels.txt").read_text("utf-8").splitlines() == list(NAMES)
     card = json.loads((folder / "model_card.json").read_text("utf-8"))
@@ -326,11 +326,11 @@ def test_beside_the_graph() -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["1"]
 
 
-def test_warmup_requests_are_answered(loaded: Any) -> None:
+def test_warmup_requests_are_valid(loaded: Any) -> None:
     logs = pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
     file = served_folder() / "assets.extra" / "tf_serving_warmup_requests"
     records = list(tf.data.TFRecordDataset(str(file)).as_numpy_iterator())
-    asked = []
+    signatures = []
     for record in records:
         log = logs.PredictionLog.FromString(record)
         assert log.SerializeToString(deterministic=True) == record
@@ -339,10 +339,10 @@ def test_warmup_requests_are_answered(loaded: Any) -> None:
         signature = request.model_spec.signature_name
         ((name, tensor),) = request.inputs.items()
         dtype = tf.as_dtype(tensor.dtype)
-        given = tf.io.parse_tensor(tensor.SerializeToString(), dtype)  # by the reader that servers have
-        asked.append(signature)
+        given = tf.io.parse_tensor(tensor.SerializeToString(), dtype)  # as servers parse it
+        signatures.append(signature)
         assert loaded.signatures[signature](**{name: given})["probabilities"].shape == (1, 6)
-    assert asked == ["serving_default", "float_clips", "encoded_frames"]
+    assert signatures == ["serving_default", "float_clips", "encoded_frames"]
     assert file.stat().st_size < 10_000
 
 
@@ -366,7 +366,7 @@ def test_versions(run: Any, without_network: None, tmp_path: Path, capsys: pytes
     assert sorted(path.name for path in output.iterdir()) == ["1", "10", "9", "notes"]
 
     (output / "9" / "saved_model.pb").write_text("old")
-    with pytest.raises(ValueError, match=r"hugs/9 exists; leave --version out for the next one, or .* --force"):
+    with pytest.raises(ValueError, match=r"hugs/9 exists; omit --version to write the next one, or .* --force"):
         run(model=model_file(), output=output, version=9)
     assert (output / "9" / "saved_model.pb").read_text() == "old"
     run(model=model_file(), output=output, version=9, force=True)
@@ -380,7 +380,7 @@ def test_versions(run: Any, without_network: None, tmp_path: Path, capsys: pytes
         ({"output": "file"}, "--output must be a folder"),
         ({"output": "mine/1"}, "--output must end in the model's name, .* got '1'"),
         ({"output": "my model"}, "--output must end in the model's name"),
-        ({"output": "mine", "force": True}, "--force must come with --version"),
+        ({"output": "mine", "force": True}, "--force must be used together with --version, the version to replace$"),
         ({"output": "mine", "model": "missing.keras"}, "missing.keras: no such model file"),
     ],
 )
@@ -397,7 +397,7 @@ def test_bad_settings(
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), tf.errors.ResourceExhaustedError(None, None, "full")]
 )
-def test_an_export_that_fails_leaves_what_was_there(
+def test_a_failed_export_keeps_the_existing_version(
     error: Exception, without_network: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = open_model(model_file())
@@ -416,7 +416,7 @@ def test_an_export_that_fails_leaves_what_was_there(
 
 def test_a_model_without_names_has_numbered_classes(without_network: None, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="classes numbered from 0"):
-        x3d_tf.save(decided_network(classes=3), tmp_path / "model.keras")
+        x3d_tf.save(random_network(classes=3), tmp_path / "model.keras")
     with pytest.warns(UserWarning, match="has no class names: 3 classes numbered from 0"):
         source = open_model(tmp_path / "model.keras")
     assert json.loads((command.export_saved_model(source, tmp_path / "m") / command.CARD).read_text())["classes"] == [

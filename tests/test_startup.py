@@ -159,7 +159,7 @@ WRONG = [  # command, arguments, and what its error says
     ("x3d_tf.complexity", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file here"),
     ("export.saved_model", ["--model=nix", "--output=nix/a"], "nix: no such model file"),
     ("export.tflite", ["--model=nix", "--output=nix"], "nix: no such model file"),
-    ("export.onnx", ["--model=nix", "--output=nix", "--formats=nix"], "--formats must be of onnx, openvino"),
+    ("export.onnx", ["--model=nix", "--output=nix", "--formats=nix"], "--formats must be a list of onnx, openvino"),
     ("export.verify", ["--model=nix", "--artefacts=nix", "--clips=nix"], "--artefacts=nix: no such file or folder"),
     ("export.serving.client", ["--card=nix", "--grpc=localhost:1", "nix.mp4"], "no such file: nix.mp4"),
 ]

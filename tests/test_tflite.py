@@ -1,4 +1,4 @@
-"""TFLite files: what is in them, and that LiteRT computes with them what the network does."""
+"""TFLite files: their content, and their outputs in LiteRT compared with the network."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from absl.testing import flagsaver
 from moving_square import write_records
 from x3d_tf.export import bias_correction, tflite
 from x3d_tf.export.bias_correction import CONVOLUTIONS, read_model
-from x3d_tf.export.models import Source, open_model
+from x3d_tf.export.models import ExportableModel, open_model
 
 import x3d_tf
 from x3d_tf.errors import UserError
@@ -30,7 +30,7 @@ NAMES = ("left", "right", "störung")
 
 
 def trained(**options: Any) -> x3d_tf.X3D:
-    """A network none of whose batch norms is at its first values, and that tells `clips` apart."""
+    """Returns a network with random batch norms that gives different probabilities for each of `clips`."""
     keras.utils.set_random_seed(0)
     model = x3d_tf.build_x3d(TINY, num_classes=len(NAMES), **options)
     draw = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def trained(**options: Any) -> x3d_tf.X3D:
             layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
     pixels = clips(6).astype(np.float32)
     features = keras.Model(model.input, model.get_layer("fc2").input)(pixels).numpy()
-    kernel = np.linalg.svd(features - features.mean(0))[2][: len(NAMES)].T  # where they differ most
+    kernel = np.linalg.svd(features - features.mean(0))[2][: len(NAMES)].T  # the directions of the largest variance
     kernel /= (features @ kernel).std(axis=0)
     model.get_layer("fc2").set_weights([kernel, -(features @ kernel).mean(axis=0)])
     return model
@@ -48,7 +48,7 @@ def trained(**options: Any) -> x3d_tf.X3D:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model file and records."""
+    """A folder with a model file and records."""
     folder = tmp_path_factory.mktemp("tflite")
     x3d_tf.save(x3d_tf.portable(trained(), NAMES), folder / "model.keras")
     write_records(folder / "records", 3)
@@ -56,13 +56,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(folder: Path) -> Source:
+def source(folder: Path) -> ExportableModel:
     return open_model(folder / "model.keras")
 
 
 @pytest.fixture(scope="module")
-def files(folder: Path, source: Source) -> dict[str, Path]:
-    """All formats, for one clip a call."""
+def files(folder: Path, source: ExportableModel) -> dict[str, Path]:
+    """Files of all formats, with a batch size of 1."""
     calibration = tflite.Calibration(folder / "records", clips=4)
     paths = tflite.export_tflite(source, folder / "out", tflite.FORMATS, calibration=calibration)
     return dict(zip(tflite.FORMATS, paths))
@@ -81,41 +81,41 @@ def run(flags_of_one_command: None) -> Iterator[Any]:
 
 
 def clips(count: int) -> np.ndarray:
-    """Coloured squares, others in each clip and frame, and brighter from clip to clip."""
+    """Returns random coloured squares, brighter from clip to clip."""
     squares = np.random.default_rng(1).integers(0, 256, (count, 4, 4, 4, 3))
     squares = squares * np.linspace(0.2, 1, count)[:, None, None, None, None]
     return squares.astype(np.uint8).repeat(8, axis=2).repeat(8, axis=3)
 
 
 def interpreted(content: bytes | Path, calls: np.ndarray) -> np.ndarray:
-    """What LiteRT makes of uint8 (calls, batch, ...)."""
+    """Returns the probabilities that LiteRT computes for uint8 (calls, batch, ...)."""
     settings = {"model_path": str(content)} if isinstance(content, Path) else {"model_content": content}
     interpreter = litert.Interpreter(**settings, num_threads=1)
     runner = interpreter.get_signature_runner()
     return np.concatenate([runner(clips=call)["probabilities"] for call in calls])
 
 
-@pytest.mark.parametrize(("form", "bound"), [("float32", 1e-4), ("float16", 0.03), ("dynamic", 0.3), ("int8", 0.3)])
-def test_litert_computes_what_the_network_does(files: dict[str, Path], source: Source, form: str, bound: float) -> None:
+@pytest.mark.parametrize(("name", "bound"), [("float32", 1e-4), ("float16", 0.03), ("dynamic", 0.3), ("int8", 0.3)])
+def test_litert_matches_the_network(files: dict[str, Path], source: ExportableModel, name: str, bound: float) -> None:
     pixels = clips(6)
     expected = np.asarray(keras.ops.softmax(source.model(pixels)))
-    found = interpreted(files[form], pixels[:, None])
+    found = interpreted(files[name], pixels[:, None])
     assert found.dtype == np.float32
-    assert np.ptp(expected, axis=0).max() > 2 * bound  # so that an answer that is always the same would show
+    assert np.ptp(expected, axis=0).max() > 2 * bound  # so that constant outputs fail
     np.testing.assert_allclose(found, expected, atol=bound)
-    if form != "float32":
-        assert np.abs(found - expected).max() > 1e-6  # it is another file
+    if name != "float32":
+        assert np.abs(found - expected).max() > 1e-6  # a different file
 
 
-@pytest.mark.parametrize("form", tflite.FORMATS)
-def test_builtin_operators_only(files: dict[str, Path], form: str) -> None:
-    """By the runtime's own list, which names a custom operator by its own name."""
+@pytest.mark.parametrize("name", tflite.FORMATS)
+def test_builtin_operators_only(files: dict[str, Path], name: str) -> None:
+    """Compares the operators with the runtime's list, which contains custom operators by their own names."""
     resolver = litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = litert.Interpreter(str(files[form]), experimental_op_resolver_type=resolver)
+    interpreter = litert.Interpreter(str(files[name]), experimental_op_resolver_type=resolver)
     listed = Counter(entry["op_name"] for entry in interpreter._get_ops_details())
     builtin = {name for name in vars(tf_schema().BuiltinOperator) if not name.startswith("_")} - {"CUSTOM"}
     assert set(listed) <= builtin
-    report = json.loads(files[form].with_suffix(".json").read_text(encoding="utf-8"))
+    report = json.loads(files[name].with_suffix(".json").read_text(encoding="utf-8"))
     assert report["operators"] == listed
 
 
@@ -125,7 +125,7 @@ def tf_schema() -> Any:
     return schema_py_generated
 
 
-def test_convolutions_of_an_int8_file_are_in_int8_but_those_of_its_report(files: dict[str, Path]) -> None:
+def test_convolutions_are_int8_except_those_listed_in_the_report(files: dict[str, Path]) -> None:
     report = json.loads(files["int8"].with_suffix(".json").read_text(encoding="utf-8"))
     left = [row["name"] for row in report["left_in_float"] if row["operator"] in CONVOLUTIONS]
     assert 5 < len(left) < 20
@@ -134,7 +134,7 @@ def test_convolutions_of_an_int8_file_are_in_int8_but_those_of_its_report(files:
 
 
 def convolutions_in_float(content: bytes) -> list[str]:
-    """Names of those that read or write something else than int8; by the interpreter, all others taken off."""
+    """Returns the names of the convolutions with other types than int8, according to the interpreter."""
     resolver = litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     interpreter = litert.Interpreter(model_content=content, experimental_op_resolver_type=resolver)
     names = {entry["index"]: entry["name"] for entry in interpreter.get_tensor_details()}
@@ -145,27 +145,27 @@ def convolutions_in_float(content: bytes) -> list[str]:
     return [names[entry["outputs"][0]] for entry, kind in zip(convolutions, kinds) if kind != [np.dtype("int8")] * 3]
 
 
-def test_a_byte_is_its_own_quantised_value(files: dict[str, Path]) -> None:
+def test_pixels_are_quantized_without_rounding(files: dict[str, Path]) -> None:
     (entry,) = litert.Interpreter(str(files["int8"])).get_input_details()
     assert entry["dtype"] == np.uint8
     assert entry["quantization"] == (1.0, 0)
 
 
-def test_what_goes_with_a_file(files: dict[str, Path], source: Source) -> None:
-    for form, path in files.items():
+def test_metadata_and_report(files: dict[str, Path], source: ExportableModel) -> None:
+    for name, path in files.items():
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
             assert archive.read("labels.txt").decode() == "left\nright\nstörung\n"
             card = json.loads(archive.read("model_card.json"))
         report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        assert card == report["card"] == json.loads(json.dumps(source.card(1))) | {"artefact": f"TFLite {form}"}
+        assert card == report["card"] == json.loads(json.dumps(source.card(1))) | {"artefact": f"TFLite {name}"}
         assert card["input"]["shape"][0] == 1
-        assert report["format"] == form
+        assert report["format"] == name
         assert report["file"] == path.name
         assert report["bytes"] == path.stat().st_size
-        assert (report["calibration"] is not None) == (form == "int8")
+        assert (report["calibration"] is not None) == (name == "int8")
     assert report["calibration"]["clips"] == 4
-    sizes = [files[form].stat().st_size for form in ("float32", "float16", "dynamic")]
+    sizes = [files[name].stat().st_size for name in ("float32", "float16", "dynamic")]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -177,7 +177,7 @@ def test_what_goes_with_a_file(files: dict[str, Path], source: Source) -> None:
     ],
     ids=str,
 )
-def test_other_networks_are_integer_throughout(options: dict[str, Any]) -> None:
+def test_other_networks_are_quantized_completely(options: dict[str, Any]) -> None:
     model = trained(**options)
     pixels = clips(6).reshape(3, 2, 4, 32, 32, 3)
     pixels[0, 0, :, 0, :2] = [[0] * 3, [255] * 3]
@@ -189,23 +189,23 @@ def test_other_networks_are_integer_throughout(options: dict[str, Any]) -> None:
     np.testing.assert_allclose(interpreted(content, pixels), expected, atol=0.3)
 
 
-def test_several_clips_a_call(source: Source, tmp_path: Path) -> None:
+def test_larger_batches(source: ExportableModel, tmp_path: Path) -> None:
     (path,) = tflite.export_tflite(source, tmp_path, ["float32"], batch=3)
     pixels = clips(6)
     expected = np.asarray(keras.ops.softmax(source.model(pixels)))
     np.testing.assert_allclose(interpreted(path, pixels.reshape(2, 3, 4, 32, 32, 3)), expected, atol=1e-4)
 
 
-def test_float_operators_of_an_int8_file_are_noticed(files: dict[str, Path]) -> None:
-    with pytest.raises(RuntimeError, match=r"the int8 file computes these in float: .*CONV_2D"):
+def test_unexpected_float_operators_of_an_int8_file_are_errors(files: dict[str, Path]) -> None:
+    with pytest.raises(RuntimeError, match=r"the int8 file has unexpected float operators: .*CONV_2D"):
         tflite._check(files["float32"].read_bytes(), "int8", float_until="res2")
 
 
-def test_operators_of_tensorflow_are_noticed() -> None:
+def test_operators_of_tensorflow_are_errors() -> None:
     function = tf.function(tf.linalg.det, input_signature=[tf.TensorSpec((2, 2))]).get_concrete_function()
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], tf.Module())
     converter.target_spec.supported_ops = [tf.lite.OpsSet.SELECT_TF_OPS]
-    with pytest.raises(RuntimeError, match=r"not TFLite's own: CUSTOM Flex.*, CUSTOM FlexMatrixDeterminant"):
+    with pytest.raises(RuntimeError, match=r"that are not builtin: CUSTOM Flex.*, CUSTOM FlexMatrixDeterminant"):
         tflite._check(converter.convert(), "float32", float_until="res2")
 
 
@@ -216,7 +216,7 @@ def test_the_command(run: Any, folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert f"written: {path} (" in capsys.readouterr().out
     before = path.read_bytes()
     with pytest.raises(
-        UserError, match=r"there already: .*_float16\.tflite; give another --output, or replace with --force"
+        UserError, match=r"already exists: .*_float16\.tflite; choose another --output, or replace with --force"
     ):
         run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"])
     assert path.read_bytes() == before
@@ -236,7 +236,7 @@ def test_a_model_without_class_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 32, 32, 3), (1, 4, 48, 32, 3), (2, 4, 32, 32, 3), (4, 32, 32, 3)], ids=str)
-def test_a_clip_that_does_not_fit_is_refused(files: dict[str, Path], shape: tuple[int, ...]) -> None:
+def test_a_clip_of_another_shape_is_refused(files: dict[str, Path], shape: tuple[int, ...]) -> None:
     interpreter = litert.Interpreter(str(files["float32"]))
     interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()
@@ -244,9 +244,9 @@ def test_a_clip_that_does_not_fit_is_refused(files: dict[str, Path], shape: tupl
         interpreter.set_tensor(given["index"], np.zeros(shape, np.uint8))
 
 
-def test_a_wrong_bias_is_put_right(source: Source, files: dict[str, Path]) -> None:
+def test_a_wrong_bias_is_corrected(source: ExportableModel, files: dict[str, Path]) -> None:
     def bias_of(content: bytes | bytearray) -> tuple[np.ndarray, float]:
-        """The last such, of a layer whose outputs are not cut off at zero, and the unit of its entry 3."""
+        """Returns the bias of the last conv_c, whose outputs are not clipped at zero, and the scale of its entry 3."""
         model = read_model(content)
         graph = model.subgraphs[0]
         operator = [entry for entry in graph.operators if b"conv_c" in graph.tensors[entry.outputs[0]].name][-1]
@@ -264,7 +264,7 @@ def test_a_wrong_bias_is_put_right(source: Source, files: dict[str, Path]) -> No
     assert len(corrected) == len(content)
 
 
-def test_the_example_of_the_page(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_in_the_readme(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     page = (
         (Path(__file__).parent.parent / "export" / "README.md")
         .read_text("utf-8")
@@ -277,10 +277,10 @@ def test_the_example_of_the_page(files: dict[str, Path], capsys: pytest.CaptureF
     assert all(name in printed for name in NAMES)
 
 
-def test_bad_input(run: Any, source: Source, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--formats must be of float32, float16, dynamic, int8, got 'int4'"):
+def test_invalid_input(run: Any, source: ExportableModel, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--formats must be a list of float32, float16, dynamic, int8, got 'int4'"):
         run(formats=["int4"])
-    with pytest.raises(UserError, match="give --calibration=RECORDS, or leave int8 out"):
+    with pytest.raises(UserError, match="int8 requires --calibration=RECORDS; set it, or remove int8"):
         run(formats=["float32", "int8"])
     with pytest.raises(UserError, match="no such model file"):
         run(model=tmp_path / "none.keras", formats=["float32"])

@@ -1,4 +1,4 @@
-"""The command that holds artefacts against their model: what it runs, what it says, what it refuses."""
+"""Verification of exported artefacts: comparison, reports and errors."""
 
 import json
 import re
@@ -16,8 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 from exported_model import three_classes
 from video_fixtures import noise_video, numbered_frames, write_records, write_video
-from x3d_tf.export import clips as clips_module
-from x3d_tf.export import models, runtimes, verify, workers
+from x3d_tf.export import models, runtimes, verification_clips, verify, workers
 
 import x3d_tf
 from x3d_tf.data.video.decode import encode_video
@@ -28,12 +27,12 @@ NAMES = ("hug", "kick", "wave")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> models.Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> models.ExportableModel:
     return three_classes(tmp_path_factory.mktemp("model"))
 
 
 def tflite(function: Callable[[Any], Any], shape: tuple[int, ...], app: keras.Model | None = None) -> bytes:
-    """A TFLite file of a function of uint8 clips, with the weights of the model that it calls."""
+    """Converts a function of uint8 clips to a TFLite file, with the weights of the model that it calls."""
     module = tf.Module()
     module.weights = [variable.value for variable in app.variables] if app else []
     clips = tf.TensorSpec(shape, tf.uint8, name="clips")
@@ -42,8 +41,8 @@ def tflite(function: Callable[[Any], Any], shape: tuple[int, ...], app: keras.Mo
 
 
 @pytest.fixture(scope="module")
-def artefacts(source: models.Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good ones and bad ones."""
+def artefacts(source: models.ExportableModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of valid and invalid artefacts."""
     folder = tmp_path_factory.mktemp("artefacts")
     app = deployed(source.model, batch=1)
     good = tflite(lambda clips: app(clips, training=False), (1, 4, 64, 64, 3), app)
@@ -59,13 +58,13 @@ def artefacts(source: models.Source, tmp_path_factory: pytest.TempPathFactory) -
     (folder / ".good.tflite.partial").write_bytes(b"being written")
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "good.tflite").write_bytes(good)
-    undecided = lambda clips: tf.reduce_sum(tf.cast(clips, tf.float32)) * 0 + tf.fill([1, 3], 1 / 3)  # noqa: E731
-    (folder / "undecided.tflite").write_bytes(tflite(undecided, (1, 4, 64, 64, 3)))
-    (folder / "other_clip.tflite").write_bytes(tflite(undecided, (1, 4, 96, 96, 3)))
+    uniform = lambda clips: tf.reduce_sum(tf.cast(clips, tf.float32)) * 0 + tf.fill([1, 3], 1 / 3)  # noqa: E731
+    (folder / "uniform.tflite").write_bytes(tflite(uniform, (1, 4, 64, 64, 3)))
+    (folder / "other_clip.tflite").write_bytes(tflite(uniform, (1, 4, 96, 96, 3)))
     classes = lambda clips: tf.reduce_sum(tf.cast(clips, tf.float32)) * 0 + tf.fill([1, 2], 1 / 2)  # noqa: E731
     (folder / "other_classes.tflite").write_bytes(tflite(classes, (1, 4, 64, 64, 3)))
     (folder / "nonsense.onnx").write_bytes(b"nonsense")
-    (folder / "build.xml").write_text("<project/>")  # some other program's
+    (folder / "build.xml").write_text("<project/>")  # of another program
 
     app = x3d_tf.portable(source.model, NAMES)
     module = tf.Module()
@@ -80,24 +79,24 @@ def artefacts(source: models.Source, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def rows(source: models.Source, artefacts: Path) -> dict[str, verify.Row]:
+def rows(source: models.ExportableModel, artefacts: Path) -> dict[str, verify.Row]:
     pytest.importorskip("ai_edge_litert")
     clips = np.random.default_rng(1).integers(0, 256, (3, 4, 64, 64, 3), dtype=np.uint8)
     found = verify.verify(source, runtimes.find_artefacts(artefacts), clips, threads=(1,), rounds=1)
     return {Path(row.name).name: row for row in found}
 
 
-def test_what_computes_the_same_is_ok(rows: dict[str, verify.Row]) -> None:
-    for name, form in (("model.keras", "Keras"), ("1", "SavedModel"), ("good.tflite", "TFLite float32")):
+def test_matching_artefacts_are_ok(rows: dict[str, verify.Row]) -> None:
+    for name, format_name in (("model.keras", "Keras"), ("1", "SavedModel"), ("good.tflite", "TFLite float32")):
         row = rows[name]
-        assert (row.form, row.verdict, row.agreement) == (form, "OK", 1.0)
+        assert (row.format, row.verdict, row.agreement) == (format_name, "OK", 1.0)
         assert row.max_difference is not None and row.mean_difference is not None
         assert 0 <= row.mean_difference <= row.max_difference < 1e-5
         assert row.milliseconds[1] > 0
         assert row.bytes > 100_000
 
 
-def test_operators_are_those_of_the_form(rows: dict[str, verify.Row]) -> None:
+def test_operators_are_those_of_the_format(rows: dict[str, verify.Row]) -> None:
     assert rows["1"].operators["DepthwiseConv2dNative"] == rows["model.keras"].operators["DepthwiseConv2dNative"] > 3
     assert rows["good.tflite"].operators["DEPTHWISE_CONV_2D"] > 3
     assert "DELEGATE" not in rows["good.tflite"].operators
@@ -106,20 +105,20 @@ def test_operators_are_those_of_the_form(rows: dict[str, verify.Row]) -> None:
 @pytest.mark.parametrize(
     ("name", "verdict"),
     [
-        ("undecided.tflite", "FAILED: difference above 0.0001"),
-        ("other_clip.tflite", "FAILED: its clip is 4 x 96 x 96 x 3, the model's 4 x 64 x 64 x 3"),
-        ("other_classes.tflite", "FAILED: it has 2 classes, the model 3"),
+        ("uniform.tflite", "FAILED: max difference above 0.0001"),
+        ("other_clip.tflite", "FAILED: its clip shape is 4 x 96 x 96 x 3, the model's is 4 x 64 x 64 x 3"),
+        ("other_classes.tflite", "FAILED: it has 2 classes, the model has 3"),
         ("cut_off.tflite", "FAILED: "),
-        ("other_weights.tflite", "FAILED: it is made of other weights, those of the run yesterday"),
+        ("other_weights.tflite", "FAILED: it was exported from different weights, those of the run yesterday"),
         ("same_weights.tflite", "OK"),
     ],
 )
-def test_what_does_not_is_told_and_the_rest_goes_on(rows: dict[str, verify.Row], name: str, verdict: str) -> None:
+def test_failures_are_reported_and_do_not_stop_the_others(rows: dict[str, verify.Row], name: str, verdict: str) -> None:
     assert rows[name].verdict.startswith(verdict)
-    assert name in ("undecided.tflite", "same_weights.tflite") or not rows[name].milliseconds
+    assert name in ("uniform.tflite", "same_weights.tflite") or not rows[name].milliseconds
 
 
-def test_a_runtime_that_is_not_installed_is_no_crash(rows: dict[str, verify.Row]) -> None:
+def test_a_missing_runtime_is_reported(rows: dict[str, verify.Row]) -> None:
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
@@ -130,40 +129,40 @@ def test_a_runtime_that_is_not_installed_is_no_crash(rows: dict[str, verify.Row]
 
 def test_only_artefacts_are_rows(rows: dict[str, verify.Row]) -> None:
     others = ["cut_off.tflite", "no_weights.xml", "nonsense.onnx", "other_classes.tflite", "other_clip.tflite"]
-    others += ["other_weights.tflite", "good.tflite", "same_weights.tflite", "1", "undecided.tflite"]
+    others += ["other_weights.tflite", "good.tflite", "same_weights.tflite", "1", "uniform.tflite"]
     assert list(rows) == ["model.keras", *others]
 
 
-def test_a_missing_package_is_told_from_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_and_runtime_errors_are_distinguished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     artefact = runtimes.Artefact(tmp_path / "a.tflite", "litert")
 
     def missing(path: Path, threads: int) -> Any:
         raise ModuleNotFoundError("No module named 'ai_edge_litert'")
 
     monkeypatch.setitem(runtimes.RUNTIMES, "litert", missing)
-    answer = workers._answer({}, 1, artefact, "open")
-    assert isinstance(answer, workers.NotRun) and "pip install 'x3d_tf[tflite]'" in str(answer)
+    response = workers._respond({}, 1, artefact, "open")
+    assert isinstance(response, workers.RuntimeNotInstalled) and "pip install 'x3d_tf[tflite]'" in str(response)
 
     def faulty(path: Path, threads: int) -> Any:
         raise RuntimeError("bad\nfile")
 
     monkeypatch.setitem(runtimes.RUNTIMES, "litert", faulty)
-    answer = workers._answer({}, 1, artefact, "open")
-    assert isinstance(answer, workers.Failed) and str(answer) == "RuntimeError: bad file"
+    response = workers._respond({}, 1, artefact, "open")
+    assert isinstance(response, workers.ArtefactError) and str(response) == "RuntimeError: bad file"
 
 
-def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
     artefact = runtimes.Artefact(tmp_path / "a.tflite", "litert")
     with workers.Workers() as pool:
-        with pytest.raises((workers.Failed, workers.NotRun)):
+        with pytest.raises((workers.ArtefactError, workers.RuntimeNotInstalled)):
             pool.open(artefact, 1)
         pool._workers["litert", 1]._process.kill()
-        with pytest.raises(workers.Failed, match="its process ended with status -9"):
+        with pytest.raises(workers.ArtefactError, match="its process ended with status -9"):
             pool.open(artefact, 1)
 
 
 class Doubling:
-    """Says of each clip twice its first pixel; of a fixed batch."""
+    """Runner with a fixed batch size that returns twice the first pixel of each clip."""
 
     batch = 2
 
@@ -172,13 +171,13 @@ class Doubling:
         return clips.reshape(len(clips), -1)[:, :1] * np.float32(2)
 
 
-def test_a_fixed_batch_is_filled_up() -> None:
+def test_a_fixed_batch_is_padded() -> None:
     clips = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1, 1)
     found = runtimes.probabilities(Doubling(), clips)  # type: ignore[arg-type]
     assert found[:, 0].tolist() == [0, 2, 4, 6, 8]
 
 
-def test_quantised_pixels() -> None:
+def test_pixels_are_quantized() -> None:
     clips = np.array([0, 127, 255], np.uint8)
     for dtype, quantization, expected in (
         (np.uint8, (0.0, 0), [0, 127, 255]),
@@ -186,60 +185,62 @@ def test_quantised_pixels() -> None:
         (np.int8, (1.0, -128), [-128, -1, 127]),
         (np.int8, (0.5, 0), [0, 127, 127]),
     ):
-        found = runtimes._quantised(clips, {"dtype": dtype, "quantization": quantization})
+        found = runtimes._quantize(clips, {"dtype": dtype, "quantization": quantization})
         assert found.dtype == dtype and found.tolist() == expected
 
 
-def test_clips_of_records_are_those_of_testing(source: models.Source, tmp_path: Path) -> None:
+def test_clips_of_records_are_those_of_evaluation(source: models.ExportableModel, tmp_path: Path) -> None:
     write_records(tmp_path, {"test": [noise_video(i, 12, 90, 120) for i in range(3)], "train": [noise_video(9, 12)]}, 3)
-    found = clips_module.read_clips(source, tmp_path, limit=10)
+    found = verification_clips.read_clips(source, tmp_path, limit=10)
     batches = x3d_tf.dataset(tmp_path, source.model.clip, training=False, batch=3)
     ((expected, _),) = batches.as_numpy_iterator()
     np.testing.assert_array_equal(found, np.rint(expected))
     assert found.dtype == np.uint8
 
 
-def test_few_of_many_clips_are_spread_over_them() -> None:
-    assert clips_module._evenly(range(10), 3) == [0, 4, 9]
-    assert clips_module._evenly(range(3), 10) == [0, 1, 2]
+def test_a_limited_number_of_clips_is_sampled_evenly() -> None:
+    assert verification_clips._sample_evenly(range(10), 3) == [0, 4, 9]
+    assert verification_clips._sample_evenly(range(3), 10) == [0, 1, 2]
 
 
-def test_clips_of_videos_are_their_middles(
-    source: models.Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_clips_are_the_middles_of_videos(
+    source: models.ExportableModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_video(tmp_path / "a" / "long.mp4", numbered_frames(40, 96, 128))
     (tmp_path / "notes.txt").write_text("not a video")
-    (clip,) = clips_module.read_clips(source, tmp_path, limit=10)
-    assert re.search(r"left out: .*notes\.txt", capsys.readouterr().err)
-    # 40 frames, of which a clip spans 8: it begins at 16, and its 4 frames are spread over what it spans
+    (clip,) = verification_clips.read_clips(source, tmp_path, limit=10)
+    assert re.search(r"skipped: .*notes\.txt", capsys.readouterr().err)
+    # A clip spans 8 of the 40 frames: it starts at 16, and its 4 frames are spread over the span.
     numbers = [round((float(frame[32:, 32:].mean()) - 16) / 4) for frame in clip]
     assert numbers == [16, 18, 20, 23]
 
 
 def test_clips_of_videos_are_those_of_their_records(
-    source: models.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: models.ExportableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = Storage(60, 70)
     monkeypatch.setattr(source.model, "stored", stored)
     path = write_video(tmp_path / "videos" / "a.mp4", numbered_frames(40, 96, 128))
     write_records(tmp_path / "records", {"test": [encode_video(path, 60, 70)]}, 3, stored=stored)
-    of_video, of_record = (clips_module.read_clips(source, tmp_path / name, limit=1) for name in ("videos", "records"))
+    of_video, of_record = (
+        verification_clips.read_clips(source, tmp_path / name, limit=1) for name in ("videos", "records")
+    )
     np.testing.assert_array_equal(of_video, of_record)
 
 
-def test_clips_that_are_not_there(source: models.Source, tmp_path: Path) -> None:
+def test_missing_clips(source: models.ExportableModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder of videos or records"):
-        clips_module.read_clips(source, tmp_path / "nothing", limit=10)
+        verification_clips.read_clips(source, tmp_path / "nothing", limit=10)
     with pytest.raises(ValueError, match="folders that hold some"):
-        clips_module.read_clips(source, tmp_path, limit=10)
+        verification_clips.read_clips(source, tmp_path, limit=10)
     (tmp_path / "notes.txt").write_text("not a video")
-    with pytest.raises(ValueError, match=r"no file could be read as a video \(1 tried\); the first, .*notes\.txt"):
-        clips_module.read_clips(source, tmp_path, limit=10)
-    with pytest.raises(ValueError, match="--split must be for records"):
-        clips_module.read_clips(source, tmp_path, split="test", limit=10)
+    with pytest.raises(ValueError, match=r"none of 1 files could be read as a video; first error: .*notes\.txt"):
+        verification_clips.read_clips(source, tmp_path, limit=10)
+    with pytest.raises(ValueError, match="--split must be used with records"):
+        verification_clips.read_clips(source, tmp_path, split="test", limit=10)
     write_records(tmp_path / "records", {"set1": [noise_video(0, 9)], "set2": [noise_video(1, 9)]}, 3)
-    with pytest.raises(ValueError, match=r"--split must be given for .*: set1, set2"):
-        clips_module.read_clips(source, tmp_path / "records", limit=10)
+    with pytest.raises(ValueError, match=r"--split must be set for .* to one of set1, set2"):
+        verification_clips.read_clips(source, tmp_path / "records", limit=10)
 
 
 @pytest.fixture
@@ -258,13 +259,13 @@ def command(flags_of_one_command: None) -> Iterator[Any]:
     ("verdicts", "message"),
     [
         (["OK", "not run: x is not installed"], None),
-        (["OK", "FAILED: difference above 1e-05"], "does not do what its model does"),
+        (["OK", "FAILED: max difference above 1e-05"], "does not match the model"),
         (["not run: x is not installed"], "nothing was verified"),
     ],
 )
-def test_the_exit_status_says_whether_bounds_hold(
+def test_the_exit_status_reports_exceeded_bounds(
     command: Any,
-    source: models.Source,
+    source: models.ExportableModel,
     verdicts: list[str],
     message: str | None,
     tmp_path: Path,
@@ -275,8 +276,8 @@ def test_the_exit_status_says_whether_bounds_hold(
     folder.mkdir()
     (folder / "a.tflite").write_bytes(b"")
     write_video(tmp_path / "video.mp4", numbered_frames(12))
-    made = [verify.Row(str(source.path), "Keras", 1), *(verify.Row(str(folder / v), "", 1, v) for v in verdicts)]
-    monkeypatch.setattr(verify, "verify", lambda *_, **__: made)
+    rows = [verify.Row(str(source.path), "Keras", 1), *(verify.Row(str(folder / v), "", 1, v) for v in verdicts)]
+    monkeypatch.setattr(verify, "verify", lambda *_, **__: rows)
     monkeypatch.setattr(models, "open_model", lambda _: source)
     paths = {"model": source.path, "artefacts": folder, "clips": tmp_path / "video.mp4", "json": tmp_path / "out.json"}
     if message is None:
@@ -286,18 +287,20 @@ def test_the_exit_status_says_whether_bounds_hold(
             command(**paths)
     printed = capsys.readouterr().out
     assert all(verdict in printed for verdict in verdicts)
-    assert [row["verdict"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["OK", *verdicts]
+    written = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["verdict"] for row in written] == ["OK", *verdicts]
+    assert list(written[0])[:3] == ["name", "form", "bytes"]
     with pytest.raises(ValueError, match=r"out\.json exists"):
         command(**paths)
-    with pytest.raises(ValueError, match=r"--json=.*b\.json: no such folder"):
+    with pytest.raises(ValueError, match=r"--json=.*b\.json: its folder does not exist"):
         command(**paths | {"json": tmp_path / "a" / "b.json"})
 
 
-def test_nothing_to_verify(command: Any, source: models.Source, tmp_path: Path) -> None:
+def test_nothing_to_verify(command: Any, source: models.ExportableModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing: no such file or folder"):
         command(model=source.path, artefacts=tmp_path / "nothing")
     (tmp_path / "notes.txt").write_text("no artefact")
-    with pytest.raises(ValueError, match=r"holds no artefact: no saved_model\.pb"):
+    with pytest.raises(ValueError, match=r"contain no artefact: no saved_model\.pb"):
         command(model=source.path, artefacts=tmp_path)
     (tmp_path / "a.tflite").touch()
     with pytest.raises(ValueError, match=r"^--clips=nothing: no such folder of videos or records$"):
@@ -310,18 +313,18 @@ def test_the_table_has_a_row_for_each_and_all_operators(tmp_path: Path) -> None:
         verify.Row(str(tmp_path / "a" / "b.onnx"), "", 5_000_000, "not run: onnxruntime is not installed"),
     ]
     lines = verify.table(rows, tmp_path, 7)
-    assert lines[0] == "7 clips: too few for bounds of agreement, which one clip can break"
+    assert lines[0] == "7 clips: too few for the agreement bounds, which a single clip can break"
     assert verify.table(rows, tmp_path, 20)[0] == "20 clips"
     assert re.search(r"model\.keras +Keras +1\.0e-07 +1\.0e-08 +100\.0% +4\.0 +20\.0 +11\.0 +1 OK", lines[2])
     assert re.search(r"^a/b\.onnx +- +- +- +- +5\.0 +- +- +- not run: onnxruntime", lines[3])
-    assert lines[-2:] == ["  elsewhere/model.keras: Relu 3", "  a/b.onnx: not known"]
+    assert lines[-2:] == ["  elsewhere/model.keras: Relu 3", "  a/b.onnx: unknown"]
 
 
-def test_help_tells_the_bounds() -> None:
-    """The page is written by hand: each form with its numbers."""
-    text = (verify.__doc__ or "").split("same class:\n")[1]
-    for form, bound in verify.BOUNDS.items():
-        name = form.removeprefix("TFLite ")
+def test_help_lists_the_bounds() -> None:
+    """The docstring repeats the bounds of each format."""
+    text = (verify.__doc__ or "").split("same top-1 class:\n")[1]
+    for format_name, bound in verify.BOUNDS.items():
+        name = format_name.removeprefix("TFLite ")
         (line,) = [line for line in text.splitlines() if line.startswith("  ") and name in line]
         difference = "-" if bound.difference is None else f"{bound.difference:f}".rstrip("0")
         assert line.split()[-3:] == [difference, f"{bound.agreement:.0%}".rstrip("%"), "%"]

@@ -1,1 +1,1 @@
-"""TF Serving: files for its container image, and a client that sends videos."""
+"""TF Serving: files of the container image, and a client for videos."""

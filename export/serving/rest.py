@@ -1,7 +1,8 @@
-"""HTTP requests to a server that is not trusted: limited in time and memory, to that server only.
+"""HTTP requests to an untrusted server, with limits on time and memory and without redirects.
 
-`urllib.request.urlopen` has a timeout for each read, so that a server that sends a byte a second holds it for ever; it
-reads answers of any size, and follows redirects to whatever it has handlers for. Imports no TensorFlow.
+`urllib.request.urlopen` is not safe for this purpose: its timeout applies to each read, so that a server that sends one
+byte per second can block it for ever; it reads responses of any size; and it follows redirects. This module does not
+import TensorFlow.
 """
 
 import functools
@@ -20,38 +21,38 @@ from x3d_tf.errors import UserError, require
 
 Result = TypeVar("Result")
 
-MAX_ANSWER = 4 << 20  # bytes: what a gRPC end accepts by default; probabilities of 100,000 classes take half of it
-_MAX_ERROR = 4096  # bytes of an error page that are read
-_MAX_SHOWN = 500  # characters of a server's message
+MAX_RESPONSE = 4 << 20  # bytes, the default limit of gRPC; probabilities of 100,000 classes take half of it
+_MAX_ERROR = 4096  # bytes read from an error page
+_MAX_SHOWN = 500  # characters of a server message
 
 
 def check_address(url: str) -> None:
-    """Raises UserError unless `url` is http://HOST:PORT or https://HOST:PORT, with or without a path."""
+    """Raises UserError if `url` is not http://HOST:PORT or https://HOST:PORT, with or without a path."""
     require(url.startswith(("http://", "https://")), "--rest", "begin with http:// or https://", url)
     try:
         parts = urlsplit(url)
-        named = "@" in parts.netloc
+        has_user = "@" in parts.netloc
         valid = bool(parts.hostname) and parts.port != 0 and url.isascii() and url.isprintable() and " " not in url
-    except ValueError:  # a port that is no number, or brackets that are not closed
-        named, valid = "@" in url, False
-    if named:  # the value is not shown: it may hold a password
-        raise UserError("--rest must hold no user name and no password, which are not supported; remove what ends in @")
+    except ValueError:  # an invalid port, or an unclosed bracket
+        has_user, valid = "@" in url, False
+    if has_user:  # not shown, because it may contain a password
+        raise UserError("--rest must not contain a user name or password; remove the part before @")
     require(valid and not parts.query and not parts.fragment, "--rest", "be http://HOST:PORT or https://HOST:PORT", url)
 
 
 def post(address: str, body: bytes, seconds: float) -> bytes:
-    """Sends JSON and returns the body of the answer.
+    """Sends JSON and returns the body of the response.
 
-    Proxies are those of the environment (http_proxy, https_proxy, no_proxy). Redirects are not followed.
+    Uses the proxies of the environment (http_proxy, https_proxy, no_proxy). Redirects are not followed.
 
     Args:
-        address: the URL; its host and port as `check_address` accepts them.
-        body: the JSON text.
-        seconds: time limit for everything: finding the host, connecting, sending, receiving.
+        address: URL, whose host and port pass `check_address`.
+        body: JSON text.
+        seconds: time limit of the complete request: name lookup, connecting, sending and receiving.
 
     Raises:
-        UserError: the server cannot be reached, is too slow, answers with another status than 200, with something else
-            than HTTP, or with a body that is truncated or larger than `MAX_ANSWER`. The message is one line.
+        UserError: the server cannot be reached, is too slow, does not speak HTTP, returns a status other than 200, or
+            a body that is truncated or larger than `MAX_RESPONSE`. The message is one line.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -59,30 +60,35 @@ def post(address: str, body: bytes, seconds: float) -> bytes:
     except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         cause = getattr(error, "reason", error)
         if isinstance(cause, TimeoutError):
-            raise UserError(f"{address}: no complete answer within {seconds:g} seconds; raise --timeout") from error
+            raise UserError(
+                f"{address}: no complete response within {seconds:g} seconds; increase --timeout"
+            ) from error
         raise UserError(f"{address}: {one_line(str(cause)) or type(cause).__name__}") from error
     if 300 <= status < 400:
-        raise UserError(f"{address}: {status}, a redirect to {one_line(location)}, is not followed; name that server")
+        raise UserError(
+            f"{address}: status {status} redirects to {one_line(location)}, which is not followed; use that address"
+        )
     if status != 200:
         raise UserError(f"{address}: {status} {one_line(reason)[:100]}: {one_line(content.decode(errors='replace'))}")
-    if len(content) > MAX_ANSWER:
-        raise UserError(f"{address}: the answer is larger than {MAX_ANSWER} bytes, which is not read")
+    if len(content) > MAX_RESPONSE:
+        raise UserError(f"{address}: the response is larger than the limit of {MAX_RESPONSE} bytes")
     if missing:
-        raise UserError(f"{address}: the answer is truncated, {missing} of {len(content) + missing} bytes are missing")
+        total = len(content) + missing
+        raise UserError(f"{address}: the response is truncated: {missing} of {total} bytes are missing")
     return content
 
 
 def one_line(text: str) -> str:
-    """A server's text for a terminal: on one line, control characters escaped, cut after 500 characters."""
+    """Converts a server message for display: one line, control characters escaped, at most 500 characters."""
     words = " ".join(text[: 2 * _MAX_SHOWN].split())
     escaped = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
     return escaped if len(escaped) <= _MAX_SHOWN and len(text) <= 2 * _MAX_SHOWN else f"{escaped[:_MAX_SHOWN]}..."
 
 
 def _within(seconds: float, call: Callable[[], Result]) -> Result:
-    """Returns what a call returns; raises TimeoutError after so many seconds, and leaves the call to itself.
+    """Calls a function in a thread and returns its result; raises TimeoutError and abandons the thread if it is late.
 
-    No socket has a limit for looking up a name, or for all addresses of a host together.
+    A socket timeout covers neither the name lookup nor connection attempts to several addresses of a host.
     """
     future: Future[Result] = Future()
 
@@ -97,26 +103,26 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
 
 
 def _exchange(address: str, body: bytes, deadline: float) -> tuple[int, str, str, bytes, int]:
-    """Returns status, reason, Location, body (its beginning where it is too large) and how many bytes it lacks."""
-    opener = urllib.request.OpenerDirector()  # has no handlers of redirects, nor of file:, ftp: and data:
+    """Returns status, reason, Location header, body (truncated if too large) and the number of missing bytes."""
+    opener = urllib.request.OpenerDirector()  # without handlers for redirects, file:, ftp: and data:
     for handler in (
         urllib.request.ProxyHandler(),
-        _Plain(deadline),
-        _Secure(deadline),
+        _HTTPHandler(deadline),
+        _HTTPSHandler(deadline),
         urllib.request.UnknownHandler(),
     ):
         opener.add_handler(handler)
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
         length = response.headers.get("Content-Length", "0")
-        if not re.fullmatch("[0-9]{1,18}", length):  # what http.client takes for no length at all
-            raise http.client.HTTPException(f"Content-Length is no number of bytes: {length}")
-        content = response.read(MAX_ANSWER + 1 if response.status == 200 else _MAX_ERROR)
+        if not re.fullmatch("[0-9]{1,18}", length):  # http.client would ignore it
+            raise http.client.HTTPException(f"Content-Length must be a number of bytes, got {length}")
+        content = response.read(MAX_RESPONSE + 1 if response.status == 200 else _MAX_ERROR)
         return response.status, response.reason, response.headers.get("Location", ""), content, response.length or 0
 
 
-class _UntilDeadline(urllib.request.AbstractHTTPHandler):
-    """A handler whose connections have a deadline."""
+class _DeadlineHandler(urllib.request.AbstractHTTPHandler):
+    """Base class of handlers whose connections have a deadline."""
 
     def __init__(self, deadline: float) -> None:
         super().__init__()
@@ -131,16 +137,16 @@ class _UntilDeadline(urllib.request.AbstractHTTPHandler):
         return super().do_open(connect, req, **http_conn_args)
 
 
-class _Plain(_UntilDeadline, urllib.request.HTTPHandler):
-    """http:"""
+class _HTTPHandler(_DeadlineHandler, urllib.request.HTTPHandler):
+    """Handler of http: URLs."""
 
 
-class _Secure(_UntilDeadline, urllib.request.HTTPSHandler):
-    """https:"""
+class _HTTPSHandler(_DeadlineHandler, urllib.request.HTTPSHandler):
+    """Handler of https: URLs."""
 
 
 class _Response(http.client.HTTPResponse):
-    """A response, headers included, that is read until a deadline."""
+    """HTTP response whose headers and body must be read before a deadline."""
 
     def __init__(self, sock: Any, *arguments: Any, deadline: float, **settings: Any) -> None:
         super().__init__(sock, *arguments, **settings)
@@ -148,7 +154,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Stream(io.RawIOBase):
-    """A socket's stream whose reads together end at a deadline: a timeout of the socket begins again with each."""
+    """Socket stream with one deadline for all reads; a socket timeout would start again with each read."""
 
     def __init__(self, sock: Any, raw: Any, deadline: float) -> None:
         self._sock, self._raw, self._deadline = sock, raw, deadline

@@ -1,4 +1,4 @@
-"""A small network whose export the tests share: made once in a process, for an export takes seconds."""
+"""A small network whose export is shared by the tests of a process, because an export takes seconds."""
 
 import functools
 import tempfile
@@ -11,14 +11,14 @@ import x3d_tf
 from x3d_tf.types import Storage
 
 if TYPE_CHECKING:
-    from x3d_tf.export.models import Source
+    from x3d_tf.export.models import ExportableModel
 
-TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
+TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # evaluates 54 x 54 pixels
 NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
 
 
-def decided_network(classes: int = len(NAMES), **options: Any) -> x3d_tf.X3D:
-    """A network of which every weight counts, batch norms too, and that does not give all classes the same."""
+def random_network(classes: int = len(NAMES), **options: Any) -> x3d_tf.X3D:
+    """Returns a network with random batch norms and classifier, so that every weight affects the probabilities."""
     network = x3d_tf.build_x3d(TINY, num_classes=classes, **options)
     draw = np.random.default_rng(0)
     for layer in network.layers:
@@ -35,15 +35,15 @@ def decided_network(classes: int = len(NAMES), **options: Any) -> x3d_tf.X3D:
 
 @functools.cache
 def model_file() -> Path:
-    """The network of `decided_network`, saved as if trained on records of small frames."""
-    path, network = Path(_scratch().name) / "tiny.keras", decided_network()
+    """Returns the path of a saved `random_network`, with the metadata of records of small frames."""
+    path, network = Path(_scratch().name) / "tiny.keras", random_network()
     network.stored, network.test_views = Storage(48, 80), 3
     x3d_tf.save(network, path, NAMES)
     return path
 
 
-def three_classes(folder: Path) -> "Source":
-    """A network for clips of 4 frames of 64 x 64, whose batch norms and classes are not as fresh ones; saved there."""
+def three_classes(folder: Path) -> "ExportableModel":
+    """Saves a network with random batch norms and classifier in `folder` and opens it; clips are 4 x 64 x 64."""
     from x3d_tf.export.models import open_model
 
     network = x3d_tf.build_x3d(x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2), num_classes=3)
@@ -59,7 +59,7 @@ def three_classes(folder: Path) -> "Source":
 
 @functools.cache
 def served_folder() -> Path:
-    """That file's SavedModel: the version's folder, .../tiny/1."""
+    """Returns the folder of the SavedModel of `model_file`, .../tiny/1."""
     from x3d_tf.export.models import open_model
     from x3d_tf.export.saved_model import export_saved_model
 

@@ -1,7 +1,7 @@
-"""A SavedModel behind TF Serving's REST interface, for tests of what talks to it.
+"""A SavedModel behind TF Serving's REST interface, for tests of its clients.
 
-`stand_in` answers in this process with Python's own HTTP server. As a program this runs KServe's server, which speaks
-the same protocol: python rest_service.py FOLDER NAME PORT
+`serve` runs Python's HTTP server in this process. As a program, this file runs KServe's server, which uses the same
+protocol: python rest_service.py FOLDER NAME PORT
 """
 
 import base64
@@ -16,17 +16,17 @@ from typing import Any
 import tensorflow as tf
 
 
-def answer(loaded: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """The response to a predict request: in rows ("instances") or in columns ("inputs"), as TF Serving documents them.
+def respond(loaded: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Returns the response to a predict request, in rows ("instances") or columns ("inputs") as TF Serving documents.
 
     Raises:
-        ValueError: no such request.
-        tf.errors.InvalidArgumentError: the model's.
+        ValueError: the request is invalid.
+        tf.errors.InvalidArgumentError: the model rejects the input.
     """
     signature = loaded.signatures[request.get("signature_name", "serving_default")]
     ((name, spec),) = signature.structured_input_signature[1].items()
     if ("instances" in request) == ("inputs" in request):
-        raise ValueError("a request has either instances or inputs")
+        raise ValueError("a request must have either instances or inputs")
     values = request.get("instances", request.get("inputs"))
     if "instances" in request and isinstance(values[0], dict):
         values = [row[name] for row in values]
@@ -54,8 +54,8 @@ def _texts(value: Any) -> Any:
 
 
 @contextmanager
-def stand_in(loaded: Any, model: str) -> Iterator[str]:
-    """The address of a server, which ends with the block."""
+def serve(loaded: Any, model: str) -> Iterator[str]:
+    """Yields the address of a server, which is stopped on exit."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -67,7 +67,7 @@ def stand_in(loaded: Any, model: str) -> Iterator[str]:
                 self.reply(404, {"error": f"Servable not found for request: {self.path}"})
                 return
             try:
-                self.reply(200, answer(loaded, json.loads(body)))
+                self.reply(200, respond(loaded, json.loads(body)))
             except (ValueError, KeyError, tf.errors.InvalidArgumentError) as error:
                 self.reply(400, {"error": str(error)})
 
@@ -100,7 +100,7 @@ def _run_kserve(folder: str, name: str, port: int) -> None:
 
         def predict(self, payload: Any, headers: Any = None, response_headers: Any = None) -> Any:
             try:
-                return answer(self.loaded, payload)
+                return respond(self.loaded, payload)
             except (ValueError, KeyError, tf.errors.InvalidArgumentError) as error:
                 raise kserve.errors.InvalidInput(str(error)) from error
 

@@ -129,7 +129,7 @@ def serving(report: Report, folder: Path) -> str | None:
     """Requests of JPEG files to a served model, by the package's client in this process."""
     from video_fixtures import numbered_frames  # type: ignore[import-not-found]
 
-    from export.serving.client import rest_asker
+    from export.serving.client import rest_classifier
     from x3d_tf.data.video.decode import encode_jpeg
 
     count = report.chosen.requests
@@ -139,10 +139,10 @@ def serving(report: Report, folder: Path) -> str | None:
         return problem
     frames = [encode_jpeg(frame) for frame in numbered_frames(4)]
     with served(folder / "served" / "tiny" / "1") as (address, pid):
-        ask = rest_asker(address, "tiny", 60.0)
+        classify = rest_classifier(address, "tiny", 60.0)
         server, client = Samples(pid), Samples(os.getpid())
         for number in range(count):
-            ask(frames)
+            classify(frames)
             server.take(number / count)
             client.take(number / count)
     problems = [
@@ -167,9 +167,9 @@ def served(version: Path) -> Iterator[tuple[str, int]]:
 def serve(version: str) -> None:
     """What the server's process does: prints its address, and serves until it is ended."""
     import tensorflow as tf
-    from rest_service import stand_in  # type: ignore[import-not-found]
+    from rest_service import serve as serve_rest  # type: ignore[import-not-found]
 
-    with stand_in(tf.saved_model.load(version), "tiny") as address:
+    with serve_rest(tf.saved_model.load(version), "tiny") as address:
         print(address, flush=True)
         threading.Event().wait()
 

@@ -1,7 +1,7 @@
-"""pytorchvideo's X3D under PyTorch, to predict and to train. Each maker gets a case and gives the call to measure.
+"""pytorchvideo's X3D in PyTorch, for inference and training. `predict` and `train` return the call to measure.
 
-Its networks and their settings are those that the tests compare ours with. Clips are in the model's memory format
-before anything is timed.
+The networks and their settings are those of the parity tests. Clips are converted to the model's memory format before
+the measurement.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch._inductor.config
-from clips import normalized, squares
 from measuring import Case
 from numpy.typing import NDArray
+from synthetic_clips import normalized, squares
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import pytorchvideo_models
@@ -26,31 +26,31 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def network(name: str) -> Any:
-    """The module, in evaluation mode, to logits; its weights are none of a fresh network."""
+    """Returns the module in evaluation mode, which computes logits and has a random classifier."""
     known = pytorchvideo_models.SETTINGS
-    require(name in known, "the network", f"be one that pytorchvideo has, {', '.join(known)}", name)
+    require(name in known, "the network", f"be one of pytorchvideo's: {', '.join(known)}", name)
     model = pytorchvideo_models.standard(name).model
     for module in model.modules():
-        if isinstance(module, torch.nn.AvgPool3d):  # NumPy's integers, at which torch.compile gives up
+        if isinstance(module, torch.nn.AvgPool3d):  # torch.compile does not accept NumPy integers
             module.kernel_size = tuple(int(size) for size in module.kernel_size)
-    # so that classes differ, and with them what forms compute
+    # Makes the classes differ, so that wrong outputs are detected.
     torch.nn.init.normal_(model.blocks[5].proj.weight, std=0.3, generator=torch.Generator().manual_seed(0))
     return model
 
 
-def _prepared(case: Case, layout: str, compiled: bool, training: bool = False) -> tuple[Any, Any]:
-    """Module and clips in a memory format."""
+def _prepare(case: Case, layout: str, compiled: bool, training: bool = False) -> tuple[Any, Any]:
+    """Returns the module and the clips in a memory format."""
     torch.set_flush_denormal(True)  # as TensorFlow does
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     memory_format = getattr(torch, layout)
     model = network(case.network).to(memory_format=memory_format).train(training)
     clips = torch.from_numpy(normalized(squares(case.network, case.batch))).contiguous(memory_format=memory_format)
-    # not dynamic: where several networks are compiled, torch may take what differs for what varies
+    # Without dynamic=False, torch may use dynamic shapes after it has compiled several networks.
     return torch.compile(model, dynamic=False) if compiled else model, clips
 
 
-def _arithmetic(precision: str) -> Any:
+def _precision_scope(precision: str) -> Any:
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast("cpu", dtype=PRECISIONS[precision])
@@ -64,23 +64,23 @@ def predict(
     frozen: bool = False,
     precision: str = "float32",
 ) -> Callable[[], NDArray[np.float32]]:
-    """A mode of PyTorch's.
+    """Returns the inference call of a mode of PyTorch.
 
     Args:
-        case: what to compute.
-        layout: "contiguous_format" or "channels_last_3d".
-        compiled: by torch.compile.
-        frozen: its weights compiled in as constants, so that batch norms are folded.
-        precision: a key of `PRECISIONS`; by autocast.
+        case: computation to perform.
+        layout: memory layout, "contiguous_format" or "channels_last_3d".
+        compiled: whether to use torch.compile.
+        frozen: whether to compile the weights as constants, which folds batch norms.
+        precision: key of `PRECISIONS`, applied by autocast.
     """
-    model, clips = _prepared(case, layout, compiled)
+    model, clips = _prepare(case, layout, compiled)
 
     def call() -> NDArray[np.float32]:
-        with torch.inference_mode(), _arithmetic(precision):
+        with torch.inference_mode(), _precision_scope(precision):
             return torch.softmax(model(clips).float(), dim=1).numpy()
 
     if frozen:
-        with torch._inductor.config.patch(freezing=True):  # no argument of torch.compile's reaches all who ask
+        with torch._inductor.config.patch(freezing=True):  # torch.compile has no argument that sets it everywhere
             call()
     return call
 
@@ -88,19 +88,19 @@ def predict(
 def train(
     case: Case, *, layout: str = "contiguous_format", compiled: bool = False, precision: str = "float32"
 ) -> Callable[[], float]:
-    """A training step: cross entropy, Nesterov momentum, L2 but of batch norm, as in our recipe.
+    """Returns a training step: cross entropy, Nesterov momentum, and L2 except for batch norms, as in our recipe.
 
     Args:
-        case: what to compute.
-        layout, compiled, precision: as of `predict`.
+        case: computation to perform.
+        layout, compiled, precision: see `predict`.
     """
-    model, clips = _prepared(case, layout, compiled, training=True)
+    model, clips = _prepare(case, layout, compiled, training=True)
     labels = torch.arange(case.batch)
     optimizer = pytorchvideo_models.optimizer(model, 1e-4, l2=5e-5)
 
     def call() -> float:
         optimizer.zero_grad(set_to_none=True)
-        with _arithmetic(precision):
+        with _precision_scope(precision):
             loss = torch.nn.functional.cross_entropy(model(clips), labels)
         loss.backward()
         optimizer.step()
@@ -110,11 +110,11 @@ def train(
 
 
 def export_onnx(case: Case, file: str) -> None:
-    """Writes the network, to logits, for float32 clips (batch, 3, T, S, S)."""
-    import onnx  # what the exporter needs; here, so that its absence is said as such
+    """Writes the network, which computes logits of float32 clips (batch, 3, T, S, S), as an ONNX file."""
+    import onnx  # required by the exporter; imported first, so that a missing package is reported clearly
 
     path = Path(case.folder) / file
     clips = torch.from_numpy(normalized(squares(case.network, case.batch)))
-    with torch.inference_mode():  # the older exporter: the newer one takes another package
+    with torch.inference_mode():  # dynamo=False: the newer exporter requires another package
         torch.onnx.export(network(case.network), (clips,), str(path), dynamo=False, input_names=["clips"])
     onnx.checker.check_model(str(path))

@@ -1,4 +1,4 @@
-"""Our forms that TensorFlow runs, to predict and to train. Each maker gets a case and gives the call to measure."""
+"""Our implementations in TensorFlow, for inference and training. `predict` and `train` return the call to measure."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -8,10 +8,10 @@ from unittest import mock
 import keras
 import numpy as np
 import tensorflow as tf
-from clips import softmax, squares
 from command import CLASSES
 from measuring import Case
 from numpy.typing import NDArray
+from synthetic_clips import softmax, squares
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import x3d_tf
@@ -26,20 +26,20 @@ from x3d_tf.training.step import TrainStep, precision_scope
 Call = Callable[[], NDArray[np.float32]]
 
 
-def limit_threads(threads: int, *, side_by_side: bool = False) -> None:
-    """For the whole process; to be called before TensorFlow computes anything.
+def limit_threads(threads: int, *, single_threaded_ops: bool = False) -> None:
+    """Sets the number of threads of the process. Must be called before TensorFlow computes anything.
 
     Args:
-        threads: in all.
-        side_by_side: an operation gets one of them, as in our commands where clips are taken side by side.
+        threads: number of threads.
+        single_threaded_ops: whether each operation uses one thread, as in our commands that process clips in parallel.
     """
     if tf.config.threading.get_inter_op_parallelism_threads() != threads:
-        tf.config.threading.set_intra_op_parallelism_threads(1 if side_by_side else threads)
+        tf.config.threading.set_intra_op_parallelism_threads(1 if single_threaded_ops else threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
 def network(name: str) -> x3d_tf.X3D:
-    """A network none of whose batch norms is at its first values, and whose classes differ; every time the same."""
+    """Returns a network with random batch norms and classifier; it is the same for every call."""
     keras.utils.set_random_seed(0)
     model = x3d_tf.build_x3d(name, num_classes=CLASSES)
     draw = np.random.default_rng(0)
@@ -51,54 +51,54 @@ def network(name: str) -> x3d_tf.X3D:
     return model
 
 
-def predict(case: Case, form: str) -> Call:
-    """A form of the network as a function of uint8 clips, compiled but for the one that is called as it is.
+def predict(case: Case, name: str) -> Call:
+    """Returns the inference call of an implementation for uint8 clips, compiled except for "portable, not compiled".
 
     Args:
-        case: what to compute.
-        form: a key of `FORWARD`.
+        case: computation to perform.
+        name: key of `FORWARD`.
     """
-    limit_threads(case.threads, side_by_side="side by side" in form)
+    limit_threads(case.threads, single_threaded_ops="in parallel" in name)
     model = network(case.network)
-    function, finish = FORWARD[form](model, case.batch)
+    function, to_probabilities = FORWARD[name](model, case.batch)
     clips = tf.constant(squares(case.network, case.batch))
-    if form == "portable, not compiled":
-        return lambda: finish(function(clips, training=False).numpy())
+    if name == "portable, not compiled":
+        return lambda: to_probabilities(function(clips, training=False).numpy())
     spec = tf.TensorSpec(clips.shape, tf.uint8)
     concrete = tf.function(
         lambda clips: function(clips, training=False), input_signature=[spec]
     ).get_concrete_function()
-    if form == "frozen":
+    if name == "frozen":
         frozen = convert_variables_to_constants_v2(concrete)
         return lambda: frozen(clips)[0].numpy()
-    return lambda: finish(concrete(clips).numpy())  # an array, so that the device has finished
+    return lambda: to_probabilities(concrete(clips).numpy())  # numpy() waits for the device
 
 
-def _side_by_side(network: Callable[..., Any]) -> Callable[..., Any]:
-    """Clip by clip, several at a time."""
+def _in_parallel(network: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that processes the clips of a batch in parallel."""
     single = functools.partial(network, training=False)
     return lambda clips, training: map_clips_in_parallel(single)(clips)
 
 
-def _as_it_is(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+def _identity(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
     return outputs
 
 
-# From the network and a batch to a model, and what makes probabilities of its outputs.
+# Functions from a network and a batch size to a model and the function that converts its outputs to probabilities.
 FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
     "trainable": lambda model, batch: (model, softmax),
-    "portable": lambda model, batch: (x3d_tf.portable(model, [str(n) for n in range(CLASSES)]), _as_it_is),
+    "portable": lambda model, batch: (x3d_tf.portable(model, [str(n) for n in range(CLASSES)]), _identity),
     "portable, not compiled": lambda model, batch: FORWARD["portable"](model, batch),
-    "deployed": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
-    "frozen": lambda model, batch: (deployed(model, batch=batch), _as_it_is),
-    "trainable side by side": lambda model, batch: (_side_by_side(model), softmax),
-    "deployed side by side": lambda model, batch: (_side_by_side(deployed(model, batch=1)), _as_it_is),
+    "deployed": lambda model, batch: (deployed(model, batch=batch), _identity),
+    "frozen": lambda model, batch: (deployed(model, batch=batch), _identity),
+    "trainable, clips in parallel": lambda model, batch: (_in_parallel(model), softmax),
+    "deployed, clips in parallel": lambda model, batch: (_in_parallel(deployed(model, batch=1)), _identity),
     "grouped": lambda model, batch: (with_grouped_convolutions(model), softmax),
 }
 
 
-class GroupedLayerFactory(x3d.TrainableParts):
-    """The trainable network's layers, but Keras' own grouped convolution for the channel-wise ones."""
+class GroupedParts(x3d.TrainableParts):
+    """Layers of the trainable network, with Keras' grouped convolution as the channel-wise convolution."""
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
         channels = x.shape[-1]
@@ -115,8 +115,8 @@ class GroupedLayerFactory(x3d.TrainableParts):
 
 
 def with_grouped_convolutions(model: x3d_tf.X3D) -> x3d_tf.X3D:
-    """Returns the same network, with the same weights, built by `GroupedLayerFactory`."""
-    with mock.patch.object(x3d, "TrainableParts", GroupedLayerFactory):
+    """Returns the same network with the layers of `GroupedParts` and the same weights."""
+    with mock.patch.object(x3d, "TrainableParts", GroupedParts):
         grouped = x3d_tf.X3D(model.expansion, model.num_classes, model.options)
     for layer in model.layers:
         weights = layer.get_weights()
@@ -129,15 +129,15 @@ def with_grouped_convolutions(model: x3d_tf.X3D) -> x3d_tf.X3D:
 def train(
     case: Case, *, grouped: bool = False, options: Mapping[str, Any] | None = None, **execution: Any
 ) -> Callable[[], float]:
-    """The training step of a run, on one batch that stays in memory.
+    """Returns the training step of a run, on one batch that stays in memory.
 
     Args:
-        case: what to compute.
-        grouped: with Keras' own grouped convolution.
+        case: computation to perform.
+        grouped: whether to use Keras' grouped convolution.
         options: fields of `ModelOptions`.
         **execution: fields of `Execution`.
     """
-    limit_threads(case.threads, side_by_side=not grouped and case.batch >= case.threads)
+    limit_threads(case.threads, single_threaded_ops=not grouped and case.batch >= case.threads)
     config = TrainConfig(
         expansion=x3d_tf.VARIANTS[case.network].expansion,
         model=x3d_tf.ModelOptions(**(options or {})),
@@ -145,7 +145,7 @@ def train(
         recipe=Recipe(batch=case.batch, reference_batch=case.batch, learning_rate=1e-4, warmup_fraction=0),
         execution=Execution(**execution),
     )
-    strategy = tf.distribute.MirroredStrategy(["CPU:0"])  # the trainer's default where there is no GPU
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])  # the trainer's default without a GPU
     keras.utils.set_random_seed(0)
     with strategy.scope():
         with precision_scope(config.execution.precision):
@@ -153,13 +153,15 @@ def train(
             model = with_grouped_convolutions(model) if grouped else model
         step = TrainStep(model, config, strategy)
     batches = iter(strategy.distribute_datasets_from_function(lambda context: _one_batch(case, config)))
-    return lambda: float(step(batches, 1)["loss"][0])  # the loss, so that the device has finished
+    return lambda: float(step(batches, 1)["loss"][0])  # float() waits for the device
 
 
 def _one_batch(case: Case, config: TrainConfig) -> tf.data.Dataset:
-    """The same batch for ever, in as many parts as a step takes, pixels float32 as those of the input pipeline."""
+    """Returns a dataset that repeats one batch, split into the micro-batches of a step; pixels are float32."""
     clips = tf.constant(squares(case.network, case.batch), tf.float32)
     labels = tf.range(case.batch, dtype=tf.int32)
-    parts = config.execution.accumulation
-    whole = tf.data.Dataset.from_tensors((clips, labels))
-    return (whole if parts == 1 else whole.unbatch().batch(case.batch // parts, drop_remainder=True)).repeat()
+    micro_batches = config.execution.accumulation
+    complete = tf.data.Dataset.from_tensors((clips, labels))
+    if micro_batches == 1:
+        return complete.repeat()
+    return complete.unbatch().batch(case.batch // micro_batches, drop_remainder=True).repeat()

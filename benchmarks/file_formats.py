@@ -1,6 +1,6 @@
-"""Files that runtimes run: those that `export/` writes, and pytorchvideo's ONNX.
+"""Implementations that run from a file: the formats of `export/`, and pytorchvideo's ONNX.
 
-The writers get a case and put a file into its folder; the openers give the call to measure.
+The writers write a file to the folder of a case. The openers return the function to measure.
 """
 
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clips import normalized, softmax, squares
 from measuring import Case
 from numpy.typing import NDArray
+from synthetic_clips import normalized, softmax, squares
 from x3d_tf.export.runtimes import Artefact, open_artefact
 
 from x3d_tf.errors import require
@@ -22,33 +22,33 @@ def write_saved_model(case: Case) -> None:
     """Writes `serving/1`."""
     from x3d_tf.export.saved_model import export_saved_model
 
-    export_saved_model(_source(case), Path(case.folder) / "serving")
+    export_saved_model(_open_source(case), Path(case.folder) / "serving")
 
 
-def write_tflite(case: Case, file: str, form: str) -> None:
-    """Writes a TFLite file of the case's batch, int8 ones calibrated on made-up clips: speed depends on none."""
+def write_tflite(case: Case, file: str, format_name: str) -> None:
+    """Writes a TFLite file for the case; int8 is calibrated on synthetic clips, which do not affect its speed."""
     from x3d_tf.export import tflite
 
     from x3d_tf.modeling.folded import deployed
 
-    app = deployed(_source(case).model, batch=case.batch)
+    inference = deployed(_open_source(case).model, batch=case.batch)
     calls = -(-4 // case.batch)
     clips = squares(case.network, calls * case.batch)
-    content = tflite.convert(app, form, clips.reshape(calls, case.batch, *clips.shape[1:]))
+    content = tflite.convert(inference, format_name, clips.reshape(calls, case.batch, *clips.shape[1:]))
     (Path(case.folder) / file).write_bytes(content)
 
 
-def write_exported(case: Case, form: str) -> None:
-    """Writes `NETWORK.onnx` or `NETWORK.xml` of the case's batch."""
+def write_exported(case: Case, format_name: str) -> None:
+    """Writes `NETWORK.onnx` or `NETWORK.xml` with the case's batch size."""
     from x3d_tf.export.onnx import export_formats
 
-    export_formats(_source(case), Path(case.folder), [form], batch=case.batch)
+    export_formats(_open_source(case), Path(case.folder), [format_name], batch=case.batch)
 
 
-def _source(case: Case) -> Any:
-    """The network as the exporters take it: from a file, which is written where it is missing."""
+def _open_source(case: Case) -> Any:
+    """Opens the network for export, from a file that is written if it is missing."""
     from command import CLASSES
-    from tensorflow_forms import limit_threads, network
+    from tensorflow_networks import limit_threads, network
     from x3d_tf.export.models import open_model
 
     import x3d_tf
@@ -61,15 +61,15 @@ def _source(case: Case) -> Any:
 
 
 def ours(case: Case, file: str, runtime: str) -> Call:
-    """An artefact, run as `export.verify` runs it. In `file`, "{network}" is the case's."""
+    """Runs an artefact as in `export.verify`. "{network}" in `file` is replaced by the name of the network."""
     runner = open_artefact(Artefact(_path(case, file), runtime), case.threads)
-    require(runner.batch in (None, case.batch), f"the batch of {file}", f"be {case.batch}", runner.batch)
+    require(runner.batch in (None, case.batch), f"the batch size of {file}", f"be {case.batch}", runner.batch)
     clips = squares(case.network, case.batch)
     return lambda: runner(clips)
 
 
 def openvino(case: Case, file: str, precision: str, *, peer: bool = False) -> Call:
-    """An .xml or .onnx file, ours or pytorchvideo's, in OpenVINO, which computes in `precision`: "f32" or "bf16"."""
+    """Runs an .xml or .onnx file, ours or pytorchvideo's, in OpenVINO with the precision "f32" or "bf16"."""
     import openvino
 
     settings = {
@@ -81,20 +81,20 @@ def openvino(case: Case, file: str, precision: str, *, peer: bool = False) -> Ca
     clips = squares(case.network, case.batch)
     if not peer:
         return lambda: model(clips, share_inputs=True)[0]
-    given = normalized(clips)
-    return lambda: softmax(model(given, share_inputs=True)[0])
+    normalized_clips = normalized(clips)
+    return lambda: softmax(model(normalized_clips, share_inputs=True)[0])
 
 
 def onnxruntime(case: Case, file: str) -> Call:
-    """pytorchvideo's .onnx file in ONNX Runtime."""
+    """Runs pytorchvideo's .onnx file in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
     session = onnxruntime.InferenceSession(str(_path(case, file)), options, providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
+    (session_input,) = session.get_inputs()
     clips = normalized(squares(case.network, case.batch))
-    return lambda: softmax(session.run(None, {given.name: clips})[0])
+    return lambda: softmax(session.run(None, {session_input.name: clips})[0])
 
 
 def _path(case: Case, file: str) -> Path:
