@@ -1,4 +1,4 @@
-"""The first command of the README trains X3D-S on synthetic videos."""
+"""The first command of the README."""
 
 import json
 import subprocess
