@@ -1,4 +1,4 @@
-"""The python blocks of the documentation, run as they stand."""
+"""The Python blocks of docs/your-own-code.md run unchanged."""
 
 import re
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gam
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
-    """Line number and text of each python block."""
+    """Returns the line number and the text of each Python block."""
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [(text[: match.start(1)].count("\n"), match.group(1)) for match in found]
+    matches = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text[: match.start(1)].count("\n"), match.group(1)) for match in matches]
 
 
 def write_splits(folder: Path) -> None:
-    """Eight small records, both to train and to test on."""
+    """Writes eight small records that serve as training and test split."""
     write_records(folder, videos=8)
     manifest = Manifest.load(folder)
     replace(manifest, splits=dict.fromkeys(("train", "test"), manifest.splits["train"])).save()
@@ -35,7 +35,7 @@ def write_splits(folder: Path) -> None:
 
 @pytest.fixture(params=["eagerly", pytest.param("as graphs", marks=pytest.mark.slow)])
 def functions(request: pytest.FixtureRequest) -> Iterator[None]:
-    """TensorFlow's functions run line by line, which spares most of the time, or compiled as in real life."""
+    """Runs `tf.function`s eagerly, which is much faster here, or compiled as users do."""
     if request.param == "eagerly":
         request.getfixturevalue("eager")
     yield
@@ -44,7 +44,7 @@ def functions(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("functions")
 @pytest.mark.filterwarnings("ignore:.*tf.data functions are still traced", "error:.*shuffle=True")
 def test_your_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a smaller network under the name of X3D-S."""
+    """Replaces X3D-S by a smaller network to save time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(expansion.VARIANTS, "x3d_s", replace(expansion.VARIANTS["x3d_s"], expansion=TINY))
     write_splits(tmp_path / "data" / "mine")
@@ -52,14 +52,15 @@ def test_your_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = x3d_tf.build_x3d(TINY, num_classes=2)
     x3d_tf.save(x3d_tf.portable(trained, ("left", "right")), tmp_path / "runs" / "mine" / "model.keras")
     write_video(tmp_path / "videos" / "a.mp4", numbered_frames(10))
-    found = blocks(DOCS / "your-own-code.md")
-    assert len(found) >= 10
+    page_blocks = blocks(DOCS / "your-own-code.md")
+    assert len(page_blocks) >= 10
     names: dict[str, Any] = {"__name__": "__main__"}
-    for line, code in found:
-        # The line numbers of errors are those of the page.
+    for line, code in page_blocks:
+        # Leading newlines make the line numbers in errors those of the page.
         exec(compile("\n" * line + code, str(DOCS / "your-own-code.md"), "exec"), names)
     assert names["history"].history.keys() >= {"loss", "accuracy", "val_loss", "val_accuracy"}
     assert np.asarray(names["encoder"](names["clips"])).shape == (8, names["encoder"].output.shape[-1])
+    assert names["macs"] == 4732468736
     assert names["maps"].shape[:4] == (8, 6, 3, 3)
     assert names["outputs"].shape == (None, 3)
     np.testing.assert_allclose(np.asarray(names["probabilities"]).sum(axis=1), 1, atol=1e-5)

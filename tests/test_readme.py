@@ -1,4 +1,4 @@
-"""The README's example for applications, run as it stands, against our own predictions."""
+"""The README's example application gives the same probabilities as `x3d_tf.predict_videos`."""
 
 import functools
 import json
@@ -23,15 +23,15 @@ NAMES = tuple("abcdef")
 
 
 def moving_blocks(count: int, height: int, width: int) -> np.ndarray:
-    """Frames of coloured blocks that move faster and faster."""
+    """Frames of coloured blocks that move with increasing speed."""
     side = -(-width // 8)
     picture = np.random.default_rng(0).integers(0, 256, (height // 8, side, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     return np.stack([np.roll(picture[:, :width], number**2 // 16, axis=1) for number in range(count)])
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Videos at three rates, upright and wide ones, one shorter than a clip."""
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Videos in landscape and portrait format at three frame rates; one is shorter than a clip."""
     folder = tmp_path_factory.mktemp("videos")
     return [
         write_video(folder / "wide.mp4", moving_blocks(50, 64, 112)),
@@ -43,14 +43,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def real(request: pytest.FixtureRequest) -> list[Path]:
-    """Real videos of constant rate that are to be shown as they are stored."""
+    """Real videos of constant rate and without rotation."""
     folder: Path = request.getfixturevalue("shared_data")
     interactions = sorted((folder / "ut_interaction" / "set1").glob("*/seq01_*.avi"))
     paths = [*sorted((folder / "clips").iterdir()), *interactions[:3]]
     infos = {path: probe(path) for path in paths}
-    found = [path for path, info in infos.items() if not info.variable_rate]
-    assert len(found) >= 5
-    return found
+    constant_rate = [path for path, info in infos.items() if not info.variable_rate]
+    assert len(constant_rate) >= 5
+    return constant_rate
 
 
 SCALED = {"stored": Storage(60, 80)}
@@ -59,7 +59,7 @@ STRETCHED = {"stored": Storage(96, 95), "stretch": True, "frame_sampling": "exac
 
 @pytest.fixture
 def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> x3d_tf.X3D:
-    """A network whose probabilities differ from video to video, in a run's folder as the README names it."""
+    """A network whose probabilities differ between videos, saved in the run folder that the README names."""
     keras.utils.set_random_seed(2)
     model = random_network()
     coarse = np.random.default_rng(1).integers(0, 256, (8, model.clip.frames, 6, 6, 3))
@@ -78,11 +78,11 @@ def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     return model
 
 
-def example(change: tuple[str, str] = ("", "")) -> dict[str, Any]:
-    """The names that the example defines, with another text in place of one of its."""
+def run_example(replacement: tuple[str, str] = ("", "")) -> dict[str, Any]:
+    """Runs the example, with one part of its text replaced, and returns the names that it defines."""
     line, code = next((line, code) for line, code in blocks(README) if "input.json" in code)
-    assert change[0] in code
-    code = code.replace(*change) if change[0] else code
+    assert replacement[0] in code
+    code = code.replace(*replacement) if replacement[0] else code
     names: dict[str, Any] = {"__name__": "application"}
     exec(compile("\n" * line + code, str(README), "exec"), names)
     return names
@@ -91,31 +91,31 @@ def example(change: tuple[str, str] = ("", "")) -> dict[str, Any]:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("network", "videos"),
-    [(SCALED, "made"), (STRETCHED, "made"), (SCALED, "real")],
+    [(SCALED, "synthetic"), (STRETCHED, "synthetic"), (SCALED, "real")],
     indirect=["network"],
     ids=["scaled", "stretched", "real videos"],
 )
-def test_an_application_predicts_as_we_do(videos: str, network: x3d_tf.X3D, request: pytest.FixtureRequest) -> None:
+def test_the_example_equals_predict_videos(videos: str, network: x3d_tf.X3D, request: pytest.FixtureRequest) -> None:
     paths: list[Path] = request.getfixturevalue(videos)
-    probabilities_of = example()["probabilities_of"]
-    ours = list(x3d_tf.predict_videos(network, paths, progress=False))
-    for path, result in zip(paths, ours, strict=True):
+    probabilities_of = run_example()["probabilities_of"]
+    expected = list(x3d_tf.predict_videos(network, paths, progress=False))
+    for path, result in zip(paths, expected, strict=True):
         assert isinstance(result, x3d_tf.Prediction), result
         np.testing.assert_allclose(probabilities_of(str(path)), result.probabilities, atol=1e-3, err_msg=path.name)
-    spread = np.ptp([result.probabilities for result in ours if isinstance(result, x3d_tf.Prediction)], axis=0)
-    assert spread.max() > 0.05  # else the bound above would mean little
+    spread = np.ptp([result.probabilities for result in expected if isinstance(result, x3d_tf.Prediction)], axis=0)
+    assert spread.max() > 0.05  # otherwise the tolerance above would be too loose
 
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("network", [SCALED], indirect=True, ids=[""])
-def test_no_step_of_the_example_can_be_left_out(
-    network: x3d_tf.X3D, made: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_every_step_of_the_example_is_needed(
+    network: x3d_tf.X3D, synthetic: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the comparison above would not see where one is wrong."""
+    """Ensures that the comparison above would detect an error in any step."""
     monkeypatch.setattr(tf.keras.models, "load_model", functools.cache(tf.keras.models.load_model))
-    (ours,) = x3d_tf.predict_videos(network, made[0], progress=False)
-    assert isinstance(ours, x3d_tf.Prediction)
-    for change in (
+    (expected,) = x3d_tf.predict_videos(network, synthetic[0], progress=False)
+    assert isinstance(expected, x3d_tf.Prediction)
+    for replacement in (
         ('spec["stored"]["jpeg_quality"]', "95"),
         ('spec["decoded_short_side"]', "256"),
         ("* (span - 1) / max(frames - 1, 1)", '* spec["stride"] * fps / 30'),
@@ -124,8 +124,8 @@ def test_no_step_of_the_example_can_be_left_out(
         ("numbers.ravel()], shape)", "numbers.ravel()], shape, antialias=True)"),
         (".mean(axis=0)", "[0]"),
     ):
-        found = example(change)["probabilities_of"](str(made[0]))
-        assert np.abs(found - ours.probabilities).max() > 3e-3, change
+        probabilities = run_example(replacement)["probabilities_of"](str(synthetic[0]))
+        assert np.abs(probabilities - expected.probabilities).max() > 3e-3, replacement
 
 
 def test_the_example_needs_few_packages_and_lines() -> None:
@@ -133,4 +133,4 @@ def test_the_example_needs_few_packages_and_lines() -> None:
     lines = [line for line in code.splitlines() if line.strip()]
     imported = {line.split()[1] for line in lines if line.startswith(("import ", "from "))}
     assert imported == {"io", "json", "av", "numpy", "tensorflow", "PIL"}
-    assert len(lines) <= 36
+    assert len(lines) <= 32
