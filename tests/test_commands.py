@@ -10,7 +10,7 @@ import pytest
 
 def run(body: str, *arguments: str, positional: bool = False) -> subprocess.CompletedProcess[str]:
     code = (
-        "from x3d_tf import _command\nfrom x3d_tf.errors import UserError\n"
+        "from x3d_tf import commands\nfrom x3d_tf.errors import UserError\n"
         f"def main(*paths):\n    {body}\n_command.run(main, positional={positional})"
     )
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
@@ -54,7 +54,7 @@ GIVEN = ("--model=a", "--gin_file=b")
 
 
 def run_with_flags(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = f"'What it does.'\n{FLAGS}from x3d_tf import _command\ndef main(): pass\n_command.run(main)"
+    code = f"'What it does.'\n{FLAGS}from x3d_tf import commands\ndef main(): pass\n_command.run(main)"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
@@ -105,7 +105,7 @@ SAVING = (
 
 
 def start(body: str) -> subprocess.Popen[str]:
-    code = f"from x3d_tf import _command\ndef main():\n    {body}\n_command.run(main)"
+    code = f"from x3d_tf import commands\ndef main():\n    {body}\n_command.run(main)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
@@ -164,7 +164,7 @@ def test_an_error_is_the_last_line_after_a_progress_bar() -> None:
 
 
 def test_a_full_standard_output_is_one_line() -> None:
-    code = "from x3d_tf import _command\ndef main():\n    print('a')\n_command.run(main)"
+    code = "from x3d_tf import commands\ndef main():\n    print('a')\n_command.run(main)"
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     message = "error: standard output cannot be written: No space left on device\n"
@@ -172,7 +172,7 @@ def test_a_full_standard_output_is_one_line() -> None:
 
 
 def test_a_closed_standard_output_is_quiet() -> None:
-    code = "from x3d_tf import _command\ndef main():\n    while True: print('a' * 1000)\n_command.run(main)"
+    code = "from x3d_tf import commands\ndef main():\n    while True: print('a' * 1000)\n_command.run(main)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stderr
     process.stdout.readline()

@@ -22,9 +22,9 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def command(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A command whose start of TensorFlow is noisy and then does `body`."""
     return run(
-        "from x3d_tf import _command, _startup\nfrom x3d_tf.errors import UserError\n"
+        "from x3d_tf import commands, startup\nfrom x3d_tf.errors import UserError\n"
         f"def main():\n    with startup.starting_tensorflow(devices=False):\n        {NOISE}; {body}\n"
-        "    os.write(2, b'after\\n')\n_command.run(main)",
+        "    os.write(2, b'after\\n')\ncommands.run(main)",
         *arguments,
     )
 
@@ -54,25 +54,25 @@ def test_a_crash_in_the_start_says_where() -> None:
 
 def test_without_standard_error_a_command_works() -> None:
     code = (
-        "from x3d_tf import _command, _startup\n"
-        "def main():\n    with startup.starting_tensorflow(devices=False): pass\n    print('done')\n_command.run(main)"
+        "from x3d_tf import commands, startup\n"
+        "def main():\n    with startup.starting_tensorflow(devices=False): pass\n    print('done')\ncommands.run(main)"
     )
     done = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$0" 2>&-', code], stdout=subprocess.PIPE, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_a_library_prints_and_redirects_nothing() -> None:
-    code = f"from x3d_tf import _startup\nwith startup.starting_tensorflow(): {NOISE}"
+    code = f"from x3d_tf import startup\nwith startup.starting_tensorflow(): {NOISE}"
     assert run(code).stderr == "noise of a library\n"
 
 
 def test_a_command_names_its_devices_and_prints_nothing_else_of_tensorflow() -> None:
     body = (
-        "from x3d_tf import _command, _startup\n"
+        "from x3d_tf import commands, startup\n"
         "def main():\n"
         "    with startup.starting_tensorflow():\n        import tensorflow as tf\n"
         "    tf.function(lambda x: x * 2, jit_compile=True)(tf.ones(3))\n"  # of which TensorFlow tells by itself
-        "_command.run(main)"
+        "commands.run(main)"
     )
     first, devices = run(body).stderr.splitlines()
     assert first == "starting TensorFlow"
