@@ -135,11 +135,11 @@ NETWORK = "--gin_file=gin/x3d_s.gin"
 
 
 WRONG = [  # command, arguments, and what its error says
-    ("x3d_tf.train", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file here"),
+    ("x3d_tf.train", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file, and not a recipe"),
     ("x3d_tf.train", RECORDS, "nix/manifest.json does not exist"),
     ("x3d_tf.train", [NETWORK, '--gin_bindings=TrainConfig.init="nix"', "--workdir=nix"], "nix: no such model file"),
     ("x3d_tf.train", [NETWORK, "--workdir=tests"], "tests exists and is not the folder of a run"),
-    ("x3d_tf.train", [NETWORK, "--gin_bindings=Recipe.steps=abc"], "'abc' is not a value"),
+    ("x3d_tf.train", [NETWORK, "--gin_bindings=Recipe.steps=abc"], "'abc' is not a valid value"),
     ("x3d_tf.preview", [*RECORDS, "--output=nix.png"], "nix/manifest.json does not exist"),
     ("x3d_tf.preview", [NETWORK, "--output=nix.jpg"], "--output must end in .png"),
     ("x3d_tf.evaluate", ["--run=nix"], "nix: no such model file or run folder"),
@@ -156,7 +156,7 @@ WRONG = [  # command, arguments, and what its error says
     ("x3d_tf.build_records", ["--verify", "--output=nix"], "nix/manifest.json does not exist"),
     ("x3d_tf.import_weights", ["nix", "--variant=x3d_s", "--output=a.keras"], "nix: no such checkpoint"),
     ("x3d_tf.import_weights", ["nix", "--to=pytorchvideo", "--output=a.pyth"], "nix: no such model file"),
-    ("x3d_tf.complexity", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file here"),
+    ("x3d_tf.complexity", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file, and not a recipe"),
     ("export.saved_model", ["--model=nix", "--output=nix/a"], "nix: no such model file"),
     ("export.tflite", ["--model=nix", "--output=nix"], "nix: no such model file"),
     ("export.onnx", ["--model=nix", "--output=nix", "--formats=nix"], "--formats must be of onnx, openvino"),
