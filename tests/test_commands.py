@@ -130,7 +130,7 @@ def test_a_second_signal_does_not_interrupt_saving() -> None:
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (143, "saved\n")
-    assert errors.startswith("still stopping; a third signal exits immediately")
+    assert errors.startswith("still stopping; a third signal exits immediately without saving")
 
 
 def test_a_third_signal_exits_immediately() -> None:

@@ -40,7 +40,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     """
     _escape_output()
     _enable_crash_traceback()
-    signals.stop_in_order()
+    signals.install_stop_handlers()
     try:
         try:
             _run(main, positional)
@@ -52,7 +52,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt as error:
         print("\nterminated" if isinstance(error, signals.Terminated) else "\ninterrupted", file=sys.stderr)
-        _exit_now(signals.status_of(error))
+        _exit_now(signals.exit_status(error))
     except OutputClosed:
         _exit_now(_BROKEN_PIPE_STATUS)
 

@@ -83,7 +83,7 @@ def main(paths: list[str]) -> None:
     require(len(paths) == 1, "the command line", "name one checkpoint, or one model with --to", paths)
     source, output = Path(paths[0]), Path(FLAGS.output)
     require(not output.is_dir(), "--output", "be a file", f"the folder {output}")
-    for path in (output, table_of(output)):
+    for path in (output, tensor_table_path(output)):
         if path.exists() and not FLAGS.overwrite:
             raise UserError(f"{path} exists; give another --output, or replace it with --overwrite")
     _check_flags(output)
@@ -96,7 +96,7 @@ def main(paths: list[str]) -> None:
     _from_pytorch(source, output)
 
 
-def table_of(output: Path) -> Path:
+def tensor_table_path(output: Path) -> Path:
     """Returns the path of an output's list of tensors: `x3d_s.tensors.txt` for `x3d_s.keras`."""
     return output.with_suffix(".tensors.txt")
 
@@ -156,8 +156,8 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
 
 
 def _write_table(report: "Report", output: Path) -> None:
-    atomic_write(table_of(output), f"{report}\n".encode("utf-8", "backslashreplace"))
-    print(f"written: {output} and the list of its tensors, {table_of(output)}")
+    atomic_write(tensor_table_path(output), f"{report}\n".encode("utf-8", "backslashreplace"))
+    print(f"written: {output} and the list of its tensors, {tensor_table_path(output)}")
 
 
 def _training_command(model: Path, variant: str, options: ModelOptions) -> str:
