@@ -1,4 +1,4 @@
-"""Which module may import what, seen from fresh processes."""
+"""Import rules: modules that must not import TensorFlow or gin, and the public names."""
 
 import subprocess
 import sys
@@ -64,26 +64,26 @@ WITHOUT_GIN = (
 
 
 def imported_with(statement: str, *names: str) -> list[str]:
-    """Those of `names` that are loaded once `statement` ran in a fresh process."""
+    """Returns the modules in `names` that are loaded after `statement` has run in a new process."""
     code = f"{statement}\nimport sys\nprint(*[name for name in {names!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 
-def test_light_modules_import_no_tensorflow() -> None:
+def test_light_modules_do_not_import_tensorflow() -> None:
     statement = "import " + ", ".join(WITHOUT_TENSORFLOW)
     assert imported_with(statement, "tensorflow", "keras", "gin") == []
 
 
-def test_counting_imports_no_tensorflow() -> None:
+def test_cost_does_not_import_tensorflow() -> None:
     assert imported_with("import x3d_tf; x3d_tf.cost('x3d_m')", "tensorflow", "keras", "gin") == []
 
 
-def test_configurations_import_no_tensorflow() -> None:
+def test_gin_config_does_not_import_tensorflow() -> None:
     assert imported_with("import x3d_tf.gin_config", "tensorflow", "keras") == []
 
 
-def test_the_library_imports_no_gin() -> None:
+def test_the_library_does_not_import_gin() -> None:
     assert imported_with("import " + ", ".join(WITHOUT_GIN), "gin", "tensorflow") == ["tensorflow"]
 
 
@@ -116,7 +116,7 @@ print(*sorted({name for name in x3d_tf.__all__ if inspect.isfunction(getattr(x3d
 
 
 def test_public_functions_are_not_shadowed_by_commands(tmp_path: Path) -> None:
-    """A module that is imported becomes an attribute of its package: all are imported first, then each is called."""
+    """Imported modules become attributes of the package, so all are imported before the functions are called."""
     write_records(tmp_path / "records", videos=2)
     write_video(tmp_path / "a.mp4", numbered_frames(6))
     done = subprocess.run([sys.executable, "-c", PUBLIC, str(tmp_path)], capture_output=True, text=True)

@@ -1,8 +1,8 @@
 """Csv files that are safe to open in spreadsheets and can be read back without loss.
 
 Spreadsheets evaluate cells that begin with `=`, `+`, `-` or `@` as formulas, which can start programs. File and class
-names are untrusted, so such text is written with a leading `'`, which the reader removes. Numbers are unchanged. Imports
-no TensorFlow.
+names are untrusted, so such text is written with a leading `'`, which the reader removes. Numbers are unchanged.
+Imports no TensorFlow.
 """
 
 import csv

@@ -61,8 +61,8 @@ def held_back() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for number, frame in received[:1]:
-        handlers[signal.Signals(number)](number, frame)
+    for first, frame in received[:1]:
+        handlers[signal.Signals(first)](first, frame)
 
 
 def _count_signals(pipe: int) -> None:
