@@ -1,8 +1,8 @@
 """A synthetic AVA dataset: films of four independently moving squares, with AVA's annotation files.
 
-Actions are directions: a square that moves up and to the left has two labels. The labels are independent of the position
-and look of the square and of the other squares, so that a network must recognise the motion within the box. Films last
-from second 900 to 909. Key frames are 902, 904, 906 and 908, and directions change between them.
+Actions are directions: a square that moves up and to the left has two labels. Labels are independent of the position
+and look of the square and of the other squares, so a network must recognise the motion within the box. Films last from
+second 900 to 909. Key frames are 902, 904, 906 and 908, and directions change between them.
 """
 
 from collections.abc import Iterator

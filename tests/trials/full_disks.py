@@ -20,7 +20,7 @@ from typing import Any
 
 from harness import (
     PAGE,
-    TO_END,
+    CLEANUPS,
     Ended,
     Report,
     arguments,
@@ -64,11 +64,11 @@ def disk(folder: Path, size: int) -> Iterator[Callable[[int], Any]]:
     size = max(size // PAGE, 2) * PAGE
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "trial", folder], check=True, capture_output=True)
     line = ["umount", "-l", str(folder)]
-    TO_END[id(line)] = partial(subprocess.run, line, check=False)
+    CLEANUPS[id(line)] = partial(subprocess.run, line, check=False)
     try:
         yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
     finally:
-        TO_END.pop(id(line))()
+        CLEANUPS.pop(id(line))()
 
 
 def may_mount(folder: Path) -> str | None:
