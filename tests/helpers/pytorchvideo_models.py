@@ -1,7 +1,7 @@
 """pytorchvideo's X3D with deterministic weights. Requires torch and pytorchvideo, so tests import it lazily.
 
-pytorchvideo 0.1.5 imports torchvision for detection, which X3D does not use. An empty stub replaces torchvision, a large
-package that is tied to a single version of torch.
+pytorchvideo 0.1.5 imports torchvision for detection, which X3D does not use. An empty stub replaces torchvision,
+because it is a large package tied to a single version of torch.
 """
 
 import sys
@@ -67,7 +67,7 @@ class Reference:
     stages: dict[str, Any]
 
     def __call__(self, clips: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the outputs of all stages, channels last, and the `logits`, for RGB clips (N, T, H, W, 3) in 0..255."""
+        """Returns the outputs of all stages, channels last, and the `logits` for RGB clips (N, T, H, W, 3)."""
         outputs: dict[str, np.ndarray] = {}
 
         def keep(stage: str) -> Any:

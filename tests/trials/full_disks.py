@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import (
-    PAGE,
     CLEANUPS,
+    PAGE,
     Ended,
     Report,
     arguments,
