@@ -98,8 +98,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "output",
         None,
-        "Folder for the records: a new or empty folder, or one with an interrupted build of the same records. "
-        "Required.",
+        "Folder for the records: new, empty, or with an earlier build of the same videos and settings. Required.",
         required=True,
     )
     flags.DEFINE_list(

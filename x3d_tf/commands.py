@@ -164,9 +164,8 @@ def _format_default(default: Any) -> str:
 
 
 def _help_of(flag: Any) -> str:
-    return flag.help.partition(";\n")[
-        0
-    ]  # absl appends a note that the flag can be repeated, which the help already states
+    """Returns a flag's help without what absl adds: the values of an enum, and a note that it can be repeated."""
+    return re.sub(r"^<[^>]*>: ", "", flag.help).partition(";\n")[0]
 
 
 def _first_sentence(flag: Any) -> str:

@@ -66,9 +66,8 @@ class ParsedConfig:
 
 def define_flags(*, required: bool) -> None:
     """Defines --gin_file and --gin_bindings for a command."""
-    flags.DEFINE_multi_string(
-        "gin_file", None, "A .gin configuration file; repeat the flag for several. Later files override earlier ones."
-    )
+    text = "A .gin configuration file; repeat the flag for several. Later files override earlier ones."
+    flags.DEFINE_multi_string("gin_file", None, f"{text} Required." if required else text)
     flags.DEFINE_multi_string(
         "gin_bindings",
         None,
