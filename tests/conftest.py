@@ -1,4 +1,4 @@
-"""What the tests share: a quiet TensorFlow, and where the optional real data lies."""
+"""Shared fixtures: quiet TensorFlow, kernels, eager mode, commands, and the folder of optional real data."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest
 
-# A shell that runs the tests in the background makes them, and the commands that they start, ignore Ctrl-C.
+# Background jobs of a shell ignore Ctrl-C, and so would the commands that the tests start.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-# These begin first: a long file that begins last leaves the other process idle.
+# These start first: a long file that starts last leaves the other test processes idle.
 LONG_FILES = (
     *("test_loop.py", "test_forward.py", "test_step.py", "test_detector_training.py", "test_prediction.py"),
     *("test_classification.py", "test_verify.py", "test_tflite.py", "test_x3d.py", "test_saved_model.py"),
@@ -27,14 +27,14 @@ LONG_FILES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first, in the order of `LONG_FILES`; the rest keeps its order."""
+    """Puts the longest files first, in the order of `LONG_FILES`; the other files keep their order."""
     ranks = {name: rank for rank, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real videos and reference tensors, which is not part of the repository."""
+    """Returns the folder of real videos and reference tensors, which is not part of the repository."""
     if not SHARED_DATA.is_dir():
         pytest.skip("the folder ../shared/data is absent")
     return SHARED_DATA
@@ -42,7 +42,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Keras in double precision, for comparisons with a reference."""
+    """Switches Keras to double precision, for comparisons with a reference."""
     import keras
 
     keras.config.set_floatx("float64")
@@ -54,7 +54,7 @@ def float64() -> Iterator[None]:
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """Layers as on a GPU: the forms for CPUs are compiled again for each shape, which takes seconds."""
+    """Uses the GPU kernels, because the CPU kernels are compiled for each shape, which takes seconds."""
     import x3d_tf
     from x3d_tf.modeling import kernels
 
@@ -66,21 +66,21 @@ def plain_operations() -> Iterator[None]:
 
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
-    """A test whose layers are plain operations."""
+    """Uses plain ops in the layers of one test."""
     with plain_operations():
         yield
 
 
 @pytest.fixture(scope="module")
 def uncompiled_module() -> Iterator[None]:
-    """A file of tests, with its fixtures, whose layers are plain operations."""
+    """Uses plain ops in the layers of all tests and fixtures of a file."""
     with plain_operations():
         yield
 
 
 @pytest.fixture
 def eager(uncompiled: None) -> Iterator[None]:
-    """Operations one by one: tracing a step as a graph takes longer than a few steps."""
+    """Runs functions eagerly, because tracing a step takes longer than a few steps."""
     import tensorflow as tf
 
     tf.config.run_functions_eagerly(True)
@@ -90,13 +90,13 @@ def eager(uncompiled: None) -> Iterator[None]:
 
 @pytest.fixture
 def in_process(flags_of_one_command: None) -> Callable[..., None]:
-    """Calls a command's `main` with its flags: a process of its own would import TensorFlow again."""
+    """Returns a function that calls a command's `main` with flags, without importing TensorFlow in a new process."""
     from absl import flags
 
-    others = set(flags.FLAGS)
+    defined_before = set(flags.FLAGS)
 
     def call(command: ModuleType, *arguments: object, positional: bool = False) -> None:
-        for name in set(flags.FLAGS) - others:  # of a call before
+        for name in set(flags.FLAGS) - defined_before:  # of an earlier call
             delattr(flags.FLAGS, name)
         command.define_flags()
         flags.FLAGS.set_gnu_getopt(positional)
@@ -108,7 +108,7 @@ def in_process(flags_of_one_command: None) -> Callable[..., None]:
 
 @pytest.fixture
 def flags_of_one_command() -> Iterator[None]:
-    """Forgets the flags that a test defines: commands share names, and a process has one set of flags."""
+    """Removes the flags that a test defines, because commands share flag names."""
     from absl import flags
 
     before = set(flags.FLAGS)

@@ -122,7 +122,7 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
     assert names(result.manifest, "one") == {"one/run/clip 0.mp4"}
     assert {record.labels for record in result.manifest.split("two").records} == {(0,)}
     lines = "\n".join(summary(result))
-    assert "one has no video of 1 class: jump" in lines
+    assert "one has no video for 1 class: jump" in lines
     assert """--gin_bindings='DatasetSpec.train_split="one"' --gin_bindings='DatasetSpec.eval_split="two"'""" in lines
 
 
@@ -204,7 +204,7 @@ def test_file_names_of_all_kinds(tmp_path: Path) -> None:
         paths = [row["path"] for row in csv.DictReader(table)]
     assert {path.rpartition("/")[2] for path in paths} == {r"bad \udcff.mp4", 'bad ",\n.mp4'}
     assert [len(path) > 30 for path in paths] == [True, True]
-    assert any("There is one class only" in line for line in summary(result))
+    assert any("Only one class" in line for line in summary(result))
     assert build_records(tmp_path / "in", tmp_path / "out", progress=False).was_finished
 
 
@@ -224,8 +224,8 @@ def test_a_csv_file_of_pieces_of_several_classes(clips: Path, tmp_path: Path) ->
     assert reasons["clip 4.mp4"] == "ends before 5.0 s, where it was to start"
     assert result.failures == len(reasons) == 3  # the broken file once
     lines = "\n".join(summary(result))
-    assert "3 classes, several of a video" in lines
-    assert "train has no video of 1 class: jump" in lines
+    assert "3 classes, several labels per video" in lines
+    assert "train has no video for 1 class: jump" in lines
 
 
 def test_neither_videos_nor_a_list(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_video_that_hangs_is_listed_and_tried_again(tmp_path: Path, monkeypatc
     assert names(result.manifest, "train") == {"a/first.mp4", "b/last.mp4"}
     assert (result.failures, result.to_retry) == (1, 1)
     assert "hangs.mp4,takes longer than 3 s (--timeout)" in (tmp_path / "out" / "failures.csv").read_text()
-    assert any("among them 1 video that took too long" in line for line in summary(result))
+    assert any("of these, 1 video exceeded --timeout" in line for line in summary(result))
     (tmp_path / "in" / ".hang").unlink()
     again = build(tmp_path / "out")
     assert (again.failures, again.to_retry, again.was_finished) == (0, 0, False)
@@ -357,7 +357,7 @@ def test_the_command(
     shard.write_bytes(shard.read_bytes()[:-1])
     from x3d_tf import build_records as module
 
-    with pytest.raises(UserError, match=f"^{re.escape(str(output))} holds 1 damaged shard;"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(output))} has 1 damaged shard;"):
         in_process(module, "--verify", f"--output={output}")
     train, test, damaged = capsys.readouterr().out.splitlines()
     assert train.endswith("; none damaged")

@@ -1,4 +1,4 @@
-"""What all commands do with errors and interruptions, in processes of their own."""
+"""Errors, flags and signals in commands, each run in a separate process."""
 
 import signal
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 
 def run(body: str, *arguments: str, positional: bool = False) -> subprocess.CompletedProcess[str]:
     code = (
-        "from x3d_tf import _command\nfrom x3d_tf.errors import UserError\n"
-        f"def main(*paths):\n    {body}\n_command.run(main, positional={positional})"
+        "from x3d_tf import commands\nfrom x3d_tf.errors import UserError\n"
+        f"def main(*paths):\n    {body}\ncommands.run(main, positional={positional})"
     )
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
@@ -25,17 +25,17 @@ def run(body: str, *arguments: str, positional: bool = False) -> subprocess.Comp
         ("pass", 0, ""),
     ],
 )
-def test_mistakes_are_one_line_and_a_status(body: str, status: int, message: str) -> None:
+def test_user_errors_are_one_line_and_a_status(body: str, status: int, message: str) -> None:
     done = run(body)
     assert (done.returncode, done.stderr.strip()) == (status, message)
 
 
-def test_faults_of_the_package_keep_their_traceback() -> None:
+def test_bugs_keep_their_traceback() -> None:
     done = run("1 / 0")
     assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
 
 
-def test_arguments_without_a_flag_are_for_commands_that_take_them() -> None:
+def test_positional_arguments_require_positional() -> None:
     assert "error: unexpected argument 'file'" in run("pass", "file").stderr
     assert run("print(paths)", "file", positional=True).stdout == "(['file'],)\n"
 
@@ -50,11 +50,11 @@ FLAGS = (
     "flags.DEFINE_enum('crops', '1', ['1', '3'], 'Crops.')\n"
     "flags.DEFINE_bool('sweep', False, 'All.')\n"
 )
-GIVEN = ("--model=a", "--gin_file=b")
+REQUIRED = ("--model=a", "--gin_file=b")
 
 
 def run_with_flags(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = f"'What it does.'\n{FLAGS}from x3d_tf import _command\ndef main(): pass\n_command.run(main)"
+    code = f"'Does something.'\n{FLAGS}from x3d_tf import commands\ndef main(): pass\ncommands.run(main)"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
@@ -63,34 +63,34 @@ def run_with_flags(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (("--gin_file=b",), "--model (a run folder) is required"),
         ((), "these flags are required: --model (a run folder), --gin_file (a .gin file)"),
-        ((*GIVEN, "--model"), "--model requires a value"),
-        ((*GIVEN, "--viws=3"), "--viws is not a flag of this command; did you mean --views?"),
-        ((*GIVEN, "--run_with_pdbs"), "--run_with_pdbs is not a flag of this command; --help lists them"),
-        ((*GIVEN, "--views=0"), "--views must be a whole number, at least 1, got '0'"),
-        ((*GIVEN, "--views=1: 2"), "--views must be a whole number, at least 1, got '1: 2'"),
-        ((*GIVEN, "--views="), "--views must be a whole number, at least 1, got ''"),
-        ((*GIVEN, "--clips=65"), "--clips must be a whole number in 1..64, got '65'"),
-        ((*GIVEN, "--hop=fast"), "--hop must be a number, at most 0.0, got 'fast'"),
-        ((*GIVEN, "--crops=2"), "--crops must be one of 1, 3, got '2'"),
-        ((*GIVEN, "--sweep=perhaps"), "--sweep must be true or false, got 'perhaps'"),
-        ((*GIVEN, "--verbose=perhaps"), "--verbose must be true or false, got 'perhaps'"),
+        ((*REQUIRED, "--model"), "--model requires a value"),
+        ((*REQUIRED, "--viws=3"), "--viws is not a flag of this command; did you mean --views?"),
+        ((*REQUIRED, "--run_with_pdbs"), "--run_with_pdbs is not a flag of this command; see --help"),
+        ((*REQUIRED, "--views=0"), "--views must be an integer, at least 1, got '0'"),
+        ((*REQUIRED, "--views=1: 2"), "--views must be an integer, at least 1, got '1: 2'"),
+        ((*REQUIRED, "--views="), "--views must be an integer, at least 1, got ''"),
+        ((*REQUIRED, "--clips=65"), "--clips must be an integer in 1..64, got '65'"),
+        ((*REQUIRED, "--hop=fast"), "--hop must be a number, at most 0.0, got 'fast'"),
+        ((*REQUIRED, "--crops=2"), "--crops must be one of 1, 3, got '2'"),
+        ((*REQUIRED, "--sweep=perhaps"), "--sweep must be true or false, got 'perhaps'"),
+        ((*REQUIRED, "--verbose=perhaps"), "--verbose must be true or false, got 'perhaps'"),
     ],
 )
-def test_a_wrong_flag_is_one_line_in_our_words(arguments: tuple[str, ...], message: str) -> None:
+def test_an_invalid_flag_is_reported_in_one_line(arguments: tuple[str, ...], message: str) -> None:
     done = run_with_flags(*arguments)
     assert (done.returncode, done.stderr, done.stdout) == (1, f"error: {message}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--model=a", "-h"), ("--viws=3", "--help")])
-def test_help_is_of_the_command_alone_and_no_failure(arguments: tuple[str, ...]) -> None:
+def test_help_lists_the_flags_of_the_command(arguments: tuple[str, ...]) -> None:
     done = run_with_flags(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("What it does.\n\nflags:\n  --clips=WHOLE_NUMBER\n      Rows. Defaults to 8.\n")
+    assert done.stdout.startswith("Does something.\n\nflags:\n  --clips=INTEGER\n      Rows. Defaults to 8.\n")
     assert "--crops=1|3" in done.stdout and "--[no]verbose" in done.stdout and "pdb" not in done.stdout
     assert done.stdout.count("Defaults to 5") == 1
 
 
-def test_help_after_two_dashes_is_an_argument() -> None:
+def test_help_after_two_dashes_is_a_positional_argument() -> None:
     assert run("print(paths)", "--", "--help", positional=True).stdout == "(['--help'],)\n"
 
 
@@ -105,7 +105,7 @@ SAVING = (
 
 
 def start(body: str) -> subprocess.Popen[str]:
-    code = f"from x3d_tf import _command\ndef main():\n    {body}\n_command.run(main)"
+    code = f"from x3d_tf import commands\ndef main():\n    {body}\ncommands.run(main)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
@@ -123,17 +123,17 @@ def test_signals_are_one_line_and_a_status(number: int, status: int, message: st
     assert (process.returncode, errors.strip()) == (status, message)
 
 
-def test_a_second_signal_does_not_cut_the_saving_short() -> None:
+def test_a_second_signal_does_not_interrupt_saving() -> None:
     process = start(SAVING)
     process.send_signal(signal.SIGTERM)
     assert process.stdout and process.stdout.readline() == "saving\n"
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (143, "saved\n")
-    assert errors.startswith("still stopping; a third signal ends at once")
+    assert errors.startswith("still stopping; a third signal exits immediately without saving")
 
 
-def test_a_third_signal_ends_at_once() -> None:
+def test_a_third_signal_exits_immediately() -> None:
     process = start(SAVING.replace("time.sleep(1)", "time.sleep(60)"))
     process.send_signal(signal.SIGTERM)
     assert process.stdout and process.stdout.readline() == "saving\n"
@@ -147,12 +147,12 @@ def test_a_third_signal_ends_at_once() -> None:
 def test_hostile_text_is_escaped_in_output_errors_and_warnings() -> None:
     body = (
         "import warnings, sys\n    name = 'a\\x1b[2J\\nb\\u202e\\udc80'\n    print(name)\n    warnings.warn(name)\n"
-        "    raise UserError(name + ' is no video')"
+        "    raise UserError(name + ' is not a video')"
     )
     done = run(body)
     assert done.stdout == "a\\x1b[2J\nb\\u202e\\udc80\n"
     name = r"a\x1b[2J\nb\u202e\udc80"
-    assert done.stderr == f"warning: {name}\nerror: {name} is no video\n"
+    assert done.stderr == f"warning: {name}\nerror: {name} is not a video\n"
 
 
 def test_an_error_is_the_last_line_after_a_progress_bar() -> None:
@@ -164,7 +164,7 @@ def test_an_error_is_the_last_line_after_a_progress_bar() -> None:
 
 
 def test_a_full_standard_output_is_one_line() -> None:
-    code = "from x3d_tf import _command\ndef main():\n    print('a')\n_command.run(main)"
+    code = "from x3d_tf import commands\ndef main():\n    print('a')\ncommands.run(main)"
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     message = "error: standard output cannot be written: No space left on device\n"
@@ -172,7 +172,7 @@ def test_a_full_standard_output_is_one_line() -> None:
 
 
 def test_a_closed_standard_output_is_quiet() -> None:
-    code = "from x3d_tf import _command\ndef main():\n    while True: print('a' * 1000)\n_command.run(main)"
+    code = "from x3d_tf import commands\ndef main():\n    while True: print('a' * 1000)\ncommands.run(main)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stderr
     process.stdout.readline()

@@ -1,4 +1,4 @@
-"""Text in csv files is no formula, and comes back as it was."""
+"""Csv files: text is never a formula, and cells are read back unchanged."""
 
 import io
 import random
@@ -16,19 +16,19 @@ NASTY = ["", "'", "''", "'a", "plain", "a=b", " a", 'quo"ted', "a,b", "a;b", "p(
 
 
 def names() -> list[str]:
-    """Names around every sign that begins a formula, and random ones of such signs."""
-    around = [
+    """Returns names with every sign that begins a formula, and random names of such signs."""
+    systematic = [
         f"{before}{sign}{after}"
         for before in ("", "'", "''", " ", "\t", "' ")
         for sign in FORMULAS
         for after in ("", "1", "cmd|' /C calc'!A0")
     ]
-    draw = random.Random(0)
-    drawn = ["".join(draw.choices(FORMULAS + "'' \"a1,.", k=draw.randrange(6))) for _ in range(2000)]
-    return [*NASTY, *around, *drawn]
+    rng = random.Random(0)
+    randoms = ["".join(rng.choices(FORMULAS + "'' \"a1,.", k=rng.randrange(6))) for _ in range(2000)]
+    return [*NASTY, *systematic, *randoms]
 
 
-def test_cells_come_back_as_they_were(tmp_path: Path) -> None:
+def test_cells_are_read_back_unchanged(tmp_path: Path) -> None:
     cells = names()
     for line_end in ("\r\n", "\n"):
         with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
@@ -39,15 +39,15 @@ def test_cells_come_back_as_they_were(tmp_path: Path) -> None:
             assert list(csv_files.Reader(file, strict=True)) == [list(pair) for pair in zip(cells[::2], cells[1::2])]
 
 
-def test_no_cell_begins_a_formula() -> None:
+def test_no_cell_is_a_formula() -> None:
     for name in names():
-        written = csv_files.guarded(name)
+        written = csv_files.escape_formula(name)
         assert not written.lstrip().startswith(tuple("=+-@＝＋－＠")), repr(name)
         assert not written.startswith(("\t", "\r", "\n")), repr(name)
-        assert csv_files.bare(csv_files.guarded(name)) == name
+        assert csv_files.unescape_formula(csv_files.escape_formula(name)) == name
     for name in NASTY:
-        assert csv_files.guarded(name) == name
-    assert csv_files.guarded("=1") == "'=1" and csv_files.guarded("'=1") == "''=1"
+        assert csv_files.escape_formula(name) == name
+    assert csv_files.escape_formula("=1") == "'=1" and csv_files.escape_formula("'=1") == "''=1"
 
 
 def test_numbers_stay_numbers() -> None:
@@ -61,12 +61,12 @@ def test_rows_by_their_columns() -> None:
     assert list(csv_files.dicts(io.StringIO(""))) == []
 
 
-def test_names_that_are_no_utf8_are_escaped(tmp_path: Path) -> None:
+def test_non_utf8_names_are_escaped(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [["bad \udcff"]])
     assert (tmp_path / "a.csv").read_text() == "bad \\udcff\n"
 
 
-def test_reports_hold_no_formula(tmp_path: Path) -> None:
+def test_reports_have_no_formulas(tmp_path: Path) -> None:
     classes = ("=HYPERLINK(1)", "-x")
     settings = {"network": "=n", "records": "@r", "split": "test", "views": "1 x 1", "videos": 2, "classes": 2}
     settings |= {"gmacs_per_clip": 1.0, "gmacs_per_video": 1.0}
@@ -77,15 +77,15 @@ def test_reports_hold_no_formula(tmp_path: Path) -> None:
     for path in (tmp_path / "comparison.csv", *(tmp_path / "report").glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             text = file.read()
-        found = [cell for cell in text.replace("\r\n", ",").split(",") if cell.startswith(tuple("=+-@"))]
-        assert not found, (path, text)
+        formulas = [cell for cell in text.replace("\r\n", ",").split(",") if cell.startswith(tuple("=+-@"))]
+        assert not formulas, (path, text)
         tables[path.name] = list(csv_files.Reader(io.StringIO(text, newline="")))
     assert [row[:3] for row in tables["predictions.csv"][1:]] == [["+a", classes[0], classes[0]], ["'=b", "-x", "-x"]]
     assert [row[0] for row in tables["per_class.csv"]] == ["class", *classes]
     assert tables["comparison.csv"][1][1:3] == ["=n", "@r"]
 
 
-def test_the_history_of_a_run_comes_back(tmp_path: Path) -> None:
+def test_the_history_of_a_run_is_read_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), -1.5) | {
         "step": 2.0

@@ -194,7 +194,7 @@ def test_rows_that_do_not_count_are_counted(files: dict[str, str], tmp_path: Pat
 
 
 def test_the_command_takes_what_goes_together(files: dict[str, str]) -> None:
-    assert "takes --groundtruth" in command(files["detections"]).stderr
+    assert "requires --groundtruth" in command(files["detections"]).stderr
     assert "--groundtruth must not be given without --detections" in command("--run=x", files["groundtruth"]).stderr
     done = command(files["detections"], files["groundtruth"], "--views=3")
     assert done.returncode == 1 and "--views must not be given with --detections" in done.stderr

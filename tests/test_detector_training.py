@@ -198,7 +198,7 @@ def test_rates_fall_in_steps() -> None:
     [
         (
             {"decay_fractions": (0.5,)},
-            'decay_fractions must be given with Recipe.schedule = "steps", and with that alone',
+            'decay_fractions must be given if, and only if, Recipe.schedule is "steps"',
         ),
         ({"schedule": "steps"}, "must be given with"),
         ({"schedule": "steps", "decay_fractions": (0.5, 0.3)}, r"must be ascending .* in \[warmup_fraction = 0.2, 1\)"),
@@ -206,8 +206,11 @@ def test_rates_fall_in_steps() -> None:
         ({"schedule": "steps", "decay_fractions": (0.1,)}, "must be ascending"),
         ({"schedule": "steps", "decay_fractions": (1.0,)}, "must be ascending"),
         ({"schedule": "steps", "decay_fractions": (math.nan,)}, "must be ascending"),
-        ({"warmup_fraction": 1}, r"Recipe.warmup_fraction must be in \[0, 1\), a share of the steps, got 1"),
-        ({"warmup_fraction": math.nan}, r"Recipe.warmup_fraction must be in \[0, 1\), a share of the steps, got nan"),
+        ({"warmup_fraction": 1}, r"Recipe.warmup_fraction must be in \[0, 1\), a fraction of the steps, got 1"),
+        (
+            {"warmup_fraction": math.nan},
+            r"Recipe.warmup_fraction must be in \[0, 1\), a fraction of the steps, got nan",
+        ),
     ],
 )
 def test_shares_out_of_range(settings: dict[str, Any], message: str) -> None:

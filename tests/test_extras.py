@@ -1,4 +1,4 @@
-"""Each extra alone, in a fresh environment, does what it is for. Takes minutes each, and packages from pip's index."""
+"""Every extra works alone in a new environment. Each takes minutes and downloads packages."""
 
 import configparser
 import json
@@ -17,19 +17,19 @@ from built_wheel import ROOT, built_wheel, copied_tree
 from exported_model import NAMES, model_file
 from video_fixtures import write_video
 
-TORCH = "torch==2.13.0"  # what is compared with
+TORCH = "torch==2.13.0"  # the version that parity and benchmarks compare with
 
 Trial = Callable[["Fresh"], Any]
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """An environment with one extra.
+    """A virtual environment with one extra.
 
     Attributes:
-        python: its interpreter.
-        folder: of files; where commands run.
-        tree: a copy of the checkout with tests and benchmarks.
+        python: interpreter of the environment.
+        folder: working folder of the commands.
+        tree: copy of the checkout with tests and benchmarks.
     """
 
     python: Path
@@ -37,7 +37,7 @@ class Fresh:
     tree: Path
 
     def run(self, *line: object, at: Path | None = None) -> str:
-        """What a command prints, which must end well."""
+        """Runs Python with the given arguments, requires exit status 0 and returns the output."""
         text = [str(part) for part in line]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
@@ -50,7 +50,7 @@ class Fresh:
         return self.run("-m", f"x3d_tf.{name}", *arguments)
 
     def verified(self, form: str) -> None:
-        """Verifies what was exported; every row must have been run."""
+        """Verifies the exported artefact; every row of the table must be OK."""
         flags = (f"--model={model_file()}", "--artefacts=out", f"--clips={self.folder / 'videos'}", "--rounds=1")
         self.command("export.verify", *flags, "--json=table.json")
         rows = json.loads((self.folder / "table.json").read_text("utf-8"))["rows"]
@@ -66,7 +66,7 @@ def exports(command: str, formats: str, form: str) -> Trial:
 
 
 def serving(fresh: Fresh) -> None:
-    """The client against a gRPC server of this process."""
+    """Runs the client with a gRPC server in this process."""
     pytest.importorskip("tensorflow_serving")
     from test_serving import floats, grpc_serving
 
@@ -79,7 +79,7 @@ def serving(fresh: Fresh) -> None:
 
 
 def benchmarks(fresh: Fresh) -> None:
-    """One round of all forms but those that torch.compile makes for minutes; no package may be missing."""
+    """Runs one round of all forms except torch.compile, which takes minutes; no package may be missing."""
     forms = ("--forms", "@ours", "torch eager", "torch ONNX*")
     flags = (*forms, "--networks", "x3d_xs", "--batches", "1", "--rounds", "1", "--json", fresh.folder / "figures.json")
     fresh.run("benchmarks/forward.py", *flags, at=fresh.tree)
@@ -89,20 +89,20 @@ def benchmarks(fresh: Fresh) -> None:
 
 
 def parity(fresh: Fresh) -> None:
-    """Their network computes; comparing it with ours requires [test], too."""
+    """Runs pytorchvideo's network; comparing it with ours also requires [test]."""
     code = "import torch, pytorchvideo_models as p; m = p.standard('x3d_xs').model.eval()"
     fresh.run("-c", f"{code}; print(m(torch.zeros(1, 3, 4, 160, 160)).shape)", at=fresh.tree / "tests" / "helpers")
 
 
 def linters_and_fast_tests(fresh: Fresh) -> None:
-    """What CI runs: the linters, and some fast tests."""
+    """Runs the linters and some fast tests, as CI does."""
     for line in (("ruff", "check", "."), ("mypy",), ("pytest", "-q", "tests/test_cost.py", "tests/test_packaging.py")):
         fresh.run("-m", *line, at=fresh.tree)
 
 
 TRIALS: dict[str, Trial | str] = {
     "bench": benchmarks,
-    "cuda": "it takes many GB, and a GPU to be of use",
+    "cuda": "needs many GB and a GPU",
     "onnx": exports("onnx", "onnx", "ONNX"),
     "openvino": exports("onnx", "openvino", "OpenVINO"),
     "parity": parity,
@@ -133,17 +133,17 @@ def wheel(tree: Path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[Path]:
-    """The interpreter of a new virtual environment, which is deleted afterwards: they take GB each."""
+    """Yields the interpreter of a new virtual environment and deletes the environment, which takes GB, afterwards."""
     subprocess.run([sys.executable, "-m", "venv", "venv"], cwd=tmp_path, check=True)
     yield tmp_path / "venv" / "bin" / "python"
     shutil.rmtree(tmp_path / "venv")
 
 
-def install(python: Path, *what: str) -> None:
-    """Installs what pip finds, or skips the test where it finds no index."""
-    done = subprocess.run([str(python), "-m", "pip", "install", "-q", *what], capture_output=True, text=True)
+def install(python: Path, *packages: str) -> None:
+    """Installs packages, or skips the test if pip reaches no index."""
+    done = subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
     if "No matching distribution found" in done.stderr or "Could not find a version" in done.stderr:
-        # A requirement that no release meets gives the same error: is there anything at all?
+        # pip prints the same error if no release meets a requirement; a known package tells the cases apart.
         index = subprocess.run([str(python), "-m", "pip", "download", "-q", "--no-deps", "-d", python.parent, "six"])
         if index.returncode:
             pytest.skip("pip reaches no package index")
@@ -151,7 +151,7 @@ def install(python: Path, *what: str) -> None:
 
 
 def install_torch(python: Path) -> None:
-    """Installs the build for CPUs, or skips the test where pip would take the one for GPUs, of many GB."""
+    """Installs the CPU build of PyTorch, or skips the test if pip would install the GPU build of many GB."""
     report = [str(python), "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--report", "-", TORCH]
     done = subprocess.run(report, capture_output=True, text=True)
     names = [entry["metadata"]["name"] for entry in json.loads(done.stdout)["install"]] if done.returncode == 0 else []

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, also on a full disk."""
+"""Atomic file writes, also on a full disk, and limited reads of untrusted files."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that turns out to be full when a file is to be on it."""
+    """Simulates a disk that is full when a file is flushed."""
 
     def fsync(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -24,7 +24,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_a_file_of_before_stays(tmp_path: Path, full_disk: None) -> None:
+def test_a_failed_write_keeps_the_previous_file(tmp_path: Path, full_disk: None) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"before")
     with pytest.raises(WriteError, match=r"a\.txt cannot be written: No space left on device$"):
@@ -45,14 +45,14 @@ def test_pictures_are_complete_or_absent(tmp_path: Path, full_disk: None) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_rows_of_the_history_name_its_file(tmp_path: Path) -> None:
+def test_a_failed_write_to_the_history_names_its_file(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.history.symlink_to("/dev/full")
     with pytest.raises(WriteError, match=r"history\.csv cannot be written: No space left on device$"):
         run.append_history(dict.fromkeys(HISTORY_FIELDS, 1.0))
 
 
-def test_errors_of_tensorflow_name_the_file() -> None:
+def test_tensorflow_errors_name_the_file() -> None:
     import tensorflow as tf
 
     message = "{{function_node f}} /a/b; No space left on device [Op:A]\n\tFailed to flush 11 events to /a/b"
@@ -68,7 +68,7 @@ def test_other_errors_pass() -> None:
         raise ZeroDivisionError
 
 
-def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
+def test_oversized_and_endless_files_are_rejected(tmp_path: Path) -> None:
     file, pipe = tmp_path / "a", tmp_path / "pipe"
     file.write_bytes(bytes(9))
     os.mkfifo(pipe)

@@ -139,7 +139,7 @@ def test_clips_side_by_side_recompute(eager: None, monkeypatch: pytest.MonkeyPat
 def test_parts_share_groups_evenly(
     monkeypatch: pytest.MonkeyPatch, cores: int, clips: int | None, group: int, parts: int
 ) -> None:
-    monkeypatch.setattr(parallel, "_cores", lambda: cores)
+    monkeypatch.setattr(parallel, "_num_cores", lambda: cores)
     assert parallel.num_batch_slices(clips, group) == parts
 
 

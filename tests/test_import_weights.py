@@ -38,7 +38,7 @@ def run(flags_of_one_command: None) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of X2D with the classes of Kinetics, under PySlowFast's names."""
+    """Returns the path of an X2D checkpoint for Kinetics' classes with PySlowFast's names."""
     path = tmp_path_factory.mktemp("slowfast") / "x2d.pyth"
     export_checkpoint(x3d_tf.build_x3d("x2d"), path, "slowfast")
     return path
@@ -50,7 +50,7 @@ def test_a_checkpoint_becomes_a_model_file_and_returns(
     model = tmp_path / "new" / "x2d.keras"
     run(checkpoint, variant="x2d", output=model)
     printed = capsys.readouterr().out
-    assert printed.index("To train it further") < 1500 and printed.count("\n", 0, printed.index("To train")) <= 10
+    assert printed.index("To fine-tune it") < 1500 and printed.count("\n", 0, printed.index("To fine-tune")) <= 10
     assert "head.projection.weight" not in printed
     table = (tmp_path / "new" / "x2d.tensors.txt").read_text()
     assert re.search(r"^head\.projection\.weight +400x2048 +fc2/kernel +2048x400$", table, re.MULTILINE)
@@ -58,7 +58,7 @@ def test_a_checkpoint_becomes_a_model_file_and_returns(
     assert "only in the checkpoint: none; only in x3d_tf: none" in printed
     assert "only in the checkpoint: none; only in x3d_tf: none" in table
     assert "input clips: 1 frames of 112 x 112 pixels, stride 1 at 30 fps\n" in printed
-    assert "named as those of Kinetics-400" in printed
+    assert "assumed to be those of Kinetics-400" in printed
     assert f"--gin_bindings='TrainConfig.init=\"{model}\"'" in printed
     description = describe(model)
     assert description.class_names == kinetics_classes()
@@ -113,8 +113,8 @@ def test_the_command_that_is_printed_starts_from_the_network(
     assert "head_pool" not in str(load_pretrained(network, output))
 
 
-def test_a_wrong_variant_is_told_before_tensorflow_starts(checkpoint: Path, tmp_path: Path) -> None:
-    """By an import that fails: a process of its own."""
+def test_a_wrong_variant_is_reported_before_tensorflow_starts(checkpoint: Path, tmp_path: Path) -> None:
+    """TensorFlow cannot be imported here, in a separate process."""
     code = (
         "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
         "from x3d_tf import commands, import_weights\n"
@@ -130,15 +130,15 @@ def test_a_wrong_variant_is_told_before_tensorflow_starts(checkpoint: Path, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"output": "a.keras"}, "--variant must name the checkpoint's network: x2d, x3d_xs"),
+        ({"output": "a.keras"}, "--variant must be given to import a checkpoint: one of x2d, x3d_xs"),
         ({"output": ".", "variant": "x3d_s"}, "--output must be a file, got 'the folder .'"),
         ({"output": "a.h5", "variant": "x3d_s"}, "--output must end in .keras, got 'a.h5'"),
         (
             {"output": "a.keras", "variant": "x3d_s", "keep_head": False},
-            "--keep_head=false must come with --num_classes",
+            "--num_classes must be given with --keep_head=false",
         ),
-        ({"output": "a.pyth", "to": "slowfast", "variant": "x3d_s"}, "--variant must not stand beside --to"),
-        ({"output": "a.pyth", "to": "slowfast", "keep_head": False}, "--keep_head must not stand beside --to"),
+        ({"output": "a.pyth", "to": "slowfast", "variant": "x3d_s"}, "--variant must not be given with --to"),
+        ({"output": "a.pyth", "to": "slowfast", "keep_head": False}, "--keep_head must not be given with --to"),
         ({"output": "a.keras", "variant": "x3d_s"}, r"missing\.pyth: no such checkpoint"),
         ({"output": "a.pyth", "to": "slowfast"}, r"missing\.pyth: no such model file or run folder"),
     ],

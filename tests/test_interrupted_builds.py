@@ -149,7 +149,7 @@ def test_finished_shards_are_not_decoded_again(
     assert again.was_finished
     assert decoding == []
     assert (again.manifest, again.failures) == (result.manifest, result.failures)
-    assert "they were finished already" in summary(again)[0]
+    assert "the build was already complete" in summary(again)[0]
 
 
 def test_a_note_of_a_shard_that_is_damaged_or_gone_is_not_believed(

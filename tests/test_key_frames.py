@@ -345,8 +345,8 @@ def test_a_command_builds_them(
         f"--label_map={folder / 'actions.pbtxt'}",
     )
     assert done.returncode == 0, done.stderr
-    assert "4 classes of boxes on key frames" in done.stdout and "train: 4 key frames" in done.stdout
-    assert "train has no box of 1 class: action 3" in done.stdout
+    assert "4 classes for boxes on key frames" in done.stdout and "train: 4 key frames" in done.stdout
+    assert "train has no box for 1 class: action 3" in done.stdout
     in_process(build_records, "--verify", f"--output={tmp_path / 'records'}")
     assert "train: 4 videos" in capsys.readouterr().out
     assert Manifest.load(tmp_path / "records").fingerprint() == records.fingerprint()
@@ -357,7 +357,7 @@ def test_a_command_builds_them(
     [
         (("--boxes=a.csv",), "--boxes must be SPLIT=FILE, once for each split, got 'a.csv'"),
         (("--boxes=a=1.csv", "--boxes=a=2.csv"), "--boxes must be SPLIT=FILE, once for each split, got 'a=2.csv'"),
-        (("--boxes=a=1.csv", "--split=0.2"), "--boxes takes --videos, not --split"),
+        (("--boxes=a=1.csv", "--split=0.2"), "--split must not be given with --boxes"),
         (("--label_map=a",), "--label_map must not be given without --boxes"),
         (("--boxes=a=none.csv",), "none.csv cannot be read: No such file or directory"),
     ],

@@ -1,4 +1,4 @@
-"""The wheel holds what a user needs and nothing else, and works away from the checkout."""
+"""Requirements, and the contents of the wheel, which must work outside the checkout."""
 
 import configparser
 import importlib.metadata
@@ -16,22 +16,22 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from x3d_tf.export import onnx, runtimes
 
-# The lowest releases without known vulnerabilities in what is used of them.
+# The lowest releases without known vulnerabilities in the parts that this package uses.
 FLOORS = {
-    "keras": "3.15.1",  # before, a crafted .keras file reads other files of the machine into its weights
+    "keras": "3.15.1",  # earlier releases let a crafted .keras file read other files
     "onnx": "1.21",
     "pillow": "12.3",
     "scikit-learn": "1.5",
     "setuptools": "78.1.1",
     "tensorflow": "2.21",
-    "torch": "2.6",  # before, torch.load(weights_only=True) runs code
+    "torch": "2.6",  # earlier releases execute code in torch.load(weights_only=True)
     "tqdm": "4.66.3",
 }
 UNBOUNDED = {"setuptools"}  # setup.cfg gives the reason
 
 
 def requirements() -> list[Requirement]:
-    """All that setup.cfg and pyproject.toml name."""
+    """Returns all requirements in setup.cfg and pyproject.toml."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
     lists = [settings["options"]["install_requires"], *settings["options.extras_require"].values()]
@@ -41,34 +41,36 @@ def requirements() -> list[Requirement]:
 
 
 def lowest(requirement: Requirement) -> Version:
-    """The release that a requirement begins with."""
+    """Returns the lowest release that a requirement allows."""
     (floor,) = (entry.version for entry in requirement.specifier if entry.operator in (">=", "=="))
     return Version(floor)
 
 
 def test_floors_are_without_known_vulnerabilities() -> None:
-    found = requirements()
-    assert set(FLOORS) <= {requirement.name for requirement in found}
-    low = {str(entry) for entry in found if entry.name in FLOORS and lowest(entry) < Version(FLOORS[entry.name])}
+    all_requirements = requirements()
+    assert set(FLOORS) <= {requirement.name for requirement in all_requirements}
+    low = {
+        str(entry) for entry in all_requirements if entry.name in FLOORS and lowest(entry) < Version(FLOORS[entry.name])
+    }
     assert not low
 
 
-def test_what_is_installed_is_what_is_required() -> None:
+def test_installed_releases_meet_the_requirements() -> None:
     for requirement in requirements():
         try:
             installed = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # of an extra
+            continue  # belongs to an extra
         assert requirement.specifier.contains(installed, prereleases=True), f"{requirement}: {installed} is installed"
 
 
-def test_releases_to_come_are_not_taken_untried() -> None:
+def test_requirements_have_upper_bounds() -> None:
     for requirement in requirements():
         bounded = any(entry.operator in ("<", "==") for entry in requirement.specifier)
         assert bounded != (requirement.name in UNBOUNDED), f"{requirement}"
 
 
-def test_what_exporters_import_is_in_their_extra() -> None:
+def test_extras_include_the_packages_of_their_exporters() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
     for extra, packages in onnx.PACKAGES.items():
@@ -84,7 +86,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path) -> Path:
-    """Built from the copy, and unpacked."""
+    """Returns the folder of the unpacked wheel."""
     unpacked = tree.parent / "unpacked"
     with zipfile.ZipFile(built_wheel(tree)) as archive:
         archive.extractall(unpacked)
@@ -92,7 +94,7 @@ def wheel(tree: Path) -> Path:
 
 
 def run(*module_and_flags: str, at: Path, path: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a module in a folder, with another one on Python's path."""
+    """Runs a module in the folder `at` with `path` on PYTHONPATH."""
     command = [sys.executable, "-m", *module_and_flags]
     return subprocess.run(command, cwd=at, env=os.environ | {"PYTHONPATH": str(path)}, capture_output=True, text=True)
 
@@ -101,19 +103,19 @@ def files(folder: Path, pattern: str) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob(pattern) if path.is_file()}
 
 
-def test_every_module_and_recipe_is_in_it(wheel: Path) -> None:
+def test_the_wheel_has_every_module_and_recipe(wheel: Path) -> None:
     modules = {place / path for name, place in PLACES.items() for path in files(ROOT / name, "*.py")}
     assert files(wheel, "*.py") == modules
     assert files(wheel / "x3d_tf" / "recipes", "*.gin") == files(ROOT / "gin", "*.gin")
 
 
-def test_the_exporters_other_files_are_in_it(wheel: Path) -> None:
-    """What a server needs lies beside the code: Dockerfile, settings, the page that explains them."""
-    wanted = {path for path in files(ROOT / "export", "*") if "__pycache__" not in path.parts}
-    assert files(wheel / "x3d_tf" / "export", "*") == wanted
+def test_the_wheel_has_the_other_files_of_the_exporters(wheel: Path) -> None:
+    """The files for a server are stored next to the code: Dockerfile, settings and their documentation."""
+    expected = {path for path in files(ROOT / "export", "*") if "__pycache__" not in path.parts}
+    assert files(wheel / "x3d_tf" / "export", "*") == expected
 
 
-def test_nothing_goes_by_another_name(wheel: Path) -> None:
+def test_the_wheel_has_one_top_level_package(wheel: Path) -> None:
     assert sorted(path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")) == ["x3d_tf"]
 
 
@@ -147,7 +149,7 @@ COMMANDS = sorted(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_exporter_has_two_names_and_one_copy(command: str, tree: Path, wheel: Path, tmp_path: Path) -> None:
-    """`export.COMMAND` in a checkout, `x3d_tf.export.COMMAND` from a wheel; each from where the other is not."""
+    """An exporter is `export.COMMAND` in a checkout and `x3d_tf.export.COMMAND` in a wheel."""
     in_checkout = run(f"export.{command}", "--help", at=tree, path=tree)
     installed = run(f"x3d_tf.export.{command}", "--help", at=tmp_path, path=wheel)
     for done in (in_checkout, installed):

@@ -1,4 +1,4 @@
-"""The pictures that runs leave: nothing is cut off, nothing wasted, and axes say what they show."""
+"""Figures: nothing is cut off, margins are narrow, and axes and captions are correct."""
 
 import logging
 import warnings
@@ -68,24 +68,22 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_all_ink_is_within_the_picture_which_has_no_wasted_margin(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Text that is cut off would touch the rim; 11 pixels of it are white, and ink begins right there."""
+def test_figures_are_cropped_to_their_content(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Cut-off text would touch the edge; instead, a margin of 11 white pixels surrounds the content."""
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
-        warnings.simplefilter("error")  # also of letters that no font has
+        warnings.simplefilter("error")  # including warnings about missing glyphs
         PICTURES[name](tmp_path / "a.png")
     assert caplog.text == ""
-    inked = (np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 250).astype(int)
+    ink = (np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 250).astype(int)
     for axis in (0, 1):
-        places = np.flatnonzero(inked.any(axis=axis))
-        margins = (places[0], inked.shape[1 - axis] - 1 - places[-1])
+        positions = np.flatnonzero(ink.any(axis=axis))
+        margins = (positions[0], ink.shape[1 - axis] - 1 - positions[-1])
         assert min(margins) >= 8 and max(margins) <= 25, margins
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are saved from now on, drawn."""
+    """Returns a list that collects the figures saved during the test."""
     from matplotlib.figure import Figure
 
     saved: list[Any] = []
@@ -122,7 +120,7 @@ def test_long_curves_have_a_mean(figures: list[Any], tmp_path: Path) -> None:
     assert mean.get_xdata()[0] == pytest.approx(55) and mean.get_label() == "training, mean of 10 rows"
 
 
-def test_numbers_stand_below_the_frames_and_names_beside_them(figures: list[Any], tmp_path: Path) -> None:
+def test_times_are_below_the_frames_and_labels_beside_them(figures: list[Any], tmp_path: Path) -> None:
     clips = [np.zeros((3, 32, 32, 3)), np.zeros((2, 32, 32, 3))]
     plots.save_clips(clips, ["hug\na.mp4", "kick"], tmp_path / "a.png", "title", [[0, 2.5, 61], [0, 0.04]])
     texts = {text.get_text(): text.get_window_extent() for text in figures[0].axes[0].texts}
@@ -153,5 +151,5 @@ def test_axes_in_percent_stay_within_0_to_100(values: list[float], limits: tuple
     ("name", "length", "expected"),
     [("hug", 3, "hug"), ("hugs", 3, "h…s"), ("left to right", 9, "left…ight"), ("a\x1bb\udcff", 20, "a\\x1bb\\udcff")],
 )
-def test_long_names_lose_their_middle(name: str, length: int, expected: str) -> None:
+def test_long_names_are_shortened_in_the_middle(name: str, length: int, expected: str) -> None:
     assert plots.shortened(name, length) == expected

@@ -44,7 +44,7 @@ def model() -> X3D:
 def test_every_stage(model: X3D, stored: dict[str, np.ndarray]) -> None:
     outputs = {stage: model.get_layer(stage).output for stage in STAGES} | {"logits": model.output}
     for stage, feature in keras.Model(model.input, outputs)(clips("clips/eval", 1, 3, 33, 41)).items():
-        assert_close(feature, stored[f"eval/{stage}"], what=stage)
+        assert_close(feature, stored[f"eval/{stage}"], label=stage)
 
 
 def test_large_clips(model: X3D, stored: dict[str, np.ndarray]) -> None:

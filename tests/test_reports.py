@@ -309,7 +309,7 @@ def test_runs_without_a_report_are_named(tmp_path: Path) -> None:
     [
         ("", "--run, --model, --compare and --detections must be given, got none"),
         ("--run=a --model=b", "--run, --model, --compare and --detections must be given, got --run, --model"),
-        ("--model=b --records=c", "--model=b takes --split, --output too"),
+        ("--model=b --records=c", "--model=b requires --split, --output"),
         ("--run=a --sweep --views=3", "--views must not be given with --sweep"),
         ("--model=a --watch", "--model must not be given with --watch"),
         ("--compare=a --split=b", "--split must not be given with --compare"),

@@ -167,7 +167,7 @@ def test_a_file_system_without_locks_is_told(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locks.locked(tmp_path / "lock", "taken", "wait"):
-        assert f"the file system of {tmp_path} has no locks (No locks available)" in capsys.readouterr().err
+        assert f"the file system of {tmp_path} does not support locks (No locks available)" in capsys.readouterr().err
 
 
 def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(

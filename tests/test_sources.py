@@ -144,7 +144,7 @@ def test_a_wrong_list_says_where_and_why(
 def test_a_list_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"csv: .*list\.csv cannot be read: No such file"):
         read_csv(tmp_path / "list.csv")
-    with pytest.raises(ValueError, match=r"must be a regular file, and is a folder, a pipe or a device"):
+    with pytest.raises(ValueError, match=r"must be a regular file, not a folder, pipe or device"):
         read_csv(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow's start in commands: what is printed, where it is kept back, and which errors come before it."""
+"""TensorFlow's start-up in commands: which messages are shown or hidden, and which errors are reported before it."""
 
 import json
 import os
@@ -20,11 +20,11 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def command(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command whose start of TensorFlow is noisy and then does `body`."""
+    """Runs a command that prints noise while TensorFlow starts and then executes `body`."""
     return run(
-        "from x3d_tf import _command, _startup\nfrom x3d_tf.errors import UserError\n"
+        "from x3d_tf import commands, startup\nfrom x3d_tf.errors import UserError\n"
         f"def main():\n    with startup.starting_tensorflow(devices=False):\n        {NOISE}; {body}\n"
-        "    os.write(2, b'after\\n')\n_command.run(main)",
+        "    os.write(2, b'after\\n')\ncommands.run(main)",
         *arguments,
     )
 
@@ -38,41 +38,41 @@ def command(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("raise KeyboardInterrupt", (), "starting TensorFlow\n\ninterrupted\n"),
     ],
 )
-def test_noise_is_kept_back_within_the_start_only(body: str, arguments: tuple[str, ...], shown: str) -> None:
+def test_noise_is_hidden_only_during_the_start(body: str, arguments: tuple[str, ...], shown: str) -> None:
     assert command(body, *arguments).stderr == shown
 
 
-def test_noise_is_shown_where_the_start_fails() -> None:
+def test_noise_is_shown_if_the_start_fails() -> None:
     done = command("import not_there")
     noise, _, rest = done.stderr.removeprefix("starting TensorFlow\n").partition("\n")
     assert noise == "noise of a library" and "ModuleNotFoundError: No module named 'not_there'" in rest
 
 
-def test_a_crash_in_the_start_says_where() -> None:
+def test_a_crash_in_the_start_prints_a_traceback() -> None:
     assert "Fatal Python error: Aborted" in command("os.abort()").stderr
 
 
 def test_without_standard_error_a_command_works() -> None:
     code = (
-        "from x3d_tf import _command, _startup\n"
-        "def main():\n    with startup.starting_tensorflow(devices=False): pass\n    print('done')\n_command.run(main)"
+        "from x3d_tf import commands, startup\n"
+        "def main():\n    with startup.starting_tensorflow(devices=False): pass\n    print('done')\ncommands.run(main)"
     )
     done = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$0" 2>&-', code], stdout=subprocess.PIPE, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_a_library_prints_and_redirects_nothing() -> None:
-    code = f"from x3d_tf import _startup\nwith startup.starting_tensorflow(): {NOISE}"
+    code = f"from x3d_tf import startup\nwith startup.starting_tensorflow(): {NOISE}"
     assert run(code).stderr == "noise of a library\n"
 
 
-def test_a_command_names_its_devices_and_prints_nothing_else_of_tensorflow() -> None:
+def test_a_command_names_its_devices_and_hides_tensorflows_messages() -> None:
     body = (
-        "from x3d_tf import _command, _startup\n"
+        "from x3d_tf import commands, startup\n"
         "def main():\n"
         "    with startup.starting_tensorflow():\n        import tensorflow as tf\n"
-        "    tf.function(lambda x: x * 2, jit_compile=True)(tf.ones(3))\n"  # of which TensorFlow tells by itself
-        "_command.run(main)"
+        "    tf.function(lambda x: x * 2, jit_compile=True)(tf.ones(3))\n"  # TensorFlow logs the use of XLA
+        "commands.run(main)"
     )
     first, devices = run(body).stderr.splitlines()
     assert first == "starting TensorFlow"
@@ -119,27 +119,27 @@ def test_the_reason_why_no_gpu_is_used(
     assert (found == "") if not reason else reason in found
 
 
-def test_messages_are_kept_where_there_is_no_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_are_shown_if_they_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> None:
         raise FileNotFoundError("no usable temporary directory")
 
     monkeypatch.setattr(startup, "_mode", "quiet")
     monkeypatch.setattr(startup.tempfile, "TemporaryFile", full)
     before = os.fstat(2)
-    with startup.kept_back() as kept:
-        assert kept is None and os.fstat(2) == before
+    with startup.kept_back() as messages:
+        assert messages is None and os.fstat(2) == before
 
 
 RECORDS = ("--gin_file=gin/x3d_s.gin", "--gin_file=gin/data/records.gin", '--gin_bindings=DatasetSpec.records="nix"')
 NETWORK = "--gin_file=gin/x3d_s.gin"
 
 
-WRONG = [  # command, arguments, and what its error says
-    ("x3d_tf.train", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file here"),
+INVALID = [  # command, arguments, part of its error message
+    ("x3d_tf.train", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file, and not a recipe"),
     ("x3d_tf.train", RECORDS, "nix/manifest.json does not exist"),
     ("x3d_tf.train", [NETWORK, '--gin_bindings=TrainConfig.init="nix"', "--workdir=nix"], "nix: no such model file"),
     ("x3d_tf.train", [NETWORK, "--workdir=tests"], "tests exists and is not the folder of a run"),
-    ("x3d_tf.train", [NETWORK, "--gin_bindings=Recipe.steps=abc"], "'abc' is not a value"),
+    ("x3d_tf.train", [NETWORK, "--gin_bindings=Recipe.steps=abc"], "'abc' is not a valid value"),
     ("x3d_tf.preview", [*RECORDS, "--output=nix.png"], "nix/manifest.json does not exist"),
     ("x3d_tf.preview", [NETWORK, "--output=nix.jpg"], "--output must end in .png"),
     ("x3d_tf.evaluate", ["--run=nix"], "nix: no such model file or run folder"),
@@ -156,14 +156,14 @@ WRONG = [  # command, arguments, and what its error says
     ("x3d_tf.build_records", ["--verify", "--output=nix"], "nix/manifest.json does not exist"),
     ("x3d_tf.import_weights", ["nix", "--variant=x3d_s", "--output=a.keras"], "nix: no such checkpoint"),
     ("x3d_tf.import_weights", ["nix", "--to=pytorchvideo", "--output=a.pyth"], "nix: no such model file"),
-    ("x3d_tf.complexity", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file here"),
+    ("x3d_tf.complexity", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file, and not a recipe"),
     ("export.saved_model", ["--model=nix", "--output=nix/a"], "nix: no such model file"),
     ("export.tflite", ["--model=nix", "--output=nix"], "nix: no such model file"),
     ("export.onnx", ["--model=nix", "--output=nix", "--formats=nix"], "--formats must be a list of onnx, openvino"),
     ("export.verify", ["--model=nix", "--artefacts=nix", "--clips=nix"], "--artefacts=nix: no such file or folder"),
     ("export.serving.client", ["--card=nix", "--grpc=localhost:1", "nix.mp4"], "no such file: nix.mp4"),
 ]
-# Each case is a fork of one process, which has imported what takes long but TensorFlow.
+# Each case is forked from one process that has imported all slow modules except TensorFlow.
 CASES = """
 import json, os, runpy, sys
 import absl.flags, av, gin, h5py, matplotlib.pyplot, numpy, tqdm
@@ -185,16 +185,16 @@ for number, (module, arguments) in enumerate(json.load(sys.stdin)):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what each of `WRONG` prints, NUMBER.out and NUMBER.err."""
+    """Returns a folder with the output of each case in `INVALID`: NUMBER.out and NUMBER.err."""
     folder = tmp_path_factory.mktemp("outcomes")
-    cases = json.dumps([case[:2] for case in WRONG])
+    cases = json.dumps([case[:2] for case in INVALID])
     subprocess.run([sys.executable, "-c", CASES, str(folder)], input=cases, text=True, cwd=ROOT, check=True)
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(WRONG)), ids=lambda number: f"{WRONG[number][0]} {WRONG[number][2]}")
-def test_wrong_paths_and_values_need_no_tensorflow(number: int, outcomes: Path) -> None:
+@pytest.mark.parametrize("number", range(len(INVALID)), ids=lambda number: f"{INVALID[number][0]} {INVALID[number][2]}")
+def test_invalid_paths_and_values_are_reported_without_tensorflow(number: int, outcomes: Path) -> None:
     errors = (outcomes / f"{number}.err").read_text()
     outcome = (outcomes / f"{number}.out").read_text().splitlines()[-1:]
     assert outcome == ["[true, []]"], errors
-    assert errors.startswith("error: ") and WRONG[number][2] in errors and len(errors.splitlines()) == 1
+    assert errors.startswith("error: ") and INVALID[number][2] in errors and len(errors.splitlines()) == 1

@@ -139,7 +139,7 @@ print(*sorted({name for name in x3d_tf.__all__ if inspect.isfunction(getattr(x3d
 
 
 def test_public_functions_are_not_shadowed_by_commands(tmp_path: Path) -> None:
-    """A module that is imported becomes an attribute of its package: all are imported first, then each is called."""
+    """Imported modules become attributes of the package, so all are imported before the functions are called."""
     write_records(tmp_path / "records", videos=2)
     write_video(tmp_path / "a.mp4", numbered_frames(6))
     done = subprocess.run([sys.executable, "-c", PUBLIC, str(tmp_path)], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Control characters on their way to a terminal."""
+"""Terminal output: escaping, progress bars, counts and write errors."""
 
 import io
 
@@ -22,13 +22,13 @@ def test_names_do_not_break_lines() -> None:
     assert one_line("a\nb\r\nc\u2028d") == r"a\nb\r\nc\u2028d"
 
 
-def test_whatever_is_printed_is_escaped() -> None:
+def test_printed_text_is_escaped() -> None:
     stream = io.StringIO()
     print(HOSTILE, file=Terminal(stream))  # type: ignore[arg-type]
     assert stream.getvalue() == ESCAPED + "\n"
 
 
-def test_progress_bars_stay_one_line() -> None:
+def test_a_progress_bar_is_one_line() -> None:
     stream = io.StringIO()
     with tqdm(total=2, desc="a\nb\x1b]0;c", file=Terminal(stream, bars=True)) as bar:  # type: ignore[arg-type]
         bar.update(2)
@@ -55,7 +55,7 @@ def test_counts_agree_with_their_nouns(count: int, noun: str, words: str) -> Non
 
 
 @pytest.mark.parametrize(("total", "words"), [(1, "a{b}: 0/1 clip |"), (10, "a{b}: 0/10 clips |")])
-def test_a_progress_bar_counts_in_words(total: int, words: str) -> None:
+def test_a_progress_bar_names_its_items(total: int, words: str) -> None:
     stream = io.StringIO()
     with progress_bar(total, "clip", "a{b}", file=stream):
         assert words in stream.getvalue()
@@ -70,7 +70,7 @@ class _Broken(io.StringIO):
         raise self.error
 
 
-def test_a_full_or_closed_output_has_errors_of_its_own() -> None:
+def test_a_full_disk_and_a_closed_output_raise_their_own_errors() -> None:
     with pytest.raises(WriteError, match=r"^standard output cannot be written: No space left on device$"):
         Terminal(_Broken(OSError(28, "No space left on device"))).write("a")
     with pytest.raises(OutputClosed):

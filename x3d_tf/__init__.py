@@ -1,6 +1,6 @@
 """X3D video networks for Keras and TensorFlow.
 
-The public names are resolved when they are first used, so that counting a network's cost imports no TensorFlow.
+Public names are imported on first use, so that computing the cost of a network does not import TensorFlow.
 """
 
 import importlib

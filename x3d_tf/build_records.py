@@ -1,36 +1,38 @@
-"""Turns videos into the records that training reads.
+"""Converts videos to the records that training reads.
 
-A folder for each class, all videos to train on but a fifth of each class, to test on:
+A folder per class; train on 80% of each class's videos and test on the other 20%:
   python -m x3d_tf.build_records --videos=my_videos --output=data/my_records --split=0.2
 
-my_videos/train/CLASS/VIDEO, my_videos/test/CLASS/VIDEO and, if you like, my_videos/val/CLASS/VIDEO, which validates
-while a network trains (other names: --splits=one,two):
+Folders my_videos/train/CLASS/VIDEO and my_videos/test/CLASS/VIDEO, and optionally my_videos/val/CLASS/VIDEO for
+validation during training (--splits=one,two if the folders have other names):
   python -m x3d_tf.build_records --videos=my_videos --output=data/my_records
 
-A csv file that lists them, with paths relative to --videos (without it, to the file's own folder):
+A csv file that lists the videos, with paths relative to --videos (or, without --videos, to the csv file's folder):
   python -m x3d_tf.build_records --csv=my_list.csv --videos=my_videos --output=data/my_records
-Its first line names the columns: path,label and any of split,start,end. Split is train, val or test (or as in --splits;
-or none, and --split); start and end are the seconds to keep. "run;jump" are two labels, and make a multi-label task.
-Columns may also be separated by ; (labels of several classes then take quotes) or tabs.
+The first line names the columns: path,label and optionally split,start,end. The split is train, val or test, or a name
+in --splits; without the column, use --split. start and end are the seconds to keep. "run;jump" stands for two labels
+and makes the task multi-label. The columns may also be separated by tabs, or by semicolons if labels that contain a
+semicolon are quoted.
 
-Action detection: AVA's videos, or folders of their frames, and its csv files of boxes, one for each split:
+Action detection from AVA's videos, or from folders of their frames, and AVA's csv files of boxes, one per split:
   python -m x3d_tf.build_records --videos=ava/videos_15min --output=data/ava \\
       --boxes=train=ava/ava_train_v2.2.csv --boxes=val=ava/ava_val_v2.2.csv --proposals=val=ava/person_boxes_val.csv \\
       --exclusions=val=ava/ava_val_excluded_timestamps_v2.2.csv
-A record then is the 2.7 seconds around a key frame. Proposals are the boxes of a person detector, in the same format
-with a score in the last column. --label_map names the actions of other lists.
+A record then holds the 2.7 seconds around a key frame. Proposals are the boxes of a person detector, in the same format
+with a score in the last column. --label_map names the actions of other label sets than AVA's.
 
-Whether the records are whole:
+Verify that existing records are intact:
   python -m x3d_tf.build_records --verify --output=data/my_records
 
-Any format that FFmpeg decodes will do. Files that cannot be decoded are listed in failures.csv, beside the records. A
-build that was stopped (Ctrl-C, SIGTERM), or even killed, resumes when the same command is given again. It then also
-retries the videos that took longer than --timeout or changed while they were read, and those that failed and have
-changed since.
-In --csv a leading ' before text that begins with = + - or @ is removed: the csv files that the package writes have it,
-so that no spreadsheet takes such a name for a formula. --output keeps a build.json that
-tells it from other builds. Records take 6 to 26 times the room of the videos: the command says how much before it goes
-on, and --quality=85 or a smaller --short_side make them smaller.
+All formats that FFmpeg decodes are supported. Files that cannot be decoded are listed in failures.csv in the output
+folder. To resume an interrupted build (Ctrl-C, SIGTERM or a crash), give the same command again. It also retries videos
+that exceeded --timeout or changed while they were read, and failed videos that have changed since.
+
+In --csv, a leading ' before text that begins with = + - or @ is removed. The csv files that this package writes have it
+to keep spreadsheets from reading the text as a formula. --output holds a build.json that identifies the build.
+
+Records take 6 to 26 times the disk space of the videos. The command prints an estimate first. --quality=85 or a smaller
+--short_side makes them smaller.
 """
 
 import re
@@ -59,63 +61,109 @@ from x3d_tf.text import binding_flag, counted
 
 FLAGS = flags.FLAGS
 
-_OF_BOXES = ("proposals", "exclusions", "label_map", "starts_at", "frame_rate")
-_SMALLEST_OF_X3D_S = 182  # pixels to which it scales the short side; smaller frames would be blown up
+_BOX_FLAGS = ("proposals", "exclusions", "label_map", "starts_at", "frame_rate")
+_X3D_S_MIN_SHORT_SIDE = 182  # pixels: X3D-S upscales smaller frames, which adds nothing
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("videos", None, "Folder that holds a folder of videos for each class; with --csv, its files.")
-    flags.DEFINE_string("csv", None, "File that lists the videos, in place of folders.")
-    flags.DEFINE_multi_string("boxes", None, "SPLIT=FILE: a csv of boxes and actions, in AVA's format. Once a split.")
-    flags.DEFINE_multi_string("proposals", None, "SPLIT=FILE: with --boxes, a csv of a person detector's boxes.")
-    flags.DEFINE_multi_string("exclusions", None, "SPLIT=FILE: with --boxes, a csv of key frames to leave out.")
-    flags.DEFINE_string("label_map", None, "With --boxes: a .pbtxt of the actions; AVA's 80 unless given.")
-    flags.DEFINE_float("starts_at", FIRST_MINUTE, "With --boxes: second of the film at which the files begin.")
-    flags.DEFINE_float("frame_rate", None, "With --boxes: images a second in folders of frames. Defaults to 30.")
-    flags.DEFINE_string("output", None, "Folder for the records: new, empty, or of this build.", required=True)
-    flags.DEFINE_list("splits", None, "Names of the folders in --videos, or in --csv's column, that are the splits.")
-    flags.DEFINE_float("split", None, "Part of each class's videos that becomes the test split, such as 0.2.")
-    flags.DEFINE_string("classes", None, "Text file with a class on each line, where their order matters.")
-    flags.DEFINE_integer("short_side", 256, "Of the stored frames, in pixels; smaller videos keep their size.")
-    flags.DEFINE_integer("quality", 95, "Of the stored JPEG frames, 1 to 95.")
-    flags.DEFINE_integer("seed", 0, "Of the order of the videos, and of which --split chooses.")
-    flags.DEFINE_integer("workers", None, "Processes that decode; one for each CPU by default.")
-    flags.DEFINE_float("timeout", TIMEOUT, "Seconds that decoding one video may take. Defaults to 600.")
-    flags.DEFINE_bool("verify", False, "Read the records in --output whole and say what is damaged; builds nothing.")
+    flags.DEFINE_string(
+        "videos",
+        None,
+        "Folder with one folder of videos per class; with --csv or --boxes, the folder of the listed videos.",
+    )
+    flags.DEFINE_string("csv", None, "A csv file that lists the videos.")
+    flags.DEFINE_multi_string(
+        "boxes",
+        None,
+        "SPLIT=FILE: csv of boxes and actions in AVA's format; repeat the flag for each split.",
+    )
+    flags.DEFINE_multi_string(
+        "proposals",
+        None,
+        "SPLIT=FILE: csv of person-detector boxes for --boxes; repeat the flag for each split.",
+    )
+    flags.DEFINE_multi_string(
+        "exclusions",
+        None,
+        "SPLIT=FILE: csv of key frames to skip with --boxes; repeat the flag for each split.",
+    )
+    flags.DEFINE_string(
+        "label_map",
+        None,
+        "A .pbtxt file that names the actions of --boxes. Defaults to AVA's 80 actions.",
+    )
+    flags.DEFINE_float("starts_at", FIRST_MINUTE, "Timestamp of the first frame in seconds, for --boxes.")
+    flags.DEFINE_float("frame_rate", None, "Frames per second of folders of frames, for --boxes. Defaults to 30.")
+    flags.DEFINE_string(
+        "output",
+        None,
+        "Folder for the records: new, empty, or with an earlier build of the same videos and settings. Required.",
+        required=True,
+    )
+    flags.DEFINE_list(
+        "splits",
+        None,
+        "Comma-separated names of the splits: folders in --videos, or values of the split column of --csv. "
+        "Defaults to train, val and test.",
+    )
+    flags.DEFINE_float(
+        "split",
+        None,
+        "Fraction of each class's videos for the test split, such as 0.2. Without it, no videos are split off.",
+    )
+    flags.DEFINE_string(
+        "classes",
+        None,
+        "Text file of class names, one per line, that sets the order of the classes. Defaults to sorted order.",
+    )
+    flags.DEFINE_integer(
+        "short_side",
+        256,
+        "Short side of the stored frames in pixels; smaller videos are not upscaled.",
+    )
+    flags.DEFINE_integer("quality", 95, "JPEG quality of the stored frames, 1 to 95.")
+    flags.DEFINE_integer("seed", 0, "Random seed for the order of the videos and for choosing the test split.")
+    flags.DEFINE_integer("workers", None, "Number of decoder processes. Defaults to the number of CPUs.")
+    flags.DEFINE_float("timeout", TIMEOUT, "Time limit for decoding one video, in seconds. Defaults to 600.")
+    flags.DEFINE_bool(
+        "verify",
+        False,
+        "Verify the records in --output by reading every byte, and report damaged shards; nothing is built.",
+    )
 
 
 def main() -> None:
-    """Builds the records and says what was written and what to do next; or verifies those there are."""
+    """Builds the records and prints what was written and what to run next, or verifies existing records."""
     if FLAGS.verify:
         _verify()
         return
     if FLAGS.videos is None and FLAGS.csv is None:
-        raise UserError("--videos=FOLDER or --csv=FILE must say where the videos are")
+        raise UserError("--videos=FOLDER or --csv=FILE is required")
     _check_boxes()
     if not (FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None or default_splits(Path(FLAGS.videos))):
-        print('All videos become the split "train". Training also needs some to test on: --split=0.2, or --splits.')
+        print('All videos become the split "train". Training also needs a test split: give --split=0.2 or --splits.')
     try:
         result = _build_key_frames() if FLAGS.boxes else _build_videos()
     except KeyboardInterrupt:
-        print("\nThe same command goes on after the last finished shard.", file=sys.stderr)
+        print("\nGive the same command again to resume after the last finished shard.", file=sys.stderr)
         raise
     print("\n".join(summary(result)))
 
 
-def _coding() -> dict[str, Any]:
+def _encoding_settings() -> dict[str, Any]:
     return {name: FLAGS[name].value for name in ("short_side", "quality", "seed", "workers", "timeout")}
 
 
 def _build_videos() -> BuildResult:
-    how = {name: FLAGS[name].value for name in ("csv", "splits", "split", "classes")}
-    return build_records(FLAGS.videos, FLAGS.output, **how, **_coding())
+    sources = {name: FLAGS[name].value for name in ("csv", "splits", "split", "classes")}
+    return build_records(FLAGS.videos, FLAGS.output, **sources, **_encoding_settings())
 
 
 def _build_key_frames() -> BuildResult:
     videos = Path(FLAGS.videos)
     if FLAGS.frame_rate is None and videos.is_dir() and any(entry.is_dir() for entry in videos.iterdir()):
-        print(f"Folders of frames are read as {FOLDER_FPS:g} images a second; --frame_rate says otherwise.")
+        print(f"Folders of frames are read at {FOLDER_FPS:g} frames per second; use --frame_rate to change it.")
     return build_key_frames(
         FLAGS.videos,
         FLAGS.output,
@@ -125,37 +173,37 @@ def _build_key_frames() -> BuildResult:
         label_map=FLAGS.label_map,
         starts_at=FLAGS.starts_at,
         frame_rate=FOLDER_FPS if FLAGS.frame_rate is None else FLAGS.frame_rate,
-        **_coding(),
+        **_encoding_settings(),
     )
 
 
 def _by_split(name: str) -> dict[str, str]:
-    """Files by their splits, of a flag whose values are SPLIT=FILE."""
-    found: dict[str, str] = {}
+    """Returns the files by split from a flag with values SPLIT=FILE."""
+    files: dict[str, str] = {}
     for value in FLAGS[name].value or ():
         split, _, file = value.partition("=")
-        good = bool(re.fullmatch(r"\w+", split)) and bool(file) and split not in found
+        good = bool(re.fullmatch(r"\w+", split)) and bool(file) and split not in files
         require(good, f"--{name}", "be SPLIT=FILE, once for each split", value)
-        found[split] = file
-    return found
+        files[split] = file
+    return files
 
 
 def _check_boxes() -> None:
-    """Raises `UserError` where flags do not go together."""
-    others = ("csv", "splits", "split", "classes") if FLAGS.boxes else _OF_BOXES
+    """Raises `UserError` for flags that conflict."""
+    others = ("csv", "splits", "split", "classes") if FLAGS.boxes else _BOX_FLAGS
     given = [f"--{name}" for name in others if FLAGS[name].present]
     if given and FLAGS.boxes:
-        raise UserError(f"--boxes takes --videos, not {', '.join(given)}")
+        raise UserError(f"{', '.join(given)} must not be given with --boxes; it reads the videos from --videos")
     if given:
         raise UserError(f"{', '.join(given)} must not be given without --boxes")
 
 
 def _verify() -> None:
-    sources = ("videos", "csv", "splits", "split", "classes", "boxes", *_OF_BOXES)
+    sources = ("videos", "csv", "splits", "split", "classes", "boxes", *_BOX_FLAGS)
     given = [f"--{name}" for name in sources if FLAGS[name].present]
     if given:
-        raise UserError(f"--verify takes --output only, not {', '.join(given)}")
-    Manifest.load(FLAGS.output)  # before TensorFlow is loaded, which takes seconds
+        raise UserError(f"{', '.join(given)} must not be given with --verify; it only needs --output")
+    Manifest.load(FLAGS.output)  # before importing TensorFlow, which takes seconds
     with starting_tensorflow():
         from x3d_tf.data.records.verify import verify_records
 
@@ -165,66 +213,70 @@ def _verify() -> None:
         problems += report.problems
     if problems:
         raise UserError(
-            f"{FLAGS.output} holds {counted(len(problems), 'damaged shard')}; delete the folder and build the records "
+            f"{FLAGS.output} has {counted(len(problems), 'damaged shard')}; delete the folder and build the records "
             "again"
         )
 
 
 def summary(result: BuildResult) -> list[str]:
-    """Lines that say what a build wrote, what to watch out for, and what to run next."""
+    """Returns lines that list what a build wrote, problems with it, and the command to run next."""
     manifest = result.manifest
     detects = manifest.task == "detection"
-    several = {"multi_label": ", several of a video", "detection": " of boxes on key frames"}.get(manifest.task, "")
+    labels = {"multi_label": ", several labels per video", "detection": " for boxes on key frames"}.get(
+        manifest.task, ""
+    )
     kind, thing = ("key frame", "box") if detects else ("video", "video")
-    done = "; they were finished already" if result.was_finished else ""
-    lines = [f"{manifest.folder}: {counted(len(manifest.classes), 'class')}{several}{done}"]
+    done = "; the build was already complete" if result.was_finished else ""
+    lines = [f"{manifest.folder}: {counted(len(manifest.classes), 'class')}{labels}{done}"]
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
-        held, shards = counted(len(split.records), kind), counted(len(split.shards), "shard")
-        lines.append(f"  {name}: {held}, {size / 1e6:.1f} MB in {shards}")
+        records, shards = counted(len(split.records), kind), counted(len(split.shards), "shard")
+        lines.append(f"  {name}: {records}, {size / 1e6:.1f} MB in {shards}")
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
-            lines.append(f"  {name} has no {thing} of {counted(len(missing), 'class')}: {one_line(first_few(missing))}")
+            lines.append(
+                f"  {name} has no {thing} for {counted(len(missing), 'class')}: {one_line(first_few(missing))}"
+            )
     if len(manifest.classes) == 1 and manifest.task == "single_label":
-        lines.append("  There is one class only: a network has nothing to tell it from.")
+        lines.append("  Only one class: there is nothing to classify.")
     if result.failures:
-        what = counted(result.failures, "video or key frame" if detects else "file")
-        lines.append(f"  left out: {what}; {manifest.folder / FAILURES_NAME} gives the reasons")
+        failures = counted(result.failures, "video or key frame" if detects else "file")
+        lines.append(f"  skipped: {failures}; {manifest.folder / FAILURES_NAME} lists the reasons")
     if result.to_retry:
-        why = "that took too long, or changed while being read: the same command tries again"
-        lines.append(f"  among them {counted(result.to_retry, thing)} {why}")
-    return [*lines, *_next(manifest, detects)]
+        why = "exceeded --timeout or changed while being read; give the same command again to retry"
+        lines.append(f"  of these, {counted(result.to_retry, thing)} {why}")
+    return [*lines, *_training_command(manifest, detects)]
 
 
-def _next(manifest: Manifest, detects: bool) -> list[str]:
-    """What to run next."""
+def _training_command(manifest: Manifest, detects: bool) -> list[str]:
+    """Returns the command that trains on the records, with warnings about them."""
     names = list(manifest.splits)
     if len(names) == 1:
-        how = "another --boxes=SPLIT=FILE" if detects else "--split=0.2, or with --splits"
-        return [f"Training also needs videos to test on: build with {how}."]
-    tested = "val" if detects else "test"
+        flag = "another --boxes=SPLIT=FILE" if detects else "--split=0.2 or --splits"
+        return [f"Training also needs a test split: build again with {flag}."]
+    default_eval_split = "val" if detects else "test"
     bindings: dict[str, str | int] = {"DatasetSpec.records": str(manifest.folder)}
-    if not {"train", "val"} <= set(names):  # else training finds them by their names
+    if not {"train", "val"} <= set(names):  # training finds these two by their names
         bindings |= {"DatasetSpec.train_split": names[0]} if names[0] != "train" else {}
         bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 and not detects else {}
-        bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != tested else {}
+        bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != default_eval_split else {}
     recipes = ["gin/x3d_s.gin", "gin/data/records.gin"]
-    begin = "Train on them with:"
+    intro = "Train on them with:"
     if detects:
         recipes = ["gin/ava/x3d_m_v2.2.gin"]
-        begin = "Train on them, from weights of Kinetics (TrainConfig.init; without it from random ones), with:"
+        intro = "Train on them from Kinetics weights (TrainConfig.init; without it from random weights) with:"
         trained = sum(bool(record.labels) for record in manifest.splits[names[0]].records)
         bindings |= {"TrainConfig.init": "runs/x3d_m_kinetics", "Recipe.batch": min(64, trained // 8 * 8 or trained)}
-    elif manifest.stored.short_side < _SMALLEST_OF_X3D_S:
+    elif manifest.stored.short_side < _X3D_S_MIN_SHORT_SIDE:
         recipes = ["gin/few_videos.gin"]
     flags_ = [f"--gin_file={file}" for file in recipes] + [binding_flag(*binding) for binding in bindings.items()]
     run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
-    return [*_advice(manifest, recipes, names[0]), begin, f"  python -m x3d_tf.train {' '.join(flags_)} {run}"]
+    return [*_advice(manifest, recipes, names[0]), intro, f"  python -m x3d_tf.train {' '.join(flags_)} {run}"]
 
 
 def _advice(manifest: Manifest, recipes: list[str], split: str) -> list[str]:
-    """Where the records do not fit the recipes that are named for them."""
+    """Returns warnings about settings of the recipes that do not suit the records."""
     with starting_tensorflow():
         from x3d_tf.data.input_pipeline import short_sides
 

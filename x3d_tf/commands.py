@@ -1,4 +1,4 @@
-"""What the commands share: flags, running `main` and saying what went wrong in one line."""
+"""Entry point of all commands: parses flags, runs `main` and reports errors in one line."""
 
 import difflib
 import faulthandler
@@ -21,85 +21,88 @@ from x3d_tf.terminal import OutputClosed, Terminal, one_line
 
 FLAGS = flags.FLAGS
 
-_CLOSED = 141  # status of programs that SIGPIPE ends
-_WIDTH = 110  # of --help
+_BROKEN_PIPE_STATUS = 141  # exit status of programs that SIGPIPE ends
+_HELP_WIDTH = 110  # characters
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
     """Parses the flags and calls `main`.
 
-    With `positional`, `main` gets the arguments that are no flags, which may stand before, between and after flags;
-    otherwise there may be none. `--help` prints the command's docstring and flags, with exit status 0.
+    `--help` prints the command's docstring and flags and exits with status 0.
 
-    A `UserError` or `OSError` becomes one line on stderr and exit status 1. Ctrl-C gives exit status 130, SIGTERM 143,
-    and a closed standard output 141, without a message. Anything else is a fault of the package and keeps its
-    traceback. Control characters in what is printed are escaped.
+    A `UserError` or `OSError` is printed as one line on stderr, with exit status 1. Ctrl-C gives exit status 130,
+    SIGTERM 143, and a closed standard output 141 without a message. Other exceptions are bugs of the package and keep
+    their traceback. Control characters in the output are escaped.
+
+    Args:
+        main: the command. With `positional` it receives the list of positional arguments.
+        positional: whether the command accepts positional arguments, which may be mixed with flags.
     """
     _escape_output()
     _enable_crash_traceback()
-    signals.stop_in_order()
+    signals.install_stop_handlers()
     try:
         try:
             _run(main, positional)
         finally:
-            sys.stdout.flush()  # here, where a full disk can still be told
+            sys.stdout.flush()  # here, so that a full disk is still reported
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
-        traceback.clear_frames(error.__traceback__)  # closes progress bars, which would end below the message
-        _discard_output()
+        traceback.clear_frames(error.__traceback__)  # closes progress bars before the message is printed
+        _discard_unwritable_output()
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt as error:
         print("\nterminated" if isinstance(error, signals.Terminated) else "\ninterrupted", file=sys.stderr)
-        _leave(signals.status_of(error))
+        _exit_now(signals.exit_status(error))
     except OutputClosed:
-        _leave(_CLOSED)
+        _exit_now(_BROKEN_PIPE_STATUS)
 
 
 def _run(main: Callable[..., None], positional: bool) -> None:
-    flags.DEFINE_bool("verbose", False, "Show the messages of TensorFlow's start. Defaults to false.")
+    flags.DEFINE_bool("verbose", False, "Show all messages that TensorFlow prints while it starts.")
     if _asks_for_help(sys.argv[1:]):
         print(_help())
         return
     FLAGS.set_gnu_getopt(positional)
-    arguments = _parsed(sys.argv)
+    arguments = _parse_flags(sys.argv)
     if arguments and not positional:
-        raise UserError(f"unexpected argument {arguments[0]!r}; settings are flags, --help lists them")
+        raise UserError(f"unexpected argument {arguments[0]!r}; this command only accepts flags, see --help")
     logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)  # TensorFlow's Python side tells of its inner workings
+    logging.set_verbosity(logging.WARNING)  # TensorFlow's Python logger is verbose at INFO
     startup.set_mode("verbose" if FLAGS.verbose else "quiet")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     main(arguments) if positional else main()
 
 
-def require_path(flag: str, path: str | Path | None, what: str = "file or folder") -> None:
-    """Raises `UserError` where a path that a flag gives does not exist.
+def require_path(flag: str, path: str | Path | None, kind: str = "file or folder") -> None:
+    """Raises `UserError` if the path of a flag does not exist.
 
     Args:
-        flag: its name, such as "--boxes".
-        path: None where the flag was not given, which is no error.
-        what: is looked for, for the message.
+        flag: name of the flag, such as "--boxes".
+        path: value of the flag, or None if the flag was not given, which is not an error.
+        kind: noun for the message.
     """
     if path is not None and not Path(path).exists():
-        raise UserError(f"{flag}={path}: no such {what}")
+        raise UserError(f"{flag}={path}: no such {kind}")
 
 
-def _parsed(argv: list[str]) -> list[str]:
-    """The arguments that are no flags; raises `UserError` where a flag is unknown, missing or has a bad value."""
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Returns the positional arguments; raises `UserError` for an unknown, missing or invalid flag."""
     try:
         return FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        close = difflib.get_close_matches(error.flagname, _own_flags())
-        hint = f"did you mean {' or '.join(f'--{name}' for name in close)}?" if close else "--help lists them"
+        close = difflib.get_close_matches(error.flagname, _command_flags())
+        hint = f"did you mean {' or '.join(f'--{name}' for name in close)}?" if close else "see --help"
         raise UserError(f"--{error.flagname} is not a flag of this command; {hint}") from None
     except flags.Error as error:
-        raise UserError(_in_words(str(error), str(error.__context__))) from None
+        raise UserError(_flag_error(str(error), str(error.__context__))) from None
 
 
-def _in_words(message: str, cause: str) -> str:
-    """A message of absl's about flags in words of ours; `cause`, of what a parser raised, is the end of some."""
+def _flag_error(message: str, cause: str) -> str:
+    """Rewords an error message of absl; `cause` is the message of the flag parser, with which some of them end."""
     missing = re.findall(r"Flag (--\w+) must have a value other than None", message)
     if missing:
-        which = ", ".join(f"{flag} ({_first_sentence(FLAGS[flag[2:]])})" for flag in missing)
-        return f"{which} is required" if len(missing) == 1 else f"these flags are required: {which}"
+        names = ", ".join(f"{flag} ({_first_sentence(FLAGS[flag[2:]])})" for flag in missing)
+        return f"{names} is required" if len(missing) == 1 else f"these flags are required: {names}"
     bad = re.fullmatch(r"flag --(\w+)=(.*)", message.removesuffix(f": {cause}"), re.DOTALL)
     if bad and bad[1] in FLAGS:
         return f"--{bad[1]} must be {_rule(FLAGS[bad[1]].parser)}, got {bad[2]!r}"
@@ -109,13 +112,13 @@ def _in_words(message: str, cause: str) -> str:
 
 
 def _rule(parser: Any) -> str:
-    """What the values of a flag are."""
+    """Returns the rule for the values of a flag, which follows "must be"."""
     if isinstance(parser, flags.EnumParser):
         return f"one of {', '.join(parser.enum_values)}"
     if isinstance(parser, flags.BooleanParser):
         return "true or false"
     lower, upper = getattr(parser, "lower_bound", None), getattr(parser, "upper_bound", None)
-    kind = {flags.IntegerParser: "a whole number", flags.FloatParser: "a number"}.get(type(parser), "text")
+    kind = {flags.IntegerParser: "an integer", flags.FloatParser: "a number"}.get(type(parser), "text")
     if lower is not None and upper is not None:
         return f"{kind} in {lower}..{upper}"
     return (
@@ -126,40 +129,43 @@ def _rule(parser: Any) -> str:
 
 
 def _asks_for_help(arguments: list[str]) -> bool:
-    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    return any(argument in ("--help", "-help", "-h") for argument in own)
+    candidates = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return any(argument in ("--help", "-help", "-h") for argument in candidates)
 
 
-def _own_flags() -> dict[str, Any]:
-    """The flags of the command, by name in order; those of libraries are left out."""
-    own = {flag.name: flag for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
-    return {name: own.get(name, FLAGS[name]) for name in sorted({*own, "verbose"})}
+def _command_flags() -> dict[str, Any]:
+    """Returns the command's flags sorted by name, without those that libraries define."""
+    key_flags = {flag.name: flag for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
+    return {name: key_flags.get(name, FLAGS[name]) for name in sorted({*key_flags, "verbose"})}
 
 
 def _help() -> str:
     lines = [str(sys.modules["__main__"].__doc__ or "").strip(), "", "flags:"]
-    for name, flag in _own_flags().items():
-        lines.append(f"  --[no]{name}" if flag.boolean else f"  --{name}={_value(flag.parser)}")
+    for name, flag in _command_flags().items():
+        lines.append(f"  --[no]{name}" if flag.boolean else f"  --{name}={_placeholder(flag.parser)}")
         text = _help_of(flag)
-        if flag.default not in (None, False) and "Defaults to" not in text:
-            text += f" Defaults to {_shown(flag.default)}."
-        lines += textwrap.wrap(text, _WIDTH, initial_indent="      ", subsequent_indent="      ")
+        if flag.default is not None and "Defaults to" not in text:
+            text += f" Defaults to {_format_default(flag.default)}."
+        lines += textwrap.wrap(text, _HELP_WIDTH, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
-def _value(parser: Any) -> str:
-    """Stands for a flag's value in --help."""
+def _placeholder(parser: Any) -> str:
+    """Returns the placeholder for a flag's value in --help."""
     if isinstance(parser, flags.EnumParser):
         return "|".join(parser.enum_values)
-    return {flags.IntegerParser: "WHOLE_NUMBER", flags.FloatParser: "NUMBER"}.get(type(parser), "TEXT")
+    return {flags.IntegerParser: "INTEGER", flags.FloatParser: "NUMBER"}.get(type(parser), "TEXT")
 
 
-def _shown(default: Any) -> str:
+def _format_default(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
     return ",".join(default) if isinstance(default, list) else str(default)
 
 
 def _help_of(flag: Any) -> str:
-    return flag.help.partition(";\n")[0]  # after which absl says that it may be repeated, which ours say themselves
+    """Returns a flag's help without what absl adds: the values of an enum, and a note that it can be repeated."""
+    return re.sub(r"^<[^>]*>: ", "", flag.help).partition(";\n")[0]
 
 
 def _first_sentence(flag: Any) -> str:
@@ -168,32 +174,32 @@ def _first_sentence(flag: Any) -> str:
 
 
 def _enable_crash_traceback() -> None:
-    """Has a crash of the process print where it was, to what is standard error now, also when that is redirected."""
-    with suppress(OSError, AttributeError, ValueError):  # of a stream that is closed
+    """Prints a traceback if the process crashes, to the current standard error even if that is redirected later."""
+    with suppress(OSError, AttributeError, ValueError):  # standard error is closed
         faulthandler.enable(os.dup(sys.stderr.fileno()))
 
 
 def _escape_output() -> None:
-    """Makes standard output and standard error `Terminal`s that take any text, also where they are closed."""
+    """Replaces standard output and standard error by `Terminal`s that accept any text, even if they are closed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
-    with suppress(AttributeError):  # a stream of a notebook or a test
+    with suppress(AttributeError):  # streams of notebooks and tests cannot be reconfigured
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr, bars=True)
     logging.get_absl_handler().python_handler.stream = sys.stderr
 
 
-def _discard_output() -> None:
-    """Sends what cannot be written nowhere, for Python would try once more when it ends."""
+def _discard_unwritable_output() -> None:
+    """Redirects unwritable output to the null device, because Python would try to write it again on exit."""
     try:
         sys.stdout.flush()
     except (UserError, OutputClosed):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _leave(status: int) -> NoReturn:
-    """Ends the process, not by way of TensorFlow's threads, which may be busy for a long time."""
+def _exit_now(status: int) -> NoReturn:
+    """Exits without waiting for TensorFlow's threads, which may be busy for a long time."""
     with suppress(UserError, OutputClosed):
         sys.stdout.flush()
     sys.stderr.flush()

@@ -1,14 +1,14 @@
-"""Prints what X3D networks cost, beside the figures that the paper prints.
+"""Prints the computational cost of X3D networks next to the paper's figures.
 
 All published networks:
   python -m x3d_tf.complexity
 
-One network, with a row a layer; any setting of a recipe may be changed:
+One network, with a table of its layers; bindings change any setting:
   python -m x3d_tf.complexity --gin_file=gin/x3d_s.gin --gin_bindings='Expansion.gamma_b=1.5' --layers
 
-GMACs are multiply-adds of one clip, in units of 1e9: convolutions, squeeze-excitation and fully connected layers,
-without batch norm and activations. Parameters are counted twice: all that are trained, and in the paper's convention,
-which leaves out batch norm and the biases of squeeze-excitation and adds a bias to fc1.
+GMACs are 1e9 multiply-adds for one clip in convolutions, squeeze-excitation and fully connected layers; batch norm and
+activations are not counted. Parameters are counted in two ways: all trainable ones, and the paper's convention, which
+excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1.
 """
 
 from collections.abc import Iterable
@@ -28,14 +28,14 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     gin_config.define_flags(required=False)
-    flags.DEFINE_bool("layers", False, "Print a row for each layer.")
-    flags.DEFINE_integer("num_classes", 400, "Outputs of the classifier.", lower_bound=1)
+    flags.DEFINE_bool("layers", False, "Also print a table of the layers of each network.")
+    flags.DEFINE_integer("num_classes", 400, "Number of classifier outputs.", lower_bound=1)
 
 
 def main() -> None:
-    """Prints the tables that the flags ask for."""
+    """Prints the tables that the flags select."""
     if FLAGS.gin_bindings and not FLAGS.gin_file:
-        raise UserError("--gin_bindings change a recipe: give it with --gin_file")
+        raise UserError("--gin_bindings requires --gin_file, the configuration to change")
     if FLAGS.gin_file:
         parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
         networks, options = [parsed.config.expansion], parsed.config.model
@@ -48,12 +48,12 @@ def main() -> None:
 
 
 def variant_table(networks: Iterable[Expansion], options: ModelOptions, num_classes: int) -> list[str]:
-    """Lines of a table: one row a network, our count, the paper's figure and how far apart they are."""
+    """Returns the lines of a table with one row per network: our cost, the paper's, and the relative difference."""
     lines = [
-        f"{'':12} {'one training clip':^31}   {'one clip of 30-view testing':^31}   {'M parameters':^36}",
+        f"{'':12} {'one training clip':^31}   {'one clip, 30-view evaluation':^31}   {'M parameters':^36}",
         f"{'network':12} {'T x S²':>9} {'GMACs':>8} {'paper':>6} {'diff':>6}"
         f"   {'T x S²':>9} {'GMACs':>8} {'paper':>6} {'diff':>6}"
-        f"   {'all':>9} {'as paper counts':>15} {'paper':>6} {'diff':>6}",
+        f"   {'trainable':>9} {'as in the paper':>15} {'paper':>6} {'diff':>6}",
     ]
     for expansion in networks:
         lines += _variant_row(expansion, options, num_classes)
@@ -68,9 +68,9 @@ def _variant_row(expansion: Expansion, options: ModelOptions, num_classes: int) 
     test = cost(expansion, test_clip, num_classes=num_classes, options=options)
     row = (
         f"{name if published else '':12}"
-        f" {_shape(clip.frames, clip.size)} {_against(count.macs / 1e9, published, 'macs')}"
-        f"   {_shape(clip.frames, test_clip.size)} {_against(test.macs / 1e9, published, 'test_macs')}"
-        f"   {count.params / 1e6:9.4f} {_against(count.params_paper / 1e6, published, 'params', width=15)}"
+        f" {_shape(clip.frames, clip.size)} {_beside_published(count.macs / 1e9, published, 'macs')}"
+        f"   {_shape(clip.frames, test_clip.size)} {_beside_published(test.macs / 1e9, published, 'test_macs')}"
+        f"   {count.params / 1e6:9.4f} {_beside_published(count.params_paper / 1e6, published, 'params', width=15)}"
     )
     return [row] if published else [name + (f" with {_changes(options)}" if _changes(options) else ""), row]
 
@@ -84,7 +84,7 @@ def _shape(frames: int, size: int) -> str:
     return f"{f'{frames} x {size}²':>9}"
 
 
-def _against(value: float, published: Variant | None, figure: str, width: int = 8) -> str:
+def _beside_published(value: float, published: Variant | None, figure: str, width: int = 8) -> str:
     paper = getattr(published, f"published_{figure}") if published else None
     if paper is None:
         return f"{value:{width}.4f} {'-':>6} {'-':>6}"
@@ -92,7 +92,7 @@ def _against(value: float, published: Variant | None, figure: str, width: int = 
 
 
 def layer_table(expansion: Expansion, options: ModelOptions, num_classes: int) -> list[str]:
-    """Lines of a table: one row a layer, on the training clip."""
+    """Returns the lines of a table with one row per layer, for the training clip."""
     rows = layer_costs(expansion, num_classes=num_classes, options=options)
     total = sum((row.cost for row in rows), Cost())
     lines = [

@@ -1,4 +1,4 @@
-"""What a training run is made of: the recipe and everything else that decides its outcome. Imports no TensorFlow."""
+"""Training configuration: the recipe and all other settings that determine the result. Imports no TensorFlow."""
 
 import dataclasses
 import hashlib
@@ -16,37 +16,40 @@ from x3d_tf.types import MAX_VIEWS
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: the paper's recipe for Kinetics (appendix A.3), scaled linearly to the batch.
+    """Training recipe: the paper's for Kinetics (appendix A.3), scaled linearly to the batch size.
 
-    `learning_rate` and `steps` are stated for `reference_batch` clips; a run of `batch` clips multiplies the rate by
-    batch / reference_batch and divides the steps by it, so that it sees as many clips. Warm-up and decay are shares of
-    the steps, so that a run of any length has them.
+    `learning_rate` and `steps` apply to batches of `reference_batch` clips. For batches of `batch` clips the learning
+    rate is multiplied and the number of steps divided by batch / reference_batch, so that the number of clips stays the
+    same. Warm-up and decay are fractions of the steps, so that they scale with the length of the run.
 
     Attributes:
-        batch: clips of one step, over all devices.
-        reference_batch: clips of one step that the next two fields are stated for.
-        learning_rate: highest value of the schedule, η.
-        steps: length of the run.
-        warmup_fraction: share of the steps, in [0, 1), of the linear warm-up, which ends at the schedule's value.
-        decay_fractions: for the schedule "steps", the shares of the steps, in [`warmup_fraction`, 1) and ascending,
-            after which the rate is a tenth of what it was.
-        warmup_start: where the warm-up starts, in units of η.
-        schedule: "cosine" is half a period of it, from η to 0; "steps" is constant between `decay_fractions`.
-        momentum: of Nesterov's kind.
-        weight_decay: L2 added to the gradient of everything but batch norm.
-        ema: decay of the moving average of all weights that is tested and saved in their place, in [0, 1); 0 is none.
-        precise_bn_batches: training batches whose exact mean and variance replace the moving statistics of batch norm
-            before each checkpoint; 0 leaves those. (PySlowFast uses 200 on Kinetics.)
-        backbone_lr_factor: the learning rate of everything before fc1, in units of that of the rest; 0 freezes it
-            (but for drop-connect, which stays as `ModelOptions` says).
-        batch_norm: "train" normalises by each batch; "frozen" keeps scales, shifts and statistics as they came with
-            `TrainConfig.init`, for batches too small to have statistics of their own.
-        class_weights: "balanced" weighs each clip's loss by how rare its class is, so that all classes count the same.
-        patience: validations in a row without improvement after which the run stops; the best of them is what it
-            saves. 0 runs to the last step and saves that.
+        batch: batch size in clips, over all devices.
+        reference_batch: batch size in clips that `learning_rate` and `steps` are stated for.
+        learning_rate: peak learning rate of the schedule, η.
+        steps: number of training steps.
+        warmup_fraction: fraction of the steps, in [0, 1), for the linear warm-up, which ends at the schedule's value.
+        decay_fractions: for the schedule "steps", the fractions of the steps, in [`warmup_fraction`, 1) and ascending,
+            after which the learning rate is divided by 10.
+        warmup_start: learning rate at the start of the warm-up, as a fraction of η.
+        schedule: "cosine" decays along half a cosine period from η to 0; "steps" is constant between
+            `decay_fractions`.
+        momentum: Nesterov momentum.
+        weight_decay: L2 weight decay, added to the gradients of all weights except those of batch norm.
+        ema: decay, in [0, 1), of an exponential moving average (EMA) of all weights, which is evaluated and saved in
+            place of the weights; 0 disables it.
+        precise_bn_batches: number of training batches whose exact mean and variance replace the moving statistics of
+            batch norm before each checkpoint; 0 keeps the moving statistics. (PySlowFast uses 200 on Kinetics.)
+        backbone_lr_factor: learning rate of all layers before fc1, relative to that of the head; 0 freezes them
+            (drop-connect still applies as set in `ModelOptions`).
+        batch_norm: "train" normalises with batch statistics; "frozen" keeps the scales, shifts and statistics of
+            `TrainConfig.init`, for batches too small for reliable statistics.
+        class_weights: "balanced" weights each clip's loss by the inverse frequency of its class, so that all classes
+            contribute equally; "none" weights all clips equally.
+        patience: early stopping after this number of successive validations without improvement; the run then saves
+            the best checkpoint. 0 disables early stopping and saves the last step.
 
     Raises:
-        TypeError, ValueError: naming the field, the rule and the value received.
+        TypeError, ValueError: names the field, the rule and the value received.
     """
 
     batch: int = 1024
@@ -72,11 +75,11 @@ class Recipe:
             require(getattr(self, name) >= 1, f"Recipe.{name}", "be at least 1", getattr(self, name))
         require(0 < self.learning_rate < math.inf, "Recipe.learning_rate", "be positive", self.learning_rate)
         warmup, decays = self.warmup_fraction, self.decay_fractions
-        require(0 <= warmup < 1, "Recipe.warmup_fraction", "be in [0, 1), a share of the steps", warmup)
+        require(0 <= warmup < 1, "Recipe.warmup_fraction", "be in [0, 1), a fraction of the steps", warmup)
         rising = list(decays) == sorted(set(decays)) and all(warmup <= decay < 1 for decay in decays)
-        rule = f"be ascending shares of the steps in [warmup_fraction = {warmup:g}, 1)"
+        rule = f"be ascending fractions of the steps in [warmup_fraction = {warmup:g}, 1)"
         require(rising, "Recipe.decay_fractions", rule, decays)
-        rule = 'be given with Recipe.schedule = "steps", and with that alone'
+        rule = 'be given if, and only if, Recipe.schedule is "steps"'
         require(bool(decays) == (self.schedule == "steps"), "Recipe.decay_fractions", rule, decays)
         require(0 <= self.warmup_start <= 1, "Recipe.warmup_start", "be in [0, 1]", self.warmup_start)
         require(0 <= self.momentum < 1, "Recipe.momentum", "be in [0, 1)", self.momentum)
@@ -84,52 +87,53 @@ class Recipe:
             require(0 <= getattr(self, name) < math.inf, f"Recipe.{name}", "be at least 0", getattr(self, name))
         require(0 <= self.ema < 1, "Recipe.ema", "be in [0, 1)", self.ema)
         precise = self.precise_bn_batches
-        rule = "be 0 where batch norm is frozen (Recipe.batch_norm, Recipe.backbone_lr_factor)"
+        rule = "be 0 if batch norm is frozen (Recipe.batch_norm, Recipe.backbone_lr_factor)"
         require(not (precise and self.frozen_norms), "Recipe.precise_bn_batches", rule, precise)
 
     @property
     def frozen_norms(self) -> bool:
-        """Whether batch norm keeps its statistics."""
+        """True if the statistics of batch norm are frozen."""
         return self.batch_norm == "frozen" or self.backbone_lr_factor == 0
 
     @property
     def scaled_learning_rate(self) -> float:
-        """η for `batch` clips a step."""
+        """Peak learning rate, η, for batches of `batch` clips."""
         return self.learning_rate * self.batch / self.reference_batch
 
     @property
     def scaled_steps(self) -> int:
-        """Steps of `batch` clips, at least 1."""
+        """Number of steps with batches of `batch` clips, at least 1."""
         return max(1, round(self.steps * self.reference_batch / self.batch))
 
     @property
     def scaled_warmup_steps(self) -> int:
-        """Warm-up steps of `batch` clips, fewer than `scaled_steps`."""
+        """Number of warm-up steps with batches of `batch` clips, less than `scaled_steps`."""
         return min(round(self.warmup_fraction * self.scaled_steps), self.scaled_steps - 1)
 
     @property
     def scaled_decay_steps(self) -> tuple[int, ...]:
-        """Steps of `batch` clips from which on the rate is a tenth of what it was, none before step 1."""
+        """Steps, with batches of `batch` clips, at which the learning rate is divided by 10; 1 or later."""
         return tuple(max(1, round(decay * self.scaled_steps)) for decay in self.decay_fractions)
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the steps of a recipe are computed.
+    """Execution of the training steps: precision, memory and device utilisation.
 
     Attributes:
-        precision: of the network's arithmetic; "bfloat16" and "float16" keep weights, statistics and loss in float32,
-            and "float16" scales the loss so that small gradients do not vanish.
-        accumulation: parts that a step's batch is computed in, one after the other, where it does not fit into memory.
-            Batch norm sees one part at a time: groups have no more clips than that.
-        steps_per_execution: steps between two looks of Python, which cost a fast device time.
-        recompute: what a step does not keep for its gradient but computes again, to the same result in less memory:
-            "activations" keeps the outputs of convolutions and not of batch norm, ReLU, swish and squeeze-excitation,
-            which costs little time; "blocks" keeps the outputs of residual blocks alone, and computes convolutions
-            twice, which pays in deep networks (X3D-L, XL): in others the first block's own gradient is the peak.
+        precision: precision of the network's computations. "bfloat16" and "float16" keep weights, statistics and loss
+            in float32; "float16" also scales the loss to keep small gradients from vanishing.
+        accumulation: gradient accumulation: number of micro-batches that a batch is split into if it does not fit in
+            memory. Batch-norm groups are then at most as large as a micro-batch.
+        steps_per_execution: training steps per `tf.function` call; larger values reduce Python overhead on fast
+            devices.
+        recompute: gradient checkpointing: activations that the backward pass recomputes to save memory (same result).
+            "activations" recomputes batch norm, ReLU, swish and squeeze-excitation, which costs little time. "blocks"
+            only stores the outputs of residual blocks and computes convolutions twice; it saves memory in deep
+            networks (X3D-L, XL), while in others the gradient of the first block dominates the peak.
 
     Raises:
-        SettingTypeError, UserError: naming the field, the rule and the value received.
+        SettingTypeError, UserError: names the field, the rule and the value received.
     """
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -145,19 +149,20 @@ class Execution:
 
 @dataclass(frozen=True)
 class Detection:
-    """What concerns action detection alone. Records of key frames make a run one (paper, section 5 and appendix A.1).
+    """Settings for action detection, used when the records hold key frames (paper, section 5 and appendix A.1).
 
     Attributes:
-        head: see `x3d_tf.build_detector`.
-        proposal_iou: boxes of a person detector that overlap an annotated one by more are training samples of it.
-        negatives: whether its other boxes are samples, too, of a person who does nothing (the paper has none).
-        eval_boxes: "proposals" tests on the boxes of the person detector, "annotated" on those that are known.
-        score: lowest of a detector's boxes that is tested, or a training sample.
-        validation_every: validation while training takes the key frames whose seconds this divides; PySlowFast takes
-            every fourth. The test afterwards takes all.
+        head: detection head; see `x3d_tf.build_detector`.
+        proposal_iou: person-detector boxes whose IoU with an annotated box exceeds this are training samples with that
+            box's labels.
+        negatives: whether the other person-detector boxes are training samples without labels (not in the paper).
+        eval_boxes: "proposals" evaluates on the boxes of the person detector, "annotated" on the annotated boxes.
+        score: minimum score of the person-detector boxes that are used for training and evaluation.
+        validation_every: validation during training uses the key frames whose second is divisible by this (PySlowFast:
+            4). The final evaluation uses all key frames.
 
     Raises:
-        SettingTypeError, UserError: naming the field, the rule and the value received.
+        SettingTypeError, UserError: names the field, the rule and the value received.
     """
 
     head: Literal["full", "simple", "frame"] = "full"
@@ -177,23 +182,23 @@ class Detection:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the outcome of a run: the same configuration gives the same run.
+    """Complete configuration of a training run: the same configuration gives the same result.
 
     Attributes:
-        expansion: the six factors of the network.
-        model: the builder's other choices.
-        dataset: the records to train and to test on.
-        recipe: how it is trained.
-        execution: how that is computed.
-        detection: what concerns detectors alone.
-        init: a run folder or a `.keras` file of this package whose weights the run starts from; fresh ones unless
-            given. Where its classes are others, the classifier is new.
-        test_views: clips of each test video whose probabilities are averaged (K of K-Center testing), 1..1000.
-        checkpoint_steps: steps from one checkpoint to the next.
-        seed: of the first weights, the order of the data and its augmentation.
+        expansion: the six expansion factors of the network.
+        model: other options of the network.
+        dataset: records for training and evaluation.
+        recipe: training recipe.
+        execution: precision, gradient accumulation and gradient checkpointing.
+        detection: settings for action detection.
+        init: run folder or `.keras` file of this package with the initial weights; None initialises them randomly. If
+            its classes differ from those of the records, the classifier is initialised randomly.
+        test_views: number of clips per test video whose probabilities are averaged (K of K-Center), 1..1000.
+        checkpoint_steps: number of steps between checkpoints.
+        seed: random seed for the initial weights, the order of the data and the augmentation.
 
     Raises:
-        TypeError, ValueError: naming the field, the rule and the value received.
+        TypeError, ValueError: names the field, the rule and the value received.
     """
 
     expansion: Expansion = field(default_factory=Expansion)
@@ -209,17 +214,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        plan(self.expansion, self.model)  # whose bounds are to be known before records are made
+        plan(self.expansion, self.model)  # checks the bounds of the network before records are read
         inside = 1 <= self.test_views <= MAX_VIEWS
         require(inside, "TrainConfig.test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
         require(self.checkpoint_steps >= 1, "TrainConfig.checkpoint_steps", "be at least 1", self.checkpoint_steps)
         require(0 <= self.seed < 2**31, "TrainConfig.seed", "be in [0, 2**31)", self.seed)
-        taught = self.init is not None or not self.recipe.frozen_norms
-        rule = "be given where Recipe.batch_norm or Recipe.backbone_lr_factor freezes what it brings"
-        require(taught, "TrainConfig.init", rule, self.init)
+        initialized = self.init is not None or not self.recipe.frozen_norms
+        rule = "be given if Recipe.batch_norm or Recipe.backbone_lr_factor freezes weights"
+        require(initialized, "TrainConfig.init", rule, self.init)
 
     def settings(self) -> dict[str, Any]:
-        """Every setting by the name that gin binds it by: `{"Expansion.gamma_tau": 6.0, ...}`."""
+        """Returns all settings by their gin names: `{"Expansion.gamma_tau": 6.0, ...}`."""
         flat: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -230,34 +235,34 @@ class TrainConfig:
         return flat
 
     def outcome_settings(self) -> dict[str, Any]:
-        """Those of `settings` that a run has to keep from its first checkpoint on.
+        """Returns the settings that must not change when a run is resumed.
 
-        The others are `DatasetSpec.records` and `TrainConfig.init`, which are places: the fingerprint of the manifest
-        tells records apart, and the weights of `init` are in the checkpoint. `Execution.accumulation` matters by the
-        batch-norm groups that it makes, which a checkpoint records.
+        Excludes `DatasetSpec.records` and `TrainConfig.init`, which are paths: the manifest's fingerprint identifies
+        the records, and the checkpoint holds the weights of `init`. Also excludes `Execution.accumulation`, which only
+        affects the result through the batch-norm groups, and the checkpoint records those.
         """
-        free = ("DatasetSpec.records", "TrainConfig.init", "Execution.accumulation")
-        return {name: value for name, value in self.settings().items() if name not in free}
+        changeable = ("DatasetSpec.records", "TrainConfig.init", "Execution.accumulation")
+        return {name: value for name, value in self.settings().items() if name not in changeable}
 
     def to_json(self) -> str:
-        """The settings as a JSON object."""
+        """Returns the settings as a JSON object."""
         return json.dumps(self.settings(), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":
-        """Reads and checks what `to_json` wrote.
+        """Parses and checks the output of `to_json`.
 
         Raises:
-            UserError: not such an object, an unknown setting, a value outside its range.
+            UserError: the text is not such an object, has an unknown setting or a value out of range.
         """
         try:
-            given: dict[str, dict[str, Any]] = {}
+            sections: dict[str, dict[str, Any]] = {}
             for name, value in json.loads(text).items():
                 part, setting = name.split(".")
-                given.setdefault(part, {})[setting] = tuple(value) if isinstance(value, list) else value
-            parts = {name: part(**given.pop(part.__name__, {})) for name, part in PARTS.items()}
-            config = cls(**parts, **given.pop("TrainConfig", {}))
-            require(not given, "a configuration", "hold only known settings", ", ".join(given))
+                sections.setdefault(part, {})[setting] = tuple(value) if isinstance(value, list) else value
+            parts = {name: part(**sections.pop(part.__name__, {})) for name, part in PARTS.items()}
+            config = cls(**parts, **sections.pop("TrainConfig", {}))
+            require(not sections, "a configuration", "only have known settings", ", ".join(sections))
             return config
         except UserError:
             raise
@@ -265,7 +270,7 @@ class TrainConfig:
             raise UserError(f"not a configuration: {error}") from error
 
     def fingerprint(self) -> str:
-        """A hash that two configurations share if all their `outcome_settings` are equal."""
+        """Returns a hash of `outcome_settings`."""
         settings = {name: float(v) if type(v) is int else v for name, v in self.outcome_settings().items()}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

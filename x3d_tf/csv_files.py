@@ -1,7 +1,7 @@
-"""Csv files that spreadsheets open without running what a cell says, and that are read back as they were.
+"""Csv files that are safe to open in spreadsheets and can be read back without loss.
 
-A spreadsheet takes a cell that begins with `=`, `+`, `-` or `@` for a formula, which may start programs. File names and
-class names come from other people. Such text gets a leading `'`, which readers remove; numbers stay as they are.
+Spreadsheets evaluate cells that begin with `=`, `+`, `-` or `@` as formulas, which can start programs. File and class
+names are untrusted, so such text is written with a leading `'`, which the reader removes. Numbers are unchanged.
 Imports no TensorFlow.
 """
 
@@ -11,40 +11,40 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-# Excel also passes over spaces, tabs and line breaks before a formula, and takes full-width signs for their twins.
-# Apostrophes belong to the pattern so that text which already begins like a guarded cell is guarded once more.
+# Excel also skips spaces, tabs and line breaks before a formula, and accepts full-width signs. The pattern includes
+# apostrophes so that text which already looks escaped is escaped again.
 _FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
 
 
 class Verbatim(str):
-    """Text that is written as it is: a formatted number, or a name that another program has to find unchanged."""
+    """Text that is written unchanged: a formatted number, or a name that another program must find unchanged."""
 
     __slots__ = ()
 
 
 def number(value: float, form: str) -> Verbatim:
-    """A number as `format` gives it, to be written as a number."""
+    """Returns a formatted number that is written unchanged."""
     return Verbatim(format(value, form))
 
 
-def guarded(cell: Any) -> Any:
-    """The cell as it is written: text that a spreadsheet would take for a formula gets a leading `'`."""
+def escape_formula(cell: Any) -> Any:
+    """Returns the cell with a leading `'` if a spreadsheet would evaluate it as a formula."""
     if isinstance(cell, str) and not isinstance(cell, Verbatim) and _FORMULA.match(cell):
         return f"'{cell}"
     return cell
 
 
-def bare(cell: str) -> str:
-    """The cell as it was before `guarded`."""
+def unescape_formula(cell: str) -> str:
+    """Reverses `escape_formula`."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 class Writer:
-    """Writes rows of guarded cells.
+    """Writes rows of cells with formulas escaped.
 
     Args:
         file: text file, opened with `newline=""`.
-        line_end: ends each row.
+        line_end: line terminator.
     """
 
     def __init__(self, file: Any, line_end: str = "\r\n") -> None:
@@ -53,21 +53,21 @@ class Writer:
 
     def row(self, cells: Iterable[Any]) -> None:
         """Writes one row."""
-        cells = [guarded(cell) for cell in cells]
-        broken = any(isinstance(cell, str) and "\r" in cell for cell in cells)  # csv quotes it beside "\r\n" only
-        (self._quoting if broken else self._plain).writerow(cells)
+        cells = [escape_formula(cell) for cell in cells]
+        has_carriage_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)  # csv only quotes "\r\n"
+        (self._quoting if has_carriage_return else self._plain).writerow(cells)
 
 
 class Reader:
-    """Iterates over the rows of a csv file, without the guards.
+    """Iterates over the rows of a csv file with formula escapes removed.
 
     Args:
-        lines: text file opened with `newline=""`, or lines with their ends.
-        strict: whether misplaced quotes are an error.
-        delimiter: separates the cells.
+        lines: text file opened with `newline=""`, or lines with their terminators.
+        strict: raise an error for misplaced quotes.
+        delimiter: character between cells.
 
     Raises:
-        csv.Error: a row that is not csv.
+        csv.Error: a row is not valid csv.
     """
 
     def __init__(self, lines: Iterable[str], *, strict: bool = False, delimiter: str = ",") -> None:
@@ -75,18 +75,18 @@ class Reader:
 
     @property
     def line_num(self) -> int:
-        """Lines read so far."""
+        """Number of lines read so far."""
         return self._reader.line_num
 
     def __iter__(self) -> Iterator[list[str]]:
         return self
 
     def __next__(self) -> list[str]:
-        return [bare(cell) for cell in next(self._reader)]
+        return [unescape_formula(cell) for cell in next(self._reader)]
 
 
 def dicts(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The rows below the first, by its column names; a row that breaks off lacks the last columns."""
+    """Yields the rows as dictionaries by column name; a truncated row lacks the last columns."""
     reader = Reader(lines)
     header = next(reader, [])
     for cells in reader:
@@ -95,7 +95,7 @@ def dicts(lines: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 def encoded(rows: Iterable[Sequence[Any]]) -> bytes:
-    """The content of a csv file; names that are no UTF-8 are written as escapes."""
+    """Returns the content of a csv file; non-UTF-8 bytes of names are written as escapes."""
     table = io.StringIO(newline="")
     writer = Writer(table)
     for row in rows:

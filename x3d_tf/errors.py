@@ -1,4 +1,4 @@
-"""Checks of values that users write: every error names the setting, the rule and the value received."""
+"""Validation of user input; every error names the setting, the rule and the value received."""
 
 import dataclasses
 import types
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-_LARGEST = 2**63 - 1  # of whole numbers: beyond, they fit neither TensorFlow nor, far beyond, a float
-_LONGEST_SHOWN = 500  # characters of a value in a message
+_MAX_INTEGER = 2**63 - 1  # larger integers do not fit into TensorFlow's int64
+_MAX_SHOWN = 500  # characters of a value in a message
 
 
 class UserError(ValueError):
-    """Something that whoever called can mend: commands print its message and no traceback."""
+    """An error that the user can fix: commands print the message without a traceback."""
 
 
 class SettingTypeError(UserError, TypeError):
@@ -26,34 +26,33 @@ def require(condition: bool, setting: str, rule: str, value: object = _NO_VALUE)
     """Raises `UserError("setting must rule, got value")` unless `condition` holds.
 
     Args:
-        condition: whether the rule holds.
-        setting: the setting or the file, which begins the message.
-        rule: follows "must".
-        value: the value received. Omitted where there is none, and then the message ends with the rule.
+        condition: result of the check.
+        setting: name of the setting or file, which begins the message.
+        rule: text that follows "must" in the message.
+        value: value received. If it is omitted, the message ends after the rule.
     """
     if not condition:
-        raise UserError(f"{setting} must {rule}" + ("" if value is _NO_VALUE else f", got {_shown(value)}"))
+        raise UserError(f"{setting} must {rule}" + ("" if value is _NO_VALUE else f", got {_format_value(value)}"))
 
 
-def _shown(value: object) -> str:
-    """The value for a message, which stays a line: what comes from a file may be any length."""
+def _format_value(value: object) -> str:
+    """Returns the value for a message, shortened because values from files can have any length."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
+    except ValueError:  # Python cannot format integers of more than 4,300 digits
+        return "a number with thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def check_field_types(instance: Any) -> None:
-    """Holds every field of a dataclass instance against its annotation.
+    """Checks every field of a dataclass instance against its type annotation.
 
-    Understands what the settings of this package use: int, float (any real number is accepted), bool, str, other
-    dataclasses, `Literal`, `X | None` and `tuple[...]`. A configuration language gives any field any value, so the
-    types that a static checker guarantees elsewhere are checked here.
+    Supports int, float (any real number is accepted), bool, str, other dataclasses, `Literal`, `X | None` and
+    `tuple[...]`. The check is needed because configuration files can assign any value to any field.
 
     Raises:
-        SettingTypeError: naming the class, the field, the type expected and the value received.
-        UserError: a whole number that does not fit into 64 bits.
+        SettingTypeError: names the class, the field, the expected type and the value received.
+        UserError: an integer does not fit into 64 bits.
     """
     hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
@@ -61,20 +60,22 @@ def check_field_types(instance: Any) -> None:
         if not _matches(value, hints[field.name]):
             hint = hints[field.name]
             expected = str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
-            raise SettingTypeError(f"{type(instance).__name__}.{field.name} must be {expected}, got {_shown(value)}")
+            raise SettingTypeError(
+                f"{type(instance).__name__}.{field.name} must be {expected}, got {_format_value(value)}"
+            )
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int):
                 setting = f"{type(instance).__name__}.{field.name}"
-                require(abs(number) <= _LARGEST, setting, "fit into 64 bits", number)
+                require(abs(number) <= _MAX_INTEGER, setting, "fit into 64 bits", number)
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message: libraries add accounts of their inner workings."""
+    """Returns the first line of an error's message; libraries append internal details."""
     return str(error).partition("\n")[0]
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first ten of names that may be many, for a message."""
+    """Returns the first ten names as text, followed by "..." if there are more."""
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 

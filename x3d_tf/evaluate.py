@@ -1,33 +1,33 @@
-"""Tests a trained network on records: accuracy, cost, predictions, a table of the classes, a confusion matrix.
+"""Evaluates a trained network on records: accuracy, cost, predictions, per-class results, a confusion matrix.
 
-As the run itself was tested, with other views of each video, or on other records:
+Evaluate a run as it was evaluated after training, with more views per video, or on other records:
   python -m x3d_tf.evaluate --run=runs/x3d_s
   python -m x3d_tf.evaluate --run=runs/x3d_s --views=10 --crops=3
   python -m x3d_tf.evaluate --run=runs/mine --records=data/other --split=test
 
-A model file without its run:
+Evaluate a model file:
   python -m x3d_tf.evaluate --model=model.keras --records=data/mine --split=test --output=reports/mine
 
-Accuracy over cost, with 1, 3, 5, 7 and 10 clips of each video; goes on where it was stopped:
+Plot accuracy over cost for 1, 3, 5, 7 and 10 clips per video; resumes an interrupted sweep:
   python -m x3d_tf.evaluate --run=runs/x3d_s --sweep
 
-The checkpoints of a run that is training in another process, as they come:
+Evaluate each new checkpoint of a run that is training in another process:
   python -m x3d_tf.evaluate --run=runs/x3d_s --watch --views=1
 
-A csv file of action detections in AVA's format, of whatever made it (frame mAP at IoU 0.5):
+Score a csv file of action detections in AVA's format from any source (frame mAP at IoU 0.5):
   python -m x3d_tf.evaluate --detections=found.csv --groundtruth=ava_val_v2.2.csv --label_map=ava_60.pbtxt \\
       --exclusions=ava_val_excluded_timestamps_v2.2.csv --output=reports/ava
 
-One table of the reports of several runs, beside the paper's figures:
+Compare the reports of several runs with each other and with the paper:
   python -m x3d_tf.evaluate --compare=runs/a --compare=runs/b --output=reports/a_b
 
-K-Center testing (paper, section 4) takes K clips spread evenly over each video, scales the short side to 128γs pixels
-and cuts out a centre crop of 112γs; K-LeftCenterRight testing (--crops=3) takes three crops of 128γs instead. The
-probabilities of all views are averaged. With several labels a video, results are mAP: the mean over the classes that
-have positives.
+K-Center evaluation (paper, section 4) samples K clips evenly over each video, scales the short side to 128γs pixels and
+takes a centre crop of 112γs. K-LeftCenterRight evaluation (--crops=3) takes three crops of 128γs instead. The
+probabilities of all views are averaged. The metric for multi-label models is mAP, the mean over the classes that have
+positives.
 
-A run of action detection is tested as it was trained, on its own test split, without --records, --split, --views or
---crops: one centre crop around each key frame, frame mAP at IoU 0.5.
+A detector is evaluated on one centre crop around each key frame of its test split, with frame mAP at IoU 0.5.
+--records, --split, --views and --crops do not apply to detectors.
 """
 
 from pathlib import Path
@@ -47,53 +47,60 @@ from x3d_tf.terminal import tell
 
 FLAGS = flags.FLAGS
 
-_HOW = ("records", "split", "views", "crops", "clip_starts", "frame_sampling", "head_pool")  # to test
+_EVAL_FLAGS = ("records", "split", "views", "crops", "clip_starts", "frame_sampling", "head_pool")
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("run", None, "The run folder.")
-    flags.DEFINE_string("model", None, "A .keras file, instead of a run; takes --records, --split and --output.")
+    flags.DEFINE_string("run", None, "Run folder to evaluate.")
+    flags.DEFINE_string("model", None, "A .keras file to evaluate. Requires --records, --split and --output.")
     flags.DEFINE_multi_string(
-        "compare", None, "Print a table of a run's reports, testing nothing; may be given several times."
+        "compare", None, "Run folder whose existing reports are compared; repeat the flag for each run."
     )
-    flags.DEFINE_string("detections", None, "A csv to measure: video_id,timestamp,x1,y1,x2,y2,action_id,score.")
-    flags.DEFINE_string("groundtruth", None, "With --detections: a csv of the real boxes, person_id in place of score.")
+    flags.DEFINE_string("detections", None, "Detections csv to score: video_id,timestamp,x1,y1,x2,y2,action_id,score.")
+    flags.DEFINE_string("groundtruth", None, "Ground-truth csv for --detections, with person_id instead of score.")
     flags.DEFINE_string(
-        "label_map", None, "With --detections: a .pbtxt of the actions that count; AVA's 60 unless given."
+        "label_map", None, "A .pbtxt file of the actions to score with --detections. Defaults to AVA's 60 actions."
     )
-    flags.DEFINE_string("exclusions", None, "With --detections: a csv of what does not count, video_id,timestamp.")
-    flags.DEFINE_bool("sweep", False, "Test with 1, 3, 5, 7 and 10 clips of each video and plot accuracy over cost.")
-    flags.DEFINE_bool("watch", False, "Test each new checkpoint of the run until it is finished.")
-    flags.DEFINE_float("poll_seconds", 30.0, "With --watch: time from one look to the next.", lower_bound=0.1)
-    flags.DEFINE_string("records", None, "Folder of records; the run's own unless given.")
-    flags.DEFINE_string("split", None, "Part of the records; the one that the run tests on unless given.")
-    flags.DEFINE_integer("views", None, "Clips of each video, K; the run's own, 10 of a file.", lower_bound=1)
-    flags.DEFINE_enum("crops", "1", ["1", "3"], "Crops of each clip: the centre, or left, centre and right.")
+    flags.DEFINE_string("exclusions", None, "A csv of key frames to ignore with --detections: video_id,timestamp.")
+    flags.DEFINE_bool("sweep", False, "Evaluate 1, 3, 5, 7 and 10 clips per video and plot accuracy over cost.")
+    flags.DEFINE_bool("watch", False, "Evaluate each new checkpoint of the run until training has finished.")
+    flags.DEFINE_float("poll_seconds", 30.0, "Polling interval of --watch in seconds.", lower_bound=0.1)
+    flags.DEFINE_string("records", None, "Records folder. Defaults to the run's records.")
+    flags.DEFINE_string("split", None, "Split to evaluate. Defaults to the run's test split.")
+    flags.DEFINE_integer(
+        "views",
+        None,
+        "Number of clips per video, K. Defaults to the run's, or to 10 with --model.",
+        lower_bound=1,
+    )
+    flags.DEFINE_enum("crops", "1", ["1", "3"], "Crops per clip: 1 (centre) or 3 (left, centre and right).")
     flags.DEFINE_enum(
         "clip_starts",
         "offset",
         ["offset", "slowfast"],
-        "Clips from the start of a video to its end, the middle where K is 1; or PySlowFast's, which never reach it.",
+        "Positions of the clips. offset: evenly from the start of a video to its end; the middle if K is 1. "
+        "slowfast: as in PySlowFast, where clips never reach the end.",
     )
     flags.DEFINE_enum(
         "frame_sampling",
         None,
         ["slowfast", "exact"],
-        "Frames spread from end to end of a clip's time, or exactly γτ apart; as the run was trained unless given.",
+        "Frames of a clip. slowfast: spread over the clip's duration. exact: exactly γτ apart. Defaults to the run's "
+        "setting.",
     )
     flags.DEFINE_enum(
         "head_pool",
         None,
         ["global", "fixed_probabilities", "fixed_logits"],
-        "What the head does with the larger crops of --crops=3; the network's own unless given.",
+        "Pooling of the head for the larger crops of --crops=3. Defaults to the network's setting.",
     )
-    flags.DEFINE_string("output", None, "Folder of the report; within the run's evaluation/ unless given.")
-    flags.DEFINE_bool("overwrite", False, "Make a report anew that is there already.")
+    flags.DEFINE_string("output", None, "Report folder. Defaults to a folder in the run's evaluation/.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing report.")
 
 
 def main() -> None:
-    """Tests, or compares, as the flags say."""
+    """Evaluates or compares what the flags name."""
     _check_flags()
     if FLAGS.compare:
         from x3d_tf.evaluation.comparison import compare
@@ -103,7 +110,7 @@ def main() -> None:
             print(f"tables: {FLAGS.output}/: comparison.csv, comparison.md")
         return
     if FLAGS.detections:
-        _measure_detections()
+        _score_detections()
         return
     _check_paths()
     with starting_tensorflow():
@@ -115,37 +122,37 @@ def main() -> None:
 
         use_single_threaded_ops(CLIPS_A_CALL)
     if FLAGS.watch:
-        watch_run(RunFolder(FLAGS.run), poll_seconds=FLAGS.poll_seconds, overwrite=FLAGS.overwrite, **_procedure())
+        watch_run(RunFolder(FLAGS.run), poll_seconds=FLAGS.poll_seconds, overwrite=FLAGS.overwrite, **_eval_settings())
         return
     tell(f"loading and compiling {FLAGS.run or FLAGS.model}: the first clips take longer")
     if FLAGS.sweep:
-        to = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_procedure()}
-        sweep = sweep_run(RunFolder(FLAGS.run), **to) if FLAGS.run else sweep_file(FLAGS.model, **to)
+        options = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_eval_settings()}
+        sweep = sweep_run(RunFolder(FLAGS.run), **options) if FLAGS.run else sweep_file(FLAGS.model, **options)
         print(f"results: {sweep.folder}/: sweep.csv, sweep.png")
     else:
-        to = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_procedure()}
-        report = evaluate_run(RunFolder(FLAGS.run), **to) if FLAGS.run else evaluate_file(FLAGS.model, **to)
+        options = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_eval_settings()}
+        report = evaluate_run(RunFolder(FLAGS.run), **options) if FLAGS.run else evaluate_file(FLAGS.model, **options)
         print(f"results: {report.folder}/: {', '.join(sorted(path.name for path in report.folder.glob('[!.]*')))}")
 
 
 def _check_paths() -> None:
-    """Raises what a test would raise of paths, before TensorFlow, which takes seconds, is imported."""
-    asked, report = EvalConfig(**_procedure()), Path(FLAGS.output or "")
-    detects = not FLAGS.watch and describe(FLAGS.run or FLAGS.model).task == "detection"  # watching needs no model yet
+    """Checks the paths that an evaluation reads before importing TensorFlow, which takes seconds."""
+    eval_config, report = EvalConfig(**_eval_settings()), Path(FLAGS.output or "")
+    detects = not FLAGS.watch and describe(FLAGS.run or FLAGS.model).task == "detection"  # --watch needs no model yet
     if FLAGS.run:
         run = RunFolder(FLAGS.run)
-        dataset = asked.dataset_of(run.read_config())
+        dataset = eval_config.dataset_of(run.read_config())
         if not FLAGS.output:
-            report = detector_report_folder(run) if detects else folder_of(run, asked)
+            report = detector_report_folder(run) if detects else folder_of(run, eval_config)
     else:
         dataset = DatasetSpec(FLAGS.records, train_split=FLAGS.split, eval_split=FLAGS.split)
     if dataset.name == "records":
         open_dataset(dataset)
-    if not (FLAGS.watch or FLAGS.sweep):  # which continue with reports that exist
+    if not (FLAGS.watch or FLAGS.sweep):  # they keep existing reports
         refuse_to_replace(report / RESULTS_NAME, FLAGS.overwrite)
 
 
-def _measure_detections() -> None:
+def _score_detections() -> None:
     from x3d_tf.evaluation import detection_reports
 
     if FLAGS.output:
@@ -159,7 +166,7 @@ def _measure_detections() -> None:
         print(f"results: {FLAGS.output}/: per_class.csv, per_class.png, results.json")
 
 
-def _procedure() -> dict[str, Any]:
+def _eval_settings() -> dict[str, Any]:
     return {
         "records": FLAGS.records,
         "split": FLAGS.split,
@@ -172,34 +179,34 @@ def _procedure() -> dict[str, Any]:
 
 
 def _check_flags() -> None:
-    """Raises `UserError` where flags do not go together."""
+    """Raises `UserError` for flags that conflict or that miss another flag."""
     given = [name for name in ("run", "model", "compare", "detections") if FLAGS[name].value]
     if len(given) != 1:
-        there = ", ".join(f"--{name}" for name in given) or "none"
-        raise UserError(f"exactly one of --run, --model, --compare and --detections must be given, got {there}")
+        names = ", ".join(f"--{name}" for name in given) or "none"
+        raise UserError(f"exactly one of --run, --model, --compare and --detections must be given, got {names}")
 
-    def refuse(names: tuple[str, ...], why: str) -> None:
+    def reject(names: tuple[str, ...], why: str) -> None:
         found = [f"--{name}" for name in names if FLAGS[name].value != FLAGS[name].default]
         if found:
             raise UserError(f"{', '.join(found)} must not be given {why}")
 
     if FLAGS.compare:
-        refuse((*_HOW, "sweep", "watch"), "with --compare, which tests nothing")
+        reject((*_EVAL_FLAGS, "sweep", "watch"), "with --compare, which only reads existing reports")
     if FLAGS.detections:
-        refuse((*_HOW, "sweep", "watch"), "with --detections, which are there already")
+        reject((*_EVAL_FLAGS, "sweep", "watch"), "with --detections, which only reads csv files")
         if not FLAGS.groundtruth:
-            raise UserError(f"--detections={FLAGS.detections} takes --groundtruth, the csv of the real boxes")
+            raise UserError(f"--detections={FLAGS.detections} requires --groundtruth, the csv of the annotated boxes")
     else:
-        refuse(("groundtruth", "label_map", "exclusions"), "without --detections")
+        reject(("groundtruth", "label_map", "exclusions"), "without --detections")
     if FLAGS.sweep:
-        refuse(("views", "watch"), "with --sweep, which takes 1, 3, 5, 7 and 10 clips")
+        reject(("views", "watch"), "with --sweep, which evaluates 1, 3, 5, 7 and 10 clips per video")
     if FLAGS.watch:
-        refuse(("model", "output"), "with --watch, which is for --run and writes into its folder")
+        reject(("model", "output"), "with --watch, which evaluates a --run and writes to its folder")
     else:
-        refuse(("poll_seconds",), "without --watch")
+        reject(("poll_seconds",), "without --watch")
     missing = [f"--{name}" for name in ("records", "split", "output") if not FLAGS[name].value]
     if FLAGS.model and missing:
-        raise UserError(f"--model={FLAGS.model} takes {', '.join(missing)} too: a file does not say what to test it on")
+        raise UserError(f"--model={FLAGS.model} requires {', '.join(missing)}: a model file does not name its records")
 
 
 if __name__ == "__main__":

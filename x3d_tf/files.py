@@ -1,4 +1,4 @@
-"""Files that appear under their names only when complete, and reading of files from elsewhere.
+"""Atomic file writes, and size-limited reads of untrusted files.
 
 Imports no TensorFlow.
 """
@@ -13,20 +13,17 @@ from pathlib import Path
 
 from x3d_tf.errors import UserError, require
 
-SMALL = 16 * 2**20  # bytes: far above any settings, whose JSON takes about 24 times as much memory
-LARGE = 2**30  # bytes: far above the tables of any data set
+SMALL = 16 * 2**20  # bytes: limit for settings; parsed JSON takes about 24 times as much memory
+LARGE = 2**30  # bytes: limit for the tables of a dataset
 
 
 class WriteError(UserError):
-    """A file or folder that cannot be written: a full disk, a missing permission."""
+    """Raised when a file or folder cannot be written, for example because the disk is full."""
 
 
 @contextmanager
 def os_errors_as_write_error(path: Path) -> Iterator[None]:
-    """Turns the errors of the operating system and of TensorFlow's file system within the block into a `WriteError`.
-
-    Its message names `path`.
-    """
+    """Re-raises errors of the operating system and of TensorFlow's file system as a `WriteError` that names `path`."""
     try:
         yield
     except OSError as error:
@@ -40,28 +37,28 @@ def os_errors_as_write_error(path: Path) -> Iterator[None]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file lies until it is whole: hidden, beside its place."""
+    """Returns the path of a file until it is complete: a hidden file in the same folder."""
     return path.with_name(f".{path.name}.partial")
 
 
 def commit_file(partial: Path, path: Path) -> None:
-    """Gives a complete file its name once it is on the disk."""
+    """Flushes a complete file to disk and renames it to `path`."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
 
 
 @contextmanager
-def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
-    """Where to write a file that gets its name when the block has ended well, and is gone if it has not.
+def atomic_path(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yields a temporary path that is renamed to `path` on success and deleted on failure.
 
     Args:
-        path: the file.
-        ending: of the path to write to, for writers that insist on one.
+        path: final path of the file.
+        suffix: suffix of the temporary path, for writers that require one.
     """
     partial = temporary_path(path)
-    partial = partial.with_name(partial.name + ending)
-    partial.unlink(missing_ok=True)  # a link in a foreign folder would lead to another file
+    partial = partial.with_name(partial.name + suffix)
+    partial.unlink(missing_ok=True)  # a symbolic link here could point to another file
     try:
         yield partial
         commit_file(partial, path)
@@ -70,31 +67,31 @@ def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all; what was there before stays until then.
+    """Writes a file atomically; an existing file is replaced only when the new content is complete.
 
     Raises:
-        WriteError: it cannot be written; nothing is left behind.
+        WriteError: the file cannot be written. No partial file is left.
     """
     with os_errors_as_write_error(path), atomic_path(path) as partial, partial.open("xb") as file:
         file.write(content)
 
 
 def require_regular(path: Path) -> None:
-    """Raises UserError for a pipe, a device or a folder, which might never end; OSError where nothing exists."""
+    """Raises `UserError` for a folder, pipe or device, which may never end, and `OSError` for a missing file."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path} must be a regular file, and is a folder, a pipe or a device")
+        raise UserError(f"{path} must be a regular file, not a folder, pipe or device")
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """Returns the content of a file that may come from somebody else.
+    """Returns the content of an untrusted file.
 
     Args:
-        path: the file.
-        limit: bytes that it may have.
+        path: file to read.
+        limit: maximum size in bytes.
 
     Raises:
-        UserError: it is larger, or no regular file.
-        OSError: it does not exist, or cannot be read.
+        UserError: the file is larger than `limit`, or not a regular file.
+        OSError: the file does not exist or cannot be read.
     """
     require_regular(path)
     with path.open("rb") as file:
@@ -104,7 +101,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, setting: str) -> str:
-    """The content of a text file, which may begin with a byte order mark."""
+    """Returns the content of a UTF-8 text file without its byte order mark, if it has one."""
     try:
         content = read_limited(path, LARGE).removeprefix(codecs.BOM_UTF8)
     except OSError as error:

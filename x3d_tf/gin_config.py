@@ -1,7 +1,6 @@
-"""Binds the settings by gin: files and command-line bindings in, one checked `TrainConfig` out.
+"""Builds a checked `TrainConfig` from gin files and command-line bindings.
 
-The only module that imports gin. gin builds values here; nothing else of the package reads gin's state, and this module
-leaves none behind. Imports no TensorFlow.
+This is the only module that imports gin. It clears gin's global state before and after each use. Imports no TensorFlow.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from gin import config_parser
 from x3d_tf.config import PARTS, TrainConfig
 from x3d_tf.errors import UserError, require
 
-flags.disclaim_key_flags()  # so that --help of a command lists --gin_file among its own
+flags.disclaim_key_flags()  # so that a command's --help lists --gin_file
 
 _CONFIGURABLES = (*PARTS.values(), TrainConfig)
 for _configurable in _CONFIGURABLES:
@@ -28,36 +27,36 @@ for _configurable in _CONFIGURABLES:
 _SETTINGS = {part.__name__: [field.name for field in dataclasses.fields(part)] for part in _CONFIGURABLES}
 _MACRO = "gin.macro"
 
-_MISTAKES = {  # what gin says of a text, in words that tell what to write
-    "Expected newline": "a line must end after its value, and text takes quotes of its own",
-    "Unable to parse value": "a setting must have a value after '=', such as 20, True, None or quoted text",
+_SYNTAX_ERRORS = {  # start of a message of gin -> rule to print instead
+    "Expected newline": "a line must end after its value, and strings need quotes",
+    "Unable to parse value": "a setting must have a value after '=', such as 20, True, None or a quoted string",
     "Couldn't parse statement": "a line must be a binding, such as Recipe.steps = 100",
     "Unexpected token": "a line must be a binding, such as Recipe.steps = 100",
     "Malformatted scope": "a setting must be named by its part and itself, such as Recipe.steps",
     "Invalid identifier": "a setting must be named by its part and itself, such as Recipe.steps",
     "Expected file path": "include must be followed by a path in quotes",
-    "EOF in multi-line statement": "a bracket is never closed",
-    "EOF in multi-line string": "a text in three quotes is never closed",
-    "unterminated": "a text in quotes is never closed",
-    "unhashable": "what stands before ':' in braces must be a number or quoted text",
+    "EOF in multi-line statement": "a bracket is not closed",
+    "EOF in multi-line string": "a triple-quoted string is not closed",
+    "unterminated": "a quoted string is not closed",
+    "unhashable": "a dictionary key must be a number or a quoted string",
 }
 
-# Limits far above any recipe, which has about a thousand characters and values of one level.
-_TEXT_LIMIT = 32 * 1024  # characters of all files and bindings together, a file counted each time that it is included
-_NESTING_LIMIT = 10  # includes within includes; brackets and macros within each other
-_VALUES_LIMIT = 10_000  # of all texts together, those of a macro counted wherever it is used
+# Limits far above those of real configurations, which have about 1,000 characters and no nested values.
+_TEXT_LIMIT = 32 * 1024  # characters in all files and bindings; a file counts each time it is included
+_NESTING_LIMIT = 10  # depth of includes, and of brackets and macros
+_VALUES_LIMIT = 10_000  # in all files and bindings; the values of a macro count each time it is used
 _STRING_LIMIT = 4096  # characters
 _INTEGER_BITS = 63
 
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """A configuration and the gin text it came from.
+    """A configuration and the gin text that it was built from.
 
     Attributes:
-        config: what was built.
-        text: all bindings as parsed, as a gin file.
-        operative_text: all bindings and defaults as used, as a gin file.
+        config: the configuration.
+        text: all bindings, as the text of a gin file.
+        operative_text: all values in use, defaults included, as the text of a gin file.
     """
 
     config: TrainConfig
@@ -67,33 +66,38 @@ class ParsedConfig:
 
 def define_flags(*, required: bool) -> None:
     """Defines --gin_file and --gin_bindings for a command."""
-    flags.DEFINE_multi_string("gin_file", None, "A .gin file; may be given several times, later files win.")
-    flags.DEFINE_multi_string("gin_bindings", None, "One binding, 'Expansion.gamma_b=1.5'; may be given several times.")
+    text = "A .gin configuration file; repeat the flag for several. Later files override earlier ones."
+    flags.DEFINE_multi_string("gin_file", None, f"{text} Required." if required else text)
+    flags.DEFINE_multi_string(
+        "gin_bindings",
+        None,
+        "A setting that overrides the files, such as 'Expansion.gamma_b=1.5'; repeat the flag for several.",
+    )
     if required:
         flags.mark_flag_as_required("gin_file")
 
 
 def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> ParsedConfig:
-    """Reads gin files and bindings; later ones win.
+    """Reads gin files and bindings; later ones override earlier ones.
 
-    A text is data: it sets settings and macros, and runs nothing. Every text is read once, and all are checked before
-    the first value is set.
+    Configurations are data: they set settings and macros, and cannot execute code. All files and bindings are checked
+    before the first value is set.
 
     Args:
-        files: paths; one that is not found from the working folder is looked up among the package's own recipes, where
-            `gin/x3d_s.gin` and `x3d_s.gin` are the same. What a file includes is looked up beside that file, then among
+        files: paths. A path that does not exist is looked up in the recipes of this package, where `gin/x3d_s.gin` and
+            `x3d_s.gin` name the same file. Included files are looked up in the folder of the including file, then in
             the recipes, and nowhere else.
-        bindings: lines of gin, `Expansion.gamma_b=1.5`.
+        bindings: lines of gin, such as `Expansion.gamma_b=1.5`.
 
     Raises:
-        UserError: a missing file, a syntax error, an import, an include of itself or from elsewhere, an unknown name, a
-            value out of range, a binding that nothing used.
+        UserError: a missing file, a syntax error, an import, a recursive include or one outside the two folders, an
+            unknown name, a value out of range or an unused binding.
     """
     reader = _Reader()
     for file in files:
         reader.read_file(find_recipe(file))
     for line in bindings:
-        reader.read_text(_Text(f"--gin_bindings={_shortened(line)}", line, None))
+        reader.read_source(_Source(f"--gin_bindings={_shortened(line)}", line, None))
     _check_values(reader.bindings)
     gin.clear_config()
     try:
@@ -104,34 +108,34 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> ParsedConfig:
         _raise_unused()
         return ParsedConfig(config, gin.config_str(), gin.operative_config_str())
     except UserError as error:
-        raise UserError(str(error).splitlines()[0]) from None  # without gin's account of the call
+        raise UserError(str(error).splitlines()[0]) from None  # gin appends lines about the call
     except RecursionError:
-        raise UserError("no part of the configuration must refer to itself by @") from None
+        raise UserError("a configuration must not refer to itself with @") from None
     except (ValueError, TypeError) as error:
         sources = ", ".join([*files, *map(_shortened, bindings)])
-        raise UserError(f"{_one_line(error)}{_hint(str(error))} (in {sources})") from error
+        raise UserError(f"{_join_lines(error)}{_hint(str(error))} (in {sources})") from error
     finally:
         gin.clear_config()
 
 
 def find_recipe(file: str) -> Path:
-    """The path of a .gin file: as given, or among the recipes that come with the package.
+    """Returns the path of a .gin file: the given path, or a recipe of this package.
 
     Raises:
-        UserError: it is in neither place.
+        UserError: neither exists.
     """
     if _is_file(Path(file)):
         return Path(file)
-    ours = _recipes() / file.removeprefix("gin/")
-    if _is_file(ours):
-        return ours
-    raise UserError(f"--gin_file={file}: no such file here, and none of the package's own: {_known_recipes()}")
+    recipe = _recipes() / file.removeprefix("gin/")
+    if _is_file(recipe):
+        return recipe
+    raise UserError(f"--gin_file={file}: no such file, and not a recipe of this package: {_known_recipes()}")
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that is too long
+    except OSError:  # the name is too long
         return False
 
 
@@ -146,13 +150,13 @@ def _known_recipes() -> str:
 
 
 @dataclass(frozen=True)
-class _Text:
-    """Lines of gin.
+class _Source:
+    """Gin text from a file or from the command line.
 
     Attributes:
-        name: of the file, or the flag of the command line, for messages.
-        content: the lines.
-        folder: of the file, where its includes are looked up first; None for a line of the command line.
+        name: name of the file, or the command-line flag, for messages.
+        content: the text.
+        folder: folder of the file, where included files are looked up first; None for the command line.
     """
 
     name: str
@@ -160,18 +164,18 @@ class _Text:
     folder: Path | None
 
     def place(self, line: int) -> str:
-        """Where a line stands, for messages."""
+        """Returns the position of a line, for messages."""
         return self.name if self.folder is None else f"{self.name}, line {line}"
 
 
 @dataclass(frozen=True)
 class _Binding:
-    """A value that a text sets.
+    """A setting or macro and its value.
 
     Attributes:
-        key: scope, configurable and parameter, as gin takes them.
-        value: of literals, macros and references to this package's configurables.
-        place: file and line, or the binding of the command line, for messages.
+        key: (scope, configurable, parameter), as in gin.
+        value: literals, macros and references to this package's configurables.
+        place: file and line, or the command-line flag, for messages.
     """
 
     key: tuple[str, str, str]
@@ -180,59 +184,59 @@ class _Binding:
 
 
 class _Reader:
-    """Collects what texts and the files that they include set. Sets nothing itself.
+    """Collects the bindings of files, of the files that they include, and of the command line, without applying them.
 
-    gin's own functions would execute imports and look for included files wherever the process was told to.
+    gin's own reader would execute imports and include files from any folder.
 
     Attributes:
-        bindings: in the order of the texts.
+        bindings: the bindings in the order in which they were read.
     """
 
     def __init__(self) -> None:
         self.bindings: list[_Binding] = []
-        self._texts: dict[Path, str] = {}
-        self._path: list[Path] = []  # of the file that is being read: each is included by the one before
+        self._contents: dict[Path, str] = {}
+        self._include_stack: list[Path] = []  # the file being read comes last
         self._size = 0
 
     def read_file(self, file: Path) -> None:
-        """Takes in a file and what it includes."""
+        """Collects the bindings of a file and of the files that it includes."""
         resolved = file.resolve()
-        fits = resolved not in self._path and len(self._path) <= _NESTING_LIMIT
-        rule = f"not include itself, nor be the end of more than {_NESTING_LIMIT} includes"
-        require(fits, str(file), rule, " > ".join(path.name for path in (*self._path, resolved)))
-        if resolved not in self._texts:
-            self._texts[resolved] = _content(file)
-        self._path.append(resolved)
-        self.read_text(_Text(str(file), self._texts[resolved], file.parent))
-        self._path.pop()
+        allowed = resolved not in self._include_stack and len(self._include_stack) <= _NESTING_LIMIT
+        rule = f"not include itself, and includes must be nested at most {_NESTING_LIMIT} deep"
+        require(allowed, str(file), rule, " > ".join(path.name for path in (*self._include_stack, resolved)))
+        if resolved not in self._contents:
+            self._contents[resolved] = _read_file(file)
+        self._include_stack.append(resolved)
+        self.read_source(_Source(str(file), self._contents[resolved], file.parent))
+        self._include_stack.pop()
 
-    def read_text(self, text: _Text) -> None:
-        """Takes in a text and what it includes."""
-        self._size += len(text.content)
-        rule = f"be at most {_TEXT_LIMIT} characters, included files among them"
-        require(self._size <= _TEXT_LIMIT, f"{text.name}: the configuration", rule, self._size)
-        for statement in _statements(text):
-            place = text.place(statement.location.line_num)
+    def read_source(self, source: _Source) -> None:
+        """Collects the bindings of a source and of the files that it includes."""
+        self._size += len(source.content)
+        rule = f"have at most {_TEXT_LIMIT} characters, included files counted"
+        require(self._size <= _TEXT_LIMIT, f"{source.name}: the configuration", rule, self._size)
+        for statement in _statements(source):
+            place = source.place(statement.location.line_num)
             if isinstance(statement, config_parser.ImportStatement):
-                rule = "a configuration only sets values and must not import anything"
+                rule = "a configuration must not import modules"
                 raise UserError(f"{place}: {rule}, got {_shortened(statement.format())!r}; delete the line")
             if isinstance(statement, config_parser.IncludeStatement):
-                self.read_file(_find_included(statement.filename, text.folder, place))
+                self.read_file(_find_included(statement.filename, source.folder, place))
             elif isinstance(statement, config_parser.BlockDeclaration):
                 _require_part(statement.selector, place)
             else:
                 self.bindings.append(_binding(statement, place))
 
 
-def _content(file: Path) -> str:
+def _read_file(file: Path) -> str:
     try:
         with file.open("rb") as stream:
             content = stream.read(_TEXT_LIMIT + 1)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-    require(len(content) <= _TEXT_LIMIT, str(file), f"be at most {_TEXT_LIMIT} bytes", file.stat().st_size)
+    require(len(content) <= _TEXT_LIMIT, str(file), f"have at most {_TEXT_LIMIT} bytes", file.stat().st_size)
     zero = content.find(b"\0")
-    require(zero < 0, f"{file}, line {content[:zero].count(10) + 1}", "be text", b"\0")
+    require(zero < 0, f"{file}, line {content[:zero].count(10) + 1}", "be text without NUL bytes")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -241,25 +245,25 @@ def _content(file: Path) -> str:
 
 
 def _find_included(file: str, folder: Path | None, place: str) -> Path:
-    """The path of a file that another includes: beside that, or among the recipes."""
-    given = PurePath(file)
-    inside = not (given.is_absolute() or ".." in given.parts or "\\" in file or "\0" in file)
-    require(inside, f"{place}: the path of an included file", "be relative and without '..'", _shortened(file))
-    places = [(folder, file)] if folder else []
-    for where, name in [*places, (_recipes(), file.removeprefix("gin/"))]:
-        if _is_file(where / name):
-            within = (where / name).resolve().is_relative_to(where.resolve())
+    """Returns the path of an included file: in the folder of the including file, or a recipe."""
+    included = PurePath(file)
+    inside = not (included.is_absolute() or ".." in included.parts or "\\" in file or "\0" in file)
+    require(inside, f"{place}: the path of an included file", "be relative and must not contain '..'", _shortened(file))
+    candidates = [(folder, file)] if folder else []
+    for parent, name in [*candidates, (_recipes(), file.removeprefix("gin/"))]:
+        if _is_file(parent / name):
+            within = (parent / name).resolve().is_relative_to(parent.resolve())
             rule = "not be a symbolic link that leads out of its folder"
-            require(within, f"{place}: the included file {where / name}", rule, str((where / name).resolve()))
-            return where / name
-    beside = f"neither in {folder} nor" if folder else "not"
+            require(within, f"{place}: the included file {parent / name}", rule, str((parent / name).resolve()))
+            return parent / name
+    where = f"neither in {folder} nor" if folder else "not"
     raise UserError(
-        f"{place}: the included file {_shortened(file)!r} is {beside} among the package's own: {_known_recipes()}"
+        f"{place}: the included file {_shortened(file)!r} is {where} a recipe of this package: {_known_recipes()}"
     )
 
 
 class _References(config_parser.ParserDelegate):
-    """Makes the references in values: to macros and to this package's configurables, never to others."""
+    """Resolves references in values; only macros and this package's configurables are allowed."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
         scope, slash, selector = scoped_configurable_name.rpartition("/")
@@ -270,46 +274,48 @@ class _References(config_parser.ParserDelegate):
         return gin.config.ConfigurableReference(f"{macro_name}/{_MACRO}", True)
 
 
-def _statements(text: _Text) -> Iterator[Any]:
-    """The statements of a text, as gin's parser sees them."""
+def _statements(source: _Source) -> Iterator[Any]:
+    """Yields the statements of a source, parsed by gin."""
     parser = None
     try:
-        parser = config_parser.ConfigParser(text.content, _References())
+        parser = config_parser.ConfigParser(source.content, _References())
         while statement := parser.parse_statement():
             yield statement
     except (ValueError, SyntaxError, TypeError, LookupError, NameError, StopIteration) as error:
         line = getattr(error, "lineno", None) or (parser.current_token.start[0] if parser else 1)
-        raise UserError(f"{text.place(line)}: {_mistake(error)}") from None
+        raise UserError(f"{source.place(line)}: {_syntax_error(error)}") from None
     except tokenize.TokenError as error:
         message, (line, _) = error.args
-        raise UserError(f"{text.place(line)}: {_in_words(message)}") from None
+        raise UserError(f"{source.place(line)}: {_reworded(message)}") from None
     except RecursionError:
         rule = f"brackets must be nested at most {_NESTING_LIMIT} deep"
-        raise UserError(f"{text.place(parser.current_token.start[0] if parser else 1)}: {rule}") from None
+        raise UserError(f"{source.place(parser.current_token.start[0] if parser else 1)}: {rule}") from None
 
 
-def _mistake(error: Exception) -> str:
+def _syntax_error(error: Exception) -> str:
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     token = re.search(r"Failed to parse token '(.*)'", message, re.DOTALL)
     if token:
-        hint = "Text takes quotes of its own ('DatasetSpec.records=\"folder\"'), and booleans are True and False."
-        return f"{_shortened(token.group(1))!r} is not a value. {hint}"
-    lines = message.splitlines()  # after the first come gin's own words of the place
-    return _in_words(_shortened(lines[0])) if lines else "the last statement is not complete"
+        hint = (
+            "String values need their own quotes ('DatasetSpec.records=\"folder\"'), and booleans are True and False."
+        )
+        return f"{_shortened(token.group(1))!r} is not a valid value. {hint}"
+    lines = message.splitlines()  # gin appends lines about the position
+    return _reworded(_shortened(lines[0])) if lines else "the last statement is incomplete"
 
 
-def _in_words(message: str) -> str:
-    return next((words for start, words in _MISTAKES.items() if message.startswith(start)), message)
+def _reworded(message: str) -> str:
+    return next((rule for start, rule in _SYNTAX_ERRORS.items() if message.startswith(start)), message)
 
 
 def _require_part(selector: str, place: str) -> str:
-    """The full name of one of this package's configurables.
+    """Returns the full name of a configurable of this package.
 
     Raises:
-        UserError: any other, those of gin itself and of other packages among them.
+        UserError: the name belongs to no configurable of this package, but to gin or another package, or is unknown.
     """
     name = selector.removeprefix("x3d_tf.")
-    require(name in _SETTINGS, f"{place}: the part of a configuration", f"be among {', '.join(_SETTINGS)}", name[:200])
+    require(name in _SETTINGS, f"{place}: the group of settings", f"be one of {', '.join(_SETTINGS)}", name[:200])
     return f"x3d_tf.{name}"
 
 
@@ -319,29 +325,29 @@ def _binding(statement: Any, place: str) -> _Binding:
         return _Binding((f"{scope}/{selector}" if scope else selector, _MACRO, "value"), value, place)
     part = _require_part(selector, place)
     known = _SETTINGS[part.removeprefix("x3d_tf.")]
-    require(setting in known, f"{place}: the setting of {selector}", f"be among {', '.join(known)}", setting[:200])
+    require(setting in known, f"{place}: the setting of {selector}", f"be one of {', '.join(known)}", setting[:200])
     return _Binding((scope, part, setting), value, place)
 
 
 def _check_values(bindings: Sequence[_Binding]) -> None:
-    """Raises a UserError for values that would take much memory or time, and for macros without a value."""
+    """Raises `UserError` for values that would take too much memory or time, and for undefined macros."""
     macros = {binding.key[0]: binding.value for binding in bindings if binding.key[1] == _MACRO}
     count = 0
     for binding in bindings:
         value = f"{binding.place}: a value"
         for part in _nested(binding.value, macros, binding.place):
             count += 1
-            require(count <= _VALUES_LIMIT, f"{binding.place}: all values together", f"be {_VALUES_LIMIT}", "more")
+            require(count <= _VALUES_LIMIT, f"{binding.place}: a configuration", f"have at most {_VALUES_LIMIT} values")
             if isinstance(part, str | bytes):
                 require(len(part) <= _STRING_LIMIT, value, f"have at most {_STRING_LIMIT} characters", len(part))
             if isinstance(part, int):
                 bits = part.bit_length()
-                require(bits <= _INTEGER_BITS, value, f"have at most {_INTEGER_BITS} bits", f"an integer of {bits}")
+                require(bits <= _INTEGER_BITS, value, f"have at most {_INTEGER_BITS} bits", bits)
 
 
 def _nested(value: Any, macros: Mapping[str, Any], place: str, depth: int = 0) -> Iterator[Any]:
-    """A value and all in it, with the values of macros."""
-    rule = f"{place}: brackets and macros must be nested at most {_NESTING_LIMIT} deep, and no macro contain itself"
+    """Yields a value and all nested values, with macros resolved."""
+    rule = f"{place}: brackets and macros must be nested at most {_NESTING_LIMIT} deep, without recursion"
     if depth > _NESTING_LIMIT:
         raise UserError(rule)
     yield value
@@ -353,7 +359,7 @@ def _nested(value: Any, macros: Mapping[str, Any], place: str, depth: int = 0) -
     elif isinstance(value, gin.config.ConfigurableReference) and value.selector == _MACRO:
         name = "/".join(value.scopes)
         if name not in macros:
-            raise UserError(f"{place}: the macro %{_shortened(name)} has no value; set it by a line '{name} = ...'")
+            raise UserError(f"{place}: the macro %{_shortened(name)} is not defined; add a line '{name} = ...'")
         within = (macros[name],)
     for part in within:
         yield from _nested(part, macros, place, depth + 1)
@@ -363,8 +369,8 @@ def _raise_unused() -> None:
     unused = sorted(set(_bindings(gin.config._CONFIG)) - set(_bindings(gin.config._OPERATIVE_CONFIG)))
     if unused:
         raise UserError(
-            f"nothing uses {_shortened(', '.join(unused))}: settings take no scope, their parts are set by their own "
-            "names ('Expansion.gamma_b=1.5'), and a macro must be referred to"
+            f"unused bindings: {_shortened(', '.join(unused))}; scopes are not supported, so bind a setting by its own "
+            "name ('Expansion.gamma_b=1.5'), and remove or use macros"
         )
 
 
@@ -378,17 +384,17 @@ def _bindings(config: dict[tuple[str, str], dict[str, object]]) -> Iterator[str]
 
 
 def _hint(message: str) -> str:
-    """What the setting might have been meant to be."""
+    """Returns advice for an error message of gin; empty if there is none."""
     if "missing 1 required positional argument: 'records'" in message:
-        return " Give the file of a network first (--gin_file=gin/x3d_s.gin), or set DatasetSpec.records."
+        return " Give the gin file of a network first (--gin_file=gin/x3d_s.gin), or set DatasetSpec.records."
     return ""
 
 
 def _shortened(text: str) -> str:
-    """A text of the user's as a message shows it."""
+    """Returns text for a message, with control characters escaped and at most 200 characters."""
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _one_line(error: Exception) -> str:
+def _join_lines(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,22 +1,22 @@
-"""Brings X3D weights over from PyTorch, and back.
+"""Imports X3D weights from PyTorch checkpoints, and exports models to them.
 
-A checkpoint of PySlowFast, pytorchvideo (also its mobile form) or mmaction2, recognised by its names, becomes a model
-file, and x3d_m_k400.tensors.txt beside it lists where every tensor went. PyTorch is not needed, and nothing in the
-checkpoint is executed:
+Convert a checkpoint of PySlowFast, pytorchvideo (also its mobile form) or mmaction2 to a model file. The format is
+recognised by the weight names. x3d_m_k400.tensors.txt, beside the model file, lists where every tensor went:
   python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --output=x3d_m_k400.keras
   python -m x3d_tf.predict --model=x3d_m_k400.keras party.mp4
 
-With a fresh classifier of 10 classes:
+Replace the classifier by a newly initialised one for 10 classes:
   python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --num_classes=10 --keep_head=false --output=backbone.keras
 
-The way back, from a run folder or a model file to a state dict that loads there with strict=True:
+Export a run folder or a model file to a state dict that PyTorch loads with strict=True:
   python -m x3d_tf.import_weights runs/mine --to=pytorchvideo --output=mine.pyth
 
-The network may lie under any key of the file, and have any prefix before its names, as training programs write it
-(model_state_dict, net; module., model., _orig_mod.), as long as one network in the file fits --variant.
+PyTorch is not required, and no code in the checkpoint is executed. The network may be stored under any key of the
+checkpoint (model_state_dict, net), and its weight names may have any prefix (module., model., _orig_mod.), as training
+programs write them. Exactly one network in the file must match --variant.
 
-The outputs of a classifier of 400 classes get the names of Kinetics-400, which all of these implementations sort by
-letters; --classes gives others.
+A classifier with 400 outputs gets the class names of Kinetics-400 in alphabetical order, which is the order of all
+these implementations. Use --classes for other names.
 """
 
 from pathlib import Path
@@ -45,27 +45,45 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_enum("variant", None, list(VARIANTS), "The network that the checkpoint is of.")
-    flags.DEFINE_string("output", None, "The file to write: .keras, or with --to any name.", required=True)
-    flags.DEFINE_integer("num_classes", None, "Outputs; the checkpoint's unless given.", lower_bound=1)
-    flags.DEFINE_bool("keep_head", True, "Take the classifier over; false makes a fresh one of --num_classes.")
+    flags.DEFINE_enum("variant", None, list(VARIANTS), "X3D variant of the checkpoint. Required to import.")
+    flags.DEFINE_string("output", None, "File to write: a .keras file, or any name with --to. Required.", required=True)
+    flags.DEFINE_integer(
+        "num_classes",
+        None,
+        "Number of classifier outputs. Defaults to the checkpoint's.",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool(
+        "keep_head",
+        True,
+        "Import the classifier; false initialises a new one with --num_classes outputs.",
+    )
     flags.DEFINE_enum(
         "head_pool",
         None,
         ["global", "fixed_probabilities", "fixed_logits"],
-        "What the head does with clips larger than the training crop; as the source unless given.",
+        "Pooling of the head for clips larger than the training crop. Defaults to that of the checkpoint's source.",
     )
-    flags.DEFINE_string("classes", None, "Text file of the names of the outputs, one a line.")
-    flags.DEFINE_enum("to", None, list(NAMINGS), "Write a PyTorch checkpoint with these names instead of reading one.")
-    flags.DEFINE_bool("overwrite", False, "Replace an output that is there already.")
+    flags.DEFINE_string(
+        "classes",
+        None,
+        "Text file of class names, one per line. Defaults to the names of Kinetics-400 for 400 outputs.",
+    )
+    flags.DEFINE_enum(
+        "to",
+        None,
+        list(NAMINGS),
+        "Export to a PyTorch checkpoint with the weight names of this library, instead of importing.",
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 
 
 def main(paths: list[str]) -> None:
-    """Converts what the flags say."""
-    require(len(paths) == 1, "the command line", "name one checkpoint, or with --to one model", paths)
+    """Imports or exports the weights that the flags name."""
+    require(len(paths) == 1, "the command line", "name one checkpoint, or one model with --to", paths)
     source, output = Path(paths[0]), Path(FLAGS.output)
     require(not output.is_dir(), "--output", "be a file", f"the folder {output}")
-    for path in (output, table_of(output)):
+    for path in (output, tensor_table_path(output)):
         if path.exists() and not FLAGS.overwrite:
             raise UserError(f"{path} exists; give another --output, or replace it with --overwrite")
     _check_flags(output)
@@ -78,8 +96,8 @@ def main(paths: list[str]) -> None:
     _from_pytorch(source, output)
 
 
-def table_of(output: Path) -> Path:
-    """The list of tensors beside an output: `x3d_s.tensors.txt` of `x3d_s.keras`."""
+def tensor_table_path(output: Path) -> Path:
+    """Returns the path of an output's list of tensors: `x3d_s.tensors.txt` for `x3d_s.keras`."""
     return output.with_suffix(".tensors.txt")
 
 
@@ -89,17 +107,17 @@ def _check_flags(output: Path) -> None:
             require(
                 FLAGS[name].value is None,
                 f"--{name}",
-                "not stand beside --to, which takes the model as it is",
+                "not be given with --to, which exports the model unchanged",
                 FLAGS[name].value,
             )
         require(
-            FLAGS.keep_head, "--keep_head", "not stand beside --to, which takes the model as it is", FLAGS.keep_head
+            FLAGS.keep_head, "--keep_head", "not be given with --to, which exports the model unchanged", FLAGS.keep_head
         )
         return
-    require(FLAGS.variant is not None, "--variant", f"name the checkpoint's network: {', '.join(VARIANTS)}", "nothing")
+    require(FLAGS.variant is not None, "--variant", f"be given to import a checkpoint: one of {', '.join(VARIANTS)}")
     require(output.suffix == ".keras", "--output", "end in .keras", FLAGS.output)
-    head = FLAGS.keep_head or FLAGS.num_classes is not None
-    require(head, "--keep_head=false", "come with --num_classes, for the fresh classifier", "it alone")
+    sized = FLAGS.keep_head or FLAGS.num_classes is not None
+    require(sized, "--num_classes", "be given with --keep_head=false: the number of outputs of the new classifier")
 
 
 def _from_pytorch(checkpoint: Path, output: Path) -> None:
@@ -125,25 +143,25 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
         )
     print(report.summary())
     if names is None and not FLAGS.keep_head:
-        names = tuple(map(str, range(model.num_classes)))  # nothing yet that names could mean
+        names = tuple(map(str, range(model.num_classes)))  # the new classifier has no class names yet
     elif names is None and model.num_classes == len(kinetics_classes()):
         names = kinetics_classes()
-        print("classes: 400, so they are named as those of Kinetics-400; --classes gives other names")
+        print("classes: 400, assumed to be those of Kinetics-400; use --classes for other names")
     tell(f"writing {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     save(portable(model, names), output, overwrite=True)
     _write_table(report, output)
-    print("To train it further, on records of your own (python -m x3d_tf.build_records):")
-    print(_training(output, FLAGS.variant, model.options))
+    print("To fine-tune it on your own records (python -m x3d_tf.build_records):")
+    print(_training_command(output, FLAGS.variant, model.options))
 
 
 def _write_table(report: "Report", output: Path) -> None:
-    atomic_write(table_of(output), f"{report}\n".encode("utf-8", "backslashreplace"))
-    print(f"written: {output}, and the list of its tensors, {table_of(output)}")
+    atomic_write(tensor_table_path(output), f"{report}\n".encode("utf-8", "backslashreplace"))
+    print(f"written: {output} and the list of its tensors, {tensor_table_path(output)}")
 
 
-def _training(model: Path, variant: str, options: ModelOptions) -> str:
-    """The command that starts from an imported model, with the options that it has."""
+def _training_command(model: Path, variant: str, options: ModelOptions) -> str:
+    """Returns the command that fine-tunes an imported model, with the model's own options."""
     bindings = {"TrainConfig.init": str(model), "DatasetSpec.records": "data/mine"}
     for name, default in vars(ModelOptions()).items():
         if getattr(options, name) != default:

@@ -1,4 +1,4 @@
-"""Locks on folders that only one process at a time may write to. Imports no TensorFlow."""
+"""Lock files for folders that only one process may write to at a time. Imports no TensorFlow."""
 
 import contextlib
 import errno
@@ -18,40 +18,40 @@ _OWNER = re.compile(r"process [0-9]{1,19} on [\w.-]{1,255}", re.ASCII)
 
 @contextmanager
 def locked(path: Path, conflict: str, advice: str) -> Iterator[None]:
-    """Holds a lock file within the block, and removes it at the end.
+    """Locks a file for the duration of the block and removes it at the end.
 
-    The operating system decides (flock), so that the file of a killed process locks nothing. Its text only says who
-    holds it. Where the file system has no locks, a warning is printed and the block runs unprotected.
+    Uses flock, so that the lock of a killed process is released. The text of the file only names the owner. If the file
+    system does not support locks, a warning is printed and the block runs without one.
 
     Args:
-        path: the lock file, in a folder that exists. A link is refused: it could lead to a file of somebody else.
-        conflict: the first part of the message where another process holds it, "another process is ... RUN".
-        advice: what to do then.
+        path: lock file in an existing folder. A symbolic link is rejected because it could point to another file.
+        conflict: first part of the message if another process holds the lock: "another process is ... RUN".
+        advice: second part of the message.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
         WriteError: the file cannot be written.
     """
     with os_errors_as_write_error(path):
-        descriptor = _acquired(path)
+        descriptor = _acquire(path)
     if descriptor is None:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             owner = _OWNER.fullmatch(path.read_text(encoding="utf-8").strip())
             conflict += f" ({owner.group()})" if owner else ""
         raise UserError(f"{conflict}; {advice}")
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
+        with contextlib.suppress(OSError):  # on a full disk the lock works without the text
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # before the lock is free: afterwards the file may be another process's
+            path.unlink()  # before the lock is released: later the file may belong to another process
         os.close(descriptor)
 
 
-def _acquired(path: Path) -> int | None:
-    """The descriptor of the locked file; None where another process holds it."""
+def _acquire(path: Path) -> int | None:
+    """Returns the descriptor of the locked file, or None if another process holds the lock."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
         descriptor = os.open(path, flags, 0o644)
@@ -63,14 +63,14 @@ def _acquired(path: Path) -> int | None:
                 return descriptor
         except FileNotFoundError:
             pass
-        os.close(descriptor)  # its owner removed it between the opening and the lock: another one may be locked now
+        os.close(descriptor)  # removed by its owner between opening and locking: retry with a new file
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Takes the lock; returns whether this process may write."""
+    """Tries to take the lock; returns True if this process may write."""
     try:
         import fcntl
-    except ImportError:  # Windows has none
+    except ImportError:  # not available on Windows
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,8 +78,8 @@ def _lock(descriptor: int, path: Path) -> bool:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         print(
-            f"warning: the file system of {path.parent} has no locks ({error.strerror}): make sure that no other "
-            "process writes to this folder",
+            f"warning: the file system of {path.parent} does not support locks ({error.strerror}); make sure that no "
+            "other process writes to this folder",
             file=sys.stderr,
         )
     return True

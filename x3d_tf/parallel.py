@@ -1,4 +1,4 @@
-"""Clips in parallel on CPUs: threads of operations, and slices of a batch."""
+"""Parallel processing of clips on CPUs: op threads and batch slices."""
 
 import contextlib
 import os
@@ -13,22 +13,24 @@ from x3d_tf.processes import available_cpus
 
 
 def map_clips_in_parallel(network: Callable[[Any], Any], chains: int | None = None) -> Callable[[Any], Any]:
-    """Makes a function of one clip one of many, which runs several of them side by side.
+    """Maps a single-clip function over a batch, several clips in parallel.
 
-    On a CPU the operations of one clip are too small to gain from a second thread, and a whole batch does not fit its
-    caches. Clips that need not wait for each other keep each core busy with data of its own. They run side by side
-    inside a `tf.function` only.
+    On a CPU the ops of one clip are too small to benefit from a second thread, and a complete batch does not fit into
+    the caches. Independent clips keep every core busy with its own data. They only run in parallel inside a
+    `tf.function`.
 
     Args:
-        network: from clips (1, T, H, W, 3), or a structure of tensors of one clip, to float32 (1, ...).
-        chains: clips that run at a time, fixed when the function is traced; as many as there are cores unless given.
+        network: function from clips of shape (1, T, H, W, 3), or a structure of tensors for one clip, to float32
+            (1, ...).
+        chains: number of clips processed in parallel, fixed when the function is traced. Defaults to the number of
+            cores.
 
     Returns:
-        The function from clips (N, T, H, W, 3), or such a structure of N, to float32 (N, ...), of any N, static or
-        open.
+        The function from clips of shape (N, T, H, W, 3), or such a structure for N clips, to float32 (N, ...). N may be
+        unknown when the function is traced.
 
     Raises:
-        ValueError: `chains` below 1.
+        ValueError: `chains` is less than 1.
     """
     require(chains is None or chains >= 1, "chains", "be at least 1", chains)
 
@@ -36,9 +38,9 @@ def map_clips_in_parallel(network: Callable[[Any], Any], chains: int | None = No
         if tf.nest.flatten(clips)[0].shape[0] == 1:
             return network(clips)
         return tf.map_fn(
-            lambda clip: network(tf.nest.map_structure(lambda part: part[None], clip))[0],
+            lambda clip: network(tf.nest.map_structure(lambda tensor: tensor[None], clip))[0],
             clips,
-            parallel_iterations=chains or _cores(),
+            parallel_iterations=chains or _num_cores(),
             fn_output_signature=tf.float32,
         )
 
@@ -46,42 +48,42 @@ def map_clips_in_parallel(network: Callable[[Any], Any], chains: int | None = No
 
 
 def optimize_for_device(network: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A function of any number of clips in its fast form: `map_clips_in_parallel` on CPUs, itself on GPUs."""
+    """Returns the faster form of a batch function: `map_clips_in_parallel` on CPUs, unchanged on GPUs."""
     return map_clips_in_parallel(network) if active_kernels() == "cpu" else network
 
 
-def use_single_threaded_ops(side_by_side: int) -> None:
-    """Has TensorFlow run operations of clips that are side by side on one thread each, which is faster on CPUs.
+def use_single_threaded_ops(num_parallel: int) -> None:
+    """Runs each TensorFlow op on a single thread, which is faster on CPUs when clips are processed in parallel.
 
-    To be called before TensorFlow computes anything; does nothing later, where there is a GPU, or where the environment
-    sets `TF_NUM_INTRAOP_THREADS`.
+    Must be called before TensorFlow computes anything. Has no effect later, with a GPU, or if the environment variable
+    `TF_NUM_INTRAOP_THREADS` is set.
 
     Args:
-        side_by_side: parts that do not wait for each other. Where they are fewer than the cores, which would leave some
-            idle, operations keep their threads.
+        num_parallel: number of independent clips or batch slices. If it is less than the number of cores, ops keep
+            their threads so that no core is idle.
     """
-    if active_kernels() == "cpu" and side_by_side >= _cores() and "TF_NUM_INTRAOP_THREADS" not in os.environ:
-        with contextlib.suppress(RuntimeError):  # it has computed something
+    if active_kernels() == "cpu" and num_parallel >= _num_cores() and "TF_NUM_INTRAOP_THREADS" not in os.environ:
+        with contextlib.suppress(RuntimeError):  # TensorFlow is already initialised
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
 def num_batch_slices(clips: int | None, group: int) -> int:
-    """Into how many equal parts to take a training batch so that they run side by side: as many as there are cores.
+    """Returns the number of equal slices of a training batch to process in parallel, at most the number of cores.
 
     Args:
-        clips: of the batch; None, which makes one part, where it is open.
-        group: clips of a batch-norm group, which share a part or make several.
+        clips: batch size, or None if it is unknown, which gives one slice.
+        group: clips per batch-norm group. A slice must hold complete groups, or a group complete slices.
     """
     if clips is None or active_kernels() != "cpu":
         return 1
     group = min(clips, group)
-    for parts in range(min(_cores(), clips), 1, -1):
-        part = clips // parts
-        if clips % parts == 0 and (group % part == 0 or part % group == 0):
-            return parts
+    for slices in range(min(_num_cores(), clips), 1, -1):
+        size = clips // slices
+        if clips % slices == 0 and (group % size == 0 or size % group == 0):
+            return slices
     return 1
 
 
-def _cores() -> int:
-    """How many operations TensorFlow runs at a time."""
+def _num_cores() -> int:
+    """Returns the number of ops that TensorFlow runs at a time."""
     return tf.config.threading.get_inter_op_parallelism_threads() or available_cpus()

@@ -1,11 +1,11 @@
-"""Draws training clips exactly as the network gets them, with their labels: a look at the data before training.
+"""Draws training clips exactly as the network receives them, with their labels, to check the data before training.
 
-With the recipe of a run, before it:
+Preview the data of a training run:
   python -m x3d_tf.preview --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin --records=data/mine
 
-Each row is a clip, with its class, its video and its time in that at the left, or of action detection with its boxes
-and what each does: the first ones of the run that the same --gin_file and --gin_bindings start. Where the records do
-not fit the configuration, warnings name the numbers and the binding that mends them.
+Each row is a clip. To its left are its class, its video and its time in the video or, for action detection, the labels
+of its boxes. The clips are the first ones of a training run with the same --gin_file and --gin_bindings. If the records
+do not suit the configuration, warnings name the numbers and the binding that fixes them.
 """
 
 from dataclasses import replace
@@ -27,14 +27,14 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     gin_config.define_flags(required=True)
-    flags.DEFINE_string("records", None, "Folder of the records; the configuration's unless given.")
-    flags.DEFINE_integer("clips", 8, "Rows of the picture.", lower_bound=1, upper_bound=64)
-    flags.DEFINE_string("output", "preview.png", "The picture.")
-    flags.DEFINE_bool("overwrite", False, "Replace a picture that is there already.")
+    flags.DEFINE_string("records", None, "Records folder. Defaults to DatasetSpec.records of the configuration.")
+    flags.DEFINE_integer("clips", 8, "Number of clips to draw, 1 to 64.", lower_bound=1, upper_bound=64)
+    flags.DEFINE_string("output", "preview.png", "PNG file to write.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing picture.")
 
 
 def main() -> None:
-    """Draws what the flags say."""
+    """Draws the clips that the flags choose."""
     output = Path(FLAGS.output)
     require(output.suffix == ".png", "--output", "end in .png", FLAGS.output)
     if output.exists() and not FLAGS.overwrite:
@@ -43,7 +43,7 @@ def main() -> None:
     spec = config.dataset
     if FLAGS.records:
         spec = replace(spec, name="records", records=FLAGS.records)
-    manifest = open_dataset(replace(spec, eval_split=spec.train_split))  # there need be nothing to test on yet
+    manifest = open_dataset(replace(spec, eval_split=spec.train_split))  # the records may have no test split yet
     spec = with_default_splits(spec, manifest.splits)
     manifest = hold_out(manifest, spec, config.seed)
     with starting_tensorflow():

@@ -1,4 +1,4 @@
-"""Processes that answer questions, one after the other, through a pipe."""
+"""Worker processes that serve requests over a pipe, and the number of CPUs."""
 
 import os
 from collections.abc import Callable
@@ -9,22 +9,22 @@ from typing import Any
 from x3d_tf.signals import without_interrupts
 
 
-class _Child(SpawnProcess):
-    """A process that never gets Ctrl-C: its parent does, and ends it.
+class _Process(SpawnProcess):
+    """A process that ignores Ctrl-C; its parent handles it and stops the process.
 
-    Spawned, not forked: the parent has TensorFlow's threads, which do not survive a fork.
+    It is spawned, not forked, because TensorFlow's threads in the parent do not survive a fork.
     """
 
     def start(self) -> None:
-        with without_interrupts():  # also while it imports, when a terminal's Ctrl-C would print a traceback of it
+        with without_interrupts():  # covers imports too, where Ctrl-C would print a traceback
             super().start()
 
 
 class WorkerDied(Exception):
-    """The process is no more.
+    """Raised when the worker process has exited; the message gives its exit status.
 
     Attributes:
-        status: with which it ended; of one ended by a signal the signal's number, negative.
+        status: exit status of the process; the negative signal number if a signal ended it.
     """
 
     def __init__(self, status: int | None) -> None:
@@ -33,54 +33,59 @@ class WorkerDied(Exception):
 
 
 class TimedOut(Exception):
-    """The process did not answer in time."""
+    """Raised when the worker process does not reply in time."""
 
 
 class Worker:
-    """A process of its own that serves until it is ended, or brings itself down.
+    """A worker process that serves requests until it is stopped.
 
     Args:
-        serve: what runs there, given its end of the pipe and the arguments. It sends one answer for each question that
-            it receives; one that is an exception is raised where it was asked. A module's function.
-        *arguments: of `serve`, such as can be pickled.
+        serve: module-level function that runs in the process. It receives its end of the pipe and the arguments, and
+            must send one reply for each request. A reply that is an exception is raised in the parent.
+        *arguments: picklable arguments of `serve`.
     """
 
     def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
-        self._pipe, theirs = Pipe()
-        self._process = _Child(target=serve, args=(theirs, *arguments), daemon=True)
+        self._pipe, child_pipe = Pipe()
+        self._process = _Process(target=serve, args=(child_pipe, *arguments), daemon=True)
         self._process.start()
-        theirs.close()  # so that its end is noticed here
+        child_pipe.close()  # so that the exit of the process closes the pipe
 
-    def ask(self, *question: Any, timeout: float | None = None) -> Any:
-        """The answer to a question; raises Ended, or TimedOut after so many seconds, and then can only be ended."""
+    def ask(self, *request: Any, timeout: float | None = None) -> Any:
+        """Sends a request and returns the reply.
+
+        Raises:
+            WorkerDied: the process has exited.
+            TimedOut: no reply within `timeout` seconds; the worker can then only be stopped.
+        """
         try:
-            self._pipe.send(question)
+            self._pipe.send(request)
             if not self._pipe.poll(timeout):
-                raise TimedOut(f"its process did not answer within {timeout:g} s")
-            answer = self._pipe.recv()
+                raise TimedOut(f"its process did not reply within {timeout:g} s")
+            reply = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join()
             raise WorkerDied(self._process.exitcode) from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def end(self, grace: float = 0) -> None:
-        """Ends the process: closes the pipe, waits so many seconds for it to end by itself, and makes it end."""
+        """Closes the pipe, waits up to `grace` seconds for the process to exit, and then terminates it."""
         self._pipe.close()
         self._process.join(grace)
         self._process.terminate()
         self._process.join()
 
     def kill(self, grace: float = 5) -> None:
-        """Ends the process at once, busy or not; who waits for its answer gets Ended.
+        """Kills the process immediately; a pending `ask` raises `WorkerDied`.
 
-        Waits so many seconds: one that hangs in the kernel, on a disk that does not answer, outlives even this.
+        Waits up to `grace` seconds for it to exit: a process that hangs in the kernel cannot be killed.
         """
         self._process.kill()
         self._process.join(grace)
 
 
 def available_cpus() -> int:
-    """CPUs that this process may run on, which containers and schedulers make fewer than there are."""
+    """Returns the number of CPUs that this process may use, which containers and schedulers can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

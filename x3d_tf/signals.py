@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which preemption, schedulers and containers send before they kill. Imports no TensorFlow."""
+"""Handling of Ctrl-C and SIGTERM, which schedulers and containers send before SIGKILL. Imports no TensorFlow."""
 
 import os
 import signal
@@ -8,23 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Whatever saves its work on Ctrl-C does so now, too."""
+    """Raised on SIGTERM; a `KeyboardInterrupt`, so that code that saves its work on Ctrl-C also does so here."""
 
 
-def status_of(error: KeyboardInterrupt) -> int:
-    """Exit status of a command that was stopped: 143 by SIGTERM, 130 by Ctrl-C."""
+def exit_status(error: KeyboardInterrupt) -> int:
+    """Returns the exit status of an interrupted command: 143 for SIGTERM, 130 for Ctrl-C."""
     return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
-def stop_in_order() -> None:
+def install_stop_handlers() -> None:
     """Makes the first Ctrl-C or SIGTERM raise `KeyboardInterrupt` or `Terminated` in the main thread.
 
-    A second one does not cut the saving short: it says how to end at once, which a third one does. Signals that are
-    ignored, as those of `nohup`, stay so.
+    A second signal does not interrupt saving; it prints how to exit immediately, which a third signal does. Signals
+    that are already ignored, as under `nohup`, stay ignored.
     """
     raised = False
 
@@ -34,51 +34,51 @@ def stop_in_order() -> None:
             raised = True
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    for number in _STOPPING:
+    for number in _STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_count, args=(reader,), daemon=True).start()
+    threading.Thread(target=_count_signals, args=(reader,), daemon=True).start()
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM raise after the block, not within it; an error of the block goes first.
+    """Delays Ctrl-C and SIGTERM until the end of the block; an error in the block takes precedence.
 
-    Only in the main thread, in which Python handles signals. The block should be short.
+    Only has an effect in the main thread, where Python handles signals. Keep the block short.
     """
-    held: list[tuple[int, FrameType | None]] = []
-    before = {number: signal.getsignal(number) for number in _STOPPING}
-    raising = {number: handler for number, handler in before.items() if callable(handler)}
+    received: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    handlers = {number: handler for number, handler in before.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread():
-        raising = {}
+        handlers = {}
     try:
-        for number in raising:
-            signal.signal(number, lambda *got: held.append(got))
+        for number in handlers:
+            signal.signal(number, lambda *signal_args: received.append(signal_args))
         yield
     finally:
-        for number, handler in raising.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    for got, frame in held[:1]:
-        raising[signal.Signals(got)](got, frame)
+    for first, frame in received[:1]:
+        handlers[signal.Signals(first)](first, frame)
 
 
-def _count(pipe: int) -> None:
-    """Counts signals in a thread of its own: the main one may be within an operation of TensorFlow for long."""
+def _count_signals(pipe: int) -> None:
+    """Counts signals in a separate thread, because the main thread may be busy in a long TensorFlow op."""
     count = 0
     while numbers := os.read(pipe, 1):
-        count += numbers[0] in _STOPPING
+        count += numbers[0] in _STOP_SIGNALS
         if count == 2:
-            print("still stopping; a third signal ends at once and saves nothing more", file=sys.stderr, flush=True)
+            print("still stopping; a third signal exits immediately without saving", file=sys.stderr, flush=True)
         elif count > 2:
             os._exit(128 + numbers[0])
 
 
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Holds back Ctrl-C; processes that are started in the block never get it."""
+    """Blocks Ctrl-C in the block; processes started in it ignore Ctrl-C permanently."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,6 +1,6 @@
-"""TensorFlow's start in a command: what it prints is kept back, and one line tells the devices.
+"""TensorFlow's start-up in commands: hides its messages and prints one line that names the devices.
 
-Imports no TensorFlow itself. In other processes than commands and their workers nothing here has any effect.
+Does not import TensorFlow at module level, and has no effect outside commands and their worker processes.
 """
 
 import os
@@ -17,8 +17,8 @@ from x3d_tf.processes import available_cpus
 from x3d_tf.terminal import one_line, tell
 from x3d_tf.text import counted
 
-_STDERR = 2  # TensorFlow's libraries write to the descriptor, past `sys.stderr`
-_REASONS = (  # of a GPU that is not used, in TensorFlow's words
+_STDERR = 2  # TensorFlow's C++ code writes to the file descriptor, not to `sys.stderr`
+_GPU_ERRORS = (  # messages of TensorFlow that explain why it does not use a GPU
     re.compile(r"Could not load dynamic library '[^'\n]+'"),
     re.compile(r"Could not find cuda drivers on your machine"),
     re.compile(r"failed call to cuInit: [^\n]+"),
@@ -31,35 +31,35 @@ _mode: Mode = "plain"
 
 
 def set_mode(mode: Mode) -> None:
-    """Chooses what becomes of the messages of TensorFlow's start; to be called before that.
+    """Sets how messages are handled while TensorFlow starts. Must be called before TensorFlow is imported.
 
     Args:
-        mode: "plain", the default, leaves all as it is; "quiet" keeps messages back unless the start fails; "verbose"
-            shows them as they come, also those before a crash of the process.
+        mode: "plain", the default, changes nothing; "quiet" hides messages unless the start fails; "verbose" shows them
+            immediately, including those before a crash of the process.
     """
     global _mode
     _mode = mode
     if mode != "plain":
-        # Read once, when TensorFlow is imported: "2" leaves out its accounts of XLA and cuDNN, which come much later.
+        # TensorFlow reads this on import. "2" hides the messages about XLA and cuDNN that it prints later.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if mode == "verbose" else "2")
     if mode == "verbose":
-        os.environ.setdefault("TF_CPP_VMODULE", "dso_loader=1")  # names the libraries that cannot be loaded
+        os.environ.setdefault("TF_CPP_VMODULE", "dso_loader=1")  # logs the libraries that cannot be loaded
 
 
 def mode() -> Mode:
-    """What `set_mode` chose, for worker processes to choose the same."""
+    """Returns the mode that `set_mode` has set, so that worker processes can use the same."""
     return _mode
 
 
 @contextmanager
 def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
-    """A block in which a command imports whatever needs TensorFlow, and settles its threads and visible devices.
+    """Context in which a command imports TensorFlow and configures its threads and visible devices.
 
-    Where the block ends well, TensorFlow takes its devices, and one line on standard error names them. No effect in
-    "plain" mode, and where TensorFlow has been imported before.
+    When the block succeeds, TensorFlow initialises its devices, and one line on standard error names them. Has no
+    effect in "plain" mode or if TensorFlow was imported before.
 
     Args:
-        devices: False for a command that computes nothing by TensorFlow: it takes no GPU, and there is no line.
+        devices: False for commands that compute nothing with TensorFlow: GPUs stay unused and no line is printed.
     """
     if _mode == "plain" or "tensorflow" in sys.modules:
         yield
@@ -69,32 +69,32 @@ def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
         yield
         line = None
         if devices:
-            line = _devices(messages)
+            line = _initialize_devices(messages)
         else:
-            _leave_gpus()
+            _hide_gpus()
     if line:
         tell(line)
 
 
 @contextmanager
 def kept_back(*, show_on_failure: bool = True) -> Iterator[Any]:
-    """Keeps what libraries write to standard error within the block.
+    """Captures what libraries write to standard error within the block.
 
-    No effect but in "quiet" mode. Where the process crashes within the block the messages are lost; "verbose" mode
-    shows them.
+    Only has an effect in "quiet" mode. If the process crashes within the block, the messages are lost; use "verbose"
+    mode to see them.
 
     Args:
-        show_on_failure: whether the messages are shown where the block raises another error than a `UserError`.
+        show_on_failure: print the captured messages if the block raises an error other than `UserError`.
 
     Yields:
-        The binary file that they are written to; None where they are not kept.
+        The binary file with the captured messages, or None if nothing is captured.
     """
     with ExitStack() as files:
-        kept = _redirected(files) if _mode == "quiet" else None
-        if kept is None:
+        capture = _redirect_stderr(files) if _mode == "quiet" else None
+        if capture is None:
             yield None
             return
-        file, terminal = kept
+        file, terminal = capture
         failed = False
         try:
             yield file
@@ -106,53 +106,53 @@ def kept_back(*, show_on_failure: bool = True) -> Iterator[Any]:
             os.dup2(terminal, _STDERR)
             os.close(terminal)
             if failed:
-                print(_content(file), end="", file=sys.stderr)
+                print(_read_messages(file), end="", file=sys.stderr)
 
 
-def _redirected(files: ExitStack) -> tuple[Any, int] | None:
-    """Sends standard error to a file from now on; gives that and the descriptor of what it was, None if that fails."""
+def _redirect_stderr(files: ExitStack) -> tuple[Any, int] | None:
+    """Redirects standard error to a file; returns the file and the original descriptor, or None on failure."""
     try:
-        # no pipe, which could fill up while an import holds Python's lock
+        # not a pipe: it could fill up while an import holds the GIL
         file = files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         terminal = os.dup(_STDERR)
-    except OSError:  # no folder for it, or no standard error
+    except OSError:  # no temporary folder, or standard error is closed
         return None
     sys.stderr.flush()
     os.dup2(file.fileno(), _STDERR)
     return file, terminal
 
 
-def _content(file: Any) -> str:
+def _read_messages(file: Any) -> str:
     file.seek(0)
     return file.read().decode("utf-8", "replace")
 
 
-def _devices(messages: Any) -> str:
-    """Takes the devices that are visible, which TensorFlow does with its first operation, and names them."""
+def _initialize_devices(messages: Any) -> str:
+    """Initialises the visible devices, as the first TensorFlow op would, and returns a line that names them."""
     import tensorflow as tf
 
     visible = tf.config.get_visible_devices("GPU")
     tf.config.list_logical_devices()
     if visible:
-        return "using " + ", ".join(_name(tf, gpu) for gpu in visible)
+        return "using " + ", ".join(_gpu_name(tf, gpu) for gpu in visible)
     cores = counted(available_cpus(), "CPU core")
     if tf.config.list_physical_devices("GPU"):
         return f"using {cores}"
-    reason = why_no_gpu(_content(messages) if messages else "", tf.test.is_built_with_cuda(), _nvidia_devices())
+    reason = why_no_gpu(_read_messages(messages) if messages else "", tf.test.is_built_with_cuda(), _nvidia_devices())
     return f"no GPU found{f' ({reason})' if reason else ''}: using {cores}"
 
 
-def _leave_gpus() -> None:
-    """Takes the CPU alone: an operation that runs later would look for GPUs then, and tell of it."""
+def _hide_gpus() -> None:
+    """Restricts TensorFlow to the CPU; otherwise a later operation would initialise GPUs and print messages."""
     tf = sys.modules.get("tensorflow")
     if tf is not None:
         tf.config.set_visible_devices([], "GPU")
         tf.config.list_logical_devices()
 
 
-def _name(tf: Any, gpu: Any) -> str:
+def _gpu_name(tf: Any, gpu: Any) -> str:
     details = tf.config.experimental.get_device_details(gpu)
-    return f"GPU {gpu.name.rpartition(':')[2]}: {details.get('device_name', 'of unknown name')}"
+    return f"GPU {gpu.name.rpartition(':')[2]}: {details.get('device_name', 'unknown name')}"
 
 
 def _nvidia_devices() -> list[str]:
@@ -160,23 +160,23 @@ def _nvidia_devices() -> list[str]:
 
 
 def why_no_gpu(messages: str, with_cuda: bool, nvidia_devices: Sequence[str]) -> str:
-    """Why TensorFlow uses no NVIDIA GPU, as far as it can be told; empty where the machine has none.
+    """Returns the likely reason why TensorFlow uses no NVIDIA GPU; empty if the machine has none.
 
     Args:
-        messages: of TensorFlow's start.
-        with_cuda: whether TensorFlow is built for CUDA.
-        nvidia_devices: device files of GPUs.
+        messages: messages that TensorFlow printed while it started.
+        with_cuda: True if TensorFlow is built with CUDA.
+        nvidia_devices: device files of the GPUs.
     """
     if not nvidia_devices:
         return ""
-    hiding = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hiding is not None and re.fullmatch(r"\s*(-\d.*)?", hiding):
-        return f"CUDA_VISIBLE_DEVICES={one_line(hiding)} hides {nvidia_devices[0]}"
-    found = [match.group() for pattern in _REASONS if (match := pattern.search(messages))]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and re.fullmatch(r"\s*(-\d.*)?", visible):
+        return f"CUDA_VISIBLE_DEVICES={one_line(visible)} hides {nvidia_devices[0]}"
+    found = [match.group() for pattern in _GPU_ERRORS if (match := pattern.search(messages))]
     if not with_cuda:
         reason = "this TensorFlow is built without CUDA"
     elif found:
         reason = one_line(found[0])
     else:
-        reason = "TensorFlow cannot load all libraries of CUDA: pip install 'x3d_tf[cuda]'"
+        reason = "TensorFlow cannot load all CUDA libraries: pip install 'x3d_tf[cuda]'"
     return f"{nvidia_devices[0]} exists, but {reason}; --verbose shows all messages"

@@ -1,7 +1,7 @@
-"""Text on its way to a terminal: control characters in names and messages from elsewhere are escaped.
+"""Terminal output with control characters escaped, and progress bars.
 
-A terminal obeys control characters: a file's name could clear the screen, retitle the window or hide what follows it.
-Imports no TensorFlow.
+Control characters in file names or messages could clear the screen, retitle the window or hide text. Imports no
+TensorFlow.
 """
 
 import re
@@ -15,24 +15,24 @@ from tqdm import tqdm
 from x3d_tf.files import WriteError
 from x3d_tf.text import plural
 
-# C0 but for tab and line feed, DEL, C1, overrides of the direction of writing, and surrogates, which stand for bytes of
-# file names that are no UTF-8 and cannot be encoded
+# C0 except tab and line feed, DEL, C1, bidirectional overrides, and surrogates, which represent non-UTF-8 bytes of file
+# names and cannot be encoded
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LINE_BREAKS = re.compile("[\n\u2028\u2029]")
-_CURSOR_UP = re.compile("(?:\x1b\\[A)+")  # how tqdm gets from one bar to the one above
+_CURSOR_UP = re.compile("(?:\x1b\\[A)+")  # tqdm moves to the bar above with these
 
 
 class OutputClosed(Exception):
-    """Whatever read standard output, such as `head`, has ended."""
+    """Raised when the reader of standard output, such as `head`, has exited."""
 
 
 def printable(text: str) -> str:
-    """The text with its control characters but tab and line feed as escapes such as `\\x1b`."""
+    """Returns the text with control characters, except tab and line feed, escaped as in `\\x1b`."""
     return _UNSAFE.sub(_escape, text)
 
 
 def one_line(text: object) -> str:
-    """The text as `printable`, with its line breaks as escapes, too: for names within a line, errors and warnings."""
+    """Returns the text with control characters and line breaks escaped, for names, errors and warnings."""
     return _LINE_BREAKS.sub(_escape, printable(str(text)))
 
 
@@ -40,54 +40,54 @@ def _escape(match: re.Match[str]) -> str:
     return match.group().encode("unicode_escape").decode("ascii")
 
 
-def tell(doing: str) -> None:
-    """Prints a line on standard error about what takes a while, above a progress bar if there is one."""
-    tqdm.write(one_line(doing), file=sys.stderr)
+def tell(status: str) -> None:
+    """Prints a status line on standard error, above the progress bar if one is shown."""
+    tqdm.write(one_line(status), file=sys.stderr)
 
 
-def progress_bar(total: int, noun: str, doing: str, **settings: Any) -> "tqdm[Any]":
-    """A progress bar of things that are counted one by one.
+def progress_bar(total: int, noun: str, action: str, **settings: Any) -> "tqdm[Any]":
+    """Returns a progress bar that counts items.
 
     Args:
-        total: how many there are.
-        noun: what they are, in the singular.
-        doing: what becomes of them.
-        **settings: further ones of `tqdm`.
+        total: number of items.
+        noun: noun for the items, in the singular.
+        action: description of the task, at the start of the bar.
+        **settings: other arguments of `tqdm`.
     """
-    things = plural(noun) if total != 1 else noun
-    bar_format = f"{{desc}}: {{n_fmt}}/{{total_fmt}} {things} |{{bar:20}}| {{remaining}} left"
-    return tqdm(total=total, desc=doing, bar_format=bar_format, mininterval=1.0, **settings)
+    items = plural(noun) if total != 1 else noun
+    bar_format = f"{{desc}}: {{n_fmt}}/{{total_fmt}} {items} |{{bar:20}}| {{remaining}} left"
+    return tqdm(total=total, desc=action, bar_format=bar_format, mininterval=1.0, **settings)
 
 
 class Terminal:
-    """Text stream over standard output or standard error that prints what is `printable`.
+    """Text stream that wraps standard output or standard error and escapes control characters.
 
     Args:
-        stream: to write to.
-        bars: whether it is the one with progress bars, which start with a carriage return and stay one line. Errors of
-            that stream are dropped: there is nowhere to tell of them.
+        stream: stream to write to.
+        bars: True for the stream that shows progress bars, whose lines start with a carriage return. Write errors of
+            that stream are ignored because they cannot be reported anywhere.
 
     Raises:
-        OutputClosed: by the methods that write: nobody reads any more.
-        WriteError: by the methods that write: the disk is full.
+        OutputClosed: the reader of the stream has exited (raised by the methods that write).
+        WriteError: the disk is full (raised by the methods that write).
     """
 
     def __init__(self, stream: TextIO, *, bars: bool = False) -> None:
         self._stream, self._bars = stream, bars
 
     def write(self, text: str) -> int:
-        """Writes text, escaped."""
-        self._do(self._stream.write, self._escaped(text))
+        """Writes text with control characters escaped."""
+        self._call(self._stream.write, self._escaped(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Writes several texts, escaped."""
+        """Writes lines with control characters escaped."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Passes on what was written."""
-        self._do(self._stream.flush)
+        """Flushes the stream."""
+        self._call(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -97,7 +97,7 @@ class Terminal:
             return "\r" + one_line(text[1:])
         return text if self._bars and _CURSOR_UP.fullmatch(text) else printable(text)
 
-    def _do(self, action: Any, *arguments: str) -> None:
+    def _call(self, action: Any, *arguments: str) -> None:
         if self._bars:
             with suppress(OSError):
                 action(*arguments)

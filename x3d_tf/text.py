@@ -1,6 +1,6 @@
-"""Checks of text from outside: names of classes, and numbers; text for command lines; counts. Imports no TensorFlow.
+"""Strict parsing of numbers and class names, and formatting of counts and flags. Imports no TensorFlow.
 
-Python's `int` and `float` also take underscores and digits of other scripts, and `int` raises from 4,300 digits on.
+Python's `int` and `float` also accept underscores and non-ASCII digits, and `int` raises above 4,300 digits.
 """
 
 import json
@@ -15,49 +15,49 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def whole(text: str) -> int | None:
-    """The whole number of 1 to 18 ASCII digits that the text is; None where it is none."""
+    """Returns the integer for a text of 1 to 18 ASCII digits, or None for any other text."""
     return int(text) if _DIGITS.fullmatch(text) else None
 
 
 def decimal(text: str) -> float:
-    """The finite number that the text is, such as `-1`, ` .5` or `1e-3`; nan where it is none."""
+    """Returns the finite number for a text such as `-1`, ` .5` or `1e-3`, or nan for any other text."""
     value = float(text) if _NUMBER.fullmatch(text.strip(" \t")) else math.nan
     return value if math.isfinite(value) else math.nan
 
 
 def binding_flag(name: str, value: str | float) -> str:
-    """A setting as it stands on a command line that is printed to be copied, whatever the text of its value."""
+    """Returns a --gin_bindings flag for a setting, quoted so that the printed command can be copied into a shell."""
     return "--gin_bindings=" + shlex.quote(f"{name}={json.dumps(value, ensure_ascii=False)}")
 
 
 def plural(noun: str) -> str:
-    """The plural of an English noun that forms it by a rule: `clip`, `class`, `box`, `entry`."""
+    """Returns the plural of a regular English noun, such as `clip`, `class`, `box` or `entry`."""
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
     return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def counted(count: int, noun: str) -> str:
-    """How many there are of something: `1 clip`, `2 clips`; the noun is given in the singular."""
+    """Returns a count with its noun, such as `1 clip` or `2 clips`; `noun` is in the singular."""
     return f"{count} {noun if count == 1 else plural(noun)}"
 
 
 def check_class_name(name: object, where: str) -> None:
-    """Raises `UserError` unless the name of a class can be one line of a text file.
+    """Raises `UserError` if a class name is not exactly one line of text.
 
-    Lists of classes have one name a line: a name of two lines, or of none, would shift those after it.
+    Class lists have one name per line, so an empty or multi-line name would shift the names after it.
 
     Args:
-        name: of a class, from outside.
-        where: begins the message: file and line, or the setting.
+        name: untrusted class name.
+        where: file and line, or setting, that begins the message.
     """
-    good = isinstance(name, str) and name.splitlines() == [name] and "\0" not in name and _is_unicode(name)
-    require(good, where, "name a class in one line of text, without line breaks or NUL", name)
+    valid = isinstance(name, str) and name.splitlines() == [name] and "\0" not in name and _is_encodable(name)
+    require(valid, where, "name a class in one line of text, without line breaks or NUL", name)
 
 
-def _is_unicode(name: str) -> bool:
+def _is_encodable(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # a half of a surrogate pair, as JSON can have it
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can contain
         return False
     return True

@@ -1,14 +1,15 @@
-"""Trains an X3D network, tests it and saves it; a run that was stopped goes on where it was.
+"""Trains an X3D network, evaluates it and saves it; resumes an interrupted run.
 
-On made-up videos, with nothing to download:
+Train on a synthetic dataset (nothing to download):
   python -m x3d_tf.train --gin_file=gin/x3d_s.gin
 
-On your own, once build_records has made records of them:
+Train on your own videos, after build_records has converted them to records:
   python -m x3d_tf.train --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin \\
       --gin_bindings='DatasetSpec.records="data/mine"' --workdir=runs/mine
 
-Files given later win, bindings win over files. The run folder holds the configuration, checkpoints, history.csv,
-curves.png, TensorBoard's files and, in the end, model.keras and evaluation/.
+Later files override earlier ones, and bindings override files. The run folder holds the configuration, checkpoints,
+history.csv, curves.png and TensorBoard logs and, once training has finished, model.keras and evaluation/.
+Give the same command again to resume a run from its last checkpoint.
 """
 
 from pathlib import Path
@@ -29,17 +30,17 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     gin_config.define_flags(required=True)
-    flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the first gin file> unless given.")
+    flags.DEFINE_string("workdir", None, "Run folder. Defaults to runs/<name of the first gin file>.")
     flags.DEFINE_bool(
         "allow_other_groups",
         False,
-        "Resume although batch norm has other groups than before (another number of devices, another accumulation), "
-        "which changes the outcome.",
+        "Resume even if the batch-norm groups differ from those of the checkpoint because the number of devices or "
+        "Execution.accumulation has changed. This changes the result.",
     )
 
 
 def main() -> None:
-    """Trains and tests as the flags say."""
+    """Trains and evaluates the network that the flags configure."""
     parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
     _check_paths(config, RunFolder(workdir))
@@ -52,20 +53,20 @@ def main() -> None:
         use_single_threaded_ops(num_batch_slices(clips, config.model.bn_group))
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
     run = train(config, workdir, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
-    config = run.read_config()  # whose records may have another place than those of a finished run
+    config = run.read_config()  # a finished run keeps the path of the records that it was trained on
     detects = describe(run.root).task == "detection"
     report = detector_report_folder(run) if detects else report_folder(run, config.dataset, config.test_views)
     if not (report / "results.json").is_file():
         evaluate_run(run)
     files = ", ".join(sorted(path.name for path in report.glob("[!.]*")))
     print(
-        f"model:   {run.model}, fed as {run.input.name} says\n"
+        f"model:   {run.model} (input format: {run.input.name})\n"
         f"curves:  {run.curves} (and tensorboard --logdir={run.tensorboard})\nresults: {report}/: {files}"
     )
 
 
 def _check_paths(config: TrainConfig, run: RunFolder) -> None:
-    """Raises what `train` would raise of paths, before TensorFlow, which takes seconds, is imported."""
+    """Checks the paths that `train` reads before importing TensorFlow, which takes seconds."""
     run.check(config)
     if config.init is not None and not run.has_checkpoint:
         describe(config.init)

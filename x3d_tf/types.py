@@ -1,4 +1,4 @@
-"""Types that several packages share: how the frames of records were stored, and how those of a clip are chosen.
+"""Types shared by several packages: clip and view specifications, annotations, and storage formats.
 
 Imports no TensorFlow.
 """
@@ -9,23 +9,23 @@ from typing import Any, Literal, NamedTuple
 
 from x3d_tf.errors import check_field_types, require
 
-# A clip has one class, or any number of them; or each of the boxes on its middle frame has any number.
+# One class per clip; any number of classes per clip; any number of classes per box on the clip's middle frame.
 Task = Literal["single_label", "multi_label", "detection"]
 Box = tuple[float, float, float, float]
 FrameSampling = Literal["slowfast", "exact"]
 ClipStarts = Literal["offset", "slowfast"]
 
-MAX_VIEWS = 1000  # clips of a video that a prediction is the mean of; the number may come from someone else's file
-_MAX_SHORT_SIDE = 65535  # pixels: no JPEG file has a longer side
+MAX_VIEWS = 1000  # limit for the clips that a prediction averages; the number may come from an untrusted file
+_MAX_SHORT_SIDE = 65535  # pixels: the limit of the JPEG format
 
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """What a network sees of a video.
+    """Input clip of a network.
 
     Attributes:
-        frames: frames of a clip, T.
-        stride: source frames from one to the next, τ, counted at 30 frames per second; need not be whole.
+        frames: number of frames per clip, T.
+        stride: distance between successive frames, τ, in source frames at 30 frames per second; may be fractional.
         size: side of the square crop in pixels, S.
     """
 
@@ -42,14 +42,14 @@ class ClipSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """The views of a video that testing averages over (paper section 4, "K-Center" and "K-LeftCenterRight").
+    """Views of a video that an evaluation averages over (paper section 4, "K-Center" and "K-LeftCenterRight").
 
     Attributes:
-        temporal_views: clips spread over the video, K.
-        spatial_crops: 1 (the centre) or 3 (left, centre, right; top, centre, bottom of upright videos).
+        temporal_views: number of clips spread over the video, K.
+        spatial_crops: 1 (centre) or 3 (left, centre and right; top, centre and bottom for portrait videos).
         resize: short side in pixels to which frames are scaled.
         crop: side of the square crop in pixels, at most `resize`.
-        stretch: whether both sides are scaled to `resize`, so that the crop sees all of a wide frame, but for its rim.
+        stretch: resize both sides to `resize`, ignoring the aspect ratio.
     """
 
     temporal_views: int = 10
@@ -69,21 +69,21 @@ class ViewSpec:
 
     @property
     def views(self) -> int:
-        """Clips of one video, K times crops. View v is clip v // spatial_crops, crop v % spatial_crops."""
+        """Number of views per video. View v is crop v % spatial_crops of clip v // spatial_crops."""
         return self.temporal_views * self.spatial_crops
 
 
 class Annotation(NamedTuple):
-    """What is known of a frame of a video, its key frame: who does what, and what a detector of persons found.
+    """Annotations of a key frame: labelled boxes, and proposals from a person detector.
 
-    Boxes are x1, y1, x2, y2 in [0, 1] of the frame.
+    Boxes are (x1, y1, x2, y2) as fractions of the frame, in [0, 1].
 
     Attributes:
-        second: of the file, where the frame is.
-        boxes: each once.
-        labels: of each box its classes, ascending indices; none of a box alone.
-        proposals: boxes found.
-        scores: of the proposals.
+        second: time of the key frame in the file, in seconds.
+        boxes: distinct annotated boxes.
+        labels: class indices of each box, ascending; empty for a box without labels.
+        proposals: boxes of the person detector.
+        scores: scores of the proposals.
     """
 
     second: float
@@ -95,16 +95,16 @@ class Annotation(NamedTuple):
 
 @dataclass(frozen=True)
 class Storage:
-    """How the frames of records were stored. A network that was trained on them expects frames that went the same way.
+    """Storage format of the frames in records; predictions apply the same format to their frames.
 
-    None in place of it: the frames were not stored, as of weights that were trained elsewhere.
+    None instead of a `Storage` means that frames were not re-encoded, as for weights trained with other software.
 
     Attributes:
-        short_side: pixels to which the short side of larger frames was scaled, 1..65535; smaller ones kept their size.
-        jpeg_quality: of the JPEG files, 1..95. Folders of images may hold JPEG files that were taken as they were.
+        short_side: short side in pixels to which larger frames were scaled, 1..65535; smaller frames kept their size.
+        jpeg_quality: JPEG quality, 1..95. JPEG files in folders of images may have been stored unchanged.
 
     Raises:
-        SettingTypeError, UserError: naming the field, the rule and the value received.
+        SettingTypeError, UserError: names the field, the rule and the value received.
     """
 
     short_side: int
@@ -118,18 +118,18 @@ class Storage:
 
 
 def stored_to_json(stored: Storage | None) -> dict[str, int] | str:
-    """Returns what files say of the frames: {"short_side": 96, "jpeg_quality": 95}, or "none"."""
+    """Returns the JSON value for a storage format: {"short_side": 96, "jpeg_quality": 95}, or "none"."""
     return "none" if stored is None else asdict(stored)
 
 
 def stored_from_json(value: Any) -> Storage | None:
-    """Reads and checks what `stored_to_json` made.
+    """Parses and checks the output of `stored_to_json`.
 
     Raises:
-        UserError: something else.
+        UserError: the value is invalid.
     """
     if value == "none":
         return None
-    named = isinstance(value, dict) and set(value) == {"short_side", "jpeg_quality"}
-    require(named, "stored", 'be "none" or have short_side and jpeg_quality', value)
+    valid = isinstance(value, dict) and set(value) == {"short_side", "jpeg_quality"}
+    require(valid, "stored", 'be "none" or have short_side and jpeg_quality', value)
     return Storage(**value)

@@ -1,4 +1,4 @@
-"""The wheel, built from a copy of what it is made of, so that the checkout stays as it is."""
+"""Builds the wheel from a copy of the sources, so that the checkout is not changed."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ PLACES = {"x3d_tf": Path("x3d_tf"), "export": Path("x3d_tf/export"), "gin": Path
 
 
 def copied_tree(folder: Path) -> Path:
-    """A copy, in `folder/tree`."""
+    """Copies the sources to `folder/tree` and returns that folder."""
     tree = folder / "tree"
     for name in PLACES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -20,7 +20,7 @@ def copied_tree(folder: Path) -> Path:
 
 
 def built_wheel(tree: Path) -> Path:
-    """The wheel's file, in `out` beside the tree."""
+    """Builds the wheel in `out`, next to the tree, and returns its path."""
     folder = tree.parent
     options = ["--no-build-isolation", "--no-deps", "--no-index", "-w", "out"]
     command = [sys.executable, "-m", "pip", "wheel", *options, f"./{tree.name}"]

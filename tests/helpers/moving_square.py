@@ -1,4 +1,4 @@
-"""Small records for tests: a bright square on black that moves left or right."""
+"""Small records for tests: a bright square that moves left or right on a black background."""
 
 import io
 from collections.abc import Sequence
@@ -19,11 +19,18 @@ FRAMES, SIDE, SQUARE = 10, 56, 20
 def write_records(
     folder: Path, videos: int, classes: Sequence[str] = ("left", "right"), *, also: Sequence[str] = ()
 ) -> None:
-    """Records of `videos` videos, the classes in turn, in one split called train; all are of `also`, too."""
+    """Writes records with one split, train.
+
+    Args:
+        folder: folder of the records.
+        videos: number of videos.
+        classes: classes, assigned to the videos in turn.
+        also: further classes of every video, which make the task multi-label.
+    """
     folder.mkdir(parents=True)
     names = (*classes, *also)
-    others = tuple(range(len(classes), len(names)))
-    sources = [Source(f"square/{number}", (number % len(classes), *others)) for number in range(videos)]
+    extra_labels = tuple(range(len(classes), len(names)))
+    sources = [Source(f"square/{number}", (number % len(classes), *extra_labels)) for number in range(videos)]
     encoded = (
         EncodedVideo(_frames(number, -1 if source.labels[0] == 0 else 1), 30.0) for number, source in enumerate(sources)
     )

@@ -1,7 +1,7 @@
-"""pytorchvideo's X3D with the weights of the recipe. Needs torch and pytorchvideo, so tests import it when they run.
+"""pytorchvideo's X3D with deterministic weights. Requires torch and pytorchvideo, so tests import it lazily.
 
-On the way to its networks pytorchvideo 0.1.5 takes one name from torchvision, for detection, which X3D does not use. An
-empty stand-in gives it: torchvision is one more large package, tied to a single version of torch.
+pytorchvideo 0.1.5 imports torchvision for detection, which X3D does not use. An empty stub replaces torchvision,
+because it is a large package tied to a single version of torch.
 """
 
 import sys
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 def _import() -> tuple[Any, Any]:
-    stand_ins: dict[str, Any] = {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
-    stand_ins["torchvision.ops"].RoIAlign = None
-    replaced = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
-    sys.modules.update(stand_ins)
+    stubs: dict[str, Any] = {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
+    stubs["torchvision.ops"].RoIAlign = None
+    replaced = {name: sys.modules[name] for name in stubs if name in sys.modules}
+    sys.modules.update(stubs)
     try:
         from pytorchvideo.models import x3d
         from pytorchvideo.models.accelerator.mobile_cpu import efficient_x3d
     finally:
-        for name in stand_ins:
+        for name in stubs:
             del sys.modules[name]
         sys.modules.update(replaced)
     return x3d, efficient_x3d
@@ -40,7 +40,7 @@ def _import() -> tuple[Any, Any]:
 
 x3d, efficient_x3d = _import()
 
-# XS to M as pytorchvideo publishes them, L with the depth that its builder's text gives, XL with the paper's width.
+# XS to M as published by pytorchvideo, L with the depth in its builder's documentation, XL with the paper's width.
 SETTINGS: dict[str, dict[str, Any]] = {
     "x3d_xs": {"input_clip_length": 4, "input_crop_size": 160},
     "x3d_s": {"input_clip_length": 13, "input_crop_size": 160},
@@ -52,13 +52,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """A network of pytorchvideo's, in evaluation mode.
+    """A pytorchvideo network in evaluation mode.
 
     Attributes:
-        network: which of ours is the same.
-        naming: of its weights.
-        model: from normalised clips (N, 3, T, H, W) to logits, or to probabilities if it was made so.
-        stages: those of its modules whose outputs have a name in our networks.
+        network: our equivalent network.
+        naming: naming scheme of the weights.
+        model: the module, from normalised clips (N, 3, T, H, W) to logits, or to probabilities if so configured.
+        stages: modules by the name that their output has in our networks.
     """
 
     network: str | Expansion
@@ -67,7 +67,7 @@ class Reference:
     stages: dict[str, Any]
 
     def __call__(self, clips: np.ndarray) -> dict[str, np.ndarray]:
-        """The outputs of all stages, channels last, and the `logits` on clips (N, T, H, W, 3), RGB in 0..255."""
+        """Returns the outputs of all stages, channels last, and the `logits` for RGB clips (N, T, H, W, 3)."""
         outputs: dict[str, np.ndarray] = {}
 
         def keep(stage: str) -> Any:
@@ -81,10 +81,10 @@ class Reference:
         return outputs
 
     def train(self, clips: np.ndarray, labels: np.ndarray, rates: Sequence[float], l2: float) -> dict[str, np.ndarray]:
-        """Steps of Nesterov's gradient descent on one batch; `l2` spares what batch norms learn.
+        """Trains with Nesterov momentum on one batch; `l2` does not apply to batch norm.
 
         Returns:
-            The gradients of the first step, by name.
+            The gradients of the first step by name.
         """
         descent = optimizer(self.model, rates[0], l2)
         gradients: dict[str, np.ndarray] = {}
@@ -101,21 +101,21 @@ class Reference:
         return gradients
 
     def state(self) -> dict[str, np.ndarray]:
-        """Weights and statistics by name, as they are now."""
+        """Returns copies of the current weights and statistics by name."""
         return {name: tensor.numpy().copy() for name, tensor in self.model.state_dict().items()}
 
     def load(self, path: Path) -> None:
-        """Takes the weights of a file, every one of them and no other."""
+        """Loads the weights of a file with strict=True."""
         self.model.load_state_dict(torch.load(path, weights_only=True)["model_state"], strict=True)
 
     def normalized(self, clips: np.ndarray) -> Any:
-        """Clips as pytorchvideo's recipes feed them."""
+        """Returns clips normalised as in pytorchvideo's recipes."""
         dtype = next(self.model.parameters()).dtype
         return torch.from_numpy((clips / 255 - 0.45) / 0.225).permute(0, 4, 1, 2, 3).to(dtype)
 
 
 def optimizer(model: Any, rate: float, l2: float) -> Any:
-    """Nesterov's gradient descent with momentum 0.9; `l2` spares what batch norms learn."""
+    """Returns SGD with Nesterov momentum 0.9; `l2` does not apply to batch norm."""
     modules = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm3d)]
     norms = [parameter for module in modules for parameter in module.parameters()]
     others = list(set(model.parameters()) - set(norms))
@@ -132,14 +132,14 @@ def standard(
     softmax: bool = False,
     double: bool = False,
 ) -> Reference:
-    """One of `SETTINGS`, without dropout.
+    """Returns a network of `SETTINGS` without dropout.
 
     Args:
-        name: of the network.
-        clip: frames and pixels of its clips instead of its own.
-        num_classes: outputs of the classifier.
-        softmax: leave pytorchvideo's default at the end, which gives probabilities.
-        double: in float64 instead of float32.
+        name: name of the network.
+        clip: frames and pixels of the clips, to replace those of the network.
+        num_classes: number of classifier outputs.
+        softmax: keep pytorchvideo's final softmax.
+        double: use float64 instead of float32.
     """
     settings, network = SETTINGS[name], as_expansion(name)
     if clip is not None:
@@ -154,7 +154,7 @@ def standard(
 
 
 def mobile(name: str, *, num_classes: int = 400, double: bool = False) -> Reference:
-    """The form for mobile processors, of XS to L, which has every shortcut's batch norm and pools globally."""
+    """Returns the mobile form of XS to L, which has batch norm in every shortcut and global pooling."""
     expansion = name.removeprefix("x3d_").upper()
     model = efficient_x3d.create_x3d(expansion=expansion, num_classes=num_classes, dropout=0.0)
     stages = dict(zip(("conv1", "res2", "res3", "res4", "res5"), (model.s1, model.s2, model.s3, model.s4, model.s5)))
@@ -163,14 +163,14 @@ def mobile(name: str, *, num_classes: int = 400, double: bool = False) -> Refere
 
 
 def named(reference: Reference) -> list[tuple[WeightName, WeightName]]:
-    """Each weight as PySlowFast names it, which the recipe goes by, and as the reference does."""
+    """Returns for each weight its names in PySlowFast, on which its values depend, and in the reference."""
     options = ModelOptions(shortcut_norm="on_width_change" if reference.naming == "pytorchvideo" else "always")
     architecture = plan(as_expansion(reference.network), options)
     return list(zip(names(architecture, "slowfast"), names(architecture, reference.naming), strict=True))
 
 
 def _with_recipe_weights(reference: Reference, double: bool) -> Reference:
-    """The same, each of its weights set, and no other than those that our table names."""
+    """Sets the weights that our table of names lists, which must be all weights, and returns the reference."""
     model = reference.model.eval().to(torch.float64 if double else torch.float32)
     fresh = model.state_dict()
     state = {key: tensor for key, tensor in fresh.items() if key.endswith(".num_batches_tracked")}
@@ -181,7 +181,7 @@ def _with_recipe_weights(reference: Reference, double: bool) -> Reference:
 
 
 def imported(reference: Reference, folder: Path, head_pool: str) -> "X3D":
-    """Our network with the reference's weights, all of them, by way of a file."""
+    """Imports all weights of the reference into our network through a file."""
     from x3d_tf.modeling.pytorch.convert import import_checkpoint
 
     path = folder / "reference.pyth"

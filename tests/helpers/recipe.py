@@ -1,6 +1,6 @@
-"""Weights and clips that two implementations make alike from their names, so that only outputs need storing.
+"""Deterministic weights and clips that any implementation can generate from names, so that only outputs are stored.
 
-The recipe gives batch norms statistics, scales and shifts that matter: fresh ones would hide a weight that went astray.
+Batch norms get non-trivial statistics, scales and shifts, because initial values would hide wrongly assigned weights.
 Imports no TensorFlow.
 """
 
@@ -15,7 +15,7 @@ from x3d_tf.modeling.pytorch.weight_names import Naming, WeightName, names, sour
 if TYPE_CHECKING:
     from x3d_tf import X3D
 
-FLOAT64_BOUND = 1e-8  # of the largest entry
+FLOAT64_BOUND = 1e-8  # relative to the largest entry
 
 
 def rng(name: str) -> np.random.Generator:
@@ -23,12 +23,12 @@ def rng(name: str) -> np.random.Generator:
 
 
 def clips(name: str, *shape: int) -> np.ndarray:
-    """Clips (N, T, H, W, 3), RGB, uint8."""
+    """Returns random clips (N, T, H, W, 3), RGB, uint8."""
     return rng(name).integers(0, 256, (*shape, 3), dtype=np.int64).astype(np.uint8)
 
 
 def recipe_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weight that both sides make from its name in PySlowFast and its shape in PyTorch, float64."""
+    """Returns the weight for a name in PySlowFast and a shape in PyTorch, float64."""
     draw = rng(name)
     if name.endswith("running_var"):
         return 0.5 + draw.random(shape)
@@ -44,7 +44,7 @@ def recipe_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def named_weights(model: "X3D", naming: Naming = "slowfast") -> list[tuple[WeightName, Any]]:
-    """Each of a network's variables with its name elsewhere."""
+    """Returns the variables of a network with their names in another library."""
     named = names(plan(model.expansion, model.options), naming)
     return [(name, getattr(model.get_layer(name.layer), name.weight)) for name in named]
 
@@ -56,7 +56,7 @@ def give_recipe_weights(model: "X3D") -> None:
 
 
 def difference(actual: Any, expected: np.ndarray) -> float:
-    """The largest difference of two arrays over the largest entry of the expected one."""
+    """Returns the largest difference of two arrays, relative to the largest expected entry."""
     actual = np.asarray(actual)
     assert actual.shape == expected.shape, f"the shape is {actual.shape}, not {expected.shape}"
     largest = np.abs(expected).max()
@@ -64,20 +64,20 @@ def difference(actual: Any, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / largest)
 
 
-def assert_close(actual: Any, expected: np.ndarray, bound: float = FLOAT64_BOUND, what: str = "the array") -> None:
-    """Holds an array within `bound` of the largest entry of the expected one."""
-    found = difference(actual, expected)
-    assert found <= bound, f"{what} differs by {found:.1e} of its largest entry, and {bound:.0e} is allowed"
+def assert_close(actual: Any, expected: np.ndarray, bound: float = FLOAT64_BOUND, label: str = "the array") -> None:
+    """Asserts that an array differs by at most `bound`, relative to the largest expected entry."""
+    error = difference(actual, expected)
+    assert error <= bound, f"{label} differs by {error:.1e} of its largest entry; {bound:.0e} is allowed"
 
 
 def probes(name: str, array: np.ndarray) -> np.ndarray:
-    """Norm and two random projections of an array in PyTorch's layout; `name` makes the projections."""
+    """Returns the norm and two random projections of an array in PyTorch's layout; `name` seeds the projections."""
     draws = [rng(f"{name}/probe{i}").standard_normal(array.shape) for i in (0, 1)]
     return np.array([np.linalg.norm(array), *(np.sum(draw * array) for draw in draws)])
 
 
 def assert_probes(name: WeightName, array: Any, expected: np.ndarray) -> None:
-    """Holds norm and projections of an array of ours to those of PySlowFast's or pytorchvideo's."""
+    """Asserts that norm and projections of our array equal those of PySlowFast or pytorchvideo."""
     actual = probes(name.source, to_source(np.asarray(array), name.kind))
     assert expected[0] > 0, f"{name.source}: nothing to compare with"
     allowed = FLOAT64_BOUND * expected[0] * np.sqrt(np.size(array))

@@ -1,9 +1,9 @@
-"""Lets processes work for long: after the first tenth, memory grows by less than 2 % and open files by none.
+"""Runs long jobs: after the first tenth, memory must grow by less than 2 %, and the number of open files not at all.
 
-3,000 steps of training, 300 videos predicted by one command, 2,000 requests to a served SavedModel (behind the loopback
-REST service of tests/rest_service.py, asked by the package's client). Memory is the process's resident set and is
-sampled as it works; compared are the highest of the second tenth and the highest of the last, because a checkpoint or
-a video that is decoded holds more for a moment. Servers are measured, and so is the client that asks.
+The jobs are 3,000 training steps, predictions for 300 videos by one command, and 2,000 requests to a served SavedModel
+(through the loopback REST service of tests/helpers/rest_service.py, with the package's client). Memory is the resident
+set size. The peak in the second tenth of a job is compared with the peak in the last tenth, because checkpoints and
+decoded videos take more memory for a moment. Both the server and the client are measured.
 
   python tests/trials/endurance.py
   python tests/trials/endurance.py --only=training --steps=3000  # or predicting, --videos=300; serving, --requests=2000
@@ -36,19 +36,19 @@ from harness import (
     succeeded,
 )
 
-MOST_GROWTH = 0.02
-EVERY = 0.1  # seconds between two samples
+MAX_GROWTH = 0.02
+INTERVAL = 0.1  # seconds between samples
 
 
 @dataclass
 class Samples:
-    """What a process held as its work went on.
+    """Memory and open files of a process over the progress of its job.
 
     Attributes:
-        pid: of the process.
-        done: parts of the work, in [0, 1], at each sample.
-        memory: bytes.
-        files: open files.
+        pid: process id.
+        done: progress in [0, 1] at each sample.
+        memory: memory in bytes at each sample.
+        files: number of open files at each sample.
     """
 
     pid: int
@@ -57,18 +57,18 @@ class Samples:
     files: list[int] = field(default_factory=list)
 
     def take(self, done: float) -> None:
-        """Looks at the process."""
-        if held := resident(self.pid):
+        """Takes a sample."""
+        if memory := resident(self.pid):
             self.done.append(done)
-            self.memory.append(held)
+            self.memory.append(memory)
             self.files.append(open_files(self.pid))
 
     def highest(self, values: list[int], low: float, high: float) -> int:
-        """The highest value while so much of the work had been done."""
+        """Returns the highest value while the progress was between `low` and `high`."""
         return max((value for done, value in zip(self.done, values) if low <= done <= high), default=0)
 
     def problem(self, report: Report, name: str) -> str | None:
-        """Why the process has grown too much."""
+        """Returns a message if the process has grown too much, or None."""
         early, late = (self.highest(self.memory, low, low + 0.1) for low in (0.1, 0.9))
         files, files_late = (self.highest(self.files, low, low + 0.1) for low in (0.1, 0.9))
         if not early or not late:
@@ -76,11 +76,11 @@ class Samples:
         growth = late / early - 1
         words = f"{early / 1e6:.1f} to {late / 1e6:.1f} MB ({growth:+.2%}), {files} to {files_late} open files"
         report.notes[name] = words
-        return words if growth >= MOST_GROWTH or files_late > files else None
+        return words if growth >= MAX_GROWTH or files_late > files else None
 
 
 def training(report: Report, folder: Path) -> str | None:
-    """A run with five checkpoints in each tenth of its steps."""
+    """Trains with five checkpoints in each tenth of the steps."""
     steps, workdir = report.chosen.steps, folder / "run"
     every = max(steps // 50, 1)
     config = folder / "tiny.gin"
@@ -90,7 +90,7 @@ def training(report: Report, folder: Path) -> str | None:
     samples = Samples(command.process.pid)
     while command.process.poll() is None and not (workdir / "model.keras").exists():
         samples.take(_newest(workdir) / steps)
-        time.sleep(EVERY)
+        time.sleep(INTERVAL)
         if time.monotonic() - command.started > report.chosen.seconds:
             break
     return succeeded(command.wait()) or samples.problem(report, f"training, {steps} steps")
@@ -102,7 +102,7 @@ def _newest(workdir: Path) -> int:
 
 
 def predicting(report: Report, folder: Path) -> str | None:
-    """A folder of links to 30 videos; each video that is done prints its name."""
+    """Predicts a folder of links to 30 videos; the command prints the name of each finished video."""
     count = report.chosen.videos
     originals = sorted(make_videos(folder / "originals", 30).rglob("*.mp4"))
     (folder / "videos").mkdir()
@@ -112,21 +112,21 @@ def predicting(report: Report, folder: Path) -> str | None:
     words = ("x3d_tf.predict", f"--model={model}", f"--csv={folder / 'out.csv'}", str(folder / "videos"))
     line = [sys.executable, "-u", "-m", *words]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        ends = threading.Timer(report.chosen.seconds, process.kill)
-        ends.start()
+        timer = threading.Timer(report.chosen.seconds, process.kill)
+        timer.start()
         samples, done = Samples(process.pid), 0
         for printed in process.stdout or ():
             if str(folder / "videos") in printed:
                 done += 1
                 samples.take(done / count)
-        ends.cancel()
+        timer.cancel()
     if process.returncode or done < count:
         return f"exit status {process.returncode} after {done} videos"
     return samples.problem(report, f"predicting, {count} videos")
 
 
 def serving(report: Report, folder: Path) -> str | None:
-    """Requests of JPEG files to a served model, by the package's client in this process."""
+    """Sends JPEG files to a served model with the package's client in this process."""
     from video_fixtures import numbered_frames  # type: ignore[import-not-found]
 
     from export.serving.client import rest_classifier
@@ -154,7 +154,7 @@ def serving(report: Report, folder: Path) -> str | None:
 
 @contextmanager
 def served(version: Path) -> Iterator[tuple[str, int]]:
-    """A process that serves a SavedModel; gives its address and its id."""
+    """Starts a process that serves a SavedModel; yields its address and process id."""
     line = [sys.executable, __file__, f"--serve={version}"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -165,7 +165,7 @@ def served(version: Path) -> Iterator[tuple[str, int]]:
 
 
 def serve(version: str) -> None:
-    """What the server's process does: prints its address, and serves until it is ended."""
+    """Serves a SavedModel until the process is killed; prints the address first."""
     import tensorflow as tf
     from rest_service import serve as serve_rest  # type: ignore[import-not-found]
 
@@ -175,7 +175,7 @@ def serve(version: str) -> None:
 
 
 def save_model_in_worker(path: Path) -> Path:
-    """A tiny model file, made in another process, whose memory goes with it."""
+    """Saves a tiny model file in another process, so that this process does not load TensorFlow."""
     if not path.exists():
         Worker(_saver, str(path)).close()
     return path
@@ -187,7 +187,7 @@ def _saver(path: str) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Runs the trials, one after the other: others would disturb the memory of the machine."""
+    """Runs the trials one at a time, so that they do not compete for memory."""
     if len(sys.argv) == 2 and sys.argv[1].startswith("--serve="):
         serve(sys.argv[1].partition("=")[2])
         return
@@ -196,10 +196,10 @@ def main() -> None:
     with scratch() as folder:
         for number in range(chosen.count):
             for name, trial in {"training": training, "predicting": predicting, "serving": serving}.items():
-                own = folder / f"{name}{number}"
-                own.mkdir()
+                trial_folder = folder / f"{name}{number}"
+                trial_folder.mkdir()
                 chosen.jobs = 1
-                report.run([(f"{name} {number}", partial(trial, report, own))])
+                report.run([(f"{name} {number}", partial(trial, report, trial_folder))])
     report.close()
 
 

@@ -1,7 +1,7 @@
-"""What the trials share: commands with limits, workers that a watchdog ends, tiny videos, records and runs, results.
+"""Shared code of the trials: commands and workers with limits, tiny videos, records and runs, and results.
 
-Trials are run by hand, one after the other. They attack the package of the checkout they lie in, as users would: by its
-commands, in processes with limits of time and memory, and by its public functions.
+Trials are stress tests that are run by hand, one at a time. They exercise the package of this checkout as users would:
+through its commands, in processes with time and memory limits, and through its public functions.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # of two trials at a time, each would take the whole GPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # parallel trials would each allocate the complete GPU
 
-SECONDS = 120.0  # that a command may take unless told otherwise
-MEGABYTES = 4000.0  # that it may hold, all its processes together
+SECONDS = 120.0  # default time limit of a command
+MEGABYTES = 4000.0  # default memory limit of a command with all its processes
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
-NETWORK = {  # the smallest: one block a stage, 4 frames of 32 x 32
+NETWORK = {  # the smallest: one block per stage, 4 frames of 32 x 32 pixels
     "Expansion.gamma_tau": 1,
     "Expansion.gamma_t": 4,
     "Expansion.gamma_s": 32 / 112,
@@ -44,14 +44,14 @@ NETWORK = {  # the smallest: one block a stage, 4 frames of 32 x 32
 }
 
 
-TO_END: dict[int, Callable[[], Any]] = {}  # how to end what is under way, by object
+CLEANUPS: dict[int, Callable[[], Any]] = {}  # functions that stop running processes, by object id
 
 
 def _end_all(number: int, _: Any) -> None:
-    """Ends with the trial, stopped by a signal, whatever it has started: commands have sessions of their own."""
-    for end in [*TO_END.values()][::-1]:  # the scratch folder last
+    """Stops all processes of a trial that a signal stops, because commands run in their own sessions."""
+    for cleanup in [*CLEANUPS.values()][::-1]:  # the scratch folder last
         with suppress(OSError):
-            end()
+            cleanup()
     os._exit(128 + number)
 
 
@@ -59,24 +59,29 @@ def _end_all(number: int, _: Any) -> None:
 
 
 def arguments(text: str, *, count: int, seconds: float = SECONDS, **others: Any) -> argparse.Namespace:
-    """Parses `--count`, `--seed`, `--jobs`, `--only`, `--results` and further options, which `others` gives defaults.
+    """Parses `--count`, `--seed`, `--jobs`, `--only`, `--seconds`, `--results` and the options in `others`.
 
     Args:
-        text: the script's docstring, for --help.
+        text: docstring of the script, for --help.
         count: default of --count.
-        seconds: default of --seconds, the limit of one command.
-        **others: further options by name, with defaults.
+        seconds: default of --seconds, the time limit of one command.
+        **others: defaults of further options, by name.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end_all)
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=count, help=f"Trials. Defaults to {count}.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the random choices. Defaults to 0.")
-    parser.add_argument("--jobs", type=int, default=2, help="Trials that run in parallel. Defaults to 2.")
-    parser.add_argument("--only", default="", help="Run only trials whose name contains this text.")
-    parser.add_argument("--seconds", type=float, default=seconds, help=f"Limit of a command. Defaults to {seconds:g}.")
-    where = ROOT / "build" / "trials.jsonl"
-    parser.add_argument("--results", type=Path, default=where, help=f"File that gets a line of JSON. {where}")
+    parser.add_argument("--count", type=int, default=count, help=f"Number of trials. Defaults to {count}.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed. Defaults to 0.")
+    parser.add_argument("--jobs", type=int, default=2, help="Number of trials that run in parallel. Defaults to 2.")
+    parser.add_argument(
+        "--only", default="", help="Run only trials whose name contains this text. Defaults to all trials."
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"Time limit of a command. Defaults to {seconds:g}."
+    )
+    results = ROOT / "build" / "trials.jsonl"
+    text = f"File to which a line of JSON is appended. Defaults to {results}."
+    parser.add_argument("--results", type=Path, default=results, help=text)
     for name, default in others.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"Defaults to {default!r}.")
     return parser.parse_args()
@@ -84,14 +89,14 @@ def arguments(text: str, *, count: int, seconds: float = SECONDS, **others: Any)
 
 @dataclass
 class Report:
-    """Counts trials, prints what happens, and writes the result.
+    """Counts trials, prints their outcome and writes the result.
 
     Attributes:
-        name: of the trial, such as "kill_training".
-        chosen: the parsed command line.
-        tried: trials that have ended.
-        failed: what did not survive, and why.
-        notes: facts to keep with the result, by name.
+        name: name of the script, such as "kill_training".
+        chosen: parsed command line.
+        tried: number of finished trials.
+        failed: reasons of the failed trials, by name.
+        notes: counters stored with the result, by name.
     """
 
     name: str
@@ -103,7 +108,7 @@ class Report:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, trial: str, problem: str | None) -> None:
-        """Counts a trial; `problem` says why it did not survive, None that it did."""
+        """Counts a trial; `problem` is the reason of its failure, or None."""
         with self.lock:
             self.tried += 1
             if problem is not None:
@@ -111,12 +116,12 @@ class Report:
             print(f"{self.tried:5d}  {trial}: {'survived' if problem is None else 'FAILED: ' + problem}", flush=True)
 
     def note(self, name: str, amount: int = 1) -> None:
-        """Adds to a counter that is stated beside the result."""
+        """Adds to a counter that is stored with the result."""
         with self.lock:
             self.notes[name] = self.notes.get(name, 0) + amount
 
     def run(self, trials: Iterable[tuple[str, Callable[[], str | None]]]) -> None:
-        """Runs named trials, some in parallel; one that raises has failed."""
+        """Runs named trials in parallel; a trial that raises has failed."""
 
         def one(trial: tuple[str, Callable[[], str | None]]) -> None:
             name, attempt = trial
@@ -130,7 +135,7 @@ class Report:
             list(pool.map(one, chosen))
 
     def close(self) -> None:
-        """Prints the list of what did not survive and the closing line, writes the line of JSON, ends the process."""
+        """Prints the failed trials and a summary, writes a line of JSON and exits."""
         for trial, problem in self.failed.items():
             print(f"  did not survive: {trial}: {problem}")
         survived = self.tried - len(self.failed)
@@ -170,26 +175,26 @@ def _machine() -> dict[str, Any]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder, deleted when the block ends."""
+    """Yields a temporary folder that is deleted at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as folder:
-        TO_END[-1] = lambda: shutil.rmtree(folder, ignore_errors=True)
+        CLEANUPS[-1] = lambda: shutil.rmtree(folder, ignore_errors=True)
         yield Path(folder)
-        del TO_END[-1]
+        del CLEANUPS[-1]
 
 
 # ---- Commands
 
 
 class Ended(NamedTuple):
-    """How a command ended.
+    """Outcome of a command.
 
     Attributes:
-        status: its exit status; negative where a signal ended it.
-        out: its stdout.
-        err: its stderr.
-        seconds: that it took.
-        broke: the limit that it broke, for which it was ended: "time", "memory", or "".
-        peak: bytes that it and its children held at most.
+        status: exit status; negative if a signal ended the command.
+        out: standard output.
+        err: standard error.
+        seconds: run time.
+        broke: limit for which the command was killed: "time", "memory", or "" if none.
+        peak: peak memory of the command and its children in bytes.
     """
 
     status: int
@@ -201,19 +206,19 @@ class Ended(NamedTuple):
 
     @property
     def last(self) -> str:
-        """The last line of stderr, where commands say what went wrong."""
+        """Last line of standard error, which holds the error message of a command."""
         lines = [line for line in self.err.replace("\r", "\n").splitlines() if line.strip()]
         return lines[-1].strip() if lines else ""
 
 
 class Command:
-    """A command of the package that runs in a process group of its own, watched for time and memory.
+    """A command that runs in its own process group with time and memory limits.
 
     Args:
-        *words: module and arguments, or a script: ("x3d_tf.train", "--gin_file=..."), ("/path/of/script.py", ...).
-        folder: where it runs.
-        seconds, megabytes: its limits.
-        env: further environment variables.
+        *words: module or script, and arguments: ("x3d_tf.train", "--gin_file=..."), ("/path/to/script.py", ...).
+        folder: working folder.
+        seconds, megabytes: limits.
+        env: additional environment variables.
     """
 
     def __init__(
@@ -237,16 +242,16 @@ class Command:
             env={**os.environ, "PYTHONPATH": path, **(env or {})},
             start_new_session=True,
         )
-        TO_END[id(self)] = self.end
+        CLEANUPS[id(self)] = self.end
 
     def signal(self, number: signal.Signals) -> bool:
-        """Sends a signal to the command itself; says whether it was still running."""
+        """Sends a signal to the command; returns True if it was still running."""
         running = self.process.poll() is None
         self.process.send_signal(number)
         return running
 
     def wait(self) -> Ended:
-        """Waits for the end, or makes it end where it breaks a limit; nothing of its group stays."""
+        """Waits for the command, and kills its process group if it exceeds a limit."""
         broke, peak = "", 0
         while self.process.poll() is None and not broke:
             peak = max(peak, sum(resident(pid) for pid in group(self.process.pid)))
@@ -258,12 +263,12 @@ class Command:
         if broke:
             self.end()
         self.process.wait()
-        TO_END.pop(id(self), None)
+        CLEANUPS.pop(id(self), None)
         seconds = time.monotonic() - self.started
         return Ended(self.process.returncode, self._read(self._out), self._read(self._err), seconds, broke, peak)
 
     def left_behind(self, grace: float = 10.0) -> list[int]:
-        """The processes of its group that still run so many seconds after its end; they are ended."""
+        """Returns the processes of its group that still run `grace` seconds after its end, and kills them."""
         until = time.monotonic() + grace
         while (left := group(self.process.pid)) and time.monotonic() < until:
             time.sleep(0.05)
@@ -282,7 +287,7 @@ class Command:
 
 
 def run(*words: str, folder: Path, **limits: Any) -> Ended:
-    """Runs a command to its end; arguments as `Command`."""
+    """Runs a command to its end; takes the arguments of `Command`."""
     command = Command(*words, folder=folder, **limits)
     ended = command.wait()
     command.end()
@@ -290,9 +295,9 @@ def run(*words: str, folder: Path, **limits: Any) -> Ended:
 
 
 def refused(ended: Ended, *, says: str = "") -> str | None:
-    """Why a command did not refuse as it should: exit status 1, a last line "error: ...", no traceback, within limits.
+    """Checks that a command rejected its input; returns the problem, or None.
 
-    `says` is a text that the line must contain.
+    Requires exit status 1, a last line "error: ..." that contains `says`, no traceback, and no exceeded limit.
     """
     if ended.broke:
         return f"broke its limit of {ended.broke} ({ended.seconds:.0f} s, {ended.peak / 1e6:.0f} MB)"
@@ -301,35 +306,35 @@ def refused(ended: Ended, *, says: str = "") -> str | None:
     if ended.status != 1:
         return f"exit status {ended.status}, not 1: {ended.last[:200]!r}"
     if not ended.last.startswith("error: "):
-        return f"the last line is no error: {ended.last[:200]!r}"
+        return f"the last line is not an error: {ended.last[:200]!r}"
     if says not in ended.last:
-        return f"the error does not say {says!r}: {ended.last[:300]!r}"
+        return f"the error does not contain {says!r}: {ended.last[:300]!r}"
     if not (ended.err + ended.out).replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
         return f"control characters reach the terminal: {ended.last[:200]!r}"
     return None
 
 
 def succeeded(ended: Ended) -> str | None:
-    """Why a command did not do its work."""
+    """Checks that a command succeeded; returns the problem, or None."""
     if ended.broke:
         return f"broke its limit of {ended.broke} ({ended.seconds:.0f} s, {ended.peak / 1e6:.0f} MB)"
     return None if ended.status == 0 else f"exit status {ended.status}: {ended.last[:300]}"
 
 
 def group(leader: int) -> list[int]:
-    """The processes of a group that have not ended."""
-    found = []
+    """Returns the running processes of a process group."""
+    running = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError, IndexError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[2]) == leader and fields[0] not in "ZX":
-                    found.append(int(entry.name))
-    return found
+                    running.append(int(entry.name))
+    return running
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process holds; 0 where it has ended."""
+    """Returns the resident memory of a process in bytes; 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
     except (OSError, IndexError):
@@ -337,28 +342,28 @@ def resident(pid: int) -> int:
 
 
 def open_files(pid: int) -> int:
-    """Files that a process has open; 0 where it has ended."""
+    """Returns the number of open files of a process; 0 if it has ended."""
     try:
         return len([*Path(f"/proc/{pid}/fd").iterdir()])
     except OSError:
         return 0
 
 
-# ---- Workers, for trials too many for a process each
+# ---- Workers, for trials that are too many for a process each
 
 
 class Broke(Exception):
-    """A worker that broke a limit or ended by itself, with what happened."""
+    """Raised when a worker exceeded a limit or exited; the message gives the reason."""
 
 
 class Worker:
-    """A process that answers questions, ended and started again where one takes too long or too much memory.
+    """A worker process that serves requests; it is restarted after a request that exceeded a limit.
 
     Args:
-        make: a module's function that is called there once and returns the function that answers.
-        *arguments: of `make`.
-        seconds, megabytes: limits of a question.
-        starting: seconds that `make` may take.
+        make: module-level function that is called once in the process and returns the function that serves requests.
+        *arguments: arguments of `make`.
+        seconds, megabytes: limits of a request.
+        starting: time limit of `make` in seconds.
     """
 
     def __init__(
@@ -375,66 +380,66 @@ class Worker:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._make, self._arguments), daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_pipe, self._make, self._arguments), daemon=True)
         self._process.start()
-        TO_END[id(self)] = self._process.kill
-        theirs.close()
-        self._answer(self._starting)
+        CLEANUPS[id(self)] = self._process.kill
+        child_pipe.close()
+        self._receive(self._starting)
         self._lives = True
 
-    def ask(self, *question: Any) -> Any:
-        """What the function says; raises Broke where a limit was broken or the process ended."""
-        if not self._lives:  # not at once, for the file that ended it is mended only afterwards
+    def ask(self, *request: Any) -> Any:
+        """Returns the reply to a request; raises `Broke` if a limit was exceeded or the process exited."""
+        if not self._lives:  # only now, because the caller repairs the damaged file after the previous request
             self._start()
-        self._pipe.send(question)
+        self._pipe.send(request)
         try:
-            return self._answer(self.seconds)
+            return self._receive(self.seconds)
         except Broke:
             self.close()
             raise
 
-    def _answer(self, seconds: float) -> Any:
+    def _receive(self, seconds: float) -> Any:
         until = time.monotonic() + seconds
         while not self._pipe.poll(0.02):
-            held = resident(self._process.pid or 0)
+            memory = resident(self._process.pid or 0)
             if time.monotonic() > until:
                 raise Broke(f"took more than {seconds:g} s")
-            if held > self.megabytes * 1e6:
-                raise Broke(f"held {held / 1e6:.0f} MB")
+            if memory > self.megabytes * 1e6:
+                raise Broke(f"used {memory / 1e6:.0f} MB")
         try:
-            answer = self._pipe.recv()
+            reply = self._pipe.recv()
         except EOFError:
             self._process.join()
-            raise Broke(f"ended its process with status {self._process.exitcode}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+            raise Broke(f"its process ended with status {self._process.exitcode}") from None
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def close(self) -> None:
-        """Ends the process."""
+        """Kills the process."""
         self._lives = False
-        TO_END.pop(id(self), None)
+        CLEANUPS.pop(id(self), None)
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
 
-def _serve(pipe: Any, make: Callable[..., Callable[..., Any]], given: tuple[Any, ...]) -> None:
-    answer = make(*given)
+def _serve(pipe: Any, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
+    serve = make(*arguments)
     pipe.send("ready")
     while True:
-        question = pipe.recv()
+        request = pipe.recv()
         try:
-            pipe.send(answer(*question))
+            pipe.send(serve(*request))
         except Exception as error:
             pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def outcome_of(act: Callable[[], Any]) -> tuple[str, str]:
-    """What a function of the package does, in two words: ("gives", result), ("refuses", line) or ("breaks", error).
+    """Returns ("gives", result), ("refuses", message) or ("breaks", error) for a call of the package.
 
-    To refuse is to raise what commands print in one line; anything else would be a traceback.
+    "refuses" stands for errors that commands print in one line; any other error would be a traceback.
     """
     from x3d_tf.errors import UserError
 
@@ -450,21 +455,21 @@ def outcome_of(act: Callable[[], Any]) -> tuple[str, str]:
 
 
 def make_videos(folder: Path, count: int, classes: Sequence[str] = ("left", "right"), splits: int = 1) -> Path:
-    """Synthetic mpeg4 videos of 12 frames of 64 x 48 pixels, `split N/CLASS/NUMBER.mp4`, `count` a split."""
+    """Writes `count` synthetic mpeg4 videos per split, 12 frames of 64 x 48 pixels: `splitN/CLASS/NUMBER.mp4`."""
     import numpy as np
     from video_fixtures import write_video  # type: ignore[import-not-found]
 
     for split in range(splits):
         for number in range(count):
-            draw = np.random.default_rng([split, number])
-            coarse = draw.integers(0, 256, (12, 12, 16, 3), np.uint8)
+            rng = np.random.default_rng([split, number])
+            coarse = rng.integers(0, 256, (12, 12, 16, 3), np.uint8)
             path = folder / f"split{split}" / classes[number % len(classes)] / f"{number:04d}.mp4"
             write_video(path, coarse.repeat(4, 1).repeat(4, 2))
     return folder
 
 
 def make_records(folder: Path, train: int = 12, test: int = 4) -> Path:
-    """Records of smooth random frames with a split to train and one to test on, of two classes."""
+    """Writes records of smooth random frames with two classes and a training and a test split."""
     from video_fixtures import noise_video, write_records
 
     splits = {"train": range(train), "test": range(train, train + test)}
@@ -474,12 +479,12 @@ def make_records(folder: Path, train: int = 12, test: int = 4) -> Path:
 
 
 def recipe(records: Path, *, steps: int = 9, checkpoint: int = 3, others: dict[str, Any] | None = None) -> str:
-    """The text of a .gin file of a tiny run; `others` are further settings by name."""
+    """Returns the text of a .gin file for a tiny run; `others` are further settings by name."""
     settings = {
         **NETWORK,
         "DatasetSpec.records": str(records),
         "DatasetSpec.flip": False,
-        "Recipe.batch": 3,  # odd, so that it is one part on two cores: half as much to compile
+        "Recipe.batch": 3,  # odd, so that two cores use one slice, which halves the compilation
         "Recipe.reference_batch": 3,
         "ModelOptions.bn_group": 3,
         "Recipe.learning_rate": 0.01,
@@ -493,7 +498,7 @@ def recipe(records: Path, *, steps: int = 9, checkpoint: int = 3, others: dict[s
 
 
 def save_model(path: Path, classes: int = 2) -> Path:
-    """A model file of the smallest network; imports TensorFlow."""
+    """Saves a model file of the smallest network; imports TensorFlow."""
     import x3d_tf
 
     factors: dict[str, Any] = {name.partition(".")[2]: value for name, value in NETWORK.items()}
@@ -503,11 +508,11 @@ def save_model(path: Path, classes: int = 2) -> Path:
     return path
 
 
-# ---- What is compared
+# ---- Comparisons
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder by their paths, hidden ones too."""
+    """Returns the contents of all files below a folder by path, including hidden files."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -516,7 +521,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def weights_of(path: Path) -> dict[str, Any]:
-    """The arrays of a `.keras` file by their paths in it, read without the package."""
+    """Returns the arrays of a `.keras` file by path, read without this package."""
     import io
 
     import h5py  # type: ignore[import-untyped]
@@ -534,20 +539,20 @@ def weights_of(path: Path) -> dict[str, Any]:
 
 
 def difference_of_weights(path: Path, expected: Path) -> str | None:
-    """Which array of a `.keras` file is not bit-equal to that of another."""
+    """Returns a message about the first array that differs between two `.keras` files, or None."""
     import numpy as np
 
-    found, wanted = weights_of(path), weights_of(expected)
-    if found.keys() != wanted.keys():
-        return f"{path.name} has other arrays: {sorted(found.keys() ^ wanted.keys())[:3]}"
-    for name, array in wanted.items():
-        if not np.array_equal(array, found[name]) or array.dtype != found[name].dtype:
+    actual, reference = weights_of(path), weights_of(expected)
+    if actual.keys() != reference.keys():
+        return f"{path.name} has other arrays: {sorted(actual.keys() ^ reference.keys())[:3]}"
+    for name, array in reference.items():
+        if not np.array_equal(array, actual[name]) or array.dtype != actual[name].dtype:
             return f"{name} of {path.name} is not bit-equal"
     return None
 
 
 def half_written(folder: Path) -> list[str]:
-    """The files below a folder that only a write under way has: partial files, temporary checkpoints."""
+    """Returns the temporary files below a folder: partial files and temporary checkpoints."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*"))
     return [name for name in names if ".partial" in name or "_temp" in name or name.endswith(".replaced")]
 
@@ -555,18 +560,18 @@ def half_written(folder: Path) -> list[str]:
 # ---- Damage
 
 
-def damaged(content: bytes, kind: str, draw: random.Random) -> tuple[str, bytes]:
-    """A file with one bit flipped ("flip") or cut off ("cut"), and in words what was done."""
-    place = draw.randrange(len(content))
+def damaged(content: bytes, kind: str, rng: random.Random) -> tuple[str, bytes]:
+    """Flips one bit ("flip") or truncates the content ("cut"); returns a description and the new content."""
+    place = rng.randrange(len(content))
     if kind == "cut":
         return f"cut to {place} of {len(content)} bytes", content[:place]
-    bit = draw.randrange(8)
+    bit = rng.randrange(8)
     return f"bit {bit} of byte {place} flipped", content[:place] + bytes([content[place] ^ 1 << bit]) + content[
         place + 1 :
     ]
 
 
 def copy(folder: Path, target: Path) -> Path:
-    """A copy of a folder, with its links."""
+    """Copies a folder with its symbolic links and returns the copy."""
     shutil.copytree(folder, target, symlinks=True)
     return target

@@ -1,11 +1,11 @@
-"""Feeds hostile csv files, label maps, manifests and videos to what reads them.
+"""Reads hostile csv files, label maps, manifests and videos.
 
-csv files, label maps and manifests go to their readers in a worker process; each must be refused in one line or be
-read, in seconds. Videos lie among good ones: building and predicting must finish, name each bad file, and give for the
-good ones what they give alone. --count mutants of each kind come after the named ones.
+csv files, label maps and manifests are read in a worker process; each must be accepted or rejected in one line, within
+seconds. Bad videos are mixed with good ones: building and predicting must finish, name each bad file and process all
+good ones. --count random mutants of each kind follow the named cases.
 
   python tests/trials/hostile_data.py --count=200 --seed=0
-  python tests/trials/hostile_data.py --only=video       # or csv, boxes, label map, manifest
+  python tests/trials/hostile_data.py --only=video       # or csv, boxes, label map or manifest
 """
 
 import csv
@@ -49,13 +49,13 @@ TEXTS: dict[str, dict[str, str | bytes]] = {
         "a time that is infinite": "path,label,end\na,b,inf\n",
         "a time of -1": "path,label,start\na,b,-1\n",
         "zero bytes": b"path,label\na\0b,c\n",
-        "no UTF-8": b"path,label\n\xff\xfe,b\n",
+        "invalid UTF-8": b"path,label\n\xff\xfe,b\n",
         "UTF-16": "path,label\na,b\n".encode("utf-16"),
         "escapes": "path,label\na,b\x1b[2J\n",
         "a class with a line break": 'path,label\na,"b\nc"\n',
-        "a path above": "path,label\n../../../../etc/passwd,b\n",
+        "a path to a parent folder": "path,label\n../../../../etc/passwd,b\n",
         "100,000 classes": "path,label\n" + "".join(f"a{n},b{n}\n" for n in range(100_000)),
-        "a million labels of one": "path,label\na," + ";".join(map(str, range(1_000_000))) + "\n",
+        "a million labels for one video": "path,label\na," + ";".join(map(str, range(1_000_000))) + "\n",
     },
     "boxes": {
         "nothing": "",
@@ -83,14 +83,14 @@ TEXTS: dict[str, dict[str, str | bytes]] = {
         "spaces": " " * 5_000_000 + "x",
         "escapes": 'item { name: "a\x1b[2J" id: 1 }',
         "a line break in a name": 'item { name: "a\\nb" id: 1 }',
-        "no UTF-8": b'item { name: "\xff" id: 1 }',
+        "invalid UTF-8": b'item { name: "\xff" id: 1 }',
         "comments": "# x\n" * 500_000,
     },
 }
 
 
 def text_reader(kind: str) -> Callable[[str], tuple[str, str]]:
-    """In the worker: returns what reads a file of this kind and says how much it holds."""
+    """Returns a function that reads a file of this kind and returns its size; runs in the worker."""
     from x3d_tf.data.build.sources import read_csv
     from x3d_tf.data.datasets.ava import read_boxes, read_label_map
 
@@ -103,16 +103,16 @@ def text_reader(kind: str) -> Callable[[str], tuple[str, str]]:
 
 
 def try_texts(report: Report, folder: Path) -> None:
-    """Named texts and mutants of each kind."""
+    """Reads the named texts and mutants of each kind."""
     for kind, named in TEXTS.items():
         if report.chosen.only and kind not in report.chosen.only and report.chosen.only not in kind:
             continue
         reader = Worker(text_reader, kind, seconds=20, megabytes=1500)
         cases = [(name, text if isinstance(text, bytes) else text.encode()) for name, text in named.items()]
         for number in range(report.chosen.count):
-            draw = random.Random(f"{report.chosen.seed}/{kind}/{number}")
-            words, content = damaged(GOOD[kind].encode(), draw.choice(("flip", "cut")), draw)
-            cases.append((f"mutant {number}, {words}", content))
+            rng = random.Random(f"{report.chosen.seed}/{kind}/{number}")
+            description, content = damaged(GOOD[kind].encode(), rng.choice(("flip", "cut")), rng)
+            cases.append((f"mutant {number}, {description}", content))
         for name, content in cases:
             path = folder / f"{kind.replace(' ', '_')}.txt"
             path.write_bytes(content)
@@ -120,17 +120,17 @@ def try_texts(report: Report, folder: Path) -> None:
         reader.close()
 
 
-def _one_line(report: Report, reader: Worker, question: str) -> str | None:
-    """Why a reader did not refuse in one line, nor read."""
+def _one_line(report: Report, reader: Worker, path: str) -> str | None:
+    """Returns a message if a file was neither read nor rejected in one line, or None."""
     try:
-        kind, told = reader.ask(question)
+        kind, text = reader.ask(path)
     except Broke as error:
         return f"the reader {error}"
     if kind == "breaks":
-        return f"ends in a traceback: {told}"
-    report.note("files that were refused" if kind == "refuses" else "files that were read")
-    if kind == "refuses" and ("\n" in told or not told.isprintable() or len(told) > 3000):
-        return f"the error is not one line to show: {len(told)} characters, {told[:150]!r}"
+        return f"ends in a traceback: {text}"
+    report.note("rejected files" if kind == "refuses" else "accepted files")
+    if kind == "refuses" and ("\n" in text or not text.isprintable() or len(text) > 3000):
+        return f"the error is not one printable line: {len(text)} characters, {text[:150]!r}"
     return None
 
 
@@ -153,52 +153,52 @@ def manifest_reader(_: str) -> Callable[[str], tuple[str, str]]:
 
 
 def manifest_edits(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Edits that somebody makes by hand, and hostile ones. None may be read."""
+    """Yields manual and hostile edits of a manifest, all of which must be rejected."""
 
     def edit(change: Callable[[dict[str, Any]], Any]) -> Any:
-        own = json.loads(json.dumps(content))
-        change(own)
-        return own
+        copy = json.loads(json.dumps(content))
+        change(copy)
+        return copy
 
-    def rows(own: dict[str, Any], change: Callable[[list[Any]], Any]) -> None:
-        split = own["splits"]["train"]
+    def rows(copy: dict[str, Any], change: Callable[[list[Any]], Any]) -> None:
+        split = copy["splits"]["train"]
         for column in split["records"].values():
             change(column)
         split["count"] = len(next(iter(split["records"].values())))
 
     def swap(column: list[Any]) -> None:
-        column[0], column[2] = column[2], column[0]  # of one class: they alternate
+        column[0], column[2] = column[2], column[0]  # same class: classes alternate
 
-    yield "classes rotated", edit(lambda own: own["classes"].append(own["classes"].pop(0)))
-    yield "a record dropped", edit(lambda own: rows(own, lambda column: column.pop()))
-    yield "a record doubled", edit(lambda own: rows(own, lambda column: column.append(column[0])))
-    yield "two records of a class swapped", edit(lambda own: rows(own, swap))
-    yield "the names of two records swapped", edit(lambda own: swap(own["splits"]["train"]["records"]["media_id"]))
+    yield "classes rotated", edit(lambda copy: copy["classes"].append(copy["classes"].pop(0)))
+    yield "a record dropped", edit(lambda copy: rows(copy, lambda column: column.pop()))
+    yield "a record doubled", edit(lambda copy: rows(copy, lambda column: column.append(column[0])))
+    yield "two records of a class swapped", edit(lambda copy: rows(copy, swap))
+    yield "the names of two records swapped", edit(lambda copy: swap(copy["splits"]["train"]["records"]["media_id"]))
     yield (
         "splits swapped",
-        edit(lambda own: own.update(splits=dict(zip(own["splits"], [*own["splits"].values()][::-1])))),
+        edit(lambda copy: copy.update(splits=dict(zip(copy["splits"], [*copy["splits"].values()][::-1])))),
     )
-    yield "a rate changed", edit(lambda own: own["splits"]["train"]["records"]["fps"].__setitem__(0, 15.0))
-    yield "fewer frames", edit(lambda own: own["splits"]["train"]["records"]["frames"].__setitem__(0, 5))
-    yield "a class renamed", edit(lambda own: own["classes"].__setitem__(0, "x"))
-    yield "a class with a line break", edit(lambda own: own["classes"].__setitem__(0, "x\ny"))
-    yield "a class with escapes", edit(lambda own: own["classes"].__setitem__(0, "\x1b[2J"))
-    yield "settings changed", edit(lambda own: own["settings"].update(source="other"))
-    yield "another task", edit(lambda own: own.update(task="multi_label"))
-    yield "a shard above", edit(lambda own: own["splits"]["train"]["shards"][0].update(file="../../etc/passwd"))
-    yield "a shard that is a device", edit(lambda own: own["splits"]["train"]["shards"][0].update(file="/dev/zero"))
-    yield "a length of 2^62", edit(lambda own: own["splits"]["train"]["records"]["length"].__setitem__(0, 2**62))
-    yield "an offset of -1", edit(lambda own: own["splits"]["train"]["records"]["offset"].__setitem__(0, -1))
-    yield "frames of 2^62", edit(lambda own: own["splits"]["train"]["records"]["frames"].__setitem__(0, 2**62))
-    yield "a rate of NaN", edit(lambda own: own["splits"]["train"]["records"]["fps"].__setitem__(0, float("nan")))
-    yield "no records", edit(lambda own: own["splits"]["train"].pop("records"))
-    yield "no classes", edit(lambda own: own.update(classes=[]))
-    yield "no splits", edit(lambda own: own.update(splits={}))
+    yield "a rate changed", edit(lambda copy: copy["splits"]["train"]["records"]["fps"].__setitem__(0, 15.0))
+    yield "fewer frames", edit(lambda copy: copy["splits"]["train"]["records"]["frames"].__setitem__(0, 5))
+    yield "a class renamed", edit(lambda copy: copy["classes"].__setitem__(0, "x"))
+    yield "a class with a line break", edit(lambda copy: copy["classes"].__setitem__(0, "x\ny"))
+    yield "a class with escapes", edit(lambda copy: copy["classes"].__setitem__(0, "\x1b[2J"))
+    yield "settings changed", edit(lambda copy: copy["settings"].update(source="other"))
+    yield "another task", edit(lambda copy: copy.update(task="multi_label"))
+    yield "a shard above", edit(lambda copy: copy["splits"]["train"]["shards"][0].update(file="../../etc/passwd"))
+    yield "a shard that is a device", edit(lambda copy: copy["splits"]["train"]["shards"][0].update(file="/dev/zero"))
+    yield "a length of 2^62", edit(lambda copy: copy["splits"]["train"]["records"]["length"].__setitem__(0, 2**62))
+    yield "an offset of -1", edit(lambda copy: copy["splits"]["train"]["records"]["offset"].__setitem__(0, -1))
+    yield "frames of 2^62", edit(lambda copy: copy["splits"]["train"]["records"]["frames"].__setitem__(0, 2**62))
+    yield "a rate of NaN", edit(lambda copy: copy["splits"]["train"]["records"]["fps"].__setitem__(0, float("nan")))
+    yield "no records", edit(lambda copy: copy["splits"]["train"].pop("records"))
+    yield "no classes", edit(lambda copy: copy.update(classes=[]))
+    yield "no splits", edit(lambda copy: copy.update(splits={}))
     yield "a list", []
 
 
 def try_manifests(report: Report, folder: Path) -> None:
-    """Edits of a manifest whose records stay."""
+    """Reads edited manifests of unchanged records."""
     if report.chosen.only not in "manifest":
         return
     records = make_records(folder / "records")
@@ -206,12 +206,12 @@ def try_manifests(report: Report, folder: Path) -> None:
     content = path.read_bytes()
     reader = Worker(manifest_reader, "", seconds=20, megabytes=2000)
     edits = [(name, json.dumps(edited).encode()) for name, edited in manifest_edits(json.loads(content))]
-    for name, text in [*edits, ("deep nesting", b"[" * 1_000_000), ("a number of 10,000 digits", b"9" * 10_000)]:
-        path.write_bytes(text)
+    for name, edited_text in [*edits, ("deep nesting", b"[" * 1_000_000), ("a number of 10,000 digits", b"9" * 10_000)]:
+        path.write_bytes(edited_text)
         try:
-            kind, told = reader.ask(str(records))
-            bad = kind != "refuses" or "\n" in told or not told.isprintable()
-            report.add(f"manifest: {name}", f"{kind}: {told[:200]!r}" if bad else None)
+            kind, text = reader.ask(str(records))
+            bad = kind != "refuses" or "\n" in text or not text.isprintable()
+            report.add(f"manifest: {name}", f"{kind}: {text[:200]!r}" if bad else None)
         except Broke as error:
             report.add(f"manifest: {name}", f"the reader {error}")
     path.write_bytes(content)
@@ -222,7 +222,7 @@ def try_manifests(report: Report, folder: Path) -> None:
 
 
 def bad_videos(folder: Path, good: bytes, count: int, seed: int) -> None:
-    """Writes files that are no videos, or damaged ones, into a class folder."""
+    """Writes files that are not videos, and damaged videos, to a class folder."""
     folder.mkdir(parents=True)
     for name, content in {
         "empty": b"",
@@ -241,17 +241,17 @@ def bad_videos(folder: Path, good: bytes, count: int, seed: int) -> None:
     (folder / "loop.mp4").symlink_to("loop.mp4")
     (folder / "nowhere.mp4").symlink_to("missing.mp4")
     for number in range(count):
-        draw = random.Random(f"{seed}/video/{number}")
+        rng = random.Random(f"{seed}/video/{number}")
         content = good
-        for _ in range(draw.randint(1, 20)):
-            _, content = damaged(content, "flip", draw)
-        if draw.random() < 0.5:
-            _, content = damaged(content, "cut", draw)
+        for _ in range(rng.randint(1, 20)):
+            _, content = damaged(content, "flip", rng)
+        if rng.random() < 0.5:
+            _, content = damaged(content, "cut", rng)
         (folder / f"mutant {number:04d}.mp4").write_bytes(content)
 
 
 def try_videos(report: Report, folder: Path) -> None:
-    """Good videos among bad ones, built and predicted; folders and pipes in the place of files."""
+    """Builds and predicts good videos mixed with bad ones, and predicts folders, pipes and devices."""
     if report.chosen.only not in "video":
         return
     videos = make_videos(folder / "videos", 4)
@@ -269,14 +269,14 @@ def try_videos(report: Report, folder: Path) -> None:
     problem = succeeded(ended)
     if problem is None:
         rows = list(csv.DictReader((folder / "out" / "failures.csv").open(newline="", encoding="utf-8")))
-        report.notes["videos that building refused"] = len(rows)
+        report.notes["videos rejected by building"] = len(rows)
         unnamed = [row for row in rows if not row["reason"].strip() or "\n" in row["reason"]]
-        problem = f"reasons that are none: {unnamed[:3]}" if unnamed else None
+        problem = f"missing or multi-line reasons: {unnamed[:3]}" if unnamed else None
     report.add("video: building among bad ones", problem)
 
     model = save_model(folder / "model.keras")
-    asked = (f"--model={model}", f"--csv={folder / 'out.csv'}", str(videos / "split0"))
-    ended = run("x3d_tf.predict", *asked, seconds=seconds, **limits)
+    words = (f"--model={model}", f"--csv={folder / 'out.csv'}", str(videos / "split0"))
+    ended = run("x3d_tf.predict", *words, seconds=seconds, **limits)
     report.add("video: predicting among bad ones", _predicted(report, ended, folder / "out.csv", originals))
 
     pipe, endless = folder / "pipe.mp4", folder / "endless.mp4"
@@ -294,19 +294,19 @@ def try_videos(report: Report, folder: Path) -> None:
 
 
 def _predicted(report: Report, ended: Any, table: Path, originals: list[Path]) -> str | None:
-    """Exit status 1 for the bad ones, each with its reason; all good ones predicted."""
+    """Returns a message unless the exit status is 1 and all good videos are predicted, or None."""
     if ended.broke or ended.status != 1 or "Traceback" in ended.err:
         return f"{ended.broke} exit status {ended.status}, not 1: {ended.last[:200]}"
     if "\x1b[2J" in ended.err + ended.out:
         return "control characters of a file's name reach the terminal"
     rows = {row["video"]: row for row in csv.DictReader(table.open(newline="", encoding="utf-8"))}
-    report.notes["videos that predicting refused"] = sum(bool(row["error"]) for row in rows.values())
+    report.notes["videos rejected by predicting"] = sum(bool(row["error"]) for row in rows.values())
     failed = [str(path) for path in originals if str(path) not in rows or rows[str(path)]["error"]]
-    return f"good ones were not predicted: {failed}" if failed else None
+    return f"good videos were not predicted: {failed}" if failed else None
 
 
 def _feed(pipe: Path) -> None:
-    """Writes into a pipe without end, as long as somebody reads."""
+    """Writes to a pipe for as long as it has a reader."""
     try:
         with pipe.open("wb") as file:
             while True:
@@ -316,7 +316,7 @@ def _feed(pipe: Path) -> None:
 
 
 def _odd_class_folders(report: Report, folder: Path, good: bytes) -> None:
-    """Names of class folders that would shift the lines of labels.txt or reach the terminal."""
+    """Builds class folders whose names would shift the lines of labels.txt or send escapes to the terminal."""
     for number, name in enumerate(("a\nb", "a\rb", "a\u2028b", "a\x1b[2Jb")):
         videos = folder / f"odd{number}"
         for label in (name, "fine"):

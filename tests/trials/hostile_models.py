@@ -1,9 +1,9 @@
-"""Loads hostile .keras and .pyth files: bombs of every number, zip and HDF5 tricks, code in pickles, random damage.
+"""Loads hostile .keras and .pyth files: huge numbers, zip and HDF5 attacks, code in pickles, random damage.
 
-Each must be refused in one line, or load, within 20 seconds and 2.2 GB, of which TensorFlow takes 0.6. Nothing in
-a file may run or read another file: a canary tells. A model whose description was changed may load only if its weights
-fit it. --count random mutants of a .keras file and of a .pyth file come after the named ones, which also go to each
-command that reads a model.
+Each file must load or be rejected in one line, within 20 seconds and 2.2 GB (of which TensorFlow takes 0.6 GB). No file
+may execute code, which a canary file detects, or read another file. A model with changed metadata may only load if its
+weights match. --count random mutants of a .keras and a .pyth file follow the named cases. Finally, hostile files are
+given to each command that reads a model.
 
   python tests/trials/hostile_models.py --count=200 --seed=0
 """
@@ -67,7 +67,7 @@ NUMBERS: dict[str, Any] = {
 
 
 def loader(folder: str) -> Callable[[str], tuple[str, str]]:
-    """Saves a tiny model to `folder`; returns what loads a file and tells its weights."""
+    """Saves a tiny model to `folder`; returns a function that loads a file and returns a hash of its weights."""
     import hashlib
 
     import x3d_tf
@@ -86,13 +86,13 @@ def loader(folder: str) -> Callable[[str], tuple[str, str]]:
 
 
 def torch_reader(folder: str) -> Callable[[str], tuple[str, str]]:
-    """Writes a small PyTorch checkpoint to `folder`; returns what reads a file."""
+    """Writes a small PyTorch checkpoint to `folder`; returns a function that reads a file."""
     import numpy as np
 
     from x3d_tf.modeling.pytorch.checkpoint_files import read_checkpoint, write_checkpoint
 
-    draw = np.random.default_rng(0)
-    state = {f"s{number}.weight": draw.standard_normal((4, 3, 3), np.float32) for number in range(5)}
+    rng = np.random.default_rng(0)
+    state = {f"s{number}.weight": rng.standard_normal((4, 3, 3), np.float32) for number in range(5)}
     write_checkpoint(Path(folder) / "good.pyth", state)
 
     def read(path: str) -> str:
@@ -119,27 +119,27 @@ def write_zip(path: Path, content: dict[str, bytes], compression: int = zipfile.
 
 
 def changed_descriptions(description: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each value of a description replaced by each of `NUMBERS`, and texts that are none."""
-    places = [
+    """Yields metadata with each value replaced by each of `NUMBERS`, and texts that are not metadata."""
+    fields = [
         (key, inner) for key, value in description.items() for inner in (value if isinstance(value, dict) else [""])
     ]
-    for key, inner in places:
-        for words, number in NUMBERS.items():
+    for key, inner in fields:
+        for label, number in NUMBERS.items():
             changed = json.loads(json.dumps(description))
             (changed[key] if inner else changed)[inner or key] = number
             text = json.dumps(changed).replace('"DIGITS"', "9" * 5000)
-            yield f"{key}{'.' if inner else ''}{inner} = {words}", text
+            yield f"{key}{'.' if inner else ''}{inner} = {label}", text
     many = {**description, "num_classes": 100_001, "class_names": [str(number) for number in range(100_001)]}
     yield "100,001 classes", json.dumps(many)
     yield "deep nesting", "[" * 100_000
     yield "deep nesting of a field", json.dumps(description)[:-1] + ', "size": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    yield "no JSON", "\x00\xff"
+    yield "not JSON", "\x00\xff"
     yield "a list", "[]"
     yield "nothing", ""
 
 
 def strange_archives(good: dict[str, bytes]) -> Iterator[tuple[str, Write]]:
-    """Zip files that lie or expand."""
+    """Yields zip files with false metadata, or that expand to large sizes."""
     zeros = b"\0" * 100_000_000
 
     def expanded(path: Path, name: str, times: int) -> None:
@@ -160,9 +160,9 @@ def strange_archives(good: dict[str, bytes]) -> Iterator[tuple[str, Write]]:
         yield f"{name} is empty", partial(_write_with, good, {name: b""})
     more = {f"{number}.json": b"" for number in range(100_000)}
     yield "100,000 further members", lambda path: write_zip(path, {**good, **more})
-    yield "a path above", lambda path: write_zip(path, {**good, "../canary": b"x"})
-    yield "sizes that lie", lambda path: path.write_bytes(_with_sizes(good, 2**32 - 2))
-    yield "sizes of nothing", lambda path: path.write_bytes(_with_sizes(good, 0))
+    yield "a path to a parent folder", lambda path: write_zip(path, {**good, "../canary": b"x"})
+    yield "false sizes", lambda path: path.write_bytes(_with_sizes(good, 2**32 - 2))
+    yield "zero sizes", lambda path: path.write_bytes(_with_sizes(good, 0))
     yield "an empty file", lambda path: path.write_bytes(b"")
     yield "an endless file", lambda path: path.symlink_to("/dev/zero")
     yield "a circle of links", lambda path: path.symlink_to(path.name)
@@ -179,34 +179,34 @@ def _write_without(good: dict[str, bytes], name: str, path: Path) -> None:
 
 
 def _with_sizes(good: dict[str, bytes], size: int) -> bytes:
-    """The archive with another uncompressed size of each member in its table of contents."""
+    """Returns the archive with a false uncompressed size for each member in its central directory."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in good.items():
             archive.writestr(name, data)
-    content, place = bytearray(buffer.getvalue()), 0
-    while (place := content.find(b"PK\x01\x02", place)) >= 0:
-        content[place + 24 : place + 28] = struct.pack("<I", size)
-        place += 4
+    content, offset = bytearray(buffer.getvalue()), 0
+    while (offset := content.find(b"PK\x01\x02", offset)) >= 0:
+        content[offset + 24 : offset + 28] = struct.pack("<I", size)
+        offset += 4
     return bytes(content)
 
 
 def _lambda_config() -> bytes:
-    """A config whose layer would run Python code if it were deserialised."""
+    """Returns a config with a layer that would execute Python code when it is deserialised."""
     code = {"class_name": "__lambda__", "config": {"code": "4wAAAA==", "defaults": None, "closure": None}}
     layer = {"class_name": "Lambda", "module": "keras.layers", "config": {"name": "evil", "function": code}}
     return json.dumps({"class_name": "Sequential", "module": "keras", "config": {"layers": [layer]}}).encode()
 
 
 def strange_weights(secret: Path) -> Iterator[tuple[str, Change]]:
-    """Changes of the HDF5 file's datasets that read other files or allocate what is not there; given the open file."""
+    """Yields changes of an open HDF5 file whose datasets then read other files or allocate huge arrays."""
     import h5py  # type: ignore[import-untyped]
     import numpy as np
 
     def names(file: Any) -> list[str]:
-        found: list[str] = []
-        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-        return found
+        datasets: list[str] = []
+        file.visititems(lambda name, item: datasets.append(name) if isinstance(item, h5py.Dataset) else None)
+        return datasets
 
     def each(replace: Callable[[Any, str, Any], None]) -> Change:
         def change(file: Any) -> None:
@@ -243,8 +243,8 @@ def strange_weights(secret: Path) -> Iterator[tuple[str, Change]]:
     yield "a soft link to itself", each(lambda file, name, kind: file.__setitem__(name, h5py.SoftLink(f"/{name}")))
     yield "datasets of 4 TB", each(huge)
     yield "another axis of 2^30", each(other_shape)
-    yield "texts in place of numbers", each(lambda file, name, kind: file.__setitem__(name, b"x"))
-    yield "groups in place of datasets", each(lambda file, name, kind: file.create_group(name))
+    yield "text instead of numbers", each(lambda file, name, kind: file.__setitem__(name, b"x"))
+    yield "groups instead of datasets", each(lambda file, name, kind: file.create_group(name))
     yield (
         "NaN",
         lambda file: [file[name].__setitem__(..., np.nan) for name in names(file) if file[name].dtype.kind == "f"],
@@ -261,7 +261,7 @@ def changed_weights(weights: bytes, change: Change) -> bytes:
 
 
 def write_secrets(secret: Path) -> None:
-    """The files that a model must not read, all of one value."""
+    """Writes files that a model must not read, filled with one value."""
     import h5py
     import numpy as np
 
@@ -271,7 +271,7 @@ def write_secrets(secret: Path) -> None:
 
 
 def keras_files(folder: Path) -> Iterator[tuple[str, Write]]:
-    """Named hostile .keras files, by what writes each to a path."""
+    """Yields named hostile .keras files, as functions that write them to a path."""
     good = members(folder / "good.keras")
     for words, text in changed_descriptions(json.loads(good[MEMBER])):
         data = text.encode("utf-8", "surrogateescape")
@@ -287,16 +287,16 @@ def _write_changed(good: dict[str, bytes], change: Change, path: Path) -> None:
 
 
 def try_keras(report: Report, folder: Path) -> None:
-    """All .keras files, by the worker."""
+    """Loads all .keras files in the worker."""
     reader = Worker(loader, str(folder), seconds=20, megabytes=2200)
-    kind, whole = reader.ask(str(folder / "good.keras"))
-    assert kind == "gives", whole
+    kind, intact = reader.ask(str(folder / "good.keras"))
+    assert kind == "gives", intact
     path = folder / "evil.keras"
     for name, write in keras_files(folder):
         if report.chosen.only in f"keras {name}":
             _clear(path)
             write(path)
-            report.add(f"keras {name}", _problem(report, reader, path, None if "= " in name else whole, name))
+            report.add(f"keras {name}", _problem(report, reader, path, None if "= " in name else intact, name))
     good = (folder / "good.keras").read_bytes()
     for number in range(report.chosen.count):
         name = f"keras mutant {number}"
@@ -304,19 +304,19 @@ def try_keras(report: Report, folder: Path) -> None:
             _clear(path)
             words, content = _mutant(good, random.Random(f"{report.chosen.seed}/keras/{number}"))
             path.write_bytes(content)
-            report.add(f"{name}: {words}", _problem(report, reader, path, whole, name))
+            report.add(f"{name}: {words}", _problem(report, reader, path, intact, name))
     reader.close()
 
 
-def _mutant(good: bytes, draw: random.Random) -> tuple[str, bytes]:
-    """A .keras file damaged as a whole, or in a member that is then stored with the right checksum."""
-    kind = draw.choice(("flip", "cut"))
-    name = draw.choice((None, MEMBER, WEIGHTS))
+def _mutant(good: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Damages a .keras file, or one member that is then stored with a valid checksum."""
+    kind = rng.choice(("flip", "cut"))
+    name = rng.choice((None, MEMBER, WEIGHTS))
     if name is None:
-        return damaged(good, kind, draw)
+        return damaged(good, kind, rng)
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         content = {member: archive.read(member) for member in archive.namelist()}
-    words, content[name] = damaged(content[name], kind, draw)
+    words, content[name] = damaged(content[name], kind, rng)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for member, data in content.items():
@@ -324,19 +324,19 @@ def _mutant(good: bytes, draw: random.Random) -> tuple[str, bytes]:
     return f"{name} {words}", buffer.getvalue()
 
 
-def _problem(report: Report, reader: Worker, path: Path, whole: str | None, name: str) -> str | None:
-    """Why what came of a file is not right. Weights of another value are what the file says: counted, no failure."""
+def _problem(report: Report, reader: Worker, path: Path, intact: str | None, name: str) -> str | None:
+    """Returns the problem with the outcome for a file, or None. Files that load with other weights are only counted."""
     try:
-        kind, told = reader.ask(str(path))
+        kind, text = reader.ask(str(path))
     except Broke as error:
         return f"the reader {error}"
     if kind == "breaks":
-        return f"ends in a traceback: {told}"
+        return f"ends in a traceback: {text}"
     if kind == "refuses":
-        return "the error is not one line" if "\n" in told.strip() or not told.isprintable() else None
+        return "the error is not one line" if "\n" in text.strip() or not text.isprintable() else None
     if any(word in name for word in ("external", "virtual")):
-        return "ANOTHER FILE WAS READ, or fresh weights were kept without a word"
-    report.note("files that load" if whole in (None, told) else "files that load, with other weights")
+        return "ANOTHER FILE WAS READ, or initial weights were kept without an error"
+    report.note("files that load" if intact in (None, text) else "files that load, with other weights")
     return None
 
 
@@ -350,32 +350,32 @@ def _clear(path: Path) -> None:
 # ---- .pyth files
 
 
-class Runs:
-    """What a pickle would call."""
+class Call:
+    """An object whose pickle calls a function when it is loaded."""
 
-    def __init__(self, function: Any, *given: Any) -> None:
-        self.given = (function, given)
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reduced = (function, arguments)
 
     def __reduce__(self) -> Any:
-        return self.given
+        return self.reduced
 
 
 def pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
-    """Pickles that run code or exhaust memory."""
+    """Yields pickles that execute code or exhaust memory."""
     touch = f"touch {canary}"
     for words, item in {
-        "os.system": Runs(os.system, touch),
-        "subprocess.getoutput": Runs(subprocess.getoutput, touch),
-        "eval": Runs(eval, f"__import__('os').system({touch!r})"),
-        "exec": Runs(exec, f"import os; os.system({touch!r})"),
-        "getattr": Runs(getattr, os, "system"),
-        "open": Runs(open, str(canary), "w"),
-        "bytearray of 10 GB": Runs(bytearray, 10**10),
+        "os.system": Call(os.system, touch),
+        "subprocess.getoutput": Call(subprocess.getoutput, touch),
+        "eval": Call(eval, f"__import__('os').system({touch!r})"),
+        "exec": Call(exec, f"import os; os.system({touch!r})"),
+        "getattr": Call(getattr, os, "system"),
+        "open": Call(open, str(canary), "w"),
+        "bytearray of 10 GB": Call(bytearray, 10**10),
     }.items():
         for protocol in (2, 4):
             with_code = item
             if words == "getattr":
-                with_code = Runs(getattr, "", "join")
+                with_code = Call(getattr, "", "join")
             yield f"{words}, protocol {protocol}", pickle.dumps({"model_state": with_code}, protocol)
     yield "a list in lists", b"\x80\x02" + b"]" * 1_000_000 + b"a" * 999_999 + b"."
     yield "a tuple in tuples", b"\x80\x02)" + b"\x85" * 1_900_000 + b"."
@@ -392,14 +392,14 @@ def as_torch_zip(path: Path, data: bytes) -> None:
 
 
 def try_torch(report: Report, folder: Path) -> None:
-    """All .pyth files, by the worker."""
+    """Reads all .pyth files in the worker."""
     reader = Worker(torch_reader, str(folder), seconds=10, megabytes=1500)
     path, canary = folder / "evil.pyth", folder / "canary"
     good = (folder / "good.pyth").read_bytes()
 
     def attempt(name: str) -> None:
         problem = _problem(report, reader, path, None, "")
-        report.add(name, "CODE WAS RUN: the canary is there" if canary.exists() else problem)
+        report.add(name, "CODE WAS EXECUTED: the canary exists" if canary.exists() else problem)
         canary.unlink(missing_ok=True)
 
     for words, data in pickles(canary):
@@ -410,8 +410,8 @@ def try_torch(report: Report, folder: Path) -> None:
                 attempt(name)
     for number in range(report.chosen.count):
         if report.chosen.only in (name := f"pyth mutant {number}"):
-            draw = random.Random(f"{report.chosen.seed}/pyth/{number}")
-            words, content = damaged(good, draw.choice(("flip", "cut")), draw)
+            rng = random.Random(f"{report.chosen.seed}/pyth/{number}")
+            words, content = damaged(good, rng.choice(("flip", "cut")), rng)
             path.write_bytes(content)
             attempt(f"{name}: {words}")
     reader.close()
@@ -421,7 +421,7 @@ def try_torch(report: Report, folder: Path) -> None:
 
 
 def try_commands(report: Report, folder: Path) -> None:
-    """One bomb, by each command that reads a model."""
+    """Gives hostile files to each command that reads a model."""
     good = members(folder / "good.keras")
     description = json.loads(good[MEMBER])
     description["expansion"]["gamma_w"] = 500.0
@@ -431,7 +431,7 @@ def try_commands(report: Report, folder: Path) -> None:
     config = folder / "tiny.gin"
     config.write_text(recipe(records, steps=3, others={"TrainConfig.init": str(bomb)}))
     pickled = folder / "code.pyth"
-    as_torch_zip(pickled, pickle.dumps({"model_state": Runs(os.system, f"touch {folder / 'canary'}")}, 2))
+    as_torch_zip(pickled, pickle.dumps({"model_state": Call(os.system, f"touch {folder / 'canary'}")}, 2))
     words = {
         "predict": ("x3d_tf.predict", f"--model={bomb}", str(videos)),
         "train from it": ("x3d_tf.train", f"--gin_file={config}", f"--workdir={folder / 'run'}"),
@@ -448,7 +448,7 @@ def try_commands(report: Report, folder: Path) -> None:
 
     def attempt(line: tuple[str, ...]) -> str | None:
         ended = run(*line, folder=folder, seconds=report.chosen.seconds, megabytes=2200)
-        return "CODE WAS RUN" if (folder / "canary").exists() else refused(ended)
+        return "CODE WAS EXECUTED" if (folder / "canary").exists() else refused(ended)
 
     report.run((f"command {name}", partial(attempt, line)) for name, line in words.items())
 

@@ -1,8 +1,8 @@
-"""Gives training .gin files that try to run code, to hang or to exhaust memory: each must end in one line.
+"""Trains with .gin files that try to execute code, to hang or to exhaust memory: each must be rejected in one line.
 
-The named ones go to the command, with a module at hand that leaves a canary file behind if it is imported. --count
-random mutants of the package's own recipes are parsed in a worker process; they must be refused in one line or be a
-recipe.
+The named files are given to the command. A module in the working folder creates a canary file if it is imported. In
+addition, --count random mutants of the package's recipes are parsed in a worker process; each must be rejected in one
+line or be a valid recipe.
 
   python tests/trials/hostile_recipes.py --count=300 --seed=0
 """
@@ -21,14 +21,14 @@ DYNAMIC = "from __gin__ import dynamic_registration\n"
 CANARY = "canary"
 TOUCH = f"touch {CANARY}"
 
-# what runs code: name -> files, of which evil.gin is the one given
+# Files that execute code: name -> files, of which evil.gin is given to the command.
 CODE: dict[str, dict[str, str]] = {
     "import": {"evil.gin": f"import evilmod\n{GOOD}"},
     "import after bindings": {"evil.gin": f"{GOOD}\nimport evilmod\n"},
     "import as": {"evil.gin": f"import evilmod as fine\n{GOOD}"},
     "from import": {"evil.gin": f"from evilmod import name\n{GOOD}"},
-    "import of a package's module": {"evil.gin": f"import evilpack.evilmod\n{GOOD}"},
-    "import of what is loaded": {"evil.gin": f"import os\n{GOOD}"},
+    "import of a module in a package": {"evil.gin": f"import evilpack.evilmod\n{GOOD}"},
+    "import of a loaded module": {"evil.gin": f"import os\n{GOOD}"},
     "import in an include": {"evil.gin": f"include 'other.gin'\n{GOOD}", "other.gin": "import evilmod\n"},
     "import two includes deep": {
         "evil.gin": "include 'a.gin'\n",
@@ -47,7 +47,7 @@ CODE: dict[str, dict[str, str]] = {
         "other.gin": f"{DYNAMIC}import subprocess\nsubprocess.getoutput.cmd = '{TOUCH}'\n"
         "TrainConfig.init = @subprocess.getoutput()\n",
     },
-    "reference to gin's own": {"evil.gin": f"{GOOD}\nTrainConfig.init = @gin.singleton()\n"},
+    "reference to a configurable of gin": {"evil.gin": f"{GOOD}\nTrainConfig.init = @gin.singleton()\n"},
     "reference to a singleton": {
         "evil.gin": f"{GOOD}\nTrainConfig.init = @x/singleton()\nx/singleton.constructor=@a\n"
     },
@@ -55,7 +55,7 @@ CODE: dict[str, dict[str, str]] = {
     "lambda": {"evil.gin": f"{GOOD}\nRecipe.steps = (lambda: 1)()\n"},
 }
 
-# what hangs, exhausts memory or breaks the parser
+# Files that hang, exhaust memory or break the parser.
 BROKEN: dict[str, dict[str, str | bytes]] = {
     "includes itself": {"evil.gin": "include 'evil.gin'\n"},
     "includes in a circle": {"evil.gin": "include 'a.gin'\n", "a.gin": "include './evil.gin'\n"},
@@ -65,10 +65,10 @@ BROKEN: dict[str, dict[str, str | bytes]] = {
         "50.gin": GOOD,
     },
     "includes an endless file": {"evil.gin": "include '/dev/zero'\n"},
-    "includes a file of the system": {"evil.gin": f"include '/etc/passwd'\n{GOOD}"},
-    "includes what lies above": {"evil.gin": f"include '../above.gin'\n{GOOD}"},
+    "includes a system file": {"evil.gin": f"include '/etc/passwd'\n{GOOD}"},
+    "includes a file in the parent folder": {"evil.gin": f"include '../above.gin'\n{GOOD}"},
     "includes a folder": {"evil.gin": f"include '.'\n{GOOD}"},
-    "includes nothing": {"evil.gin": f"include ''\n{GOOD}"},
+    "includes an empty path": {"evil.gin": f"include ''\n{GOOD}"},
     "deep brackets": {"evil.gin": f"{GOOD}\nRecipe.decay_fractions = {'(' * 5000}{')' * 5000}\n"},
     "deep lists": {"evil.gin": f"{GOOD}\nRecipe.decay_fractions = {'[' * 100_000}\n"},
     "open bracket": {"evil.gin": f"{GOOD}\nRecipe.decay_fractions = (1,\n"},
@@ -80,14 +80,14 @@ BROKEN: dict[str, dict[str, str | bytes]] = {
     "reference to itself": {"evil.gin": f"{GOOD}\nTrainConfig.recipe = @TrainConfig()\n"},
     "indentation": {"evil.gin": f"{GOOD}\n   Recipe.steps = 5\n \tRecipe.batch = 2\n"},
     "zero bytes": {"evil.gin": b"\0" * 100},
-    "no UTF-8": {"evil.gin": b"\xff\xfe\xfa" + GOOD.encode()},
-    "terminal's escapes": {"evil.gin": f"{GOOD}\nRecipe.\x1b]0;title\x07steps = 5\n"},
+    "invalid UTF-8": {"evil.gin": b"\xff\xfe\xfa" + GOOD.encode()},
+    "terminal escapes": {"evil.gin": f"{GOOD}\nRecipe.\x1b]0;title\x07steps = 5\n"},
     "escapes in a value": {"evil.gin": f"{GOOD}\nTrainConfig.init = 'a\x1b[2Jb'\n"},
     "20 MB": {"evil.gin": "# filler\n" * 2_000_000 + "Recipe.steps = unknown\n"},
     "number of 10,000 digits": {"evil.gin": f"{GOOD}\nRecipe.steps = {'9' * 10_000}\n"},
-    "number beyond any": {"evil.gin": f"{GOOD}\nRecipe.learning_rate = 1e999\n"},
-    "network beyond any": {"evil.gin": f"{GOOD}\nExpansion.gamma_d = 1e9\n"},
-    "clip beyond any": {"evil.gin": f"{GOOD}\nExpansion.gamma_t = 1000000000000\n"},
+    "infinite number": {"evil.gin": f"{GOOD}\nRecipe.learning_rate = 1e999\n"},
+    "huge network": {"evil.gin": f"{GOOD}\nExpansion.gamma_d = 1e9\n"},
+    "huge clip": {"evil.gin": f"{GOOD}\nExpansion.gamma_t = 1000000000000\n"},
     "scope": {"evil.gin": f"{GOOD}\nevil/Recipe.steps = 5\n"},
 }
 
@@ -105,7 +105,7 @@ BINDINGS = {
 
 
 def prepare(folder: Path, files: dict[str, Any]) -> Path:
-    """Writes the files of a trial beside the module that leaves the canary."""
+    """Writes the files of a trial and the module that creates the canary."""
     evil = "import pathlib\npathlib.Path('canary').touch()\nname = 1\n"
     for name, content in {
         "evilmod.py": evil,
@@ -121,7 +121,7 @@ def prepare(folder: Path, files: dict[str, Any]) -> Path:
 
 
 def attempt(report: Report, folder: Path, files: dict[str, Any], bindings: list[str]) -> str | None:
-    """One command; the trial's folder is on its path, as the folder is in which it runs."""
+    """Runs one command in the trial's folder, which is therefore on its Python path."""
     prepare(folder, files)
     words = [f"--gin_bindings={binding}" for binding in bindings]
     ended = run(
@@ -134,12 +134,12 @@ def attempt(report: Report, folder: Path, files: dict[str, Any], bindings: list[
         megabytes=1500,
     )
     if (folder / CANARY).exists():
-        return "CODE WAS RUN: the canary file is there"
+        return "CODE WAS EXECUTED: the canary file exists"
     return refused(ended)
 
 
 def pipe(report: Report, folder: Path) -> str | None:
-    """A named pipe that nobody writes to, as the recipe."""
+    """Gives a named pipe without a writer as the recipe."""
     folder.mkdir()
     os.mkfifo(folder / "evil.gin")
     return attempt_of_path(report, folder, "evil.gin")
@@ -152,16 +152,16 @@ def attempt_of_path(report: Report, folder: Path, path: str) -> str | None:
 
 
 def parser() -> Callable[[str], tuple[str, str]]:
-    """In the worker: returns what parses a file."""
+    """Returns a function that parses a file; runs in the worker."""
     from x3d_tf import gin_config
 
     return lambda path: outcome_of(lambda: gin_config.parse([path]).config)
 
 
 def mutants(report: Report, folder: Path) -> None:
-    """Random mutants: bytes replaced, lines dropped, doubled, swapped, words of gin put in."""
+    """Parses random mutants: characters replaced or deleted, and tokens of gin inserted."""
     reader = Worker(parser, seconds=10, megabytes=1000)
-    words = [
+    tokens = [
         "include ",
         "import os\n",
         "from ",
@@ -182,18 +182,18 @@ def mutants(report: Report, folder: Path) -> None:
     ]
     recipes = sorted((ROOT / "gin").rglob("*.gin"))
     for number in range(report.chosen.count):
-        draw = random.Random(f"{report.chosen.seed}/{number}")
-        text = list(draw.choice(recipes).read_text())
-        for _ in range(draw.randint(1, 6)):
-            place = draw.randrange(len(text))
-            text[place : place + draw.choice((0, 1, 1, 5))] = draw.choice([*words, chr(draw.randrange(256))])
+        rng = random.Random(f"{report.chosen.seed}/{number}")
+        content = list(rng.choice(recipes).read_text())
+        for _ in range(rng.randint(1, 6)):
+            index = rng.randrange(len(content))
+            content[index : index + rng.choice((0, 1, 1, 5))] = rng.choice([*tokens, chr(rng.randrange(256))])
         path = folder / "mutant.gin"
-        path.write_text("".join(text), encoding="utf-8", errors="replace")
+        path.write_text("".join(content), encoding="utf-8", errors="replace")
         try:
-            kind, told = reader.ask(str(path))
-            report.note(f"mutants that were {'recipes' if kind == 'gives' else 'refused'}")
-            odd = "\n" in told if kind == "refuses" else False
-            problem = f"ends in a traceback: {told}" if kind == "breaks" else "not one line" if odd else None
+            kind, text = reader.ask(str(path))
+            report.note(f"{'valid' if kind == 'gives' else 'rejected'} mutants")
+            multiline = "\n" in text if kind == "refuses" else False
+            problem = f"ends in a traceback: {text}" if kind == "breaks" else "not one line" if multiline else None
         except Broke as error:
             problem = f"the parser {error}"
         report.add(f"mutant {number}", problem)

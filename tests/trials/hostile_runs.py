@@ -1,8 +1,8 @@
-"""Resumes and evaluates run folders that came from someone else: no file outside may change, nothing may run or hang.
+"""Resumes and evaluates untrusted run folders: no file outside may change, no code may be executed, nothing may hang.
 
-A tiny run is trained once and cut back to before its last checkpoint; each trial changes a copy, with canary files
-outside, and gives the same command again. The canaries must survive unchanged. A run whose own files are intact must
-end with the weights that it had; where something is missing, an error must say so and history.csv must stay. --count
+A tiny run is trained once and cut back to its second-last checkpoint. Each trial manipulates a copy of it, with canary
+files outside, and resumes it. The canaries must not change. If the run's own files are intact, the final weights must
+equal those of the original run; if files are missing, an error must report it and history.csv must be kept. --count
 limits the number of trials.
 
   python tests/trials/hostile_runs.py
@@ -34,11 +34,11 @@ from harness import (
 
 STEPS, EVERY = 9, 3
 DATA = ".data-00000-of-00001"
-Change = Callable[[Path, Path], Any]  # of a run folder, given that of the canaries
+Change = Callable[[Path, Path], Any]  # manipulates a run folder; the second argument is the folder of canaries
 
 
 def outside(folder: Path) -> Path:
-    """The folder of canaries, with names that checkpoints have."""
+    """Creates and returns the folder of canaries, whose names look like checkpoints."""
     for name in ("canary.index", "canary.data-00000-of-00001", "canary", "ckpt-1.index", "ckpt-1.data-00000-of-00001"):
         path = folder / "canaries" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,12 +49,12 @@ def outside(folder: Path) -> Path:
 
 
 def listed(*names: str) -> Change:
-    """The text `checkpoints/checkpoint` that lists further files, with {canaries} for their folder."""
+    """Lists further files in `checkpoints/checkpoint`; {canaries} stands for the folder of canaries."""
 
     def change(workdir: Path, canaries: Path) -> None:
-        own = f"ckpt-{STEPS - EVERY}"
-        lines = [f'model_checkpoint_path: "{own}"']
-        lines += [f'all_model_checkpoint_paths: "{name.format(canaries=canaries)}"' for name in (*names, own)]
+        newest = f"ckpt-{STEPS - EVERY}"
+        lines = [f'model_checkpoint_path: "{newest}"']
+        lines += [f'all_model_checkpoint_paths: "{name.format(canaries=canaries)}"' for name in (*names, newest)]
         (workdir / "checkpoints" / "checkpoint").write_text("\n".join(lines) + "\n")
 
     return change
@@ -82,7 +82,7 @@ def replaced_by_folder(name: str) -> Change:
 
 
 def linked(name: str, target: str) -> Change:
-    """A link in place of a file or folder of the run."""
+    """Replaces a file or folder of the run by a symbolic link."""
 
     def change(workdir: Path, canaries: Path) -> None:
         path = workdir / name
@@ -95,7 +95,7 @@ def linked(name: str, target: str) -> Change:
     return change
 
 
-# after these the run ends as if nothing had been
+# After these changes the run must end with the same result.
 RESUMES: dict[str, Change] = {
     "nothing changed": lambda *_: None,
     "list of absolute paths": listed("{canaries}/canary", "{canaries}/ckpt-1"),
@@ -104,7 +104,7 @@ RESUMES: dict[str, Change] = {
     "list of its own folder": listed("", ".", "..", "../history.csv"),
     "list of 100,000": listed(*(f"ckpt-{number}" for number in range(100_000))),
     "list of garbage": written("checkpoints/checkpoint", os.urandom(5000)),
-    "list of nothing": written("checkpoints/checkpoint", b""),
+    "empty list": written("checkpoints/checkpoint", b""),
     "list without an end": written("checkpoints/checkpoint", b'model_checkpoint_path: "' + b"a" * 10_000_000),
     "no list": removed("checkpoints/checkpoint"),
     "a temporary checkpoint": lambda workdir, _: (workdir / "checkpoints" / "ckpt-12_temp").mkdir(),
@@ -130,8 +130,8 @@ RESUMES: dict[str, Change] = {
     "evaluation is a link outside": linked("evaluation", "folder"),
 }
 
-# these end in an error, and history.csv stays
-REFUSED: dict[str, Change] = {
+# After these changes the command must report an error and keep history.csv.
+REJECTED: dict[str, Change] = {
     **{
         f"{name} is a link outside": linked(name, "canary")
         for name in (
@@ -147,15 +147,15 @@ REFUSED: dict[str, Change] = {
             ".lock",
         )
     },
-    "both indexes are gone": removed("checkpoints/*.index"),
-    "the folder of checkpoints is gone": removed("checkpoints"),
+    "both indexes are missing": removed("checkpoints/*.index"),
+    "the folder of checkpoints is missing": removed("checkpoints"),
     "checkpoints is a link outside": linked("checkpoints", "folder"),
-    "all data is gone": removed("checkpoints/*.data-*"),
+    "all data is missing": removed("checkpoints/*.data-*"),
     "all checkpoints are garbage": lambda workdir, _: [
         path.write_bytes(os.urandom(1000)) for path in (workdir / "checkpoints").glob("ckpt-*")
     ],
     "config.json is nested": written("config.json", b"[" * 100_000),
-    "config.json is no JSON": written("config.json", b"\x00\xff\x1b[2J"),
+    "config.json is not JSON": written("config.json", b"\x00\xff\x1b[2J"),
     "config.json is endless": linked("config.json", "../../../../../../../../dev/zero"),
     "config.json has a number of 10,000 digits": lambda workdir, _: (workdir / "config.json").write_text(
         (workdir / "config.json").read_text().replace('"Recipe.steps": 9', '"Recipe.steps": ' + "9" * 10_000)
@@ -169,8 +169,8 @@ def train(report: Report, config: Path, workdir: Path) -> Ended:
     return run("x3d_tf.train", *words, folder=config.parent, seconds=report.chosen.seconds, megabytes=2500)
 
 
-def attempt(report: Report, folder: Path, whole: Path, cut: Path, change: Change, resumes: bool) -> str | None:
-    """One changed copy, resumed."""
+def attempt(report: Report, folder: Path, reference: Path, cut: Path, change: Change, resumes: bool) -> str | None:
+    """Changes a copy of the run and resumes it."""
     folder.mkdir()
     canaries, workdir = outside(folder), copy(cut, folder / "runs" / "evil")
     change(workdir, canaries)
@@ -178,26 +178,26 @@ def attempt(report: Report, folder: Path, whole: Path, cut: Path, change: Change
     history = (workdir / "history.csv").read_bytes()
     ended = train(report, cut.parent / "tiny.gin", workdir)
     after = contents(canaries)
-    # tensorboard and evaluation may lie on another disk: what is new there the run was told to write
+    # links of tensorboard and evaluation to other disks are allowed, so new files there are expected
     new = [name for name in after if name not in before and not (resumes and name.startswith("folder/"))]
     if harmed := sorted(name for name in before if after.get(name) != before[name]) + new:
-        gone = [name for name in harmed if name not in after]
-        return f"FILES OUTSIDE WERE HARMED: {harmed}, of which {gone} are gone and {new} are new"
+        deleted = [name for name in harmed if name not in after]
+        return f"FILES OUTSIDE WERE CHANGED: {harmed}; deleted: {deleted}; new: {new}"
     if not resumes:
-        kept = (workdir / "history.csv").is_file() and (workdir / "history.csv").read_bytes() == history
-        return refused(ended) or (None if kept else "history.csv is not what it was")
+        unchanged = (workdir / "history.csv").is_file() and (workdir / "history.csv").read_bytes() == history
+        return refused(ended) or (None if unchanged else "history.csv has changed")
     if problem := succeeded(ended):
         return problem
     if "from the checkpoint of step" not in ended.out:
-        return "trained from the start"
+        return "trained from scratch"
     if left := half_written(workdir):
-        return f"{left} are left behind"
-    return difference_of_weights(workdir / "model.keras", whole / "model.keras")
+        return f"{left} were left behind"
+    return difference_of_weights(workdir / "model.keras", reference / "model.keras")
 
 
-def evaluations(folder: Path, whole: Path) -> Iterator[tuple[str, Path]]:
-    """Finished run folders that evaluation must refuse."""
-    settings = json.loads((whole / "config.json").read_text())
+def evaluations(folder: Path, reference: Path) -> Iterator[tuple[str, Path]]:
+    """Yields finished run folders that evaluation must reject."""
+    settings = json.loads((reference / "config.json").read_text())
     changes: dict[str, Any] = {
         "a wrong type": {**settings, "Recipe.steps": "x\x1b[2J"},
         "an unknown setting": {**settings, "Evil.setting": 1},
@@ -207,7 +207,7 @@ def evaluations(folder: Path, whole: Path) -> Iterator[tuple[str, Path]]:
         "a list": [],
     }
     for number, (name, content) in enumerate(changes.items()):
-        workdir = copy(whole, folder / f"evaluated{number}")
+        workdir = copy(reference, folder / f"evaluated{number}")
         shutil.rmtree(workdir / "evaluation", ignore_errors=True)
         (workdir / "config.json").write_text(json.dumps(content))
         yield name, workdir
@@ -217,21 +217,21 @@ def main() -> None:
     """Runs the trials."""
     report = Report("hostile_runs", arguments(__doc__ or "", count=1000, seconds=240))
     with scratch() as folder:
-        config, whole = folder / "tiny.gin", folder / "whole"
+        config, reference = folder / "tiny.gin", folder / "reference"
         config.write_text(recipe(make_records(folder / "records"), steps=STEPS, checkpoint=EVERY))
         print("training a tiny run ...", flush=True)
-        if problem := succeeded(train(report, config, whole)):
+        if problem := succeeded(train(report, config, reference)):
             raise SystemExit(problem)
-        cut = copy(whole, folder / "cut")
+        cut = copy(reference, folder / "cut")
         for pattern in ("model.keras", f"checkpoints/ckpt-{STEPS}.*", "evaluation", "labels.txt", "input.json"):
             removed(pattern)(cut, cut)
-        kinds = [(RESUMES, True), (REFUSED, False)]
+        kinds = [(RESUMES, True), (REJECTED, False)]
         named = [(name, change, resumes) for changes, resumes in kinds for name, change in changes.items()]
         trials = [
-            (name, partial(attempt, report, folder / str(number), whole, cut, change, resumes))
+            (name, partial(attempt, report, folder / str(number), reference, cut, change, resumes))
             for number, (name, change, resumes) in enumerate(named)
         ]
-        for name, workdir in evaluations(folder, whole):
+        for name, workdir in evaluations(folder, reference):
             words = ("x3d_tf.evaluate", f"--run={workdir}")
             limits: dict[str, Any] = {"folder": folder, "seconds": 60, "megabytes": 2500}
             trials.append(

@@ -1,8 +1,8 @@
-"""Points the serving client at hostile and broken servers: each answer must end in one line within the time limit.
+"""Runs the serving client with hostile and broken servers: errors must be one line, within the time limit.
 
-The client runs as its command, with --timeout=3, against servers of this process: REST, and gRPC where
-tensorflow-serving-api is installed. --count random damages of a right REST answer come after the named ones. An answer
-that is right must be accepted.
+The client command runs with --timeout=3 and connects to servers in this process: REST, and gRPC if
+tensorflow-serving-api is installed. --count random mutants of a valid REST response follow the named responses. Valid
+responses must be accepted.
 
   python tests/trials/hostile_servers.py --count=40 --seed=0
 """
@@ -21,7 +21,7 @@ from typing import Any
 from harness import Command, Ended, Report, arguments, damaged, make_videos, refused, scratch, succeeded
 
 CLASSES = ["class 0", "class 1"]
-TIMEOUT, GRACE = 3, 15.0  # seconds: that the client waits, and that the whole command may take (Python and its start)
+TIMEOUT, GRACE = 3, 15.0  # seconds: limit of a request, and additional time for Python and its start
 MEGABYTES = 1200
 GOOD = json.dumps({"predictions": [{"probabilities": [0.25, 0.75]}]}).encode()
 Send = Callable[[Callable[[bytes], Any]], None]
@@ -47,21 +47,21 @@ def write_card(path: Path, **changes: Any) -> Path:
 
 
 def reply(body: bytes, status: str = "200 OK", *headers: str, length: int | None = None) -> Send:
-    """A plain answer, with further headers and, where it lies, another length."""
+    """Returns a function that sends a response; `length` replaces the true content length."""
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", *headers, "", ""]
     return lambda send: send("\r\n".join(lines).encode("utf-8", "surrogateescape") + body)
 
 
 def endless(head: bytes, part: bytes, pause: float = 0.0) -> Send:
-    """An answer that does not end, as fast as it goes or slowly."""
+    """Returns a function that sends a never-ending response, with a pause after each part."""
 
-    def answer(send: Callable[[bytes], Any]) -> None:
+    def respond(send: Callable[[bytes], Any]) -> None:
         send(head)
         while True:
             send(part)
             time.sleep(pause)
 
-    return answer
+    return respond
 
 
 def probabilities(values: Any) -> bytes:
@@ -92,8 +92,8 @@ REST: dict[str, Send] = {
     "no predictions": reply(b"{}"),
     "empty predictions": reply(b'{"predictions": []}'),
     "nothing": reply(b""),
-    "no JSON": reply(b"<html>\x1b[2J</html>"),
-    "no UTF-8": reply(b'{"predictions": "\xff\xfe"}'),
+    "not JSON": reply(b"<html>\x1b[2J</html>"),
+    "invalid UTF-8": reply(b'{"predictions": "\xff\xfe"}'),
     "cut short": reply(GOOD[:20]),
     "cut short of its length": reply(GOOD, length=10_000),
     "longer than its length": reply(GOOD, length=10),
@@ -108,7 +108,7 @@ REST: dict[str, Send] = {
     "headers, a byte a second": endless(b"HTTP/1.1 200 OK\r\na: ", b"b", 1.0),
     "continue for ever": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001),
     "silence": lambda send: time.sleep(60),
-    "no HTTP": lambda send: send(b"SSH-2.0-OpenSSH\x1b]0;title\x07\r\n"),
+    "not HTTP": lambda send: send(b"SSH-2.0-OpenSSH\x1b]0;title\x07\r\n"),
     "closes": lambda send: None,
     "error page of 100 MB": endless(b"HTTP/1.1 500 Error\r\nContent-Length: 100000000\r\n\r\n", b"x" * 1_000_000),
     "endless error page": endless(b"HTTP/1.1 500 Error\r\n\r\n", b"x" * 1_000_000),
@@ -123,13 +123,13 @@ REST: dict[str, Send] = {
     "redirect to nothing": reply(b"", "302 Found", "Location: "),
     "redirect with escapes": reply(b"", "302 Found", "Location: http://\x1b[2J"),
     "gzip": reply(b"\x1f\x8b\x08" + b"\0" * 20, "200 OK", "Content-Encoding: gzip"),
-    "large answer that compresses": reply(b'{"predictions": [' + b"0," * 5_000_000 + b"0]}"),
+    "large response that compresses": reply(b'{"predictions": [' + b"0," * 5_000_000 + b"0]}"),
 }
 
 
 @contextmanager
-def rest_server(answer: Send) -> Iterator[str]:
-    """A server that reads a request and answers so."""
+def rest_server(respond: Send) -> Iterator[str]:
+    """Runs a server that reads a request and sends the response; yields its address."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -142,9 +142,9 @@ def rest_server(answer: Send) -> Iterator[str]:
                 lengths = [int(value) for name, _, value in fields if name.lower() == b"content-length"]
                 while len(body) < sum(lengths) and (part := self.request.recv(65536)):
                     body += part
-                answer(self.request.sendall)
+                respond(self.request.sendall)
             except OSError:
-                pass  # the client has gone
+                pass  # the client has disconnected
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads, block_on_close, allow_reuse_address = True, False, True
@@ -155,25 +155,25 @@ def rest_server(answer: Send) -> Iterator[str]:
         server.shutdown()
 
 
-def asked(report: Report, folder: Path, card: Path, *server: str) -> Ended:
+def run_client(report: Report, folder: Path, card: Path, *server: str) -> Ended:
     video = next(folder.rglob("*.mp4"))
     words = (f"--card={card}", *server, "--model=tiny", "--views=1", f"--timeout={TIMEOUT}", str(video))
     limits = {"seconds": report.chosen.seconds, "megabytes": MEGABYTES}
     return Command("export.serving.client", *words, folder=folder, **limits).wait()
 
 
-def try_rest(report: Report, folder: Path, answer: Send, *, right: bool | None = False) -> str | None:
-    """One answer; `right` is None where it may be either."""
-    with rest_server(answer) as address:
-        ended = asked(report, folder, folder / "card.json", f"--rest={address}")
+def try_rest(report: Report, folder: Path, respond: Send, *, right: bool | None = False) -> str | None:
+    """Tries one response; `right` is None if the client may accept or reject it."""
+    with rest_server(respond) as address:
+        ended = run_client(report, folder, folder / "card.json", f"--rest={address}")
     if ended.status == 0 and right is None:
-        report.note("damaged answers that were accepted")
+        report.note("mutants that were accepted")
         return None
     return succeeded(ended) if right else refused(ended)
 
 
 def addresses(report: Report, folder: Path) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """Addresses that are none, or where nobody is."""
+    """Yields trials with invalid addresses and with addresses without a server."""
     for address in (
         "file:///etc/passwd",
         "http://",
@@ -185,11 +185,11 @@ def addresses(report: Report, folder: Path) -> Iterator[tuple[str, Callable[[], 
 
 
 def _try_address(report: Report, folder: Path, address: str) -> str | None:
-    return refused(asked(report, folder, folder / "card.json", f"--rest={address}"))
+    return refused(run_client(report, folder, folder / "card.json", f"--rest={address}"))
 
 
 def cards(report: Report, folder: Path) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """Model cards with numbers that would take any memory, and other damage."""
+    """Yields trials with damaged model cards, among them numbers that would exhaust memory."""
     changes: dict[str, dict[str, Any]] = {
         f"{name} = {value!r}": {"input": {name: value}}
         for name in ("frames", "stride", "crop", "resize")
@@ -212,9 +212,9 @@ def cards(report: Report, folder: Path) -> Iterator[tuple[str, Callable[[], str 
 
 
 def _try_card(report: Report, folder: Path, card: Path) -> str | None:
-    """Where a card can be followed the answer is right, and so is to print it."""
+    """Tries one model card; the client may accept it, because the server sends a valid response."""
     with rest_server(reply(GOOD)) as address:
-        ended = asked(report, folder, card, f"--rest={address}")
+        ended = run_client(report, folder, card, f"--rest={address}")
     if ended.status == 0:
         report.note("odd cards that were accepted")
         return None
@@ -224,8 +224,8 @@ def _try_card(report: Report, folder: Path, card: Path) -> str | None:
 # ---- gRPC
 
 
-def grpc_answers() -> dict[str, Callable[[Any], Any]]:
-    """What the service answers, given the context of the call."""
+def grpc_responses() -> dict[str, Callable[[Any], Any]]:
+    """Returns functions from the context of a call to the response of the service, by name."""
     import grpc
     from tensorflow.core.framework.tensor_pb2 import TensorProto
     from tensorflow_serving.apis.predict_pb2 import PredictResponse
@@ -255,19 +255,19 @@ def grpc_answers() -> dict[str, Callable[[Any], Any]]:
         "a negative axis": lambda _: tensor([-1, 2], [0.5, 0.5]),
         "an unknown type": lambda _: tensor([1, 2], [0.5, 0.5], kind=99),
         "texts": lambda _: tensor([1, 2], [], kind=7, string_val=[b"a", b"\x1b[2J"]),
-        "whole numbers": lambda _: tensor([1, 2], [], kind=3, int_val=[0, 1]),
+        "integers": lambda _: tensor([1, 2], [], kind=3, int_val=[0, 1]),
         "content that is too short": lambda _: tensor([1, 2], [], tensor_content=b"abc"),
         "no output": lambda _: PredictResponse(),
         "slow": slow,
         "an error with escapes": lambda context: context.abort(grpc.StatusCode.INTERNAL, "\x1b[2J\r\nerror: fine"),
         "an error of 8 kB": lambda context: context.abort(grpc.StatusCode.INTERNAL, "x" * 8000),
         "5 MB": lambda _: tensor([1, 1_250_000], [0.1] * 1_250_000),
-        "its own failure": lambda context: 1 / 0,
+        "an internal error": lambda context: 1 / 0,
     }
 
 
 @contextmanager
-def grpc_server(answer: Callable[[Any], Any]) -> Iterator[str]:
+def grpc_server(respond: Callable[[Any], Any]) -> Iterator[str]:
     from concurrent.futures import ThreadPoolExecutor
 
     import grpc
@@ -275,7 +275,7 @@ def grpc_server(answer: Callable[[Any], Any]) -> Iterator[str]:
 
     class Service(service.PredictionServiceServicer):
         def Predict(self, request: Any, context: Any) -> Any:
-            return answer(context)
+            return respond(context)
 
     server = grpc.server(ThreadPoolExecutor(2))
     service.add_PredictionServiceServicer_to_server(Service(), server)
@@ -285,9 +285,9 @@ def grpc_server(answer: Callable[[Any], Any]) -> Iterator[str]:
     server.stop(None)
 
 
-def try_grpc(report: Report, folder: Path, answer: Callable[[Any], Any], right: bool) -> str | None:
-    with grpc_server(answer) as address:
-        ended = asked(report, folder, folder / "card.json", f"--grpc={address}")
+def try_grpc(report: Report, folder: Path, respond: Callable[[Any], Any], right: bool) -> str | None:
+    with grpc_server(respond) as address:
+        ended = run_client(report, folder, folder / "card.json", f"--grpc={address}")
     return succeeded(ended) if right else refused(ended)
 
 
@@ -298,22 +298,22 @@ def main() -> None:
         make_videos(folder, 1)
         write_card(folder / "card.json")
         trials = [("REST right", partial(try_rest, report, folder, reply(GOOD), right=True))]
-        right = {"a negative length": None}  # whose content is complete
+        right = {"a negative length": None}  # the client may accept it, because the content is complete
         trials += [
-            (f"REST {name}", partial(try_rest, report, folder, answer, right=right.get(name, False)))
-            for name, answer in REST.items()
+            (f"REST {name}", partial(try_rest, report, folder, respond, right=right.get(name, False)))
+            for name, respond in REST.items()
         ]
         for number in range(report.chosen.count):
-            draw = random.Random(f"{report.chosen.seed}/{number}")
-            words, body = damaged(GOOD, draw.choice(("flip", "cut")), draw)
+            rng = random.Random(f"{report.chosen.seed}/{number}")
+            description, body = damaged(GOOD, rng.choice(("flip", "cut")), rng)
             trials.append(
-                (f"REST mutant {number}, {words}", partial(try_rest, report, folder, reply(body), right=None))
+                (f"REST mutant {number}, {description}", partial(try_rest, report, folder, reply(body), right=None))
             )
         report.run([*trials, *addresses(report, folder), *cards(report, folder)])
         try:
-            named = grpc_answers()
+            named = grpc_responses()
         except ImportError as error:
-            print(f"gRPC is skipped: {error}")
+            print(f"skipped gRPC: {error}")
         else:
             report.chosen.seconds += 15  # the client imports TensorFlow
             report.run(

@@ -1,9 +1,9 @@
-"""Kills the building of records at random moments and starts it again: all bytes must equal those of a whole build.
+"""Kills record building at random moments and resumes it: all bytes must equal those of an uninterrupted build.
 
-The videos are synthetic: 10 splits of 8, each with a shard of its own. SIGKILL, SIGTERM or SIGINT comes at a random
-moment: of two trials, one anywhere after the first file appeared, one within half a second after a random shard. The
-same command is then given again. SIGTERM must end with status 143, SIGINT with 130; worker processes must end with the
-command; nothing half-written may stay.
+The videos are synthetic: 10 splits of 8 videos, one shard per split. SIGKILL, SIGTERM or SIGINT is sent at a random
+moment: in every other trial any time after the first file exists, otherwise within half a second after a random shard.
+The same command then runs again. SIGTERM must give exit status 143, SIGINT 130. Worker processes must exit with the
+command, and no partial file may remain.
 
   python tests/trials/kill_building.py --count=20 --seed=0
 """
@@ -29,7 +29,7 @@ def building(videos: Path, output: Path, seconds: float) -> Command:
 
 
 def wait_for(file: Path, command: Command, delay: float) -> None:
-    """Waits until a file has appeared, and longer; or until the command has ended."""
+    """Waits until a file exists and `delay` seconds have passed, or until the command has ended."""
     while command.process.poll() is None and not file.exists():
         time.sleep(0.002)
     until = time.monotonic() + delay
@@ -42,19 +42,19 @@ def trial(
     output: Path,
     sent: signal.Signals,
     moment: tuple[str, float],
-    wanted: dict[str, bytes],
+    expected: dict[str, bytes],
     report: Report,
 ) -> Iterator[str]:
-    """One kill, so many seconds after a file appeared, and what came of it; yields the problems."""
+    """Kills and resumes one build; yields the problems. `moment` is a file and the delay in seconds after it."""
     where = f"{sent.name} {moment[1]:.2f} s after {moment[0]}"
     command = building(videos, output, report.chosen.seconds)
     wait_for(output / moment[0], command, moment[1])
     was_running = command.signal(sent)
     ended = command.wait()
     print(f"       {output.name}: {where}: exit status {ended.status}", flush=True)
-    finished = "classes" in ended.out  # Python may no longer handle signals then
+    finished = "classes" in ended.out  # Python may no longer handle signals at its end
     if not was_running or finished:
-        report.note("kills that came after the end")
+        report.note("kills after the end")
     if was_running and ended.status != STATUS[sent] and not (finished and ended.status in (0, -sent)):
         yield f"{where} ended with status {ended.status}, not {STATUS[sent]}: {ended.last[:200]}"
     if "Traceback (most recent call last)" in ended.err:
@@ -67,12 +67,12 @@ def trial(
         return
     if "exist already" in again.out:
         report.note("resumed after finished shards")
-    found = contents(output)
-    if found != wanted:
-        differing = [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
+    actual = contents(output)
+    if actual != expected:
+        differing = [name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name)]
         yield f"{where}: {sorted(differing)[:4]} differ"
     if names := half_written(output):
-        yield f"{where}: {names} are left behind"
+        yield f"{where}: {names} were left behind"
 
 
 def main() -> None:
@@ -81,19 +81,19 @@ def main() -> None:
     with scratch() as folder:
         videos = make_videos(folder / "videos", VIDEOS, splits=SPLITS)
         print("building without interruption ...", flush=True)
-        ended = building(videos, folder / "whole", 180).wait()
+        ended = building(videos, folder / "reference", 180).wait()
         if problem := succeeded(ended):
-            raise SystemExit(f"the whole build: {problem}\n{ended.err[-2000:]}")
-        length = time.time() - (folder / "whole" / "build.json").stat().st_mtime
-        wanted = contents(folder / "whole")
+            raise SystemExit(f"the uninterrupted build: {problem}\n{ended.err[-2000:]}")
+        length = time.time() - (folder / "reference" / "build.json").stat().st_mtime
+        expected = contents(folder / "reference")
         print(f"took {ended.seconds:.0f} s, of which {length:.1f} s after the first file", flush=True)
 
         def attempt(number: int) -> str | None:
-            draw = random.Random(f"{report.chosen.seed}/{number}")
-            shards = sorted(name for name in wanted if name.endswith(".tfrecord"))
-            moments = (("build.json", draw.uniform(0, length)), (draw.choice(shards), draw.uniform(0, 0.5)))
+            rng = random.Random(f"{report.chosen.seed}/{number}")
+            shards = sorted(name for name in expected if name.endswith(".tfrecord"))
+            moments = (("build.json", rng.uniform(0, length)), (rng.choice(shards), rng.uniform(0, 0.5)))
             sent, moment = SIGNALS[number // 2 % len(SIGNALS)], moments[number % 2]
-            return "; ".join(trial(videos, folder / f"build{number}", sent, moment, wanted, report)) or None
+            return "; ".join(trial(videos, folder / f"build{number}", sent, moment, expected, report)) or None
 
         report.run((f"build{number}", partial(attempt, number)) for number in range(report.chosen.count))
     report.close()

@@ -1,13 +1,13 @@
 """Kills training at random moments and resumes it: the result must equal that of an uninterrupted run.
 
-Each trial is a tiny run of its own of 45 steps with a checkpoint every 3. SIGKILL, SIGTERM or SIGINT comes at a random
-moment: of three trials, one anywhere after the run folder appeared, two within a second after a random checkpoint. The
-same command is then given again until it is done. Compared are all arrays of model.keras, bit by bit, and the rows of
-history.csv but for the speed. SIGTERM must end with status 143, SIGINT with 130. Nothing half-written may stay, nor
-more checkpoints than two.
+Each trial is a tiny run of 45 steps with a checkpoint every 3 steps. SIGKILL, SIGTERM or SIGINT is sent at a random
+moment: in one of three trials any time after the run folder exists, otherwise within a second after a random
+checkpoint. The same command then runs again. All arrays of model.keras must be bit-equal to those of the uninterrupted
+run, and so must the rows of history.csv except for the throughput. SIGTERM must give exit status 143, SIGINT 130. No
+partial file and at most two checkpoints may remain.
 
-A run that was stopped by SIGTERM or SIGINT has a row more, of the steps up to the signal: such rows are merged,
-weighted by their steps, and compared within 1e-6 of their value.
+A run stopped by SIGTERM or SIGINT has an additional history row for the steps up to the signal. Such rows are merged,
+weighted by their steps, and compared with a relative tolerance of 1e-6.
 
   python tests/trials/kill_training.py --count=20 --seed=0
 """
@@ -46,19 +46,19 @@ def training(config: Path, workdir: Path, seconds: float) -> Command:
     )
 
 
-def moment(draw: random.Random, seconds: float, anywhere: bool) -> tuple[str, Callable[[Path, Command], None]]:
-    """A random moment in words, and what waits for it."""
+def moment(rng: random.Random, seconds: float, anywhere: bool) -> tuple[str, Callable[[Path, Command], None]]:
+    """Returns a random moment as text, and a function that waits for it."""
     if anywhere:
-        delay = draw.uniform(0, seconds)
+        delay = rng.uniform(0, seconds)
         return f"{delay:.1f} s into the run", partial(_wait_for, "config.json", delay)
-    checkpoint, delay = draw.randrange(EVERY, STEPS + 1, EVERY), draw.uniform(0, 1)
+    checkpoint, delay = rng.randrange(EVERY, STEPS + 1, EVERY), rng.uniform(0, 1)
     return f"{delay:.2f} s after checkpoint {checkpoint}", partial(
         _wait_for, f"checkpoints/ckpt-{checkpoint}.index", delay
     )
 
 
 def _wait_for(name: str, delay: float, workdir: Path, command: Command) -> None:
-    """Waits until a file has appeared, and longer; or until the command has ended or used up its time."""
+    """Waits until a file exists and `delay` seconds have passed, or until the command ends or exceeds its limit."""
     until = math.inf
     while command.process.poll() is None and time.monotonic() < min(until, command.started + command.seconds):
         if until == math.inf and (workdir / name).exists():
@@ -73,33 +73,37 @@ def rows(workdir: Path) -> list[dict[str, str]]:
         ]
 
 
-def difference_of_history(found: list[dict[str, str]], wanted: list[dict[str, str]], exact: bool) -> str | None:
-    """Where two histories differ; not `exact`, rows in between are merged into the expected ones first."""
+def difference_of_history(actual: list[dict[str, str]], expected: list[dict[str, str]], exact: bool) -> str | None:
+    """Returns a message if two histories differ, or None; unless `exact`, additional rows are merged first."""
     if exact:
-        return None if found == wanted else f"history.csv differs: {found[-2:]}, expected {wanted[-2:]}"
-    last, place = 0, 0
-    for row in wanted:
+        return None if actual == expected else f"history.csv differs: {actual[-2:]}, expected {expected[-2:]}"
+    last, index = 0, 0
+    for row in expected:
         step, total, start = int(row["step"]), 0.0, last
-        while place < len(found) and int(found[place]["step"]) <= step:
-            total += float(found[place]["loss"]) * (int(found[place]["step"]) - last)
-            last, place = int(found[place]["step"]), place + 1
+        while index < len(actual) and int(actual[index]["step"]) <= step:
+            total += float(actual[index]["loss"]) * (int(actual[index]["step"]) - last)
+            last, index = int(actual[index]["step"]), index + 1
         if last != step or not math.isclose(total / (step - start), float(row["loss"]), rel_tol=1e-6):
-            return f"history.csv differs up to step {step}: it gives {total / (step - start)}, expected {row['loss']}"
+            return (
+                f"history.csv differs up to step {step}: the loss is {total / (step - start)}, expected {row['loss']}"
+            )
     return None
 
 
-def trial(config: Path, whole: Path, number: int, draw: random.Random, length: float, report: Report) -> Iterator[str]:
-    """One kill and what came of it; yields the problems."""
+def trial(
+    config: Path, reference: Path, number: int, rng: random.Random, length: float, report: Report
+) -> Iterator[str]:
+    """Kills and resumes one run; yields the problems."""
     workdir, sent = config.parent / f"run{number}", SIGNALS[number % len(SIGNALS)]
-    words, wait = moment(draw, length, number % 3 == 0)
+    words, wait = moment(rng, length, number % 3 == 0)
     command = training(config, workdir, report.chosen.seconds)
     wait(workdir, command)
     was_running = command.signal(sent)
     ended = command.wait()
     print(f"       run{number}: {sent.name} {words}: exit status {ended.status}", flush=True)
     if not was_running or "results:" in ended.out:
-        report.note("kills that came after the end")
-    finished = "results:" in ended.out  # Python may no longer handle signals then
+        report.note("kills after the end")
+    finished = "results:" in ended.out  # Python may no longer handle signals at its end
     if was_running and ended.status != STATUS[sent] and not (finished and ended.status in (0, -sent)):
         yield f"{sent.name} {words} ended with status {ended.status}, not {STATUS[sent]}: {ended.last[:200]}"
     if "Traceback (most recent call last)" in ended.err:
@@ -111,9 +115,9 @@ def trial(config: Path, whole: Path, number: int, draw: random.Random, length: f
     if "from the checkpoint of step" in again.out:
         report.note("resumed from a checkpoint")
     for problem in (
-        difference_of_weights(workdir / "model.keras", whole / "model.keras"),
-        difference_of_history(rows(workdir), rows(whole), sent == signal.SIGKILL),
-        f"{left} are left behind" if (left := half_written(workdir)) else None,
+        difference_of_weights(workdir / "model.keras", reference / "model.keras"),
+        difference_of_history(rows(workdir), rows(reference), sent == signal.SIGKILL),
+        f"{left} were left behind" if (left := half_written(workdir)) else None,
         f"{count} checkpoints are left" if (count := len([*workdir.glob("checkpoints/*.index")])) > 2 else None,
     ):
         if problem:
@@ -124,19 +128,21 @@ def main() -> None:
     """Runs the trials."""
     report = Report("kill_training", arguments(__doc__ or "", count=20, seconds=300))
     with scratch() as folder:
-        config, whole = folder / "tiny.gin", folder / "whole"
+        config, reference = folder / "tiny.gin", folder / "reference"
         config.write_text(recipe(make_records(folder / "records"), steps=STEPS, checkpoint=EVERY))
         print("training without interruption ...", flush=True)
         started = time.time()
-        ended = run("x3d_tf.train", f"--gin_file={config}", f"--workdir={whole}", folder=folder, seconds=300)
+        ended = run("x3d_tf.train", f"--gin_file={config}", f"--workdir={reference}", folder=folder, seconds=300)
         if problem := succeeded(ended):
             raise SystemExit(f"the uninterrupted run: {problem}\n{ended.err[-2000:]}")
-        length = time.time() - (whole / "config.json").stat().st_mtime
-        print(f"took {time.time() - started:.0f} s, of which {length:.0f} s after the run folder appeared", flush=True)
+        length = time.time() - (reference / "config.json").stat().st_mtime
+        print(
+            f"took {time.time() - started:.0f} s, of which {length:.0f} s after the run folder was created", flush=True
+        )
 
         def attempt(number: int) -> str | None:
-            own = random.Random(f"{report.chosen.seed}/{number}")
-            return "; ".join(trial(config, whole, number, own, length, report)) or None
+            rng = random.Random(f"{report.chosen.seed}/{number}")
+            return "; ".join(trial(config, reference, number, rng, length, report)) or None
 
         report.run((f"run{number}", partial(attempt, number)) for number in range(report.chosen.count))
     report.close()
