@@ -80,7 +80,7 @@ def test_a_missing_and_an_additional_variable_are_noticed(
 ) -> None:
     save(make(), counter, 1)
     for others in ({"average": [tf.Variable(0.0)]}, {"optimizer": [counter, tf.Variable(0.0)]}, {"optimizer": []}):
-        with pytest.raises(UserError, match=r"no checkpoint in .* can be read. Restore them from a copy"):
+        with pytest.raises(UserError, match=r"no checkpoint in .* can be read. Restore them from a backup"):
             make(**others).restore()
     assert "ckpt-1.index cannot be read" in capsys.readouterr().err
 
@@ -170,8 +170,8 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(
     for file in files_of(20):
         (run.checkpoints / file).rename(run.checkpoints / file.replace("20", "1000"))
     assert make().restore() == 10
-    assert "ckpt-1000.index must be 1000, as its name says, got 20" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"ckpt-1000\.index must be 1000, as its name says, got 20"):
+    assert "ckpt-1000.index must be 1000, as in its file name, got 20" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"ckpt-1000\.index must be 1000, as in its file name, got 20"):
         load_checkpoint(run, 1000)
 
 
@@ -265,10 +265,13 @@ def test_tensors_larger_than_their_file_are_refused_before_they_are_read(run: Ru
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"config": "other"}, "is of another configuration"),
-        ({"records": "other"}, r"trained on other records .* is records there and other here"),
-        ({"clips_per_group": 4, "groups_per_step": 4}, r"2 groups of 8 clips a step .* 4 groups of 4 clips .*--allow_"),
-        ({"groups_per_step": 1}, r"2 groups of 8 clips a step .* 1 group of 8 clips"),
+        ({"config": "other"}, "was written with another configuration"),
+        ({"records": "other"}, r"trained on other records .* fingerprint is other, that of the checkpoint is records"),
+        (
+            {"clips_per_group": 4, "groups_per_step": 4},
+            r"2 groups of 8 clips per step, now 4 groups of 4 clips .*--allow_",
+        ),
+        ({"groups_per_step": 1}, r"2 groups of 8 clips per step, now 1 group of 8 clips"),
     ],
 )
 def test_other_origins_are_refused(make: Make, counter: tf.Variable, changed: dict[str, Any], message: str) -> None:
@@ -286,5 +289,5 @@ def test_other_groups_may_be_allowed_and_are_noted(make: Make, counter: tf.Varia
     assert checkpoints.restore(allow_other_groups=True) == 1
     save(checkpoints, counter, 2)
     assert make(other).restore() == 2
-    with pytest.raises(UserError, match="4 groups of 4 clips a step"):
+    with pytest.raises(UserError, match="4 groups of 4 clips per step"):
         make().restore()

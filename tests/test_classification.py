@@ -377,7 +377,7 @@ def test_watching_tests_what_comes_and_stops_with_the_run(
     assert [float(row["top1"]) for row in rows] == pytest.approx(expected)
     assert read_results(folder / "20.json")["top1"] == pytest.approx(0.4)
     output = capsys.readouterr()
-    assert "is finished" in output.out
+    assert "is already finished" in output.out
     assert "warning: the checkpoint of step 50 was not tested: the checkpoint of step 50 is damaged" in output.err
 
     # sorted: the files of the two watches are read in the order of their names, which within a second is any

@@ -1,4 +1,4 @@
-"""Runs that start from others, validate, stop early, average, and have several labels: on small records."""
+"""Fine-tuning, validation, early stopping, EMA and multi-label training on small records."""
 
 import contextlib
 import csv
@@ -112,7 +112,7 @@ def test_a_run_stopped_in_a_validation_ends_as_if_it_had_not_been(
 ) -> None:
     run = stopped_in_a_validation(some(records, source), tmp_path / "run")
     printed = capsys.readouterr()
-    assert f"weights of {source}: " in printed.out and "new: fc2" in printed.out
+    assert f"layers from {source}, " in printed.out and "newly initialised: fc2" in printed.out
     assert "step 4: validation accuracy " in printed.out and "stopped at step 8" in printed.err
     assert "from the checkpoint of step 8" in printed.out
     assert_the_same(whole, run)
@@ -145,8 +145,9 @@ def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_the_best_validation_is_kept_and_ends_the_run(early: tuple[RunFolder, str], source: Path) -> None:
     run, printed = early
     assert [row["step"] for row in run.read_history()] == [1, 2, 3]
-    assert f"weights of {source}: " in printed and "new: fc2" in printed and "step 1: validation accuracy " in printed
-    assert "stopped at step 3: 1 validations in a row were no better" in printed
+    assert f"layers from {source}, " in printed and "newly initialised: fc2" in printed
+    assert "step 1: validation accuracy " in printed
+    assert "early stopping at step 3: no improvement in 1 validation" in printed
     best, last = load_checkpoint(run, 2).get_weights(), load_checkpoint(run, 3).get_weights()
     for model in (x3d_tf.load(run.best), x3d_tf.load(run.root)):
         for a, b in zip(model.get_weights(), best):
@@ -190,10 +191,10 @@ def test_a_network_that_a_checkpoint_cannot_hold_is_not_built(
         load_checkpoint(run, 1)
 
 
-def test_a_run_validates_on_the_split_that_is_there(
+def test_a_run_validates_on_an_existing_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to the first step, which is not taken."""
+    """The run is stopped before its first step."""
     video = [noise_video(seed, 4, height=48, width=48) for seed in range(4)]
     started: list[TrainConfig] = []
 
@@ -204,9 +205,10 @@ def test_a_run_validates_on_the_split_that_is_there(
     monkeypatch.setattr(loop, "Trainer", start)
     monkeypatch.setattr(loop, "save_training_preview", lambda *_: None)
     given = replace(config_of(tmp_path / "records", replace(QUICK, patience=2)), dataset=DatasetSpec("unset"))
-    for names, chosen, told in (
-        ("train val test", ("test", "val"), "val (4 records) validates, test (4 records) is evaluated when"),
-        ("train val", ("val", "val"), "val (4 records) validates and is evaluated .* The best step is chosen by val"),
+    final, early_stopping = "the final evaluation.", "Early stopping selects the best step on val"
+    for names, chosen, sentence in (
+        ("train val test", ("test", "val"), f"val (4 records) for validation, test (4 records) for {final}"),
+        ("train val", ("val", "val"), f"val (4 records) for validation and {final} {early_stopping}"),
     ):
         write_records(tmp_path / names, dict.fromkeys(names.split(), video))
         config = replace(given, dataset=replace(given.dataset, records=str(tmp_path / names)))
@@ -214,15 +216,15 @@ def test_a_run_validates_on_the_split_that_is_there(
         with pytest.raises(KeyboardInterrupt):
             train(config, run)
         assert (started[-1].dataset.eval_split, started[-1].dataset.validation_split) == chosen
-        assert re.search(told.replace("(", r"\(").replace(")", r"\)"), capsys.readouterr().out)
+        assert re.search(sentence.replace("(", r"\(").replace(")", r"\)"), capsys.readouterr().out)
         assert RunFolder(run).read_config() == started[-1]
         RunFolder(run).model.touch()
         assert train(config, run).model.is_file()  # finished: the settings as given are those of the run
-        assert "is finished" in capsys.readouterr().out
-        with pytest.raises(ValueError, match=r"DatasetSpec\.validation_split is .* there and 'train' here"):
+        assert "is already finished" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"DatasetSpec\.validation_split was .*, now 'train'"):
             train(replace(config, dataset=replace(config.dataset, validation_split="train")), run)
     write_records(tmp_path / "none", {"train": video, "test": video})
-    with pytest.raises(ValueError, match=r"Recipe\.patience must be 0 for records without a split \"val\", .*got 2"):
+    with pytest.raises(ValueError, match=r"Recipe\.patience must be 0 without validation: a \"val\" split, .*got 2"):
         train(replace(given, dataset=DatasetSpec(str(tmp_path / "none"))), tmp_path / "runs" / "none")
 
 
@@ -243,5 +245,5 @@ def test_several_labels_are_learnt_and_tested(tmp_path: Path) -> None:
     assert report.results["map"] == pytest.approx(np.mean(precisions), abs=1e-4)  # the file rounds probabilities
     assert report.results["map"] > 0.9
     assert run.read_history()[-1]["loss"] < run.read_history()[0]["loss"]
-    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" where videos have several labels'):
+    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" for multi-label and detection records'):
         train(replace(config, recipe=replace(recipe, class_weights="balanced")), tmp_path / "other")

@@ -21,7 +21,7 @@ from x3d_tf.training import forward
 from x3d_tf.training.forward import _blocks
 
 ROOT = Path(__file__).parents[1]
-HELPERS = str(ROOT / "tests" / "helpers")
+TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 
 
 def state_after(
@@ -103,7 +103,7 @@ def test_clips_side_by_side_are_the_batch(
 ) -> None:
     times = 2 if (settings, parts) == ({}, 2) else 1
     expected = state_after("nothing", times=times, **settings)
-    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: parts)
+    monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: parts)
     assert_same(state_after("nothing", times=times, **settings), expected, 1e-12)
 
 
@@ -114,16 +114,16 @@ def test_clips_side_by_side_in_a_graph_of_the_forms_for_cpus(
 ) -> None:
     x3d_tf.set_kernels("cpu")
     try:
-        monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 1)
+        monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: 1)
         expected = state_after("nothing", **settings)
-        monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 2)
+        monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: 2)
         assert_same(state_after("nothing", **settings), expected, 1e-10)
     finally:
         x3d_tf.set_kernels("auto")
 
 
 def test_clips_side_by_side_recompute(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 2)
+    monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: 2)
     expected = state_after("nothing", times=1)
     for recompute in ("activations", "blocks"):
         assert_same(state_after(recompute, times=1), expected)
@@ -155,7 +155,7 @@ def test_every_block_is_found() -> None:
 
 TWO_DEVICES = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import keras, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -175,12 +175,12 @@ test.assert_same(*states, 1e-10)
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["activations", "blocks"])
 def test_two_devices_take_the_same_steps(recompute: str) -> None:
-    run(TWO_DEVICES.format(tests=HELPERS, recompute=recompute))
+    run(TWO_DEVICES.format(tests=TESTS, recompute=recompute))
 
 
 PEAK = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
 import numpy as np, tensorflow as tf
 from test_step import config_of
@@ -206,7 +206,7 @@ print("peak", peak() - before)
 def test_the_compiled_step_takes_less_memory(recompute: str) -> None:
     """TensorFlow takes two runs of the same operations for one where it can, which would keep everything."""
     kept, recomputed = (
-        int(run(PEAK.format(tests=HELPERS, recompute=each)).split("peak")[1]) for each in ("nothing", recompute)
+        int(run(PEAK.format(tests=TESTS, recompute=each)).split("peak")[1]) for each in ("nothing", recompute)
     )
     assert recomputed < 0.8 * kept
 

@@ -33,7 +33,7 @@ from x3d_tf.training.step import TrainStep
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
 ROOT = Path(__file__).parents[1]
-HELPERS = str(ROOT / "tests" / "helpers")
+TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
 LARGER = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # sees the motion
 EIGHT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=160, warmup_fraction=1 / 32, weight_decay=0)
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(records: Path, tmp_path: Path
 
     config = config_of(records, recipe=replace(SHORT, learning_rate=1e30, warmup_fraction=0), checkpoint_steps=3)
     with pytest.raises(
-        ValueError, match=r"the loss is (nan|inf) at step \d+: lower Recipe\.learning_rate \(it is 1e\+30\)"
+        ValueError, match=r"the loss must be finite, got (nan|inf) at step \d+.* Recipe\.learning_rate \(now 1e\+30\)"
     ):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "model.keras").exists()
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(records: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("batch", "group", "message"),
-    [(12, 8, "multiple of the 8 clips of ModelOptions.bn_group, got 12"), (7, 8, None)],
+    [(12, 8, "multiple of ModelOptions.bn_group = 8 clips per device, or fewer than that, got 12"), (7, 8, None)],
 )
 def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: int, message: str | None) -> None:
     recipe = Recipe(batch=batch, reference_batch=batch, steps=2, warmup_fraction=0)
@@ -190,15 +190,15 @@ COMMAND = """
 import sys
 from pathlib import Path
 from typing import Any
-sys.path.insert(0, {tests!r})
-from test_training import config_of
+sys.path[:0] = {tests!r}
+from test_loop import config_of
 from x3d_tf.training.loop import train
 train(config_of(Path({records!r}), model=__import__("x3d_tf").ModelOptions(drop_connect=0.2)), {workdir!r})
 """
 
 
 def start(records: Path, workdir: Path) -> subprocess.Popen[bytes]:
-    code = COMMAND.format(tests=HELPERS, records=str(records), workdir=str(workdir))
+    code = COMMAND.format(tests=TESTS, records=str(records), workdir=str(workdir))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
 
@@ -251,10 +251,10 @@ def test_ctrl_c_loses_no_step(
         patch.setattr(History, "add", stop_at_27)
         train(config_of(records), tmp_path / "run")
     first, error = capsys.readouterr()
-    assert "stopped at step 27; the same command resumes from there" in error and "warning: batch norm" not in error
+    assert "interrupted at step 27; the same command resumes from there" in error and "warning: batch norm" not in error
     run = train(config_of(records), tmp_path / "run")
-    assert "from the checkpoint of step 27" in capsys.readouterr().out
-    assert "batch norm over 8 clips a group on each device, 1 group a step" in first
+    assert "resuming from the checkpoint of step 27" in capsys.readouterr().out
+    assert "1 batch-norm group per step with 8 clips each" in first
     assert [row["step"] for row in run.read_history()] == [10, 20, 27, 30, 40, 50, 60]
     for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
         np.testing.assert_array_equal(a, b)
@@ -368,9 +368,7 @@ def test_lost_checkpoints_do_not_start_the_run_again(finished: RunFolder, record
     for path in (copy / "checkpoints").glob("*.index"):
         path.unlink()
     before = sorted(path for path in copy.rglob("*"))
-    with pytest.raises(
-        ValueError, match=r"has been trained to step 60, as trained\.txt shows, but .* holds no complete"
-    ):
+    with pytest.raises(ValueError, match=r"was trained to step 60 \(it has trained\.txt\), but .* has no complete"):
         train(config_of(records), copy)
     assert sorted(path for path in copy.rglob("*")) == before
 
@@ -388,12 +386,12 @@ TWO_DEVICES = """
 import sys
 from pathlib import Path
 from typing import Any
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import numpy as np
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from test_training import LARGER, config_of
+from test_loop import LARGER, config_of
 from x3d_tf import ModelOptions
 from x3d_tf.training.loop import train
 from x3d_tf.config import Recipe
@@ -413,7 +411,7 @@ def test_another_number_of_devices_is_another_run_unless_allowed(records: Path, 
     code = "import sys\n" + code
 
     def start(devices: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        own = code.format(tests=HELPERS, records=str(records), workdir=str(tmp_path), devices=devices)
+        own = code.format(tests=TESTS, records=str(records), workdir=str(tmp_path), devices=devices)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(
             [sys.executable, "-c", own, *arguments], env=environment, capture_output=True, text=True, check=False
@@ -421,16 +419,14 @@ def test_another_number_of_devices_is_another_run_unless_allowed(records: Path, 
 
     done = start(1)
     assert done.returncode == 0, done.stderr
-    assert "batch norm over 8 clips a group on each device, 1 group a step" in done.stdout
+    assert "1 batch-norm group per step with 8 clips each" in done.stdout
     (tmp_path / "model.keras").unlink()
     done = start(2)
     assert done.returncode != 0
-    assert "1 group of 8 clips a step for batch norm, and here there would be 2 groups of 4 clips" in done.stderr
+    assert "1 group of 8 clips per step, now 2 groups of 4 clips" in done.stderr
     done = start(2, "--allow")
     assert done.returncode == 0, done.stderr
-    assert (
-        "warning: batch norm sees 4 clips a group on each device, fewer than ModelOptions.bn_group = 8" in done.stderr
-    )
+    assert "warning: batch-norm groups have 4 clips, fewer than ModelOptions.bn_group = 8" in done.stderr
 
 
 @pytest.mark.slow
@@ -439,7 +435,7 @@ def test_two_devices_compute_what_one_does(records: Path, tmp_path: Path) -> Non
     histories, weights = [], []
     for devices in (1, 2):
         workdir = tmp_path / str(devices)
-        code = TWO_DEVICES.format(tests=HELPERS, records=str(records), workdir=str(workdir), devices=devices)
+        code = TWO_DEVICES.format(tests=TESTS, records=str(records), workdir=str(workdir), devices=devices)
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
         )

@@ -24,7 +24,7 @@ from x3d_tf.training.step import LossScale, TrainStep, balancing_weights, precis
 pytestmark = pytest.mark.usefixtures("eager")  # two devices take traced steps in slow tests
 
 ROOT = Path(__file__).parents[1]
-HELPERS = str(ROOT / "tests" / "helpers")
+TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 CLASSES = 3
 
@@ -77,7 +77,7 @@ def weights_after(config: TrainConfig, steps: int = 2, part: int = 8, at_once: i
     stream = batches(part)
     for _ in range(steps // at_once):
         step(stream, at_once)
-    assert step.done == steps
+    assert step.completed_steps == steps
     return model.get_weights()
 
 
@@ -221,7 +221,7 @@ def test_exact_statistics_of_one_batch_make_testing_equal_training() -> None:
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_exact_statistics_are_of_all_batches_and_draw_nothing(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: parts)
+    monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: parts)
     model, _ = make(config_of(group=8, dropout=0.5))
     seeds = [variable.numpy().tolist() for variable in model.variables if "seed_generator" in variable.path]
     before = keras.Model(model.input, model.get_layer("conv1_bn").input)
@@ -265,7 +265,7 @@ def test_a_step_whose_gradients_overflow_is_left_out() -> None:
     before = [np.array(variable) for variable in model.trainable_variables]
     step(batches(), 1)
     assert_close([np.array(variable) for variable in model.trainable_variables], before, 0)
-    assert step.done == 1 and float(scale) == 2.0**119
+    assert step.completed_steps == 1 and float(scale) == 2.0**119
     scale.assign(2.0**10)
     step(batches(), 1)
     changes = [np.abs(np.array(v) - b).max() for v, b in zip(model.trainable_variables, before)]
@@ -283,7 +283,7 @@ def test_the_loss_scale_grows_after_many_good_steps() -> None:
 
 TWO_DEVICES = """
 import os, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import keras, numpy as np, tensorflow as tf, x3d_tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -327,7 +327,7 @@ with step.average.swapped():
 )
 def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precision: Any, eagerly: bool) -> None:
     """Two at once, each in two parts, like one device one by one; with dropout of their own. float32 means float64."""
-    code = TWO_DEVICES.format(tests=HELPERS, folder=str(tmp_path), precision=precision, eagerly=eagerly)
+    code = TWO_DEVICES.format(tests=TESTS, folder=str(tmp_path), precision=precision, eagerly=eagerly)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,18 +11,18 @@ from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.optimizer import SGD
-from x3d_tf.training.schedule import schedule_of
+from x3d_tf.training.schedule import build_schedule
 
 
 def test_the_papers_learning_rates() -> None:
-    schedule = schedule_of(Recipe())
+    schedule = build_schedule(Recipe())
     expected = {0: 0.16, 4000: 0.845418, 8000: 1.530836, 30_000: 0.8, 60_000: 0.0}
     for step, rate in expected.items():
         assert float(schedule(step)) == pytest.approx(rate, abs=1e-6)
 
 
 def test_a_schedule_without_warmup_starts_at_its_peak() -> None:
-    assert float(schedule_of(Recipe(warmup_fraction=0))(0)) == pytest.approx(1.6)
+    assert float(build_schedule(Recipe(warmup_fraction=0))(0)) == pytest.approx(1.6)
 
 
 def test_recipes_scale_with_the_batch() -> None:
@@ -54,7 +54,7 @@ def test_shares_of_the_steps_become_whole_steps(recipe: Recipe, warmup: int, dec
 
 
 def test_schedules_return_from_their_configuration() -> None:
-    schedule = schedule_of(Recipe())
+    schedule = build_schedule(Recipe())
     again = type(schedule).from_config(schedule.get_config())
     assert float(again(1234)) == float(schedule(1234))
 
@@ -128,13 +128,13 @@ def test_a_run_folder_takes_one_configuration(tmp_path: Path) -> None:
     assert run.read_config() == other
     run.checkpoints.mkdir()
     (run.checkpoints / "ckpt-1.index").touch()
-    with pytest.raises(ValueError, match=r"Expansion\.gamma_t is 8 there and 4 here.*--workdir"):
+    with pytest.raises(ValueError, match=r"Expansion\.gamma_t was 8, now 4.*--workdir"):
         run.open(CONFIG, {})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is not the folder of a run"):
+    with pytest.raises(ValueError, match="is not a run folder"):
         RunFolder(tmp_path / "full").open(CONFIG, {})
-    with pytest.raises(ValueError, match="is not the folder of a run"):
+    with pytest.raises(ValueError, match="is not a run folder"):
         RunFolder(tmp_path / "full").read_config()
 
 

@@ -37,9 +37,9 @@ def test_all_is_taken_where_the_classes_are_the_same(source: tuple[Path, x3d_tf.
     path, theirs = source
     ours = network(("a", "b"))
     transfer = load_pretrained(ours, path)
-    assert transfer.new == () and transfer.taken[0] == "conv1_xy" and transfer.taken[-1] == "fc2"
+    assert transfer.new == () and transfer.loaded[0] == "conv1_xy" and transfer.loaded[-1] == "fc2"
     assert all(same(ours, theirs, layer.name) for layer in theirs.layers)
-    assert str(path) in str(transfer) and "new: nothing" in str(transfer)
+    assert str(path) in str(transfer) and "newly initialised: none" in str(transfer)
 
 
 @pytest.mark.parametrize("classes", [("a", "c"), ("b", "a"), ("a", "b", "c")])
@@ -49,7 +49,7 @@ def test_the_classifier_is_new_for_other_classes(source: tuple[Path, x3d_tf.X3D]
     ours = network(classes, longer)  # no weight depends on the clip
     before = ours.get_layer("fc2").get_weights()
     transfer = load_pretrained(ours, path)
-    assert transfer.new == ("fc2",) and transfer.taken[-1] == "fc1"
+    assert transfer.new == ("fc2",) and transfer.loaded[-1] == "fc1"
     assert all(same(ours, theirs, layer.name) for layer in theirs.layers if layer.name != "fc2")
     np.testing.assert_array_equal(before[0], ours.get_layer("fc2").get_weights()[0])
 
@@ -62,10 +62,7 @@ def test_a_network_without_classifier_is_enough(tmp_path: Path) -> None:
 
 def test_another_pooling_is_told(source: tuple[Path, x3d_tf.X3D]) -> None:
     transfer = load_pretrained(network(("a", "b"), head_pool="fixed_logits"), source[0])
-    assert (
-        "ModelOptions.head_pool, which larger clips in testing depend on, is global there and fixed_logits here"
-        in str(transfer)
-    )
+    assert "ModelOptions.head_pool is 'global' in the source and 'fixed_logits' in this network" in str(transfer)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +76,13 @@ def test_another_pooling_is_told(source: tuple[Path, x3d_tf.X3D]) -> None:
 def test_another_network_is_refused(
     source: tuple[Path, x3d_tf.X3D], expansion: x3d_tf.Expansion, options: dict[str, object], layer: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"TrainConfig.init: .* is of another network: .* the first is {layer}"):
+    with pytest.raises(ValueError, match=f"TrainConfig.init: .* has another architecture: .* the first is {layer}"):
         load_pretrained(network(("a", "b"), expansion, **options), source[0])
 
 
 @pytest.mark.parametrize(("option", "value"), [("input", "difference"), ("swish", False), ("swish_before", True)])
 def test_what_no_shape_tells_is_refused_too(source: tuple[Path, x3d_tf.X3D], option: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"was trained with ModelOptions\.{option} = .*, and here it is {value!r}"):
+    with pytest.raises(ValueError, match=rf"was trained with ModelOptions\.{option} = .*, but this run has {value!r}"):
         load_pretrained(network(("a", "b"), **{option: value}), source[0])
 
 
