@@ -210,7 +210,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
     with pytest.raises(WriteError) as caught:
         save(checkpoints, counter, 3)
     limited(1 << 40)
-    assert str(caught.value).startswith(f"{run.checkpoints}/ckpt-3.index cannot be written: File too large. Once ")
+    assert str(caught.value).startswith(f"{run.checkpoints}/ckpt-3.index cannot be written: File too large. Free ")
     assert "resumes from step 2" in str(caught.value) and "\n" not in str(caught.value)
     assert {name: (run.checkpoints / name).read_bytes() for name in names(run.checkpoints)} == before
     save(checkpoints, counter, 3)

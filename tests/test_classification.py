@@ -79,7 +79,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(probabilities[0], expected, atol=1e-6)
 
     broken = FixedLogits([(6, 0), (0, 2), (float("nan"), 2)], x3d_tf.ClipSpec(1, 1, 8))
-    with pytest.raises(ValueError, match="probabilities that are not numbers for a of somewhere"):
+    with pytest.raises(ValueError, match="probabilities for a of somewhere must be finite"):
         module.predict_split(broken, Folder(), "test", spec)  # type: ignore[arg-type]
 
 
@@ -190,7 +190,7 @@ def test_a_model_file_is_tested_as_it_is(run: RunFolder, records: Path, tmp_path
     of_file = evaluate_file(run.model, output=str(tmp_path / "report"), **asked)
     assert (of_file.folder / "predictions.csv").read_bytes() == (of_run.folder / "predictions.csv").read_bytes()
     assert of_file.results | {"seed": 0, "records": of_run.results["records"]} == of_run.results
-    with pytest.raises(UserError, match="holds a report already"):
+    with pytest.raises(UserError, match="already has a report"):
         evaluate_file(run.model, output=str(tmp_path / "report"), **asked)
     with pytest.raises(UserError, match="give --records and --split"):
         evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records))
@@ -210,7 +210,7 @@ def test_weights_that_are_not_numbers_are_refused(
     broken = classification.with_head_pool(network, "fixed_logits")  # a copy
     broken.get_layer("fc2").bias.assign([float("nan"), 0])
     monkeypatch.setattr(classification, "load_classifier", lambda _: broken)
-    with pytest.raises(UserError, match=r"probabilities that are not numbers for square/0 of .*square"):
+    with pytest.raises(UserError, match=r"probabilities for square/0 of .*square must be finite"):
         evaluate_run(run, temporal_views=1)
     assert not list(run.evaluations.glob("*/results.json"))
 
@@ -245,7 +245,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(
     again = sweep_file(run.model, output=str(tmp_path / "sweep"), records=str(records), split="train")
     assert tested[6:] == [1, 3, 5, 7, 10]
     assert (again.folder / "sweep.csv").read_bytes() == (sweep.folder / "sweep.csv").read_bytes()
-    with pytest.raises(UserError, match=r"3clips holds the report of another test \(other clip_starts\)"):
+    with pytest.raises(UserError, match=r"3clips has a report with other settings \(clip_starts\)"):
         results = json.loads((tmp_path / "sweep" / "3clips" / "results.json").read_text())
         (tmp_path / "sweep" / "3clips" / "results.json").write_text(json.dumps(results | {"clip_starts": "slowfast"}))
         sweep_file(run.model, output=str(tmp_path / "sweep"), records=str(records), split="train")
@@ -295,7 +295,7 @@ def test_several_labels_give_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert [row["average_precision"] for row in rows] == [*(f"{p:.6g}" for p in precisions), ""]
 
     model.task = "single_label"
-    with pytest.raises(UserError, match=r"task of several must be the model's, single_label, got 'multi_label'"):
+    with pytest.raises(UserError, match=r"task of several must be that of the model, single_label, got 'multi_label'"):
         evaluate_file(file, output=str(tmp_path / "other"), **asked)
 
 
@@ -378,7 +378,7 @@ def test_watching_tests_what_comes_and_stops_with_the_run(
     assert read_results(folder / "20.json")["top1"] == pytest.approx(0.4)
     output = capsys.readouterr()
     assert "is already finished" in output.out
-    assert "warning: the checkpoint of step 50 was not tested: the checkpoint of step 50 is damaged" in output.err
+    assert "warning: the checkpoint of step 50 was not evaluated: the checkpoint of step 50 is damaged" in output.err
 
     # sorted: the files of the two watches are read in the order of their names, which within a second is any
     found = sorted((step, value) for tag, step, value in scalars(run.tensorboard / folder.name) if tag == "eval/top1")
@@ -395,6 +395,6 @@ def test_a_watch_that_tests_otherwise_is_refused(
     path = run.evaluations / "square_train_1center_steps" / "10.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"videos": 4}))
     watching(Checkpoints(run, [[70, 80]], network, {})).now = [70]
-    with pytest.raises(UserError, match=r"10\.json is of another test \(other videos\).*--overwrite"):
+    with pytest.raises(UserError, match=r"10\.json was evaluated with other settings \(videos\).*--overwrite"):
         watch_run(run, temporal_views=1)
     assert sorted(watch_run(run, temporal_views=1, overwrite=True)) == [70]

@@ -357,7 +357,7 @@ def test_validation_may_take_some_key_frames(folder: Path, run: Any) -> None:
 
 
 def test_views_are_a_detectors_own(run: Any) -> None:
-    with pytest.raises(UserError, match=r"take no other procedure than the run's, got \['temporal_views'\]"):
+    with pytest.raises(UserError, match=r"use the settings of the run, got \['temporal_views'\]"):
         evaluate_run(run, temporal_views=3)
 
 

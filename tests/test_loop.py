@@ -126,7 +126,7 @@ def test_another_number_of_views_gets_a_report_of_its_own(finished: RunFolder) -
 @pytest.mark.usefixtures("eager")
 def test_a_report_is_not_replaced_silently(finished: RunFolder, tmp_path: Path) -> None:
     evaluate_run(finished, output=str(tmp_path / "report"))
-    with pytest.raises(ValueError, match=r"holds a report already.*--overwrite"):
+    with pytest.raises(ValueError, match=r"already has a report.*--overwrite"):
         evaluate_run(finished, output=str(tmp_path / "report"))
     evaluate_run(finished, output=str(tmp_path / "report"), overwrite=True)
 

@@ -22,7 +22,7 @@ from x3d_tf.evaluation.paper import (
     differences,
     published_for,
 )
-from x3d_tf.evaluation.reports import Predictions, Report, other_settings, read_report, write_report
+from x3d_tf.evaluation.reports import Predictions, Report, differing_settings, read_report, write_report
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
@@ -99,17 +99,17 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is damaged, it is not JSON"),
-        ("[1]", r"the file must hold a JSON object, got \[1\]"),
-        ({"network": 3}, "network must be text, got 3"),
-        ({"videos": True}, "videos must be a whole number, got True"),
+        ("{", "is not valid JSON"),
+        ("[1]", r"the file must contain a JSON object, got \[1\]"),
+        ({"network": 3}, "network must be a string, got 3"),
+        ({"videos": True}, "videos must be an integer, got True"),
         ({"gmacs_per_video": float("nan")}, "gmacs_per_video must be a number, got nan"),
         ({"top1": 72.9}, r"top1 must be in \[0, 1\], got 72.9"),
         ({"top5": None}, r"top5 must be in \[0, 1\], got None"),
         ({"map": "high"}, r"map must be in \[0, 1\], got 'high'"),
-        ({"videos": 10**400}, "videos must be a whole number, got 1000"),
+        ({"videos": 10**400}, "videos must be an integer, got 1000"),
         ({"gmacs_per_clip": 10**400}, "gmacs_per_clip must be a number, got 1000"),
-        ({"gmacs_per_clip": 1e-300}, "gmacs_per_video must be that of 0 to 1,000,000 clips, got "),
+        ({"gmacs_per_clip": 1e-300}, "gmacs_per_video must be gmacs_per_clip times 0 to 1,000,000 clips, got "),
         ({"params": "many"}, "params must be a number, got 'many'"),
     ],
 )
@@ -125,12 +125,14 @@ def test_damaged_results_are_named(tmp_path: Path, content: Any, message: str) -
 
 def test_settings_are_compared_where_both_tell_them() -> None:
     there = settings(weights="a", records_sha256="1")
-    assert other_settings(there, settings(weights="b", records="/data/kinetics400", records_sha256="1", seed=0)) == []
-    assert other_settings(there, settings(records_sha256="2", clip_starts="slowfast")) == [
+    assert (
+        differing_settings(there, settings(weights="b", records="/data/kinetics400", records_sha256="1", seed=0)) == []
+    )
+    assert differing_settings(there, settings(records_sha256="2", clip_starts="slowfast")) == [
         "clip_starts",
         "records_sha256",
     ]
-    assert other_settings(settings(), settings(records="elsewhere")) == ["records"]
+    assert differing_settings(settings(), settings(records="elsewhere")) == ["records"]
 
 
 def test_the_published_figures_are_the_papers(shared_data: Path) -> None:
@@ -230,20 +232,20 @@ def test_detectors_are_held_against_table_8(changes: dict[str, Any], map: float,
 def test_a_detectors_line_tells_of_table_8(tmp_path: Path) -> None:
     line = describe(Report(tmp_path, detection_settings(crop=224)))
     assert "mAP 25.0 %" in line
-    told = "(Table 8, AVA v2.2, from weights of Kinetics-600, 6.2 GMACs a clip)"
-    assert line.endswith(f"the paper's mAP on AVA: 23.2 %, not comparable: other crop {told}")
+    source = "(Table 8, AVA v2.2, pre-trained on Kinetics-600, 6.2 GMACs per clip)"
+    assert line.endswith(f"mAP in the paper on AVA: 23.2 %, not comparable: other crop {source}")
     assert published_for(detection_settings(network="x3d_s")) is None
     row = table([Report(tmp_path, detection_settings()), Report(tmp_path, settings() | {"top1": 0.7, "top5": 0.9})])
     assert [(each["paper's mAP"], each["paper's top-1"]) for each in row] == [("23.2", "-"), ("-", "72.9")]
 
 
 @pytest.mark.parametrize(
-    ("videos", "top1", "told"), [(2, 0.5, "9 % to 91 %"), (60, 0.9, "80 % to 95 %"), (1, 1.0, "21 % to 100 %")]
+    ("videos", "top1", "interval"), [(2, 0.5, "9 % to 91 %"), (60, 0.9, "80 % to 95 %"), (1, 1.0, "21 % to 100 %")]
 )
-def test_a_line_of_few_videos_states_the_interval(tmp_path: Path, videos: int, top1: float, told: str) -> None:
+def test_a_line_of_few_videos_states_the_interval(tmp_path: Path, videos: int, top1: float, interval: str) -> None:
     results = settings(records="data/mine") | {"top1": top1, "top5": 1.0, "videos": videos}
     lines = describe(Report(tmp_path, results)).splitlines()
-    assert lines[1:] == [f"few videos: the 95 % confidence interval of this top-1 is {told}"]
+    assert lines[1:] == [f"95 % confidence interval of top-1 on so few videos: {interval}"]
 
 
 def test_a_line_of_other_data_is_silent_about_the_paper(tmp_path: Path) -> None:
@@ -280,7 +282,7 @@ def test_runs_are_compared_in_one_table(tmp_path: Path, capsys: pytest.CaptureFi
         assert list(csv.DictReader(file)) == [{k: "" if v == "-" else v for k, v in row.items()} for row in rows]
     lines = (tmp_path / "tables" / "comparison.md").read_text().splitlines()
     assert len(lines) == 5 and "x3d(b=1\\|5)" in lines[4]
-    with pytest.raises(UserError, match=r"holds a report already \(comparison\.csv\)"):
+    with pytest.raises(UserError, match=r"already has a report \(comparison\.csv\)"):
         compare([str(first)], output=str(tmp_path / "tables"))
     compare([str(first)], output=str(tmp_path / "tables"), overwrite=True)
 
@@ -293,14 +295,14 @@ def test_map_and_accuracy_share_a_table() -> None:
     assert "top-5" not in rows[0]  # of four classes it says nothing
     assert [row["paper's top-1"] for row in rows] == ["72.9", "-"]  # which is no mAP
     assert describe(several).endswith(
-        "mAP 25.0 % (40 videos, 400 classes, 10-Center, 1.963 x 10 GMACs a video, 3.794 M parameters)"
+        "mAP 25.0 % (40 videos, 400 classes, 10-Center, 1.963 x 10 GMACs per video, 3.794 M parameters)"
     )
     assert "not comparable: other data" in describe(single).splitlines()[1]
     assert as_markdown(rows).count("\n") == 4
 
 
 def test_runs_without_a_report_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no report; make one with: python -m x3d_tf\.evaluate --run="):
+    with pytest.raises(UserError, match=r"has no report; create one with: python -m x3d_tf\.evaluate --run="):
         find_reports([str(tmp_path)])
 
 
@@ -313,7 +315,7 @@ def test_runs_without_a_report_are_named(tmp_path: Path) -> None:
         ("--run=a --sweep --views=3", "--views must not be given with --sweep"),
         ("--model=a --watch", "--model must not be given with --watch"),
         ("--compare=a --split=b", "--split must not be given with --compare"),
-        ("--compare=nowhere", "error: nowhere holds no report"),
+        ("--compare=nowhere", "error: nowhere has no report"),
     ],
 )
 def test_flags_that_do_not_go_together(flags: str, message: str) -> None:

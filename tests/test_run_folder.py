@@ -16,7 +16,7 @@ from x3d_tf import Expansion, locks
 from x3d_tf.config import Execution, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation.reports import reporting
+from x3d_tf.evaluation.reports import locked_report_folder
 from x3d_tf.files import WriteError, atomic_path, atomic_write, temporary_path
 from x3d_tf.runs.run_folder import RunFolder
 
@@ -204,9 +204,9 @@ def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path
 def test_one_process_writes_a_report(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation" / "report"
     with (
-        reporting(folder),
+        locked_report_folder(folder),
         pytest.raises(UserError, match=r"another process is writing the report .*report \(process "),
-        reporting(folder),
+        locked_report_folder(folder),
     ):
         pass
     assert list(folder.iterdir()) == []

@@ -146,7 +146,7 @@ WRONG = [  # command, arguments, and what its error says
     ("x3d_tf.evaluate", ["--run=nix", "--watch"], "nix is not a run folder"),
     ("x3d_tf.evaluate", ["--run=nix", "--sweep"], "nix: no such model file or run folder"),
     ("x3d_tf.evaluate", ["--model=nix", "--records=a", "--split=b", "--output=c"], "nix: no such model file"),
-    ("x3d_tf.evaluate", ["--compare=nix"], "nix holds no report"),
+    ("x3d_tf.evaluate", ["--compare=nix"], "nix has no report"),
     ("x3d_tf.evaluate", ["--detections=nix", "--groundtruth=nix"], "nix cannot be read"),
     ("x3d_tf.predict", ["--model=nix", "tests"], "nix: no such model file or run folder"),
     ("x3d_tf.predict", ["--model=nix", "nix.mp4"], "nix: no such model file or run folder"),
