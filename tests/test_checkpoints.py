@@ -1,4 +1,4 @@
-"""Checkpoints on disk: atomic, two of them, and nothing of a foreign folder is believed."""
+"""Checkpoints on disk: atomic writes, the two newest kept, untrusted folders."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ def model() -> x3d_tf.X3D:
 
 @pytest.fixture
 def counter() -> tf.Variable:
-    """Stands for the optimiser."""
+    """Stands in for the state of the optimiser."""
     return tf.Variable(0.0)
 
 
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def make(model: x3d_tf.X3D, counter: tf.Variable, run: RunFolder) -> Make:
-    """What a process that starts in the run folder has."""
+    """Returns the `Checkpoints` of a process that starts in the run folder."""
 
     def checkpoints(origin: Origin = ORIGIN, **others: Any) -> Checkpoints:
         return Checkpoints(run, model, {"optimizer": [counter], **others}, origin)
@@ -75,7 +75,7 @@ def test_the_two_newest_are_kept_and_the_newest_is_restored(make: Make, run: Run
     assert load_checkpoint(run, 10).class_names == ("left", "right")
 
 
-def test_a_missing_and_an_additional_variable_are_noticed(
+def test_missing_and_additional_variables_are_detected(
     make: Make, run: RunFolder, counter: tf.Variable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(make(), counter, 1)
@@ -86,7 +86,7 @@ def test_a_missing_and_an_additional_variable_are_noticed(
 
 
 @pytest.mark.parametrize("text", ["damaged", 'model_checkpoint_path: "../../precious"'])
-def test_a_list_of_checkpoints_is_not_believed(
+def test_tensorflows_list_of_checkpoints_is_ignored(
     make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path, text: str
 ) -> None:
     save(make(), counter, 1, 2)
@@ -104,12 +104,12 @@ def test_a_list_of_checkpoints_is_not_believed(
     assert checkpoint_steps(run.checkpoints) == [4, 5]
 
 
-def test_leftovers_of_a_kill_go_and_nothing_else(
+def test_only_temporary_files_of_a_killed_process_are_removed(
     make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path
 ) -> None:
     save(make(), counter, 2, 3)
     folder = run.checkpoints
-    for ending in (".index", ".data-00000-of-00001"):  # killed before it deleted the oldest
+    for ending in (".index", ".data-00000-of-00001"):  # the process was killed before deleting the oldest
         (folder / f"ckpt-1{ending}").write_bytes((folder / f"ckpt-2{ending}").read_bytes())
     for name in ("ckpt-4_temp", ".partial-ckpt_temp"):
         (folder / name).mkdir()
@@ -121,16 +121,16 @@ def test_leftovers_of_a_kill_go_and_nothing_else(
     (elsewhere / "file").touch()
     (folder / "ckpt-5_temp").symlink_to(elsewhere)
     (folder / "ckpt-6.data-00000-of-00001").symlink_to(elsewhere / "file")
-    kept = ["ckpt-last.index", "ckpt-².index", "ckpt-007.index", "ckpt-1.npz", "notes"]
-    for name in kept:
+    unrelated = ["ckpt-last.index", "ckpt-².index", "ckpt-007.index", "ckpt-1.npz", "notes"]
+    for name in unrelated:
         (folder / name).touch()
     checkpoints = make()
     assert checkpoints.restore() == 3
-    assert names(folder) == sorted(files_of(2, 3) + kept)
+    assert names(folder) == sorted(files_of(2, 3) + unrelated)
     assert names(elsewhere) == ["file"]
 
 
-def test_a_link_where_a_checkpoint_is_written_leads_nowhere(
+def test_checkpoints_are_not_written_through_links(
     make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path
 ) -> None:
     victim, folder = tmp_path / "victim", tmp_path / "folder"
@@ -153,7 +153,7 @@ def test_the_folder_may_be_a_link(make: Make, run: RunFolder, counter: tf.Variab
     assert names(tmp_path / "large disk") == files_of(2, 3)
 
 
-def test_a_damaged_newest_gives_way(make: Make, run: RunFolder, counter: tf.Variable) -> None:
+def test_a_damaged_newest_checkpoint_falls_back(make: Make, run: RunFolder, counter: tf.Variable) -> None:
     save(make(), counter, 40, 60)
     (run.checkpoints / "ckpt-60.data-00000-of-00001").write_bytes(b"damaged")
     checkpoints = make()
@@ -190,7 +190,7 @@ def test_a_pipe_in_place_of_a_checkpoint_is_not_opened(
 
 @pytest.fixture
 def limited() -> Iterator[Callable[[int], None]]:
-    """Limits the size of files, which fails as a full disk does."""
+    """Limits the file size, which fails like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -199,7 +199,7 @@ def limited() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, 20_000])
-def test_a_checkpoint_that_does_not_fit_is_one_line(
+def test_a_full_disk_gives_one_line(
     make: Make, run: RunFolder, counter: tf.Variable, limited: Callable[[int], None], size: int
 ) -> None:
     checkpoints = make()
@@ -282,7 +282,7 @@ def test_other_origins_are_refused(make: Make, counter: tf.Variable, changed: di
         make(replace(ORIGIN, **changed)).restore()
 
 
-def test_other_groups_may_be_allowed_and_are_noted(make: Make, counter: tf.Variable) -> None:
+def test_other_groups_may_be_allowed_and_are_saved(make: Make, counter: tf.Variable) -> None:
     save(make(), counter, 1)
     other = Origin("settings", "records", clips_per_group=4, groups_per_step=4)
     checkpoints = make(other)

@@ -45,7 +45,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network of other classes to start from."""
+    """Saved network with other classes, as initial weights."""
     path = tmp_path_factory.mktemp("source") / "source.keras"
     x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=3), path, ("a", "b", "c"))
     return path
@@ -61,7 +61,7 @@ def config_of(
 
 
 def some(records: Path, source: Path) -> TrainConfig:
-    """With the options that cost no compilation of their own."""
+    """Returns a configuration with the options that need no extra compilation."""
     recipe = replace(QUICK, ema=0.5, class_weights="balanced", patience=9)
     return config_of(records, recipe, {"validation_fraction": 0.2}, init=str(source))
 
@@ -74,12 +74,12 @@ def everything(records: Path, source: Path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run that is not interrupted."""
+    """Uninterrupted run."""
     return train(some(records, source), tmp_path_factory.mktemp("runs") / "whole")
 
 
 def stopped_in_a_validation(config: TrainConfig, workdir: Path) -> RunFolder:
-    """The same run, stopped in its second validation and taken up again."""
+    """Runs the same training, interrupted in its second validation and resumed."""
     score, calls = Validation.__call__, 0
 
     def stop_at_the_second(validation: Validation) -> Any:
@@ -107,7 +107,7 @@ def assert_the_same(a: RunFolder, b: RunFolder) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_a_validation_ends_as_if_it_had_not_been(
+def test_a_run_interrupted_in_a_validation_ends_as_an_uninterrupted_one(
     whole: RunFolder, records: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = stopped_in_a_validation(some(records, source), tmp_path / "run")
@@ -120,14 +120,14 @@ def test_a_run_stopped_in_a_validation_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-def test_so_does_one_with_every_option(records: Path, source: Path, tmp_path: Path) -> None:
+def test_a_run_with_every_option_does_too(records: Path, source: Path, tmp_path: Path) -> None:
     config = everything(records, source)
     assert_the_same(train(config, tmp_path / "whole"), stopped_in_a_validation(config, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
-    """A run that its patience ends after three steps, and what it printed. The first score is a real one."""
+    """Run stopped early after three steps, and its output. Only the first score is computed."""
     measure, scores = Validation.__call__, iter([None, Score(1.0, 1.0), Score(1.0, 1.0)])
     config = some(records, source)
     config = replace(config, recipe=replace(config.recipe, patience=1), checkpoint_steps=1)
@@ -219,7 +219,7 @@ def test_a_run_validates_on_an_existing_split(
         assert re.search(sentence.replace("(", r"\(").replace(")", r"\)"), capsys.readouterr().out)
         assert RunFolder(run).read_config() == started[-1]
         RunFolder(run).model.touch()
-        assert train(config, run).model.is_file()  # finished: the settings as given are those of the run
+        assert train(config, run).model.is_file()  # finished: the unresolved settings match those of the run
         assert "is already finished" in capsys.readouterr().out
         with pytest.raises(ValueError, match=r"DatasetSpec\.validation_split was .*, now 'train'"):
             train(replace(config, dataset=replace(config.dataset, validation_split="train")), run)
@@ -229,7 +229,7 @@ def test_a_run_validates_on_an_existing_split(
 
 
 @pytest.mark.slow
-def test_several_labels_are_learnt_and_tested(tmp_path: Path) -> None:
+def test_multi_label_training_and_evaluation(tmp_path: Path) -> None:
     folder = write(tmp_path / "records", videos=8, also=("bright",))
     recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=40, warmup_fraction=1 / 8, weight_decay=0)
     config = config_of(folder, recipe, {"validation_split": "train"}, checkpoint_steps=20)

@@ -1,4 +1,4 @@
-"""The README's first command, as a newcomer runs it."""
+"""The first command of the README."""
 
 import json
 import subprocess
@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_x3d_s_learns_the_made_up_videos(tmp_path: Path) -> None:
-    """Fifteen minutes on two slow cores."""
+def test_x3d_s_learns_the_synthetic_videos(tmp_path: Path) -> None:
+    """Takes fifteen minutes on two slow cores."""
     command = [sys.executable, "-m", "x3d_tf.train", f"--gin_file={ROOT / 'gin' / 'x3d_s.gin'}"]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
     results = json.loads((tmp_path / "runs/x3d_s/evaluation/moving_shapes_test_10center/results.json").read_text())

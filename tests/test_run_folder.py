@@ -1,4 +1,4 @@
-"""Run folders: which configuration may continue there, one process at a time, and never from scratch unasked."""
+"""Run folders: resuming with the same settings, locks, and no silent restart from scratch."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewher
 
 
 def begun(root: Path, *files: str) -> RunFolder:
-    """A run that has made these files, too."""
+    """Returns a run folder that contains the given files."""
     run = RunFolder(root)
     run.open(CONFIG, {})
     for name in ("history.csv", "preview.png", *files):
@@ -47,7 +47,7 @@ def content(root: Path) -> set[str]:
         ("trained.txt", "checkpoints/ckpt-last.index"),
     ],
 )
-def test_a_run_whose_checkpoints_are_missing_does_not_start_again(tmp_path: Path, files: tuple[str, ...]) -> None:
+def test_a_run_with_missing_checkpoints_does_not_restart(tmp_path: Path, files: tuple[str, ...]) -> None:
     run = begun(tmp_path / "run", *files)
     row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 40.0)
     run.write_history([row])
@@ -60,13 +60,13 @@ def test_a_run_whose_checkpoints_are_missing_does_not_start_again(tmp_path: Path
 
 
 @pytest.mark.parametrize("files", [(), ("checkpoints/ckpt-40.data-00000-of-00001",), ("tensorboard/events",)])
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, files: tuple[str, ...]) -> None:
+def test_a_run_killed_before_its_first_checkpoint_restarts(tmp_path: Path, files: tuple[str, ...]) -> None:
     run = begun(tmp_path / "run", *files)
     run.open(replace(CONFIG, seed=1), {})
     assert run.read_config().seed == 1 and not run.history.exists()
 
 
-def test_a_finished_run_that_is_asked_for_more_steps_names_the_way(tmp_path: Path) -> None:
+def test_more_steps_for_a_finished_run_suggest_a_new_one(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", "model.keras")
     more = replace(CONFIG, recipe=replace(CONFIG.recipe, steps=CONFIG.recipe.steps + 10))
     way = re.escape(f"'TrainConfig.init=\"{run.root}\"'")
@@ -79,7 +79,7 @@ def test_a_finished_run_that_is_asked_for_more_steps_names_the_way(tmp_path: Pat
         run.check(more)
 
 
-def test_places_and_parts_of_a_step_may_change(tmp_path: Path) -> None:
+def test_paths_and_accumulation_may_change(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", "checkpoints/ckpt-40.index")
     moved = replace(
         CONFIG,
@@ -89,14 +89,14 @@ def test_places_and_parts_of_a_step_may_change(tmp_path: Path) -> None:
     )
     run.open(moved, {})
     assert moved.fingerprint() == CONFIG.fingerprint()
-    assert run.read_config() == CONFIG  # until the records there have been compared
+    assert run.read_config() == CONFIG  # until the fingerprint of the records was compared
     run.update_config(moved)
     assert run.read_config() == moved
     with pytest.raises(UserError, match=r"TrainConfig\.seed was 0, now 1"):
         run.open(replace(moved, seed=1), {})
 
 
-def test_links_that_training_would_write_through_are_refused(tmp_path: Path) -> None:
+def test_links_are_rejected(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", "checkpoints/ckpt-40.index")
     (tmp_path / "disk").mkdir()
     run.tensorboard.symlink_to(tmp_path / "disk")
@@ -110,8 +110,8 @@ def test_links_that_training_would_write_through_are_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("field", ["train_split", "eval_split", "validation_split"])
 @pytest.mark.parametrize("name", ["../../precious", "/etc", "a\\b"])
-def test_a_split_is_no_path(field: str, name: str) -> None:
-    """Reports are written to, and with --overwrite deleted from, folders that it is part of the name of."""
+def test_a_split_is_not_a_path(field: str, name: str) -> None:
+    """Split names are part of folder names to which reports are written, and from which --overwrite deletes."""
     with pytest.raises(UserError, match=f"DatasetSpec.{field} must be a name, not a path"):
         DatasetSpec("records", **{field: name})  # type: ignore[arg-type]
 
@@ -135,7 +135,7 @@ def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message), RunFolder(root).training():
             pass
         other.kill()
-    assert (root / ".lock").exists()  # of the killed one
+    assert (root / ".lock").exists()  # left by the killed process
     with RunFolder(root).training():
         assert f"process {os.getpid()} on" in (root / ".lock").read_text()
     assert not (root / ".lock").exists()
@@ -157,7 +157,7 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_a_file_system_without_locks_is_told(
+def test_a_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
@@ -176,10 +176,10 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
     path, lock = tmp_path / "lock", locks._lock
     removals = [path, path]
 
-    def removed_first(descriptor: int, own: Path) -> bool:
+    def removed_first(descriptor: int, lock_path: Path) -> bool:
         if removals:
             removals.pop().unlink()
-        return lock(descriptor, own)
+        return lock(descriptor, lock_path)
 
     monkeypatch.setattr(locks, "_lock", removed_first)
     with (

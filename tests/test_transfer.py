@@ -1,4 +1,4 @@
-"""Starting from other weights: what is taken, what is new, and what does not fit."""
+"""Weight transfer: loaded layers, new layers and incompatible networks."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def network(classes: tuple[str, ...], expansion: x3d_tf.Expansion = TINY, **opti
 
 @pytest.fixture(scope="module", params=["trainable", "portable"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, x3d_tf.X3D]:
-    """A file of each form, and the network in it."""
+    """File of each format, and its network."""
     model, path = network(("a", "b")), tmp_path_factory.mktemp("source") / "model.keras"
     if request.param == "trainable":
         x3d_tf.save(model, path, ("a", "b"))
@@ -33,7 +33,7 @@ def same(a: x3d_tf.X3D, b: x3d_tf.X3D, layer: str) -> bool:
     return all(x.shape == y.shape and np.array_equal(x, y) for x, y in pairs)
 
 
-def test_all_is_taken_where_the_classes_are_the_same(source: tuple[Path, x3d_tf.X3D]) -> None:
+def test_all_layers_are_loaded_for_equal_classes(source: tuple[Path, x3d_tf.X3D]) -> None:
     path, theirs = source
     ours = network(("a", "b"))
     transfer = load_pretrained(ours, path)
@@ -46,7 +46,7 @@ def test_all_is_taken_where_the_classes_are_the_same(source: tuple[Path, x3d_tf.
 def test_the_classifier_is_new_for_other_classes(source: tuple[Path, x3d_tf.X3D], classes: tuple[str, ...]) -> None:
     path, theirs = source
     longer = x3d_tf.Expansion(gamma_tau=2, gamma_t=6, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
-    ours = network(classes, longer)  # no weight depends on the clip
+    ours = network(classes, longer)  # weights do not depend on the clip
     before = ours.get_layer("fc2").get_weights()
     transfer = load_pretrained(ours, path)
     assert transfer.new == ("fc2",) and transfer.loaded[-1] == "fc1"
@@ -54,13 +54,13 @@ def test_the_classifier_is_new_for_other_classes(source: tuple[Path, x3d_tf.X3D]
     np.testing.assert_array_equal(before[0], ours.get_layer("fc2").get_weights()[0])
 
 
-def test_a_network_without_classifier_is_enough(tmp_path: Path) -> None:
+def test_a_network_without_classifier_can_be_loaded(tmp_path: Path) -> None:
     features = x3d_tf.build_x3d(TINY, include_top=False)
     x3d_tf.save(features, tmp_path / "features.keras")
     assert load_pretrained(network(("a", "b")), tmp_path / "features.keras").new == ("fc1", "fc2")
 
 
-def test_another_pooling_is_told(source: tuple[Path, x3d_tf.X3D]) -> None:
+def test_another_pooling_is_reported(source: tuple[Path, x3d_tf.X3D]) -> None:
     transfer = load_pretrained(network(("a", "b"), head_pool="fixed_logits"), source[0])
     assert "ModelOptions.head_pool is 'global' in the source and 'fixed_logits' in this network" in str(transfer)
 
@@ -73,7 +73,7 @@ def test_another_pooling_is_told(source: tuple[Path, x3d_tf.X3D]) -> None:
         (TINY, {"se": "none"}, "res2_0_se_reduce"),
     ],
 )
-def test_another_network_is_refused(
+def test_another_architecture_is_rejected(
     source: tuple[Path, x3d_tf.X3D], expansion: x3d_tf.Expansion, options: dict[str, object], layer: str
 ) -> None:
     with pytest.raises(ValueError, match=f"TrainConfig.init: .* has another architecture: .* the first is {layer}"):
@@ -81,11 +81,11 @@ def test_another_network_is_refused(
 
 
 @pytest.mark.parametrize(("option", "value"), [("input", "difference"), ("swish", False), ("swish_before", True)])
-def test_what_no_shape_tells_is_refused_too(source: tuple[Path, x3d_tf.X3D], option: str, value: object) -> None:
+def test_incompatible_options_are_rejected(source: tuple[Path, x3d_tf.X3D], option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"was trained with ModelOptions\.{option} = .*, but this run has {value!r}"):
         load_pretrained(network(("a", "b"), **{option: value}), source[0])
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.keras: no such model file or run folder"):
         load_pretrained(network(("a", "b")), tmp_path / "nothing.keras")
