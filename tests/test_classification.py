@@ -192,7 +192,7 @@ def test_a_model_file_is_evaluated_with_its_own_settings(run: RunFolder, records
     assert of_file.results | {"seed": 0, "records": of_run.results["records"]} == of_run.results
     with pytest.raises(UserError, match="already has a report"):
         evaluate_file(run.model, output=str(tmp_path / "report"), **settings)
-    with pytest.raises(UserError, match="give --records and --split"):
+    with pytest.raises(UserError, match="requires --records and --split"):
         evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records))
     with pytest.raises(UserError, match=r"has no split 'test'; it has train"):
         evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records), split="test")
@@ -249,7 +249,7 @@ def test_an_interrupted_sweep_resumes(
         results = json.loads((tmp_path / "sweep" / "3clips" / "results.json").read_text())
         (tmp_path / "sweep" / "3clips" / "results.json").write_text(json.dumps(results | {"clip_starts": "slowfast"}))
         sweep_file(run.model, output=str(tmp_path / "sweep"), records=str(records), split="train")
-    with pytest.raises(UserError, match="temporal_views must not be given"):
+    with pytest.raises(UserError, match="temporal_views must not be set"):
         sweep_run(run, temporal_views=3)
 
 
@@ -379,7 +379,7 @@ def test_watching_evaluates_new_checkpoints_until_the_run_is_finished(
     assert [float(row["top1"]) for row in rows] == pytest.approx(expected)
     assert read_results(folder / "20.json")["top1"] == pytest.approx(0.4)
     output = capsys.readouterr()
-    assert "is already finished" in output.out
+    assert "is finished (" in output.out
     assert "warning: the checkpoint of step 50 was not evaluated: the checkpoint of step 50 is damaged" in output.err
 
     # sorted: event files written within the same second are read in any order

@@ -254,7 +254,7 @@ def test_ctrl_c_loses_no_step(
     assert "interrupted at step 27; the same command resumes from there" in error and "warning: batch-norm" not in error
     run = train(config_of(records), tmp_path / "run")
     assert "resuming from the checkpoint of step 27" in capsys.readouterr().out
-    assert "1 batch-norm group per step with 8 clips each" in first
+    assert "batch norm over groups of 8 clips (1 per step)" in first
     assert [row["step"] for row in run.read_history()] == [10, 20, 27, 30, 40, 50, 60]
     for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
         np.testing.assert_array_equal(a, b)
@@ -419,7 +419,7 @@ def test_another_number_of_devices_is_another_run_unless_allowed(records: Path, 
 
     done = start(1)
     assert done.returncode == 0, done.stderr
-    assert "1 batch-norm group per step with 8 clips each" in done.stdout
+    assert "batch norm over groups of 8 clips (1 per step)" in done.stdout
     (tmp_path / "model.keras").unlink()
     done = start(2)
     assert done.returncode != 0

@@ -54,7 +54,7 @@ def train(
     texts: Mapping[str, str] | None = None,
     allow_other_groups: bool = False,
 ) -> RunFolder:
-    """Trains a network and saves it. Resumes the run if `workdir` holds an interrupted one.
+    """Trains a network and saves it. If `workdir` contains an interrupted run, resumes it.
 
     Args:
         config: the settings that determine the result.
@@ -138,7 +138,7 @@ class Trainer:
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
             with precision_scope(config.execution.precision):
-                self.model = _network(config, manifest)
+                self.model = _build_network(config, manifest)
             self.model.class_names, self.model.stored = manifest.classes, manifest.stored
             self.model.stretch, self.model.frame_sampling = config.dataset.stretch, config.dataset.frame_sampling
             self.model.test_views = config.test_views
@@ -184,7 +184,7 @@ class Trainer:
             raise
         history.save_plots()  # the run may have been killed after its last checkpoint, before they were drawn
         if left_out := history.boxes_left_out():
-            print(f"{counted(left_out, 'training box')} ignored: outside the crops of their clips")
+            print(f"{counted(left_out, 'box')} ignored: outside the training crops")
 
     def _loop(self, run: RunFolder, checkpoints: Checkpoints, history: History, first: int, bar: Any) -> None:
         if first and self._is_checkpoint(first):  # the validation may have been interrupted; repeating it is harmless
@@ -325,15 +325,15 @@ class Trainer:
         clips, groups = self._batch_norm_groups()
         if not clips:
             return "batch norm frozen"
-        return f"{counted(groups, 'batch-norm group')} per step with {counted(clips, 'clip')} each"
+        return f"batch norm over groups of {counted(clips, 'clip')} ({groups} per step)"
 
     def _warn_about_small_groups(self, origin: Origin) -> None:
-        wanted = self.config.model.bn_group
-        if 0 < origin.clips_per_group < wanted:
+        recommended = self.config.model.bn_group
+        if 0 < origin.clips_per_group < recommended:
             print(
                 f"warning: batch-norm groups have {counted(origin.clips_per_group, 'clip')}, fewer than "
-                f"ModelOptions.bn_group = {wanted}, so the statistics are noisier than the recipe intends. Increase "
-                "Recipe.batch, or reduce Execution.accumulation or the number of devices",
+                f"ModelOptions.bn_group = {recommended}, so the statistics are noisier than the recipe intends. "
+                "Increase Recipe.batch, or reduce Execution.accumulation or the number of devices",
                 file=sys.stderr,
             )
 
@@ -379,7 +379,7 @@ def _check_records(manifest: Manifest, config: TrainConfig) -> None:
     available = len(_training_records(manifest, config))
     fits = config.recipe.batch <= available
     rest = " that are not held out for validation" if config.dataset.validation_fraction else ""
-    rule = f"be at most {available}, the records of split {split!r}{rest} (learning rate and steps scale with it)"
+    rule = f"be at most {available}, the number of records in split {split!r}{rest}"
     require(fits, "Recipe.batch", rule, config.recipe.batch)
 
 
@@ -398,7 +398,7 @@ def _training_records(manifest: Manifest, config: TrainConfig) -> tuple[Record, 
     return with_labels(records) if manifest.task == "detection" else records
 
 
-def _network(config: TrainConfig, manifest: Manifest) -> X3D | Detector:
+def _build_network(config: TrainConfig, manifest: Manifest) -> X3D | Detector:
     classes = len(manifest.classes)
     if manifest.task == "detection":
         return Detector(config.expansion, classes, config.model, head=config.detection.head)
