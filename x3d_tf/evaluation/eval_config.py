@@ -27,8 +27,8 @@ class EvalConfig:
         temporal_views: number of clips per video, K.
         spatial_crops: 1 for K-Center evaluation (short side resized to 128γs pixels, one centre crop of 112γs) or 3 for
             K-LeftCenterRight (same resize, three crops of 128γs along the longer side).
-        clip_starts: the positions of the clips in a video; see `clips.view_starts`.
-        frame_sampling: the choice of the frames of a clip; see `clips.frame_indices`.
+        clip_starts: the positions of the clips in a video; see `sampling.view_starts`.
+        frame_sampling: the choice of the frames of a clip; see `sampling.frame_indices`.
         head_pool: pooling of crops larger than the training crop; see `ModelOptions.head_pool`. Only has an effect with
             three crops.
 

@@ -36,8 +36,8 @@ def predict_split(
         manifest: the manifest of the records.
         split: name of the split.
         views: the clips and crops of each video.
-        clip_starts: the positions of the clips in a video; see `clips.view_starts`.
-        frame_sampling: the choice of the frames of a clip; see `clips.frame_indices`.
+        clip_starts: the positions of the clips in a video; see `sampling.view_starts`.
+        frame_sampling: the choice of the frames of a clip; see `sampling.frame_indices`.
         progress: whether to show a progress bar on stderr.
 
     Returns:
