@@ -63,7 +63,7 @@ class TrainStep:
             # one sum per replica; the optimiser adds them up
             per_replica: dict[str, Any] = {"synchronization": tf.VariableSynchronization.ON_READ, "trainable": False}
             per_replica["aggregation"] = tf.VariableAggregation.SUM
-            zeros = [tf.zeros(variable.shape, variable.dtype) for variable in model.trainable_variables]
+            zeros = (tf.zeros(variable.shape, variable.dtype) for variable in model.trainable_variables)
             self._gradient_sums = [tf.Variable(zero, **per_replica) for zero in zeros]
         self._run_steps = tf.function(self._single_step if execution.steps_per_execution == 1 else self._step_loop)
 
