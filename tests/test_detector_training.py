@@ -122,19 +122,19 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_detector_training as test
-from x3d_tf.training.losses import Objective
+from x3d_tf.training.losses import Loss
 inputs, labels = test.given(3, 2)
 inputs["boxes"][0] = 0  # different numbers of boxes per device
 logits = np.random.default_rng(1).standard_normal((4, 5, 3)).astype("float32")
-objective = Objective("detection", 4)
-alone = objective(tf.constant(logits), tf.constant(labels), inputs)
+loss = Loss("detection", 4)
+alone = loss(tf.constant(logits), tf.constant(labels), inputs)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 @tf.function
 def both():
     def one():
         number = tf.distribute.get_replica_context().replica_id_in_sync_group
         cut = lambda array: tf.gather(tf.reshape(array, (2, 2, *array.shape[1:])), number)
-        return objective(cut(logits), cut(labels), {{name: cut(value) for name, value in inputs.items()}})
+        return loss(cut(logits), cut(labels), {{name: cut(value) for name, value in inputs.items()}})
     return [strategy.reduce("SUM", part, None) for part in strategy.run(one)]
 np.testing.assert_allclose(both(), alone, atol=1e-6)
 """
