@@ -1,4 +1,4 @@
-"""Advice on records that do not fit a recipe: who gets it, what it says, and that its binding mends what it names."""
+"""Warnings about records that do not fit a recipe: when they appear, their numbers, and the bindings that fix them."""
 
 import csv
 import re
@@ -29,7 +29,7 @@ def records(
     stored: int = 256,
     task: Task = "single_label",
 ) -> Manifest:
-    """Of so many videos of so many seconds each; `classes` are the shares of the classes."""
+    """Returns the manifest of videos of the given (seconds, count); `classes` are the relative class frequencies."""
     labels = [label for label, share in enumerate(classes) for _ in range(share)]
     seconds = [length for length, count in lengths for _ in range(count)]
     videos = [
@@ -41,12 +41,14 @@ def records(
 
 
 def bindings_in(text: str) -> tuple[str, ...]:
-    """The settings of the flags that a text names, as a shell reads them."""
+    """Returns the values of the --gin_bindings flags in a text, as a shell parses them."""
     flags = re.findall(r"--gin_bindings=(?:'[^']*'|\S)+", text)
     return tuple(shlex.split(flag)[0].removeprefix("--gin_bindings=") for flag in flags)
 
 
-def advised(manifest: Manifest, files: tuple[str, ...], sides: list[int], bindings: tuple[str, ...] = ()) -> list[str]:
+def advice_for(
+    manifest: Manifest, files: tuple[str, ...], sides: list[int], bindings: tuple[str, ...] = ()
+) -> list[str]:
     return advice(manifest, gin_config.parse(files, bindings).config, sides)
 
 
@@ -54,11 +56,11 @@ def advised(manifest: Manifest, files: tuple[str, ...], sides: list[int], bindin
     ("manifest", "files", "sides", "bindings"),
     [
         (records([(4.0, 48)]), FEW, [96], ()),
-        (records([(3.2, 25), (2.0, 23)]), FEW, [96], ()),  # most fill 80 % of the 3.97 s
+        (records([(3.2, 25), (2.0, 23)]), FEW, [96], ()),  # most cover 80 % of the 3.97 s
         (records([(0.03, 48)]), ("gin/x2d.gin", "gin/data/records.gin"), [256], ()),  # a clip of one frame
         (records([(5.0, 48)]), FEW, [73, 72, 80], ()),
         (records([(5.0, 48)]), X3D_S, [182], ()),
-        (records([(5.0, 24)]), FEW, [96], ()),  # 300 times each
+        (records([(5.0, 24)]), FEW, [96], ()),  # 300 epochs
         (records([(5.0, 8)]), FEW, [96], ("Recipe.patience=4", "DatasetSpec.validation_fraction=0.1")),
         (records([(5.0, 50)], classes=(4, 1)), FEW, [96], ()),
         (records([(5.0, 60)], classes=(5, 1)), FEW, [96], ('Recipe.class_weights="balanced"',)),
@@ -67,10 +69,10 @@ def advised(manifest: Manifest, files: tuple[str, ...], sides: list[int], bindin
         (records([(3.0, 8)], classes=(7, 1), stored=128), ("gin/x3d_l.gin",), [128], ("Recipe.steps=4000",)),
     ],
 )
-def test_records_that_fit_get_none(
+def test_no_advice_for_records_that_fit(
     manifest: Manifest, files: tuple[str, ...], sides: list[int], bindings: tuple[str, ...]
 ) -> None:
-    assert advised(manifest, files, sides, bindings) == []
+    assert advice_for(manifest, files, sides, bindings) == []
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,13 @@ def test_records_that_fit_get_none(
             records([(2.0, 47), (9.0, 1)]),
             FEW,
             [96],
-            ("spans 3.97 s", "47 of the 48 training videos", "median 2.00 s", "50% of a clip repeats", "fill 80%"),
+            (
+                "spans 3.97 s",
+                "47 of the 48 training videos",
+                "median 2.00 s",
+                "50% of a clip repeats",
+                "cover at least 80%",
+            ),
             ("Expansion.gamma_tau=3.52",),
         ),
         (records([(3.0, 48)]), FEW, [96], ("median 3.00 s", "24% of a clip"), ("Expansion.gamma_tau=5.29",)),
@@ -95,28 +103,28 @@ def test_records_that_fit_get_none(
             records([(5.0, 48)]),
             X3D_L,
             [256],
-            ("measure 256 pixels", "to 356 to 446", "cuts out 312", "--short_side=446"),
+            ("short side of 256 pixels", "to 356 to 446", "crop of 312", "--short_side=446"),
             ("Expansion.gamma_s=2.0",),
         ),
         (
             records([(5.0, 48)]),
             X3D_S,
             [90, 96, 300],
-            ("measure 96 pixels", "3 records", "to 182 to 228"),
+            ("short side of 96 pixels", "3 records", "to 182 to 228"),
             ("Expansion.gamma_s=0.75",),
         ),
         (
             records([(2.7, 60_000)], task="detection"),
             AVA,
             [200],
-            ("measure 200", "to 256 to 320"),
+            ("short side of 200", "to 256 to 320"),
             ("Expansion.gamma_s=1.5625",),
         ),
         (
             records([(5.0, 12)]),
             FEW,
             [96],
-            ("900 steps of 8 clips", "12 training videos", "600 times"),
+            ("900 steps with a batch of 8 clips", "12 training videos", "600 epochs"),
             ("Recipe.steps=450",),
         ),
         (records([(2.7, 12)], task="detection"), FEW, [96], ("12 training key frames",), ("Recipe.steps=450",)),
@@ -124,26 +132,26 @@ def test_records_that_fit_get_none(
             records([(5.0, 60)], classes=(5, 1)),
             FEW,
             [96],
-            ("'class 1' has 10 training videos and 'class 0' 50", "from 5 times"),
+            ("'class 1' has 10 training videos and class 'class 0' has 50", "a ratio of 5 or more"),
             ('Recipe.class_weights="balanced"',),
         ),
     ],
 )
-def test_advice_names_the_numbers_and_its_binding_mends_them(
+def test_advice_states_the_numbers_and_its_binding_fixes_them(
     manifest: Manifest, files: tuple[str, ...], sides: list[int], numbers: tuple[str, ...], given: tuple[str, ...]
 ) -> None:
-    (text,) = advised(manifest, files, sides)
+    (text,) = advice_for(manifest, files, sides)
     assert "\n" not in text
     for number in numbers:
         assert number in text
     bindings = bindings_in(text)
     assert bindings == given
-    assert advised(manifest, files, sides, bindings) == []
+    assert advice_for(manifest, files, sides, bindings) == []
 
 
-def test_all_that_does_not_fit_is_named() -> None:
-    texts = advised(records([(1.0, 12)], classes=(11, 1)), X3D_L, [128], ("Recipe.steps=4000",))
-    assert [[each.partition("=")[0] for each in bindings_in(text)] for text in texts] == [
+def test_every_problem_is_reported() -> None:
+    texts = advice_for(records([(1.0, 12)], classes=(11, 1)), X3D_L, [128], ("Recipe.steps=4000",))
+    assert [[binding.partition("=")[0] for binding in bindings_in(text)] for text in texts] == [
         ["Expansion.gamma_s"],
         ["Recipe.steps"],
         ["Expansion.gamma_tau"],
@@ -157,31 +165,31 @@ def test_all_that_does_not_fit_is_named() -> None:
         (("turn left", "turn right"), True),
         (("stop", "Swipe_Left_hand", "Swipe_Right_hand"), True),
         (("left to right", "right to left"), True),
-        (("left-handed", "stop"), False),  # mirrored, it is no other class
+        (("left-handed", "stop"), False),  # its mirror image is not a class
         (("leftovers", "rights"), False),
     ],
 )
-def test_classes_that_are_mirror_images_are_named(names: tuple[str, ...], warned: bool) -> None:
+def test_mirror_image_classes_are_reported(names: tuple[str, ...], warned: bool) -> None:
     manifest = replace(records([(5.0, 48)]), classes=names)
-    texts = advised(manifest, FEW, [96])
+    texts = advice_for(manifest, FEW, [96])
     assert len(texts) == warned
     if warned:
         assert repr(names[-1]) in texts[0] and bindings_in(texts[0]) == ("DatasetSpec.flip=False",)
-        assert advised(manifest, FEW, [96], bindings_in(texts[0])) == []
+        assert advice_for(manifest, FEW, [96], bindings_in(texts[0])) == []
 
 
 def test_videos_of_one_frame_get_no_binding() -> None:
-    (text,) = advised(records([(1 / 30, 48)]), FEW, [96])
+    (text,) = advice_for(records([(1 / 30, 48)]), FEW, [96])
     assert text.endswith("use longer videos")
 
 
-def test_the_worked_example_gets_none(shared_data: Path) -> None:
+def test_no_advice_for_the_worked_example(shared_data: Path) -> None:
     with (shared_data / "ut_interaction" / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for name in ("1", "2"):
-        own = [(int(row["frames"]) / float(row["fps"]), 1) for row in rows if row["set"] == name]
-        assert len(own) == 60
-        assert advised(records(own, classes=(1,) * 6, stored=96), FEW, [96]) == []
+        videos = [(int(row["frames"]) / float(row["fps"]), 1) for row in rows if row["set"] == name]
+        assert len(videos) == 60
+        assert advice_for(records(videos, classes=(1,) * 6, stored=96), FEW, [96]) == []
 
 
 def test_the_frames_of_records_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,4 +199,4 @@ def test_the_frames_of_records_are_measured(tmp_path: Path, capsys: pytest.Captu
     config: Any = gin_config.parse(FEW, bindings).config
     print_advice(manifest, config)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "pixels" in line]
-    assert line.startswith("warning: the training frames measure 44 pixels on their short side (median of 3 records)")
+    assert line.startswith("warning: the training frames have a short side of 44 pixels (median of 3 records)")

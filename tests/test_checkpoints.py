@@ -1,4 +1,4 @@
-"""Checkpoints on disk: atomic, two of them, and nothing of a foreign folder is believed."""
+"""Checkpoints on disk: atomic writes, the two newest kept, untrusted folders."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ def model() -> x3d_tf.X3D:
 
 @pytest.fixture
 def counter() -> tf.Variable:
-    """Stands for the optimiser."""
+    """Stands in for the state of the optimiser."""
     return tf.Variable(0.0)
 
 
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def make(model: x3d_tf.X3D, counter: tf.Variable, run: RunFolder) -> Make:
-    """What a process that starts in the run folder has."""
+    """Returns the `Checkpoints` of a process that starts in the run folder."""
 
     def checkpoints(origin: Origin = ORIGIN, **others: Any) -> Checkpoints:
         return Checkpoints(run, model, {"optimizer": [counter], **others}, origin)
@@ -75,18 +75,18 @@ def test_the_two_newest_are_kept_and_the_newest_is_restored(make: Make, run: Run
     assert load_checkpoint(run, 10).class_names == ("left", "right")
 
 
-def test_a_missing_and_an_additional_variable_are_noticed(
+def test_missing_and_additional_variables_are_detected(
     make: Make, run: RunFolder, counter: tf.Variable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(make(), counter, 1)
     for others in ({"average": [tf.Variable(0.0)]}, {"optimizer": [counter, tf.Variable(0.0)]}, {"optimizer": []}):
-        with pytest.raises(UserError, match=r"no checkpoint in .* can be read. Restore them from a copy"):
+        with pytest.raises(UserError, match=r"no checkpoint in .* can be read. Restore them from a backup"):
             make(**others).restore()
     assert "ckpt-1.index cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["damaged", 'model_checkpoint_path: "../../precious"'])
-def test_a_list_of_checkpoints_is_not_believed(
+def test_tensorflows_list_of_checkpoints_is_ignored(
     make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path, text: str
 ) -> None:
     save(make(), counter, 1, 2)
@@ -104,12 +104,12 @@ def test_a_list_of_checkpoints_is_not_believed(
     assert checkpoint_steps(run.checkpoints) == [4, 5]
 
 
-def test_leftovers_of_a_kill_go_and_nothing_else(
+def test_only_temporary_files_of_a_killed_process_are_removed(
     make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path
 ) -> None:
     save(make(), counter, 2, 3)
     folder = run.checkpoints
-    for ending in (".index", ".data-00000-of-00001"):  # killed before it deleted the oldest
+    for ending in (".index", ".data-00000-of-00001"):  # the process was killed before deleting the oldest
         (folder / f"ckpt-1{ending}").write_bytes((folder / f"ckpt-2{ending}").read_bytes())
     for name in ("ckpt-4_temp", ".partial-ckpt_temp"):
         (folder / name).mkdir()
@@ -121,16 +121,16 @@ def test_leftovers_of_a_kill_go_and_nothing_else(
     (elsewhere / "file").touch()
     (folder / "ckpt-5_temp").symlink_to(elsewhere)
     (folder / "ckpt-6.data-00000-of-00001").symlink_to(elsewhere / "file")
-    kept = ["ckpt-last.index", "ckpt-².index", "ckpt-007.index", "ckpt-1.npz", "notes"]
-    for name in kept:
+    unrelated = ["ckpt-last.index", "ckpt-².index", "ckpt-007.index", "ckpt-1.npz", "notes"]
+    for name in unrelated:
         (folder / name).touch()
     checkpoints = make()
     assert checkpoints.restore() == 3
-    assert names(folder) == sorted(files_of(2, 3) + kept)
+    assert names(folder) == sorted(files_of(2, 3) + unrelated)
     assert names(elsewhere) == ["file"]
 
 
-def test_a_link_where_a_checkpoint_is_written_leads_nowhere(
+def test_checkpoints_are_not_written_through_links(
     make: Make, run: RunFolder, counter: tf.Variable, tmp_path: Path
 ) -> None:
     victim, folder = tmp_path / "victim", tmp_path / "folder"
@@ -153,7 +153,7 @@ def test_the_folder_may_be_a_link(make: Make, run: RunFolder, counter: tf.Variab
     assert names(tmp_path / "large disk") == files_of(2, 3)
 
 
-def test_a_damaged_newest_gives_way(make: Make, run: RunFolder, counter: tf.Variable) -> None:
+def test_a_damaged_newest_checkpoint_falls_back(make: Make, run: RunFolder, counter: tf.Variable) -> None:
     save(make(), counter, 40, 60)
     (run.checkpoints / "ckpt-60.data-00000-of-00001").write_bytes(b"damaged")
     checkpoints = make()
@@ -170,8 +170,8 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(
     for file in files_of(20):
         (run.checkpoints / file).rename(run.checkpoints / file.replace("20", "1000"))
     assert make().restore() == 10
-    assert "ckpt-1000.index must be 1000, as its name says, got 20" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"ckpt-1000\.index must be 1000, as its name says, got 20"):
+    assert "ckpt-1000.index must be 1000, as in its file name, got 20" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"ckpt-1000\.index must be 1000, as in its file name, got 20"):
         load_checkpoint(run, 1000)
 
 
@@ -190,7 +190,7 @@ def test_a_pipe_in_place_of_a_checkpoint_is_not_opened(
 
 @pytest.fixture
 def limited() -> Iterator[Callable[[int], None]]:
-    """Limits the size of files, which fails as a full disk does."""
+    """Limits the file size, which fails like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -199,7 +199,7 @@ def limited() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, 20_000])
-def test_a_checkpoint_that_does_not_fit_is_one_line(
+def test_a_full_disk_gives_one_line(
     make: Make, run: RunFolder, counter: tf.Variable, limited: Callable[[int], None], size: int
 ) -> None:
     checkpoints = make()
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
     with pytest.raises(WriteError) as caught:
         save(checkpoints, counter, 3)
     limited(1 << 40)
-    assert str(caught.value).startswith(f"{run.checkpoints}/ckpt-3.index cannot be written: File too large. Once ")
+    assert str(caught.value).startswith(f"{run.checkpoints}/ckpt-3.index cannot be written: File too large. Free ")
     assert "resumes from step 2" in str(caught.value) and "\n" not in str(caught.value)
     assert {name: (run.checkpoints / name).read_bytes() for name in names(run.checkpoints)} == before
     save(checkpoints, counter, 3)
@@ -265,10 +265,13 @@ def test_tensors_larger_than_their_file_are_refused_before_they_are_read(run: Ru
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"config": "other"}, "is of another configuration"),
-        ({"records": "other"}, r"trained on other records .* is records there and other here"),
-        ({"clips_per_group": 4, "groups_per_step": 4}, r"2 groups of 8 clips a step .* 4 groups of 4 clips .*--allow_"),
-        ({"groups_per_step": 1}, r"2 groups of 8 clips a step .* 1 group of 8 clips"),
+        ({"config": "other"}, "was written with another configuration"),
+        ({"records": "other"}, r"trained on other records .* fingerprint is other, that of the checkpoint is records"),
+        (
+            {"clips_per_group": 4, "groups_per_step": 4},
+            r"2 groups of 8 clips per step, now 4 groups of 4 clips .*--allow_",
+        ),
+        ({"groups_per_step": 1}, r"2 groups of 8 clips per step, now 1 group of 8 clips"),
     ],
 )
 def test_other_origins_are_refused(make: Make, counter: tf.Variable, changed: dict[str, Any], message: str) -> None:
@@ -279,12 +282,12 @@ def test_other_origins_are_refused(make: Make, counter: tf.Variable, changed: di
         make(replace(ORIGIN, **changed)).restore()
 
 
-def test_other_groups_may_be_allowed_and_are_noted(make: Make, counter: tf.Variable) -> None:
+def test_other_groups_may_be_allowed_and_are_saved(make: Make, counter: tf.Variable) -> None:
     save(make(), counter, 1)
     other = Origin("settings", "records", clips_per_group=4, groups_per_step=4)
     checkpoints = make(other)
     assert checkpoints.restore(allow_other_groups=True) == 1
     save(checkpoints, counter, 2)
     assert make(other).restore() == 2
-    with pytest.raises(UserError, match="4 groups of 4 clips a step"):
+    with pytest.raises(UserError, match="4 groups of 4 clips per step"):
         make().restore()

@@ -1,4 +1,4 @@
-"""Multi-view testing against one view at a time, and what becomes of it: reports, sweeps, watched runs."""
+"""Multi-view evaluation compared with one view at a time; reports, sweeps and watched runs."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gam
 
 
 class FixedLogits:
-    """Stands for a network: the logits of a clip are picked by its brightness."""
+    """Stands in for a network: the brightness of a clip selects its logits."""
 
     def __init__(self, logits: list[tuple[float, float]], clip: object) -> None:
         self.logits, self.clip, self.num_classes = np.array(logits, "float32"), clip, 2
@@ -51,7 +51,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     from x3d_tf.types import ViewSpec
 
     spec = ViewSpec(temporal_views=3, resize=8, crop=8)
-    levels = np.float32([[0, 1, 2], [2, 1, 1]])  # of the views of two videos
+    levels = np.float32([[0, 1, 2], [2, 1, 1]])  # brightness of the views of two videos
     clips = np.ones((2, 3, 1, 8, 8, 3), "float32") * levels[:, :, None, None, None, None] * 100
 
     def dataset(*_: object, **__: object) -> tf.data.Dataset:
@@ -70,7 +70,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     model = FixedLogits([(6, 0), (0, 2), (0, 2)], x3d_tf.ClipSpec(1, 1, 8))
     probabilities = module.predict_split(model, Folder(), "test", spec)  # type: ignore[arg-type]
     assert probabilities.dtype == np.float32
-    np.testing.assert_allclose(probabilities[0], [0.412, 0.588], atol=5e-4)  # mean logits would say class 0
+    np.testing.assert_allclose(probabilities[0], [0.412, 0.588], atol=5e-4)  # mean logits would give class 0
     np.testing.assert_allclose(probabilities[1], [0.119, 0.881], atol=5e-4)
 
     model.task = "multi_label"
@@ -79,7 +79,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(probabilities[0], expected, atol=1e-6)
 
     broken = FixedLogits([(6, 0), (0, 2), (float("nan"), 2)], x3d_tf.ClipSpec(1, 1, 8))
-    with pytest.raises(ValueError, match="probabilities that are not numbers for a of somewhere"):
+    with pytest.raises(ValueError, match="probabilities for a of somewhere must be finite"):
         module.predict_split(broken, Folder(), "test", spec)  # type: ignore[arg-type]
 
 
@@ -94,7 +94,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def network() -> x3d_tf.X3D:
-    """Untrained, but with weights that make its probabilities differ from video to video."""
+    """Untrained network with weights that give each video different probabilities."""
     import keras
 
     keras.utils.set_random_seed(3)
@@ -113,7 +113,7 @@ def saved(network: x3d_tf.X3D, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def run(records: Path, saved: Path, tmp_path: Path) -> RunFolder:
-    """As training leaves it, without the training."""
+    """Finished run folder, created without training."""
     run = unfinished(records, tmp_path / "run")
     shutil.copy(saved, run.model)
     return run
@@ -132,7 +132,7 @@ def probabilities_in(folder: Path) -> np.ndarray:
 
 
 def naive_probabilities(network: x3d_tf.X3D, records: Path, size: int, starts: list[int]) -> np.ndarray:
-    """Softmax of each window of 2 x 2 positions of conv5, of each clip of four frames, one at a time; their mean."""
+    """Averages the softmax of each 2 x 2 window of conv5 and each clip of four frames, one at a time."""
     import keras
     import tensorflow as tf
 
@@ -168,7 +168,7 @@ def test_three_crops_with_other_clips_frames_and_head(run: RunFolder, network: x
     )
     # ten frames, clips of four: the last start is 6, and 6·k/3 are the starts; crops of square frames are all alike
     expected = naive_probabilities(network, records, 73, [0, 2, 4])
-    assert np.ptp(expected[:, 0]) > 0.01  # else anything would pass
+    assert np.ptp(expected[:, 0]) > 0.01  # otherwise any probabilities would pass
     np.testing.assert_allclose(probabilities_in(report.folder), expected, atol=1e-5)
     r = report.results
     assert (r["views"], r["resize"], r["crop"]) == ("3-LeftCenterRight", 73, 73)
@@ -181,41 +181,41 @@ def test_three_crops_with_other_clips_frames_and_head(run: RunFolder, network: x
 
     pooled = evaluate_run(run, temporal_views=3, spatial_crops=3, clip_starts="slowfast", frame_sampling="exact")
     assert pooled.folder != report.folder
-    assert np.abs(probabilities_in(pooled.folder) - expected).max() > 1e-4  # the pooling does make a difference
+    assert np.abs(probabilities_in(pooled.folder) - expected).max() > 1e-4  # the pooling matters
 
 
-def test_a_model_file_is_tested_as_it_is(run: RunFolder, records: Path, tmp_path: Path) -> None:
+def test_a_model_file_is_evaluated_with_its_own_settings(run: RunFolder, records: Path, tmp_path: Path) -> None:
     of_run = evaluate_run(run, temporal_views=1)
-    asked: dict[str, Any] = {"records": str(records), "split": "train", "temporal_views": 1}
-    of_file = evaluate_file(run.model, output=str(tmp_path / "report"), **asked)
+    settings: dict[str, Any] = {"records": str(records), "split": "train", "temporal_views": 1}
+    of_file = evaluate_file(run.model, output=str(tmp_path / "report"), **settings)
     assert (of_file.folder / "predictions.csv").read_bytes() == (of_run.folder / "predictions.csv").read_bytes()
     assert of_file.results | {"seed": 0, "records": of_run.results["records"]} == of_run.results
-    with pytest.raises(UserError, match="holds a report already"):
-        evaluate_file(run.model, output=str(tmp_path / "report"), **asked)
-    with pytest.raises(UserError, match="give --records and --split"):
+    with pytest.raises(UserError, match="already has a report"):
+        evaluate_file(run.model, output=str(tmp_path / "report"), **settings)
+    with pytest.raises(UserError, match="requires --records and --split"):
         evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records))
     with pytest.raises(UserError, match=r"has no split 'test'; it has train"):
         evaluate_file(run.model, output=str(tmp_path / "other"), records=str(records), split="test")
     assert not (tmp_path / "other").exists()
 
 
-def test_an_unfinished_run_is_refused(records: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_rejected(records: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a run writes its model when it is finished"):
         evaluate_run(unfinished(records, tmp_path / "run"))
 
 
-def test_weights_that_are_not_numbers_are_refused(
+def test_weights_that_are_not_finite_are_rejected(
     run: RunFolder, network: x3d_tf.X3D, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = classification.with_head_pool(network, "fixed_logits")  # a copy
     broken.get_layer("fc2").bias.assign([float("nan"), 0])
     monkeypatch.setattr(classification, "load_classifier", lambda _: broken)
-    with pytest.raises(UserError, match=r"probabilities that are not numbers for square/0 of .*square"):
+    with pytest.raises(UserError, match=r"probabilities for square/0 of .*square must be finite"):
         evaluate_run(run, temporal_views=1)
     assert not list(run.evaluations.glob("*/results.json"))
 
 
-def test_a_sweep_goes_on_where_it_was_stopped(
+def test_an_interrupted_sweep_resumes(
     run: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tested: list[int] = []
@@ -236,7 +236,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(
     with (sweep.folder / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["views"] for row in rows] == [f"{k}-Center" for k in (1, 3, 5, 7, 10)]
-    # the videos are left, right, left, right, left; the first 0, 1, 2, 3 and 5 are called left
+    # labels: left, right, left, right, left; the first 0, 1, 2, 3 and 5 videos are predicted left
     assert [float(row["top1"]) for row in rows] == pytest.approx([0.4, 0.6, 0.4, 0.6, 0.6])
     macs = x3d_tf.cost(TINY, num_classes=2).macs / 1e9
     assert [float(row["gmacs_per_video"]) for row in rows] == pytest.approx([macs * k for k in (1, 3, 5, 7, 10)], 1e-5)
@@ -245,29 +245,31 @@ def test_a_sweep_goes_on_where_it_was_stopped(
     again = sweep_file(run.model, output=str(tmp_path / "sweep"), records=str(records), split="train")
     assert tested[6:] == [1, 3, 5, 7, 10]
     assert (again.folder / "sweep.csv").read_bytes() == (sweep.folder / "sweep.csv").read_bytes()
-    with pytest.raises(UserError, match=r"3clips holds the report of another test \(other clip_starts\)"):
+    with pytest.raises(UserError, match=r"3clips has a report with other settings \(clip_starts\)"):
         results = json.loads((tmp_path / "sweep" / "3clips" / "results.json").read_text())
         (tmp_path / "sweep" / "3clips" / "results.json").write_text(json.dumps(results | {"clip_starts": "slowfast"}))
         sweep_file(run.model, output=str(tmp_path / "sweep"), records=str(records), split="train")
-    with pytest.raises(UserError, match="temporal_views must not be given"):
+    with pytest.raises(UserError, match="temporal_views must not be set"):
         sweep_run(run, temporal_views=3)
 
 
 class Several(SimpleNamespace):
-    """Records of several classes each, as far as a test looks at them."""
+    """Stands in for a manifest of multi-label records."""
 
-    folder, classes, task = Path("several"), ("b", "a", "c"), "multi_label"  # in another order than the model's
+    folder, classes, task = Path("several"), ("b", "a", "c"), "multi_label"  # not in the order of the model
     stored = Storage(256, 95)
 
     def split(self, _: str) -> Any:
         labels = [(0,), (0, 1), (1,), (0, 1)]
-        return SimpleNamespace(records=[SimpleNamespace(media_id=f"v{n}", labels=own) for n, own in enumerate(labels)])
+        return SimpleNamespace(
+            records=[SimpleNamespace(media_id=f"v{n}", labels=classes) for n, classes in enumerate(labels)]
+        )
 
     def fingerprint(self) -> str:
         return "0" * 64
 
 
-def test_several_labels_give_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, network: x3d_tf.X3D) -> None:
+def test_multi_label_models_report_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, network: x3d_tf.X3D) -> None:
     from sklearn.metrics import average_precision_score
 
     scores = np.array([[0.1, 0.9, 0.5], [0.6, 0.4, 0.5], [0.2, 0.6, 0.1], [0.6, 0.8, 0.0]], np.float32)
@@ -278,8 +280,8 @@ def test_several_labels_give_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(classification, "open_dataset", lambda _: Several())
     file = tmp_path / "model.keras"
     file.write_bytes(b"weights")
-    asked = {"records": "several", "split": "test"}
-    report = evaluate_file(file, output=str(tmp_path / "report"), **asked)
+    settings = {"records": "several", "split": "test"}
+    report = evaluate_file(file, output=str(tmp_path / "report"), **settings)
 
     truth = np.array([[0, 1], [1, 1], [1, 0], [1, 1]])
     precisions = [average_precision_score(truth[:, c], scores[:, c]) for c in (0, 1)]
@@ -295,21 +297,21 @@ def test_several_labels_give_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert [row["average_precision"] for row in rows] == [*(f"{p:.6g}" for p in precisions), ""]
 
     model.task = "single_label"
-    with pytest.raises(UserError, match=r"task of several must be the model's, single_label, got 'multi_label'"):
-        evaluate_file(file, output=str(tmp_path / "other"), **asked)
+    with pytest.raises(UserError, match=r"task of several must be that of the model, single_label, got 'multi_label'"):
+        evaluate_file(file, output=str(tmp_path / "other"), **settings)
 
 
 class Checkpoints:
-    """Stands for the checkpoints of a run that trains elsewhere: what each look at the folder finds."""
+    """Stands in for the checkpoints of a training run: the steps found at each poll."""
 
     def __init__(self, run: RunFolder, looks: list[list[int]], network: x3d_tf.X3D, broken: dict[int, int]) -> None:
         self.run, self.looks, self.network = run, iter(looks), network
-        self.broken = broken  # step -> how often it cannot be read
+        self.broken = broken  # step -> number of failing reads
         self.now: list[int] = []
         self.loaded: list[int] = []
 
     def sleep(self, _: float) -> None:
-        """Time passes."""
+        """Advances to the next poll."""
         self.now = next(self.looks)
         if self.now == [-1]:
             raise KeyboardInterrupt
@@ -332,7 +334,7 @@ class Checkpoints:
 def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def install(checkpoints: Checkpoints) -> Checkpoints:
         def predict(*_: object, **__: object) -> np.ndarray:
-            """A later checkpoint calls more of the five videos left: 10 the first, 20 the first two and so on."""
+            """Predicts "left" for the first video at step 10, for the first two at step 20, and so on."""
             first = np.arange(5) < checkpoints.loaded[-1] // 10
             return np.stack([first, ~first], axis=1).astype("float32")
 
@@ -353,11 +355,11 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
     return [(v.tag, event.step, float(tf.make_ndarray(v.tensor))) for event in events for v in event.summary.value]
 
 
-def test_watching_tests_what_comes_and_stops_with_the_run(
+def test_watching_evaluates_new_checkpoints_until_the_run_is_finished(
     records: Path, network: x3d_tf.X3D, tmp_path: Path, watching: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = unfinished(records, tmp_path / "run")
-    # 20 is half written when first seen; 30 is deleted before it can be read; 50 stays damaged
+    # step 20 is incomplete at the first poll, 30 is deleted before it can be read, 50 stays damaged
     looks = [[10, 20], [20, 30], [20, 40], [-1]]
     first = watching(Checkpoints(run, looks, network, {20: 1, 30: 9}))
     with pytest.raises(KeyboardInterrupt):
@@ -366,27 +368,27 @@ def test_watching_tests_what_comes_and_stops_with_the_run(
 
     second = watching(Checkpoints(run, [[40, 50], [50, 60]], network, {50: 9}))
     results = watch_run(run, temporal_views=1)
-    assert second.loaded == [60]  # 40 has its result from before
+    assert second.loaded == [60]  # 40 already has a result
     assert sorted(results) == [10, 20, 40, 60]
     folder = run.evaluations / "square_train_1center_steps"
     assert sorted(path.name for path in folder.iterdir()) == ["10.json", "20.json", "40.json", "60.json", "steps.csv"]
     with (folder / "steps.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [10, 20, 40, 60]
-    expected = [0.6, 0.4, 0.4, 0.6]  # the videos are left, right, left, right, left
+    expected = [0.6, 0.4, 0.4, 0.6]  # labels: left, right, left, right, left
     assert [float(row["top1"]) for row in rows] == pytest.approx(expected)
     assert read_results(folder / "20.json")["top1"] == pytest.approx(0.4)
     output = capsys.readouterr()
-    assert "is finished" in output.out
-    assert "warning: the checkpoint of step 50 was not tested: the checkpoint of step 50 is damaged" in output.err
+    assert "is finished (" in output.out
+    assert "warning: the checkpoint of step 50 was not evaluated: the checkpoint of step 50 is damaged" in output.err
 
-    # sorted: the files of the two watches are read in the order of their names, which within a second is any
+    # sorted: event files written within the same second are read in any order
     found = sorted((step, value) for tag, step, value in scalars(run.tensorboard / folder.name) if tag == "eval/top1")
     assert [step for step, _ in found] == [10, 20, 40, 60]
     assert [value for _, value in found] == pytest.approx(expected)
 
 
-def test_a_watch_that_tests_otherwise_is_refused(
+def test_watching_with_other_settings_is_rejected(
     records: Path, network: x3d_tf.X3D, tmp_path: Path, watching: Any
 ) -> None:
     run = unfinished(records, tmp_path / "run")
@@ -395,6 +397,6 @@ def test_a_watch_that_tests_otherwise_is_refused(
     path = run.evaluations / "square_train_1center_steps" / "10.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"videos": 4}))
     watching(Checkpoints(run, [[70, 80]], network, {})).now = [70]
-    with pytest.raises(UserError, match=r"10\.json is of another test \(other videos\).*--overwrite"):
+    with pytest.raises(UserError, match=r"10\.json was evaluated with other settings \(videos\).*--overwrite"):
         watch_run(run, temporal_views=1)
     assert sorted(watch_run(run, temporal_views=1, overwrite=True)) == [70]

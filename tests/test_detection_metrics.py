@@ -1,4 +1,4 @@
-"""Average precision of detection: against AVA's rule one step after the other, and its published evaluators."""
+"""Average precision of detection compared with a naive version of AVA's rule and with the published evaluators."""
 
 import json
 import subprocess
@@ -24,13 +24,13 @@ ORACLE = ROOT.parent / "shared" / "data" / "ava_eval"
 
 
 def naive(truth: list[Any], found: list[Any], label: int, threshold: float = 0.5) -> float:
-    """Rows are (frame, box, label[, score]); one image and one detection after the other."""
+    """Computes the average precision in loops over frames and detections; rows are (frame, box, label[, score])."""
     scores, right = [], []
     for frame in dict.fromkeys(row[0] for row in found):
-        real = [box for own, box, number in truth if own == frame and number == label]
+        real = [box for box_frame, box, number in truth if box_frame == frame and number == label]
         taken = [False] * len(real)
-        for own, box, number, score in found:
-            if own != frame or number != label or not (box[0] < box[2] and box[1] < box[3]):
+        for box_frame, box, number, score in found:
+            if box_frame != frame or number != label or not (box[0] < box[2] and box[1] < box[3]):
                 continue
             overlaps = [overlap(box, other) for other in real]
             best = int(np.argmax(overlaps)) if real else -1
@@ -76,16 +76,16 @@ BOX, ELSEWHERE, THIRD = (0.1, 0.1, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9), (0.0, 0.7, 0
     ("truth", "found", "expected"),
     [
         ([(0, BOX, 1)], [(0, BOX, 1, 0.3)], 1.0),
-        ([(0, BOX, 1)], [(0, BOX, 1, 0.9), (0, BOX, 1, 0.8)], 1.0),  # the second is wrong, and ranks behind
-        ([(0, BOX, 1)], [(0, BOX, 1, 0.3), (0, BOX, 1, 0.9)], 0.5),  # the first in order has it, whatever its score
-        ([(0, BOX, 1)], [(1, BOX, 1, 0.9), (0, BOX, 1, 0.8)], 0.5),  # on a frame with nothing to be found
+        ([(0, BOX, 1)], [(0, BOX, 1, 0.9), (0, BOX, 1, 0.8)], 1.0),  # the second is wrong and ranks lower
+        ([(0, BOX, 1)], [(0, BOX, 1, 0.3), (0, BOX, 1, 0.9)], 0.5),  # the first in order matches, whatever its score
+        ([(0, BOX, 1)], [(1, BOX, 1, 0.9), (0, BOX, 1, 0.8)], 0.5),  # on a frame without annotated boxes
         (
             [(0, BOX, 1), (0, ELSEWHERE, 1)],
             [(0, BOX, 1, 0.9), (0, THIRD, 1, 0.8), (0, ELSEWHERE, 1, 0.7)],
             0.5 * 1 + 0.5 * 2 / 3,
         ),
         ([(0, BOX, 1)], [], 0.0),
-        ([(0, BOX, 1)], [(0, (0.5, 0.1, 0.5, 0.5), 1, 0.9), (0, BOX, 1, 0.8)], 1.0),  # without width: no detection
+        ([(0, BOX, 1)], [(0, (0.5, 0.1, 0.5, 0.5), 1, 0.9), (0, BOX, 1, 0.8)], 1.0),  # boxes without width are ignored
         ([(0, BOX, 1)], [(0, BOX, 2, 0.9)], 0.0),
     ],
 )
@@ -94,11 +94,11 @@ def test_small_cases(truth: list[Any], found: list[Any], expected: float) -> Non
     assert naive(truth, found, 1) == pytest.approx(expected, abs=1e-15)
 
 
-def test_classes_without_boxes_do_not_count() -> None:
-    each = precisions([(0, BOX, 1), (0, ELSEWHERE, 2)], [(0, BOX, 1, 0.5), (0, BOX, 3, 0.9)], [1, 2, 3])
-    np.testing.assert_array_equal(each, [1.0, 0.0, np.nan])
-    assert mean_over_classes(each) == 0.5
-    assert np.isnan(mean_over_classes(each[2:]))
+def test_classes_without_boxes_are_ignored() -> None:
+    values = precisions([(0, BOX, 1), (0, ELSEWHERE, 2)], [(0, BOX, 1, 0.5), (0, BOX, 3, 0.9)], [1, 2, 3])
+    np.testing.assert_array_equal(values, [1.0, 0.0, np.nan])
+    assert mean_over_classes(values) == 0.5
+    assert np.isnan(mean_over_classes(values[2:]))
 
 
 def test_a_naive_evaluator_gives_the_same() -> None:
@@ -110,7 +110,7 @@ def test_a_naive_evaluator_gives_the_same() -> None:
 
     truth = [(int(draw.integers(12)), box(), int(draw.integers(1, 4))) for _ in range(60)]
     found: list[Any] = []
-    for _ in range(300):  # half of them near a real one; frames in any order, scores with ties
+    for _ in range(300):  # half of them near an annotated box; frames in any order, scores with ties
         frame, near, label = truth[draw.integers(len(truth))]
         chosen = tuple(np.array(near) + draw.normal(0, 0.03, 4)) if draw.random() < 0.7 else box()
         found.append((frame if draw.random() < 0.9 else 99, chosen, label, round(draw.random(), 1)))
@@ -119,7 +119,7 @@ def test_a_naive_evaluator_gives_the_same() -> None:
     np.testing.assert_allclose(precisions(truth, found, [1, 2, 3]), expected, rtol=0, atol=1e-12)
 
 
-def test_boxes_overlap_by_their_shared_part() -> None:
+def test_intersection_over_union() -> None:
     draw = np.random.default_rng(0)
     a, b = draw.uniform(0, 1, (2, 50, 4))
     for boxes in (a, b):
@@ -128,7 +128,7 @@ def test_boxes_overlap_by_their_shared_part() -> None:
     assert intersection_over_union(np.zeros(4), np.zeros(4)) == 0
 
 
-@pytest.mark.skipif(not ORACLE.is_dir(), reason="the published evaluators' example is not there")
+@pytest.mark.skipif(not ORACLE.is_dir(), reason="the published evaluators' example is not installed")
 def test_the_published_evaluators_give_the_same() -> None:
     actions = read_label_map(ORACLE / "action_list.txt")
     truth = read_boxes(ORACLE / "gt.csv", "ground truth", actions)
@@ -151,7 +151,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    """Three boxes, of which two are found, and one more that is excluded."""
+    """Files with three annotated boxes, two of them detected, and one more on an excluded key frame."""
     rows = [f"film,{second},0.1,0.1,0.5,0.5" for second in (902, 903, 904)]
     truth = [f"{rows[0]},1,0", f"{rows[1]},1,0", f"{rows[1]},2,0", f"{rows[2]},1,0"]
     found = [f"{rows[0]},1,0.9", f"{rows[1]},2,0.8", f"{rows[2]},2,0.99"]
@@ -162,11 +162,11 @@ def files(tmp_path: Path) -> dict[str, str]:
     return {name: f"--{name}={tmp_path / name}" for name in content}
 
 
-def test_files_are_measured_by_a_command(files: dict[str, str], tmp_path: Path) -> None:
+def test_the_command_evaluates_files(files: dict[str, str], tmp_path: Path) -> None:
     done = command(*files.values(), f"--output={tmp_path / 'report'}")
     assert done.returncode == 0, done.stderr
     assert "frame mAP at IoU 0.5: 75.0000% over 2 actions on 2 key frames, 2 detections" in done.stdout
-    assert "not counted: 1 detection," in done.stdout and "not counted: 1 action of the label map" in done.stdout
+    assert "ignored: 1 detection (" in done.stdout and "ignored: 1 action of the label map" in done.stdout
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["map"] == 0.75 and results["classes_with_positives"] == 2
     assert (tmp_path / "report" / "per_class.csv").read_text().splitlines() == [
@@ -177,11 +177,11 @@ def test_files_are_measured_by_a_command(files: dict[str, str], tmp_path: Path) 
     ]
     assert (tmp_path / "report" / "per_class.png").read_bytes().startswith(b"\x89PNG")
     again = command(*files.values(), f"--output={tmp_path / 'report'}")
-    assert again.returncode == 1 and "holds a report already" in again.stderr
+    assert again.returncode == 1 and "already has a report" in again.stderr
 
 
-def test_rows_that_do_not_count_are_counted(files: dict[str, str], tmp_path: Path) -> None:
-    """Of AVA's actions those that are not evaluated; on excluded key frames."""
+def test_ignored_rows_are_counted(files: dict[str, str], tmp_path: Path) -> None:
+    """Rows of actions that AVA does not evaluate and rows on excluded key frames are ignored."""
     paths = {name: value.partition("=")[2] for name, value in files.items()}
     with Path(paths["detections"]).open("a") as file:
         file.write("film,905,0.1,0.1,0.5,0.5,2,0.5\n" * 3)  # "crouch/kneel"
@@ -189,11 +189,11 @@ def test_rows_that_do_not_count_are_counted(files: dict[str, str], tmp_path: Pat
     _, scores = evaluate_files(paths["detections"], paths["groundtruth"], None, paths["exclusions"])
     assert (scores.boxes, scores.left_out) == (1, 5)
     Path(paths["exclusions"]).write_text("other,904\n")
-    with pytest.raises(UserError, match=r"exclusions must have key frames of the videos of .*, got '1 of others'"):
+    with pytest.raises(UserError, match=r"exclusions must have key frames of videos in .*truth"):
         evaluate_files(paths["detections"], paths["groundtruth"], None, paths["exclusions"])
 
 
-def test_the_command_takes_what_goes_together(files: dict[str, str]) -> None:
+def test_conflicting_flags(files: dict[str, str]) -> None:
     assert "requires --groundtruth" in command(files["detections"]).stderr
     assert "--groundtruth must not be given without --detections" in command("--run=x", files["groundtruth"]).stderr
     done = command(files["detections"], files["groundtruth"], "--views=3")
@@ -202,7 +202,7 @@ def test_the_command_takes_what_goes_together(files: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_millions_of_detections_fit_into_little_memory() -> None:
-    """57,000 key frames with 5 boxes of 60 actions each, in a process that says what it took."""
+    """57,000 key frames with 5 boxes of 60 actions each, in a process that prints its time and peak memory."""
     done = subprocess.run([sys.executable, "-c", MILLIONS], capture_output=True, text=True, check=True)
     mean, _, kilobytes = map(float, done.stdout.split())
     assert 0 < mean < 1 and kilobytes < 4e6

@@ -1,4 +1,4 @@
-"""Training and testing action detectors: the objective, the steps, a run from AVA's files to a report."""
+"""Training and evaluation of action detectors: the loss, the steps, and a run from AVA's files to a report."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ from x3d_tf.training import forward
 from x3d_tf.training.inputs import save_training_preview
 from x3d_tf.training.loop import train
 from x3d_tf.training.losses import Loss
-from x3d_tf.training.schedule import schedule_of
+from x3d_tf.training.schedule import build_schedule
 from x3d_tf.training.step import TrainStep
 from x3d_tf.training.transfer import load_pretrained
 from x3d_tf.training.validation import DetectorValidation
@@ -40,13 +40,13 @@ from x3d_tf.training.validation import DetectorValidation
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
 ROOT = Path(__file__).parents[1]
-HELPERS = str(ROOT / "tests" / "helpers")
+TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 RECIPE = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=6, warmup_fraction=1 / 6, weight_decay=1e-7)
 
 
 def given(boxes: int, padding: int, clips: int = 4) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Random clips of so many boxes each, and targets."""
+    """Returns random clips with the given number of boxes each, and their labels."""
     draw = np.random.default_rng(0)
     corners = np.sort(draw.uniform(0, 1, (clips, boxes, 2, 2)), axis=2).reshape(clips, boxes, 4)
     labels = draw.integers(0, 2, (clips, boxes, 3)).astype("float32")
@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_over_boxes_and_classes() -> None:
     inputs, labels = given(3, 0)
     logits = draw.standard_normal((4, 3, 3)).astype("float32")
     inputs["boxes"][0, 1] = 0  # padding
-    inputs["boxes"][2, 0] = inputs["boxes"][3, 0] = 1  # not shown
+    inputs["boxes"][2, 0] = inputs["boxes"][3, 0] = 1  # outside the crop
     real = np.ones((4, 3), bool)
     real[[0, 2, 3], [1, 0, 0]] = False
     p = 1 / (1 + np.exp(-logits[real]))
@@ -79,12 +79,12 @@ def test_a_step_without_boxes_has_no_loss() -> None:
 
 
 def state_after(padding: int = 0, parts: int = 1, monkeypatch: Any = None, **execution: Any) -> list[np.ndarray]:
-    """Losses and weights after two steps on the same clips, however their boxes are padded."""
+    """Returns losses and weights after two steps on the same clips, for a given padding of the boxes."""
     import keras
 
     keras.utils.set_random_seed(0)
     if monkeypatch is not None:
-        monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: parts)
+        monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: parts)
     config = TrainConfig(TINY, recipe=RECIPE, dataset=DatasetSpec("unused"), execution=Execution(**execution))
     model = Detector(TINY, 3, x3d_tf.ModelOptions(dropout=0.0, bn_group=2))
     for layer in model.layers:
@@ -108,7 +108,7 @@ def test_padding_changes_nothing(eager: None) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["nothing", pytest.param("activations", marks=pytest.mark.slow)])
-def test_clips_side_by_side_and_recomputed(
+def test_clips_in_parallel_and_recomputation(
     eager: None, monkeypatch: pytest.MonkeyPatch, float64: None, recompute: str
 ) -> None:
     expected = state_after(parts=1, monkeypatch=monkeypatch)
@@ -117,38 +117,38 @@ def test_clips_side_by_side_and_recomputed(
 
 TWO_DEVICES = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_detector_training as test
-from x3d_tf.training.losses import Objective
+from x3d_tf.training.losses import Loss
 inputs, labels = test.given(3, 2)
-inputs["boxes"][0] = 0  # other numbers of boxes on the devices
+inputs["boxes"][0] = 0  # different numbers of boxes per device
 logits = np.random.default_rng(1).standard_normal((4, 5, 3)).astype("float32")
-objective = Objective("detection", 4)
-alone = objective(tf.constant(logits), tf.constant(labels), inputs)
+loss = Loss("detection", 4)
+alone = loss(tf.constant(logits), tf.constant(labels), inputs)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 @tf.function
 def both():
     def one():
         number = tf.distribute.get_replica_context().replica_id_in_sync_group
         cut = lambda array: tf.gather(tf.reshape(array, (2, 2, *array.shape[1:])), number)
-        return objective(cut(logits), cut(labels), {{name: cut(value) for name, value in inputs.items()}})
+        return loss(cut(logits), cut(labels), {{name: cut(value) for name, value in inputs.items()}})
     return [strategy.reduce("SUM", part, None) for part in strategy.run(one)]
 np.testing.assert_allclose(both(), alone, atol=1e-6)
 """
 
 
 def test_devices_add_up_to_the_mean_over_all_boxes() -> None:
-    code = TWO_DEVICES.format(tests=HELPERS)
+    code = TWO_DEVICES.format(tests=TESTS)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 RUNS = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import keras, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -160,7 +160,7 @@ if {execution!r} == "float64":
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
     execution, group = test.Execution(), 2
-else:  # each device has one clip of a part
+else:  # one clip per device and micro-batch
     execution, group = test.Execution(precision={execution!r}, accumulation=2), 1
 rates = dict(learning_rate=0.05, warmup_fraction=1 / 4)
 recipe = test.Recipe(batch=4, reference_batch=4, steps=4, precise_bn_batches=2, **rates)
@@ -176,8 +176,8 @@ for name, devices in (("one", ["CPU:0"]), ("two", ["CPU:0", "CPU:1"])):
 @pytest.mark.slow
 @pytest.mark.parametrize(("execution", "bound"), [("float64", 1e-5), ("bfloat16", 0.1)])
 def test_a_run_on_two_devices_is_that_on_one(folder: Path, tmp_path: Path, execution: str, bound: float) -> None:
-    """With batch norm measured anew, in float32; in bfloat16 with a step in two parts."""
-    code = RUNS.format(tests=HELPERS, folder=str(folder), to=str(tmp_path), execution=execution)
+    """In float32 with precise batch norm; in bfloat16 with two micro-batches."""
+    code = RUNS.format(tests=TESTS, folder=str(folder), to=str(tmp_path), execution=execution)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (list(np.load(tmp_path / name / "weights.npz").values()) for name in ("one", "two"))
@@ -189,7 +189,7 @@ def test_a_run_on_two_devices_is_that_on_one(folder: Path, tmp_path: Path, execu
 def test_rates_fall_in_steps() -> None:
     shape = {"warmup_fraction": 0.1, "warmup_start": 0, "schedule": "steps", "decay_fractions": (0.5, 0.8)}
     recipe = Recipe(batch=512, learning_rate=1.6, steps=100, **shape)
-    rates = [float(schedule_of(recipe)(step)) for step in (0, 10, 20, 99, 100, 159, 160, 199)]
+    rates = [float(build_schedule(recipe)(step)) for step in (0, 10, 20, 99, 100, 159, 160, 199)]
     np.testing.assert_allclose(rates, [0, 0.4, 0.8, 0.8, 0.08, 0.08, 0.008, 0.008], rtol=1e-6)
 
 
@@ -220,7 +220,7 @@ def test_shares_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of four key frames to train on and three to test on, one of them excluded."""
+    """Records of four training and three test key frames, one of the latter excluded."""
     root = tmp_path_factory.mktemp("ava")
     write_video(root / "videos" / "film.mp4", numbered_frames(240))
     boxes = ("0.1,0.1,0.4,0.9", "0.5,0.2,0.9,0.8")
@@ -264,7 +264,7 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         tf.config.run_functions_eagerly(False)
 
 
-def test_previews_name_the_key_frame_and_what_its_boxes_do(
+def test_previews_name_the_key_frame_and_the_labels_of_its_boxes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
@@ -282,7 +282,7 @@ def test_previews_name_the_key_frame_and_what_its_boxes_do(
     assert len(seconds) > 1 and named >= {"sit", "wave"}
 
 
-def test_a_run_leaves_a_detector(run: Any) -> None:
+def test_a_run_saves_a_detector(run: Any) -> None:
     model = load_detector(run.root)
     assert model.class_names == ("sit", "wave") and model.num_classes == 2
     assert run.preview.read_bytes().startswith(b"\x89PNG")
@@ -294,7 +294,7 @@ def test_a_run_leaves_a_detector(run: Any) -> None:
 
 
 @pytest.mark.parametrize("boxes", ["annotated", "proposals"])
-def test_its_report_is_that_of_its_detections(
+def test_its_report_matches_its_detections(
     folder: Path, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], boxes: str
 ) -> None:
     config = config_of(folder, detection=Detection(eval_boxes=boxes))
@@ -320,7 +320,7 @@ def test_its_report_is_that_of_its_detections(
     if boxes == "annotated":
         assert sorted(frames) == sorted([903, 904, 905] * 4)  # two boxes of two actions each
     else:
-        assert sorted(frames) == [903, 903, 904, 904]  # of one box each that is sure enough
+        assert sorted(frames) == [903, 903, 904, 904]  # one box per key frame has a high enough score
     written = read_boxes(report.folder / "detections.csv", "detections", {1: "sit", 2: "wave"})
     np.testing.assert_allclose(written.boxes, found.boxes, rtol=0, atol=5.1e-4)
     np.testing.assert_allclose(written.scores, found.scores, rtol=0, atol=5.1e-5)
@@ -331,7 +331,7 @@ def test_its_report_is_that_of_its_detections(
     assert (report.folder / "per_class.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_report_tells_of_key_frames_without_a_record(folder: Path, run: Any, tmp_path: Path) -> None:
+def test_a_report_counts_key_frames_without_a_record(folder: Path, run: Any, tmp_path: Path) -> None:
     (tmp_path / "truth.csv").write_text((folder / "truth.csv").read_text() + "gone,0902,0.1,0.1,0.4,0.9,1,0\n" * 2)
     built = build_key_frames(
         folder / "videos",
@@ -349,18 +349,18 @@ def test_a_report_tells_of_key_frames_without_a_record(folder: Path, run: Any, t
     assert report.results["key_frames_missing"] == 1
 
 
-def test_validation_may_take_some_key_frames(folder: Path, run: Any) -> None:
+def test_validation_on_a_subset_of_the_key_frames(folder: Path, run: Any) -> None:
     manifest, model = Manifest.load(folder / "records"), load_detector(run.root)
     every = [Detection(eval_boxes="annotated", validation_every=number) for number in (2, 452, 1000)]
     taken = DetectorValidation(model, manifest, "test", every[0])._manifest.splits["test"].records
     assert [record.media_id for record in taken] == ["film,0904"]
     assert 0 <= DetectorValidation(model, manifest, "test", every[1])().accuracy <= 1
-    with pytest.raises(UserError, match="no records whose seconds 1000 divides to validate on"):
+    with pytest.raises(UserError, match=r"at least one key frame at a multiple of Detection\.validation_every = 1000"):
         DetectorValidation(model, manifest, "test", every[2])
 
 
-def test_views_are_a_detectors_own(run: Any) -> None:
-    with pytest.raises(UserError, match=r"take no other procedure than the run's, got \['temporal_views'\]"):
+def test_views_of_a_detector_cannot_be_set(run: Any) -> None:
+    with pytest.raises(UserError, match=r"use the settings of the run, got \['temporal_views'\]"):
         evaluate_run(run, temporal_views=3)
 
 
@@ -370,7 +370,7 @@ def test_a_detector_starts_from_a_classifier(head: Any, tmp_path: Path) -> None:
     x3d_tf.save(classifier, tmp_path / "a.keras", tuple("abcde"))
     model = x3d_tf.build_detector(TINY, num_classes=3, head=head)
     transfer = load_pretrained(model, tmp_path / "a.keras")
-    assert transfer.new == ("fc2",) and "res5_0_conv_a" in transfer.taken
-    for name in transfer.taken:
+    assert transfer.new == ("fc2",) and "res5_0_conv_a" in transfer.loaded
+    for name in transfer.loaded:
         for ours, theirs in zip(model.get_layer(name).get_weights(), classifier.get_layer(name).get_weights()):
             np.testing.assert_array_equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""Runs that start from others, validate, stop early, average, and have several labels: on small records."""
+"""Fine-tuning, validation, early stopping, EMA and multi-label training on small records."""
 
 import contextlib
 import csv
@@ -45,7 +45,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network of other classes to start from."""
+    """Saved network with other classes, as initial weights."""
     path = tmp_path_factory.mktemp("source") / "source.keras"
     x3d_tf.save(x3d_tf.build_x3d(TINY, num_classes=3), path, ("a", "b", "c"))
     return path
@@ -61,7 +61,7 @@ def config_of(
 
 
 def some(records: Path, source: Path) -> TrainConfig:
-    """With the options that cost no compilation of their own."""
+    """Returns a configuration with the options that need no extra compilation."""
     recipe = replace(QUICK, ema=0.5, class_weights="balanced", patience=9)
     return config_of(records, recipe, {"validation_fraction": 0.2}, init=str(source))
 
@@ -74,12 +74,12 @@ def everything(records: Path, source: Path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run that is not interrupted."""
+    """Uninterrupted run."""
     return train(some(records, source), tmp_path_factory.mktemp("runs") / "whole")
 
 
 def stopped_in_a_validation(config: TrainConfig, workdir: Path) -> RunFolder:
-    """The same run, stopped in its second validation and taken up again."""
+    """Runs the same training, interrupted in its second validation and resumed."""
     score, calls = Validation.__call__, 0
 
     def stop_at_the_second(validation: Validation) -> Any:
@@ -107,27 +107,27 @@ def assert_the_same(a: RunFolder, b: RunFolder) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_a_validation_ends_as_if_it_had_not_been(
+def test_a_run_interrupted_in_a_validation_ends_as_an_uninterrupted_one(
     whole: RunFolder, records: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = stopped_in_a_validation(some(records, source), tmp_path / "run")
     printed = capsys.readouterr()
-    assert f"weights of {source}: " in printed.out and "new: fc2" in printed.out
-    assert "step 4: validation accuracy " in printed.out and "stopped at step 8" in printed.err
+    assert f"layers from {source}, " in printed.out and "newly initialised: fc2" in printed.out
+    assert "step 4: validation accuracy " in printed.out and "interrupted at step 8" in printed.err
     assert "from the checkpoint of step 8" in printed.out
     assert_the_same(whole, run)
     assert run.preview.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_so_does_one_with_every_option(records: Path, source: Path, tmp_path: Path) -> None:
+def test_a_run_with_every_option_does_too(records: Path, source: Path, tmp_path: Path) -> None:
     config = everything(records, source)
     assert_the_same(train(config, tmp_path / "whole"), stopped_in_a_validation(config, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
-    """A run that its patience ends after three steps, and what it printed. The first score is a real one."""
+    """Run stopped early after three steps, and its output. Only the first score is computed."""
     measure, scores = Validation.__call__, iter([None, Score(1.0, 1.0), Score(1.0, 1.0)])
     config = some(records, source)
     config = replace(config, recipe=replace(config.recipe, patience=1), checkpoint_steps=1)
@@ -145,8 +145,9 @@ def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_the_best_validation_is_kept_and_ends_the_run(early: tuple[RunFolder, str], source: Path) -> None:
     run, printed = early
     assert [row["step"] for row in run.read_history()] == [1, 2, 3]
-    assert f"weights of {source}: " in printed and "new: fc2" in printed and "step 1: validation accuracy " in printed
-    assert "stopped at step 3: 1 validations in a row were no better" in printed
+    assert f"layers from {source}, " in printed and "newly initialised: fc2" in printed
+    assert "step 1: validation accuracy " in printed
+    assert "early stopping at step 3: no improvement in 1 validation" in printed
     best, last = load_checkpoint(run, 2).get_weights(), load_checkpoint(run, 3).get_weights()
     for model in (x3d_tf.load(run.best), x3d_tf.load(run.root)):
         for a, b in zip(model.get_weights(), best):
@@ -190,10 +191,10 @@ def test_a_network_that_a_checkpoint_cannot_hold_is_not_built(
         load_checkpoint(run, 1)
 
 
-def test_a_run_validates_on_the_split_that_is_there(
+def test_a_run_validates_on_an_existing_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to the first step, which is not taken."""
+    """The run is stopped before its first step."""
     video = [noise_video(seed, 4, height=48, width=48) for seed in range(4)]
     started: list[TrainConfig] = []
 
@@ -204,9 +205,10 @@ def test_a_run_validates_on_the_split_that_is_there(
     monkeypatch.setattr(loop, "Trainer", start)
     monkeypatch.setattr(loop, "save_training_preview", lambda *_: None)
     given = replace(config_of(tmp_path / "records", replace(QUICK, patience=2)), dataset=DatasetSpec("unset"))
-    for names, chosen, told in (
-        ("train val test", ("test", "val"), "val (4 records) validates, test (4 records) is evaluated when"),
-        ("train val", ("val", "val"), "val (4 records) validates and is evaluated .* The best step is chosen by val"),
+    final, early_stopping = "the final evaluation.", "Early stopping selects the best step on val"
+    for names, chosen, sentence in (
+        ("train val test", ("test", "val"), f"val (4 records) for validation, test (4 records) for {final}"),
+        ("train val", ("val", "val"), f"val (4 records) for validation and {final} {early_stopping}"),
     ):
         write_records(tmp_path / names, dict.fromkeys(names.split(), video))
         config = replace(given, dataset=replace(given.dataset, records=str(tmp_path / names)))
@@ -214,20 +216,20 @@ def test_a_run_validates_on_the_split_that_is_there(
         with pytest.raises(KeyboardInterrupt):
             train(config, run)
         assert (started[-1].dataset.eval_split, started[-1].dataset.validation_split) == chosen
-        assert re.search(told.replace("(", r"\(").replace(")", r"\)"), capsys.readouterr().out)
+        assert re.search(sentence.replace("(", r"\(").replace(")", r"\)"), capsys.readouterr().out)
         assert RunFolder(run).read_config() == started[-1]
         RunFolder(run).model.touch()
-        assert train(config, run).model.is_file()  # finished: the settings as given are those of the run
-        assert "is finished" in capsys.readouterr().out
-        with pytest.raises(ValueError, match=r"DatasetSpec\.validation_split is .* there and 'train' here"):
+        assert train(config, run).model.is_file()  # finished: the unresolved settings match those of the run
+        assert "is already finished" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"DatasetSpec\.validation_split was .*, now 'train'"):
             train(replace(config, dataset=replace(config.dataset, validation_split="train")), run)
     write_records(tmp_path / "none", {"train": video, "test": video})
-    with pytest.raises(ValueError, match=r"Recipe\.patience must be 0 for records without a split \"val\", .*got 2"):
+    with pytest.raises(ValueError, match=r"Recipe\.patience must be 0 without validation: a \"val\" split, .*got 2"):
         train(replace(given, dataset=DatasetSpec(str(tmp_path / "none"))), tmp_path / "runs" / "none")
 
 
 @pytest.mark.slow
-def test_several_labels_are_learnt_and_tested(tmp_path: Path) -> None:
+def test_multi_label_training_and_evaluation(tmp_path: Path) -> None:
     folder = write(tmp_path / "records", videos=8, also=("bright",))
     recipe = Recipe(batch=8, reference_batch=8, learning_rate=0.1, steps=40, warmup_fraction=1 / 8, weight_decay=0)
     config = config_of(folder, recipe, {"validation_split": "train"}, checkpoint_steps=20)
@@ -243,5 +245,5 @@ def test_several_labels_are_learnt_and_tested(tmp_path: Path) -> None:
     assert report.results["map"] == pytest.approx(np.mean(precisions), abs=1e-4)  # the file rounds probabilities
     assert report.results["map"] > 0.9
     assert run.read_history()[-1]["loss"] < run.read_history()[0]["loss"]
-    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" where videos have several labels'):
+    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" for multi-label and detection records'):
         train(replace(config, recipe=replace(recipe, class_weights="balanced")), tmp_path / "other")

@@ -1,6 +1,6 @@
-"""Steps that recompute, or take their clips side by side, are the same steps: weights, statistics, seeds, loss.
+"""Recomputation and clips in parallel do not change a step: weights, statistics, seeds and loss are equal.
 
-To the bit where operations are taken as they are; TensorFlow reorders those of a graph.
+Bit-identical in eager mode; in a graph, TensorFlow reorders operations.
 """
 
 import os
@@ -21,7 +21,7 @@ from x3d_tf.training import forward
 from x3d_tf.training.forward import _blocks
 
 ROOT = Path(__file__).parents[1]
-HELPERS = str(ROOT / "tests" / "helpers")
+TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 
 
 def state_after(
@@ -33,11 +33,11 @@ def state_after(
     times: int = 2,
     **execution: Any,
 ) -> dict[str, np.ndarray]:
-    """All that some executions leave behind: the network's variables, the step's and the losses."""
+    """Returns the complete state after some steps: variables of the network and the step, and the losses."""
     dropping = {"dropout": 0.5, "drop_connect": 0.2, "bn_group": 4} | (options or {})
     config = config_of(
         {"ema": 0.5} | (recipe or {}),
-        init="somewhere",  # for frozen parts
+        init="somewhere",  # frozen layers require initial weights
         model=x3d_tf.ModelOptions(**dropping),
         execution=Execution(recompute=recompute, **execution),
     )
@@ -73,7 +73,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
     ids=str,
 )
 def test_the_same_steps(eager: None, settings: dict[str, Any]) -> None:
-    times = 1 if settings else 2  # that the second step follows from the first, one case shows
+    times = 1 if settings else 2  # one case with two steps suffices
     expected = state_after("nothing", times=times, **settings)
     for recompute in ("activations", "blocks"):
         assert_same(state_after(recompute, times=times, **settings), expected)
@@ -98,32 +98,32 @@ SIDE_BY_SIDE: list[tuple[dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("settings", "parts"), SIDE_BY_SIDE, ids=str)
-def test_clips_side_by_side_are_the_batch(
+def test_clips_in_parallel_are_the_batch(
     eager: None, float64: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], parts: int
 ) -> None:
     times = 2 if (settings, parts) == ({}, 2) else 1
     expected = state_after("nothing", times=times, **settings)
-    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: parts)
+    monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: parts)
     assert_same(state_after("nothing", times=times, **settings), expected, 1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}], ids=str)
-def test_clips_side_by_side_in_a_graph_of_the_forms_for_cpus(
+def test_clips_in_parallel_in_a_graph_with_cpu_kernels(
     float64: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     x3d_tf.set_kernels("cpu")
     try:
-        monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 1)
+        monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: 1)
         expected = state_after("nothing", **settings)
-        monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 2)
+        monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: 2)
         assert_same(state_after("nothing", **settings), expected, 1e-10)
     finally:
         x3d_tf.set_kernels("auto")
 
 
-def test_clips_side_by_side_recompute(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: 2)
+def test_clips_in_parallel_with_recomputation(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: 2)
     expected = state_after("nothing", times=1)
     for recompute in ("activations", "blocks"):
         assert_same(state_after(recompute, times=1), expected)
@@ -136,14 +136,14 @@ def test_clips_side_by_side_recompute(eager: None, monkeypatch: pytest.MonkeyPat
         *((8, 8, 8, 8), (6, 12, 12, 6), (4, 24, 8, 3), (16, 8, 8, 8), (1, 8, 8, 1)),
     ],
 )
-def test_parts_share_groups_evenly(
+def test_slices_divide_groups_evenly(
     monkeypatch: pytest.MonkeyPatch, cores: int, clips: int | None, group: int, parts: int
 ) -> None:
     monkeypatch.setattr(parallel, "_num_cores", lambda: cores)
     assert parallel.num_batch_slices(clips, group) == parts
 
 
-def test_graphics_cards_take_the_batch_at_once(uncompiled: None) -> None:
+def test_gpus_compute_the_batch_at_once(uncompiled: None) -> None:
     assert parallel.num_batch_slices(8, 8) == 1
 
 
@@ -155,7 +155,7 @@ def test_every_block_is_found() -> None:
 
 TWO_DEVICES = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import keras, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -175,12 +175,12 @@ test.assert_same(*states, 1e-10)
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["activations", "blocks"])
 def test_two_devices_take_the_same_steps(recompute: str) -> None:
-    run(TWO_DEVICES.format(tests=HELPERS, recompute=recompute))
+    run(TWO_DEVICES.format(tests=TESTS, recompute=recompute))
 
 
 PEAK = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
 import numpy as np, tensorflow as tf
 from test_step import config_of
@@ -191,7 +191,7 @@ model = build_x3d("x3d_xs")
 step = TrainStep(model, config_of(execution=Execution(recompute={recompute!r})), tf.distribute.get_strategy())
 clips = np.zeros((8, 4, 160, 160, 3), np.float32)
 stream = iter(tf.data.Dataset.from_tensors((clips, np.zeros(8, np.int32))).repeat())
-def peak():  # not getrusage's, which begins with the peak of whoever started this process
+def peak():  # not getrusage, whose peak includes the parent process
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 before = peak()
 for _ in range(2):
@@ -204,11 +204,11 @@ print("peak", peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="a process's peak is read where Linux says it")
 @pytest.mark.parametrize("recompute", ["activations", "blocks"])
 def test_the_compiled_step_takes_less_memory(recompute: str) -> None:
-    """TensorFlow takes two runs of the same operations for one where it can, which would keep everything."""
-    kept, recomputed = (
-        int(run(PEAK.format(tests=HELPERS, recompute=each)).split("peak")[1]) for each in ("nothing", recompute)
+    """TensorFlow must not merge the two runs of the same operations, which would save no memory."""
+    stored, recomputed = (
+        int(run(PEAK.format(tests=TESTS, recompute=mode)).split("peak")[1]) for mode in ("nothing", recompute)
     )
-    assert recomputed < 0.8 * kept
+    assert recomputed < 0.8 * stored
 
 
 def run(code: str) -> str:

@@ -1,4 +1,4 @@
-"""The training loop on small records: it learns, stops, resumes and spreads over devices."""
+"""The training loop on small records: learning, interruption, resuming, several devices."""
 
 import csv
 import io
@@ -36,8 +36,8 @@ from x3d_tf.training.step import TrainStep
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
 ROOT = Path(__file__).parents[1]
-HELPERS = str(ROOT / "tests" / "helpers")
-TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
+TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
+TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)  # one block per stage
 LARGER = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # sees the motion
 EIGHT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=160, warmup_fraction=1 / 32, weight_decay=0)
 SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=60, warmup_fraction=1 / 12)
@@ -45,7 +45,7 @@ SHORT = Recipe(batch=8, reference_batch=8, learning_rate=0.05, steps=60, warmup_
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight records of two motions: a bright square on black that goes left or right."""
+    """Eight records of two classes: a bright square on black that moves left or right."""
     from moving_square import write_records
 
     folder = tmp_path_factory.mktemp("data") / "square"
@@ -67,12 +67,12 @@ def config_of(records: Path, **changes: object) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def finished(records: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A whole run."""
+    """Finished run."""
     return train(config_of(records), tmp_path_factory.mktemp("runs") / "square", texts={"config.gin": "# bindings"})
 
 
 @pytest.mark.slow
-def test_it_learns_eight_clips_by_heart(records: Path, tmp_path: Path) -> None:
+def test_it_overfits_eight_clips(records: Path, tmp_path: Path) -> None:
     run = train(config_of(records, expansion=LARGER, recipe=EIGHT), tmp_path / "run")
     assert evaluate_run(run).results["top1"] == 1.0
     first, last = run.read_history()[0], run.read_history()[-1]
@@ -87,7 +87,7 @@ def test_the_run_folder_is_complete(finished: RunFolder, records: Path) -> None:
     assert list(finished.tensorboard.glob("events.out.tfevents.*"))
     rows = finished.read_history()
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
-    assert rows[-1]["epoch"] == 60  # one step an epoch
+    assert rows[-1]["epoch"] == 60  # one step per epoch
     assert len(list(finished.checkpoints.glob("*.index"))) == 2
     assert json.loads(finished.input.read_text()) == input_contract(x3d_tf.load(finished.root))
 
@@ -129,7 +129,7 @@ def test_another_number_of_views_gets_a_report_of_its_own(finished: RunFolder) -
 @pytest.mark.usefixtures("eager")
 def test_a_report_is_not_replaced_silently(finished: RunFolder, tmp_path: Path) -> None:
     evaluate_run(finished, output=str(tmp_path / "report"))
-    with pytest.raises(ValueError, match=r"holds a report already.*--overwrite"):
+    with pytest.raises(ValueError, match=r"already has a report.*--overwrite"):
         evaluate_run(finished, output=str(tmp_path / "report"))
     evaluate_run(finished, output=str(tmp_path / "report"), overwrite=True)
 
@@ -154,12 +154,12 @@ def test_records_of_unknown_classes_are_refused(finished: RunFolder, tmp_path: P
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_loss_that_is_not_a_number_stops_the_run(records: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(records: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
     config = config_of(records, recipe=replace(SHORT, learning_rate=1e30, warmup_fraction=0), checkpoint_steps=3)
     with pytest.raises(
-        ValueError, match=r"the loss is (nan|inf) at step \d+: lower Recipe\.learning_rate \(it is 1e\+30\)"
+        ValueError, match=r"the loss must be finite, got (nan|inf) at step \d+.* Recipe\.learning_rate \(now 1e\+30\)"
     ):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "model.keras").exists()
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(records: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("batch", "group", "message"),
-    [(12, 8, "multiple of the 8 clips of ModelOptions.bn_group, got 12"), (7, 8, None)],
+    [(12, 8, "multiple of ModelOptions.bn_group = 8 clips per device, or fewer than that, got 12"), (7, 8, None)],
 )
 def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: int, message: str | None) -> None:
     recipe = Recipe(batch=batch, reference_batch=batch, steps=2, warmup_fraction=0)
@@ -179,11 +179,11 @@ def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: in
             Trainer(config, Manifest.load(records), tf.distribute.get_strategy())
 
 
-def test_a_damaged_record_is_named(records: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_is_reported(records: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(records, tmp_path / "copy")
     (shard,) = copy.glob("*.tfrecord")
     content = bytearray(shard.read_bytes())
-    content[-200:-100] = bytes(100)  # within the last record, whose header stays
+    content[-200:-100] = bytes(100)  # within the last record, after its header
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{re.escape(shard.name)}: cannot read or decode record \d+ of split train"):
         train(config_of(copy), tmp_path / "run")
@@ -193,15 +193,15 @@ COMMAND = """
 import sys
 from pathlib import Path
 from typing import Any
-sys.path.insert(0, {tests!r})
-from test_training import config_of
+sys.path[:0] = {tests!r}
+from test_loop import config_of
 from x3d_tf.training.loop import train
 train(config_of(Path({records!r}), model=__import__("x3d_tf").ModelOptions(drop_connect=0.2)), {workdir!r})
 """
 
 
 def start(records: Path, workdir: Path) -> subprocess.Popen[bytes]:
-    code = COMMAND.format(tests=HELPERS, records=str(records), workdir=str(workdir))
+    code = COMMAND.format(tests=TESTS, records=str(records), workdir=str(workdir))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
 
@@ -213,7 +213,7 @@ def final_weights(workdir: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_not_been(records: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_an_uninterrupted_one(records: Path, tmp_path: Path) -> None:
     whole = start(records, tmp_path / "whole")
     killed = start(records, tmp_path / "killed")
     deadline = time.monotonic() + 240
@@ -233,7 +233,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(records: Path, tmp_path: Path) 
     columns = ("step", "epoch", "learning_rate", "loss", "accuracy")
     histories = [RunFolder(tmp_path / name).read_history() for name in ("whole", "killed")]
     assert [[row[c] for c in columns] for row in histories[0]] == [[row[c] for c in columns] for row in histories[1]]
-    assert histories[1][:2] == before  # with their times: these steps were not taken again
+    assert histories[1][:2] == before  # including times: these steps were not repeated
 
 
 def test_ctrl_c_loses_no_step(
@@ -254,17 +254,17 @@ def test_ctrl_c_loses_no_step(
         patch.setattr(History, "add", stop_at_27)
         train(config_of(records), tmp_path / "run")
     first, error = capsys.readouterr()
-    assert "stopped at step 27; the same command resumes from there" in error and "warning: batch norm" not in error
+    assert "interrupted at step 27; the same command resumes from there" in error and "warning: batch-norm" not in error
     run = train(config_of(records), tmp_path / "run")
-    assert "from the checkpoint of step 27" in capsys.readouterr().out
-    assert "batch norm over 8 clips a group on each device, 1 group a step" in first
+    assert "resuming from the checkpoint of step 27" in capsys.readouterr().out
+    assert "batch norm over groups of 8 clips (1 per step)" in first
     assert [row["step"] for row in run.read_history()] == [10, 20, 27, 30, 40, 50, 60]
     for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_step_taken_as_a_signal_comes_is_in_the_history(
+def test_a_step_during_a_signal_is_in_the_history(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     call, losses = TrainStep.__call__, []
@@ -276,7 +276,7 @@ def test_a_step_taken_as_a_signal_comes_is_in_the_history(
         measured = call(step, batches, steps)
         losses.extend(measured["loss"].numpy())
         if len(losses) == 13:
-            signal.raise_signal(number)  # after the step, before its loss is handed over
+            signal.raise_signal(number)  # after the step, before its loss is returned
         return measured
 
     before = signal.signal(number, stopped)
@@ -315,8 +315,8 @@ def test_a_full_disk_loses_nothing(
     ):
         patch.setattr(Checkpoints, "save", save_on_a_full_disk)
         train(config_of(records), tmp_path / "run")
-    held = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert held == ["ckpt-20.data-00000-of-00001", "ckpt-20.index"]
+    files = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert files == ["ckpt-20.data-00000-of-00001", "ckpt-20.index"]
     run = train(config_of(records), tmp_path / "run")
     for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(run.root).get_weights()):
         np.testing.assert_array_equal(a, b)
@@ -329,14 +329,14 @@ def test_a_damaged_checkpoint_falls_back(finished: RunFolder, records: Path, tmp
     run = train(config_of(records), copy)
     assert "ckpt-60.index cannot be read" in capsys.readouterr().err  # type: ignore[attr-defined]
     repeated_rows, rows = run.read_history(), finished.read_history()
-    assert repeated_rows[:4] == rows[:4]  # with their times: only the steps from 40 on were taken again
+    assert repeated_rows[:4] == rows[:4]  # including times: only the steps after 40 were repeated
     assert repeated_rows[4] != rows[4]
     original, repeated = x3d_tf.load(finished.root), x3d_tf.load(run.root)
     for a, b in zip(original.get_weights(), repeated.get_weights()):
         np.testing.assert_array_equal(a, b)
 
 
-def test_rebuilt_records_do_not_go_on_silently(
+def test_rebuilt_records_do_not_resume_silently(
     finished: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moving_square import write_records
@@ -352,7 +352,7 @@ def test_rebuilt_records_do_not_go_on_silently(
         train(config_of(records), copy.root)
 
 
-def test_moved_records_and_other_places_resume(
+def test_moved_records_and_other_paths_resume(
     finished: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = RunFolder(shutil.copytree(finished.root, tmp_path / "copy"))
@@ -371,9 +371,7 @@ def test_lost_checkpoints_do_not_start_the_run_again(finished: RunFolder, record
     for path in (copy / "checkpoints").glob("*.index"):
         path.unlink()
     before = sorted(path for path in copy.rglob("*"))
-    with pytest.raises(
-        ValueError, match=r"has been trained to step 60, as trained\.txt shows, but .* holds no complete"
-    ):
+    with pytest.raises(ValueError, match=r"was trained to step 60 \(it has trained\.txt\), but .* has no complete"):
         train(config_of(records), copy)
     assert sorted(path for path in copy.rglob("*")) == before
 
@@ -391,13 +389,13 @@ TWO_DEVICES = """
 import sys
 from pathlib import Path
 from typing import Any
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from test_training import LARGER, config_of
+from test_loop import LARGER, config_of
 from x3d_tf import ModelOptions
 from x3d_tf.training.loop import train
 from x3d_tf.config import Recipe
@@ -417,33 +415,31 @@ def test_another_number_of_devices_is_another_run_unless_allowed(records: Path, 
     code = "import sys\n" + code
 
     def start(devices: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        own = code.format(tests=HELPERS, records=str(records), workdir=str(tmp_path), devices=devices)
+        program = code.format(tests=TESTS, records=str(records), workdir=str(tmp_path), devices=devices)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(
-            [sys.executable, "-c", own, *arguments], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, check=False
         )
 
     done = start(1)
     assert done.returncode == 0, done.stderr
-    assert "batch norm over 8 clips a group on each device, 1 group a step" in done.stdout
+    assert "batch norm over groups of 8 clips (1 per step)" in done.stdout
     (tmp_path / "model.keras").unlink()
     done = start(2)
     assert done.returncode != 0
-    assert "1 group of 8 clips a step for batch norm, and here there would be 2 groups of 4 clips" in done.stderr
+    assert "1 group of 8 clips per step, now 2 groups of 4 clips" in done.stderr
     done = start(2, "--allow")
     assert done.returncode == 0, done.stderr
-    assert (
-        "warning: batch norm sees 4 clips a group on each device, fewer than ModelOptions.bn_group = 8" in done.stderr
-    )
+    assert "warning: batch-norm groups have 4 clips, fewer than ModelOptions.bn_group = 8" in done.stderr
 
 
 @pytest.mark.slow
 def test_two_devices_compute_what_one_does(records: Path, tmp_path: Path) -> None:
-    """Batch norm in groups of four on one device of eight clips, or on two devices of four."""
+    """Batch-norm groups of four clips, on one device with eight clips or on two with four."""
     histories, weights = [], []
     for devices in (1, 2):
         workdir = tmp_path / str(devices)
-        code = TWO_DEVICES.format(tests=HELPERS, records=str(records), workdir=str(workdir), devices=devices)
+        code = TWO_DEVICES.format(tests=TESTS, records=str(records), workdir=str(workdir), devices=devices)
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
         )
@@ -458,7 +454,7 @@ def test_two_devices_compute_what_one_does(records: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_real_clips_become_a_model(shared_data: Path, tmp_path: Path) -> None:
-    """Video files to predictions, by the commands alone."""
+    """From video files to predictions, with the commands only."""
     videos = tmp_path / "videos"
     for split in ("set1", "set2"):
         for label in ("kick", "point"):

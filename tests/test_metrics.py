@@ -1,4 +1,4 @@
-"""Metrics against counting by hand and against scikit-learn."""
+"""Metrics compared with naive versions, scikit-learn and SciPy."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def naive_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
-def test_top_k_counts_like_sorting(k: int) -> None:
+def test_top_k_is_that_of_sorting(k: int) -> None:
     draw = np.random.default_rng(k)
     scores = draw.integers(0, 4, (200, 7)) / 4  # many ties
     labels = draw.integers(0, 7, 200)
@@ -40,7 +40,7 @@ def test_confusion_counts_pairs() -> None:
 
 
 def naive_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The definition, threshold by threshold."""
+    """Computes the average precision by its definition, one threshold at a time."""
     total, recall_before = 0.0, 0.0
     for threshold in sorted(set(scores.tolist()), reverse=True):
         taken = [positive for score, positive in zip(scores, truth) if score >= threshold]
@@ -63,19 +63,19 @@ def test_average_precision_is_the_definition_and_scikit_learn(levels: int, seed:
 
 
 def test_average_precision_worked_out_by_hand() -> None:
-    # found in the order 1, 0, (1, 0 tied), 1: precision 1, then 2/4 after the tie, then 3/5
+    # ranked labels are 1, 0, (1, 0 tied), 1: precision is 1, then 2/4 after the tie, then 3/5
     scores, truth = np.array([0.9, 0.8, 0.5, 0.5, 0.1]), np.array([1, 0, 1, 0, 1])
     assert average_precision(scores, truth) == pytest.approx((1 + 2 / 4 + 3 / 5) / 3)
 
 
-def test_all_positive_is_one_and_no_positive_is_nothing() -> None:
+def test_all_positive_is_one_and_no_positive_is_nan() -> None:
     scores = np.array([0.1, 0.7, 0.4])
     assert average_precision(scores, np.ones(3)) == 1.0
     assert np.isnan(average_precision(scores, np.zeros(3)))
     assert np.isnan(average_precision(np.zeros(0), np.zeros(0)))
 
 
-def test_the_mean_leaves_classes_without_positives_out() -> None:
+def test_the_mean_ignores_classes_without_positives() -> None:
     draw = np.random.default_rng(0)
     scores, truth = draw.random((50, 4)), draw.random((50, 4)) < 0.3
     truth[:, 2] = False

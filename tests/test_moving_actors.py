@@ -1,4 +1,4 @@
-"""A detector learns the made-up AVA of `moving_actors`, and one that is blind to boxes cannot."""
+"""A detector learns the synthetic AVA of `moving_actors`; one that ignores the boxes cannot."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ SMALL = x3d_tf.Expansion(gamma_tau=4, gamma_t=8, gamma_s=1.5, gamma_b=2.25)
 TRAIN, TEST = range(150), range(1000, 1030)
 
 
-def test_a_film_shows_what_the_files_say(tmp_path: Path) -> None:
+def test_a_film_matches_its_annotations(tmp_path: Path) -> None:
     write_films(tmp_path, "train", range(2))
     actions = read_label_map(tmp_path / "actions.pbtxt")
     assert actions == ACTIONS
@@ -32,11 +32,11 @@ def test_a_film_shows_what_the_files_say(tmp_path: Path) -> None:
             for number in (middle - 12, middle, middle + 12):
                 x, y = np.round(actor.corners[key] + (number - middle) * actor.velocities[key]).astype(int)
                 shown = frames[number, y : y + ACTOR, x : x + ACTOR]
-                np.testing.assert_array_equal(shown, actor.picture)  # within the film, and hidden by nobody
+                np.testing.assert_array_equal(shown, actor.picture)  # inside the frame and not occluded
             assert 1 <= len(actor.actions(key)) <= 2
-    own = truth.boxes[[truth.key_frames[number] == ("train_0000", 904) for number in truth.frames]] * SIDE
+    boxes = truth.boxes[[truth.key_frames[number] == ("train_0000", 904) for number in truth.frames]] * SIDE
     expected = np.array([actor.corners[1] for actor in actors])
-    apart = np.abs(own[:, None, :2] - expected).max(axis=-1)  # of each row from each actor
+    apart = np.abs(boxes[:, None, :2] - expected).max(axis=-1)  # of each row to each actor
     assert (apart.min(axis=1) < 0.2).all() and set(apart.argmin(axis=1)) == {0, 1, 2, 3}
 
 
@@ -52,8 +52,8 @@ def config_of(records: Path, head: Any) -> TrainConfig:
 
 
 @pytest.mark.slow
-def test_only_who_looks_into_the_boxes_can_tell(tmp_path: Path) -> None:
-    """Videos to train on, folders of images to test on, a detector's boxes in both, some of them of nobody."""
+def test_only_a_detector_that_uses_the_boxes_learns(tmp_path: Path) -> None:
+    """Trains on videos and evaluates on folders of images, with proposals in both, some of them without an actor."""
     write_films(tmp_path, "train", TRAIN)
     write_films(tmp_path, "test", TEST, images=True)
     splits = ("train", "test")
@@ -73,7 +73,7 @@ def test_only_who_looks_into_the_boxes_can_tell(tmp_path: Path) -> None:
     for head in ("full", "frame"):
         run = train(config_of(tmp_path / "records", head), tmp_path / head)
         report = evaluate_run(run).results
-        assert report["boxes"] == 5 * counts["test"] * len(ACTIONS)  # of four actors and of nobody
+        assert report["boxes"] == 5 * counts["test"] * len(ACTIONS)  # four actors and one box without an actor
         results[head] = report["map"]
     print(f"frame mAP with RoIAlign {results['full']:.4f}, without {results['frame']:.4f}")
     assert results["full"] > 0.9

@@ -1,4 +1,4 @@
-"""Reports on disk, tables of them, and what the paper's figures are held against. No TensorFlow."""
+"""Reports on disk, comparison tables, and comparability with the paper. No TensorFlow."""
 
 import csv
 import json
@@ -22,14 +22,14 @@ from x3d_tf.evaluation.paper import (
     differences,
     published_for,
 )
-from x3d_tf.evaluation.reports import Predictions, Report, other_settings, read_report, write_report
+from x3d_tf.evaluation.reports import Predictions, Report, differing_settings, read_report, write_report
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """As of X3D-S on Kinetics-400, tested as the paper does."""
+    """Returns the settings of X3D-S on Kinetics-400, evaluated as in the paper."""
     return {
         "network": "x3d_s",
         "records": "data/kinetics400",
@@ -49,7 +49,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 def predictions(seed: int = 0) -> Predictions:
     draw = np.random.default_rng(seed)
-    labels = draw.integers(0, 6, 40)  # nothing is of class g
+    labels = draw.integers(0, 6, 40)  # class g has no samples
     scores = draw.dirichlet(np.ones(7), 40).astype(np.float32)
     return Predictions(tuple(f"v{n}" for n in range(40)), NAMES, scores, np.eye(7, dtype=bool)[labels], "single_label")
 
@@ -61,14 +61,16 @@ def test_the_table_of_classes_counts_like_a_loop(tmp_path: Path) -> None:
         rows = {row["class"]: row for row in csv.DictReader(file)}
     assert list(rows) == list(NAMES)
     for number, name in enumerate(NAMES):
-        own = [row for row, label in zip(given.probabilities, given.labels) if label == number]
-        assert int(rows[name]["videos"]) == len(own)
-        if not own:
+        of_class = [row for row, label in zip(given.probabilities, given.labels) if label == number]
+        assert int(rows[name]["videos"]) == len(of_class)
+        if not of_class:
             assert (rows[name]["top1"], rows[name]["most_confused_with"]) == ("", "")
             continue
-        ranked = [sorted(range(7), key=lambda c: -row[c]) for row in own]
-        assert float(rows[name]["top1"]) == pytest.approx(sum(r[0] == number for r in ranked) / len(own), abs=1e-5)
-        assert float(rows[name]["top5"]) == pytest.approx(sum(number in r[:5] for r in ranked) / len(own), abs=1e-5)
+        ranked = [sorted(range(7), key=lambda c: -row[c]) for row in of_class]
+        assert float(rows[name]["top1"]) == pytest.approx(sum(r[0] == number for r in ranked) / len(of_class), abs=1e-5)
+        assert float(rows[name]["top5"]) == pytest.approx(
+            sum(number in r[:5] for r in ranked) / len(of_class), abs=1e-5
+        )
         wrong = [r[0] for r in ranked if r[0] != number]
         most = max(range(7), key=lambda c: (wrong.count(c), -c))
         assert rows[name]["most_confused_with"] == NAMES[most]
@@ -84,7 +86,7 @@ def test_a_class_that_was_never_missed_is_confused_with_none(tmp_path: Path) -> 
     assert (tmp_path / "per_class.csv").read_text().splitlines()[1:] == ["a,1,1,1,,", "b,1,1,1,,"]
 
 
-def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(tmp_path, settings(), predictions())
 
     def full(*_: object) -> None:
@@ -93,27 +95,27 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(plots, "save_confusion", full)
     with pytest.raises(OSError, match="No space"):
         write_report(tmp_path, settings(views="3-Center"), predictions(1))
-    assert not (tmp_path / reports.RESULTS_NAME).exists()  # rather than one that does not fit the tables
+    assert not (tmp_path / reports.RESULTS_NAME).exists()  # otherwise it would not match the tables
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is damaged, it is not JSON"),
-        ("[1]", r"the file must hold a JSON object, got \[1\]"),
-        ({"network": 3}, "network must be text, got 3"),
-        ({"videos": True}, "videos must be a whole number, got True"),
+        ("{", "is not valid JSON"),
+        ("[1]", r"the file must contain a JSON object, got \[1\]"),
+        ({"network": 3}, "network must be a string, got 3"),
+        ({"videos": True}, "videos must be an integer, got True"),
         ({"gmacs_per_video": float("nan")}, "gmacs_per_video must be a number, got nan"),
         ({"top1": 72.9}, r"top1 must be in \[0, 1\], got 72.9"),
         ({"top5": None}, r"top5 must be in \[0, 1\], got None"),
         ({"map": "high"}, r"map must be in \[0, 1\], got 'high'"),
-        ({"videos": 10**400}, "videos must be a whole number, got 1000"),
+        ({"videos": 10**400}, "videos must be an integer, got 1000"),
         ({"gmacs_per_clip": 10**400}, "gmacs_per_clip must be a number, got 1000"),
-        ({"gmacs_per_clip": 1e-300}, "gmacs_per_video must be that of 0 to 1,000,000 clips, got "),
+        ({"gmacs_per_clip": 1e-300}, "gmacs_per_video must be gmacs_per_clip times 0 to 1,000,000 clips, got "),
         ({"params": "many"}, "params must be a number, got 'many'"),
     ],
 )
-def test_damaged_results_are_named(tmp_path: Path, content: Any, message: str) -> None:
+def test_damaged_results_are_reported(tmp_path: Path, content: Any, message: str) -> None:
     good = settings() | {"top1": 0.5, "top5": 0.9}
     text = content if isinstance(content, str) else json.dumps(good | content)
     folder = tmp_path / "evaluation" / "x"
@@ -123,14 +125,17 @@ def test_damaged_results_are_named(tmp_path: Path, content: Any, message: str) -
         compare([str(tmp_path)])
 
 
-def test_settings_are_compared_where_both_tell_them() -> None:
-    there = settings(weights="a", records_sha256="1")
-    assert other_settings(there, settings(weights="b", records="/data/kinetics400", records_sha256="1", seed=0)) == []
-    assert other_settings(there, settings(records_sha256="2", clip_starts="slowfast")) == [
+def test_only_settings_of_both_reports_are_compared() -> None:
+    existing = settings(weights="a", records_sha256="1")
+    assert (
+        differing_settings(existing, settings(weights="b", records="/data/kinetics400", records_sha256="1", seed=0))
+        == []
+    )
+    assert differing_settings(existing, settings(records_sha256="2", clip_starts="slowfast")) == [
         "clip_starts",
         "records_sha256",
     ]
-    assert other_settings(settings(), settings(records="elsewhere")) == ["records"]
+    assert differing_settings(settings(), settings(records="elsewhere")) == ["records"]
 
 
 def test_the_published_figures_are_the_papers(shared_data: Path) -> None:
@@ -164,7 +169,7 @@ def test_the_published_figures_are_the_papers(shared_data: Path) -> None:
         ({"options": {"swish": False, "dropout": 0.0}}, ["other network (swish)"]),
     ],
 )
-def test_what_is_not_as_in_the_paper_is_told(changes: dict[str, Any], expected: list[str]) -> None:
+def test_differences_from_the_paper_are_listed(changes: dict[str, Any], expected: list[str]) -> None:
     results = settings(**changes)
     published = published_for(results)
     assert isinstance(published, PublishedAccuracy) and published.top1 == 72.9
@@ -172,7 +177,7 @@ def test_what_is_not_as_in_the_paper_is_told(changes: dict[str, Any], expected: 
 
 
 def detection_settings(**changes: Any) -> dict[str, Any]:
-    """Those of a detector tested as in the paper."""
+    """Returns the settings of a detector evaluated as in the paper."""
     of_a_detector = {
         "network": "x3d_m",
         "head": "full",
@@ -220,39 +225,39 @@ def test_the_published_precisions_are_the_papers(shared_data: Path) -> None:
         ({"head": "simple", "options": {"swish": False}}, 23.2, ["other network (swish, head)"]),
     ],
 )
-def test_detectors_are_held_against_table_8(changes: dict[str, Any], map: float, expected: list[str]) -> None:
+def test_detectors_are_compared_with_table_8(changes: dict[str, Any], map: float, expected: list[str]) -> None:
     results = detection_settings(**changes)
     published = published_for(results)
     assert isinstance(published, PublishedPrecision) and published.map == map
     assert differences(results, published) == expected
 
 
-def test_a_detectors_line_tells_of_table_8(tmp_path: Path) -> None:
+def test_the_summary_of_a_detector_states_table_8(tmp_path: Path) -> None:
     line = describe(Report(tmp_path, detection_settings(crop=224)))
     assert "mAP 25.0 %" in line
-    told = "(Table 8, AVA v2.2, from weights of Kinetics-600, 6.2 GMACs a clip)"
-    assert line.endswith(f"the paper's mAP on AVA: 23.2 %, not comparable: other crop {told}")
+    source = "(Table 8, AVA v2.2, pre-trained on Kinetics-600, 6.2 GMACs per clip)"
+    assert line.endswith(f"mAP in the paper on AVA: 23.2 %, not comparable: other crop {source}")
     assert published_for(detection_settings(network="x3d_s")) is None
     row = table([Report(tmp_path, detection_settings()), Report(tmp_path, settings() | {"top1": 0.7, "top5": 0.9})])
-    assert [(each["paper's mAP"], each["paper's top-1"]) for each in row] == [("23.2", "-"), ("-", "72.9")]
+    assert [(cells["paper's mAP"], cells["paper's top-1"]) for cells in row] == [("23.2", "-"), ("-", "72.9")]
 
 
 @pytest.mark.parametrize(
-    ("videos", "top1", "told"), [(2, 0.5, "9 % to 91 %"), (60, 0.9, "80 % to 95 %"), (1, 1.0, "21 % to 100 %")]
+    ("videos", "top1", "interval"), [(2, 0.5, "9 % to 91 %"), (60, 0.9, "80 % to 95 %"), (1, 1.0, "21 % to 100 %")]
 )
-def test_a_line_of_few_videos_states_the_interval(tmp_path: Path, videos: int, top1: float, told: str) -> None:
+def test_the_summary_of_few_videos_states_the_interval(tmp_path: Path, videos: int, top1: float, interval: str) -> None:
     results = settings(records="data/mine") | {"top1": top1, "top5": 1.0, "videos": videos}
     lines = describe(Report(tmp_path, results)).splitlines()
-    assert lines[1:] == [f"few videos: the 95 % confidence interval of this top-1 is {told}"]
+    assert lines[1:] == [f"95 % confidence interval of top-1 on so few videos: {interval}"]
 
 
-def test_a_line_of_other_data_is_silent_about_the_paper(tmp_path: Path) -> None:
+def test_the_summary_on_other_data_omits_the_paper(tmp_path: Path) -> None:
     results = settings() | {"top1": 0.7, "top5": 0.9, "videos": 19_877}
     assert "72.9 %" in describe(Report(tmp_path, results))
     assert "paper" not in describe(Report(tmp_path, results | {"records": "data/mine"}))
 
 
-def test_thirty_views_are_held_against_table_4() -> None:
+def test_thirty_views_are_compared_with_table_4() -> None:
     results = settings(network="x3d_m", views="10-LeftCenterRight", resize=256, crop=256)
     published = published_for(results)
     assert isinstance(published, PublishedAccuracy) and (published.top1, published.source) == (76.0, "Table 4")
@@ -273,14 +278,14 @@ def test_runs_are_compared_in_one_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows[1]["paper"] == "not comparable: other views (Table 2, 10-Center)"
     assert [row["GMACs a video"] for row in rows] == ["1.963 x 10", "1.963 x 1", "1.963 x 10"]
     assert rows[0]["M parameters"] == "3.794"
-    assert "mAP" not in rows[0]  # nothing here has one
+    assert "mAP" not in rows[0]  # no report has one
     top1 = read_report(second).results["top1"]
     assert rows[2]["top-1"] == f"{100 * top1:.1f}"
     with (tmp_path / "tables" / "comparison.csv").open() as file:
         assert list(csv.DictReader(file)) == [{k: "" if v == "-" else v for k, v in row.items()} for row in rows]
     lines = (tmp_path / "tables" / "comparison.md").read_text().splitlines()
     assert len(lines) == 5 and "x3d(b=1\\|5)" in lines[4]
-    with pytest.raises(UserError, match=r"holds a report already \(comparison\.csv\)"):
+    with pytest.raises(UserError, match=r"already has a report \(comparison\.csv exists\)"):
         compare([str(first)], output=str(tmp_path / "tables"))
     compare([str(first)], output=str(tmp_path / "tables"), overwrite=True)
 
@@ -290,17 +295,17 @@ def test_map_and_accuracy_share_a_table() -> None:
     several = Report(Path("b"), settings(network="x3d_m") | {"map": 0.25})
     rows = table([single, several])
     assert [(row["top-1"], row["mAP"]) for row in rows] == [("50.0", "-"), ("-", "25.0")]
-    assert "top-5" not in rows[0]  # of four classes it says nothing
-    assert [row["paper's top-1"] for row in rows] == ["72.9", "-"]  # which is no mAP
+    assert "top-5" not in rows[0]  # always 100 % with four classes
+    assert [row["paper's top-1"] for row in rows] == ["72.9", "-"]  # not comparable with mAP
     assert describe(several).endswith(
-        "mAP 25.0 % (40 videos, 400 classes, 10-Center, 1.963 x 10 GMACs a video, 3.794 M parameters)"
+        "mAP 25.0 % (40 videos, 400 classes, 10-Center, 1.963 x 10 GMACs per video, 3.794 M parameters)"
     )
     assert rows[0]["paper"].startswith("not comparable: other data")
     assert as_markdown(rows).count("\n") == 4
 
 
-def test_runs_without_a_report_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no report; make one with: python -m x3d_tf\.evaluate --run="):
+def test_runs_without_a_report_are_reported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no report; create one with: python -m x3d_tf\.evaluate --run="):
         find_reports([str(tmp_path)])
 
 
@@ -313,10 +318,10 @@ def test_runs_without_a_report_are_named(tmp_path: Path) -> None:
         ("--run=a --sweep --views=3", "--views must not be given with --sweep"),
         ("--model=a --watch", "--model must not be given with --watch"),
         ("--compare=a --split=b", "--split must not be given with --compare"),
-        ("--compare=nowhere", "error: nowhere holds no report"),
+        ("--compare=nowhere", "error: nowhere has no report"),
     ],
 )
-def test_flags_that_do_not_go_together(flags: str, message: str) -> None:
+def test_conflicting_flags(flags: str, message: str) -> None:
     command = [sys.executable, "-m", "x3d_tf.evaluate", *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Run folders: which configuration may continue there, one process at a time, and never from scratch unasked."""
+"""Run folders: resuming with the same settings, locks, and no silent restart from scratch."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from x3d_tf import Expansion, locks
 from x3d_tf.config import Execution, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation.reports import reporting
+from x3d_tf.evaluation.reports import locked_report_folder
 from x3d_tf.files import WriteError, atomic_path, atomic_write, temporary_path
 from x3d_tf.runs.run_folder import RunFolder
 
@@ -24,7 +24,7 @@ CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewher
 
 
 def begun(root: Path, *files: str) -> RunFolder:
-    """A run that has made these files, too."""
+    """Returns a run folder that contains the given files."""
     run = RunFolder(root)
     run.open(CONFIG, {})
     for name in ("history.csv", "preview.png", *files):
@@ -47,12 +47,12 @@ def content(root: Path) -> set[str]:
         ("trained.txt", "checkpoints/ckpt-last.index"),
     ],
 )
-def test_a_run_whose_checkpoints_are_missing_does_not_start_again(tmp_path: Path, files: tuple[str, ...]) -> None:
+def test_a_run_with_missing_checkpoints_does_not_restart(tmp_path: Path, files: tuple[str, ...]) -> None:
     run = begun(tmp_path / "run", *files)
     row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 40.0)
     run.write_history([row])
     before = content(run.root)
-    message = rf"has been trained to step 40, as {files[0]} shows, but .*checkpoints holds no complete checkpoint"
+    message = rf"was trained to step 40 \(it has {files[0]}\), but .*checkpoints has no complete checkpoint"
     for config in (CONFIG, replace(CONFIG, seed=1)):
         with pytest.raises(UserError, match=message):
             run.open(config, {})
@@ -60,26 +60,26 @@ def test_a_run_whose_checkpoints_are_missing_does_not_start_again(tmp_path: Path
 
 
 @pytest.mark.parametrize("files", [(), ("checkpoints/ckpt-40.data-00000-of-00001",), ("tensorboard/events",)])
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, files: tuple[str, ...]) -> None:
+def test_a_run_killed_before_its_first_checkpoint_restarts(tmp_path: Path, files: tuple[str, ...]) -> None:
     run = begun(tmp_path / "run", *files)
     run.open(replace(CONFIG, seed=1), {})
     assert run.read_config().seed == 1 and not run.history.exists()
 
 
-def test_a_finished_run_that_is_asked_for_more_steps_names_the_way(tmp_path: Path) -> None:
+def test_more_steps_for_a_finished_run_suggest_a_new_one(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", "model.keras")
     more = replace(CONFIG, recipe=replace(CONFIG.recipe, steps=CONFIG.recipe.steps + 10))
     way = re.escape(f"'TrainConfig.init=\"{run.root}\"'")
-    with pytest.raises(UserError, match=rf"Recipe\.steps is .* finished; .*{way}"):
+    with pytest.raises(UserError, match=rf"Recipe\.steps was .* finished; .*{way}"):
         run.check(more)
     run.model.unlink()
     (run.root / "checkpoints").mkdir()
     (run.root / "checkpoints/ckpt-40.index").touch()
-    with pytest.raises(UserError, match=r"Recipe\.steps is .*folder of its own with --workdir$"):
+    with pytest.raises(UserError, match=r"Recipe\.steps was .*another --workdir for the new settings$"):
         run.check(more)
 
 
-def test_places_and_parts_of_a_step_may_change(tmp_path: Path) -> None:
+def test_paths_and_accumulation_may_change(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", "checkpoints/ckpt-40.index")
     moved = replace(
         CONFIG,
@@ -89,29 +89,29 @@ def test_places_and_parts_of_a_step_may_change(tmp_path: Path) -> None:
     )
     run.open(moved, {})
     assert moved.fingerprint() == CONFIG.fingerprint()
-    assert run.read_config() == CONFIG  # until the records there have been compared
-    run.keep_places(moved)
+    assert run.read_config() == CONFIG  # until the fingerprint of the records was compared
+    run.update_config(moved)
     assert run.read_config() == moved
-    with pytest.raises(UserError, match=r"TrainConfig\.seed is 0 there and 1 here"):
+    with pytest.raises(UserError, match=r"TrainConfig\.seed was 0, now 1"):
         run.open(replace(moved, seed=1), {})
 
 
-def test_links_that_training_would_write_through_are_refused(tmp_path: Path) -> None:
+def test_links_are_rejected(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", "checkpoints/ckpt-40.index")
     (tmp_path / "disk").mkdir()
     run.tensorboard.symlink_to(tmp_path / "disk")
     run.open(CONFIG, {})
     (tmp_path / "precious").touch()
     (run.root / "config.gin").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"config\.gin is a link"), run.training():
+    with pytest.raises(UserError, match=r"config\.gin must not be a symbolic link"), run.training():
         pass
     assert (tmp_path / "precious").read_bytes() == b""
 
 
 @pytest.mark.parametrize("field", ["train_split", "eval_split", "validation_split"])
 @pytest.mark.parametrize("name", ["../../precious", "/etc", "a\\b"])
-def test_a_split_is_no_path(field: str, name: str) -> None:
-    """Reports are written to, and with --overwrite deleted from, folders that it is part of the name of."""
+def test_a_split_is_not_a_path(field: str, name: str) -> None:
+    """Split names are part of folder names to which reports are written, and from which --overwrite deletes."""
     with pytest.raises(UserError, match=f"DatasetSpec.{field} must be a name, not a path"):
         DatasetSpec("records", **{field: name})  # type: ignore[arg-type]
 
@@ -135,7 +135,7 @@ def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message), RunFolder(root).training():
             pass
         other.kill()
-    assert (root / ".lock").exists()  # of the killed one
+    assert (root / ".lock").exists()  # left by the killed process
     with RunFolder(root).training():
         assert f"process {os.getpid()} on" in (root / ".lock").read_text()
     assert not (root / ".lock").exists()
@@ -157,7 +157,7 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_a_file_system_without_locks_is_told(
+def test_a_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
@@ -176,10 +176,10 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
     path, lock = tmp_path / "lock", locks._lock
     removals = [path, path]
 
-    def removed_first(descriptor: int, own: Path) -> bool:
+    def removed_first(descriptor: int, lock_path: Path) -> bool:
         if removals:
             removals.pop().unlink()
-        return lock(descriptor, own)
+        return lock(descriptor, lock_path)
 
     monkeypatch.setattr(locks, "_lock", removed_first)
     with (
@@ -204,9 +204,9 @@ def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path
 def test_one_process_writes_a_report(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation" / "report"
     with (
-        reporting(folder),
+        locked_report_folder(folder),
         pytest.raises(UserError, match=r"another process is writing the report .*report \(process "),
-        reporting(folder),
+        locked_report_folder(folder),
     ):
         pass
     assert list(folder.iterdir()) == []
@@ -222,7 +222,7 @@ def test_a_damaged_history_ends_before_the_damage(
     text = run.history.read_text().replace("40,40.0", f"40,{cell}", 2).replace(f"40,{cell}", "40,40.0", 1)
     run.history.write_bytes(text.encode().replace("\ufffd".encode(), b"\xff"))
     assert run.read_history() == [row]
-    assert "history.csv is damaged after row 1; the rest is left out" in capsys.readouterr().err
+    assert "history.csv is damaged after row 1; ignoring the rest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What one training step computes, on batches in memory: each option against the plain step or a naive version."""
+"""One training step on batches in memory: each option compared with the plain step or a naive version."""
 
 import os
 import subprocess
@@ -21,10 +21,10 @@ from x3d_tf.training.ema import MovingAverage
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.step import LossScale, TrainStep, balancing_weights, precision_scope
 
-pytestmark = pytest.mark.usefixtures("eager")  # two devices take traced steps in slow tests
+pytestmark = pytest.mark.usefixtures("eager")  # slow tests trace the steps on two devices
 
 ROOT = Path(__file__).parents[1]
-HELPERS = str(ROOT / "tests" / "helpers")
+TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 CLASSES = 3
 
@@ -54,14 +54,14 @@ def make(
     keras.utils.set_random_seed(0)
     with precision_scope(config.execution.precision):
         model = x3d_tf.X3D(TINY, CLASSES, config.model, task=task)
-    for layer in model.layers:  # a fresh block is its shortcut, which would hide most of the network
+    for layer in model.layers:  # a new residual block is the identity, which would hide most of the network
         if isinstance(layer, GhostBatchNorm):
             layer.gamma.assign(np.ones(layer.gamma.shape))
     return model, TrainStep(model, config, strategy or tf.distribute.get_strategy(), **kwargs)
 
 
 def dataset(part: int = 8, labels: Any = None) -> tf.data.Dataset:
-    """The same 24 clips again and again, in parts."""
+    """Repeats the same 24 clips in batches of the given size."""
     random = np.random.default_rng(0)
     clips = random.integers(0, 256, (24, 2, 32, 32, 3)).astype("float32")
     labels = random.integers(0, CLASSES, 24).astype("int32") if labels is None else labels
@@ -77,7 +77,7 @@ def weights_after(config: TrainConfig, steps: int = 2, part: int = 8, at_once: i
     stream = batches(part)
     for _ in range(steps // at_once):
         step(stream, at_once)
-    assert step.done == steps
+    assert step.completed_steps == steps
     return model.get_weights()
 
 
@@ -86,8 +86,8 @@ def assert_close(actual: list[np.ndarray], expected: list[np.ndarray], bound: fl
         np.testing.assert_allclose(a, b, rtol=0, atol=bound * max(1, np.abs(b).max()))
 
 
-def test_parts_of_a_batch_add_up(float64: None) -> None:
-    """The moving statistics are taken in twice, once for each part, and so are not compared."""
+def test_micro_batches_add_up(float64: None) -> None:
+    """Moving statistics are not compared, because each micro-batch updates them."""
     parts = config_of(execution=Execution(accumulation=2))
     model, _ = make(parts)
     trained = [weight.trainable for weight in model.weights]
@@ -121,7 +121,7 @@ def test_loss_and_accuracy_are_of_the_batch() -> None:
     assert float(accuracy[0]) == np.mean(logits.argmax(axis=1) == labels)
 
 
-def test_several_labels_have_losses_of_their_own() -> None:
+def test_the_multi_label_loss() -> None:
     labels = np.random.default_rng(1).integers(0, 2, (24, CLASSES)).astype("float32")
     model, step = make(config_of(), task="multi_label")
     clips, truth = (part.numpy() for part in next(batches(labels=labels)))
@@ -142,7 +142,7 @@ def test_class_weights_weigh_the_loss() -> None:
     assert float(step(batches(), 1)["loss"][0]) == pytest.approx(np.mean(nll * weights[labels]), rel=1e-4)
 
 
-def test_balancing_makes_classes_count_the_same() -> None:
+def test_balancing_gives_classes_equal_weight() -> None:
     labels = np.array([0] * 6 + [1] * 2 + [3] * 4)
     weights = balancing_weights(labels, 5)
     assert weights.tolist() == pytest.approx([12 / 18, 2.0, 0.0, 1.0, 0.0])
@@ -150,7 +150,7 @@ def test_balancing_makes_classes_count_the_same() -> None:
     assert balancing_weights(np.array([0, 1, 0, 1]), 2).tolist() == [1, 1]
 
 
-def test_a_frozen_trunk_does_not_move() -> None:
+def test_a_frozen_backbone_does_not_change() -> None:
     config = config_of({"backbone_lr_factor": 0.0}, init="somewhere")
     model, step = make(config)
     before = {layer.name: layer.get_weights() for layer in model.layers}
@@ -159,7 +159,7 @@ def test_a_frozen_trunk_does_not_move() -> None:
     assert moved == {"fc1", "fc2"}
 
 
-def test_frozen_batch_norm_keeps_its_statistics_and_the_rest_moves() -> None:
+def test_frozen_batch_norm_keeps_its_statistics_and_the_rest_changes() -> None:
     model, step = make(config_of({"batch_norm": "frozen"}, init="somewhere"))
     norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]
     before, stem = [norm.get_weights() for norm in norms], model.get_layer("conv1_xy").get_weights()[0]
@@ -170,7 +170,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_the_rest_moves() -> None:
     assert np.abs(model.get_layer("conv1_xy").get_weights()[0] - stem).max() > 0
 
 
-def test_a_slow_trunk_moves_by_the_factor(float64: None) -> None:
+def test_the_learning_rate_of_the_backbone_is_scaled(float64: None) -> None:
     changes = []
     for rate in (1.0, 0.1):
         model, step = make(config_of({"backbone_lr_factor": rate, "weight_decay": 0.0}))
@@ -190,16 +190,16 @@ def test_the_average_follows_the_weights() -> None:
         step(stream, 1)
         decay = min(0.3, (1 + number) / (10 + number))
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected, model.get_weights())]
-    own = model.get_weights()
+    original = model.get_weights()
     with average.swapped():
         assert_close(model.get_weights(), expected)
-    assert_close(model.get_weights(), own, 0)
+    assert_close(model.get_weights(), original, 0)
     with pytest.raises(KeyboardInterrupt), average.swapped():
         raise KeyboardInterrupt
-    assert_close(model.get_weights(), own, 0)
+    assert_close(model.get_weights(), original, 0)
 
 
-def test_the_average_starts_where_it_is_told_to() -> None:
+def test_the_average_is_reset_to_the_weights() -> None:
     model, _ = make(config_of())
     average = MovingAverage(model, 0.9)
     model.set_weights([weight + 1 for weight in model.get_weights()])
@@ -209,7 +209,7 @@ def test_the_average_starts_where_it_is_told_to() -> None:
         assert_close(model.get_weights(), expected, 0)
 
 
-def test_exact_statistics_of_one_batch_make_testing_equal_training() -> None:
+def test_precise_statistics_of_one_batch_make_inference_equal_training() -> None:
     model, _ = make(config_of(group=8, dropout=0.5))
     features = keras.Model(model.input, model.get_layer("conv5").output)
     clips = next(batches())[0]
@@ -220,8 +220,8 @@ def test_exact_statistics_of_one_batch_make_testing_equal_training() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_exact_statistics_are_of_all_batches_and_draw_nothing(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "parts_of_batch", lambda clips, group: parts)
+def test_precise_statistics_cover_all_batches_and_keep_the_seeds(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: parts)
     model, _ = make(config_of(group=8, dropout=0.5))
     seeds = [variable.numpy().tolist() for variable in model.variables if "seed_generator" in variable.path]
     before = keras.Model(model.input, model.get_layer("conv1_bn").input)
@@ -235,7 +235,7 @@ def test_exact_statistics_are_of_all_batches_and_draw_nothing(parts: int, monkey
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_keeps_what_must_be_exact(precision: Any) -> None:
+def test_half_precision_keeps_float32_variables(precision: Any) -> None:
     _, full = make(config_of())
     model, step = make(config_of(execution=Execution(precision=precision)))
     assert model.get_layer("res2").compute_dtype == precision
@@ -249,7 +249,7 @@ def test_half_precision_keeps_what_must_be_exact(precision: Any) -> None:
 
 
 def test_statistics_are_summed_in_full_precision() -> None:
-    """Sums in bfloat16's eight bits would be off by per cents."""
+    """Sums in bfloat16, which has eight bits, would be wrong by several per cent."""
     x = tf.cast(np.random.default_rng(0).normal(1, 0.5, (8, 2, 8, 8, 4)), tf.bfloat16)
     norm = GhostBatchNorm(8, dtype="mixed_bfloat16")
     assert norm(x, training=True).dtype == tf.bfloat16
@@ -258,14 +258,14 @@ def test_statistics_are_summed_in_full_precision() -> None:
     np.testing.assert_allclose(norm.moving_variance, 0.9 + 0.1 * exact.var(axis=0, ddof=1), rtol=1e-4)
 
 
-def test_a_step_whose_gradients_overflow_is_left_out() -> None:
+def test_a_step_with_overflowing_gradients_is_skipped() -> None:
     model, step = make(config_of(execution=Execution(precision="float16")))
     scale = step.variables["loss_scale"][0]
     scale.assign(np.float32(2.0**120))
     before = [np.array(variable) for variable in model.trainable_variables]
     step(batches(), 1)
     assert_close([np.array(variable) for variable in model.trainable_variables], before, 0)
-    assert step.done == 1 and float(scale) == 2.0**119
+    assert step.completed_steps == 1 and float(scale) == 2.0**119
     scale.assign(2.0**10)
     step(batches(), 1)
     changes = [np.abs(np.array(v) - b).max() for v, b in zip(model.trainable_variables, before)]
@@ -283,7 +283,7 @@ def test_the_loss_scale_grows_after_many_good_steps() -> None:
 
 TWO_DEVICES = """
 import os, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import keras, numpy as np, tensorflow as tf, x3d_tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -326,13 +326,13 @@ with step.average.swapped():
     ],
 )
 def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precision: Any, eagerly: bool) -> None:
-    """Two at once, each in two parts, like one device one by one; with dropout of their own. float32 means float64."""
-    code = TWO_DEVICES.format(tests=HELPERS, folder=str(tmp_path), precision=precision, eagerly=eagerly)
+    """Two steps per call with two micro-batches, as on one device; independent dropout. float32 means float64."""
+    code = TWO_DEVICES.format(tests=TESTS, folder=str(tmp_path), precision=precision, eagerly=eagerly)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     shared = float(done.stdout.split("shared")[1].split()[0])
-    assert 0.4 < shared < 0.6  # of two independent masks half of the elements agree
+    assert 0.4 < shared < 0.6  # two independent masks agree in half of the elements
     weights, average, refreshed = (
         list(np.load(tmp_path / f"{name}.npz").values()) for name in ("weights", "average", "refreshed")
     )
@@ -345,11 +345,11 @@ def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precisio
     trained = [(a, b, np.asarray(w)) for a, b, w in zip(weights, expected, model.weights) if w.trainable]
     if precision == "float32":
         assert_close([a for a, _, _ in trained], [b for _, b, _ in trained], 1e-8)
-    else:  # rounding turns ReLUs of so small a network, 0.4 of the way at most; a wrong scale of the loss halves it
+    else:  # rounding flips ReLUs, by 0.4 of the update at most; a wrong loss scale would halve it
         away = sum(np.square(a - b).sum() for a, b, _ in trained)
         assert away < 0.45**2 * sum(np.square(b - first).sum() for _, b, first in trained)
     assert max(np.abs(a - b).max() for a, b in zip(weights, average)) > 0
     if precision == "float32":
         model.set_weights(weights)
         PreciseStatistics(model, tf.distribute.get_strategy()).refresh(batches(4), 2)
-        assert_close(refreshed, model.get_weights(), 1e-5)  # statistics are measured in float32
+        assert_close(refreshed, model.get_weights(), 1e-5)  # statistics are computed in float32

@@ -1,4 +1,4 @@
-"""Schedule, optimiser, recipe and run folder, each against numbers worked out elsewhere."""
+"""Schedule, optimiser, recipe and run folder compared with independently computed numbers."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.optimizer import SGD
-from x3d_tf.training.schedule import schedule_of
+from x3d_tf.training.schedule import build_schedule
 
 
 def test_the_papers_learning_rates() -> None:
-    schedule = schedule_of(Recipe())
+    schedule = build_schedule(Recipe())
     expected = {0: 0.16, 4000: 0.845418, 8000: 1.530836, 30_000: 0.8, 60_000: 0.0}
     for step, rate in expected.items():
         assert float(schedule(step)) == pytest.approx(rate, abs=1e-6)
 
 
 def test_a_schedule_without_warmup_starts_at_its_peak() -> None:
-    assert float(schedule_of(Recipe(warmup_fraction=0))(0)) == pytest.approx(1.6)
+    assert float(build_schedule(Recipe(warmup_fraction=0))(0)) == pytest.approx(1.6)
 
 
 def test_recipes_scale_with_the_batch() -> None:
@@ -38,7 +38,7 @@ def test_recipes_scale_with_the_batch() -> None:
         (Recipe(batch=64), 128_000, ()),
         (Recipe(steps=20), 3, ()),  # 2.67
         (Recipe(steps=1), 0, ()),
-        (Recipe(steps=1, warmup_fraction=0.9), 0, ()),  # a step is left for the schedule
+        (Recipe(steps=1, warmup_fraction=0.9), 0, ()),  # one step remains for the schedule
         (Recipe(steps=20, warmup_fraction=0.99), 19, ()),
         (
             Recipe(steps=14_000, warmup_fraction=1 / 14, schedule="steps", decay_fractions=(0.5, 0.75)),
@@ -49,12 +49,12 @@ def test_recipes_scale_with_the_batch() -> None:
         (Recipe(steps=1, warmup_fraction=0, schedule="steps", decay_fractions=(0.0, 0.75)), 0, (1, 1)),
     ],
 )
-def test_shares_of_the_steps_become_whole_steps(recipe: Recipe, warmup: int, decays: tuple[int, ...]) -> None:
+def test_fractions_of_the_steps_are_rounded(recipe: Recipe, warmup: int, decays: tuple[int, ...]) -> None:
     assert (recipe.scaled_warmup_steps, recipe.scaled_decay_steps) == (warmup, decays)
 
 
-def test_schedules_return_from_their_configuration() -> None:
-    schedule = schedule_of(Recipe())
+def test_schedules_round_trip() -> None:
+    schedule = build_schedule(Recipe())
     again = type(schedule).from_config(schedule.get_config())
     assert float(again(1234)) == float(schedule(1234))
 
@@ -62,9 +62,9 @@ def test_schedules_return_from_their_configuration() -> None:
 @pytest.mark.parametrize(
     ("l2", "gradients", "rates", "expected"),
     [
-        # no gradient, only regularisation: what PyTorch's SGD gives
+        # no gradient, only regularisation: the values of PyTorch's SGD
         (0.1, [0, 0, 0], [0.1, 0.1, 0.1], [0.981, 0.954, 0.921]),
-        # a rate that changes: the velocity holds no rate
+        # a changing rate: the velocity does not include it
         (0.0, [1, 0], [0.1, 0.01], [0.81, 0.8019]),
     ],
 )
@@ -81,7 +81,7 @@ def test_optimizer_steps(
     assert seen == pytest.approx(expected, abs=5e-4 if l2 else 1e-12)
 
 
-def test_optimizer_leaves_out_what_it_is_told_to() -> None:
+def test_optimizer_excludes_variables() -> None:
     decayed, left = keras.Variable([1.0]), keras.Variable([1.0])
     optimizer = SGD(0.1, l2=0.1)
     optimizer.exclude([left])
@@ -92,7 +92,7 @@ def test_optimizer_leaves_out_what_it_is_told_to() -> None:
 CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewhere"), seed=3)
 
 
-def test_configurations_return_from_json() -> None:
+def test_configurations_round_trip_through_json() -> None:
     assert TrainConfig.from_json(CONFIG.to_json()) == CONFIG
     assert CONFIG.settings()["Expansion.gamma_t"] == 4
 
@@ -107,43 +107,43 @@ def test_configurations_return_from_json() -> None:
         ('{"flat": 1}', "not a configuration"),
     ],
 )
-def test_a_damaged_configuration_is_named(text: str, message: str) -> None:
+def test_a_damaged_configuration_is_reported(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_json(text)
 
 
-def test_fingerprints_tell_settings_apart() -> None:
+def test_fingerprints_distinguish_settings() -> None:
     same = TrainConfig(Expansion(gamma_t=4, gamma_b=1), dataset=DatasetSpec(records="somewhere"), seed=3)
     assert same.fingerprint() == CONFIG.fingerprint()  # 1 and 1.0 are one setting
     assert TrainConfig(Expansion(gamma_t=5), dataset=CONFIG.dataset, seed=3).fingerprint() != CONFIG.fingerprint()
 
 
-def test_a_run_folder_takes_one_configuration(tmp_path: Path) -> None:
+def test_a_run_folder_has_one_configuration(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.open(CONFIG, {"config.gin": "# text"})
     assert run.read_config() == CONFIG and (run.root / "config.gin").read_text() == "# text"
     run.open(CONFIG, {})
     other = TrainConfig(Expansion(gamma_t=8), dataset=CONFIG.dataset, seed=3)
-    run.open(other, {})  # nothing was lost: it had not come to a checkpoint
+    run.open(other, {})  # nothing is lost: the run had no checkpoint
     assert run.read_config() == other
     run.checkpoints.mkdir()
     (run.checkpoints / "ckpt-1.index").touch()
-    with pytest.raises(ValueError, match=r"Expansion\.gamma_t is 8 there and 4 here.*--workdir"):
+    with pytest.raises(ValueError, match=r"Expansion\.gamma_t was 8, now 4.*--workdir"):
         run.open(CONFIG, {})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is not the folder of a run"):
+    with pytest.raises(ValueError, match="is not a run folder"):
         RunFolder(tmp_path / "full").open(CONFIG, {})
-    with pytest.raises(ValueError, match="is not the folder of a run"):
+    with pytest.raises(ValueError, match="is not a run folder"):
         RunFolder(tmp_path / "full").read_config()
 
 
-def test_history_returns(tmp_path: Path) -> None:
+def test_history_round_trip(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.read_history() == []
     row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 1.5) | {"step": 1.0}
     run.write_history([row])
     run.append_history(row | {"step": 2.0})
     with run.history.open("a") as file:
-        file.write("3,1")  # killed while it wrote
+        file.write("3,1")  # killed while writing
     assert run.read_history() == [row, row | {"step": 2.0}]

@@ -1,4 +1,4 @@
-"""Tests of `load_pretrained`: weights that are loaded, weights that stay new, and networks that do not match."""
+"""Weight transfer: loaded layers, new layers and incompatible networks."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def network(classes: tuple[str, ...], expansion: x3d_tf.Expansion = TINY, **opti
 
 @pytest.fixture(scope="module", params=["trainable", "portable"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, x3d_tf.X3D]:
-    """A model file of each form, and the network saved in it."""
+    """File of each format, and its network."""
     model, path = network(("a", "b")), tmp_path_factory.mktemp("source") / "model.keras"
     if request.param == "trainable":
         x3d_tf.save(model, path, ("a", "b"))
@@ -33,13 +33,13 @@ def have_equal_weights(a: x3d_tf.X3D, b: x3d_tf.X3D, layer: str) -> bool:
     return all(x.shape == y.shape and np.array_equal(x, y) for x, y in pairs)
 
 
-def test_everything_is_loaded_for_equal_classes(source: tuple[Path, x3d_tf.X3D]) -> None:
+def test_all_layers_are_loaded_for_equal_classes(source: tuple[Path, x3d_tf.X3D]) -> None:
     path, theirs = source
     ours = network(("a", "b"))
     transfer = load_pretrained(ours, path)
-    assert transfer.new == () and transfer.taken[0] == "conv1_xy" and transfer.taken[-1] == "fc2"
+    assert transfer.new == () and transfer.loaded[0] == "conv1_xy" and transfer.loaded[-1] == "fc2"
     assert all(have_equal_weights(ours, theirs, layer.name) for layer in theirs.layers)
-    assert str(path) in str(transfer) and "new: nothing" in str(transfer)
+    assert str(path) in str(transfer) and "newly initialised: none" in str(transfer)
 
 
 @pytest.mark.parametrize("classes", [("a", "c"), ("b", "a"), ("a", "b", "c")])
@@ -49,12 +49,12 @@ def test_the_classifier_is_new_for_other_classes(source: tuple[Path, x3d_tf.X3D]
     ours = network(classes, longer)  # weights do not depend on the clip
     before = ours.get_layer("fc2").get_weights()
     transfer = load_pretrained(ours, path)
-    assert transfer.new == ("fc2",) and transfer.taken[-1] == "fc1"
+    assert transfer.new == ("fc2",) and transfer.loaded[-1] == "fc1"
     assert all(have_equal_weights(ours, theirs, layer.name) for layer in theirs.layers if layer.name != "fc2")
     np.testing.assert_array_equal(before[0], ours.get_layer("fc2").get_weights()[0])
 
 
-def test_loading_from_a_network_without_classifier(tmp_path: Path) -> None:
+def test_a_network_without_classifier_can_be_loaded(tmp_path: Path) -> None:
     features = x3d_tf.build_x3d(TINY, include_top=False)
     x3d_tf.save(features, tmp_path / "features.keras")
     assert load_pretrained(network(("a", "b")), tmp_path / "features.keras").new == ("fc1", "fc2")
@@ -62,10 +62,7 @@ def test_loading_from_a_network_without_classifier(tmp_path: Path) -> None:
 
 def test_another_pooling_is_reported(source: tuple[Path, x3d_tf.X3D]) -> None:
     transfer = load_pretrained(network(("a", "b"), head_pool="fixed_logits"), source[0])
-    assert (
-        "ModelOptions.head_pool, which larger clips in testing depend on, is global there and fixed_logits here"
-        in str(transfer)
-    )
+    assert "ModelOptions.head_pool is 'global' in the source and 'fixed_logits' in this network" in str(transfer)
 
 
 @pytest.mark.parametrize(
@@ -76,21 +73,19 @@ def test_another_pooling_is_reported(source: tuple[Path, x3d_tf.X3D]) -> None:
         (TINY, {"se": "none"}, "res2_0_se_reduce"),
     ],
 )
-def test_another_network_is_rejected(
+def test_another_architecture_is_rejected(
     source: tuple[Path, x3d_tf.X3D], expansion: x3d_tf.Expansion, options: dict[str, object], layer: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"TrainConfig.init: .* is of another network: .* the first is {layer}"):
+    with pytest.raises(ValueError, match=f"TrainConfig.init: .* has another architecture: .* the first is {layer}"):
         load_pretrained(network(("a", "b"), expansion, **options), source[0])
 
 
 @pytest.mark.parametrize(("option", "value"), [("input", "difference"), ("swish", False), ("swish_before", True)])
-def test_options_without_effect_on_shapes_are_compared(
-    source: tuple[Path, x3d_tf.X3D], option: str, value: object
-) -> None:
-    with pytest.raises(ValueError, match=rf"was trained with ModelOptions\.{option} = .*, and here it is {value!r}"):
+def test_incompatible_options_are_rejected(source: tuple[Path, x3d_tf.X3D], option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"was trained with ModelOptions\.{option} = .*, but this run has {value!r}"):
         load_pretrained(network(("a", "b"), **{option: value}), source[0])
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.keras: no such model file or run folder"):
         load_pretrained(network(("a", "b")), tmp_path / "nothing.keras")

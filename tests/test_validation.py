@@ -1,4 +1,4 @@
-"""Validation while training: which videos, and which score."""
+"""Validation during training: the held-out videos and the score."""
 
 import dataclasses
 from pathlib import Path
@@ -36,30 +36,30 @@ def spec(fraction: float) -> DatasetSpec:
 
 def test_a_part_of_each_class_is_held_out() -> None:
     manifest = manifest_of({0: 20, 1: 10, 2: 2, 3: 1})
-    held = hold_out(manifest, spec(0.2), seed=0).splits
-    counts = {name: np.bincount([r.labels[0] for r in split.records], minlength=4) for name, split in held.items()}
+    splits = hold_out(manifest, spec(0.2), seed=0).splits
+    counts = {name: np.bincount([r.labels[0] for r in split.records], minlength=4) for name, split in splits.items()}
     assert counts[HELD_OUT].tolist() == [4, 2, 1, 0]
     assert counts["train"].tolist() == [16, 8, 1, 1]
-    names = {name: {record.media_id for record in split.records} for name, split in held.items()}
+    names = {name: {record.media_id for record in split.records} for name, split in splits.items()}
     assert not names["train"] & names[HELD_OUT]
-    assert len(manifest.splits["train"].records) == 33  # the original is as it was
+    assert len(manifest.splits["train"].records) == 33  # the original is unchanged
 
 
-def test_pieces_of_a_file_go_together() -> None:
-    """Those of a few files are of two classes; the pieces' names are as a csv with start and end gives them."""
+def test_segments_of_a_file_stay_together() -> None:
+    """Some files have segments of two classes; segments are named as those of a csv with start and end."""
     whole = manifest_of({0: 12, 1: 12})
     pieces = tuple(
         record._replace(media_id=segment_id(f"{i // 3}.mp4", float(i), None if i % 2 else i + 1.5))
         for i, record in enumerate(whole.splits["train"].records[2:])
     )
     manifest = dataclasses.replace(whole, splits={"train": Split(whole.splits["train"].shards, pieces)})
-    held = hold_out(manifest, spec(0.3), seed=0).splits
-    files = {name: {parse_segment_file(record.media_id) for record in split.records} for name, split in held.items()}
+    splits = hold_out(manifest, spec(0.3), seed=0).splits
+    files = {name: {parse_segment_file(record.media_id) for record in split.records} for name, split in splits.items()}
     assert not files["train"] & files[HELD_OUT]
     assert files["train"] | files[HELD_OUT] == {f"{i}.mp4" for i in range(8)}
 
 
-def test_names_of_pieces_return_to_their_files() -> None:
+def test_segment_ids_give_their_files() -> None:
     for start, end in ((None, None), (0.5, None), (None, 3.0), (1e-05, 1e20)):
         assert parse_segment_file(segment_id("a#b-c/d.mp4", start, end)) == "a#b-c/d.mp4"
 
@@ -75,12 +75,12 @@ def test_the_choice_depends_on_names_and_seed_alone() -> None:
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_nothing_is_held_out_unless_asked_for() -> None:
+def test_nothing_is_held_out_by_default() -> None:
     manifest = manifest_of({0: 4})
     assert hold_out(manifest, spec(0), 0) is manifest
 
 
-def test_what_cannot_be_held_out_is_an_error() -> None:
+def test_too_few_videos_to_hold_out() -> None:
     with pytest.raises(ValueError, match="needs two videos of a class in split 'train'"):
         hold_out(manifest_of({0: 1, 1: 1}), spec(0.5), 0)
     twice = hold_out(manifest_of({0: 4}), spec(0.5), 0)
@@ -110,7 +110,7 @@ def test_a_score_is_that_of_the_middle_clips(records: Path) -> None:
     manifest = Manifest.load(records)
     validation = Validation(model, manifest, "train", DatasetSpec(records="unused"), TINY.test_size)
     clips, labels = next(iter(x3d_tf.dataset(records, TINY.clip, split="train", training=False, batch=5)))
-    for shift in (0.0, 0.3):  # other weights, the same compiled function
+    for shift in (0.0, 0.3):  # different weights, the same compiled function
         model.get_layer("fc2").bias.assign([shift, 0])
         logits = model(clips).numpy().astype("float64")
         log = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

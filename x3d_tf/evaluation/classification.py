@@ -1,4 +1,4 @@
-"""Multi-view testing of a run or of a model file: from what is asked for to a report."""
+"""Multi-view evaluation of a run or a model file."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +14,14 @@ from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.detection import evaluate_detector
 from x3d_tf.evaluation.eval_config import EvalConfig, HeadPool, folder_of
 from x3d_tf.evaluation.multiview import predict_split
-from x3d_tf.evaluation.reports import RESULTS_NAME, Predictions, Report, refuse_to_replace, reporting, write_report
+from x3d_tf.evaluation.reports import (
+    RESULTS_NAME,
+    Predictions,
+    Report,
+    locked_report_folder,
+    refuse_to_replace,
+    write_report,
+)
 from x3d_tf.modeling.archive import describe as describe_file
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.cost import cost
@@ -29,19 +36,20 @@ from x3d_tf.types import ClipStarts, ViewSpec, stored_to_json
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """A network, the videos to test it on, and how: everything that decides what comes out.
+    """A network, the records to evaluate it on, and the settings: everything that determines the results.
 
     Attributes:
         model: the network.
-        weights: where they come from, for the report.
-        manifest: of the records.
-        split: their part.
-        views: of each video.
-        clip_starts, frame_sampling: see `EvalConfig`.
-        seed: of the run; None for a model file.
+        weights: origin of the weights, for the report.
+        manifest: the manifest of the records.
+        split: name of the split to evaluate.
+        views: the views of each video.
+        clip_starts: see `EvalConfig`.
+        frame_sampling: see `EvalConfig`.
+        seed: seed of the run; None for a model file.
 
     Raises:
-        UserError: records of classes that the model does not know, or of another task.
+        UserError: the records have classes that the model does not have, or another task.
     """
 
     model: X3D
@@ -55,22 +63,24 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         known, folder = self.model.class_names, self.manifest.folder
-        those = set(known)
-        unknown = [name for name in self.manifest.classes if name not in those]
+        known_set = set(known)
+        unknown = [name for name in self.manifest.classes if name not in known_set]
         if unknown:
             raise UserError(
-                f"{folder} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}; it knows "
-                f"{len(known)}: {first_few(known)}. To know them, train from it (TrainConfig.init)"
+                f"{folder} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}. The model "
+                f"has {len(known)}: {first_few(known)}. Fine-tune it on the new classes (TrainConfig.init)"
             )
         task = self.model.task
-        require(self.manifest.task == task, f"task of {folder}", f"be the model's, {task}", self.manifest.task)
+        require(
+            self.manifest.task == task, f"the task of {folder}", f"be that of the model, {task}", self.manifest.task
+        )
 
     def with_views(self, temporal_views: int) -> "Evaluation":
-        """The same with another number of clips."""
+        """Returns a copy with another number of clips per video."""
         return replace(self, views=replace(self.views, temporal_views=temporal_views))
 
     def settings(self) -> dict[str, Any]:
-        """What results.json says of it."""
+        """Returns the settings as results.json states them."""
         model, views = self.model, self.views
         count = cost(
             model.expansion,
@@ -106,7 +116,7 @@ class Evaluation:
         }
 
     def predict(self) -> Predictions:
-        """Runs the network over all views of all videos."""
+        """Runs the network on all views of all videos."""
         probabilities = predict_split(
             self.model,
             self.manifest,
@@ -122,126 +132,127 @@ class Evaluation:
         )
 
     def _truth(self) -> np.ndarray:
-        """The model's classes of each record, bool (videos, classes)."""
-        places = {name: place for place, name in reversed([*enumerate(self.model.class_names)])}  # the first of a name
-        of_model = [places[name] for name in self.manifest.classes]
+        """Returns the labels of each record as the model's classes, bool (videos, classes)."""
+        # reversed, so that the first of several classes with the same name is used
+        model_classes = {name: index for index, name in reversed([*enumerate(self.model.class_names)])}
+        model_labels = [model_classes[name] for name in self.manifest.classes]
         records = self.manifest.split(self.split).records
         truth = np.zeros((len(records), self.model.num_classes), bool)
         for row, record in zip(truth, records):
-            row[[of_model[label] for label in record.labels]] = True
+            row[[model_labels[label] for label in record.labels]] = True
         return truth
 
     def report(self, folder: Path) -> Report:
-        """Tests and writes the report.
+        """Runs the evaluation and writes its report.
 
         Raises:
-            UserError: records that are missing or damaged; probabilities that are not numbers; another process writes
-                this report.
+            UserError: the records are missing or damaged, the probabilities are not finite, or another process writes
+                the same report.
         """
         settings = self.settings()
-        with reporting(folder):  # before the long part, which a mistyped path should not waste
+        with locked_report_folder(folder):  # before the evaluation, so that a wrong path fails at once
             predictions = self.predict()
             tell(f"writing the report {folder}")
             return write_report(folder, settings, predictions)
 
 
 def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
-    """The same network and weights with another pooling of the head; the model itself if it is its own or None."""
+    """Returns the network with another head pooling and the same weights; `model` itself if nothing changes."""
     if head_pool is None or head_pool == model.options.head_pool:
         return model
     options = replace(model.options, head_pool=head_pool)
     changed = X3D(model.expansion, model.num_classes, options, task=model.task)
-    changed.set_weights(model.get_weights())  # poolings have no weights, so the lists are the same
+    changed.set_weights(model.get_weights())  # pooling has no weights
     changed.copy_metadata(model)
     return changed
 
 
-def evaluation_of_run(run: RunFolder, procedure: EvalConfig, model: X3D, weights: dict[str, Any]) -> Evaluation:
-    """What is tested where a run's network is: the run's own records and settings but for what is asked for.
+def evaluation_of_run(run: RunFolder, eval_config: EvalConfig, model: X3D, weights: dict[str, Any]) -> Evaluation:
+    """Returns the evaluation of a network of a run. Settings that are None are those of the run.
 
     Args:
-        run: the run.
-        procedure: what is asked for.
-        model: its network, of model.keras or of a checkpoint.
-        weights: where they come from, for the report.
+        run: the run folder.
+        eval_config: the evaluation settings.
+        model: the network of the run, from model.keras or from a checkpoint.
+        weights: origin of the weights, for the report.
     """
     config = run.read_config()
-    dataset = procedure.dataset_of(config)
+    dataset = eval_config.dataset_of(config)
     return Evaluation(
-        model=with_head_pool(model, procedure.head_pool),
+        model=with_head_pool(model, eval_config.head_pool),
         weights=weights,
         manifest=open_dataset(dataset),
         split=dataset.eval_split,
-        views=procedure.views_of(model, config.test_views),
-        clip_starts=procedure.clip_starts,
-        frame_sampling=procedure.frame_sampling or dataset.frame_sampling,
+        views=eval_config.views_for(model, config.test_views),
+        clip_starts=eval_config.clip_starts,
+        frame_sampling=eval_config.frame_sampling or dataset.frame_sampling,
         seed=config.seed,
     )
 
 
-def evaluation_of_file(file: Path, procedure: EvalConfig) -> Evaluation:
-    """What is tested where a model file is.
+def evaluation_of_file(file: Path, eval_config: EvalConfig) -> Evaluation:
+    """Returns the evaluation of a model file.
 
     Raises:
-        UserError: no such file, or not one of ours; a procedure that does not name records and split.
+        UserError: the file does not exist or was not saved by this package; the settings lack records or split.
     """
-    if procedure.records is None or procedure.split is None:
-        raise UserError(f"to test the file {file}, say on what: give --records and --split")
-    dataset = DatasetSpec(procedure.records, train_split=procedure.split, eval_split=procedure.split)
+    if eval_config.records is None or eval_config.split is None:
+        raise UserError(f"evaluating the model file {file} requires --records and --split")
+    dataset = DatasetSpec(eval_config.records, train_split=eval_config.split, eval_split=eval_config.split)
     model = load_classifier(file)
     return Evaluation(
-        model=with_head_pool(model, procedure.head_pool),
+        model=with_head_pool(model, eval_config.head_pool),
         weights=weights_of(file),
         manifest=open_dataset(dataset),
         split=dataset.eval_split,
-        views=procedure.views_of(model, model.test_views),
-        clip_starts=procedure.clip_starts,
-        frame_sampling=procedure.frame_sampling or model.frame_sampling,
+        views=eval_config.views_for(model, model.test_views),
+        clip_starts=eval_config.clip_starts,
+        frame_sampling=eval_config.frame_sampling or model.frame_sampling,
         seed=None,
     )
 
 
-def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **procedure: Any) -> Report:
-    """Tests the model of a finished run and writes a report. That of a detector is `evaluate_detector`'s.
+def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **settings: Any) -> Report:
+    """Evaluates the model of a finished run and writes a report; for a detector, calls `evaluate_detector`.
 
     Args:
-        run: the run.
-        output: folder of the report; `evaluation/RECORDS_SPLIT_Kcenter` in the run folder unless given.
-        overwrite: whether a report that is there may be replaced.
-        **procedure: the fields of `EvalConfig`: records, split, temporal_views, spatial_crops, clip_starts,
+        run: the run folder.
+        output: folder of the report. Defaults to `evaluation/RECORDS_SPLIT_Kcenter` in the run folder.
+        overwrite: whether to replace an existing report.
+        **settings: the fields of `EvalConfig`: records, split, temporal_views, spatial_crops, clip_starts,
             frame_sampling, head_pool.
 
     Raises:
-        UserError: the run has no model yet; the records are missing, damaged or of other classes; a report is there; a
-            setting out of range.
+        UserError: the run has no model yet; the records are missing, damaged or have other classes; a report exists; a
+            setting is out of range.
     """
     if describe_file(run.root).task == "detection":
-        unused = sorted(name for name, value in procedure.items() if value != getattr(EvalConfig(), name))
-        require(not unused, f"the test of a detector, {run.root},", "take no other procedure than the run's", unused)
+        changed = sorted(name for name, value in settings.items() if value != getattr(EvalConfig(), name))
+        require(not changed, f"the evaluation of the detector {run.root}", "use the settings of the run", changed)
         return evaluate_detector(run, output=output, overwrite=overwrite)
-    asked = EvalConfig(**procedure)
-    folder = Path(output) if output else folder_of(run, asked)
+    eval_config = EvalConfig(**settings)
+    folder = Path(output) if output else folder_of(run, eval_config)
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
-    report = evaluation_of_run(run, asked, load_classifier(run.root), weights_of(run.root)).report(folder)
+    report = evaluation_of_run(run, eval_config, load_classifier(run.root), weights_of(run.root)).report(folder)
     print(describe(report))
     return report
 
 
-def evaluate_file(file: str | Path, *, output: str, overwrite: bool = False, **procedure: Any) -> Report:
-    """Tests a `.keras` file of this package as it is and writes a report.
+def evaluate_file(file: str | Path, *, output: str, overwrite: bool = False, **settings: Any) -> Report:
+    """Evaluates a `.keras` file of this package and writes a report.
 
     Args:
-        file: the file.
+        file: the model file.
         output: folder of the report.
-        overwrite: whether a report that is there may be replaced.
-        **procedure: the fields of `EvalConfig`, among them records and split. What is left out defaults to what the
-            file says.
+        overwrite: whether to replace an existing report.
+        **settings: the fields of `EvalConfig`, including records and split. The others default to those stored in the
+            file.
 
     Raises:
-        UserError: no such file, or not one of ours; otherwise as `evaluate_run`.
+        UserError: the file does not exist or was not saved by this package; otherwise as `evaluate_run`.
     """
     folder = Path(output)
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
-    report = evaluation_of_file(Path(file), EvalConfig(**procedure)).report(folder)
+    report = evaluation_of_file(Path(file), EvalConfig(**settings)).report(folder)
     print(describe(report))
     return report

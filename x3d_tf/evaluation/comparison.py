@@ -1,4 +1,4 @@
-"""One table of several reports, beside what the paper prints of the same networks. Imports no TensorFlow."""
+"""Comparison table of several reports, with the paper's results for the same networks. Imports no TensorFlow."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,33 +14,33 @@ from x3d_tf.text import counted
 _PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
 _NUMERIC = ("videos", "top-1", "top-5", "mAP", "GMACs a video", "M parameters", _PAPERS_TOP1, _PAPERS_MAP)
 _EMPTY = "-"
-FEW_VIDEOS = 400  # below it the interval of a top-1 of 50 % spans 10 points or more
+FEW_VIDEOS = 400  # with fewer, the confidence interval of a top-1 of 50 % is 10 points wide or more
 
 
 def find_reports(paths: Sequence[str]) -> list[Report]:
-    """The reports of runs.
+    """Reads the reports of runs.
 
     Args:
-        paths: run folders, of which all reports are taken, or folders of one report each.
+        paths: run folders, whose reports are all read, or folders of single reports.
 
     Raises:
-        UserError: a path without a report, or a damaged report.
+        UserError: a path has no report, or a report is damaged.
     """
-    found: list[Report] = []
+    reports: list[Report] = []
     for path in map(Path, paths):
         inside = sorted((path / "evaluation").glob(f"*/{RESULTS_NAME}"))
         files = [path / RESULTS_NAME] if (path / RESULTS_NAME).is_file() else inside
         if not files:
-            raise UserError(f"{path} holds no report; make one with: python -m x3d_tf.evaluate --run={path}")
-        found += [read_report(file.parent) for file in files]
-    return found
+            raise UserError(f"{path} has no report; create one with: python -m x3d_tf.evaluate --run={path}")
+        reports += [read_report(file.parent) for file in files]
+    return reports
 
 
 def table(reports: Sequence[Report]) -> list[dict[str, str]]:
-    """One row a report: column -> text. All rows have the same columns, those that any of them has a value for.
+    """Returns one row per report, as a dict from column to text. Columns that are empty in all rows are omitted.
 
-    Accuracies are in percent; "GMACs a video" is the cost of a clip times the clips of a video. "paper" says whether
-    the paper's figure may be held against the measured one.
+    Accuracies are in percent. "GMACs a video" is the cost of a clip times the number of clips per video. "paper" states
+    whether the measured result is comparable to the paper's.
     """
     rows = [_row(report) for report in reports]
     used = [column for column in rows[0] if any(row[column] != _EMPTY for row in rows)] if rows else []
@@ -59,7 +59,7 @@ def _row(report: Report) -> dict[str, str]:
         "videos": str(r["videos"]),
         "views": r["views"],
         "top-1": _percent(r, "top1"),
-        "top-5": _percent(r, "top5") if r["classes"] > 5 else _EMPTY,  # of five classes it says nothing
+        "top-5": _percent(r, "top5") if r["classes"] > 5 else _EMPTY,  # always 100 % with five classes
         "mAP": _percent(r, "map"),
         "GMACs a video": f"{r['gmacs_per_clip']:.4g} x {views}",
         "M parameters": f"{r['params'] / 1e6:.3f}" if "params" in r else _EMPTY,
@@ -73,40 +73,41 @@ def _verdict(results: Mapping[str, Any]) -> str:
     published = published_for(results)
     if published is None:
         return _EMPTY
-    found = differences(results, published)
+    differing = differences(results, published)
     source = _source(published)
-    return f"not comparable: {', '.join(found)} ({source})" if found else f"comparable ({source})"
+    return f"not comparable: {', '.join(differing)} ({source})" if differing else f"comparable ({source})"
 
 
 def _source(published: PublishedAccuracy | PublishedPrecision) -> str:
     if isinstance(published, PublishedPrecision):
-        weights = f"from weights of {published.pretrained}"
-        return f"Table 8, AVA v{published.version}, {weights}, {published.gmacs} GMACs a clip"
+        weights = f"pre-trained on {published.pretrained}"
+        return f"Table 8, AVA v{published.version}, {weights}, {published.gmacs} GMACs per clip"
     return f"{published.source}, {published.views}"
 
 
 def describe(report: Report) -> str:
-    """Returns the text that a command prints for a report.
+    """Returns a summary of a report for the terminal.
 
-    The first line states the metrics and how they were measured. A second line gives the confidence interval where the
-    videos are few. A last line gives the paper's figure where the records are those of its data set.
+    The first line states the metrics and the evaluation settings. If there are fewer than `FEW_VIDEOS` videos, a second
+    line gives the confidence interval of top-1. If the records are those of the paper's dataset, a last line gives the
+    paper's result.
     """
     r, row = report.results, _row(report)
-    measured = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
-    thing = "key frame" if "eval_boxes" in r else "video"
+    metrics = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
+    sample = "key frame" if "eval_boxes" in r else "video"
     line = (
-        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(measured)} ({counted(r['videos'], thing)}, "
-        f"{counted(r['classes'], 'class')}, {r['views']}, {row['GMACs a video']} GMACs a {thing}, "
+        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(metrics)} ({counted(r['videos'], sample)}, "
+        f"{counted(r['classes'], 'class')}, {r['views']}, {row['GMACs a video']} GMACs per {sample}, "
         f"{row['M parameters']} M parameters)"
     )
     if "top1" in r and r["videos"] < FEW_VIDEOS:
         low, high = wilson_interval(r["top1"], r["videos"])
-        line += f"\nfew videos: the 95 % confidence interval of this top-1 is {100 * low:.0f} % to {100 * high:.0f} %"
+        line += f"\n95 % confidence interval of top-1 on so few videos: {100 * low:.0f} % to {100 * high:.0f} %"
     if (published := published_for(r)) is None or "other data" in differences(r, published):
         return line
     if row[_PAPERS_MAP] != _EMPTY:
-        return f"{line}\nthe paper's mAP on AVA: {row[_PAPERS_MAP]} %, {row['paper']}"
-    return f"{line}\nthe paper's top-1 on Kinetics-400: {row[_PAPERS_TOP1]} %, {row['paper']}"
+        return f"{line}\nmAP in the paper on AVA: {row[_PAPERS_MAP]} %, {row['paper']}"
+    return f"{line}\ntop-1 in the paper on Kinetics-400: {row[_PAPERS_TOP1]} %, {row['paper']}"
 
 
 def _percent(results: Mapping[str, Any], name: str) -> str:
@@ -114,40 +115,41 @@ def _percent(results: Mapping[str, Any], name: str) -> str:
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:
-    """The table in aligned columns, for a terminal."""
+    """Formats the table in aligned columns for a terminal."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    right = [name in _NUMERIC for name in lines[0]]
+    numeric = [name in _NUMERIC for name in lines[0]]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, right)
+            cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, numeric)
         ).rstrip()
         for line in lines
     )
 
 
 def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """The table for a page."""
+    """Formats the table as Markdown."""
     ruler = ["---:" if name in _NUMERIC else "---" for name in rows[0]]
     lines = [list(rows[0]), ruler, *([cell.replace("|", "\\|") for cell in row.values()] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool = False) -> list[dict[str, str]]:
-    """Prints one table of the reports of several runs.
+    """Prints a table of the reports of several runs.
 
     Args:
-        paths: run folders, or folders of one report each.
-        output: folder to write the table into, as comparison.csv and comparison.md; made if absent.
-        overwrite: whether tables that are there may be replaced.
+        paths: run folders, or folders of single reports.
+        output: folder for comparison.csv and comparison.md, created if it does not exist. Without it, no files are
+            written.
+        overwrite: whether to replace existing tables.
 
     Returns:
-        The rows, as `table` makes them.
+        The rows of `table`.
 
     Raises:
-        UserError: a path without a report, a damaged report, or a table is there.
+        UserError: a path has no report, a report is damaged, or a table exists.
     """
-    require(bool(paths), "compare", "be given at least one run", paths)
+    require(bool(paths), "paths", "have at least one run", paths)
     if output:
         for name in ("comparison.csv", "comparison.md"):
             refuse_to_replace(Path(output) / name, overwrite)

@@ -1,4 +1,4 @@
-"""Tests of action detectors on records of key frames: one clip around each, its centre crop (paper, section 5)."""
+"""Evaluation of action detectors on the centre crop of one clip around each key frame (paper, section 5)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from x3d_tf.evaluation.detection_reports import (
 )
 from x3d_tf.evaluation.eval_config import detector_report_folder
 from x3d_tf.evaluation.multiview import CLIPS_A_CALL
-from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace, reporting
+from x3d_tf.evaluation.reports import RESULTS_NAME, Report, locked_report_folder, refuse_to_replace
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.detection import Detector, cost_of
 from x3d_tf.modeling.expansion import name_of
@@ -43,15 +43,16 @@ from x3d_tf.text import counted
 
 @dataclass(frozen=True, eq=False)
 class SplitDetections:
-    """What a detector says of the boxes of a split, and what is true.
+    """Scores of the boxes of a split, with the ground truth.
 
     Attributes:
-        records: place in the split of the record of each box, int64 [n].
-        boxes: in [0, 1] of the frame, float32 [n, 4].
+        records: index of each box's record in the split, int64 [n].
+        boxes: x1, y1, x2, y2 relative to the frame, in [0, 1], float32 [n, 4].
         scores: float32 [n, classes].
-        truth_records, truth_boxes, truth_labels: the annotated boxes, one row for each pair of a box and a class, [m],
-            [m, 4] and [m].
-        outside: how many of the boxes the centre crop shows nothing of; their scores are those of no pixel.
+        truth_records: index of each annotated box's record, int64 [m]. A box with several classes has several rows.
+        truth_boxes: annotated boxes, float32 [m, 4].
+        truth_labels: class of each annotated box, int64 [m].
+        outside: number of boxes outside the centre crop. Their scores do not depend on the video.
     """
 
     records: NDArray[np.int64]
@@ -63,7 +64,7 @@ class SplitDetections:
     outside: int
 
     def tables(self, manifest: Manifest, split: str) -> tuple[BoxTable, BoxTable]:
-        """Truth and detections as AVA's files have them: each box found has a row for every action."""
+        """Returns ground truth and detections in AVA's format, where each detected box has one row per action."""
         frames = tuple(KeyFrame(*parse_key_frame_id(record.media_id)) for record in manifest.split(split).records)
         count = len(self.truth_labels)
         truth = BoxTable(
@@ -85,16 +86,16 @@ def detect_split(
 
     Args:
         model: the detector.
-        manifest: of the records.
-        split: which part.
-        detection: which boxes are tested.
-        progress: whether a bar on stderr tells how far it is.
+        manifest: the manifest of the records.
+        split: name of the split.
+        detection: the settings that select the boxes to evaluate.
+        progress: whether to show a progress bar on stderr.
 
     Raises:
-        UserError: no such split; records that are missing or damaged; scores that are not numbers.
+        UserError: the split does not exist, the records are missing or damaged, or the scores are not finite.
     """
     side = model.expansion.test_size
-    scores_of = scoring(model, side)
+    compute_scores = compile_detector(model, side)
     batches = evaluation_key_frames(
         manifest,
         split,
@@ -112,28 +113,29 @@ def detect_split(
         record_errors_as_user_errors(),
         progress_bar(total, "clip", "evaluating", leave=None, disable=not progress) as bar,
     ):
-        for inputs, about in batches:
-            scores = scores_of(inputs).numpy()
+        for inputs, annotations in batches:
+            scores = compute_scores(inputs).numpy()
             if not np.isfinite(scores).all():
-                raise UserError(f"the network gives scores that are not numbers on {manifest.folder}, {split}")
-            for place in range(len(scores)):
-                count, known = int(about.count[place]), about.labels[place].numpy() >= 0
-                own, truth = about.original[place].numpy()[:count], about.truth[place].numpy()[known]
-                record = int(about.record[place])
-                outside += int((~is_nonempty(inputs["boxes"][place, :count]).numpy()).sum())
-                labels = about.labels[place].numpy()[known]
-                found = (np.full(count, record), own, scores[place, :count])
+                raise UserError(f"the detector's scores for split {split!r} of {manifest.folder} must be finite")
+            for index in range(len(scores)):
+                count, annotated = int(annotations.count[index]), annotations.labels[index].numpy() >= 0
+                boxes = annotations.original[index].numpy()[:count]
+                truth = annotations.truth[index].numpy()[annotated]
+                record = int(annotations.record[index])
+                outside += int((~is_nonempty(inputs["boxes"][index, :count]).numpy()).sum())
+                labels = annotations.labels[index].numpy()[annotated]
+                found = (np.full(count, record), boxes, scores[index, :count])
                 rows.append((*found, np.full(len(labels), record), truth, labels))
             bar.update(len(scores))
     if outside and progress:
-        tqdm.write(f"outside the centre crop, yet among the detections: {counted(outside, 'box')}")
+        tqdm.write(f"evaluated although outside the centre crop: {counted(outside, 'box')}")
     records, boxes, scores, *truth = (np.concatenate(column) for column in zip(*rows))
     return SplitDetections(records, boxes, scores, truth[0], truth[1], truth[2], outside)
 
 
-def scoring(model: Detector, side: int) -> Callable[[Any], Any]:
-    """The compiled function from {"clip", "boxes"} to scores, float32 (N, B, classes); clips of `side` pixels."""
-    network = optimize_for_device(lambda given: model(given, training=False))
+def compile_detector(model: Detector, side: int) -> Callable[[Any], Any]:
+    """Returns a compiled function from {"clip", "boxes"} to float32 scores (N, B, classes); clips of `side` pixels."""
+    network = optimize_for_device(lambda inputs: model(inputs, training=False))
     clip = tf.TensorSpec((None, model.clip.frames, side, side, 3), tf.float32)
     return tf.function(network, input_signature=[{"clip": clip, "boxes": tf.TensorSpec((None, None, 4), tf.float32)}])
 
@@ -141,33 +143,36 @@ def scoring(model: Detector, side: int) -> Callable[[Any], Any]:
 def score_split(
     model: Detector, manifest: Manifest, split: str, detection: Detection, *, progress: bool = True
 ) -> tuple[BoxTable, DetectionScores]:
-    """Frame mAP of a detector on a split, over the 60 actions of AVA's evaluation or else all classes.
+    """Computes the frame mAP of a detector on a split: over the 60 actions that AVA evaluates, or else all classes.
 
     Returns:
-        The detections, and their scores.
+        The detections and their scores.
+
+    Raises:
+        UserError: the split has no annotated boxes; otherwise as `detect_split`.
     """
     truth, found = detect_split(model, manifest, split, detection, progress=progress).tables(manifest, split)
-    require(len(truth) > 0, f"split {split!r} of {manifest.folder}", "hold annotated boxes to measure with", "none")
-    return found, score_detections(truth, found, _measured(manifest.classes))
+    require(len(truth) > 0, f"split {split!r} of {manifest.folder}", "have annotated boxes")
+    return found, score_detections(truth, found, _evaluated_actions(manifest.classes))
 
 
 def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: bool = False) -> Report:
-    """Tests the detector of a finished run and writes a report, with all detections in AVA's format.
+    """Evaluates the detector of a finished run and writes a report, including all detections in AVA's format.
 
     Args:
-        run: the run.
-        output: folder of the report; `evaluation/RECORDS_SPLIT_BOXES` in the run folder unless given.
-        overwrite: whether a report that is there may be replaced.
+        run: the run folder.
+        output: folder of the report. Defaults to `evaluation/RECORDS_SPLIT_BOXES` in the run folder.
+        overwrite: whether to replace an existing report.
 
     Raises:
-        UserError: the run has no model yet; records that are missing or damaged; a report is there, or another
-            process writes it.
+        UserError: the run has no model yet, the records are missing or damaged, a report exists, or another process
+            writes it.
     """
     config = run.read_config()
     folder = Path(output) if output else detector_report_folder(run)
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
     manifest = open_dataset(config.dataset)
-    with reporting(folder):
+    with locked_report_folder(folder):
         return _report(run, config, manifest, folder)
 
 
@@ -177,10 +182,10 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
         require_proposals(manifest, split)
     model = load_detector(run.root)
     found, scores = score_split(model, manifest, split, config.detection)
-    side, own_cost = model.eval_size, cost_of(model)
+    side, cost = model.eval_size, cost_of(model)
     records = len(manifest.split(split).records)
-    named = manifest.settings.get(key_frames_of(split))
-    missing = max(named - records, 0) if isinstance(named, int) else 0
+    listed = manifest.settings.get(key_frames_of(split))
+    missing = max(listed - records, 0) if isinstance(listed, int) else 0
     settings = {
         "network": name_of(model.expansion),
         "head": model.head,
@@ -195,23 +200,23 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
         "crop": side,
         "options": dataclasses.asdict(model.options),
         "views": f"centre crop of {side}²",
-        "videos": records,  # key frames, one clip each
+        "videos": records,  # one clip per key frame
         "key_frames_missing": missing,
-        "gmacs_per_clip": own_cost.macs / 1e9,
-        "gmacs_per_video": own_cost.macs / 1e9,
-        "params": own_cost.params,
+        "gmacs_per_clip": cost.macs / 1e9,
+        "gmacs_per_video": cost.macs / 1e9,
+        "params": cost.params,
         **weights_of(run.root),
         "seed": config.seed,
     }
     report = write_detection_report(folder, settings, scores, found)
     print("\n".join(summary(scores)))
     if missing:
-        print(f"without a record, and so not counted: {counted(missing, 'key frame')} of the lists of the records")
+        print(f"not evaluated: {counted(missing, 'key frame')} of the annotation lists without a record")
     print(describe(report))
     return report
 
 
-def _measured(classes: tuple[str, ...]) -> dict[int, str]:
+def _evaluated_actions(classes: tuple[str, ...]) -> dict[int, str]:
     if classes == tuple(ava_actions().values()):
         return {number: classes[number - 1] for number in sorted(EVALUATED)}
     return dict(enumerate(classes, 1))

@@ -1,4 +1,4 @@
-"""Frame mAP of action detections by AVA's protocol, and the report of it. Imports no TensorFlow."""
+"""Frame mAP of action detections by AVA's protocol, and its report. Imports no TensorFlow."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -25,20 +25,20 @@ from x3d_tf.evaluation.detection_metrics import LabeledBoxes, detection_average_
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, write_csv, write_json
 from x3d_tf.text import counted
 
-IOU = 0.5  # of a box found and a real one that match
+IOU = 0.5  # minimum intersection over union of a match
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionScores:
-    """What a comparison of detections with the truth found.
+    """Average precision of detections.
 
     Attributes:
-        actions: numbers and names of the actions that were measured.
-        precisions: average precision of each, float64; nan where there is none in the truth.
-        positives: boxes of each in the truth.
-        key_frames: of the truth.
-        boxes: rows of detections, of a box and an action each, less those left out.
-        left_out: rows whose box has no width or height, that are on excluded key frames, or of no action to measure.
+        actions: numbers and names of the evaluated actions.
+        precisions: average precision of each action, float64; NaN for actions without annotated boxes.
+        positives: number of annotated boxes of each action.
+        key_frames: number of key frames with annotated boxes.
+        boxes: number of evaluated detections, pairs of a box and an action.
+        left_out: number of ignored detections: without width or height, on excluded key frames, or of other actions.
     """
 
     actions: dict[int, str]
@@ -50,44 +50,45 @@ class DetectionScores:
 
     @property
     def mean(self) -> float:
-        """Over the actions that there are in the truth; nan if there is none."""
+        """Mean average precision over the actions with annotated boxes; NaN if there are none."""
         return mean_over_classes(self.precisions)
 
 
 def score_detections(
     truth: BoxTable, found: BoxTable, actions: LabelMap, excluded: Collection[KeyFrame] = ()
 ) -> DetectionScores:
-    """Average precision of each action over all key frames, where boxes overlap by half.
+    """Computes the average precision of each action over all key frames, at an IoU of 0.5.
 
     Args:
-        truth, found: boxes; what has no action of the label map does not count.
-        actions: those to measure.
-        excluded: key frames that do not count.
+        truth: annotated boxes. Actions outside the label map are ignored.
+        found: detected boxes. Actions outside the label map are ignored.
+        actions: the actions to evaluate.
+        excluded: key frames to ignore.
     """
     numbers = {frame: number for number, frame in enumerate(dict.fromkeys((*found.key_frames, *truth.key_frames)))}
-    kept = np.array([frame not in excluded for frame in numbers], bool)
-    real, _ = _counted(truth, numbers, kept)
-    detected, places = _counted(found, numbers, kept)
+    included = np.array([frame not in excluded for frame in numbers], bool)
+    annotated, _ = _select(truth, numbers, included)
+    detected, rows = _select(found, numbers, included)
     labels = np.array(list(actions))
     sides = detected.boxes[:, 2:] - detected.boxes[:, :2]
     valid = int(((sides > 0).all(axis=1) & np.isin(detected.labels, labels)).sum())
     return DetectionScores(
         dict(actions),
-        detection_average_precisions(real, detected, found.scores[places], labels, iou=IOU),
-        np.array([(real.labels == label).sum() for label in labels]),
-        len(np.unique(real.frames)),
+        detection_average_precisions(annotated, detected, found.scores[rows], labels, iou=IOU),
+        np.array([(annotated.labels == label).sum() for label in labels]),
+        len(np.unique(annotated.frames)),
         valid,
         len(found) - valid + found.other_actions,
     )
 
 
-def _counted(
-    table: BoxTable, numbers: Mapping[KeyFrame, int], kept: NDArray[np.bool_]
+def _select(
+    table: BoxTable, numbers: Mapping[KeyFrame, int], included: NDArray[np.bool_]
 ) -> tuple[LabeledBoxes, NDArray[np.int64]]:
-    """The rows that count, with common numbers of key frames, and their places."""
+    """Returns the rows to evaluate, with key frames numbered by `numbers`, and their row indices in the table."""
     frames = np.array([numbers[frame] for frame in table.key_frames], np.int64)[table.frames]
-    places = np.flatnonzero(kept[frames] & (table.actions > 0)) if len(table) else np.zeros(0, np.int64)
-    return LabeledBoxes(frames[places], table.boxes[places], table.actions[places]), places
+    rows = np.flatnonzero(included[frames] & (table.actions > 0)) if len(table) else np.zeros(0, np.int64)
+    return LabeledBoxes(frames[rows], table.boxes[rows], table.actions[rows]), rows
 
 
 def evaluate_files(
@@ -96,31 +97,33 @@ def evaluate_files(
     label_map: str | Path | None,
     exclusions: str | Path | None = None,
 ) -> tuple[dict[str, Any], DetectionScores]:
-    """Measures a file of detections.
+    """Evaluates a csv file of detections.
 
     Args:
-        detections, groundtruth: see `x3d_tf.data.datasets.ava.read_boxes`.
-        label_map: the actions to measure; the 60 that AVA's evaluation takes unless given.
-        exclusions: key frames that do not count.
+        detections: csv file of detections; see `x3d_tf.data.datasets.ava.read_boxes`.
+        groundtruth: csv file of annotated boxes, in the same format.
+        label_map: file of the actions to evaluate. Defaults to the 60 actions of AVA's evaluation.
+        exclusions: csv file of key frames to ignore.
 
     Returns:
-        What was measured, for results.json, and the scores.
+        The settings for results.json, and the scores.
 
     Raises:
-        UserError: a file that cannot be read, or what is wrong with one of its lines.
+        UserError: a file cannot be read, or a line is invalid; the files have no key frames in common.
     """
     actions = evaluated_actions() if label_map is None else read_label_map(label_map)
     truth = read_boxes(groundtruth, "ground truth", actions)
     found = read_boxes(detections, "detections", actions)
     excluded = read_exclusions(exclusions) if exclusions else set()
     shared = set(truth.key_frames) - excluded
-    require(bool(shared), str(groundtruth), "have boxes of these actions on key frames that are not excluded", "none")
-    named = "; ".join(f"{frame.video} at {frame.second}" for frame in found.key_frames[:3])
-    common = not len(found) or bool(shared & set(found.key_frames))
-    require(common, str(detections), f"have key frames of {groundtruth}", named)
+    rule = "have boxes of the evaluated actions on key frames that are not excluded"
+    require(bool(shared), str(groundtruth), rule)
+    examples = "; ".join(f"{frame.video} at {frame.second}" for frame in found.key_frames[:3])
+    overlapping = not len(found) or bool(shared & set(found.key_frames))
+    require(overlapping, str(detections), f"have detections on key frames of {groundtruth}", examples)
     videos = {frame.video for frame in (*truth.key_frames, *found.key_frames)}
     matched = not exclusions or any(frame.video in videos for frame in excluded)
-    require(matched, str(exclusions), f"have key frames of the videos of {groundtruth}", f"{len(excluded)} of others")
+    require(matched, str(exclusions), f"have key frames of videos in {groundtruth}")
     settings = {
         "detections": str(detections),
         "groundtruth": str(groundtruth),
@@ -133,13 +136,13 @@ def evaluate_files(
 def write_detection_report(
     folder: Path, settings: Mapping[str, Any], scores: DetectionScores, found: BoxTable | None = None
 ) -> Report:
-    """Writes results.json, per_class.csv and per_class.png; a folder that has results.json has the rest of it.
+    """Writes per_class.csv, per_class.png and, last, results.json, which marks the report as complete.
 
     Args:
-        folder: made if absent; a report that is there is replaced.
-        settings: what was measured and how, for results.json.
-        scores: what came out.
-        found: the detections, to be written beside it.
+        folder: folder of the report, created if it does not exist. An existing report is replaced.
+        settings: the settings of the evaluation, for results.json.
+        scores: the scores to report.
+        found: the detections, to be written to detections.csv.
     """
     results = {
         **settings,
@@ -152,10 +155,10 @@ def write_detection_report(
         "boxes_left_out": scores.left_out,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the rest is of this test
+    (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the report is complete
     if found is not None:
         write_detections(folder / "detections.csv", found)
-    write_csv(folder / "per_class.csv", _rows(scores))
+    write_csv(folder / "per_class.csv", _class_rows(scores))
     names = list(scores.actions.values())
     title = f"frame mAP at IoU {IOU:g}: {scores.mean:.1%}"
     plots.save_precisions(scores.precisions, scores.positives, names, folder / "per_class.png", title)
@@ -163,26 +166,26 @@ def write_detection_report(
     return Report(folder, results)
 
 
-def _rows(scores: DetectionScores) -> Iterable[Sequence[Any]]:
+def _class_rows(scores: DetectionScores) -> Iterable[Sequence[Any]]:
     yield ["action_id", "action", "positives", "average_precision"]
-    for (number, name), held, precision in zip(scores.actions.items(), scores.positives, scores.precisions):
-        yield [number, name, held, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]
+    for (number, name), positives, precision in zip(scores.actions.items(), scores.positives, scores.precisions):
+        yield [number, name, positives, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]
 
 
 def summary(scores: DetectionScores, worst_and_best: int = 3) -> list[str]:
-    """Lines for people."""
+    """Returns the lines to print: frame mAP, ignored detections, and the best and the worst actions."""
     present = int((scores.positives > 0).sum())
     lines = [
         f"frame mAP at IoU {IOU:g}: {scores.mean:.4%} over {counted(present, 'action')} on "
         f"{counted(scores.key_frames, 'key frame')}, {counted(scores.boxes, 'detection')}"
     ]
     if scores.left_out:
-        why = "without width or height, excluded, or of other actions"
-        lines.append(f"not counted: {counted(scores.left_out, 'detection')}, {why}")
+        reason = "without width or height, excluded, or of other actions"
+        lines.append(f"ignored: {counted(scores.left_out, 'detection')} ({reason})")
     if missing := len(scores.actions) - present:
-        lines.append(f"not counted: {counted(missing, 'action')} of the label map, absent from the ground truth")
-    ranked = [place for place in np.argsort(-scores.precisions, kind="stable") if scores.positives[place]]
+        lines.append(f"ignored: {counted(missing, 'action')} of the label map without boxes in the ground truth")
+    ranked = [index for index in np.argsort(-scores.precisions, kind="stable") if scores.positives[index]]
     if len(ranked) > 2 * worst_and_best:
         ranked = ranked[:worst_and_best] + ranked[-worst_and_best:]
     names = list(scores.actions.values())
-    return [*lines, *(f"  {scores.precisions[place]:7.2%}  {names[place]}" for place in ranked)]
+    return [*lines, *(f"  {scores.precisions[index]:7.2%}  {names[index]}" for index in ranked)]

@@ -1,4 +1,4 @@
-"""How a network is tested, and where the report of that goes. Imports no TensorFlow."""
+"""Evaluation settings, and the default folders of reports. Imports no TensorFlow."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,21 +19,21 @@ HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How to test. None stands for what the run, or else the network, does by itself.
+    """Evaluation settings. None means: as in the run, or as stored in the model file.
 
     Attributes:
         records: folder of the records. Their classes must be among the model's.
-        split: its part.
-        temporal_views: clips of a video, K.
-        spatial_crops: 1 is K-Center testing: the short side scaled to 128γs pixels, a centre crop of 112γs. 3 is
-            K-LeftCenterRight: the same scale, three crops of 128γs along the longer side.
-        clip_starts: how the clips are spread over a video; see `clips.view_starts`.
-        frame_sampling: which frames a clip takes; see `clips.frame_indices`.
-        head_pool: what the head does with crops larger than the training crop; see `ModelOptions.head_pool`. Makes a
-            difference with three crops only.
+        split: name of the split to evaluate.
+        temporal_views: number of clips per video, K.
+        spatial_crops: 1 for K-Center evaluation (short side resized to 128γs pixels, one centre crop of 112γs) or 3 for
+            K-LeftCenterRight (same resize, three crops of 128γs along the longer side).
+        clip_starts: the positions of the clips in a video; see `sampling.view_starts`.
+        frame_sampling: the choice of the frames of a clip; see `sampling.frame_indices`.
+        head_pool: pooling of crops larger than the training crop; see `ModelOptions.head_pool`. Only has an effect with
+            three crops.
 
     Raises:
-        SettingTypeError, UserError: naming the setting, the rule and the value received.
+        SettingTypeError, UserError: a setting is invalid; names the setting, the rule and the value received.
     """
 
     records: str | None = None
@@ -46,16 +46,17 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        require(self.spatial_crops in (1, 3), "Procedure.spatial_crops", "be 1 or 3", self.spatial_crops)
+        require(self.spatial_crops in (1, 3), "EvalConfig.spatial_crops", "be 1 or 3", self.spatial_crops)
         for name in ("records", "split"):
-            require(getattr(self, name) != "", f"Procedure.{name}", "not be empty", getattr(self, name))
+            require(getattr(self, name) != "", f"EvalConfig.{name}", "not be empty", getattr(self, name))
         at_least_one = self.temporal_views is None or self.temporal_views >= 1
-        require(at_least_one, "Procedure.temporal_views", "be at least 1", self.temporal_views)
+        require(at_least_one, "EvalConfig.temporal_views", "be at least 1", self.temporal_views)
 
-    def views_of(self, model: "X3D", temporal_views: int) -> ViewSpec:
-        """The views of each video; `temporal_views` is what None stands for."""
+    def views_for(self, model: "X3D", temporal_views: int) -> ViewSpec:
+        """Returns the views of each video; `temporal_views` is used if the setting is None."""
         distinct = self.spatial_crops == 1 or not model.stretch
-        require(distinct, "crops", "be 1 for a network of stretched frames, which are square", self.spatial_crops)
+        rule = "be 1 for a network trained on stretched frames, because square frames have a single crop"
+        require(distinct, "EvalConfig.spatial_crops", rule, self.spatial_crops)
         test_size = model.expansion.test_size
         return ViewSpec(
             temporal_views=self.temporal_views or temporal_views,
@@ -66,14 +67,14 @@ class EvalConfig:
         )
 
     def dataset_of(self, config: TrainConfig) -> DatasetSpec:
-        """The records of a run, or those that are asked for instead."""
+        """Returns the dataset to evaluate: that of the run, with `records` and `split` replaced if set."""
         dataset = replace(config.dataset, eval_split=self.split or config.dataset.eval_split)
         if self.records is None:
             return dataset
         return replace(dataset, name="records", records=self.records, train_split=dataset.eval_split)
 
     def suffix(self, config: TrainConfig) -> str:
-        """What tells a report of this procedure from the one of the run's own, as part of a folder's name."""
+        """Returns the suffix of the report's folder name for settings that differ from the run's."""
         parts = [
             f"_{self.clip_starts}_starts" if self.clip_starts != "offset" else "",
             f"_{self.frame_sampling}_frames"
@@ -84,22 +85,22 @@ class EvalConfig:
         return "".join(parts)
 
 
-def folder_of(run: RunFolder, procedure: EvalConfig, temporal_views: int | str | None = None) -> Path:
-    """Where the report of a procedure goes by itself; `temporal_views` takes the place of its number of clips."""
+def folder_of(run: RunFolder, eval_config: EvalConfig, temporal_views: int | str | None = None) -> Path:
+    """Returns the default report folder for evaluation settings; `temporal_views` overrides their number of clips."""
     config = run.read_config()
-    count = temporal_views or procedure.temporal_views or config.test_views
-    crops = "center" if procedure.spatial_crops == 1 else "leftcenterright"
-    return report_folder(run, procedure.dataset_of(config), f"{count}{crops}{procedure.suffix(config)}")
+    count = temporal_views or eval_config.temporal_views or config.test_views
+    crops = "center" if eval_config.spatial_crops == 1 else "leftcenterright"
+    return report_folder(run, eval_config.dataset_of(config), f"{count}{crops}{eval_config.suffix(config)}")
 
 
 def report_folder(run: RunFolder, dataset: DatasetSpec, views: int | str) -> Path:
-    """Where the report of a test goes by itself; `views` is a number of centre clips, or says it in words."""
-    words = f"{views}center" if isinstance(views, int) else views
-    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{words}"
+    """Returns the default report folder of a dataset; `views` is the number of centre clips, or the end of the name."""
+    ending = f"{views}center" if isinstance(views, int) else views
+    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{ending}"
 
 
 def detector_report_folder(run: RunFolder) -> Path:
-    """Where the report of a detector goes by itself."""
+    """Returns the default report folder of a detector."""
     config = run.read_config()
     dataset = config.dataset
     return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{config.detection.eval_boxes}"

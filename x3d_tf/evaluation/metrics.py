@@ -1,4 +1,4 @@
-"""Metrics of classification, in numpy."""
+"""Classification metrics in NumPy."""
 
 import math
 
@@ -6,36 +6,36 @@ import numpy as np
 
 
 def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Whether the class of each sample is among the `k` highest scores; bool (samples,).
+    """Returns True for each sample whose class is among the `k` highest scores; bool (samples,).
 
-    Of equal scores the lower class comes first. With fewer than `k` classes every sample counts.
+    Of equal scores, the lower class ranks first. With `k` classes or fewer, all samples are hits.
 
     Args:
         scores: (samples, classes), finite.
         labels: (samples,), integers.
         k: at least 1.
     """
-    own = scores[np.arange(len(labels)), labels][:, None]
-    before = (scores > own).sum(axis=1)
-    earlier = np.arange(scores.shape[1])[None] < labels[:, None]
-    return before + ((scores == own) & earlier).sum(axis=1) < k
+    label_scores = scores[np.arange(len(labels)), labels][:, None]
+    higher = (scores > label_scores).sum(axis=1)
+    lower_class = np.arange(scores.shape[1])[None] < labels[:, None]
+    return higher + ((scores == label_scores) & lower_class).sum(axis=1) < k
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of the samples that `top_k_hits` counts, in [0, 1]; nan for no samples."""
+    """Returns the share of samples that are top-k hits, in [0, 1]; NaN without samples."""
     return float(np.mean(top_k_hits(scores, labels, k))) if len(labels) else float("nan")
 
 
 def wilson_interval(share: float, samples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Returns the score interval of a proportion (Wilson, 1927).
+    """Returns the Wilson score interval of a proportion (Wilson, 1927).
 
     Args:
-        share: the proportion that was measured, in [0, 1].
-        samples: independent ones, at least 1.
+        share: measured proportion, in [0, 1].
+        samples: number of independent samples, at least 1.
         z: quantile of the normal distribution; the default gives the 95 % interval.
 
     Returns:
-        Lower and upper end, in [0, 1].
+        The lower and upper bound, in [0, 1].
     """
     centre = share + z * z / (2 * samples)
     half = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
@@ -44,26 +44,26 @@ def wilson_interval(share: float, samples: int, z: float = 1.959964) -> tuple[fl
 
 
 def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """How often each class was taken for each: (true class, predicted class), int64."""
+    """Counts pairs of true and predicted class; int64 (true class, predicted class)."""
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels, predicted), 1)
     return counts
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Area under the precision-recall curve as a sum of steps, Σ (R_n - R_(n-1)) P_n, without interpolation.
+    """Computes the area under the precision-recall curve as Σ (R_n - R_(n-1)) P_n, without interpolation.
 
-    Samples of equal score are found together: one step. (As scikit-learn's `average_precision_score`.)
+    Samples with equal scores form one step, as in scikit-learn's `average_precision_score`.
 
     Args:
         scores: (samples,), finite.
         truth: (samples,), bool or 0 and 1.
 
     Returns:
-        In (0, 1]; nan where no sample is positive, for which there is no recall.
+        A value in (0, 1]; NaN without positive samples, because recall is undefined.
     """
     order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # of the runs of equal scores
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # last index of each score
     found = np.cumsum(truth[order].astype(np.float64))[ends] if len(order) else np.zeros(1)
     if not found[-1]:
         return float("nan")
@@ -72,12 +72,17 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """`average_precision` of each class, (samples, classes) -> float64 (classes,); nan where none is positive."""
+    """Computes the average precision of each class: (samples, classes) -> float64 (classes,); NaN without positives."""
     return np.array([average_precision(scores[:, number], truth[:, number]) for number in range(scores.shape[1])])
 
 
 def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of `average_precision` over the classes that have positives (samples, classes); nan if none has."""
-    each = average_precisions(scores, truth)
-    measured = each[~np.isnan(each)]
-    return float(measured.mean()) if len(measured) else float("nan")
+    """Computes the mean average precision over the classes that have positives; NaN if none has.
+
+    Args:
+        scores: (samples, classes), finite.
+        truth: (samples, classes), bool or 0 and 1.
+    """
+    precisions = average_precisions(scores, truth)
+    defined = precisions[~np.isnan(precisions)]
+    return float(defined.mean()) if len(defined) else float("nan")

@@ -1,4 +1,4 @@
-"""Multi-view prediction: each video's probabilities are the mean over clips spread across it (paper, section 4)."""
+"""Multi-view prediction: averages the probabilities of several clips per video (paper, section 4)."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from x3d_tf.parallel import optimize_for_device
 from x3d_tf.terminal import progress_bar
 from x3d_tf.types import ClipStarts, ViewSpec
 
-CLIPS_A_CALL = 8  # of the network
+CLIPS_A_CALL = 8  # batch size of the network
 
 
 def predict_split(
@@ -29,24 +29,23 @@ def predict_split(
     frame_sampling: FrameSampling = "slowfast",
     progress: bool = True,
 ) -> np.ndarray:
-    """Class probabilities of each video, averaged over its views in float32.
+    """Computes the class probabilities of each video, averaged over its views in float32.
 
     Args:
-        model: logits out. Its `task` decides what becomes of them: probabilities that add up to one (softmax,
-            "single_label"), or one for each class by itself (sigmoid, "multi_label").
-        manifest: of the records.
-        split: which part.
-        views: which clips and crops.
-        clip_starts: how the clips are spread over a video; see `clips.view_starts`.
-        frame_sampling: which frames a clip takes; see `clips.frame_indices`.
-        progress: whether a bar on stderr tells how far it is.
+        model: a network that returns logits. Its `task` selects softmax ("single_label") or sigmoid ("multi_label").
+        manifest: the manifest of the records.
+        split: name of the split.
+        views: the clips and crops of each video.
+        clip_starts: the positions of the clips in a video; see `sampling.view_starts`.
+        frame_sampling: the choice of the frames of a clip; see `sampling.frame_indices`.
+        progress: whether to show a progress bar on stderr.
 
     Returns:
-        (videos, classes), float32 in [0, 1], in the order of the manifest.
+        float32 (videos, classes) in [0, 1], in the order of the manifest.
 
     Raises:
-        UserError: a setting out of range; no such split; records that are missing or damaged; probabilities that are
-            not numbers.
+        UserError: a setting is out of range, the split does not exist, the records are missing or damaged, or the
+            probabilities are not finite.
     """
     network = probabilities_of(model, views.crop)
     records = manifest.split(split).records
@@ -63,8 +62,8 @@ def predict_split(
             if not finite.all():
                 first = records[int(video[int(finite.argmin())])].media_id
                 raise UserError(
-                    f"the network gives probabilities that are not numbers for {first} of {manifest.folder}: its "
-                    "weights are not numbers either, or too large"
+                    f"the network's probabilities for {first} of {manifest.folder} must be finite: its weights are "
+                    "NaN, infinite or too large"
                 )
             np.add.at(sums, video.numpy(), probabilities)
             bar.update(len(probabilities))
@@ -72,19 +71,19 @@ def predict_split(
 
 
 def probabilities_of(model: X3D, crop: int) -> Callable[[Any], Any]:
-    """The compiled function from clips to probabilities, whatever precision the network computes in.
+    """Returns a compiled function from clips to float32 probabilities, for any precision of the network.
 
     Args:
-        model: logits out; its `task` chooses softmax or sigmoid.
-        crop: pixels, both sides of the clips.
+        model: a network that returns logits. Its `task` selects softmax or sigmoid.
+        crop: height and width of the clips in pixels.
 
     Returns:
-        The function from float32 (N, T, crop, crop, 3), RGB in 0..255, to float32 (N, classes), of any N.
+        The function from float32 (N, T, crop, crop, 3), RGB in 0..255, to float32 (N, classes), for any N.
     """
     return _compiled(model, tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax, crop)
 
 
-@functools.lru_cache(maxsize=1)  # tests of one network follow each other, and its compilation takes seconds
+@functools.lru_cache(maxsize=1)  # compilation takes seconds, and one network is often evaluated several times
 def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Callable[[Any], Any]:
     network = optimize_for_device(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32)))
     return tf.function(network, input_signature=[tf.TensorSpec((None, model.clip.frames, crop, crop, 3), tf.float32)])
@@ -93,12 +92,12 @@ def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Callab
 def _clips(
     manifest: Manifest, split: str, model: X3D, views: ViewSpec, clip_starts: ClipStarts, frame_sampling: FrameSampling
 ) -> tf.data.Dataset:
-    """Batches of clips and the number of the video of each; every video is decoded once."""
+    """Returns batches of clips with the index of each clip's video. Each video is decoded once."""
 
-    def one_by_one(clips: Any, labels: Any, records: Any) -> tf.data.Dataset:
+    def split_views(clips: Any, labels: Any, records: Any) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices((clips[0], tf.repeat(records, views.views)))
 
     dataset = evaluation_dataset(
         manifest, split, model.clip, views, clip_starts=clip_starts, frame_sampling=frame_sampling
     )
-    return dataset.flat_map(one_by_one).batch(CLIPS_A_CALL).prefetch(2)
+    return dataset.flat_map(split_views).batch(CLIPS_A_CALL).prefetch(2)

@@ -1,4 +1,4 @@
-"""What the paper prints for Kinetics-400 and AVA, and what keeps a result from being held against it.
+"""Results published in the paper for Kinetics-400 and AVA, and what makes a result not comparable to them.
 
 Imports no TensorFlow.
 """
@@ -12,19 +12,19 @@ from typing import Any
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import VARIANTS
 
-_OF_THE_NETWORK = ("input", "stem_kernel", "se", "swish", "swish_before", "separable", "shortcut_norm")
+_NETWORK_OPTIONS = ("input", "stem_kernel", "se", "swish", "swish_before", "separable", "shortcut_norm")
 
 
 @dataclass(frozen=True)
 class PublishedAccuracy:
-    """One accuracy that the paper prints.
+    """A published accuracy on the validation videos of Kinetics-400.
 
     Attributes:
-        network: a variant's name.
-        views: of each video, as in reports.
-        top1: in percent, on the validation videos of Kinetics-400.
-        top5: likewise, where the paper prints it.
-        source: its place in the paper.
+        network: name of the variant.
+        views: views per video, in the format of reports.
+        top1: top-1 accuracy in percent.
+        top5: top-5 accuracy in percent; None if the paper does not state it.
+        source: table or section of the paper.
     """
 
     network: str
@@ -52,14 +52,14 @@ ACCURACIES = (
 
 @dataclass(frozen=True)
 class PublishedPrecision:
-    """A frame mAP of action detection that the paper prints in its Table 8.
+    """A published frame mAP of action detection (paper, Table 8).
 
     Attributes:
-        network: a variant's name.
-        version: of AVA.
-        map: in percent, on the validation videos, with one centre crop.
-        gmacs: of a clip, as the paper prints them: those of the network for Kinetics.
-        pretrained: the data whose weights training began with.
+        network: name of the variant.
+        version: version of AVA.
+        map: frame mAP in percent on the validation videos, with one centre crop.
+        gmacs: GMACs per clip as published, which are those of the network for Kinetics.
+        pretrained: the dataset used for pre-training.
     """
 
     network: str
@@ -77,15 +77,15 @@ PRECISIONS = (
 
 
 def published_for(results: Mapping[str, Any]) -> PublishedAccuracy | PublishedPrecision | None:
-    """What the paper prints of a report's network.
+    """Returns the published result for the network of a report.
 
     Args:
-        results: the content of a results.json.
+        results: the content of results.json.
 
     Returns:
-        Of action detection the precision on the report's version of AVA if it prints one, else on the newest. Of whole
-        videos the accuracy with the report's views if it prints one, else with its usual ones. None where the paper has
-        no such figure.
+        For detection, the mAP on the report's version of AVA if published, else on the newest version. For
+        classification, the accuracy with the report's views if published, else with 10-Center. None if the paper has no
+        result for the network.
     """
     network = results["network"]
     if "eval_boxes" in results:
@@ -96,14 +96,14 @@ def published_for(results: Mapping[str, Any]) -> PublishedAccuracy | PublishedPr
 
 
 def differences(results: Mapping[str, Any], published: PublishedAccuracy | PublishedPrecision) -> list[str]:
-    """What a report did otherwise than the paper, in words; a report with none may be held against it.
+    """Returns descriptions of how an evaluation differs from the paper's; none if the results are comparable.
 
     Args:
-        results: the content of a results.json.
-        published: of the same network.
+        results: the content of results.json.
+        published: the published result of the same network.
     """
     if isinstance(published, PublishedPrecision):
-        return _differences_of_detection(results, published)
+        return _detection_differences(results, published)
     expansion = VARIANTS[published.network].expansion
     size = expansion.clip.size if published.views.endswith("-Center") else expansion.test_size
     changed = _changed_options(results)
@@ -120,7 +120,7 @@ def differences(results: Mapping[str, Any], published: PublishedAccuracy | Publi
     return [name for name, holds in found.items() if holds]
 
 
-def _differences_of_detection(results: Mapping[str, Any], published: PublishedPrecision) -> list[str]:
+def _detection_differences(results: Mapping[str, Any], published: PublishedPrecision) -> list[str]:
     size = VARIANTS[published.network].expansion.test_size
     changed = _changed_options(results) + (["head"] if results.get("head") != "full" else [])
     ava = ava_version(results) == published.version
@@ -138,16 +138,16 @@ def _differences_of_detection(results: Mapping[str, Any], published: PublishedPr
 
 
 def ava_version(results: Mapping[str, Any]) -> str | None:
-    """The version of AVA that the records call themselves, "2.1" or "2.2", by the name of their folder.
+    """Returns the version of AVA in the name of the records folder, "2.1" or "2.2".
 
-    None where that names none, or where the actions that were measured are not AVA's 60.
+    Returns None if the name has no version, or if the evaluated actions are not AVA's 60.
     """
     name = re.fullmatch(r"ava[^0-9]*(2)[^0-9]?([12])([^0-9].*)?", Path(results["records"]).name.lower())
     return f"{name[1]}.{name[2]}" if name and results["classes"] == 60 else None
 
 
 def is_kinetics400(results: Mapping[str, Any]) -> bool:
-    """Whether the records call themselves Kinetics-400, by the name of their folder, and have its 400 classes."""
+    """Returns True if the records folder is named after Kinetics-400 and the records have 400 classes."""
     name = re.sub(r"[^a-z0-9]", "", Path(results["records"]).name.lower())
     return results["classes"] == 400 and name.startswith(("kinetics400", "k400"))
 
@@ -155,4 +155,4 @@ def is_kinetics400(results: Mapping[str, Any]) -> bool:
 def _changed_options(results: Mapping[str, Any]) -> list[str]:
     used = results["options"] if isinstance(results.get("options"), Mapping) else results
     default = ModelOptions()
-    return [name for name in _OF_THE_NETWORK if used.get(name, getattr(default, name)) != getattr(default, name)]
+    return [name for name in _NETWORK_OPTIONS if used.get(name, getattr(default, name)) != getattr(default, name)]

@@ -1,4 +1,4 @@
-"""The report of a test: a folder with results.json, tables for people and, of single labels, a confusion matrix.
+"""Evaluation reports: a folder with results.json, csv tables and, for single-label tasks, a confusion matrix.
 
 Imports no TensorFlow.
 """
@@ -27,18 +27,18 @@ from x3d_tf.locks import locked
 from x3d_tf.types import Task
 
 RESULTS_NAME = "results.json"
-_TEXTS = ("network", "records", "split", "views")
-_COUNTS = ("videos", "classes")
-_NUMBERS = ("gmacs_per_clip", "gmacs_per_video")
-_LARGEST = 1e15  # of a report's numbers
+_STRING_FIELDS = ("network", "records", "split", "views")
+_INTEGER_FIELDS = ("videos", "classes")
+_NUMBER_FIELDS = ("gmacs_per_clip", "gmacs_per_video")
+_LARGEST = 1e15  # largest absolute value accepted in results.json
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a test found, and the folder with the details.
+    """Results of an evaluation, and the folder of its report.
 
     Attributes:
-        folder: holds results.json, predictions.csv, per_class.csv and, of single labels, confusion.png.
+        folder: contains results.json, predictions.csv, per_class.csv and, for single-label tasks, confusion.png.
         results: the content of results.json.
     """
 
@@ -48,14 +48,14 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a network says of videos, and what is true.
+    """Predictions for videos, with the ground truth.
 
     Attributes:
-        videos: their names.
-        class_names: the network's.
+        videos: names of the videos.
+        class_names: names of the network's classes.
         probabilities: (videos, classes).
-        truth: (videos, classes), bool; exactly one class of each video where the task is "single_label".
-        task: whether a video has one class or several.
+        truth: bool (videos, classes); for "single_label", exactly one class per video.
+        task: "single_label" or "multi_label".
     """
 
     videos: tuple[str, ...]
@@ -66,14 +66,14 @@ class Predictions:
 
     @property
     def labels(self) -> np.ndarray:
-        """The class of each video, (videos,)."""
+        """The class of each video, (videos,), for single-label tasks."""
         return self.truth.argmax(axis=1)
 
     def metrics(self) -> dict[str, float]:
-        """What results.json says of them, in [0, 1].
+        """Returns the metrics for results.json, in [0, 1].
 
-        Of single labels top1, top5 and their mean, which the paper gives for test sets; of several labels map, the mean
-        of the average precision over the classes that have positives, and the number of those.
+        For single-label tasks: top1, top5 and their mean, which the paper reports for test sets. For multi-label tasks:
+        map, the mean average precision over the classes that have positives, and the number of these classes.
         """
         if self.task == "multi_label":
             positive = int(self.truth.any(axis=0).sum())
@@ -86,21 +86,21 @@ class Predictions:
 
 
 def refuse_to_replace(path: Path, overwrite: bool) -> None:
-    """Raises `UserError` where a file is there already and may not be replaced."""
+    """Raises `UserError` if a file exists and `overwrite` is False."""
     if path.is_file() and not overwrite:
         raise UserError(
-            f"{path.parent} holds a report already ({path.name}); choose another --output, or replace it with "
+            f"{path.parent} already has a report ({path.name} exists); choose another --output, or replace it with "
             "--overwrite"
         )
 
 
 @contextmanager
-def reporting(folder: Path) -> Iterator[None]:
-    """Makes the folder of a report and keeps other processes from writing to it within the block.
+def locked_report_folder(folder: Path) -> Iterator[None]:
+    """Creates a report folder and locks it against other processes for the duration of the block.
 
     Raises:
-        UserError: another process writes to it.
-        WriteError: it cannot be written.
+        UserError: another process writes to the folder.
+        WriteError: the folder cannot be written to.
     """
     with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,16 +110,16 @@ def reporting(folder: Path) -> Iterator[None]:
 
 
 def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predictions) -> Report:
-    """Writes a report; a folder that has results.json has the rest of it.
+    """Writes a report. results.json is written last, so a folder that contains it has a complete report.
 
     Args:
-        folder: made if absent; a report that is there is replaced.
-        settings: what was tested and how, for results.json.
-        predictions: what came out.
+        folder: folder of the report, created if it does not exist. An existing report is replaced.
+        settings: the settings of the evaluation, for results.json.
+        predictions: the predictions to report.
     """
     results = {**settings, **predictions.metrics()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the rest is of this test
+    (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the report is complete
     write_csv(folder / "predictions.csv", _prediction_rows(predictions))
     write_csv(folder / "per_class.csv", _class_rows(predictions))
     confusion = folder / "confusion.png"
@@ -135,47 +135,47 @@ def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predict
 
 
 def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
-    """One row a video: its name, its class or classes, and all probabilities."""
+    """Yields the header and one row per video: its name, its labels and all probabilities."""
     names = predictions.class_names
     single = predictions.task == "single_label"
     yield ["video", *(["label", "predicted"] if single else ["labels"]), *(f"p({name})" for name in names)]
     for video, row, truth in zip(predictions.videos, predictions.probabilities, predictions.truth):
-        own = ";".join(names[number] for number in np.flatnonzero(truth))
-        yield [video, own, *([names[row.argmax()]] if single else []), *(csv_files.number(p, ".6g") for p in row)]
+        labels = ";".join(names[number] for number in np.flatnonzero(truth))
+        yield [video, labels, *([names[row.argmax()]] if single else []), *(csv_files.number(p, ".6g") for p in row)]
 
 
 def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
-    """One row a class; cells that nothing was measured for are empty."""
+    """Yields the header and one row per class. Cells without a measurement are empty."""
     names, truth, probabilities = predictions.class_names, predictions.truth, predictions.probabilities
     if predictions.task == "multi_label":
         yield ["class", "positives", "average_precision"]
-        for name, held, precision in zip(names, truth.sum(axis=0), average_precisions(probabilities, truth)):
-            yield [name, held, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]
+        for name, positives, precision in zip(names, truth.sum(axis=0), average_precisions(probabilities, truth)):
+            yield [name, positives, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]
         return
     labels = predictions.labels
     hits = {k: top_k_hits(probabilities, labels, k) for k in (1, 5)}
-    wrong = confusion_matrix(probabilities.argmax(axis=1), labels, len(names))
-    np.fill_diagonal(wrong, 0)
+    errors = confusion_matrix(probabilities.argmax(axis=1), labels, len(names))
+    np.fill_diagonal(errors, 0)
     yield ["class", "videos", "top1", "top5", "most_confused_with", "times"]
     for number, name in enumerate(names):
-        own = labels == number
-        shares = [csv_files.number(hits[k][own].mean(), ".6g") if own.any() else "" for k in (1, 5)]
-        other = int(wrong[number].argmax())
-        times = int(wrong[number, other])
-        yield [name, int(own.sum()), *shares, names[other] if times else "", times or ""]
+        in_class = labels == number
+        shares = [csv_files.number(hits[k][in_class].mean(), ".6g") if in_class.any() else "" for k in (1, 5)]
+        other = int(errors[number].argmax())
+        times = int(errors[number, other])
+        yield [name, int(in_class.sum()), *shares, names[other] if times else "", times or ""]
 
 
 def read_report(folder: Path) -> Report:
-    """Reads a report's results.json as untrusted input: every entry that a table needs is checked.
+    """Reads a report. results.json is treated as untrusted: every field that a table needs is checked.
 
     Raises:
-        UserError: there is none, or it is damaged: names the file, the entry, the rule and the value received.
+        UserError: results.json does not exist or is damaged; names the file, the field, the rule and the value.
     """
     return Report(folder, read_results(folder / RESULTS_NAME))
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The content of a results.json, or of another file of the same content.
+    """Reads and checks results.json, or another file of the same format.
 
     Raises:
         UserError: see `read_report`.
@@ -187,24 +187,26 @@ def read_results(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged, it is not JSON: {error}. Make it again with --overwrite") from error
+        raise UserError(f"{path} is not valid JSON: {error}. Repeat the evaluation with --overwrite") from error
 
-    def check(name: str, rule: str, holds: bool) -> None:
-        if not holds:
+    def check(name: str, rule: str, condition: bool) -> None:
+        if not condition:
             value = results.get(name) if isinstance(results, dict) else results
-            raise UserError(f"{path} is damaged: {name} must {rule}, got {value!r}. Make it anew with --overwrite")
+            raise UserError(
+                f"{path} is damaged: {name} must {rule}, got {value!r}. Repeat the evaluation with --overwrite"
+            )
 
-    check("the file", "hold a JSON object", isinstance(results, dict))
+    check("the file", "contain a JSON object", isinstance(results, dict))
     if "detections" in results:
-        raise UserError(f"{path} is of a csv file of detections: it tells of no network to compare")
-    for name in _TEXTS:
-        check(name, "be text", isinstance(results.get(name), str))
-    for name in _COUNTS:
-        check(name, "be a whole number", type(results.get(name)) is int and _is_number(results[name]))
-    for name in _NUMBERS:
+        raise UserError(f"{path} must be the report of a network, not of a csv file of detections")
+    for name in _STRING_FIELDS:
+        check(name, "be a string", isinstance(results.get(name), str))
+    for name in _INTEGER_FIELDS:
+        check(name, "be an integer", type(results.get(name)) is int and _is_number(results[name]))
+    for name in _NUMBER_FIELDS:
         check(name, "be a number", _is_number(results.get(name)))
     clips = results["gmacs_per_video"] / (results["gmacs_per_clip"] or math.inf)
-    check("gmacs_per_video", "be that of 0 to 1,000,000 clips", 0 <= clips <= 1e6)
+    check("gmacs_per_video", "be gmacs_per_clip times 0 to 1,000,000 clips", 0 <= clips <= 1e6)
     check("params", "be a number", _is_number(results.get("params", 0)))
     for name in ("map",) if "map" in results else ("top1", "top5"):
         check(name, "be in [0, 1]", _is_number(results.get(name)) and 0 <= results[name] <= 1)
@@ -215,19 +217,19 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
-def other_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Names of those of `settings` that a report had otherwise; ones that it does not mention do not count."""
-    told = {name for name in settings if name in results} - {"weights"}  # the same file may have several paths
-    if "records_sha256" in told:
-        told.discard("records")
-    return sorted(name for name in told if results[name] != settings[name])
+def differing_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the settings whose values differ from those in a report. Ignores settings it lacks."""
+    compared = {name for name in settings if name in results} - {"weights"}  # the same file may have several paths
+    if "records_sha256" in compared:
+        compared.discard("records")
+    return sorted(name for name in compared if results[name] != settings[name])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
+    """Writes a JSON object atomically."""
     atomic_write(path, json.dumps(content, indent=1).encode())
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a csv atomically; `csv_files` guards text that a spreadsheet would take for a formula."""
+    """Writes a csv file atomically, with text that a spreadsheet would run as a formula escaped."""
     atomic_write(path, csv_files.encoded(rows))

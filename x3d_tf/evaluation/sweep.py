@@ -1,4 +1,4 @@
-"""Accuracy over the number of clips of a video, K, and so over its cost (paper, Figure 3)."""
+"""Accuracy as a function of the number of clips per video, K, and therefore of the cost (paper, Figure 3)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from x3d_tf.evaluation.eval_config import EvalConfig, folder_of
 from x3d_tf.evaluation.reports import (
     RESULTS_NAME,
     Report,
-    other_settings,
+    differing_settings,
     read_report,
     write_csv,
 )
@@ -26,78 +26,78 @@ CLIPS = (1, 3, 5, 7, 10)
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found.
+    """Result of a sweep.
 
     Attributes:
-        folder: holds sweep.csv and sweep.png.
-        reports: one for each of `CLIPS`.
+        folder: contains sweep.csv and sweep.png.
+        reports: one report for each number of clips in `CLIPS`.
     """
 
     folder: Path
     reports: tuple[Report, ...]
 
 
-def sweep_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **procedure: Any) -> Sweep:
-    """Tests the model of a finished run with 1, 3, 5, 7 and 10 clips of each video.
+def sweep_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **settings: Any) -> Sweep:
+    """Evaluates the model of a finished run with 1, 3, 5, 7 and 10 clips per video.
 
-    Each number of clips is a test of its own, for clips start elsewhere, and leaves the report that `evaluate_run`
-    leaves. Reports that are there are taken as they are, so that a sweep which was stopped goes on where it was.
+    The clips start at other times for each number of clips, so each is a separate evaluation with the same report as
+    that of `evaluate_run`. Existing reports are reused, so that an interrupted sweep can be resumed.
 
     Args:
-        run: the run.
-        output: folder of all the reports and of sweep.csv and sweep.png; the places within the run folder unless given.
-        overwrite: whether all tests are made anew.
-        **procedure: the fields of `EvalConfig` but temporal_views.
+        run: the run folder.
+        output: folder of the reports, sweep.csv and sweep.png. Defaults to folders in the run folder.
+        overwrite: whether to repeat evaluations that have a report.
+        **settings: the fields of `EvalConfig` except temporal_views.
 
     Raises:
-        UserError: as `evaluate_run`; a report of another test is where one of these should go.
+        UserError: as `evaluate_run`; a report folder has a report with other settings.
     """
-    asked = _without_views(procedure)
-    folders = {k: Path(output) / f"{k}clips" if output else folder_of(run, asked, k) for k in CLIPS}
-    folder = Path(output) if output else folder_of(run, asked, "sweep_")
-    return _sweep(
-        evaluation_of_run(run, asked, load_classifier(run.root), weights_of(run.root)), folder, folders, overwrite
-    )
+    eval_config = _without_views(settings)
+    folders = {k: Path(output) / f"{k}clips" if output else folder_of(run, eval_config, k) for k in CLIPS}
+    folder = Path(output) if output else folder_of(run, eval_config, "sweep_")
+    evaluation = evaluation_of_run(run, eval_config, load_classifier(run.root), weights_of(run.root))
+    return _sweep(evaluation, folder, folders, overwrite)
 
 
-def sweep_file(file: str | Path, *, output: str, overwrite: bool = False, **procedure: Any) -> Sweep:
-    """As `sweep_run` for a `.keras` file; the procedure has to name records and split."""
-    measurement = evaluation_of_file(Path(file), _without_views(procedure))
-    return _sweep(measurement, Path(output), {k: Path(output) / f"{k}clips" for k in CLIPS}, overwrite)
+def sweep_file(file: str | Path, *, output: str, overwrite: bool = False, **settings: Any) -> Sweep:
+    """Evaluates a `.keras` file as `sweep_run` does a run. Requires `records` and `split`."""
+    evaluation = evaluation_of_file(Path(file), _without_views(settings))
+    return _sweep(evaluation, Path(output), {k: Path(output) / f"{k}clips" for k in CLIPS}, overwrite)
 
 
-def _without_views(procedure: dict[str, Any]) -> EvalConfig:
-    asked = EvalConfig(**procedure)
-    require(
-        asked.temporal_views is None, "temporal_views", f"not be given: a sweep takes {CLIPS}", asked.temporal_views
-    )
-    return replace(asked, temporal_views=1)
+def _without_views(settings: dict[str, Any]) -> EvalConfig:
+    eval_config = EvalConfig(**settings)
+    views = eval_config.temporal_views
+    require(views is None, "temporal_views", f"not be set: a sweep uses {CLIPS} clips", views)
+    return replace(eval_config, temporal_views=1)
 
 
-def _sweep(measurement: Evaluation, folder: Path, folders: dict[int, Path], overwrite: bool) -> Sweep:
-    measurements = {k: measurement.with_views(k) for k in CLIPS}
-    there = {} if overwrite else {k: _finished(measurements[k], folders[k]) for k in CLIPS}  # all, before hours of work
+def _sweep(evaluation: Evaluation, folder: Path, folders: dict[int, Path], overwrite: bool) -> Sweep:
+    evaluations = {k: evaluation.with_views(k) for k in CLIPS}
+    # all read first: a report with other settings should be found before hours of work
+    existing = {} if overwrite else {k: _existing_report(evaluations[k], folders[k]) for k in CLIPS}
     reports = []
     for k in CLIPS:
-        report = there.get(k)
-        print(f"{'already there' if report else 'testing with'}: {counted(k, 'clip')} of each video", flush=True)
-        reports.append(report or measurements[k].report(folders[k]))
+        report = existing.get(k)
+        action = "reusing the report of" if report else "evaluating"
+        print(f"{action} {counted(k, 'clip')} per video", flush=True)
+        reports.append(report or evaluations[k].report(folders[k]))
         print(describe(reports[-1]).partition("\n")[0], flush=True)
     sweep = Sweep(folder, tuple(reports))
     _write(sweep)
     return sweep
 
 
-def _finished(measurement: Evaluation, folder: Path) -> Report | None:
-    """The report of the same test, if there is one."""
+def _existing_report(evaluation: Evaluation, folder: Path) -> Report | None:
+    """Returns the report in a folder if one exists. Raises `UserError` if its settings differ."""
     if not (folder / RESULTS_NAME).is_file():
         return None
     report = read_report(folder)
-    other = other_settings(report.results, measurement.settings())
-    if other:
+    differing = differing_settings(report.results, evaluation.settings())
+    if differing:
         raise UserError(
-            f"{folder} holds the report of another test (other {', '.join(other)}); choose another --output, or make "
-            "all anew with --overwrite"
+            f"{folder} has a report with other settings ({', '.join(differing)}); choose another --output, or repeat "
+            "all evaluations with --overwrite"
         )
     return report
 

@@ -1,4 +1,4 @@
-"""Tests the checkpoints of a run that trains elsewhere, as they come."""
+"""Evaluates the new checkpoints of a run while another process trains it."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.classification import evaluation_of_run
 from x3d_tf.evaluation.eval_config import EvalConfig, folder_of
-from x3d_tf.evaluation.reports import other_settings, read_results, reporting, write_csv, write_json
+from x3d_tf.evaluation.reports import differing_settings, locked_report_folder, read_results, write_csv, write_json
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs import checkpoints
 from x3d_tf.runs.event_files import EventFile
@@ -21,69 +21,72 @@ _METRICS = ("top1", "top5", "map")
 
 
 def watch_run(
-    run: RunFolder, *, poll_seconds: float = 30.0, overwrite: bool = False, **procedure: Any
+    run: RunFolder, *, poll_seconds: float = 30.0, overwrite: bool = False, **settings: Any
 ) -> dict[int, dict[str, Any]]:
-    """Tests every checkpoint that a run has or gets, and comes back once the run is finished.
+    """Evaluates all existing and new checkpoints of a run, and returns once the run is finished.
 
-    Each leaves STEP.json, with the content of a results.json and the step, in `evaluation/RECORDS_SPLIT_Kcenter_steps`
-    of the run folder, a row in steps.csv there, and a point of `eval/top1` (or `eval/map`) in TensorBoard. Steps that
-    have theirs are not tested again. A run keeps its newest checkpoints only: ones that it deletes before their turn
-    are passed over.
+    Each evaluation writes STEP.json, with the content of results.json and the step, to
+    `evaluation/RECORDS_SPLIT_Kcenter_steps` in the run folder, a row to steps.csv in that folder, and `eval/top1` (or
+    `eval/map`) to TensorBoard. Steps that already have results are skipped. A run keeps only its newest checkpoints;
+    those deleted before they could be evaluated are skipped.
 
     Args:
-        run: the run; it may have no checkpoint yet.
-        poll_seconds: between two looks for new checkpoints.
-        overwrite: whether the results of an earlier watch are deleted first.
-        **procedure: the fields of `EvalConfig`.
+        run: the run folder. It need not have a checkpoint yet.
+        poll_seconds: interval between two checks for new checkpoints, in seconds.
+        overwrite: whether to delete the results of earlier evaluations first.
+        **settings: the fields of `EvalConfig`.
 
     Returns:
         The content of each STEP.json, by step.
 
     Raises:
-        UserError: as `evaluate_run`; the folder holds steps that were tested otherwise; another process watches the
-            run with the same procedure.
+        UserError: as `evaluate_run`; the folder has steps that were evaluated with other settings; another process
+            watches the run with the same settings; the run trains a detector.
     """
     require(poll_seconds > 0, "poll_seconds", "be positive", poll_seconds)
-    asked = EvalConfig(**procedure)
+    eval_config = EvalConfig(**settings)
     if open_dataset(run.read_config().dataset).task == "detection":
-        raise UserError(f"{run.root} trains a detector, which cannot be watched: DatasetSpec.validation_split tests it")
-    own = folder_of(run, asked)
-    folder = own.with_name(f"{own.name}_steps")
-    with reporting(folder):
-        watch = _Watch(run, asked, folder, overwrite)
-        print(f"watching {run.checkpoints} until {run.model} is there; Ctrl-C stops, the same command goes on")
+        raise UserError(
+            f"{run.root} trains a detector, which --watch does not support; set DatasetSpec.validation_split to "
+            "evaluate it during training"
+        )
+    report_folder = folder_of(run, eval_config)
+    folder = report_folder.with_name(f"{report_folder.name}_steps")
+    with locked_report_folder(folder):
+        watch = _Watch(run, eval_config, folder, overwrite)
+        print(f"watching {run.checkpoints} until {run.model} exists; Ctrl-C stops, the same command resumes")
         while True:
-            finished = run.model.is_file()  # before looking for checkpoints: the last one was there first
-            watch.test_new()
+            finished = run.model.is_file()  # checked first: the last checkpoint is written before the model
+            watch.evaluate_new()
             if finished:
-                watch.tell_missed()
-                print(f"{run.root} is finished: {run.model} is there. results: {watch.folder}/")
+                watch.print_failures()
+                print(f"{run.root} is finished ({run.model} exists). results: {watch.folder}/")
                 return watch.results
             time.sleep(poll_seconds)
 
 
 class _Watch:
-    """The steps that were tested, and those that could not be."""
+    """Results of the evaluated steps, and failures of the others."""
 
-    def __init__(self, run: RunFolder, procedure: EvalConfig, folder: Path, overwrite: bool) -> None:
-        self.run, self.procedure, self.folder = run, procedure, folder
+    def __init__(self, run: RunFolder, eval_config: EvalConfig, folder: Path, overwrite: bool) -> None:
+        self.run, self.eval_config, self.folder = run, eval_config, folder
         if overwrite:
             for file in _step_files(self.folder):
                 file.unlink()
         self.results = {int(file.stem): read_results(file) for file in _step_files(self.folder)}
         self.failures: dict[int, str] = {}
-        # of its own, for TensorBoard reads one file of a folder at a time
+        # in its own folder, because TensorBoard reads one event file per folder at a time
         self.writer = EventFile(run.tensorboard / self.folder.name)
 
-    def test_new(self) -> None:
-        """Tests the checkpoints that are there and have not been tested, the oldest first: it is the next to go."""
-        passed: set[int] = set()  # one try a look: a checkpoint that is being written is whole at the next
+    def evaluate_new(self) -> None:
+        """Evaluates all checkpoints without results, the oldest first, because it is deleted first."""
+        tried: set[int] = set()  # one attempt per poll: a checkpoint still being written is complete at the next
         while True:
             steps = checkpoints.checkpoint_steps(self.run.checkpoints)
-            new = [step for step in steps if step not in self.results and step not in passed]
+            new = [step for step in steps if step not in self.results and step not in tried]
             if not new:
                 return
-            passed.add(new[0])
+            tried.add(new[0])
             tell(f"loading the checkpoint of step {new[0]}")
             try:
                 model = checkpoints.load_checkpoint(self.run, new[0])
@@ -91,39 +94,39 @@ class _Watch:
                 self.failures[new[0]] = str(error)
                 continue
             self.failures.pop(new[0], None)
-            self._test(new[0], model)
+            self._evaluate(new[0], model)
 
-    def _test(self, step: int, model: X3D) -> None:
+    def _evaluate(self, step: int, model: X3D) -> None:
         weights = {"weights": str(self.run.checkpoints / f"ckpt-{step}"), "step": step}
-        measurement = evaluation_of_run(self.run, self.procedure, model, weights)
-        settings = measurement.settings()
-        for tested, results in self.results.items():
-            other = set(other_settings(results, settings)) - {"step"}
-            if other:
+        evaluation = evaluation_of_run(self.run, self.eval_config, model, weights)
+        settings = evaluation.settings()
+        for earlier, results in self.results.items():
+            differing = set(differing_settings(results, settings)) - {"step"}
+            if differing:
                 raise UserError(
-                    f"{_path(self.folder, tested)} is of another test (other {', '.join(sorted(other))}); test all "
-                    "steps anew with --overwrite"
+                    f"{_path(self.folder, earlier)} was evaluated with other settings "
+                    f"({', '.join(sorted(differing))}); evaluate all steps again with --overwrite"
                 )
-        results = settings | measurement.predict().metrics()
+        results = settings | evaluation.predict().metrics()
         write_json(_path(self.folder, step), results)
         self.results[step] = results
         self._write_csv()
-        measured = {name: results[name] for name in _METRICS if name in results}
-        self.writer.add(step, {f"eval/{name}": value for name, value in measured.items()})
+        metrics = {name: results[name] for name in _METRICS if name in results}
+        self.writer.add(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.writer.flush()
-        told = [name for name in measured if name != "top5" or results["classes"] > 5]  # else it says nothing
-        words = ", ".join(f"{name} {measured[name]:.1%}" for name in told)
-        print(f"step {step}: {words} ({counted(results['videos'], 'video')}, {results['views']})", flush=True)
+        shown = [name for name in metrics if name != "top5" or results["classes"] > 5]  # always 100 % with five classes
+        text = ", ".join(f"{name} {metrics[name]:.1%}" for name in shown)
+        print(f"step {step}: {text} ({counted(results['videos'], 'video')}, {results['views']})", flush=True)
 
     def _write_csv(self) -> None:
         metrics = [name for name in _METRICS if any(name in row for row in self.results.values())]
         rows = [[step, *(row[name] for name in metrics)] for step, row in sorted(self.results.items())]
         write_csv(self.folder / "steps.csv", [["step", *metrics], *rows])
 
-    def tell_missed(self) -> None:
-        """Says which checkpoints could not be read."""
+    def print_failures(self) -> None:
+        """Prints a warning for each checkpoint that could not be read."""
         for step, reason in sorted(self.failures.items()):
-            print(f"warning: the checkpoint of step {step} was not tested: {reason}", file=sys.stderr)
+            print(f"warning: the checkpoint of step {step} was not evaluated: {reason}", file=sys.stderr)
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -1,6 +1,6 @@
-"""Advice where a configuration does not fit the records: the numbers found, the rule, and the binding that mends it.
+"""Warnings about configurations that do not fit the records, each with the gin binding that fixes it.
 
-Imports no TensorFlow at the top: commands that only read settings import this module.
+Does not import TensorFlow at module level, so that commands that only read settings start quickly.
 """
 
 import math
@@ -17,16 +17,16 @@ from x3d_tf.data.sampling import STRIDE_FPS
 from x3d_tf.modeling.expansion import BASE_SCALE
 from x3d_tf.text import binding_flag, counted
 
-FILLED = 0.8  # share of a clip that most videos must fill; gin/few_videos.gin was measured on videos that fill 0.87
-MOST_EPOCHS = 300  # the paper's recipe sees each video of Kinetics-400 256 times
-RARE = 5  # times as many videos of the most frequent class as of the rarest
+MIN_CLIP_COVERAGE = 0.8  # of the clip's duration, for most videos; gin/few_videos.gin was measured at 0.87
+MAX_EPOCHS = 300  # the paper's recipe trains for 256 epochs of Kinetics-400
+MAX_IMBALANCE = 5  # ratio of the most frequent to the rarest class
 
 
 def print_advice(manifest: Manifest, config: TrainConfig) -> None:
-    """Prints `advice` to stderr, once it has measured the frames of some records.
+    """Measures the frames of a sample of the records and prints `advice` to stderr.
 
     Raises:
-        UserError: damaged records.
+        UserError: the records are damaged.
     """
     from x3d_tf.data.input_pipeline import short_sides  # imports TensorFlow
 
@@ -35,93 +35,92 @@ def print_advice(manifest: Manifest, config: TrainConfig) -> None:
 
 
 def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int]) -> list[str]:
-    """Says where the training records do not fit the configuration.
+    """Returns warnings about training records that do not fit the configuration.
 
-    The synthetic videos of moving_shapes get none: they and the recipes for them come with the package.
+    The synthetic dataset moving_shapes is exempt: its recipes are part of the package.
 
     Args:
-        manifest: of the records, less what is held out for validation.
-        config: of the run.
-        sides: short side in pixels of the frames of some training records.
+        manifest: the manifest of the records, without those held out for validation.
+        config: the configuration of the run.
+        sides: short side in pixels of the frames of a sample of the training records.
 
     Returns:
-        Texts of one line each, which end with the binding to use.
+        Messages of one line each. They end with the suggested binding.
     """
     records = [record for record in manifest.split(config.dataset.train_split).records if record.labels]
     if config.dataset.name == "moving_shapes" or not records:
         return []
     found = [
-        _of_frames(manifest, config, sides),
-        _of_epochs(manifest, config, len(records)),
-        _of_flip(manifest, config),
+        _check_frame_size(manifest, config, sides),
+        _check_epochs(manifest, config, len(records)),
+        _check_flip(manifest, config),
     ]
-    if manifest.task != "detection":  # records of key frames are as long as a clip may be
-        found.append(_of_length(config, records))
+    if manifest.task != "detection":  # records of key frames always cover a clip
+        found.append(_check_clip_length(config, records))
     if manifest.task == "single_label":
-        found.append(_of_classes(manifest, config, records))
+        found.append(_check_class_balance(manifest, config, records))
     return [text for text in found if text]
 
 
-def _of_length(config: TrainConfig, records: Sequence[Record]) -> str | None:
-    """Of clips longer than most videos."""
+def _check_clip_length(config: TrainConfig, records: Sequence[Record]) -> str | None:
+    """Returns a warning if clips are longer than most videos, else None."""
     clip = config.expansion.clip
     span = clip.frames * clip.stride / STRIDE_FPS
     seconds = sorted(record.frames / record.fps for record in records)
     median = statistics.median(seconds)
-    if clip.frames == 1 or median >= FILLED * span:
+    if clip.frames == 1 or median >= MIN_CLIP_COVERAGE * span:
         return None
-    shorter = sum(each < span for each in seconds)
+    shorter = sum(duration < span for duration in seconds)
     text = (
-        f"a clip of this network spans {span:.2f} s, and {shorter} of the {len(seconds)} training videos are shorter "
-        f"(median {median:.2f} s, where {1 - median / span:.0%} of a clip repeats the last frame); most videos should "
-        f"fill {FILLED:.0%} of a clip. "
+        f"a clip of this network spans {span:.2f} s, but {shorter} of the {len(seconds)} training videos are shorter "
+        f"(median {median:.2f} s, so that {1 - median / span:.0%} of a clip repeats the last frame); most videos "
+        f"should cover at least {MIN_CLIP_COVERAGE:.0%} of a clip. "
     )
-    fitting = seconds[len(seconds) // 4]  # of three videos in four, or more
-    neighbours = round(STRIDE_FPS / statistics.median(record.fps for record in records) + 5e-4, 3)
-    tau = math.floor(100 * fitting * STRIDE_FPS / clip.frames) / 100
-    if tau >= neighbours:
-        return text + f"A clip that fits: {binding_flag('Expansion.gamma_tau', tau)}"
-    frames = math.floor(fitting * STRIDE_FPS / neighbours)
+    target = seconds[len(seconds) // 4]  # at least three quarters of the videos are this long
+    every_frame = round(STRIDE_FPS / statistics.median(record.fps for record in records) + 5e-4, 3)  # as gamma_tau
+    tau = math.floor(100 * target * STRIDE_FPS / clip.frames) / 100
+    if tau >= every_frame:
+        return text + f"Use shorter clips: {binding_flag('Expansion.gamma_tau', tau)}"
+    frames = math.floor(target * STRIDE_FPS / every_frame)
     if frames < 2:
-        return text + "They have too few frames for a clip of several: use longer videos"
-    bindings = f"{binding_flag('Expansion.gamma_tau', neighbours)} {binding_flag('Expansion.gamma_t', frames)}"
-    return text + f"A clip that fits, of all their frames: {bindings}"
+        return text + "The videos have too few frames for a clip of more than one: use longer videos"
+    bindings = f"{binding_flag('Expansion.gamma_tau', every_frame)} {binding_flag('Expansion.gamma_t', frames)}"
+    return text + f"Use shorter clips of consecutive frames: {bindings}"
 
 
-def _of_frames(manifest: Manifest, config: TrainConfig, sides: Sequence[int]) -> str | None:
-    """Of frames smaller than what they are scaled to."""
+def _check_frame_size(manifest: Manifest, config: TrainConfig, sides: Sequence[int]) -> str | None:
+    """Returns a warning if training upscales the stored frames, else None."""
     low, high = config.expansion.jitter
     if not sides or (side := int(statistics.median_low(sides))) >= low:
         return None
     text = (
-        f"the training frames measure {side} pixels on their short side (median of {len(sides)} records), and this "
-        f"network enlarges them to {low} to {high} before it cuts out {config.expansion.clip.size}; it should not have "
-        "to enlarge. "
+        f"the training frames have a short side of {side} pixels (median of {len(sides)} records), and this network "
+        f"upscales them to {low} to {high} pixels for its crop of {config.expansion.clip.size}, which adds no detail. "
     )
-    if side == manifest.stored.short_side:  # the videos may have been larger
-        text += f"Build the records with --short_side={high} if the videos are that large, or train a network that fits"
+    if side == manifest.stored.short_side:  # the original videos may be larger
+        text += f"Rebuild the records with --short_side={high} if the videos are that large, or use a smaller crop"
     else:
-        text += "A network that fits"
+        text += "Use a smaller crop"
     return f"{text}: {binding_flag('Expansion.gamma_s', side / BASE_SCALE[0])}"
 
 
-def _of_epochs(manifest: Manifest, config: TrainConfig, records: int) -> str | None:
-    """Of videos too few for the length of the run. Early stopping ends such a run by itself."""
+def _check_epochs(manifest: Manifest, config: TrainConfig, records: int) -> str | None:
+    """Returns a warning if the run has so many epochs that it overfits and no early stopping, else None."""
     recipe = config.recipe
     epochs = recipe.scaled_steps * recipe.batch / records
-    if recipe.patience or epochs < MOST_EPOCHS + 1:
+    if recipe.patience or epochs < MAX_EPOCHS + 1:
         return None
     things = "key frames" if manifest.task == "detection" else "videos"
-    steps = max(1, math.floor(MOST_EPOCHS * records / recipe.reference_batch))
+    steps = max(1, math.floor(MAX_EPOCHS * records / recipe.reference_batch))
     return (
-        f"{recipe.scaled_steps} steps of {recipe.batch} clips see each of the {records} training {things} "
-        f"{epochs:.0f} times, and more than {MOST_EPOCHS} times overfits. Add {things}, or train for fewer steps: "
-        f"{binding_flag('Recipe.steps', steps)}"
+        f"{recipe.scaled_steps} steps with a batch of {recipe.batch} clips are {epochs:.0f} epochs of the {records} "
+        f"training {things}, and training for more than {MAX_EPOCHS} epochs overfits. Add {things}, or reduce the "
+        f"steps: {binding_flag('Recipe.steps', steps)}"
     )
 
 
-def _of_flip(manifest: Manifest, config: TrainConfig) -> str | None:
-    """Of two classes that are mirror images by their names."""
+def _check_flip(manifest: Manifest, config: TrainConfig) -> str | None:
+    """Returns a warning if training flips clips and two class names are mirror images, else None."""
     if not config.dataset.flip:
         return None
     names = set(manifest.classes)
@@ -130,26 +129,26 @@ def _of_flip(manifest: Manifest, config: TrainConfig) -> str | None:
     if pair is None:
         return None
     return (
-        f"classes {pair[0]!r} and {pair[1]!r} differ in left and right, and training mirrors half of its clips, which "
-        "makes them the same. Train without mirroring: --gin_bindings=DatasetSpec.flip=False"
+        f"classes {pair[0]!r} and {pair[1]!r} differ in left and right, and training flips half of the clips "
+        "horizontally, which makes them indistinguishable. Disable flipping: --gin_bindings=DatasetSpec.flip=False"
     )
 
 
 def _mirrored(name: str) -> str:
-    """The name with left and right exchanged, in the case that they have."""
+    """Swaps "left" and "right" in a class name, and keeps their case."""
     other = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
     other |= {right: left for left, right in other.items()}
     return re.sub("|".join(other), lambda match: other[match.group()], name)
 
 
-def _of_classes(manifest: Manifest, config: TrainConfig, records: Sequence[Record]) -> str | None:
-    """Of a rare class."""
+def _check_class_balance(manifest: Manifest, config: TrainConfig, records: Sequence[Record]) -> str | None:
+    """Returns a warning if the classes are imbalanced and not weighted, else None."""
     counts = Counter(record.labels[0] for record in records).most_common()
     (most, many), (least, few) = counts[0], counts[-1]
-    if config.recipe.class_weights != "none" or many < RARE * few:
+    if config.recipe.class_weights != "none" or many < MAX_IMBALANCE * few:
         return None
     return (
-        f"class {manifest.classes[least]!r} has {counted(few, 'training video')} and "
-        f"{manifest.classes[most]!r} {many}; from {RARE} times as many on, the loss of the rare one hardly counts. "
-        f"Weigh all classes alike: {binding_flag('Recipe.class_weights', 'balanced')}"
+        f"class {manifest.classes[least]!r} has {counted(few, 'training video')} and class "
+        f"{manifest.classes[most]!r} has {many}; at a ratio of {MAX_IMBALANCE} or more, the rare class hardly "
+        f"contributes to the loss. Use class weights: {binding_flag('Recipe.class_weights', 'balanced')}"
     )

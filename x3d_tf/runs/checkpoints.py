@@ -1,9 +1,10 @@
-"""Checkpoints of a run: the two newest are kept, and a damaged one falls back to the one before.
+"""Training checkpoints. The two newest are kept; if the newest is damaged, the one before it is restored.
 
-A checkpoint of step N is two files, `ckpt-N.data-00000-of-00001` and `ckpt-N.index`, and exists when the second does.
-It also holds N, so that renamed files are refused.
-Which there are is read from the folder's listing alone. TensorFlow's own list, a text file `checkpoint` with paths, is
-neither written nor read: a run folder may come from somebody else, and what such a text names would be deleted.
+A checkpoint of step N consists of two files, `ckpt-N.data-00000-of-00001` and `ckpt-N.index`. It exists if the second
+one does. The step is also stored in it, so that renamed files are detected.
+
+Checkpoints are found by listing the folder. TensorFlow's own list, the text file `checkpoint`, is neither written nor
+read: in a run folder from an untrusted source, it could cause arbitrary files to be deleted.
 """
 
 import json
@@ -28,24 +29,24 @@ from x3d_tf.runs.run_folder import RunFolder, checkpoint_step
 from x3d_tf.text import counted
 
 _KEPT = 2
-_WEIGHT_BYTES = 4  # of float32
+_WEIGHT_BYTES = 4  # float32
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
-_ENDINGS = (".data-00000-of-00001", ".index")  # in the order in which they get their names
+_ENDINGS = (".data-00000-of-00001", ".index")  # in the order in which they are renamed
 _PARTIAL = ".partial-ckpt"
-# What this module leaves where it is killed, and what TensorFlow's manager left.
+# Temporary files of this module, and of TensorFlow's CheckpointManager, after a crash.
 _LEFTOVER = re.compile(r"\.partial-ckpt(\.index|\.data-[0-9]{5}-of-[0-9]{5}|_temp)|ckpt-[0-9]+_temp", re.ASCII)
 _DATA = re.compile(r"ckpt-([0-9]+)\.data-00000-of-00001", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Everything besides its step that the content of a checkpoint depends on.
+    """Identity of a run: two checkpoints of the same step are equal if their origins are.
 
     Attributes:
-        config: fingerprint of the configuration, see `TrainConfig.fingerprint`.
+        config: fingerprint of the configuration; see `TrainConfig.fingerprint`.
         records: fingerprint of the manifest.
-        clips_per_group: clips that share batch-norm statistics; 0 where batch norm is frozen.
-        groups_per_step: such groups of a step, over all devices.
+        clips_per_group: number of clips that share batch-norm statistics; 0 if batch norm is frozen.
+        groups_per_step: number of batch-norm groups per step, over all devices.
     """
 
     config: str
@@ -55,26 +56,26 @@ class Origin:
 
     @property
     def groups(self) -> str:
-        """The batch-norm groups in words."""
+        """Description of the batch-norm groups, such as "2 groups of 4 clips"."""
         if not self.clips_per_group:
             return "none"
         return f"{counted(self.groups_per_step, 'group')} of {counted(self.clips_per_group, 'clip')}"
 
 
 class Checkpoints:
-    """Everything that the next step depends on, on disk: weights, moving statistics, optimiser, random state, step.
+    """Saves and restores the complete training state: weights, statistics, optimiser, random state and step.
 
     Args:
-        run: whose they are.
-        model: built; with the class names of the run.
-        others: further variables by their role; the average of the weights is called "average".
-        origin: a checkpoint of another one is refused.
+        run: the run folder.
+        model: the network, built, with its class names set.
+        others: further variables by role, see `TrainStep.variables`. The EMA of the weights has the role "average".
+        origin: the identity of this run. Checkpoints of another origin are rejected.
     """
 
     def __init__(self, run: RunFolder, model: X3D, others: Mapping[str, list[Any]], origin: Origin) -> None:
         self.folder, self._run, self._origin = run.checkpoints, run, origin
         weights = [weight.value for weight in model.weights]
-        # By hand: Keras' own tracking leaves out the states of the seed generators.
+        # Listed explicitly, because Keras' own tracking omits the states of seed generators.
         seeds = [variable.value for variable in model.variables if "seed_generator" in variable.path]
         roles = {"weights": weights, "seeds": seeds, **others}
         description = Metadata.from_model(model, class_names=model.class_names, form="trainable")
@@ -89,12 +90,12 @@ class Checkpoints:
         self._newest: int | None = None  # intact, and written or read by this process
 
     def save(self, step: int) -> None:
-        """Writes the checkpoint of a step and deletes what it makes superfluous.
+        """Writes the checkpoint of a step and deletes older ones that are no longer needed.
 
         Raises:
-            WriteError: it cannot be written; nothing of it is left behind, and the checkpoints from before stay.
+            WriteError: the checkpoint cannot be written. Its files are removed, and earlier checkpoints are kept.
         """
-        if step == self._newest:  # the same content; to write it again would put an intact checkpoint at risk
+        if step == self._newest:  # rewriting the same content would put an intact checkpoint at risk
             return
         index = Path(f"{_prefix(self.folder, step)}.index")
         try:
@@ -103,7 +104,7 @@ class Checkpoints:
                 self._remove_leftovers()
                 self._step.assign(step)
                 partial = self._checkpoint.write(str(self.folder / _PARTIAL))
-                index.unlink(missing_ok=True)  # a damaged one of this step must not meet the new data
+                index.unlink(missing_ok=True)  # a damaged index of this step must not be paired with the new data
                 for ending in _ENDINGS:
                     _flush(Path(f"{partial}{ending}"))
                     Path(f"{partial}{ending}").replace(f"{_prefix(self.folder, step)}{ending}")
@@ -112,114 +113,116 @@ class Checkpoints:
             with suppress(OSError):
                 self._remove_leftovers()
                 self._remove_data_without_index()
-            does = f"resumes from step {self._newest}" if self._newest else "starts from scratch"
-            raise WriteError(f"{error}. Once there is room, or permission, the same command {does}") from error
+            consequence = f"it resumes from step {self._newest}" if self._newest else "it starts from scratch"
+            raise WriteError(
+                f"{error}. Free disk space or fix the permissions, then run the same command again: {consequence}"
+            ) from error
         self._newest = step
         self._run.mark_trained()
         self._keep_newest(step)
 
     def restore(self, *, allow_other_groups: bool = False) -> int:
-        """Restores the newest intact checkpoint and returns its step; 0 if there are none.
+        """Restores the newest intact checkpoint and returns its step; 0 if the folder has no checkpoints.
 
         Args:
-            allow_other_groups: whether the run may continue with other batch-norm groups, which change its outcome.
+            allow_other_groups: whether to accept a checkpoint with other batch-norm groups, which changes the result.
 
         Raises:
-            UserError: there are checkpoints, but none is intact; or it is of another configuration, of other records,
-                or of other batch-norm groups.
+            UserError: all checkpoints are damaged, or the newest intact one was written with another configuration,
+                other records or other batch-norm groups.
         """
         steps = checkpoint_steps(self.folder)
         for step in reversed(steps):
             prefix = _prefix(self.folder, step)
             try:
-                # First, for the variables of another network would not fit.
+                # Compared first: the variables of another network would not match.
                 origin = Origin(**json.loads(_open(self.folder, step).get_tensor(f"origin{_SUFFIX}")))
                 if (origin.config, origin.records) == (self._origin.config, self._origin.records):
-                    self._checkpoint.read(prefix).assert_consumed()  # neither variable nor content is left over
+                    self._checkpoint.read(prefix).assert_consumed()
             except Exception as error:  # a damaged file makes TensorFlow raise almost anything
-                told = f"{prefix}.index cannot be read ({first_line(error)})"
-                print(f"warning: {told}; trying the one before", file=sys.stderr)
+                reason = f"{prefix}.index cannot be read ({first_line(error)})"
+                print(f"warning: {reason}; trying the previous checkpoint", file=sys.stderr)
                 continue
-            self._check(origin, prefix, allow_other_groups)
+            self._require_same_origin(origin, prefix, allow_other_groups)
             for name, text in self._texts.items():
                 self._variables[name].assign(text)
             self._newest = step
             self._run.mark_trained()
             self._remove_leftovers()
             self._remove_data_without_index()
-            for other in [own for own in steps if own <= step][:-_KEPT]:  # of a run that was killed as it saved
-                _remove(self.folder, other)
+            for old in [s for s in steps if s <= step][:-_KEPT]:  # the run may have been killed before deleting them
+                _remove(self.folder, old)
             return step
         if steps:
             raise UserError(
-                f"no checkpoint in {self.folder} can be read. Restore them from a copy, choose another --workdir, or "
-                f"delete {self._run.root} to train from scratch"
+                f"no checkpoint in {self.folder} can be read. Restore them from a backup, choose another --workdir, "
+                f"or delete {self._run.root} to train from scratch"
             )
         return 0
 
-    def _check(self, origin: Origin, prefix: str, allow_other_groups: bool) -> None:
+    def _require_same_origin(self, origin: Origin, prefix: str, allow_other_groups: bool) -> None:
         ours = self._origin
         if origin.config != ours.config:
-            raise UserError(f"{prefix}.index is of another configuration; choose another --workdir")
+            raise UserError(f"{prefix}.index was written with another configuration; choose another --workdir")
         if origin.records != ours.records:
             raise UserError(
-                f"{prefix}.index was trained on other records than those of DatasetSpec.records: the fingerprint of "
-                f"their manifest is {origin.records[:12]} there and {ours.records[:12]} here. Give the folder of the "
-                "same records, or choose another --workdir"
+                f"{prefix}.index was trained on other records than those of DatasetSpec.records: the manifest's "
+                f"fingerprint is {ours.records[:12]}, that of the checkpoint is {origin.records[:12]}. Set "
+                "DatasetSpec.records to the original records, or choose another --workdir"
             )
         if origin.groups != ours.groups and not allow_other_groups:
             raise UserError(
-                f"{prefix}.index was trained with {origin.groups} a step for batch norm, and here there would be "
-                f"{ours.groups} (the number of devices, Execution.accumulation and Recipe.batch decide it). Train on "
-                "as many devices as before, or accept another outcome with --allow_other_groups"
+                f"{prefix}.index was trained with other batch-norm groups: {origin.groups} per step, now {ours.groups} "
+                "(they depend on the number of devices, Execution.accumulation and Recipe.batch). Train on the same "
+                "number of devices, or accept a different result with --allow_other_groups"
             )
 
     def _keep_newest(self, step: int) -> None:
-        """Deletes all but the newest up to a step; later ones are damaged, or the run would have resumed from them."""
+        """Deletes all checkpoints except the newest up to `step`. Later ones are damaged: `restore` skipped them."""
         steps = checkpoint_steps(self.folder)
-        kept = [own for own in steps if own <= step][-_KEPT:]
-        for other in steps:
-            if other not in kept:
-                _remove(self.folder, other)
+        kept = [s for s in steps if s <= step][-_KEPT:]
+        for old in steps:
+            if old not in kept:
+                _remove(self.folder, old)
         self._remove_data_without_index()
 
     def _remove_leftovers(self) -> None:
-        """Removes what a killed process had not finished writing."""
-        for path in _listed(self.folder):
+        """Removes the temporary files of a process that was killed while saving."""
+        for path in _list_folder(self.folder):
             if _LEFTOVER.fullmatch(path.name) is None:
                 continue
-            if path.is_dir() and not path.is_symlink():  # a link goes, and what it leads to stays
+            if path.is_dir() and not path.is_symlink():  # only the link itself is removed, not its target
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def _remove_data_without_index(self) -> None:
         steps = set(checkpoint_steps(self.folder))
-        for path in _listed(self.folder):
+        for path in _list_folder(self.folder):
             match = _DATA.fullmatch(path.name)
             if match and int(match[1]) not in steps and not (path.is_dir() and not path.is_symlink()):
                 path.unlink(missing_ok=True)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in a folder, ascending; files of other names are left out."""
-    steps = (checkpoint_step(path.name) for path in _listed(folder))
+    """Returns the steps with a checkpoint in a folder, ascending. Ignores other files."""
+    steps = (checkpoint_step(path.name) for path in _list_folder(folder))
     return sorted(step for step in steps if step is not None)
 
 
 def load_checkpoint(run: RunFolder, step: int) -> X3D:
-    """The network of a run as it was at a step, with the weights that are tested: their average where the run has one.
+    """Loads the network of a run at a step, with the weights to evaluate: their EMA if the run has one.
 
     Raises:
-        UserError: there is no such checkpoint (any more), or it is damaged.
+        UserError: the checkpoint does not exist, was deleted meanwhile, or is damaged.
     """
     prefix = _prefix(run.checkpoints, step)
     try:
         reader = _open(run.checkpoints, step)
-        room = Path(f"{prefix}{_ENDINGS[0]}").stat().st_size
+        size = Path(f"{prefix}{_ENDINGS[0]}").stat().st_size
         description = Metadata.from_json(reader.get_tensor(f"description{_SUFFIX}"))
         role = "average" if reader.has_tensor(f"average/0{_SUFFIX}") else "weights"
-        description.require_capacity("its data", room // _WEIGHT_BYTES)
+        description.require_capacity("its data", size // _WEIGHT_BYTES)
         model = X3D(description.expansion, description.num_classes, description.options, task=description.task)
         model.set_weights([reader.get_tensor(f"{role}/{i}{_SUFFIX}") for i in range(len(model.weights))])
     except Exception as error:  # a damaged file makes TensorFlow raise almost anything
@@ -229,42 +232,43 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
 
 
 def _open(folder: Path, step: int) -> Any:
-    """A reader of a checkpoint whose tensors are no larger than its file: TensorFlow allocates before it reads.
+    """Opens a checkpoint and checks that its tensors fit into its file, because TensorFlow allocates before reading.
 
     Raises:
-        UserError: they are larger, the files are none or of another step; TensorFlow's own errors where it is damaged.
+        UserError: the tensors do not fit, a file is missing, or the checkpoint was saved at another step.
+        Exception: any error of TensorFlow, if the checkpoint is damaged.
     """
     prefix = _prefix(folder, step)
-    for ending in _ENDINGS:  # TensorFlow would wait for ever for what comes through a pipe
+    for ending in _ENDINGS:  # TensorFlow would block forever on a named pipe
         if not Path(f"{prefix}{ending}").is_file():
             raise UserError(f"{prefix}{ending} does not exist or is not a file")
     data = Path(f"{prefix}{_ENDINGS[0]}")
     size = data.stat().st_size
     if Path(prefix).is_dir():
-        raise UserError(f"{prefix} must not be a folder, from which TensorFlow would read another checkpoint")
+        raise UserError(f"{prefix} must not be a folder: TensorFlow would read the checkpoint from it; remove it")
     reader = tf.train.load_checkpoint(prefix)
     types, left = reader.get_variable_to_dtype_map(), size
     for name, shape in reader.get_variable_to_shape_map().items():
-        # A text takes a byte at least for its length, and what TensorFlow allocates for it takes 24.
+        # A string takes at least one byte in the file for its length, and 24 bytes in memory.
         left -= math.prod(shape) * (types[name].size if types[name] != tf.string else 24 if shape else 1)
-        require(left >= 0, f"tensors of {prefix}.index", f"fit into the {size} bytes of {data.name}", name)
+        require(left >= 0, f"the tensors of {prefix}.index", f"fit into the {size} bytes of {data.name}", name)
     stored = int(reader.get_tensor(f"step{_SUFFIX}"))
-    require(stored == step, f"the step in {prefix}.index", f"be {step}, as its name says", stored)
+    require(stored == step, f"the step in {prefix}.index", f"be {step}, as in its file name", stored)
     return reader
 
 
 def _remove(folder: Path, step: int) -> None:
-    """Removes the checkpoint of a step; the index first, so that none without its data is ever there."""
+    """Removes the checkpoint of a step. The index goes first, so that no index without data is ever left."""
     for ending in reversed(_ENDINGS):
         Path(f"{_prefix(folder, step)}{ending}").unlink(missing_ok=True)
 
 
-def _listed(folder: Path) -> list[Path]:
+def _list_folder(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the list of a folder, is on the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Event files, which TensorBoard reads."""
+"""TensorBoard event files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,10 @@ from x3d_tf.files import os_errors_as_write_error
 
 
 class EventFile:
-    """Writes figures of steps for TensorBoard into a file of its own in a folder.
+    """A new TensorBoard event file in a folder.
 
     Raises:
-        WriteError: by all methods: it cannot be written.
+        WriteError: the file cannot be written; raised by all methods.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -21,12 +21,12 @@ class EventFile:
             self._writer = tf.summary.create_file_writer(str(folder))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds the figures of a step, by their names."""
+        """Adds the scalars of a step, by name."""
         with os_errors_as_write_error(self._folder), self._writer.as_default(step=step):
             for name, value in values.items():
                 tf.summary.scalar(name, value)
 
     def flush(self) -> None:
-        """Writes what was added."""
+        """Writes buffered scalars to the file."""
         with os_errors_as_write_error(self._folder):
             self._writer.flush()

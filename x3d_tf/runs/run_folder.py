@@ -1,4 +1,4 @@
-"""The folder of a run: which files it holds, and whether a configuration may go on in it. Imports no TensorFlow."""
+"""The run folder: its files, and the check that a run with the same settings resumes in it. Imports no TensorFlow."""
 
 import csv
 import re
@@ -13,7 +13,7 @@ from x3d_tf.errors import UserError
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited, temporary_path
 from x3d_tf.locks import locked
 
-# the last two only in the rows of steps that were validated
+# Columns of history.csv. The last three are empty in rows without a validation, or without boxes.
 HISTORY_FIELDS = (
     "step",
     "epoch",
@@ -26,16 +26,16 @@ HISTORY_FIELDS = (
     "boxes_left_out",
 )
 _OPTIONAL_FIELDS = HISTORY_FIELDS[-3:]
-_LARGEST = 1e100  # of a value of the history
+_LARGEST = 1e100  # largest absolute value accepted in history.csv
 _INDEX = re.compile(r"ckpt-(0|[1-9][0-9]{0,17})\.index", re.ASCII)
 _TRAINED = (
-    "A checkpoint of this run has been written, so that training does not start again from step 0 where the "
-    "checkpoints are missing.\n"
+    "This run has written a checkpoint. If its checkpoints go missing, this file prevents training from silently "
+    "starting again at step 0.\n"
 )
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The step of the checkpoint that a file is the index of; None for other names."""
+    """Returns the step of a checkpoint from the name of its index file; None for other file names."""
     match = _INDEX.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -43,12 +43,13 @@ def checkpoint_step(name: str) -> int | None:
 class RunFolder:
     """Paths and small files of a run.
 
-    Holds `config.json` (every setting), `config.gin` and `operative_config.gin` (the same as gin text, for people)
-    and `preview.png`, the first clips as the network gets them, before the first step; `checkpoints/`, `history.csv`,
-    `curves.png` and `tensorboard/` while it trains;
-    `best.keras`, the network of the best validation, where the run stops early; `model.keras`, `labels.txt`,
-    `input.json` (what the model is to be fed) and `evaluation/` when it is done. `trained.txt` says that a checkpoint
-    has been written, `.lock` which process trains.
+    Before the first step: `config.json` (all settings), `config.gin` and `operative_config.gin` (the same as gin text,
+    for reading), and `preview.png` (the first training clips as the network sees them).
+
+    During training: `checkpoints/`, `history.csv`, `curves.png`, `tensorboard/`, `trained.txt` (marks that a checkpoint
+    was written), `.lock` (the process that trains), and with early stopping `best.keras` (the best network so far).
+
+    After training: `model.keras`, `labels.txt`, `input.json` (the input format of the model) and `evaluation/`.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -69,13 +70,13 @@ class RunFolder:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Makes the folder and keeps other processes from training in it within the block.
+        """Creates the folder and locks it against other processes for the duration of the block.
 
         Raises:
-            UserError: another process trains in it, or it holds something else than a run.
-            WriteError: it cannot be written.
+            UserError: another process trains in the folder, or it exists and is not a run folder.
+            WriteError: the folder cannot be written to.
         """
-        self._refuse_foreign()
+        self._require_run_folder()
         with os_errors_as_write_error(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         conflict = f"another process is training in {self.root}"
@@ -83,88 +84,91 @@ class RunFolder:
             yield
 
     def open(self, config: TrainConfig, texts: Mapping[str, str]) -> None:
-        """Makes the folder for a new run, or finds that it is of the same one.
+        """Creates the folder for a new run, or checks that it belongs to a run with the same settings.
+
+        A run that was interrupted before its first checkpoint is replaced.
 
         Args:
-            config: what is to be trained.
-            texts: further files to keep, by name.
+            config: the configuration to train.
+            texts: contents of additional files to write, by name.
 
         Raises:
-            UserError: the folder is of a run with other settings (names them) that has got to a checkpoint, or of one
-                whose checkpoints are missing, or holds something else.
+            UserError: the folder has checkpoints of a run with other settings (the message lists them), its checkpoints
+                are missing, or it is not a run folder.
         """
         if self.check(config):
             return
         if self.config.is_file():
-            for path in (self.history, self.preview):  # of a run that never came to a checkpoint
+            for path in (self.history, self.preview):  # left by a run that never reached a checkpoint
                 path.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.config, config.to_json().encode())  # a folder that has it is a run's
+        atomic_write(self.config, config.to_json().encode())  # first: it marks the folder as a run folder
         for name, text in texts.items():
             atomic_write(self.root / name, text.encode())
 
     def check(self, config: TrainConfig) -> bool:
-        """Whether the folder is of this run, which has got to a checkpoint; writes nothing.
+        """Returns True if the folder has a checkpoint or the model of a run with the same settings. Writes nothing.
 
         Raises:
             UserError: see `open`.
         """
-        self._refuse_foreign()
+        self._require_run_folder()
         if not self.config.is_file():
             return False
         if self.model.is_file() or self.has_checkpoint:
-            self._compare(self.read_config(), config)
+            self._require_same_settings(self.read_config(), config)
             return True
-        self._refuse_lost_checkpoints()
+        self._require_no_lost_checkpoints()
         return False
 
     def read_config(self) -> TrainConfig:
-        """The configuration of the run.
+        """Reads the configuration of the run.
 
         Raises:
-            UserError: the folder is not of a run, or its configuration is damaged.
+            UserError: the folder is not a run folder, or its configuration is damaged.
         """
         if not self.config.is_file():
-            raise UserError(f"{self.root} is not the folder of a run: it has no {self.config.name}")
+            raise UserError(f"{self.root} is not a run folder: it has no {self.config.name}")
         try:
             return TrainConfig.from_json(read_limited(self.config, SMALL).decode())
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{self.config}: {error}") from error
 
-    def keep_places(self, config: TrainConfig) -> None:
-        """Replaces `config.json` where the configuration in use names other places than it, so that tests find them."""
+    def update_config(self, config: TrainConfig) -> None:
+        """Rewrites `config.json` if paths in the configuration have changed, so that evaluations use the new ones."""
         if self.read_config() != config:
             atomic_write(self.config, config.to_json().encode())
 
     def mark_trained(self) -> None:
-        """Notes that there is a checkpoint."""
+        """Marks the run as having written a checkpoint."""
         if not self.trained.is_file():
             atomic_write(self.trained, _TRAINED.encode())
 
-    def _refuse_foreign(self) -> None:
-        own = {temporary_path(self.config), self.lock}
-        foreign = not self.root.is_dir() or (not self.config.is_file() and set(self.root.iterdir()) - own)
+    def _require_run_folder(self) -> None:
+        ours = {temporary_path(self.config), self.lock}
+        foreign = not self.root.is_dir() or (not self.config.is_file() and set(self.root.iterdir()) - ours)
         if self.root.exists() and foreign:
-            raise UserError(f"{self.root} exists and is not the folder of a run; choose another --workdir")
+            raise UserError(f"{self.root} exists and is not a run folder; choose another --workdir")
         links = [path for path in (self.root.iterdir() if self.root.exists() else ()) if path.is_symlink()]
         for path in links:
-            if not path.is_dir():  # of somebody else's making, it may lead training to any file
+            if not path.is_dir():  # a planted link could make training overwrite any file
                 raise UserError(
-                    f"{path} is a link, which training could write through; remove it or put the file there"
+                    f"{path} must not be a symbolic link, because training would write to its target; replace it with "
+                    "the file itself"
                 )
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint to resume from, intact or not."""
+        """True if the folder has a checkpoint, intact or damaged."""
         listed = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return any(checkpoint_step(path.name) is not None for path in listed)
 
-    def _refuse_lost_checkpoints(self) -> None:
-        """Raises where there was a checkpoint, though there is none now.
+    def _require_no_lost_checkpoints(self) -> None:
+        """Raises `UserError` if the run has written a checkpoint but none exists any more.
 
-        `trained.txt` is written as soon as the first checkpoint is complete, so a run that was killed before that has
-        none and starts again without questions. Where the file is missing, too, what is only made after a checkpoint
-        stands in for it: the curves, and the best network.
+        `trained.txt` is written once the first checkpoint is complete. A run killed before that may start from scratch.
+        If `trained.txt` is missing too, files that are only written after a checkpoint are evidence of one: the curves
+        and the best network.
         """
         found = next((path for path in (self.trained, self.curves, self.best) if path.is_file()), None)
         if found is None:
@@ -172,27 +176,25 @@ class RunFolder:
         rows = self.read_history()
         steps = f" to step {int(rows[-1]['step'])}" if rows else ""
         raise UserError(
-            f"{self.root} has been trained{steps}, as {found.name} shows, but {self.checkpoints} holds no complete "
-            "checkpoint (ckpt-*.index with its ckpt-*.data). Restore that folder from a copy, choose another "
-            f"--workdir, or delete {self.root} to train from scratch"
+            f"{self.root} was trained{steps} (it has {found.name}), but {self.checkpoints} has no complete checkpoint "
+            "(ckpt-*.index with its ckpt-*.data). Restore that folder from a backup, choose another --workdir, or "
+            f"delete {self.root} to train from scratch"
         )
 
-    def _compare(self, there: TrainConfig, wanted: TrainConfig) -> None:
-        theirs, ours = there.outcome_settings(), wanted.outcome_settings()
-        differing = [
-            f"{name} is {theirs[name]!r} there and {ours[name]!r} here" for name in ours if theirs[name] != ours[name]
-        ]
-        if differing:
-            advice = "Give this run a folder of its own with --workdir"
+    def _require_same_settings(self, existing: TrainConfig, config: TrainConfig) -> None:
+        old, new = existing.outcome_settings(), config.outcome_settings()
+        changed = [f"{name} was {old[name]!r}, now {new[name]!r}" for name in new if old[name] != new[name]]
+        if changed:
+            advice = "Choose another --workdir for the new settings"
             if self.model.is_file():
                 advice += (
-                    f". The run in {self.root} is finished; to train its network further, start the new one from it: "
-                    f"--gin_bindings='TrainConfig.init=\"{self.root}\"'"
+                    f". The run in {self.root} is finished; to train its network further, initialise the new run from "
+                    f"it: --gin_bindings='TrainConfig.init=\"{self.root}\"'"
                 )
-            raise UserError(f"{self.root} is of a run with other settings: {'; '.join(differing)}. {advice}")
+            raise UserError(f"{self.root} belongs to a run with other settings: {'; '.join(changed)}. {advice}")
 
     def read_history(self) -> list[dict[str, float]]:
-        """The rows of `history.csv` up to the first that is damaged, with a warning; none before the first."""
+        """Reads `history.csv` up to the first damaged row, with a warning. Returns [] if the file does not exist."""
         rows: list[dict[str, float]] = []
         if not self.history.is_file():
             return rows
@@ -200,27 +202,25 @@ class RunFolder:
             try:
                 for row in csv_files.dicts(file):
                     rows.append(_history_row(row))
-            except (KeyError, ValueError, csv.Error):  # a row that was cut off when the run was killed, or edited
-                print(
-                    f"warning: {self.history} is damaged after row {len(rows)}; the rest is left out", file=sys.stderr
-                )
+            except (KeyError, ValueError, csv.Error):  # truncated when the run was killed, or edited
+                print(f"warning: {self.history} is damaged after row {len(rows)}; ignoring the rest", file=sys.stderr)
         return rows
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
-        """Replaces `history.csv`."""
+        """Writes all rows of `history.csv`, atomically."""
         atomic_write(self.history, csv_files.encoded([HISTORY_FIELDS, *map(_history_cells, rows)]))
 
     def append_history(self, row: dict[str, float]) -> None:
-        """Adds a row to `history.csv`, which has been written."""
+        """Appends a row to an existing `history.csv`."""
         with os_errors_as_write_error(self.history), self.history.open("a", newline="", encoding="utf-8") as file:
             csv_files.Writer(file).row(_history_cells(row))
 
 
 def _history_row(cells: Mapping[str, str]) -> dict[str, float]:
-    """The values of a row; raises KeyError or ValueError unless they are numbers that can be drawn."""
+    """Parses a row. Raises KeyError or ValueError if a value is missing, not a number, or too large to plot."""
     names = [name for name in HISTORY_FIELDS if name not in _OPTIONAL_FIELDS or cells.get(name)]
     row = {name: float(cells[name]) for name in names}
-    if not all(abs(value) <= _LARGEST for value in row.values()):  # also of NaN
+    if not all(abs(value) <= _LARGEST for value in row.values()):  # false for NaN too
         raise ValueError
     return row
 

@@ -1,8 +1,8 @@
-"""The forward pass of a training step: clips side by side, and no more kept for the backward pass than is wanted.
+"""Training forward pass: slices of a batch in parallel, with optional gradient checkpointing.
 
-The network stays the one graph that it is, whose layers are called one after the other. Each takes the batch in parts
-that do not wait for each other; batch norm and dropout, which are of the whole batch, take all parts at once. What lies
-between two tensors can be recomputed: the forward pass keeps the first alone, and the gradient runs the layers again.
+The layers of the network are called in order, each on independent slices of the batch. Batch norm and dropout depend on
+the complete batch and therefore take all slices at once. With gradient checkpointing, a segment of layers keeps only
+its input, and the backward pass runs the segment again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,54 +17,59 @@ from x3d_tf.modeling.layers import Dropout, GhostBatchNorm
 from x3d_tf.modeling.x3d import Network
 from x3d_tf.parallel import num_batch_slices
 
-_Parts = list[Any]  # of a tensor: some of the batch's clips each
-_Observer = Callable[[GhostBatchNorm, _Parts], None]  # of what goes into a batch norm
+_Slices = list[Any]  # a tensor, split along the batch axis
+_Observer = Callable[[GhostBatchNorm, _Slices], None]
 
 
 def forward_of(model: Network, recompute: str = "nothing") -> Callable[..., Any]:
-    """The network in training as a function from its input to logits, which updates its state as the model does.
+    """Returns a function that runs the network in training mode, from its input to logits.
+
+    The function updates the network's state, such as batch-norm statistics, as a call of the model does.
 
     Args:
-        model: frozen as it is to stay.
-        recompute: what the gradient computes again, as `Execution.recompute` says.
+        model: the network. Freeze its layers first.
+        recompute: the activations to recompute in the backward pass; see `Execution.recompute`.
 
     Returns:
-        The function. Another argument, `observe`, is called with each batch norm and the parts of its input; not of
-        what is recomputed.
+        The function `forward(inputs, observe=None)`. It calls `observe`, if any, with each batch-norm layer outside of
+        recomputed segments and the slices of that layer's input.
     """
     first, last = model.get_layer("clip").output, model.get_layer(model.backbone_end).output
-    cuts = {"nothing": _whole, "activations": _around_activations, "blocks": _around_blocks}[recompute](model)
-    makers = {id(layer.output): layer for layer in model.layers}
-    segments = [_Segment(_between(makers, inputs, output), inputs, output, again) for inputs, output, again in cuts]
-    detects = isinstance(model.input, dict)
-    more = model.input if detects else {}  # the clips and their boxes
-    head = keras.Model([last, *more.values()] if detects else last, model.logits)
-    whole = keras.Model(model.input, model.logits)
+    cuts = {"nothing": _uncut, "activations": _cut_at_convolutions, "blocks": _cut_at_blocks}[recompute](model)
+    producers = {id(layer.output): layer for layer in model.layers}
+    segments = [
+        _Segment(_layers_between(producers, inputs, output), inputs, output, recomputed)
+        for inputs, output, recomputed in cuts
+    ]
+    is_detector = isinstance(model.input, dict)
+    head_inputs = model.input if is_detector else {}  # the head of a detector also takes the boxes
+    head = keras.Model([last, *head_inputs.values()] if is_detector else last, model.logits)
+    network = keras.Model(model.input, model.logits)
 
     @tf.autograph.experimental.do_not_convert
-    def forward(given: Any, observe: _Observer | None = None) -> Any:
-        clips = given["clip"] if detects else given
-        parts = num_batch_slices(clips.shape[0], model.options.bn_group)
-        if parts == 1 and recompute == "nothing" and observe is None:
-            return whole(given, training=True)
-        values = {id(first): tf.split(tf.cast(clips, first.dtype), parts)}
+    def forward(inputs: Any, observe: _Observer | None = None) -> Any:
+        clips = inputs["clip"] if is_detector else inputs
+        slices = num_batch_slices(clips.shape[0], model.options.bn_group)
+        if slices == 1 and recompute == "nothing" and observe is None:
+            return network(inputs, training=True)
+        values = {id(first): tf.split(tf.cast(clips, first.dtype), slices)}
         for segment in segments:
             values[id(segment.output)] = segment([values[id(tensor)] for tensor in segment.inputs], observe)
         backbone = tf.concat(values[id(last)], 0)
-        return head([backbone, *(given[name] for name in more)] if detects else backbone, training=True)
+        return head([backbone, *(inputs[name] for name in head_inputs)] if is_detector else backbone, training=True)
 
     return forward
 
 
-_Cut = tuple[list[Any], Any, bool]  # inputs of a segment, its output, whether to recompute it
+_Cut = tuple[list[Any], Any, bool]  # inputs and output of a segment; True to recompute it
 
 
-def _whole(model: Network) -> Iterator[_Cut]:
+def _uncut(model: Network) -> Iterator[_Cut]:
     yield [model.get_layer("clip").output], model.get_layer(model.backbone_end).output, False
 
 
-def _around_blocks(model: Network) -> Iterator[_Cut]:
-    """Keeps the outputs of the stem and of the residual blocks."""
+def _cut_at_blocks(model: Network) -> Iterator[_Cut]:
+    """Yields segments that keep only the outputs of the stem and of the residual blocks."""
     x = model.get_layer("clip").output
     for name in ("conv1", *(end for _, end in _blocks(model))):
         y = model.get_layer(name).output
@@ -73,11 +78,11 @@ def _around_blocks(model: Network) -> Iterator[_Cut]:
     yield [x], model.get_layer(model.backbone_end).output, False
 
 
-def _around_activations(model: Network) -> Iterator[_Cut]:
-    """Keeps also the outputs of the convolutions: batch norm, activations and squeeze-excitation are recomputed.
+def _cut_at_convolutions(model: Network) -> Iterator[_Cut]:
+    """Yields segments that recompute batch norm, activations and squeeze-excitation, and keep convolution outputs.
 
-    A convolution ends the segment of what comes before it, for its gradient needs its input, not its output: the
-    former is recomputed, and the convolution itself falls away, being of no use.
+    Each segment ends with a convolution. Its gradient requires its input, which is recomputed, but not its output, so
+    TensorFlow prunes the recomputed convolution.
     """
     x = model.get_layer("conv1").output
     yield [model.get_layer("clip").output], x, False
@@ -93,28 +98,29 @@ def _around_activations(model: Network) -> Iterator[_Cut]:
 
 
 def _blocks(model: Network) -> Iterator[tuple[str, str]]:
-    """Names of the residual blocks in order, each with the name of the layer that ends it."""
+    """Yields the names of the residual blocks in order, each with the name of its last layer."""
     for stage_name, stage in zip(STAGE_NAMES, plan(model.expansion, model.options).stages):
         for index in range(stage.depth):
             block = f"{stage_name}_{index}"
             yield block, stage_name if index == stage.depth - 1 else block
 
 
-def _between(makers: dict[int, Any], inputs: Iterable[Any], output: Any) -> list[Any]:
-    """The layers that make the output of the inputs, in an order in which they can be called.
+def _layers_between(producers: dict[int, Any], inputs: Iterable[Any], output: Any) -> list[Any]:
+    """Returns the layers that compute `output` from `inputs`, in topological order.
 
     Args:
-        makers: by the `id` of a tensor of the network, the layer that puts it out.
-        inputs, output: such tensors.
+        producers: the layer that outputs each tensor of the network, by the `id` of the tensor.
+        inputs: tensors of the network.
+        output: a tensor of the network.
     """
     found: dict[int, Any] = {id(tensor): None for tensor in inputs}
 
     def visit(tensor: Any) -> None:
         if id(tensor) not in found:
-            maker = makers[id(tensor)]
-            for own in tf.nest.flatten(maker.input):
-                visit(own)
-            found[id(tensor)] = maker
+            producer = producers[id(tensor)]
+            for source in tf.nest.flatten(producer.input):
+                visit(source)
+            found[id(tensor)] = producer
 
     visit(output)
     return [layer for layer in found.values() if layer is not None]
@@ -122,67 +128,68 @@ def _between(makers: dict[int, Any], inputs: Iterable[Any], output: Any) -> list
 
 @dataclass(frozen=True)
 class _Segment:
-    """Layers from some tensors of a network to another one."""
+    """The layers of a network between some of its tensors and another one."""
 
     layers: list[Any]
     inputs: list[Any]
     output: Any
     recompute: bool
 
-    def __call__(self, given: list[_Parts], observe: _Observer | None) -> _Parts:
-        return self._recomputed(given) if self.recompute else self._run(given, observe)
+    def __call__(self, inputs: list[_Slices], observe: _Observer | None) -> _Slices:
+        return self._run_recomputed(inputs) if self.recompute else self._run(inputs, observe)
 
-    def _run(self, given: list[_Parts], observe: _Observer | None = None) -> _Parts:
-        values = {id(tensor): parts for tensor, parts in zip(self.inputs, given)}
+    def _run(self, inputs: list[_Slices], observe: _Observer | None = None) -> _Slices:
+        values = {id(tensor): slices for tensor, slices in zip(self.inputs, inputs)}
         for layer in self.layers:
-            taken = [values[id(tensor)] for tensor in tf.nest.flatten(layer.input)]
+            arguments = [values[id(tensor)] for tensor in tf.nest.flatten(layer.input)]
             if observe is not None and isinstance(layer, GhostBatchNorm):
-                observe(layer, taken[0])
+                observe(layer, arguments[0])
             if isinstance(layer, GhostBatchNorm | Dropout):
-                made = layer(taken[0], training=True)
+                outputs = layer(arguments[0], training=True)
             elif isinstance(layer.input, list):
-                made = [layer(list(parts)) for parts in zip(*taken)]
+                outputs = [layer(list(slices)) for slices in zip(*arguments)]
             else:
-                made = [layer(part) for part in taken[0]]
-            values[id(layer.output)] = made
+                outputs = [layer(x) for x in arguments[0]]
+            values[id(layer.output)] = outputs
         return values[id(self.output)]
 
-    def _recomputed(self, given: list[_Parts]) -> _Parts:
-        """The layers are run without a state of their own.
+    def _run_recomputed(self, inputs: list[_Slices]) -> _Slices:
+        """Runs the layers statelessly, and again in the backward pass.
 
-        The gradient starts from the same state, and so draws the same numbers, and the new state of the first run alone
-        is taken over.
+        Both runs start from the same state and therefore draw the same random numbers. Only the new state of the first
+        run is assigned.
         """
-        (parts,) = given
-        trained = [variable for layer in self.layers for variable in layer.trainable_variables]
-        kept = [variable for layer in self.layers for variable in layer.non_trainable_variables]
-        # not variables, which a custom gradient refuses
-        state = [tf.convert_to_tensor(variable) for variable in kept]
+        (slices,) = inputs
+        trainable = [variable for layer in self.layers for variable in layer.trainable_variables]
+        non_trainable = [variable for layer in self.layers for variable in layer.non_trainable_variables]
+        # tensors, because tf.custom_gradient does not accept variables
+        state = [tf.convert_to_tensor(variable) for variable in non_trainable]
 
-        def run(weights: Iterable[Any], parts: _Parts) -> tuple[_Parts, list[Any]]:
-            with keras.StatelessScope(state_mapping=[*zip(trained, weights), *zip(kept, state)]) as scope:
-                made = self._run([parts])
-            return made, [scope.get_current_value(variable) for variable in kept]
+        def run(weights: Iterable[Any], slices: _Slices) -> tuple[_Slices, list[Any]]:
+            mapping = [*zip(trainable, weights), *zip(non_trainable, state)]
+            with keras.StatelessScope(state_mapping=mapping) as scope:
+                outputs = self._run([slices])
+            return outputs, [scope.get_current_value(variable) for variable in non_trainable]
 
         @tf.custom_gradient
-        def once(*values: Any) -> tuple[Any, Callable[..., Any]]:
-            weights, parts = values[: len(trained)], list(values[len(trained) :])
-            made, new_state = run(weights, parts)
+        def run_with_gradient(*values: Any) -> tuple[Any, Callable[..., Any]]:
+            weights, slices = values[: len(trainable)], list(values[len(trainable) :])
+            outputs, new_state = run(weights, slices)
 
             def gradient(*upstreams: Any) -> list[Any]:
-                upstreams = upstreams[: len(parts)]
-                # Inputs of their own, that come with the gradient: TensorFlow would otherwise take both runs for one,
-                # or take the second as soon as the first.
+                upstreams = upstreams[: len(slices)]
+                # The copies depend on the incoming gradient. Without them TensorFlow would merge the two runs, or run
+                # the second one right after the first.
                 with tf.control_dependencies(upstreams):
-                    again = [tf.identity(part) for part in parts]
+                    copies = [tf.identity(x) for x in slices]
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch([*weights, *again])
-                    made, _ = run(weights, again)
-                return tape.gradient(made, [*weights, *again], list(upstreams))
+                    tape.watch([*weights, *copies])
+                    outputs, _ = run(weights, copies)
+                return tape.gradient(outputs, [*weights, *copies], list(upstreams))
 
-            return (*made, *new_state), gradient
+            return (*outputs, *new_state), gradient
 
-        results = once(*[tf.convert_to_tensor(variable) for variable in trained], *parts)
-        for variable, value in zip(kept, results[len(parts) :]):
+        results = run_with_gradient(*[tf.convert_to_tensor(variable) for variable in trainable], *slices)
+        for variable, value in zip(non_trainable, results[len(slices) :]):
             variable.assign(value)
-        return list(results[: len(parts)])
+        return list(results[: len(slices)])

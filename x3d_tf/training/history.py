@@ -1,4 +1,4 @@
-"""What a run tells of itself: progress bar, history.csv, TensorBoard, curves."""
+"""Training logs: the progress bar, history.csv, TensorBoard and the plot of the curves."""
 
 import math
 import time
@@ -12,47 +12,47 @@ from x3d_tf.errors import UserError
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.run_folder import RunFolder
-from x3d_tf.training.schedule import schedule_of
+from x3d_tf.training.schedule import build_schedule
 from x3d_tf.training.validation import Score
 
 
 class History:
-    """Collects what the steps return and writes it where people look.
+    """Collects the metrics of the training steps and writes the logs of a run.
 
     Args:
-        run: where to write; rows after step `first` are of a lost part of the run and are left out.
-        config: of the run.
-        steps_per_epoch: to tell the epoch.
-        first: steps already done.
+        run: the run folder. Rows of its history after step `first` are dropped: those steps will be repeated.
+        config: the configuration of the run.
+        steps_per_epoch: number of steps per epoch.
+        first: number of steps already taken, 0 for a new run.
     """
 
     def __init__(self, run: RunFolder, config: TrainConfig, steps_per_epoch: int, first: int) -> None:
         self.run, self.config, self.steps_per_epoch = run, config, steps_per_epoch
-        self.schedule = schedule_of(config.recipe)
+        self.schedule = build_schedule(config.recipe)
         self.rows: list[dict[str, float]] = [row for row in run.read_history() if row["step"] <= first]
         run.write_history(self.rows)
         self.writer = EventFile(run.tensorboard)
         self.pending: list[dict[str, Any]] = []
         self.started = time.perf_counter()
 
-    def add(self, measured: dict[str, Any]) -> None:
-        """Takes what `TrainStep` says of some steps, without waiting for it."""
-        self.pending.append(measured)
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Adds the metrics that a call of `TrainStep` returned, without waiting for their values."""
+        self.pending.append(metrics)
 
     def end_row(self, step: int) -> str:
-        """Averages what was added since the last row, up to `step`, and returns it in a few words.
+        """Writes a row for `step` with the averages since the last row, and returns a summary for the progress bar.
 
         Raises:
-            UserError: a loss is not a number.
+            UserError: a loss is not finite.
         """
-        measured = {name: np.concatenate([part[name].numpy() for part in self.pending]) for name in self.pending[0]}
-        losses = measured["loss"]
+        metrics = {name: np.concatenate([call[name].numpy() for call in self.pending]) for name in self.pending[0]}
+        losses = metrics["loss"]
         for offset, loss in enumerate(losses, start=step - len(losses) + 1):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at step {offset}: lower Recipe.learning_rate (it is "
-                    f"{self.config.recipe.learning_rate}) or raise Recipe.warmup_fraction, with a --workdir of its "
-                    f"own; checkpoints from before, if any, are in {self.run.checkpoints}"
+                    f"the loss must be finite, got {loss} at step {offset}. Train in a new --workdir with a lower "
+                    f"Recipe.learning_rate (now {self.config.recipe.learning_rate}) or a higher "
+                    f"Recipe.warmup_fraction; earlier checkpoints, if any, are in {self.run.checkpoints}"
                 )
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
         row = {
@@ -60,11 +60,11 @@ class History:
             "epoch": step / self.steps_per_epoch,
             "learning_rate": float(self.schedule(step - 1)),
             "loss": float(np.mean(losses)),
-            "accuracy": float(np.mean(measured["accuracy"])),
+            "accuracy": float(np.mean(metrics["accuracy"])),
             "clips_per_second": len(losses) * self.config.recipe.batch / elapsed,
         }
-        if "boxes_left_out" in measured:
-            row["boxes_left_out"] = int(np.sum(measured["boxes_left_out"]))
+        if "boxes_left_out" in metrics:
+            row["boxes_left_out"] = int(np.sum(metrics["boxes_left_out"]))
         self.pending.clear()
         self.rows.append(row)
         self.run.append_history(row)
@@ -72,9 +72,9 @@ class History:
         self.writer.add(step, {f"train/{name}": row[name] for name in shown})
         return f"{row['clips_per_second']:.1f} clips/s, loss {row['loss']:.3f}, accuracy {row['accuracy']:.0%}"
 
-    def score_step(self, step: int, score: Score) -> bool:
-        """Adds a validation to the row of a step, the last, and says whether it is the best so far."""
-        if not self.rows or self.rows[-1]["step"] != step:  # somebody has cut the file
+    def add_validation(self, step: int, score: Score) -> bool:
+        """Adds a validation score to the row of `step`, the last one. Returns True if it is the best so far."""
+        if not self.rows or self.rows[-1]["step"] != step:  # history.csv was truncated
             return score.beats(self.best()[0])
         row = self.rows.pop()
         best, _ = self.best()
@@ -84,11 +84,11 @@ class History:
         return score.beats(best)
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last row out of the next row's speed: it was not spent on training."""
+        """Excludes the time since the last row, such as a validation, from the throughput of the next row."""
         self.started = time.perf_counter()
 
     def best(self) -> tuple[Score | None, int]:
-        """The best validation so far, and how many came after it."""
+        """Returns the best validation score so far and the number of validations since."""
         best, since = None, 0
         for row in self.rows:
             if "validation_accuracy" not in row:
@@ -99,10 +99,10 @@ class History:
         return best, since
 
     def boxes_left_out(self) -> int:
-        """Of all rows; 0 of networks that see no boxes."""
+        """Returns the number of training boxes that their crops left out; 0 for classification."""
         return int(sum(row.get("boxes_left_out", 0) for row in self.rows))
 
     def save_plots(self) -> None:
-        """Draws the curves so far."""
+        """Draws the learning curves and flushes the TensorBoard file."""
         self.writer.flush()
         plots.save_curves(self.rows, self.run.curves, name_of(self.config.expansion))

@@ -1,4 +1,4 @@
-"""The clips that a run trains on, of whole videos or around key frames."""
+"""Training input of a run: clips of complete videos, or around key frames."""
 
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,25 @@ from x3d_tf.data.preview import save_box_preview, save_preview
 from x3d_tf.data.records.manifest import Manifest
 
 
-def training_clips(manifest: Manifest, config: TrainConfig, **which: Any) -> tf.data.Dataset:
-    """The clips of a run; `which` are start_step, worker and replica_batch of `training_dataset`."""
+def training_clips(manifest: Manifest, config: TrainConfig, **position: Any) -> tf.data.Dataset:
+    """Returns the batches of a run; `position` are the arguments start_step, worker, replica_batch of the pipeline."""
     common: dict[str, Any] = {
         "jitter": config.expansion.jitter,
         "flip": config.dataset.flip,
         "batch": config.recipe.batch,
         "seed": config.seed,
-        **which,
+        **position,
     }
-    place = (manifest, config.dataset.train_split, config.expansion.clip)
+    source = (manifest, config.dataset.train_split, config.expansion.clip)
     if manifest.task == "detection":
         common |= {name: getattr(config.detection, name) for name in ("proposal_iou", "negatives", "score")}
-        return training_key_frames(*place, **common)
+        return training_key_frames(*source, **common)
     dataset = config.dataset
-    return training_dataset(*place, frame_sampling=dataset.frame_sampling, stretch=dataset.stretch, **common)
+    return training_dataset(*source, frame_sampling=dataset.frame_sampling, stretch=dataset.stretch, **common)
 
 
 def save_training_preview(manifest: Manifest, config: TrainConfig, path: Path, clips: int = 8) -> Path:
-    """Draws the first clips of a run as a PNG, those of key frames with their boxes; returns its path."""
+    """Saves the first training clips of a run as a PNG, with their boxes for detection. Returns `path`."""
     split = config.dataset.train_split
     if manifest.task == "detection":
         stream = training_clips(manifest, config, replica_batch=1)

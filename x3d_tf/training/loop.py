@@ -1,4 +1,4 @@
-"""The training loop: the same for one device and for many."""
+"""The training loop, for one or several devices of a machine."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ from x3d_tf.training.step import TrainStep, balancing_weights, precision_scope
 from x3d_tf.training.transfer import load_pretrained
 from x3d_tf.training.validation import DetectorValidation, Score, Validation
 
-_ROW_STEPS = 10  # steps that a row of the history averages over
+_LOG_STEPS = 10  # steps between two rows of history.csv
 
 
 def train(
@@ -54,41 +54,41 @@ def train(
     texts: Mapping[str, str] | None = None,
     allow_other_groups: bool = False,
 ) -> RunFolder:
-    """Trains a network, or goes on where the run in `workdir` was stopped, and saves the result.
+    """Trains a network and saves it. If `workdir` contains an interrupted run, resumes it.
 
     Args:
-        config: everything that decides the outcome.
-        workdir: the run folder; made if absent.
-        strategy: where to train; all GPUs of this machine, or its CPU, unless given. Of one machine: several workers
-            would write the same files.
-        texts: further files to keep in the run folder, by name, written before the first step.
-        allow_other_groups: whether a run that resumes may have other batch-norm groups than before, of another number
-            of devices or another accumulation, which change its outcome.
+        config: the settings that determine the result.
+        workdir: the run folder, created if it does not exist.
+        strategy: the distribution strategy. Defaults to all GPUs of the machine, or its CPU. Strategies with several
+            workers are not supported, because the workers would write the same files.
+        texts: contents of additional files, by name, written to the run folder before the first step.
+        allow_other_groups: whether to resume even if another number of devices or another `Execution.accumulation`
+            changes the batch-norm groups, and therefore the result.
 
     Returns:
-        The run folder, which then holds `model.keras`.
+        The run folder, which contains `model.keras`.
 
     Raises:
-        UserError: the folder is of another run, or has lost its checkpoints, or another process trains in it; the
-            batch does not fit the devices; the records are missing or too few;
-            the weights to start from are missing or of another network; the loss is not a number.
+        UserError: the folder belongs to a run with other settings, has lost its checkpoints, or is in use by another
+            process; the batch cannot be divided among the devices; the records are missing or too few; the initial
+            weights are missing or belong to a different architecture; the loss is not finite.
     """
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        raise UserError("train works on the devices of one machine, got a MultiWorkerMirroredStrategy")
+        raise UserError("strategy must use the devices of a single machine, got a MultiWorkerMirroredStrategy")
     run = RunFolder(workdir)
     if config.init is not None and not run.has_checkpoint:
-        describe(config.init)  # a wrong path should not come out minutes later
-    if run.config.is_file() and run.model.is_file():  # which takes no lock, for nothing is written
-        there = run.read_config().dataset  # whose records may be gone
-        names = {there.train_split, there.eval_split, there.validation_split or there.train_split}
+        describe(config.init)  # fail on a wrong path before the records are built
+    if run.config.is_file() and run.model.is_file():  # nothing is written, so no lock is needed
+        used = run.read_config().dataset  # not from the manifest: the records may have been deleted
+        names = {used.train_split, used.eval_split, used.validation_split or used.train_split}
         run.open(replace(config, dataset=with_default_splits(config.dataset, names)), {})
-        print(f"{run.root} is finished: {run.model} is there")
+        print(f"{run.root} is already finished ({run.model} exists)")
         return run
     with run.training():
         manifest, dataset = open_for_training(config.dataset)
         config = replace(config, dataset=dataset)
         run.open(config, texts or {})
-        if not run.model.is_file():  # else another process has just finished it
+        if not run.model.is_file():  # another process may have finished the run in the meantime
             _train(config, manifest, run, strategy or tf.distribute.MirroredStrategy(), allow_other_groups)
     return run
 
@@ -103,10 +103,10 @@ def _train(
     records = hold_out(manifest, config.dataset, config.seed)
     _check_records(records, config)
     print(_describe_splits(records, config))
-    if not run.has_checkpoint:  # later its settings are fixed
+    if not run.has_checkpoint:  # settings can no longer be changed after the first checkpoint
         print_advice(records, config)
     if not run.preview.is_file():
-        tell(f"drawing the first clips: {run.preview}")
+        tell(f"saving a preview of the first training clips: {run.preview}")
         save_training_preview(records, config, run.preview)
     tell("building the network")
     trainer = Trainer(config, records, strategy)
@@ -118,15 +118,17 @@ def _train(
 
 
 class Trainer:
-    """A run: the network, its step function, and what happens between the steps.
+    """Trains the network of a run, and validates and saves checkpoints between the steps.
+
+    Sets Keras' global seed to that of the configuration.
 
     Args:
-        config: of the run. Its seed becomes Keras' global one.
-        manifest: of the records, with the split to validate on.
-        strategy: where to train.
+        config: the configuration of the run.
+        manifest: the manifest of the records, including the split held out for validation.
+        strategy: the distribution strategy.
 
     Raises:
-        UserError: the batch cannot be divided among the devices, or a part of it into batch-norm groups.
+        UserError: the batch cannot be divided evenly among devices, micro-batches and batch-norm groups.
     """
 
     def __init__(self, config: TrainConfig, manifest: Manifest, strategy: tf.distribute.Strategy) -> None:
@@ -136,7 +138,7 @@ class Trainer:
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
             with precision_scope(config.execution.precision):
-                self.model = _network(config, manifest)
+                self.model = _build_network(config, manifest)
             self.model.class_names, self.model.stored = manifest.classes, manifest.stored
             self.model.stretch, self.model.frame_sampling = config.dataset.stretch, config.dataset.frame_sampling
             self.model.test_views = config.test_views
@@ -144,33 +146,33 @@ class Trainer:
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
         split = HELD_OUT if config.dataset.validation_fraction else config.dataset.validation_split
-        self.validation = self._validation_on(split) if split else None
+        self.validation = self._build_validation(split) if split else None
 
-    def _validation_on(self, split: str) -> Callable[[], Score]:
+    def _build_validation(self, split: str) -> Callable[[], Score]:
         if isinstance(self.model, Detector):
             return DetectorValidation(self.model, self.manifest, split, self.config.detection)
         return Validation(self.model, self.manifest, split, self.config.dataset, self.config.expansion.test_size)
 
     def fit(self, run: RunFolder, records: str, *, allow_other_groups: bool = False) -> None:
-        """Trains from the newest checkpoint of the run, or from the start, to the last step or the end of patience.
+        """Trains until the last step or early stopping, starting from the newest checkpoint if one exists.
 
         Args:
-            run: its folder.
-            records: fingerprint of the manifest, which its checkpoints must share.
+            run: the run folder.
+            records: fingerprint of the manifest. The checkpoints must have been written with the same records.
             allow_other_groups: see `train`.
         """
-        origin = Origin(self.config.fingerprint(), records, *self._groups())
+        origin = Origin(self.config.fingerprint(), records, *self._batch_norm_groups())
         checkpoints = Checkpoints(run, self.model, self.step.variables, origin)
         first = checkpoints.restore(allow_other_groups=allow_other_groups)
         if first:
-            run.keep_places(self.config)
+            run.update_config(self.config)
         else:
-            self._start()
-        per_epoch = len(_training_records(self.manifest, self.config)) // self.batch
-        history = History(run, self.config, per_epoch, first)
-        print(self._describe(run) + (f", from the checkpoint of step {first}" if first else ""))
-        self._warn_of_small_groups(origin)
-        tell("compiling the training step and taking the first one: this may take a minute or two on a slow machine")
+            self._load_initial_weights()
+        steps_per_epoch = len(_training_records(self.manifest, self.config)) // self.batch
+        history = History(run, self.config, steps_per_epoch, first)
+        print(self._describe(run) + (f", resuming from the checkpoint of step {first}" if first else ""))
+        self._warn_about_small_groups(origin)
+        tell("compiling the training step: on a slow machine the first step may take a minute or two")
         try:
             with (
                 record_errors_as_user_errors(),
@@ -180,96 +182,96 @@ class Trainer:
         except KeyboardInterrupt:
             self._save_interrupted(checkpoints, history)
             raise
-        history.save_plots()  # also of a run that was killed between its last checkpoint and here
+        history.save_plots()  # the run may have been killed after its last checkpoint, before they were drawn
         if left_out := history.boxes_left_out():
-            print(f"no samples, outside the crops of their clips: {counted(left_out, 'box')}")
+            print(f"{counted(left_out, 'box')} ignored: outside the training crops")
 
     def _loop(self, run: RunFolder, checkpoints: Checkpoints, history: History, first: int, bar: Any) -> None:
-        if first and self._is_checkpoint(first):  # anew, for it may have been interrupted; it gives the same
+        if first and self._is_checkpoint(first):  # the validation may have been interrupted; repeating it is harmless
             self._refresh_statistics(first)
             self._validate(run, history, first)
-        batches, done = iter(self._batches(first)), first
-        self.step.trace(batches)  # takes long, and may be interrupted
-        while done < self.steps and not self._out_of_patience(history):
-            count = self._until_pause(done)
-            with held_back():  # a step that was taken must not be missing from the history
+        batches, step = iter(self._batches(first)), first
+        self.step.trace(batches)  # outside of `held_back`, because it takes long and may be interrupted
+        while step < self.steps and not self._is_patience_exhausted(history):
+            count = self._steps_until_pause(step)
+            with held_back():  # the history must contain every step taken
                 history.add(self.step(batches, count))
-                done += count
-                _advance(bar, done, first)
-                if self._is_checkpoint(done) or done // _ROW_STEPS != (done - count) // _ROW_STEPS:
-                    bar.set_postfix_str(history.end_row(done))
-            if self._is_checkpoint(done):
-                self._refresh_statistics(done)
-                checkpoints.save(done)  # before the validation, which may take long or fail
-                self._validate(run, history, done)
+                step += count
+                _advance(bar, step, first)
+                if self._is_checkpoint(step) or step // _LOG_STEPS != (step - count) // _LOG_STEPS:
+                    bar.set_postfix_str(history.end_row(step))
+            if self._is_checkpoint(step):
+                self._refresh_statistics(step)
+                checkpoints.save(step)  # before the validation, which may take long or fail
+                self._validate(run, history, step)
                 history.save_plots()
                 history.restart_clock()
-        if done < self.steps:
+        if step < self.steps:
             patience = self.config.recipe.patience
-            tqdm.write(f"stopped at step {done}: {patience} validations in a row were no better than the best before")
+            tqdm.write(f"early stopping at step {step}: no improvement in {counted(patience, 'validation')}")
 
     def _refresh_statistics(self, step: int) -> None:
-        """Measures batch norm anew, with the weights that are to be tested, if the recipe says so."""
+        """Recomputes the batch-norm statistics with the evaluation weights (Recipe.precise_bn_batches)."""
         if self.statistics is None:
             return
-        # batches that training has yet to see, so that they follow from the step alone
-        batches, parts = iter(self._batches(step)), self.config.execution.accumulation
-        with self._tested_weights():
-            self.statistics.refresh(batches, self.config.recipe.precise_bn_batches * parts)
+        # the batches that follow this step, so that a resumed run computes the same statistics
+        batches, micro_batches = iter(self._batches(step)), self.config.execution.accumulation
+        with self._eval_weights():
+            self.statistics.refresh(batches, self.config.recipe.precise_bn_batches * micro_batches)
             if self.step.average is not None:
-                self.step.average.keep_statistics()
+                self.step.average.copy_statistics()
 
     def _validate(self, run: RunFolder, history: History, step: int) -> None:
-        """Tests the network on the videos that are held out, and keeps it if the recipe asks for the best."""
+        """Evaluates the network on the validation split; with early stopping, saves it if it is the best so far."""
         if self.validation is None:
             return
-        with self._tested_weights():
+        with self._eval_weights():
             score = self.validation()
             tqdm.write(f"step {step}: validation accuracy {score.accuracy:.1%}, loss {score.loss:.3f}")
-            if history.score_step(step, score) and self.config.recipe.patience:
+            if history.add_validation(step, score) and self.config.recipe.patience:
                 save(self.model, run.best, self.manifest.classes, overwrite=True)
 
-    def _until_pause(self, done: int) -> int:
-        """Steps to take before Python looks again: never past a checkpoint, and to the end of a row if it is near."""
-        count = min(self.config.execution.steps_per_execution, self.steps - done)
-        pauses = [self.config.checkpoint_steps] + ([_ROW_STEPS] if count <= _ROW_STEPS else [])
-        return min([count, *(pause - done % pause for pause in pauses)])
+    def _steps_until_pause(self, step: int) -> int:
+        """Returns the number of steps for the next call: at most up to the next checkpoint or, if near, log row."""
+        count = min(self.config.execution.steps_per_execution, self.steps - step)
+        intervals = [self.config.checkpoint_steps] + ([_LOG_STEPS] if count <= _LOG_STEPS else [])
+        return min([count, *(interval - step % interval for interval in intervals)])
 
     def _is_checkpoint(self, step: int) -> bool:
         return step % self.config.checkpoint_steps == 0 or step == self.steps
 
-    def _tested_weights(self) -> Any:
-        """A block within which the network has the weights that are to be tested and saved."""
+    def _eval_weights(self) -> Any:
+        """Returns a context in which the network has the weights to evaluate and save: their EMA, if enabled."""
         return self.step.average.swapped() if self.step.average is not None else nullcontext()
 
-    def _out_of_patience(self, history: History) -> bool:
+    def _is_patience_exhausted(self, history: History) -> bool:
         patience = self.config.recipe.patience
         return bool(patience) and history.best()[1] >= patience
 
     def save_result(self, run: RunFolder) -> None:
-        """Writes the portable form of the network, of its best validation where the recipe has patience."""
+        """Saves the portable form of the network; with early stopping, that of the best validation."""
         if self.config.recipe.patience:
             save(portable(load(run.best), self.manifest.classes), run.model)
             return
-        with self._tested_weights():
+        with self._eval_weights():
             save(portable(self.model, self.manifest.classes), run.model)
 
-    def _start(self) -> None:
-        """Takes over weights before the first step, if the configuration names some."""
+    def _load_initial_weights(self) -> None:
+        """Loads the weights that `TrainConfig.init` names, if any."""
         if self.config.init is not None:
             print(load_pretrained(self.model, self.config.init))
             if self.step.average is not None:
                 self.step.average.reset()
 
     def _save_interrupted(self, checkpoints: Checkpoints, history: History) -> None:
-        """Keeps the steps since the last checkpoint. The optimiser counts whole steps: none is saved by halves."""
-        step = self.step.done
+        """Saves a checkpoint of the last completed step, as the optimiser counts them, and the history up to it."""
+        step = self.step.completed_steps
         if history.pending:
-            history.end_row(step)  # raises where the loss is no longer a number
+            history.end_row(step)  # before the checkpoint: raises if the loss is not finite
         if step:
             checkpoints.save(step)
-        history.writer.flush()  # after the checkpoint, for it may fail
-        print(f"\nstopped at step {step}; the same command resumes from there", file=sys.stderr)
+        history.writer.flush()  # after the checkpoint, because it may fail
+        print(f"\ninterrupted at step {step}; the same command resumes from there", file=sys.stderr)
 
     def _batches(self, first: int) -> tf.distribute.DistributedDataset:
         config = self.config
@@ -289,7 +291,7 @@ class Trainer:
         if self.config.recipe.class_weights == "none":
             return None
         if self.manifest.task != "single_label":
-            raise UserError('Recipe.class_weights must be "none" where videos have several labels')
+            raise UserError('Recipe.class_weights must be "none" for multi-label and detection records')
         records = self.manifest.split(self.config.dataset.train_split).records
         return balancing_weights(np.array([record.labels[0] for record in records]), len(self.manifest.classes))
 
@@ -297,21 +299,21 @@ class Trainer:
         devices, config = self.strategy.num_replicas_in_sync, self.config
         macs = cost(config.expansion, num_classes=self.model.num_classes, options=config.model).macs
         reference = config.recipe.reference_batch
-        scaled = f" (Recipe.steps = {config.recipe.steps} is of Recipe.reference_batch = {reference})"
+        scaled = f" (scaled from Recipe.steps = {config.recipe.steps} at Recipe.reference_batch = {reference})"
         scaled = scaled if reference != self.batch else ""
         clips = self.batch // devices // config.execution.accumulation
-        parts = num_batch_slices(clips, config.model.bn_group)
-        side_by_side = f", {parts} parts of its batch side by side" if parts > 1 else ""
+        slices = num_batch_slices(clips, config.model.bn_group)
+        in_parallel = f" ({slices} batch slices in parallel)" if slices > 1 else ""
         return (
-            f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs a clip) in {run.root} on "
-            f"{counted(devices, 'device')}{side_by_side}: {counted(self.steps, 'step')} of "
+            f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs per clip) in {run.root} on "
+            f"{counted(devices, 'device')}{in_parallel}: {counted(self.steps, 'step')} with a batch of "
             f"{counted(self.batch, 'clip')}{scaled}, {self._describe_groups()}"
         )
 
-    def _groups(self) -> tuple[int, int]:
-        """Clips that share batch-norm statistics, on one device, and such groups of a step; 0 and 0 if it is frozen.
+    def _batch_norm_groups(self) -> tuple[int, int]:
+        """Returns the clips per batch-norm group and the groups per step; (0, 0) if batch norm is frozen.
 
-        The parts that a device computes side by side do not count: batch norm takes them together.
+        Slices that a device computes in parallel do not reduce the group, because batch norm joins them.
         """
         if self.config.recipe.frozen_norms:
             return 0, 0
@@ -320,18 +322,18 @@ class Trainer:
         return clips, self.batch // clips
 
     def _describe_groups(self) -> str:
-        clips, groups = self._groups()
+        clips, groups = self._batch_norm_groups()
         if not clips:
             return "batch norm frozen"
-        return f"batch norm over {counted(clips, 'clip')} a group on each device, {counted(groups, 'group')} a step"
+        return f"batch norm over groups of {counted(clips, 'clip')} ({groups} per step)"
 
-    def _warn_of_small_groups(self, origin: Origin) -> None:
-        wanted = self.config.model.bn_group
-        if 0 < origin.clips_per_group < wanted:
+    def _warn_about_small_groups(self, origin: Origin) -> None:
+        recommended = self.config.model.bn_group
+        if 0 < origin.clips_per_group < recommended:
             print(
-                f"warning: batch norm sees {counted(origin.clips_per_group, 'clip')} a group on each device, fewer "
-                f"than ModelOptions.bn_group = {wanted}, so its statistics are noisier than the recipe's. Raise "
-                "Recipe.batch, or lower Execution.accumulation or the number of devices",
+                f"warning: batch-norm groups have {counted(origin.clips_per_group, 'clip')}, fewer than "
+                f"ModelOptions.bn_group = {recommended}, so the statistics are noisier than the recipe intends. "
+                "Increase Recipe.batch, or reduce Execution.accumulation or the number of devices",
                 file=sys.stderr,
             )
 
@@ -358,20 +360,20 @@ _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
 
 
 def _describe_splits(manifest: Manifest, config: TrainConfig) -> str:
-    """What each split of the records is for; training chose those that the settings leave open."""
+    """Returns a sentence that states the purpose of each split, including splits chosen by default."""
     dataset = config.dataset
     validation = HELD_OUT if dataset.validation_fraction else dataset.validation_split
-    uses = {dataset.train_split: ["trains"]}
-    uses.setdefault(validation or "", []).append("validates")
-    uses.setdefault(dataset.eval_split, []).append("is evaluated when training has ended")
-    told = [
-        f"{name} ({len(manifest.splits[name].records)} records) {' and '.join(verbs)}"
-        for name, verbs in uses.items()
+    uses = {dataset.train_split: ["training"]}
+    uses.setdefault(validation or "", []).append("validation")
+    uses.setdefault(dataset.eval_split, []).append("the final evaluation")
+    parts = [
+        f"{name} ({len(manifest.splits[name].records)} records) for {' and '.join(purposes)}"
+        for name, purposes in uses.items()
         if name
     ]
-    text = f"Splits: {', '.join(told)}."
+    text = f"Splits: {', '.join(parts)}."
     if validation == dataset.eval_split and config.recipe.patience:
-        text += f" The best step is chosen by {validation}, so other videos may give less than its evaluation says."
+        text += f" Early stopping selects the best step on {validation}, so its evaluation is optimistic."
     return text
 
 
@@ -380,20 +382,20 @@ def _check_records(manifest: Manifest, config: TrainConfig) -> None:
     if manifest.task == "detection":
         _check_detection(manifest, config)
     validated = config.dataset.validation_split is not None or config.dataset.validation_fraction > 0
-    rule = 'be 0 for records without a split "val", DatasetSpec.validation_split or DatasetSpec.validation_fraction'
+    rule = 'be 0 without validation: a "val" split, DatasetSpec.validation_split or DatasetSpec.validation_fraction'
     require(validated or not config.recipe.patience, "Recipe.patience", rule, config.recipe.patience)
-    held = len(_training_records(manifest, config))
-    fits = config.recipe.batch <= held
-    rest = " less those held out for validation" if config.dataset.validation_fraction else ""
-    rule = f"be at most {held}, the records of split {split!r}{rest}; learning rate and steps are scaled to it"
+    available = len(_training_records(manifest, config))
+    fits = config.recipe.batch <= available
+    rest = " that are not held out for validation" if config.dataset.validation_fraction else ""
+    rule = f"be at most {available}, the number of records in split {split!r}{rest}"
     require(fits, "Recipe.batch", rule, config.recipe.batch)
 
 
 def _check_detection(manifest: Manifest, config: TrainConfig) -> None:
     dataset = config.dataset
-    for name, plain in (("stretch", False), ("frame_sampling", "slowfast")):
-        value, rule = getattr(dataset, name), f"stay {plain!r} for key frames, which have a rule of their own"
-        require(value == plain, f"DatasetSpec.{name}", rule, value)
+    for name, required in (("stretch", False), ("frame_sampling", "slowfast")):
+        value, rule = getattr(dataset, name), f"be {required!r} for detection, where key frames fix the sampling"
+        require(value == required, f"DatasetSpec.{name}", rule, value)
     if config.detection.eval_boxes == "proposals":
         for split in filter(None, (dataset.eval_split, dataset.validation_split)):
             require_proposals(manifest, split)
@@ -404,7 +406,7 @@ def _training_records(manifest: Manifest, config: TrainConfig) -> tuple[Record, 
     return with_labels(records) if manifest.task == "detection" else records
 
 
-def _network(config: TrainConfig, manifest: Manifest) -> X3D | Detector:
+def _build_network(config: TrainConfig, manifest: Manifest) -> X3D | Detector:
     classes = len(manifest.classes)
     if manifest.task == "detection":
         return Detector(config.expansion, classes, config.model, head=config.detection.head)
@@ -412,14 +414,12 @@ def _network(config: TrainConfig, manifest: Manifest) -> X3D | Detector:
 
 
 def _check_batch(config: TrainConfig, replicas: int) -> None:
-    batch, parts, group = config.recipe.batch, config.execution.accumulation, config.model.bn_group
-    require(batch % replicas == 0, "Recipe.batch", f"be a multiple of the {replicas} devices", batch)
-    share = batch // replicas
-    divides = share % parts == 0
-    require(
-        divides, "Execution.accumulation", f"divide the {counted(share, 'clip')} that each device has of a batch", parts
-    )
-    share //= parts
-    whole = share <= group or share % group == 0
-    rule = f"give each device{' and part of a step' if parts > 1 else ''} a multiple of the {group} clips of "
-    require(whole, "Recipe.batch", f"{rule}ModelOptions.bn_group", share)
+    batch, micro_batches, group = config.recipe.batch, config.execution.accumulation, config.model.bn_group
+    require(batch % replicas == 0, "Recipe.batch", f"be a multiple of the number of devices, {replicas}", batch)
+    clips = batch // replicas
+    rule = f"divide the {counted(clips, 'clip')} per device"
+    require(clips % micro_batches == 0, "Execution.accumulation", rule, micro_batches)
+    clips //= micro_batches
+    unit = "device and micro-batch" if micro_batches > 1 else "device"
+    rule = f"give a multiple of ModelOptions.bn_group = {group} clips per {unit}, or fewer than that"
+    require(clips <= group or clips % group == 0, "Recipe.batch", rule, clips)

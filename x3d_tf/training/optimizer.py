@@ -1,4 +1,4 @@
-"""Stochastic gradient descent as PyTorch computes it, which X3D's recipe was tuned with."""
+"""Stochastic gradient descent with PyTorch's update rule, for which the X3D recipe was tuned."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,15 +9,17 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class SGD(keras.optimizers.Optimizer):
-    """Nesterov momentum with L2 regularisation inside the gradient.
+    """SGD with Nesterov momentum and L2 regularisation.
 
-    Keras' own SGD differs twice: its weight decay acts on the weights, not through the momentum, and its velocity holds
-    the learning rate, so that a changed rate reaches past gradients too.
+    Keras' own SGD differs in two ways. Its weight decay bypasses the momentum, and its velocity includes the learning
+    rate, so that a change of the rate does not affect past gradients.
 
     Args:
         learning_rate: a number or a schedule.
-        momentum: share of the velocity that a step keeps.
-        l2: added to the gradient, times the weight, of every variable but those given to `exclude`.
+        momentum: decay of the velocity per step.
+        l2: L2 coefficient: `l2 * variable` is added to the gradient, except for variables passed to `exclude`.
+        name: name of the optimiser.
+        **kwargs: further arguments of `keras.optimizers.Optimizer`.
     """
 
     def __init__(
@@ -25,15 +27,15 @@ class SGD(keras.optimizers.Optimizer):
     ) -> None:
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.momentum, self.l2 = momentum, l2
-        self._rates: dict[object, float] = {}
+        self._lr_factors: dict[object, float] = {}
 
     def exclude(self, variables: Iterable[Any]) -> None:
-        """Leaves variables out of the regularisation; to be called before the first step."""
+        """Excludes variables from the L2 regularisation. Call it before the first step."""
         self.exclude_from_weight_decay(var_list=list(variables))
 
     def scale_learning_rate(self, variables: Iterable[Any], factor: float) -> None:
-        """Multiplies the learning rate of variables; to be called before the first step."""
-        self._rates |= {self._var_key(variable): factor for variable in variables}
+        """Multiplies the learning rate of variables by `factor`. Call it before the first step."""
+        self._lr_factors |= {self._var_key(variable): factor for variable in variables}
 
     def build(self, variables: list[Any]) -> None:
         if self.built:
@@ -47,7 +49,7 @@ class SGD(keras.optimizers.Optimizer):
         velocity = self.velocities[self._get_variable_index(variable)]
         new_velocity = self.momentum * velocity + gradient
         self.assign(velocity, new_velocity)
-        rate = ops.cast(learning_rate, variable.dtype) * self._rates.get(self._var_key(variable), 1.0)
+        rate = ops.cast(learning_rate, variable.dtype) * self._lr_factors.get(self._var_key(variable), 1.0)
         self.assign_sub(variable, rate * (gradient + self.momentum * new_velocity))
 
     def get_config(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Statistics of batch norm from many batches with the same weights, not from a moving average over changing ones.
+"""Precise batch norm: statistics over many batches with fixed weights instead of a moving average during training.
 
-(PySlowFast does so before each test, by fvcore's `update_bn_stats`.)
+PySlowFast computes them before each evaluation with fvcore's `update_bn_stats`.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from x3d_tf.training.forward import forward_of
 
 
 class PreciseStatistics:
-    """Replaces the moving statistics of a network.
+    """Recomputes the moving statistics of the batch-norm layers of a network.
 
     Args:
-        model: its layers of batch norm normalise by the batch while they are measured, as in training.
-        strategy: where to compute.
+        model: the network. While the statistics are computed, its batch norm uses batch statistics, as in training.
+        strategy: the distribution strategy.
     """
 
     def __init__(self, model: X3D, strategy: tf.distribute.Strategy) -> None:
@@ -31,7 +31,7 @@ class PreciseStatistics:
         self._moments = tf.function(self._distributed_moments)
 
     def refresh(self, batches: Iterator[Any], count: int) -> None:
-        """Sets the statistics to the mean and the population variance over `count` batches of training clips."""
+        """Sets the statistics to the mean and the population variance over `count` batches from `batches`."""
         seeds = [seed.numpy() for seed in self._seeds]
         total: Any = 0.0
         try:
@@ -39,7 +39,7 @@ class PreciseStatistics:
                 total = total + np.stack([part.numpy() for part in self._moments(next(batches)[0])])
         finally:
             for seed, value in zip(self._seeds, seeds):
-                seed.assign(value)  # as if nothing had been drawn: training goes on alike
+                seed.assign(value)  # the random numbers of the next training step must not change
         means, squares = total / count
         variances = np.maximum(squares - means**2, 0)
         start = 0
@@ -54,20 +54,20 @@ class PreciseStatistics:
         return [self._strategy.reduce(tf.distribute.ReduceOp.MEAN, part, axis=None) for part in moments]
 
     def _replica_moments(self, clips: Any) -> tuple[Any, Any]:
-        """Means, and means of squares, of the channels that each layer sees, one layer after the other; float64."""
+        """Returns the mean and the mean square of each input channel, float64 [channels of all layers]."""
         seen: dict[str, tuple[Any, Any]] = {}
 
-        def observe(norm: GhostBatchNorm, parts: list[Any]) -> None:
-            seen[norm.name] = _moments(parts)
+        def observe(norm: GhostBatchNorm, slices: list[Any]) -> None:
+            seen[norm.name] = _moments(slices)
 
         self._forward(clips, observe)
         means, squares = zip(*(seen[norm.name] for norm in self._norms))
         return tf.concat(means, 0), tf.concat(squares, 0)
 
 
-def _moments(parts: list[Any]) -> tuple[Any, Any]:
-    """Means and means of squares of each channel over tensors of one shape, float64."""
-    moments = [tf.nn.moments(tf.cast(part, tf.float32), axes=[0, 1, 2, 3]) for part in parts]
+def _moments(slices: list[Any]) -> tuple[Any, Any]:
+    """Returns the mean and the mean square of each channel over tensors of equal shape, float64 [channels]."""
+    moments = [tf.nn.moments(tf.cast(x, tf.float32), axes=[0, 1, 2, 3]) for x in slices]
     pairs = [(tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)) for mean, variance in moments]
     squares = [variance + tf.square(mean) for mean, variance in pairs]
     return tf.add_n([mean for mean, _ in pairs]) / len(pairs), tf.add_n(squares) / len(pairs)

@@ -1,4 +1,4 @@
-"""The learning rate over a run, warmed up linearly: half a cosine, or steps (paper, appendices A.3 and A.1)."""
+"""Learning-rate schedules with linear warm-up: half-cosine and step decay (paper, appendices A.3 and A.1)."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from x3d_tf.config import Recipe
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class CosineWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
-    """rate(n) = 0.5 peak (cos(π n / steps) + 1), after a linear rise to the cosine's own value.
+    """Half-cosine decay, rate(n) = 0.5 peak (cos(π n / steps) + 1), after a linear warm-up.
 
     Args:
-        peak: the cosine's value at step 0, η.
-        steps: where it reaches zero.
-        warmup_steps: steps of the rise; it ends at the cosine's value there, not at the peak.
-        warmup_start: where the rise begins, in units of the peak.
+        peak: value of the cosine at step 0, η.
+        steps: the step at which the rate reaches zero.
+        warmup_steps: number of warm-up steps. The warm-up ends at the cosine's value at that step, not at the peak.
+        warmup_start: initial learning rate, as a fraction of the peak.
     """
 
     def __init__(self, peak: float, steps: int, warmup_steps: int = 0, warmup_start: float = 0.1) -> None:
@@ -28,7 +28,7 @@ class CosineWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
         step = ops.cast(step, keras.config.floatx())
         rate = 0.5 * self.peak * (ops.cos(math.pi * step / self.steps) + 1)
         last = 0.5 * self.peak * (math.cos(math.pi * self.warmup_steps / self.steps) + 1)
-        return _warmed_up(step, rate, self.warmup_steps, self.peak * self.warmup_start, last)
+        return _with_warmup(step, rate, self.warmup_steps, self.peak * self.warmup_start, last)
 
     def get_config(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -36,13 +36,13 @@ class CosineWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
 
 @keras.saving.register_keras_serializable("x3d_tf")
 class StepsWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
-    """A tenth of the rate from each of some steps on, after a linear rise to the peak.
+    """Step decay, which divides the rate by 10 at each decay step, after a linear warm-up to the peak.
 
     Args:
-        peak: the rate before the first of them, η.
-        decay_steps: ascending, none before the end of the warm-up.
-        warmup_steps: steps of the rise.
-        warmup_start: where the rise begins, in units of the peak.
+        peak: the rate before the first decay step, η.
+        decay_steps: the decay steps, ascending and after the warm-up.
+        warmup_steps: number of warm-up steps.
+        warmup_start: initial learning rate, as a fraction of the peak.
     """
 
     def __init__(
@@ -56,19 +56,19 @@ class StepsWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
         rate = ops.convert_to_tensor(self.peak, keras.config.floatx())
         for number, start in enumerate(self.decay_steps, 1):
             rate = ops.where(step >= start, self.peak * 10.0**-number, rate)
-        return _warmed_up(step, rate, self.warmup_steps, self.peak * self.warmup_start, self.peak)
+        return _with_warmup(step, rate, self.warmup_steps, self.peak * self.warmup_start, self.peak)
 
     def get_config(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
-def _warmed_up(step: Any, rate: Any, steps: int, first: float, last: float) -> Any:
-    """A rate with a rise from `first` to `last` before it."""
+def _with_warmup(step: Any, rate: Any, steps: int, first: float, last: float) -> Any:
+    """Returns `rate` after the warm-up, and a linear rise from `first` to `last` during it."""
     return ops.where(step < steps, first + (last - first) * step / steps, rate) if steps else rate
 
 
-def schedule_of(recipe: Recipe) -> CosineWithWarmup | StepsWithWarmup:
-    """The schedule of a recipe at its batch."""
+def build_schedule(recipe: Recipe) -> CosineWithWarmup | StepsWithWarmup:
+    """Builds the learning-rate schedule of a recipe, scaled to its batch size."""
     peak, warmup = recipe.scaled_learning_rate, (recipe.scaled_warmup_steps, recipe.warmup_start)
     if recipe.schedule == "steps":
         return StepsWithWarmup(peak, recipe.scaled_decay_steps, *warmup)

@@ -1,4 +1,4 @@
-"""Starting a run from the weights of another."""
+"""Transfer learning: initialises a network with the weights of another one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,83 +8,85 @@ from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.saving import load
 from x3d_tf.modeling.x3d import Network
 
-_HEAD = ("conv5", "fc")  # how the names of layers begin that a head may lack
+_HEAD = ("conv5", "fc")  # name prefixes of the layers that some heads lack
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Which layers of a network have weights of another now, and which are as they were.
+    """Report of a weight transfer.
 
     Attributes:
-        source: where the other network was read from.
-        taken, new: names of layers.
-        head_pools: of the other network and of this one, where they differ.
+        source: path of the source network.
+        loaded: names of the layers whose weights were copied.
+        new: names of the layers that keep their initial weights.
+        head_pools: `ModelOptions.head_pool` of the source and of the target network if they differ, else None.
     """
 
     source: str
-    taken: tuple[str, ...]
+    loaded: tuple[str, ...]
     new: tuple[str, ...]
     head_pools: tuple[str, str] | None = None
 
     def __str__(self) -> str:
-        new = ", ".join(self.new) if self.new else "nothing"
+        new = ", ".join(self.new) if self.new else "none"
         text = (
-            f"weights of {self.source}: {len(self.taken)} layers taken, {self.taken[0]} to {self.taken[-1]}; new: {new}"
+            f"Loaded {len(self.loaded)} layers from {self.source}, {self.loaded[0]} to {self.loaded[-1]}; "
+            f"newly initialised: {new}"
         )
         if self.head_pools:
-            text += "\nModelOptions.head_pool, which larger clips in testing depend on, is {} there and {} here".format(
-                *self.head_pools
-            )
+            text += (
+                "\nwarning: ModelOptions.head_pool is {!r} in the source and {!r} in this network; "
+                "evaluation on crops larger than the training clips differs"
+            ).format(*self.head_pools)
         return text
 
 
 def load_pretrained(model: Network, source: str | Path) -> Transfer:
-    """Copies the weights of a run or a model file into a network, all that fit its classes.
+    """Copies the weights of a run or a model file into a network.
 
-    Clip size, frames and stride may differ: no weight depends on them. The classifier fc2 is taken only where the class
-    names are the same. A detector starts from a classifier or a detector, whatever their heads.
+    Clip size, frames and stride may differ, because no weight depends on them. The classifier fc2 is copied only if the
+    class names are equal. A detector can be initialised from a classifier or from a detector with any head.
 
     Args:
-        model: with `class_names`.
+        model: the target network, with its `class_names` set.
         source: a run folder or a `.keras` file of this package.
 
     Raises:
-        UserError: no such file, or a network of other widths or depths (names the layers that do not fit), or one that
-            takes other input or has other activations.
+        UserError: the file does not exist, or its network has another width, depth, input or activation.
     """
     other = load(source)
-    theirs = {layer.name: layer for layer in other.layers if layer.weights}
-    same_head = getattr(other, "head", None) == getattr(model, "head", None)  # of detectors
+    source_layers = {layer.name: layer for layer in other.layers if layer.weights}
+    same_head = getattr(other, "head", None) == getattr(model, "head", None)  # only detectors have the attribute
     if not model.class_names or other.class_names != model.class_names or not same_head:
-        theirs.pop("fc2", None)
-    ours = {layer.name: layer for layer in model.layers if layer.weights}
-    new = [name for name in ours if name not in theirs and name.startswith(_HEAD)]
-    _raise_misfits(model, other, str(source), [name for name in ours if name not in new])
-    taken = [name for name in ours if name not in new]
-    for name in taken:
-        for target, weight in zip(ours[name].weights, theirs[name].weights):
+        source_layers.pop("fc2", None)
+    target_layers = {layer.name: layer for layer in model.layers if layer.weights}
+    new = [name for name in target_layers if name not in source_layers and name.startswith(_HEAD)]
+    loaded = [name for name in target_layers if name not in new]
+    _require_compatible(model, other, str(source), loaded)
+    for name in loaded:
+        for target, weight in zip(target_layers[name].weights, source_layers[name].weights):
             target.assign(weight)
     pools = (other.options.head_pool, model.options.head_pool)
-    return Transfer(str(source), tuple(taken), tuple(new), pools if pools[0] != pools[1] else None)
+    return Transfer(str(source), tuple(loaded), tuple(new), pools if pools[0] != pools[1] else None)
 
 
-def _raise_misfits(model: Network, other: Network, source: str, wanted: list[str]) -> None:
-    for name in ("input", "swish", "swish_before", "shortcut_norm"):  # of which no shape tells, or not plainly
-        there, here = getattr(other.options, name), getattr(model.options, name)
-        if there != here:
-            value = f'"{there}"' if isinstance(there, str) else there
+def _require_compatible(model: Network, other: Network, source: str, loaded: list[str]) -> None:
+    for name in ("input", "swish", "swish_before", "shortcut_norm"):  # weight shapes do not reveal these
+        theirs, ours = getattr(other.options, name), getattr(model.options, name)
+        if theirs != ours:
+            value = f'"{theirs}"' if isinstance(theirs, str) else theirs
             raise UserError(
-                f"TrainConfig.init: {source} was trained with ModelOptions.{name} = {there!r}, "
-                f"and here it is {here!r}; set it with --gin_bindings='ModelOptions.{name}={value}'"
+                f"TrainConfig.init: {source} was trained with ModelOptions.{name} = {theirs!r}, but this run has "
+                f"{ours!r}; set it with --gin_bindings='ModelOptions.{name}={value}'"
             )
-    ours, theirs = _shapes(model), _shapes(other)
-    misfits = [name for name in wanted if ours[name] != theirs.get(name)]
-    misfits += [name for name in theirs if name not in ours and not name.startswith(_HEAD)]
-    if misfits:
+    target_shapes, source_shapes = _shapes(model), _shapes(other)
+    mismatches = [name for name in loaded if target_shapes[name] != source_shapes.get(name)]
+    mismatches += [name for name in source_shapes if name not in target_shapes and not name.startswith(_HEAD)]
+    if mismatches:
         raise UserError(
-            f"TrainConfig.init: {source} is of another network: {len(misfits)} layers do not fit, the first is "
-            f"{misfits[0]}. Blocks x channels of its stages are {_stages(other)} there and {_stages(model)} here "
-            "(Expansion.gamma_w, gamma_b and gamma_d and ModelOptions decide them)"
+            f"TrainConfig.init: {source} has another architecture: {len(mismatches)} layers do not match, the first "
+            f"is {mismatches[0]}. Blocks x channels per stage: {_stages(other)} in the source, {_stages(model)} in "
+            "this run; set Expansion.gamma_w, gamma_b, gamma_d and ModelOptions to those of the source"
         )
 
 

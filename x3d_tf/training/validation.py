@@ -1,4 +1,4 @@
-"""Tests of a network while it trains: on one clip from the middle of each video, always the same."""
+"""Validation during training, on the centre clip of each video."""
 
 import math
 from typing import NamedTuple
@@ -19,29 +19,33 @@ from x3d_tf.types import ViewSpec
 
 
 class Score(NamedTuple):
-    """A validation: higher accuracy is better, and of equal ones the lower loss.
+    """Result of a validation. Higher accuracy is better; of equal accuracies, the lower loss is better.
 
     Attributes:
-        accuracy: top-1, or mean average precision where videos, or boxes, have several labels.
-        loss: mean cross-entropy of the probabilities; of a detector what its precision lacks.
+        accuracy: top-1 accuracy for single-label tasks, else mean average precision (mAP), in [0, 1].
+        loss: mean cross-entropy of the probabilities; 1 - mAP for a detector.
     """
 
     accuracy: float
     loss: float
 
     def beats(self, other: "Score | None") -> bool:
-        """Whether this is better; anything is better than nothing."""
+        """Returns True if this score is better than `other`, or if `other` is None."""
         return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
 
 
 class Validation:
-    """Tests a network on a split.
+    """Evaluates a classification network on a split.
 
     Args:
-        model: whose weights may change from one call to the next.
-        manifest, split: the records.
-        dataset: how frames are sampled.
-        resize: short side in pixels that frames are scaled to.
+        model: the network. Its weights may change between calls.
+        manifest: the manifest of the records.
+        split: name of the validation split.
+        dataset: the settings for frame sampling.
+        resize: short side in pixels to which frames are scaled.
+
+    Raises:
+        UserError: the split has no records.
     """
 
     def __init__(self, model: X3D, manifest: Manifest, split: str, dataset: DatasetSpec, resize: int) -> None:
@@ -50,13 +54,13 @@ class Validation:
         self._views = ViewSpec(temporal_views=1, resize=resize, crop=model.clip.size, stretch=model.stretch)
         records = manifest.split(split).records
         if not records:
-            raise UserError(f"split {split!r} of {manifest.folder} holds no records to validate on")
+            raise UserError(f"validation split {split!r} of {manifest.folder} must have at least one record")
         self._truth = np.zeros((len(records), len(manifest.classes)), bool)
         for row, record in zip(self._truth, records):
             row[list(record.labels)] = True
 
     def __call__(self) -> Score:
-        """Scores the weights as they are."""
+        """Evaluates the current weights."""
         probabilities = predict_split(
             self._model,
             self._manifest,
@@ -75,26 +79,32 @@ class Validation:
 
 
 class DetectorValidation:
-    """Tests a detector on a split: frame mAP, which takes the place of the accuracy.
+    """Evaluates a detector on a split by its frame mAP, which replaces the accuracy.
 
     Args:
-        model: whose weights may change from one call to the next.
-        manifest, split: the records, of key frames.
-        detection: which boxes are tested.
+        model: the detector. Its weights may change between calls.
+        manifest: the manifest of the key-frame records.
+        split: name of the validation split.
+        detection: the settings that select key frames and boxes.
+
+    Raises:
+        UserError: the split has no key frames to validate on.
     """
 
     def __init__(self, model: Detector, manifest: Manifest, split: str, detection: Detection) -> None:
         every = detection.validation_every
         records = manifest.split(split).records
-        taken = [record for record in records if parse_key_frame_id(record.media_id)[1] % every == 0]
-        if not taken:
-            of_these = f" whose seconds {every} divides" if every > 1 else ""
-            raise UserError(f"split {split!r} of {manifest.folder} holds no records{of_these} to validate on")
-        self._model, self._manifest, self._split = model, manifest.keeping(split, taken), split
+        selected = [record for record in records if parse_key_frame_id(record.media_id)[1] % every == 0]
+        if not selected:
+            seconds = f" at a multiple of Detection.validation_every = {every} seconds" if every > 1 else ""
+            raise UserError(
+                f"validation split {split!r} of {manifest.folder} must have at least one key frame{seconds}"
+            )
+        self._model, self._manifest, self._split = model, manifest.keeping(split, selected), split
         self._detection = detection
 
     def __call__(self) -> Score:
-        """Scores the weights as they are."""
+        """Evaluates the current weights."""
         _, scores = score_split(self._model, self._manifest, self._split, self._detection)
-        precision = 0.0 if math.isnan(scores.mean) else scores.mean
-        return Score(precision, 1 - precision)
+        mean_ap = 0.0 if math.isnan(scores.mean) else scores.mean
+        return Score(mean_ap, 1 - mean_ap)
