@@ -21,7 +21,7 @@ from video_fixtures import (
 from x3d_tf.build_records import summary
 from x3d_tf.data.build import builder, encoding
 from x3d_tf.data.build.builder import build_records
-from x3d_tf.data.build.encoding import Retryable, encode_all, state_of
+from x3d_tf.data.build.encoding import Retryable, encode_all, file_state
 from x3d_tf.data.build.sources import Video, find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
@@ -158,7 +158,7 @@ def test_the_splits_that_training_finds_by_itself(
         (["a/1"], {"splits": ["a", "a"]}, "splits must be distinct names of folders"),
         (["a/1"], {"splits": ["../a"]}, "splits must be distinct names of folders"),
         (["a/b/1"], {"splits": ["a", "b"]}, "b is not a folder"),
-        (["one/a/1", "two/a/1"], {}, "is a folder, but class folders hold video files.*--splits=one,two"),
+        (["one/a/1", "two/a/1"], {}, "is a folder, but class folders must hold video files.*--splits=one,two"),
         (["notes"], {}, "holds no folder with files for each class"),
         (["a/1"], {}, "no video can be read \\(1 tried\\); the reasons are in"),
         (["a/1", "out/1"], {}, "output: .*out is not empty"),
@@ -252,7 +252,7 @@ def test_trouble_with_one_video_is_that_videos(tmp_path: Path) -> None:
     videos = []
     for path in (tmp_path / name for name in names):
         path.write_text("video")
-        videos.append(Video(path, "", (), state=state_of(path)))
+        videos.append(Video(path, "", (), state=file_state(path)))
     (tmp_path / "replaced").write_text("other")
     os.utime(tmp_path / "replaced", ns=(0, 0))
     results = dict(zip(names, encode_all(videos, trouble_by_name, workers=2, timeout=3), strict=True))
@@ -291,7 +291,7 @@ def test_a_video_that_hangs_is_listed_and_tried_again(tmp_path: Path, monkeypatc
     for name in ("a/first", "a/hangs", "b/last"):
         write_video(tmp_path / "in" / f"{name}.mp4", numbered_frames(3))
     (tmp_path / "in" / ".hang").touch()
-    monkeypatch.setattr(builder, "encode_or_reason", hang_where_marked)
+    monkeypatch.setattr(builder, "encode_or_error", hang_where_marked)
 
     def build(output: Path) -> builder.BuildResult:
         return build_records(tmp_path / "in", output, workers=1, timeout=3, progress=False)
@@ -315,13 +315,13 @@ def test_folders_of_frames_that_change_are_noticed(tmp_path: Path) -> None:
     for number in range(60):
         (tmp_path / f"{number}.jpg").write_text("frame")
     (tmp_path / "notes").touch()
-    state = state_of(tmp_path)
+    state = file_state(tmp_path)
     image_sequences._listed.cache_clear()
     assert image_sequences.is_unchanged(tmp_path, state, 0.0, None)
     (tmp_path / "notes").write_text("not a frame")
-    assert state_of(tmp_path) == state
+    assert file_state(tmp_path) == state
     (tmp_path / "40.jpg").write_text("another")  # in place: the folder itself does not change
-    assert state_of(tmp_path) != state
+    assert file_state(tmp_path) != state
     assert image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # frames 0 to 29
     assert not image_sequences.is_unchanged(tmp_path, state, 1.0, 2.0)
     image_sequences._listed.cache_clear()

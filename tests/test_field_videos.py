@@ -28,7 +28,7 @@ from video_fixtures import (
     write_with_sound,
 )
 
-from x3d_tf.data.build.encoding import encode_or_reason
+from x3d_tf.data.build.encoding import encode_or_error
 from x3d_tf.data.build.sources import Video
 from x3d_tf.data.video import timeline
 from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames
@@ -350,7 +350,7 @@ def test_images_keep_the_times_of_their_numbers_at_the_rate_of_the_folder(tmp_pa
         found = encode_folder(folder, start=start, end=end, fps=25)
         first, stop = round(start * 25), None if end is None else round(end * 25)
         assert (numbers_in(found.frames), found.fps, found.start) == (shown[first:stop], 25.0, start)
-        assert encode_or_reason(Video(folder, "a", (), start, end, frame_rate=25.0), 256, 95) == found
+        assert encode_or_error(Video(folder, "a", (), start, end, frame_rate=25.0), 256, 95) == found
     with pytest.raises(VideoError, match=r"ends before 1\.6 s: it has 31 images, 25 a second"):
         encode_folder(folder, start=1.6, fps=25)
 

@@ -261,7 +261,7 @@ def test_records_of_another_name_than_the_manifests_are_damaged(manifest: Manife
     records = list(manifest.splits["train"].records)
     names = [record.media_id for record in records]
     swapped = [names[1], names[0], *names[2:]]
-    of_others = manifest.keeping("train", [r._replace(media_id=name) for r, name in zip(records, swapped)])
+    of_others = manifest.with_records("train", [r._replace(media_id=name) for r, name in zip(records, swapped)])
     cause = "cannot read or decode record 0 of split train, at byte 12: its labels, name or boxes are not those"
     with pytest.raises(ValueError, match=cause), record_errors_as_user_errors():
         list(evaluation_dataset(of_others, "train", CLIP, VIEWS))

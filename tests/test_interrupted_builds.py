@@ -399,7 +399,7 @@ def test_size_is_estimated_before_the_bulk(
     capsys: pytest.CaptureFixture[str],
     room: int,
 ) -> None:
-    monkeypatch.setattr(builder, "ESTIMATE_FROM", 3)
+    monkeypatch.setattr(builder, "ESTIMATE_AFTER", 3)
     monkeypatch.setattr(builder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": room}))
     if room > 1000:
         build_records(videos, tmp_path / "out")

@@ -176,9 +176,9 @@ def test_the_fingerprint_is_of_the_content(manifest: Manifest, tmp_path: Path) -
     first, second, third = same.splits["train"].records
     others = [
         replace(same, classes=same.classes[::-1]),
-        same.keeping("train", [first, second]),
-        same.keeping("train", [first._replace(labels=second.labels), second._replace(labels=first.labels), third]),
-        same.keeping("train", [first._replace(media_id="x"), second, third]),
+        same.with_records("train", [first, second]),
+        same.with_records("train", [first._replace(labels=second.labels), second._replace(labels=first.labels), third]),
+        same.with_records("train", [first._replace(media_id="x"), second, third]),
     ]
     assert len({manifest.fingerprint(), *(other.fingerprint() for other in others)}) == 5
 

@@ -13,7 +13,7 @@ from typing import Any
 import av
 import numpy as np
 
-from x3d_tf.data.build.encoding import encode_or_reason
+from x3d_tf.data.build.encoding import encode_or_error
 from x3d_tf.data.build.sources import Video
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest, checksum
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_jpeg
@@ -295,7 +295,7 @@ def hang_where_marked(video: Video, short_side: int, quality: int) -> EncodedVid
     """Encodes a video, but hangs at `hangs.mp4` while there is a file `.hang` in the folder of the class folders."""
     if video.path.stem == "hangs" and (video.path.parents[1] / ".hang").exists():
         time.sleep(600)
-    return encode_or_reason(video, short_side, quality)
+    return encode_or_error(video, short_side, quality)
 
 
 class DiesAtStart:

@@ -90,7 +90,7 @@ def training_key_frames(
     acting = with_labels(manifest.split(split).records)
     if not acting:
         raise UserError(f"split {split!r} of {manifest.folder} has no key frame with an action to train on")
-    manifest = manifest.keeping(split, acting)
+    manifest = manifest.with_records(split, acting)
     classes = len(manifest.classes)
     table = RecordTable(manifest, split)
     _check_length(clip)

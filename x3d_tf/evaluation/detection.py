@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from x3d_tf.config import Detection, TrainConfig
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.build.key_frames import key_frames_of
+from x3d_tf.data.build.key_frames import num_key_frames_setting
 from x3d_tf.data.datasets.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, of_all_actions
 from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.data.detection_pipeline import evaluation_key_frames, require_proposals
@@ -179,7 +179,7 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
     found, scores = score_split(model, manifest, split, config.detection)
     side, own_cost = model.eval_size, cost_of(model)
     records = len(manifest.split(split).records)
-    named = manifest.settings.get(key_frames_of(split))
+    named = manifest.settings.get(num_key_frames_setting(split))
     missing = max(named - records, 0) if isinstance(named, int) else 0
     settings = {
         "network": name_of(model.expansion),

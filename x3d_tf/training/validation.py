@@ -90,7 +90,7 @@ class DetectorValidation:
         if not taken:
             of_these = f" whose seconds {every} divides" if every > 1 else ""
             raise UserError(f"split {split!r} of {manifest.folder} holds no records{of_these} to validate on")
-        self._model, self._manifest, self._split = model, manifest.keeping(split, taken), split
+        self._model, self._manifest, self._split = model, manifest.with_records(split, taken), split
         self._detection = detection
 
     def __call__(self) -> Score:

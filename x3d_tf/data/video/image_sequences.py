@@ -17,7 +17,7 @@ from x3d_tf.data.video.decode import MAX_RECORD_BYTES, EncodedVideo, VideoError,
 from x3d_tf.data.video.timeline import LONGEST_HOLE
 
 FOLDER_FPS = 30.0  # images a second in folders of frames, as they are taken out of AVA's videos
-State = tuple[int, int]  # size and time of a file, or what stands for them: equal while the content is
+FileState = tuple[int, int]  # size and time of a file, or what stands for them: equal while the content is
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -62,13 +62,13 @@ def encode_folder(
     return EncodedVideo(frames, float(np.float32(fps)), first_from(start, fps) / fps)
 
 
-def state_of(folder: Path) -> State:
+def folder_state(folder: Path) -> FileState:
     """Bytes of all images of a folder, and a number that stands for their names, sizes and times; raises OSError."""
     return _scan(folder).state
 
 
-def is_unchanged(folder: Path, state: State, start: float, end: float | None, fps: float = FOLDER_FPS) -> bool:
-    """Whether the images between two seconds are still those that they were when `state_of` gave this state.
+def is_unchanged(folder: Path, state: FileState, start: float, end: float | None, fps: float = FOLDER_FPS) -> bool:
+    """Whether the images between two seconds are still those that they were when `folder_state` gave this state.
 
     A process lists a folder once: from then on it looks only at the images that it is asked about.
     """
@@ -77,7 +77,7 @@ def is_unchanged(folder: Path, state: State, start: float, end: float | None, fp
         listed, images = _listed(folder, changed), _between(_images(folder, changed), start, end, fps)
         return listed.state == state and all(_state_of(path.stat()) == listed.images[path.name] for path in images)
     except VideoError:  # no order of the images
-        return state_of(folder) == state
+        return folder_state(folder) == state
     except (OSError, KeyError):
         return False
 
@@ -102,8 +102,8 @@ def _between(images: list[tuple[int, Path]], start: float, end: float | None, fp
 class _Listing(NamedTuple):
     """The images of a folder by name, with size and time of each, and what stands for all of them."""
 
-    images: dict[str, State]
-    state: State
+    images: dict[str, FileState]
+    state: FileState
 
 
 def _scan(folder: Path) -> _Listing:
@@ -118,7 +118,7 @@ def _scan(folder: Path) -> _Listing:
 _listed = functools.lru_cache(maxsize=2)(lambda folder, changed: _scan(folder))
 
 
-def _state_of(status: os.stat_result) -> State:
+def _state_of(status: os.stat_result) -> FileState:
     return status.st_size, status.st_mtime_ns
 
 
