@@ -17,13 +17,13 @@ from x3d_tf.data.input_pipeline import training_dataset
 from x3d_tf.data.records import format as record_format
 from x3d_tf.data.records import index
 from x3d_tf.data.records.format import (
+    RecordSource,
     ShardWriter,
-    Source,
     check_lengths,
     encode_record,
     parse_record,
-    stated_length,
-    stored_record,
+    read_record,
+    read_record_length,
 )
 from x3d_tf.data.records.index import Record, shard_name
 from x3d_tf.data.records.manifest import Manifest
@@ -40,7 +40,7 @@ def manifest(tmp_path: Path) -> Manifest:
 def test_a_record_has_mediasequences_features() -> None:
     video = EncodedVideo([b"first", b"second", b"third"], 25.0)
     example = tf.train.SequenceExample.FromString(
-        encode_record(video, Source("jump/a.mp4", (7,)), [*"abcdefg", "jümp"])
+        encode_record(video, RecordSource("jump/a.mp4", (7,)), [*"abcdefg", "jümp"])
     )
     context, lists = example.context.feature, example.feature_lists.feature_list
     assert context["clip/label/index"].int64_list.value == [7]
@@ -55,7 +55,7 @@ def test_a_record_has_mediasequences_features() -> None:
 
 def test_a_record_of_several_classes_lists_them() -> None:
     video = EncodedVideo([b"frame"], 25.0)
-    encoded = encode_record(video, Source("a", (0, 2)), ["jump", "sit", "run"])
+    encoded = encode_record(video, RecordSource("a", (0, 2)), ["jump", "sit", "run"])
     context = tf.train.SequenceExample.FromString(encoded).context.feature
     assert context["clip/label/index"].int64_list.value == [0, 2]
     assert context["clip/label/string"].bytes_list.value == [b"jump", b"run"]
@@ -65,7 +65,7 @@ def test_a_record_of_several_classes_lists_them() -> None:
 
 def test_what_is_written_is_parsed_back() -> None:
     video = noise_video(0, frames=4)
-    parsed = parse_record(tf.constant(encode_record(video, Source("a", (3,)), ["", "", "", "walk"])))
+    parsed = parse_record(tf.constant(encode_record(video, RecordSource("a", (3,)), ["", "", "", "walk"])))
     assert parsed.frames.numpy().tolist() == video.frames
     assert (parsed.labels.numpy().tolist(), float(parsed.fps), parsed.media_id.numpy()) == ([3], 30.0, b"a")
 
@@ -83,13 +83,13 @@ def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
 
 def stored(path: Path, record: Record) -> tf.Tensor:
     """The bytes of a record in a shard."""
-    return stored_record(str(path), tf.constant(record.offset, tf.int64), tf.constant(record.length, tf.int64))
+    return read_record(str(path), tf.constant(record.offset, tf.int64), tf.constant(record.length, tf.int64))
 
 
 def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     video, bad = noise_video(0, frames=2), VideoError("x.mp4", "is broken")
-    sources = [Source(str(i), (0,)) for i in range(7)]
+    sources = [RecordSource(str(i), (0,)) for i in range(7)]
     taken: list[Any] = []
     results = [video, bad, bad, bad, video, video, video]
     split = record_format.write_split(tmp_path, "train", sources, iter(results), ["a"], taken.append)
@@ -113,7 +113,7 @@ def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_equal_videos_give_equal_bytes() -> None:
-    once, again = (encode_record(noise_video(0, 3), Source("a", (1,)), "ab") for _ in range(2))
+    once, again = (encode_record(noise_video(0, 3), RecordSource("a", (1,)), "ab") for _ in range(2))
     assert once == again
 
 
@@ -228,7 +228,7 @@ def test_an_edited_manifest_is_refused(manifest: Manifest, edit: Callable[[dict[
     assert Manifest.load(manifest.folder) == manifest  # white space and the order of entries say nothing
     edit(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"manifest\.json: sha256 must be that of the file's other entries.* build"):
+    with pytest.raises(ValueError, match=r"manifest\.json: sha256 must match the file's other entries.* build"):
         Manifest.load(manifest.folder)
 
 
@@ -271,27 +271,27 @@ def bytes_read() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count the bytes that are read")
-def test_nothing_of_a_shard_but_the_record_is_read(manifest: Manifest) -> None:
+def test_only_the_bytes_of_the_record_are_read(manifest: Manifest) -> None:
     split = manifest.splits["train"]
     path, record = manifest.folder / split.shards[0].file, split.records[1]
-    place, end = record.offset - index.HEADER_BYTES, record.offset + record.length + index.FOOTER_BYTES
-    framed, gap = path.read_bytes()[place:end], 1 << 28
-    with path.open("wb") as file:  # sparse: takes no room
+    start, end = record.offset - index.HEADER_BYTES, record.offset + record.length + index.FOOTER_BYTES
+    framed, gap = path.read_bytes()[start:end], 1 << 28
+    with path.open("wb") as file:  # sparse: uses no disk space
         file.seek(gap)
         file.write(framed)
         file.truncate(2 * gap)
     moved = record._replace(offset=gap + index.HEADER_BYTES)
     before = bytes_read()
     data = stored(path, moved).numpy()
-    assert stated_length(path, moved.offset) == len(data) == record.length
+    assert read_record_length(path, moved.offset) == len(data) == record.length
     assert bytes_read() - before < 1 << 20
 
 
-# Of a header with the right checksum: TensorFlow would reserve 2**46 bytes, and crash.
+# A header with a valid checksum, for which TensorFlow would allocate 2**46 bytes and crash.
 HUGE = bytes.fromhex("000000000040000072812907")
 
 
-def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(manifest: Manifest) -> None:
+def test_an_unlisted_length_is_found_before_reading_records(manifest: Manifest) -> None:
     split = manifest.splits["train"]
     path, record = manifest.folder / split.shards[0].file, split.records[1]
     check_lengths(manifest, "train")
@@ -307,10 +307,10 @@ def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(man
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format_version",), 3, "format_version must be 4, got 3: .* build them again"),
+        (("format_version",), 3, "format_version must be 4, got 3\. .* build them again"),
         (("format_version",), None, "format_version must be 4, got None"),
         (RECORDS, None, "records must be a dict, got None"),
-        ((*RECORDS, "offset", 1), 12, r"records\[1\] must come after the record before it.*got \(0, 12\)"),
+        ((*RECORDS, "offset", 1), 12, r"records\[1\] must start after the end of the previous record, got \(0, 12\)"),
         (("classes",), ["a", "a"], "classes must be distinct names"),
         (("classes",), [], "classes must be distinct names"),
         (("classes", 1), 5, r"classes\[1\] must be a str, got 5"),
@@ -327,8 +327,8 @@ def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(man
         (("stored", "jpeg_quality"), 96, r"Storage.jpeg_quality must be in 1..95, got 96"),
         (("stored", "more"), 1, "stored must be"),
         (("splits",), [], "splits must be a dict"),
-        (("splits", "train", "shards", 0, "file"), "../a", "file must be a file name without a folder, got '../a'"),
-        (("splits", "train", "shards", 0, "file"), "..", "file must be a file name without a folder"),
+        (("splits", "train", "shards", 0, "file"), "../a", "file must be a file name without a path, got '../a'"),
+        (("splits", "train", "shards", 0, "file"), "..", "file must be a file name without a path"),
         (("splits", "train", "shards", 0, "bytes"), "9", "bytes must be a int, got '9'"),
         (("splits", "train", "count"), 4, "count must be 3, got 4"),
         ((*RECORDS, "labels", 0), [True], r"labels\[0\]\[0\] must be a int, got True"),
@@ -346,7 +346,7 @@ def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(man
         ((*RECORDS, "frames", 1), 10**4000, "frames must fit into the record, got 1000"),
         ((*RECORDS, "fps", 1), float("nan"), "fps must be positive, got nan"),
         ((*RECORDS, "fps", 1), 0.0, "fps must be positive, got 0.0"),
-        ((*RECORDS, "fps"), [30.0], "must have columns of one length"),
+        ((*RECORDS, "fps"), [30.0], "must have columns of equal length"),
         ((*RECORDS, "media_id"), None, "media_id must be a list, got None"),
     ],
 )
@@ -364,12 +364,12 @@ def test_a_manifest_that_is_not_json(manifest: Manifest, content: bytes) -> None
         Manifest.load(manifest.folder)
 
 
-def test_a_folder_without_records_says_how_to_make_them(tmp_path: Path) -> None:
+def test_a_folder_without_records_names_the_build_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"python -m x3d_tf\.build_records --videos=DIR --output="):
         Manifest.load(tmp_path)
 
 
-def test_damaged_shards_are_named(manifest: Manifest) -> None:
+def test_damaged_shards_are_reported(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match="no split 'val'; it has train, test"):
         manifest.split("val")
     shard = manifest.folder / manifest.split("train").shards[0].file
@@ -378,6 +378,6 @@ def test_damaged_shards_are_named(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match=rf"size of .*{shard.name} must be {len(content)} bytes"):
         manifest.split("train")
     shard.unlink()
-    with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+    with pytest.raises(ValueError, match=f"{shard.name} does not exist, but manifest.json lists it"):
         manifest.split("train")
-    manifest.split("test")  # the other one's shards are all there
+    manifest.split("test")  # its shards still exist

@@ -143,7 +143,11 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
             {},
             "line 3, column path must not be listed twice with the same times \\(first in line 2\\), got 'a.mp4'",
         ),
-        ("path,label\nx/a.mp4,run\ny.mp4,run\n", {}, "none of the 2 files listed in .* exists; the first is .*x/a.mp4"),
+        (
+            "path,label\nx/a.mp4,run\ny.mp4,run\n",
+            {},
+            "no file listed in .* exists \\(2 listed\\); the first is .*x/a.mp4",
+        ),
         (b"path,label\na.mp4,run\nb.mp4,h\xfcpfen\n", {}, "list.csv, line 3 must be UTF-8, got the byte 0xfc"),
         ("path,label\n".encode("utf-16"), {}, "list.csv, line 1 must be UTF-8, got the byte 0xff"),
     ],

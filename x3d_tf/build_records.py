@@ -93,7 +93,9 @@ def main() -> None:
     if FLAGS.videos is None and FLAGS.csv is None:
         raise UserError("--videos=FOLDER or --csv=FILE must say where the videos are")
     _check_boxes()
-    if not (FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None or find_split_folders(Path(FLAGS.videos))):
+    if not (
+        FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None or find_split_folders(Path(FLAGS.videos))
+    ):
         print('All videos become the split "train". Training also needs some to test on: --split=0.2, or --splits.')
     try:
         result = _build_key_frames() if FLAGS.boxes else _build_videos()

@@ -242,7 +242,7 @@ def write_records(
     With `labels` of each video of a split, given together with `classes`, the records are multi-label. `stored` says
     how the videos were encoded.
     """
-    from x3d_tf.data.records.format import Source, write_split
+    from x3d_tf.data.records.format import RecordSource, write_split
 
     folder.mkdir(parents=True, exist_ok=True)
     count = classes or max(len(members) for members in videos.values())
@@ -250,7 +250,7 @@ def write_records(
     splits = {}
     for split, members in videos.items():
         chosen = labels or [(index % count,) for index in range(len(members))]
-        sources = [Source(f"{split}/{index}", chosen[index]) for index in range(len(members))]
+        sources = [RecordSource(f"{split}/{index}", chosen[index]) for index in range(len(members))]
         splits[split] = write_split(folder, split, sources, iter(members), names, lambda _: None)
     task: Task = "multi_label" if labels else "single_label"
     manifest = Manifest(folder, tuple(names), splits, {"source": "test"}, stored, task)

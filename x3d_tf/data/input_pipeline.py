@@ -22,10 +22,10 @@ from x3d_tf.data.records.format import (
     ParsedRecord,
     check_lengths,
     decode_frame,
-    fault_of,
-    how_to_verify,
+    diagnose_record,
     parse_record,
-    stored_record,
+    read_record,
+    verify_hint,
 )
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start, view_starts
@@ -237,7 +237,7 @@ def record_errors_as_user_errors() -> Iterator[None]:
         offset, length, size = map(int, numbers)
         raise UserError(
             f"{path}: cannot read or decode record {which}, at byte {offset}: "
-            f"{fault_of(Path(path), offset, length, size)}. {how_to_verify(Path(path))}"
+            f"{diagnose_record(Path(path), offset, length, size)}. {verify_hint(Path(path))}"
         ) from error
 
 
@@ -293,7 +293,7 @@ class RecordTable:
         path, size = self._paths[shard], self._sizes[shard]
 
         def load(_: tf.Tensor) -> tuple[tf.Tensor, Any]:
-            parsed = parse_record(stored_record(path, offset, length))
+            parsed = parse_record(read_record(path, offset, length))
             with tf.control_dependencies(self._same_as_listed(record, parsed)):
                 return tf.constant(True), decode(parsed)
 

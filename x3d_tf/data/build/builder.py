@@ -285,12 +285,12 @@ class _Build:
         }
         if not any(part.records for part in splits.values()):
             self.folder.clear()  # so that another build may use the folder
-            raise UserError(f"none of the {total} videos can be read; see {self.folder.failures} for the reasons")
+            raise UserError(f"no video can be read ({total} tried); see {self.folder.failures} for the reasons")
         for name, part in splits.items():
             count = len(self.sources.splits[name])
             if not part.records:
                 raise UserError(
-                    f"none of the {count} videos of split {name} can be read; see {self.folder.failures} for the "
+                    f"no video of split {name} can be read ({count} tried); see {self.folder.failures} for the "
                     "reasons. Repair or replace them and run the same command again"
                 )
         stored, task = self.encoding.storage(), self.sources.task
@@ -300,11 +300,12 @@ class _Build:
         return BuildResult(manifest, failures, to_retry=to_retry)
 
     def _write_shard(self, shard: _Shard, bar: "tqdm[Any]") -> FinishedShard:
-        from x3d_tf.data.records.format import Source, write_shard
+        from x3d_tf.data.records.format import RecordSource, write_shard
 
         labels = {name: label for label, name in enumerate(self.sources.classes)}
         sources = [
-            Source(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.annotation) for v in shard.videos
+            RecordSource(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.annotation)
+            for v in shard.videos
         ]
         failed: list[Failure] = []
 

@@ -90,7 +90,7 @@ def find_key_frames(
         require(bool(settings[num_key_frames_setting(split)]), str(path), rule)
     if not any(splits.values()):
         lists = ", ".join(map(str, boxes.values()))
-        raise UserError(f"none of the {len(unusable)} videos listed in {lists} exists in {videos}")
+        raise UserError(f"no video listed in {lists} exists in {videos} ({len(unusable)} listed)")
     for split, members in splits.items():
         require(bool(members), f"{boxes[split]}", f"list key frames of videos in {videos} for split {split}")
     if any(path.is_dir() for path in {video.path for members in splits.values() for video in members}):

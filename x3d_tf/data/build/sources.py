@@ -207,7 +207,7 @@ def read_csv(
         require(name in found, "splits", f"occur in the column split of {table}", name)
     if not any(found.values()):
         raise UserError(
-            f"none of the {len(lines)} files listed in {table} exists; the first is {unusable[0].path}. Paths are "
+            f"no file listed in {table} exists ({len(lines)} listed); the first is {unusable[0].path}. Paths are "
             f"relative to {'--videos' if videos else 'the folder of the csv file; set --videos to use another folder'}"
         )
     task: Task = "multi_label" if multi_label else "single_label"

@@ -18,7 +18,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf.data.records.format import Source, write_split
+from x3d_tf.data.records.format import RecordSource, write_split
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.video.decode import EncodedVideo, VideoError
 from x3d_tf.errors import UserError, require
@@ -131,7 +131,7 @@ def _write(folder: Path) -> None:
     with tqdm(total=sum(VIDEOS.values()), unit="video", desc="making moving_shapes", smoothing=0) as bar:
         for split, count in VIDEOS.items():
             seeds = range(first_seed, first_seed + count)
-            sources = [Source(f"{split}/{seed:04d}", (seed % len(classes),)) for seed in seeds]
+            sources = [RecordSource(f"{split}/{seed:04d}", (seed % len(classes),)) for seed in seeds]
             videos = _encoded([(seed, classes[source.labels[0]]) for seed, source in zip(seeds, sources, strict=True)])
             splits[split] = write_split(folder, split, sources, videos, classes, lambda _: bar.update())
             first_seed += count

@@ -22,8 +22,8 @@ from x3d_tf.data.records.format import (
     decode_frame,
     parse_annotation,
     parse_record,
-    stated_length,
-    stored_record,
+    read_record,
+    read_record_length,
 )
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
@@ -129,11 +129,11 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
 
 
 def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> None:
-    length = stated_length(path, record.offset)
+    length = read_record_length(path, record.offset)
     if length != record.length:
         raise UserError(f"{where} has length {length}, but {MANIFEST_NAME} lists {record.length}")
     position = tf.constant([record.offset, record.length], tf.int64)
-    serialized = stored_record(tf.constant(os.fsencode(path)), *position)
+    serialized = read_record(tf.constant(os.fsencode(path)), *position)
     parsed = parse_record(serialized)
     found = {
         "frames": len(parsed.frames),
