@@ -221,7 +221,7 @@ def test_a_csv_file_of_segments_with_several_classes(clips: Path, tmp_path: Path
     with (tmp_path / "out" / "failures.csv").open(newline="") as failures:
         reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(failures)}
     assert reasons["x"] == f"does not exist ({table}, line 5)"
-    assert reasons["clip 4.mp4"] == "ends before 5.0 s, where it was to start"
+    assert reasons["clip 4.mp4"] == "ends before the start time 5.0 s"
     assert result.failures == len(reasons) == 3  # the broken file once
     lines = "\n".join(summary(result))
     assert "3 classes, several of a video" in lines
@@ -316,7 +316,7 @@ def test_changed_folders_of_frames_are_detected(tmp_path: Path) -> None:
         (tmp_path / f"{number}.jpg").write_text("frame")
     (tmp_path / "notes").touch()
     state = file_state(tmp_path)
-    image_sequences._listed.cache_clear()
+    image_sequences._scan_once.cache_clear()
     assert image_sequences.is_unchanged(tmp_path, state, 0.0, None)
     (tmp_path / "notes").write_text("not a frame")
     assert file_state(tmp_path) == state
@@ -324,7 +324,7 @@ def test_changed_folders_of_frames_are_detected(tmp_path: Path) -> None:
     assert file_state(tmp_path) != state
     assert image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # frames 0 to 29
     assert not image_sequences.is_unchanged(tmp_path, state, 1.0, 2.0)
-    image_sequences._listed.cache_clear()
+    image_sequences._scan_once.cache_clear()
     assert not image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # a process that lists the folder now
     assert not image_sequences.is_unchanged(tmp_path / "gone", state, 0.0, None)
 

@@ -69,7 +69,7 @@ def test_a_variable_rate_becomes_constant(tmp_path: Path) -> None:
 def test_a_hole_of_minutes_is_an_error(tmp_path: Path) -> None:
     times = [0, 100, 200, 300, 400_000, 400_100]
     path = write_video(tmp_path / "a.mkv", numbered_frames(len(times)), 10, times_ms=times)
-    with pytest.raises(VideoError, match=r"a\.mkv: its timestamps leave more than 60 s without a frame"):
+    with pytest.raises(VideoError, match=r"a\.mkv: its timestamps have a gap of more than 60 s"):
         list(read_frames(path))
 
 
@@ -119,10 +119,10 @@ def broken_files(folder: Path) -> dict[str, Path]:
         ("text", "is not a video but"),
         ("image", "is not a video but"),
         ("sound", "has no video stream"),
-        ("bare", "holds no frame"),
+        ("bare", "has no frame"),
         ("cut mp4", "cannot be decoded"),
-        ("cut avi", "breaks off"),
-        ("cut mkv", "breaks off"),
+        ("cut avi", "is truncated"),
+        ("cut mkv", "is truncated"),
     ],
 )
 def test_bad_files_give_their_reason(tmp_path: Path, which: str, reason: str) -> None:
@@ -209,11 +209,11 @@ def test_pieces_are_cut_where_they_should_be(tmp_path: Path) -> None:
 
 def test_pieces_that_hold_nothing(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", numbered_frames(20), 20)
-    with pytest.raises(VideoError, match=r"a\.mp4: ends before 1\.0 s, where it was to start"):
+    with pytest.raises(VideoError, match=r"a\.mp4: ends before the start time 1\.0 s"):
         encode_video(path, start=1.0)
     with pytest.raises(VideoError, match="ends before 1000"):
         encode_video(path, start=1000.0, end=1001.0)
-    with pytest.raises(VideoError, match=r"has no frame between 0\.51 s and 0\.54 s: it has 20 a second"):
+    with pytest.raises(VideoError, match=r"has no frame between 0\.51 s and 0\.54 s: it has 20 frames per second"):
         encode_video(path, start=0.51, end=0.54)
 
 

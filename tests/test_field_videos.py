@@ -236,7 +236,7 @@ def test_files_that_break_off_are_refused_though_sound_is_longer(tmp_path: Path,
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * part)])
     for read in (probe, lambda path: list(read_frames(path)), encode_video):
-        with pytest.raises(VideoError, match="breaks off"):
+        with pytest.raises(VideoError, match="is truncated"):
             read(path)
 
 
@@ -322,7 +322,9 @@ def test_segments_of_old_444_files_are_those_of_the_whole(tmp_path: Path) -> Non
 def test_a_few_late_pictures_do_not_make_millions_of_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeline, "MAX_FRAMES", 1000)
     times = [number * 10 + 30_000 * (number // 20) for number in range(60)]
-    with pytest.raises(VideoError, match="spread 60 pictures over 6059 frames, 100 a second; at most 1000 can be read"):
+    with pytest.raises(
+        VideoError, match="spread 60 pictures over 6059 frames at 100 per second; at most 1000 can be read"
+    ):
         probe(at_times(tmp_path / "a.mkv", times))
 
 

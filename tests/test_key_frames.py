@@ -475,5 +475,5 @@ def test_an_action_with_the_name_of_a_missing_one(folder: Path, tmp_path: Path) 
 
 def test_a_pipe_among_the_images_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "1.jpg")
-    with pytest.raises(VideoError, match=r"1\.jpg: is no file"):
+    with pytest.raises(VideoError, match=r"1\.jpg: is not a file"):
         encode_folder(tmp_path)

@@ -459,7 +459,7 @@ def test_folders_are_searched(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the videos must be files, or folders that hold some, got"):
+    with pytest.raises(ValueError, match="the videos must be files or folders with files, got"):
         list_videos([tmp_path])
     with pytest.raises(ValueError, match=r"^no such file or folder: a\.mp4, b$"):
         list_videos(["a.mp4", "b"])

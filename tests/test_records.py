@@ -307,7 +307,7 @@ def test_an_unlisted_length_is_found_before_reading_records(manifest: Manifest) 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format_version",), 3, "format_version must be 4, got 3\. .* build them again"),
+        (("format_version",), 3, r"format_version must be 4, got 3\. .* build them again"),
         (("format_version",), None, "format_version must be 4, got None"),
         (RECORDS, None, "records must be a dict, got None"),
         ((*RECORDS, "offset", 1), 12, r"records\[1\] must start after the end of the previous record, got \(0, 12\)"),

@@ -230,7 +230,7 @@ def test_clips_of_videos_are_those_of_their_records(
 def test_clips_that_are_not_there(source: models.Source, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder of videos or records"):
         clips_module.read_clips(source, tmp_path / "nothing", limit=10)
-    with pytest.raises(ValueError, match="folders that hold some"):
+    with pytest.raises(ValueError, match="files or folders with files"):
         clips_module.read_clips(source, tmp_path, limit=10)
     (tmp_path / "notes.txt").write_text("not a video")
     with pytest.raises(ValueError, match=r"no file could be read as a video \(1 tried\); the first, .*notes\.txt"):

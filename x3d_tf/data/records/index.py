@@ -51,9 +51,9 @@ class Record(NamedTuple):
         length: number of data bytes.
         frames: number of frames.
         fps: frames per second.
-        labels: ascending indices into `Manifest.classes`; exactly one for single-label tasks. For a key frame, the labels
-            of all its boxes.
-        media_id: name of the record: the video's path relative to its source folder, or an ID from `segment_id` or
+        labels: ascending indices into `Manifest.classes`; exactly one for single-label tasks. For a key frame, the
+            labels of all its boxes.
+        media_id: name of the record: the video's path in its source folder, or an ID from `segment_id` or
             `key_frame_id`.
     """
 
