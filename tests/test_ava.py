@@ -60,22 +60,22 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
         ("film,0902,0.1,0.2,0.3,0.4,1\n", "have the 8 columns video_id,timestamp,x1,y1,x2,y2,action_id,"),
         ("film,0902,0.1,0.2,0.3,0.4,1,0.5,6\n", "have the 8 columns"),
         (",0902,0.1,0.2,0.3,0.4,1,0.5\n", "name a video, got ''"),
-        (ROW.replace("0902", "901"), "have a timestamp in 902..1798, whole seconds, got '901'"),
-        (ROW.replace("0902", "1799"), "have a timestamp in 902..1798, whole seconds, got '1799'"),
+        (ROW.replace("0902", "901"), "have an integer timestamp in 902..1798 seconds, got '901'"),
+        (ROW.replace("0902", "1799"), "have an integer timestamp in 902..1798 seconds, got '1799'"),
         (ROW.replace("0902", "1e3"), "have a timestamp in"),
         (ROW.replace("0902", "1_000"), "have a timestamp in"),
         (ROW.replace("0902", "9" * 5000), "have a timestamp in"),
         (ROW.replace("0.1", "0_0.1"), "have a box inside the frame"),
         (ROW.replace("0.4", "1e999"), "have a box inside the frame"),
         (ROW.replace("0902", "٣٣٣٣".encode().decode("latin-1")), "have a timestamp in"),
-        (ROW.replace("0.3", "1.3"), "have a box inside the frame, x1,y1,x2,y2 in 0..1"),
+        (ROW.replace("0.3", "1.3"), "have a box inside the frame, with x1,y1,x2,y2 in 0..1"),
         (ROW.replace("0.2", "-0.2"), "have a box inside the frame"),
         (ROW.replace("0.2", "nan"), "have a box inside the frame"),
         (ROW.replace("0.2", "left"), "have a box inside the frame"),
         (ROW.replace("0.1", "0.9"), "have a box with x1 <"),
         (ROW.replace("0.2", "0.5"), "have a box with x1 <"),
-        (ROW.replace(",1,", ",2,"), "have an action_id of the label map, got '2'"),
-        (ROW.replace(",1,", ",wave,"), "have an action_id of the label map, got 'wave'"),
+        (ROW.replace(",1,", ",2,"), "have an action_id from the label map, got '2'"),
+        (ROW.replace(",1,", ",wave,"), "have an action_id from the label map, got 'wave'"),
         ("film,0902,\xff\n", "must be UTF-8"),
     ],
 )
@@ -91,7 +91,7 @@ def test_bad_lines_are_named(tmp_path: Path, kind: Any, line: str, message: str)
 @pytest.mark.parametrize("score", ["nan", "inf", "", "high"])
 def test_scores_are_numbers(tmp_path: Path, score: str) -> None:
     path = written(tmp_path / "a.csv", ROW.replace("0.5", score))
-    with pytest.raises(UserError, match=rf"line 1 must have a score that is a number, got '{score}'"):
+    with pytest.raises(UserError, match=rf"line 1 must have a finite number as score, got '{score}'"):
         read_boxes(path, "detections", ACTIONS)
 
 
@@ -136,10 +136,10 @@ def test_label_maps_of_both_spellings(tmp_path: Path, key: str) -> None:
     ("text", "message"),
     [
         ("", "must hold items"),
-        ("1: sit\n2: wave\n", "line 1 must be items"),
-        ('item {\n name: "a"\n id: 1\n}\nitem {\n name: "b"\n', "line 5 must be items"),
-        ('item { name: "a" }', "line 1 must hold name:"),
-        ("item { id: 1 }", "line 1 must hold name:"),
+        ("1: sit\n2: wave\n", "line 1 must contain only items"),
+        ('item {\n name: "a"\n id: 1\n}\nitem {\n name: "b"\n', "line 5 must contain only items"),
+        ('item { name: "a" }', "line 1 must have one name:"),
+        ("item { id: 1 }", "line 1 must have one name:"),
         ('item { name: "a" id: 0 }', "line 1 must have an id in 1..100000, got '0'"),
         ('item { name: "a" id: -1 }', "line 1 must have an id in 1..100000, got '-1'"),
         ('item { name: "a" id: 1_0 }', "line 1 must have an id in 1..100000, got '1_0'"),
@@ -151,11 +151,11 @@ def test_label_maps_of_both_spellings(tmp_path: Path, key: str) -> None:
         ),
         ('item { name: "a" id: 1 }\nitem { name: "a\rb" id: 2 }', "line 2 must name a class in one line of text"),
         ('item { name: "" id: 2 }', "line 1 must name a class in one line of text"),
-        ("item { " * 100_000, "line 1 must be items"),
-        ('item { name: "a" id: 1 }\n' + " " * 100_000 + "x", "line 2 must be items"),
-        ('item { name: "a" ' + "x " * 300_000, "line 1 must be items"),
-        ('item { name: "a" id: 1 }\nitem { name: "b" id: 1 }', "line 2 must have an id of its own, got 1"),
-        ('item { name: "a" id: 1 }\nitem { name: "a" id: 2 }', "line 2 must have a name of its own, got 'a'"),
+        ("item { " * 100_000, "line 1 must contain only items"),
+        ('item { name: "a" id: 1 }\n' + " " * 100_000 + "x", "line 2 must contain only items"),
+        ('item { name: "a" ' + "x " * 300_000, "line 1 must contain only items"),
+        ('item { name: "a" id: 1 }\nitem { name: "b" id: 1 }', "line 2 must not repeat an id, got 1"),
+        ('item { name: "a" id: 1 }\nitem { name: "a" id: 2 }', "line 2 must not repeat a name, got 'a'"),
     ],
 )
 def test_bad_label_maps(tmp_path: Path, text: str, message: str) -> None:
@@ -168,7 +168,7 @@ def test_bad_label_maps(tmp_path: Path, text: str, message: str) -> None:
 def test_a_hundred_thousand_actions(tmp_path: Path) -> None:
     """Takes minutes where the lines before an item, or the names, are gone through for each."""
     text = "".join(f'item {{\n  name: "action {n}"\n  id: {n}\n}}\n' for n in range(1, 100_001))
-    with pytest.raises(UserError, match="line 400001 must have an id of its own, got 7"):
+    with pytest.raises(UserError, match="line 400001 must not repeat an id, got 7"):
         read_label_map(written(tmp_path / "a.pbtxt", text + "item { name: 'more' id: 7 }"))
 
 

@@ -63,9 +63,9 @@ def test_defaults_are_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"training": True, "batch": 6}, "batch must be in 1..5, the records of split 'train', got 6"),
+        ({"training": True, "batch": 6}, "batch must be in 1..5, the number of records in split 'train', got 6"),
         ({"training": False, "batch": 0}, "batch must be at least 1, got 0"),
-        ({"training": False, "batch": 1, "jitter": (32, 40)}, "jitter must be for training only"),
+        ({"training": False, "batch": 1, "jitter": (32, 40)}, "jitter must be None for evaluation"),
         ({"training": True, "batch": 1, "split": "val"}, "has no split 'val'; it has train, test"),
         ({"training": True, "batch": 1, "jitter": (20, 40)}, "jitter must be ascending, from at least the crop, 28"),
     ],

@@ -136,7 +136,7 @@ def test_of_two_processes_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match="holds no moving_shapes, and is not empty"):
+    with pytest.raises(ValueError, match="is not empty and does not hold moving_shapes"):
         open_dataset(spec(tmp_path))
     write_records(tmp_path / "others", {"train": [noise_video(0, 2)], "test": [noise_video(1, 2)]})
     with pytest.raises(ValueError, match=r"others holds other records than moving_shapes.*gin/data/records\.gin"):

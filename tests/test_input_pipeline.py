@@ -420,7 +420,7 @@ def test_nothing_before_the_start_is_read(manifest: Manifest, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 12}, "batch must be in 1..11, the records of split 'train', got 12"),
+        ({"batch": 12}, "batch must be in 1..11, the number of records in split 'train', got 12"),
         ({"batch": 0}, "batch must be in 1..11"),
         ({"worker": (2, 2)}, r"worker must be \(index, count\) with 0 <= index < count, got \(2, 2\)"),
         ({"worker": (0, 3)}, "batch must be divisible by the number of workers, 3, got 4"),

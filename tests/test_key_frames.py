@@ -17,7 +17,7 @@ from video_fixtures import number_of, numbered_frames, write_manifest, write_vid
 
 import x3d_tf
 from x3d_tf import build_records
-from x3d_tf.data import boxes as moving
+from x3d_tf.data import boxes as box_ops
 from x3d_tf.data.build.builder import build_key_frames
 from x3d_tf.data.build.key_frames import find_key_frames
 from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
@@ -154,7 +154,7 @@ def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"boxes": "film,0902,0,0,1,1,3,0\n"}, "line 1 must have an action_id of the label map, got '3'"),
+        ({"boxes": "film,0902,0,0,1,1,3,0\n"}, "line 1 must have an action_id from the label map, got '3'"),
         ({"starts_at": 903.0}, "line 1 must have a timestamp of at least 903 s, where the video files begin, got 902"),
         ({"boxes": f"gone,0902,{A},1,0\n"}, r"no video listed in .* exists in .* \(1 listed\)"),
         ({"boxes": ""}, "train.csv must list key frames that are not excluded for split train$"),
@@ -224,8 +224,8 @@ def test_boxes_move_with_the_pixels(graph: bool) -> None:
 
     def moved() -> Any:
         before, after = tf.constant([48, 66]), tf.constant([36, 49])
-        boxes = moving.scale(moving.to_pixels(tf.constant(given), 48, 66), before, after)
-        return moving.flip(moving.crop(boxes, tf.constant(3), tf.constant(10), 32), 32)
+        boxes = box_ops.scale_boxes(box_ops.to_pixels(tf.constant(given), 48, 66), before, after)
+        return box_ops.flip_boxes(box_ops.crop_boxes(boxes, tf.constant(3), tf.constant(10), 32), 32)
 
     found = (tf.function(moved) if graph else moved)()
     expected = [naive_boxes(list(box), 66, 48, 36, 3, 10, 32, True) for box in given]
@@ -240,18 +240,18 @@ def test_proposals_near_a_box_are_samples_of_it() -> None:
         tf.constant([[0.0, 0.0, 0.5, 0.49], [0.0, 0.0, 0.5, 0.4], [0.51, 0.5, 1.0, 1.0]]),
         tf.constant([0.9, 0.9, 0.9]),
     )
-    boxes = moving.ground_truth_samples(known, 3)
+    boxes = box_ops.ground_truth_samples(known, 3)
     np.testing.assert_array_equal(boxes.boxes, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
     np.testing.assert_array_equal(boxes.labels, [[0, 1, 1], [1, 0, 0]])
-    matched = moving.add_matched_proposals(boxes, known.proposals, 0.9, negatives=False)
+    matched = box_ops.add_matched_proposals(boxes, known.proposals, 0.9, negatives=False)
     np.testing.assert_array_equal(matched.labels, [[0, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 0]])
     np.testing.assert_array_equal(matched.boxes[2:], tf.gather(known.proposals, [0, 2]))
-    every = moving.add_matched_proposals(boxes, known.proposals, 0.9, negatives=True)
+    every = box_ops.add_matched_proposals(boxes, known.proposals, 0.9, negatives=True)
     np.testing.assert_array_equal(every.labels[2:], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
-    none = moving.Samples(tf.zeros((0, 4)), tf.zeros((0, 3)))
-    assert moving.add_matched_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
+    none = box_ops.Samples(tf.zeros((0, 4)), tf.zeros((0, 3)))
+    assert box_ops.add_matched_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
     assert (
-        moving.add_matched_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist()
+        box_ops.add_matched_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist()
         == [[0] * 3] * 3
     )
 
@@ -377,9 +377,9 @@ def test_each_pipeline_takes_its_own_records(records: Manifest, tmp_path: Path) 
     with pytest.raises(UserError, match="holds key frames with boxes"):
         x3d_tf.dataset(records.folder, CLIP, training=False, batch=2, split="train")
     whole = write_records(tmp_path / "records", {"train": [noise_video(0, 8), noise_video(1, 8)]})
-    with pytest.raises(UserError, match="holds whole videos"):
+    with pytest.raises(UserError, match="holds videos without key frames"):
         training(whole)
-    with pytest.raises(UserError, match="holds whole videos"):
+    with pytest.raises(UserError, match="holds videos without key frames"):
         evaluation_key_frames(whole, "train", CLIP, resize=36, crop=36)
 
 

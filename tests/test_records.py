@@ -298,7 +298,7 @@ def test_an_unlisted_length_is_found_before_reading_records(manifest: Manifest) 
     content = path.read_bytes()
     path.write_bytes(content[: record.offset - index.HEADER_BYTES] + HUGE + content[record.offset :])
     message = (
-        rf"record 1 of split train, at byte {record.offset}: its header states {2**46} bytes where .* {record.length}"
+        rf"record 1 of split train, at byte {record.offset}: its header states {2**46} bytes, but .* {record.length}"
     )
     with pytest.raises(ValueError, match=message):
         training_dataset(manifest, "train", ClipSpec(2, 1.0, 16), jitter=(18, 24), flip=False, batch=1, seed=0)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from x3d_tf.data import transforms
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.datasets.ava import BoxTable, KeyFrame, of_all_actions, read_boxes
+from x3d_tf.data.datasets.ava import BoxTable, KeyFrame, one_row_per_action, read_boxes
 from x3d_tf.data.preview import COLOURS
 from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.sampling import decoded_short_side, key_frame_indices
@@ -207,7 +207,7 @@ def detections(acting: Mapping[str, Sequence[ActionScores]], starts_at: int = 0)
     places = np.repeat(np.arange(len(rows)), [len(each.boxes) for each in rows])
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(each.boxes for each in rows)])
     scores = np.concatenate([np.zeros((0, classes), np.float32), *(each.scores for each in rows)])
-    return of_all_actions(frames, places, boxes, scores)
+    return one_row_per_action(frames, places, boxes, scores)
 
 
 def draw_video(
