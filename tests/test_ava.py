@@ -1,4 +1,4 @@
-"""AVA's files: what they say, and what is wrong with them."""
+"""Reading and writing AVA's files, and errors in them."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ ACTIONS = {1: "sit", 3: "wave"}
 ROW = "film,0902,0.1,0.2,0.3,0.4,1,0.5\n"
 
 
-def written(path: Path, text: str) -> Path:
+def write_file(path: Path, text: str) -> Path:
     path.write_bytes(text.encode("latin-1"))
     return path
 
 
 def test_rows_become_columns(tmp_path: Path) -> None:
     text = "b,1000,0.1,0.2,0.3,0.4,3,17\na,0902,0,0,1,1,,0\n\nb,1000,0.1,0.2,0.3,0.4,1,17\n"
-    table = read_boxes(written(tmp_path / "a.csv", text), "ground truth", ACTIONS)
+    table = read_boxes(write_file(tmp_path / "a.csv", text), "ground truth", ACTIONS)
     assert table.key_frames == (KeyFrame("b", 1000), KeyFrame("a", 902))
     assert table.frames.tolist() == [0, 1, 0]
     assert table.actions.tolist() == [3, NO_ACTION, 1]
@@ -40,7 +40,7 @@ def test_rows_become_columns(tmp_path: Path) -> None:
 
 
 def test_detections_have_scores(tmp_path: Path) -> None:
-    table = read_boxes(written(tmp_path / "a.csv", ROW + ROW.replace("0.5", "-2e-3")), "detections", ACTIONS)
+    table = read_boxes(write_file(tmp_path / "a.csv", ROW + ROW.replace("0.5", "-2e-3")), "detections", ACTIONS)
     assert table.scores.tolist() == [0.5, -0.002]
     write_detections(tmp_path / "b.csv", table)
     assert (tmp_path / "b.csv").read_text() == (
@@ -49,7 +49,7 @@ def test_detections_have_scores(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
-    table = read_boxes(written(tmp_path / "a.csv", ""), "detections", ACTIONS)
+    table = read_boxes(write_file(tmp_path / "a.csv", ""), "detections", ACTIONS)
     assert len(table) == 0 and table.boxes.shape == (0, 4)
 
 
@@ -79,8 +79,8 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
         ("film,0902,\xff\n", "must be UTF-8"),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, kind: Any, line: str, message: str) -> None:
-    path = written(tmp_path / "a.csv", ROW + ROW + line + ROW)
+def test_invalid_lines_are_reported(tmp_path: Path, kind: Any, line: str, message: str) -> None:
+    path = write_file(tmp_path / "a.csv", ROW + ROW + line + ROW)
     with pytest.raises(UserError) as error:
         read_boxes(path, kind, ACTIONS)
     assert message in str(error.value)
@@ -90,46 +90,46 @@ def test_bad_lines_are_named(tmp_path: Path, kind: Any, line: str, message: str)
 
 @pytest.mark.parametrize("score", ["nan", "inf", "", "high"])
 def test_scores_are_numbers(tmp_path: Path, score: str) -> None:
-    path = written(tmp_path / "a.csv", ROW.replace("0.5", score))
+    path = write_file(tmp_path / "a.csv", ROW.replace("0.5", score))
     with pytest.raises(UserError, match=rf"line 1 must have a finite number as score, got '{score}'"):
         read_boxes(path, "detections", ACTIONS)
 
 
-def test_detections_may_be_empty_once_they_are_rounded(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.csv", ROW.replace("0.1", "0.3"))
+def test_detections_may_be_empty_after_rounding(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.csv", ROW.replace("0.1", "0.3"))
     assert len(read_boxes(path, "detections", ACTIONS)) == 1
     with pytest.raises(UserError, match="x1 < x2"):
         read_boxes(path, "ground truth", ACTIONS)
 
 
-def test_other_seconds_of_other_videos(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.csv", ROW.replace("0902", "0"))
+def test_other_ranges_of_seconds(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.csv", ROW.replace("0902", "0"))
     assert read_boxes(path, "detections", ACTIONS, seconds=(0, 10**9)).key_frames == (KeyFrame("film", 0),)
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     for read in (lambda path: read_boxes(path, "detections", ACTIONS), read_exclusions, read_label_map):
         with pytest.raises(UserError, match=r"none\.csv cannot be read: No such file"):
             read(tmp_path / "none.csv")
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("film,0902\n", encoding="utf-8-sig")
     assert read_exclusions(tmp_path / "a.csv") == {KeyFrame("film", 902)}
 
 
 def test_exclusions(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.csv", "film,0902\nfilm,1798\n")
+    path = write_file(tmp_path / "a.csv", "film,0902\nfilm,1798\n")
     assert read_exclusions(path) == {KeyFrame("film", 902), KeyFrame("film", 1798)}
     with pytest.raises(UserError, match=r"line 1 must have the 2 columns video_id,timestamp"):
-        read_exclusions(written(tmp_path / "b.csv", "film,0902,1\n"))
+        read_exclusions(write_file(tmp_path / "b.csv", "film,0902,1\n"))
 
 
 @pytest.mark.parametrize("key", ["id", "label_id"])
 def test_label_maps_of_both_spellings(tmp_path: Path, key: str) -> None:
     first = 'item {\n  name: "sit {down}"\n  KEY: 12\n  label_type: PERSON_MOVEMENT\n}\n'
     text = (first + "item { KEY: 3 name: 'id: 4' }").replace("KEY", key)
-    assert read_label_map(written(tmp_path / "a.pbtxt", text)) == {12: "sit {down}", 3: "id: 4"}
+    assert read_label_map(write_file(tmp_path / "a.pbtxt", text)) == {12: "sit {down}", 3: "id: 4"}
 
 
 @pytest.mark.parametrize(
@@ -158,24 +158,24 @@ def test_label_maps_of_both_spellings(tmp_path: Path, key: str) -> None:
         ('item { name: "a" id: 1 }\nitem { name: "a" id: 2 }', "line 2 must not repeat a name, got 'a'"),
     ],
 )
-def test_bad_label_maps(tmp_path: Path, text: str, message: str) -> None:
-    path = written(tmp_path / "a.pbtxt", text)
+def test_invalid_label_maps(tmp_path: Path, text: str, message: str) -> None:
+    path = write_file(tmp_path / "a.pbtxt", text)
     with pytest.raises(UserError) as error:
         read_label_map(path)
     assert message in str(error.value) and str(path) in str(error.value)
 
 
 def test_a_hundred_thousand_actions(tmp_path: Path) -> None:
-    """Takes minutes where the lines before an item, or the names, are gone through for each."""
+    """Takes minutes if each item scans all previous lines or names."""
     text = "".join(f'item {{\n  name: "action {n}"\n  id: {n}\n}}\n' for n in range(1, 100_001))
     with pytest.raises(UserError, match="line 400001 must not repeat an id, got 7"):
-        read_label_map(written(tmp_path / "a.pbtxt", text + "item { name: 'more' id: 7 }"))
+        read_label_map(write_file(tmp_path / "a.pbtxt", text + "item { name: 'more' id: 7 }"))
 
 
 @pytest.mark.parametrize(
     "video", ["-5KQ66BBWC4", "=cmd|' /C calc'!A0", "'-abc", "'=x", "a,b", "+1", "@x", "c\rd", 'q"']
 )
-def test_names_of_videos_are_read_back_as_they_were(tmp_path: Path, video: str) -> None:
+def test_video_names_are_read_back_unchanged(tmp_path: Path, video: str) -> None:
     table = BoxTable(
         (KeyFrame(video, 902),),
         np.zeros(1, np.int32),
@@ -192,17 +192,17 @@ def test_names_of_videos_are_read_back_as_they_were(tmp_path: Path, video: str) 
     assert read_boxes(tmp_path / "a.csv", "detections", ACTIONS).key_frames == table.key_frames
 
 
-def test_actions_of_ava_that_a_part_of_its_label_map_lacks_are_left_out(tmp_path: Path) -> None:
+def test_ava_actions_that_the_label_map_lacks_are_left_out(tmp_path: Path) -> None:
     part = {number: name for number, name in ava_actions().items() if number != 2}
-    path = written(tmp_path / "a.csv", ROW + ROW.replace(",1,", ",2,") + ROW.replace(",1,", ",80,"))
+    path = write_file(tmp_path / "a.csv", ROW + ROW.replace(",1,", ",2,") + ROW.replace(",1,", ",80,"))
     assert read_boxes(path, "detections", part).actions.tolist() == [1, 80]
     with pytest.raises(UserError, match="'81'"):
-        read_boxes(written(tmp_path / "b.csv", ROW.replace(",1,", ",81,")), "detections", part)
+        read_boxes(write_file(tmp_path / "b.csv", ROW.replace(",1,", ",81,")), "detections", part)
     with pytest.raises(UserError, match="'2'"):
         read_boxes(path, "detections", {**part, 3: "something else"})
 
 
-@pytest.mark.skipif(not LABELS.is_dir(), reason="AVA's own label map is not there")
+@pytest.mark.skipif(not LABELS.is_dir(), reason="AVA's own label map does not exist")
 def test_the_actions_are_avas() -> None:
     evaluated = read_label_map(LABELS / "ava_v2.2_60classes.pbtxt")
     assert len(evaluated) == 60 and len(ava_actions()) == 80

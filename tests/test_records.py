@@ -1,4 +1,4 @@
-"""The schema of the records, the shards that hold them and the manifest that lists them."""
+"""Record format, shards and manifest."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def test_a_record_has_mediasequences_features() -> None:
     assert [f.int64_list.value[0] for f in lists["image/timestamp"].feature] == [0, 40_000, 80_000]
 
 
-def test_a_record_of_several_classes_lists_them() -> None:
+def test_a_multi_label_record() -> None:
     video = EncodedVideo([b"frame"], 25.0)
     encoded = encode_record(video, RecordSource("a", (0, 2)), ["jump", "sit", "run"])
     context = tf.train.SequenceExample.FromString(encoded).context.feature
@@ -63,14 +63,14 @@ def test_a_record_of_several_classes_lists_them() -> None:
     assert parse_record(tf.constant(encoded)).labels.numpy().tolist() == [0, 2]
 
 
-def test_what_is_written_is_parsed_back() -> None:
+def test_parsing_inverts_encoding() -> None:
     video = noise_video(0, frames=4)
     parsed = parse_record(tf.constant(encode_record(video, RecordSource("a", (3,)), ["", "", "", "walk"])))
     assert parsed.frames.numpy().tolist() == video.frames
     assert (parsed.labels.numpy().tolist(), float(parsed.fps), parsed.media_id.numpy()) == ([3], 30.0, b"a")
 
 
-def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
+def test_the_index_matches_tfrecord(manifest: Manifest) -> None:
     for split in manifest.splits.values():
         stored = {path.file: (manifest.folder / path.file).read_bytes() for path in split.shards}
         read = [r.numpy() for s in split.shards for r in tf.data.TFRecordDataset(str(manifest.folder / s.file))]
@@ -82,11 +82,11 @@ def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
 
 
 def stored(path: Path, record: Record) -> tf.Tensor:
-    """The bytes of a record in a shard."""
+    """Reads the bytes of a record in a shard."""
     return read_record(str(path), tf.constant(record.offset, tf.int64), tf.constant(record.length, tf.int64))
 
 
-def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_are_distributed_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     video, bad = noise_video(0, frames=2), VideoError("x.mp4", "is broken")
     sources = [RecordSource(str(i), (0,)) for i in range(7)]
@@ -95,7 +95,7 @@ def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest
     split = record_format.write_split(tmp_path, "train", sources, iter(results), ["a"], taken.append)
     assert taken == results
     assert [(r.shard, r.media_id) for r in split.records] == [(0, "0"), (1, "4"), (1, "5"), (2, "6")]
-    names = [shard_name("train", index, 4) for index in (0, 2, 3)]  # in shard 1 both failed
+    names = [shard_name("train", index, 4) for index in (0, 2, 3)]  # both videos of shard 1 failed
     assert [shard.file for shard in split.shards] == sorted(path.name for path in tmp_path.iterdir()) == names
     assert names[0] == "train-00000-of-00004.tfrecord"
     for record in split.records:
@@ -104,7 +104,7 @@ def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest
         assert parsed.media_id.numpy().decode() == record.media_id
 
 
-def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_interrupted_shard_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "a.tfrecord") as writer:
         writer.write(b"record")
         assert not (tmp_path / "a.tfrecord").exists()
@@ -123,7 +123,7 @@ def test_a_manifest_is_loaded_as_saved(manifest: Manifest) -> None:
 
 
 def edited(manifest: Manifest, *path: Any, value: Any) -> Path:
-    """Rewrites one entry of manifest.json, and its checksum; None removes it."""
+    """Replaces one entry of manifest.json and the checksum; None removes it."""
     content = json.loads((manifest.folder / "manifest.json").read_text())
     entry = content
     for key in path[:-1]:
@@ -154,7 +154,7 @@ def test_multi_label_records_are_loaded_as_saved(multi_label: Manifest) -> None:
 
 
 @pytest.mark.parametrize("labels", [[], [1, 0], [1, 1]])
-def test_several_labels_ascend(multi_label: Manifest, labels: list[int]) -> None:
+def test_labels_must_be_ascending(multi_label: Manifest, labels: list[int]) -> None:
     folder = edited(multi_label, *RECORDS, "labels", 1, value=labels)
     with pytest.raises(ValueError, match=r"records\[1\]\.labels must be one or more, ascending"):
         Manifest.load(folder)
@@ -167,7 +167,7 @@ def test_the_task_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     assert one.fingerprint() != other.fingerprint()
 
 
-def test_the_fingerprint_is_of_the_content(manifest: Manifest, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content(manifest: Manifest, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     shutil.copytree(manifest.folder, copy)
     same = Manifest.load(copy)
@@ -225,7 +225,7 @@ def test_an_edited_manifest_is_refused(manifest: Manifest, edit: Callable[[dict[
     path = manifest.folder / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content, indent=2, sort_keys=True))
-    assert Manifest.load(manifest.folder) == manifest  # white space and the order of entries say nothing
+    assert Manifest.load(manifest.folder) == manifest  # white space and the order of entries do not matter
     edit(content)
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"manifest\.json: sha256 must match the file's other entries.* build"):
@@ -241,7 +241,7 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
         Manifest.load(manifest.folder)
 
 
-def test_a_record_is_read_alone_and_with_its_checksums(manifest: Manifest) -> None:
+def test_a_record_is_read_with_its_checksums(manifest: Manifest) -> None:
     split = manifest.splits["train"]
     path, record = manifest.folder / split.shards[0].file, split.records[1]
     content = path.read_bytes()
@@ -266,7 +266,7 @@ def test_a_record_is_read_alone_and_with_its_checksums(manifest: Manifest) -> No
 
 
 def bytes_read() -> int:
-    """By this process so far."""
+    """Returns the bytes that this process has read so far."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 

@@ -94,9 +94,7 @@ def open_moving_shapes(folder: Path) -> Manifest:
 def _create(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty and does not hold moving_shapes; delete it or use another folder")
-    print(
-        f"{folder} does not exist: creating the synthetic dataset moving_shapes. For your own data, see gin/data/records.gin"
-    )
+    print(f"{folder} does not exist: creating the synthetic dataset moving_shapes. Your own: gin/data/records.gin")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
