@@ -67,7 +67,7 @@ def test_defaults_are_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"training": False, "batch": 0}, "batch must be at least 1, got 0"),
         ({"training": False, "batch": 1, "jitter": (32, 40)}, "jitter must be None for evaluation"),
         ({"training": True, "batch": 1, "split": "val"}, "has no split 'val'; it has train, test"),
-        ({"training": True, "batch": 1, "jitter": (20, 40)}, "jitter must be ascending, from at least the crop, 28"),
+        ({"training": True, "batch": 1, "jitter": (20, 40)}, "jitter must be ascending and at least the crop size 28"),
     ],
 )
 def test_settings_are_checked(records: Path, settings: dict[str, Any], message: str) -> None:

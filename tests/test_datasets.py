@@ -123,7 +123,7 @@ def test_one_of_two_concurrent_processes_wins(tmp_path: Path, monkeypatch: pytes
 
     def other_is_faster(folder: Path) -> None:
         monkeypatch.setattr(moving_shapes, "_write", write)
-        moving_shapes._make(tmp_path / "shapes")
+        moving_shapes._create(tmp_path / "shapes")
         (tmp_path / "shapes" / "mark").touch()
         write(folder)
 

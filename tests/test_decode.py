@@ -211,7 +211,7 @@ def test_segments_without_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", numbered_frames(20), 20)
     with pytest.raises(VideoError, match=r"a\.mp4: ends before the start time 1\.0 s"):
         encode_video(path, start=1.0)
-    with pytest.raises(VideoError, match="ends before 1000"):
+    with pytest.raises(VideoError, match="ends before the start time 1000"):
         encode_video(path, start=1000.0, end=1001.0)
     with pytest.raises(VideoError, match=r"has no frame between 0\.51 s and 0\.54 s: it has 20 frames per second"):
         encode_video(path, start=0.51, end=0.54)

@@ -262,7 +262,7 @@ def test_names_that_differ_from_the_manifest_are_errors(manifest: Manifest) -> N
     names = [record.media_id for record in records]
     swapped = [names[1], names[0], *names[2:]]
     of_others = manifest.with_records("train", [r._replace(media_id=name) for r, name in zip(records, swapped)])
-    cause = "cannot read or decode record 0 of split train, at byte 12: its labels, name or boxes are not those"
+    cause = "cannot read or decode record 0 of split train, at byte 12: its labels, name or boxes differ"
     with pytest.raises(ValueError, match=cause), record_errors_as_user_errors():
         list(evaluation_dataset(of_others, "train", CLIP, VIEWS))
 
@@ -341,15 +341,15 @@ def rest(batches: Iterator[Any]) -> None:
 @pytest.mark.parametrize(
     ("what", "cause"),
     [
-        ("truncated", r"the file has \d+ bytes where the manifest lists \d+: it was truncated or replaced"),
+        ("truncated", r"the file has \d+ bytes, but the manifest lists \d+: it was truncated or replaced"),
         ("truncated in the record", "the file has .* truncated or replaced"),
         ("empty", "the file has 0 bytes"),
         ("gone", "the file does not exist"),
-        ("directory", "this is not a file"),
-        ("other", r"its header states \d+ bytes where the manifest lists \d+: the file was replaced"),
-        ("other length", r"its header states \d+ bytes where the manifest lists \d+"),
+        ("directory", "it is not a file"),
+        ("other", r"its header states \d+ bytes, but the manifest lists \d+: the file was replaced"),
+        ("other length", r"its header states \d+ bytes, but the manifest lists \d+"),
         ("flipped", "its bytes do not match their checksum"),
-        ("flipped length", r"its header states \d+ bytes where the manifest lists \d+"),
+        ("flipped length", r"its header states \d+ bytes, but the manifest lists \d+"),
     ],
 )
 def test_damage_during_reading_is_an_error(streams: Streams, mode: str, what: str, cause: str) -> None:
@@ -424,10 +424,10 @@ def test_records_before_the_start_are_not_read(manifest: Manifest, tmp_path: Pat
         ({"batch": 0}, "batch must be in 1..11"),
         ({"worker": (2, 2)}, r"worker must be \(index, count\) with 0 <= index < count, got \(2, 2\)"),
         ({"worker": (0, 3)}, "batch must be divisible by the number of workers, 3, got 4"),
-        ({"worker": (0, 2), "replica_batch": 4}, "replica_batch must divide the 2 clips of a worker, got 4"),
+        ({"worker": (0, 2), "replica_batch": 4}, "replica_batch must divide the 2 clips per worker, got 4"),
         ({"replica_batch": 0}, "replica_batch must divide"),
         ({"start_step": -1}, "start_step must be at least 0, got -1"),
-        ({"jitter": (15, 20)}, r"jitter must be ascending, from at least the crop, 16, got \(15, 20\)"),
+        ({"jitter": (15, 20)}, r"jitter must be ascending and at least the crop size 16, got \(15, 20\)"),
         ({"jitter": (20, 18)}, "jitter must be ascending"),
         ({"frame_sampling": "fast"}, "frame_sampling must be .* got 'fast'"),
     ],

@@ -104,13 +104,13 @@ def _timeline(path: str | Path, state: tuple[int, int] | None) -> Timeline:
         tick = float(stream.time_base or 0)
         declared = float(stream.average_rate or stream.guessed_rate or 0)
         if not len(scan.pts):
-            raise VideoError(path, "holds no frame")
+            raise VideoError(path, "has no frame")
         nominal = 1 / (declared * tick) if declared and tick else 0.0
         times = _times(scan, container, tick, nominal)
         decodable = scan.keys.cumsum() > 0 if scan.keys.any() else np.ones(len(times), bool)
         shown = decodable & ~scan.second & ~scan.discarded
         if not shown.any():
-            raise VideoError(path, "holds no frame")
+            raise VideoError(path, "has no frame")
         order = np.flatnonzero(shown)[np.argsort(times[shown], kind="stable")]
         times, stored = _close_gaps_at_cut(times[order] * tick, order, tick), scan.pts[order]
         if scan.empty:  # empty packets only delay the following pictures
