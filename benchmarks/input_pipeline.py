@@ -31,7 +31,7 @@ from reporting import machine_info, versions
 import x3d_tf
 from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
 from x3d_tf.data.input_pipeline import training_dataset
-from x3d_tf.data.records.format import Source, write_split
+from x3d_tf.data.records.format import RecordSource, write_split
 from x3d_tf.data.records.index import VIDEOS_PER_SHARD
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_jpeg
@@ -130,7 +130,7 @@ def write_full_shard(folder: Path) -> None:
         frames = coarse.astype(np.uint8).repeat(GRAIN, 1).repeat(GRAIN, 2)[:, :HEIGHT, :WIDTH]
         return EncodedVideo([encode_jpeg(np.ascontiguousarray(frame)) for frame in frames], 30.0)
 
-    sources = [Source(f"noise/{seed:02d}", (seed % 2,)) for seed in range(VIDEOS_PER_SHARD)]
+    sources = [RecordSource(f"noise/{seed:02d}", (seed % 2,)) for seed in range(VIDEOS_PER_SHARD)]
     classes = ("even", "odd")
     split = write_split(folder, "train", sources, map(video, range(VIDEOS_PER_SHARD)), classes, lambda _: None)
     build_settings: dict[str, int | float | str] = {"source": "benchmarks/input_pipeline.py"}

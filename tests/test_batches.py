@@ -1,4 +1,4 @@
-"""`x3d_tf.dataset`: what it fills in, and that its clips are those of training and of testing."""
+"""`x3d_tf.dataset`: its defaults, and that its clips equal those of training and evaluation."""
 
 import io
 from pathlib import Path
@@ -16,7 +16,7 @@ from x3d_tf.data import batches
 from x3d_tf.data.input_pipeline import training_dataset
 from x3d_tf.data.sampling import frame_indices
 
-CLIP = x3d_tf.ClipSpec(3, 2.0, 28)  # tests on 32 pixels, trains on 32 to 40
+CLIP = x3d_tf.ClipSpec(3, 2.0, 28)  # evaluates at 32 pixels, trains at 32 to 40
 VIDEOS = [noise_video(seed, 5 + 4 * seed) for seed in range(5)]
 
 
@@ -35,7 +35,7 @@ def test_training_batches_are_those_of_the_trainer(records: Path) -> None:
     assert x3d_tf.dataset(records, CLIP, training=True, batch=2).cardinality() == tf.data.INFINITE_CARDINALITY
 
 
-def test_without_training_each_middle_clip_comes_once(records: Path) -> None:
+def test_evaluation_yields_each_middle_clip_once(records: Path) -> None:
     found = list(x3d_tf.dataset(records, CLIP, training=False, batch=2).as_numpy_iterator())
     assert [len(labels) for _, labels in found] == [2, 2, 1]
     assert np.concatenate([labels for _, labels in found]).tolist() == [0, 1, 2, 3, 4]
@@ -47,7 +47,7 @@ def test_without_training_each_middle_clip_comes_once(records: Path) -> None:
         np.testing.assert_allclose(clip, expected, atol=0.01)
 
 
-def test_keras_knows_where_it_ends(records: Path) -> None:
+def test_keras_knows_the_number_of_batches(records: Path) -> None:
     assert int(x3d_tf.dataset(records, CLIP, training=False, batch=2).cardinality()) == 3
 
 
@@ -63,11 +63,11 @@ def test_defaults_are_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"training": True, "batch": 6}, "batch must be in 1..5, the records of split 'train', got 6"),
+        ({"training": True, "batch": 6}, "batch must be in 1..5, the number of records in split 'train', got 6"),
         ({"training": False, "batch": 0}, "batch must be at least 1, got 0"),
-        ({"training": False, "batch": 1, "jitter": (32, 40)}, "jitter must be for training only"),
+        ({"training": False, "batch": 1, "jitter": (32, 40)}, "jitter must be None for evaluation"),
         ({"training": True, "batch": 1, "split": "val"}, "has no split 'val'; it has train, test"),
-        ({"training": True, "batch": 1, "jitter": (20, 40)}, "jitter must be ascending, from at least the crop, 28"),
+        ({"training": True, "batch": 1, "jitter": (20, 40)}, "jitter must be ascending and at least the crop size 28"),
     ],
 )
 def test_settings_are_checked(records: Path, settings: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""From folders of videos to records: layouts, determinism, files that fail, and the command."""
+"""Building records from class folders: layouts, determinism, failing files, and the command."""
 
 import csv
 import os
@@ -21,7 +21,7 @@ from video_fixtures import (
 from x3d_tf.build_records import summary
 from x3d_tf.data.build import builder, encoding
 from x3d_tf.data.build.builder import build_records
-from x3d_tf.data.build.encoding import Retryable, encode_all, state_of
+from x3d_tf.data.build.encoding import Retryable, encode_all, file_state
 from x3d_tf.data.build.sources import Video, find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
@@ -32,7 +32,7 @@ from x3d_tf.errors import UserError
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of classes: 4 videos of run, 3 of jump, with a broken and a hidden file among them."""
+    """Class folders with 4 videos of run, 3 of jump, a broken file and a hidden file."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(7):
         name = f"{'run' if number < 4 else 'jump'}/clip {number}.mp4"
@@ -81,7 +81,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
-def test_a_part_of_each_class_is_for_testing(clips: Path) -> None:
+def test_a_fraction_of_each_class_is_for_evaluation(clips: Path) -> None:
     found = find_videos(clips, split=0.5).splits
     for name, count in (("run", 5), ("jump", 3)):
         parts = [{video.path for video in found[split] if video.classes == (name,)} for split in ("train", "test")]
@@ -135,7 +135,7 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
         (("train", "dev", "test"), ["validation_split=dev"]),
     ],
 )
-def test_the_splits_that_training_finds_by_itself(
+def test_split_bindings_are_printed_for_unusual_names(
     clips: Path, tmp_path: Path, splits: tuple[str, ...], bindings: list[str]
 ) -> None:
     for number, split in enumerate(splits):
@@ -153,20 +153,20 @@ def test_the_splits_that_training_finds_by_itself(
 @pytest.mark.parametrize(
     ("files", "settings", "message"),
     [
-        (["a/1"], {"splits": ["a"], "split": 0.2}, "splits and split must not be given together"),
+        (["a/1"], {"splits": ["a"], "split": 0.2}, "splits and split must not be set together"),
         (["a/1"], {"split": 1.0}, "split must be between 0 and 1, got 1.0"),
         (["a/1"], {"splits": ["a", "a"]}, "splits must be distinct names of folders"),
         (["a/1"], {"splits": ["../a"]}, "splits must be distinct names of folders"),
         (["a/b/1"], {"splits": ["a", "b"]}, "b is not a folder"),
-        (["one/a/1", "two/a/1"], {}, "is a folder, but class folders hold video files.*--splits=one,two"),
-        (["notes"], {}, "holds no folder with files for each class"),
-        (["a/1"], {}, "no video can be read \\(1 tried\\); the reasons are in"),
+        (["one/a/1", "two/a/1"], {}, "is a folder, but class folders must hold video files.*--splits=one,two"),
+        (["notes"], {}, "has no class folders with videos in them; ignored 1 other entry"),
+        (["a/1"], {}, "no video can be read \\(1 tried\\); see .* for the reasons"),
         (["a/1", "out/1"], {}, "output: .*out is not empty"),
-        (["a/1"], {"split": 0.2}, "split test has no videos. Give it some, or leave it out with --splits"),
+        (["a/1"], {"split": 0.2}, "split test has no videos. Add videos to it, or leave it out of --splits"),
         (
             ["one/a/1", "two/notes"],
             {"splits": ["one", "two"]},
-            "split two has no videos: 1 unusable entry, such as .*two/notes: is not in a class folder",
+            "split two has no videos \\(1 unusable entry; the first: .*two/notes: is not in a class folder\\)",
         ),
         (["a/1"], {"timeout": 0.0}, "timeout must be above 0 and at most 1,000,000 seconds, got 0"),
         (["a/1"], {"timeout": float("inf")}, "timeout must be above 0 and at most 1,000,000 seconds, got inf"),
@@ -175,7 +175,7 @@ def test_the_splits_that_training_finds_by_itself(
         (["a/1"], {"workers": 0}, "workers must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_built_says_why(
+def test_invalid_settings_are_reported(
     tmp_path: Path, files: list[str], settings: dict[str, object], message: str
 ) -> None:
     touch(tmp_path, *files)
@@ -208,7 +208,7 @@ def test_file_names_of_all_kinds(tmp_path: Path) -> None:
     assert build_records(tmp_path / "in", tmp_path / "out", progress=False).was_finished
 
 
-def test_a_csv_file_of_pieces_of_several_classes(clips: Path, tmp_path: Path) -> None:
+def test_a_csv_file_of_segments_with_several_classes(clips: Path, tmp_path: Path) -> None:
     table = tmp_path / "list.csv"
     rows = ["run/clip 3.mp4,run,0,0.1", "run/clip 3.mp4,run;turn,0.1,", "jump/clip 4.mp4,jump,5,", "jump/x,jump,,"]
     table.write_text("path,label,start,end\n" + "\n".join([*rows, "run/broken.mp4,run,0,1", "run/broken.mp4,run,1,2"]))
@@ -220,39 +220,39 @@ def test_a_csv_file_of_pieces_of_several_classes(clips: Path, tmp_path: Path) ->
     assert found == {"run/clip 3.mp4#0.0-0.1": (3, (1,)), "run/clip 3.mp4#0.1-": (6, (1, 2))}
     with (tmp_path / "out" / "failures.csv").open(newline="") as failures:
         reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(failures)}
-    assert reasons["x"] == f"no such file ({table}, line 5)"
-    assert reasons["clip 4.mp4"] == "ends before 5.0 s, where it was to start"
+    assert reasons["x"] == f"does not exist ({table}, line 5)"
+    assert reasons["clip 4.mp4"] == "ends before the start time 5.0 s"
     assert result.failures == len(reasons) == 3  # the broken file once
     lines = "\n".join(summary(result))
     assert "3 classes, several labels per video" in lines
     assert "train has no video for 1 class: jump" in lines
 
 
-def test_neither_videos_nor_a_list(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="videos or csv must be given"):
+def test_neither_videos_nor_a_csv_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="videos or csv must be set"):
         build_records(None, tmp_path / "out")
 
 
-def test_a_file_that_kills_its_worker_is_left_out() -> None:
+def test_a_file_that_crashes_its_worker_is_left_out() -> None:
     results = list(encode_all([Video(Path(str(n)), "", ()) for n in range(8)], die_on_three, workers=2))
     for number, result in enumerate(results):
         if number == 3:
             assert isinstance(result, VideoError)
-            assert str(result) == "3: kills the process that decodes it" and not isinstance(result, Retryable)
+            assert str(result) == "3: crashes the decoder process" and not isinstance(result, Retryable)
         elif number == 5:
-            assert isinstance(result, Retryable) and "the system ended the process" in str(result)
+            assert isinstance(result, Retryable) and "the system killed its decoder process" in str(result)
         else:
             assert isinstance(result, EncodedVideo)
             assert result.frames == [str(number).encode()]
     assert len(results) == 8
 
 
-def test_trouble_with_one_video_is_that_videos(tmp_path: Path) -> None:
+def test_a_failure_affects_one_video_only(tmp_path: Path) -> None:
     names = ["first", "hangs", "changes", "replaced", "memory", "last"]
     videos = []
     for path in (tmp_path / name for name in names):
         path.write_text("video")
-        videos.append(Video(path, "", (), state=state_of(path)))
+        videos.append(Video(path, "", (), state=file_state(path)))
     (tmp_path / "replaced").write_text("other")
     os.utime(tmp_path / "replaced", ns=(0, 0))
     results = dict(zip(names, encode_all(videos, trouble_by_name, workers=2, timeout=3), strict=True))
@@ -260,21 +260,21 @@ def test_trouble_with_one_video_is_that_videos(tmp_path: Path) -> None:
         assert results[name] == EncodedVideo([name.encode()], 30.0)
     failures = {name: result for name, result in results.items() if isinstance(result, VideoError)}
     assert {name: failure.reason for name, failure in failures.items()} == {
-        "hangs": "takes longer than 3 s (--timeout)",
-        "changes": "changed while the records were built",
-        "replaced": "changed while the records were built",
-        "memory": "takes more memory than there is",
+        "hangs": "takes longer than 3 s to decode (--timeout)",
+        "changes": "changed during the build",
+        "replaced": "changed during the build",
+        "memory": "needs more memory than is available",
     }
     assert [name for name, failure in failures.items() if isinstance(failure, Retryable)] == names[1:4]
 
 
-def test_a_fault_of_the_package_is_raised(tmp_path: Path) -> None:
+def test_a_bug_in_the_package_is_raised(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="a fault") as caught:
         list(encode_all([Video(Path("fault"), "", ())], trouble_by_name, workers=1))
     assert "trouble_by_name" in caught.value.__notes__[0]
 
 
-def test_a_worker_that_cannot_start_is_no_fault_of_the_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     videos = [Video(Path(str(number)), "", ()) for number in range(3)]
     with pytest.raises(UserError, match="a worker process cannot start: its process ended with status 3 before it was"):
         list(encode_all(videos, DiesAtStart(), workers=2))
@@ -282,16 +282,16 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_videos(monkeypatch: pytes
     def no_memory(*_: object) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(encoding, "Answering", no_memory)
+    monkeypatch.setattr(encoding, "Worker", no_memory)
     with pytest.raises(UserError, match="a worker process cannot be started: Cannot allocate memory; use fewer"):
         list(encode_all(videos, die_on_three, workers=2))
 
 
-def test_a_video_that_hangs_is_listed_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_that_hangs_is_listed_and_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/first", "a/hangs", "b/last"):
         write_video(tmp_path / "in" / f"{name}.mp4", numbered_frames(3))
     (tmp_path / "in" / ".hang").touch()
-    monkeypatch.setattr(builder, "encode_or_reason", hang_where_marked)
+    monkeypatch.setattr(builder, "encode_or_error", hang_where_marked)
 
     def build(output: Path) -> builder.BuildResult:
         return build_records(tmp_path / "in", output, workers=1, timeout=3, progress=False)
@@ -299,7 +299,7 @@ def test_a_video_that_hangs_is_listed_and_tried_again(tmp_path: Path, monkeypatc
     result = build(tmp_path / "out")
     assert names(result.manifest, "train") == {"a/first.mp4", "b/last.mp4"}
     assert (result.failures, result.to_retry) == (1, 1)
-    assert "hangs.mp4,takes longer than 3 s (--timeout)" in (tmp_path / "out" / "failures.csv").read_text()
+    assert "hangs.mp4,takes longer than 3 s to decode (--timeout)" in (tmp_path / "out" / "failures.csv").read_text()
     assert any("of these, 1 video exceeded --timeout" in line for line in summary(result))
     (tmp_path / "in" / ".hang").unlink()
     again = build(tmp_path / "out")
@@ -311,20 +311,20 @@ def test_a_video_that_hangs_is_listed_and_tried_again(tmp_path: Path, monkeypatc
     assert build(tmp_path / "out").was_finished
 
 
-def test_folders_of_frames_that_change_are_noticed(tmp_path: Path) -> None:
+def test_changed_folders_of_frames_are_detected(tmp_path: Path) -> None:
     for number in range(60):
         (tmp_path / f"{number}.jpg").write_text("frame")
     (tmp_path / "notes").touch()
-    state = state_of(tmp_path)
-    image_sequences._listed.cache_clear()
+    state = file_state(tmp_path)
+    image_sequences._scan_once.cache_clear()
     assert image_sequences.is_unchanged(tmp_path, state, 0.0, None)
     (tmp_path / "notes").write_text("not a frame")
-    assert state_of(tmp_path) == state
+    assert file_state(tmp_path) == state
     (tmp_path / "40.jpg").write_text("another")  # in place: the folder itself does not change
-    assert state_of(tmp_path) != state
+    assert file_state(tmp_path) != state
     assert image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # frames 0 to 29
     assert not image_sequences.is_unchanged(tmp_path, state, 1.0, 2.0)
-    image_sequences._listed.cache_clear()
+    image_sequences._scan_once.cache_clear()
     assert not image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # a process that lists the folder now
     assert not image_sequences.is_unchanged(tmp_path / "gone", state, 0.0, None)
 

@@ -1,32 +1,38 @@
-"""What is said of names of classes that look like a slip. Their order is tried in test_sources.py."""
+"""Warnings about class names that look like mistakes. test_sources.py tests their order."""
 
 import pytest
 
-from x3d_tf.data.build.class_names import doubts
+from x3d_tf.data.build.class_names import suspicious_names
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
         (("hug", "Hug "), ["'hug', 'Hug ' differ only in case", "'Hug ' begin or end with spaces"]),
-        (("1", "1.0"), ["'1', '1.0' differ only", "'1.0' are what pandas and spreadsheets make of a whole number"]),
+        (("1", "1.0"), ["'1', '1.0' differ only", "'1.0' are integers as pandas and spreadsheets write them"]),
         (("1", "01", "+1"), ["'1', '01', '+1' differ only"]),
         (("1,5", "1.50"), ["'1,5', '1.50' differ only"]),
         (("push up", "push-up", "Push_Up", "pushup"), ["'push up', 'push-up', 'Push_Up', 'pushup' differ only"]),
         (("caf\u00e9", "cafe\u0301"), ["differ only"]),
         (("hug\u200b", "hug", "kick", "KICK"), [r"'hug\u200b', 'hug' differ only", "'kick', 'KICK' differ only"]),
-        (("nan", "hug"), ["'nan' are what pandas"]),
-        (("NaN", "N/A", "NA", "NULL", "None", "#N/A"), ["'NaN', 'N/A', 'NA', 'NULL', 'None', '#N/A' are what pandas"]),
-        (("#REF!", "#DIV/0!"), ["'#REF!', '#DIV/0!' are an error of a spreadsheet's formula"]),
-        (("TRUE", "false"), ["'TRUE', 'false' are what spreadsheets and pandas turn into a truth value"]),
-        (("1E+05", "12345678901234567"), ["are a number that spreadsheets round"]),
-        (("3-Mar", "Mar-03", "1/2", "2024-01-02"), ["'3-Mar', 'Mar-03', '1/2', '2024-01-02' are what spreadsheets"]),
+        (("nan", "hug"), ["'nan' are read as missing values"]),
+        (
+            ("NaN", "N/A", "NA", "NULL", "None", "#N/A"),
+            ["'NaN', 'N/A', 'NA', 'NULL', 'None', '#N/A' are read as missing values"],
+        ),
+        (("#REF!", "#DIV/0!"), ["'#REF!', '#DIV/0!' are errors of spreadsheet formulas"]),
+        (("TRUE", "false"), ["'TRUE', 'false' are read as truth values by spreadsheets and pandas"]),
+        (("1E+05", "12345678901234567"), ["are numbers that spreadsheets round"]),
+        (
+            ("3-Mar", "Mar-03", "1/2", "2024-01-02"),
+            ["'3-Mar', 'Mar-03', '1/2', '2024-01-02' are read as dates by spreadsheets"],
+        ),
     ],
 )
-def test_slips_are_told(names: tuple[str, ...], expected: list[str]) -> None:
-    told = doubts(names)
-    assert len(told) == len(expected)
-    for sentence, part in zip(told, expected):
+def test_suspicious_names_are_reported(names: tuple[str, ...], expected: list[str]) -> None:
+    warnings = suspicious_names(names)
+    assert len(warnings) == len(expected)
+    for sentence, part in zip(warnings, expected):
         assert part in sentence
 
 
@@ -39,13 +45,13 @@ def test_slips_are_told(names: tuple[str, ...], expected: list[str]) -> None:
         ("May", "march", "nano", "nancy", "true love", "1-2-3 go", "прыжок", "跳"),
     ],
 )
-def test_other_names_are_not(names: tuple[str, ...]) -> None:
-    assert doubts(names) == []
+def test_ordinary_names_are_not_reported(names: tuple[str, ...]) -> None:
+    assert suspicious_names(names) == []
 
 
-def test_many_slips_take_few_lines() -> None:
+def test_many_suspicious_names_give_few_warnings() -> None:
     names = [name for number in range(200) for name in (f"class {number} a", f"Class {number} A")]
-    told = doubts(names)
-    assert len(told) == 11
-    assert told[-1] == "190 more groups of classes differ only so"
-    assert len("".join(doubts([f"{number}.0" for number in range(400)]))) < 300
+    warnings = suspicious_names(names)
+    assert len(warnings) == 11
+    assert warnings[-1] == "190 more groups of classes differ only in this way"
+    assert len("".join(suspicious_names([f"{number}.0" for number in range(400)]))) < 300

@@ -1,4 +1,4 @@
-"""Datasets by name, and moving_shapes: nothing but motion tells its classes apart."""
+"""Dataset settings, and the synthetic dataset moving_shapes, whose classes differ only in motion."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from x3d_tf.data.records.manifest import Manifest
 
 
 def render(seed: int, direction: str) -> np.ndarray:
-    """The frames of a video, one by one."""
+    """Renders the frames of a video."""
     picture = draw_picture(seed)
     return np.stack([np.roll(picture, (row, column), (0, 1)) for row, column in shifts(seed, direction)])
 
@@ -45,11 +45,11 @@ def test_frames_of_all_directions_are_shifted_copies(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("direction", "opposite"), [("left", "right"), ("up", "down")])
-def test_backwards_is_the_opposite_direction(direction: str, opposite: str) -> None:
+def test_reversed_videos_have_the_opposite_direction(direction: str, opposite: str) -> None:
     np.testing.assert_array_equal(render(5, direction)[::-1], render(5, opposite))
 
 
-def test_shapes_move_as_their_class_says() -> None:
+def test_shapes_move_in_the_direction_of_their_class() -> None:
     for direction, step in (("left", (0, -1)), ("right", (0, 1)), ("up", (-1, 0)), ("down", (1, 0))):
         frames = render(3, direction)
         moved = next(frame for frame in frames if (frame != frames[0]).any())
@@ -89,21 +89,21 @@ def test_records_hold_those_videos(tmp_path: Path) -> None:
                 for index in (0, 1, 89):
                     decoded = np.asarray(Image.open(io.BytesIO(jpegs[index]))).astype(int)
                     assert np.abs(decoded - expected[index]).mean() < 4
-    assert len(set(seeds)) == 12  # no video is in two splits
+    assert len(set(seeds)) == 12  # splits share no video
 
 
-def test_the_whole_set_is_balanced() -> None:
+def test_the_complete_dataset_is_balanced() -> None:
     assert moving_shapes.VIDEOS == {"train": 800, "test": 100}
     assert all(count % len(DIRECTIONS) == 0 for count in moving_shapes.VIDEOS.values())
 
 
 @pytest.mark.usefixtures("few")
-def test_an_interrupted_first_use_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_creation_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Manifest, "save", interrupted)  # the last thing that is done
+        patch.setattr(Manifest, "save", interrupted)  # the last step
         open_dataset(spec(tmp_path / "shapes"))
     assert list(tmp_path.iterdir()) == []
     killed = tmp_path / ".shapes.moving_shapes_partial.killed"  # a killed process could not clean up
@@ -118,12 +118,12 @@ def test_an_interrupted_first_use_starts_again(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("few")
-def test_of_two_processes_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_two_concurrent_processes_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = moving_shapes._write
 
     def other_is_faster(folder: Path) -> None:
         monkeypatch.setattr(moving_shapes, "_write", write)
-        moving_shapes._make(tmp_path / "shapes")
+        moving_shapes._create(tmp_path / "shapes")
         (tmp_path / "shapes" / "mark").touch()
         write(folder)
 
@@ -136,14 +136,14 @@ def test_of_two_processes_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match="holds no moving_shapes, and is not empty"):
+    with pytest.raises(ValueError, match="is not empty and does not hold moving_shapes"):
         open_dataset(spec(tmp_path))
     write_records(tmp_path / "others", {"train": [noise_video(0, 2)], "test": [noise_video(1, 2)]})
     with pytest.raises(ValueError, match=r"others holds other records than moving_shapes.*gin/data/records\.gin"):
         open_dataset(spec(tmp_path / "others"))
 
 
-def test_records_are_opened_as_they_are(tmp_path: Path) -> None:
+def test_existing_records_are_opened_unchanged(tmp_path: Path) -> None:
     written = write_records(tmp_path, {"train": [noise_video(0, 2)], "test": [noise_video(1, 2)]})
     assert open_dataset(DatasetSpec(str(tmp_path))) == written
     with pytest.raises(ValueError, match="has no split 'val'; it has train, test"):
@@ -163,14 +163,14 @@ def test_records_are_opened_as_they_are(tmp_path: Path) -> None:
         ("train val test", {"validation_split": "test"}, ("test", "test", 0.0)),
         ("train val", {}, ("val", "val", 0.0)),
         ("train val", {"validation_fraction": 0.1}, ("val", "val", 0.0)),
-        ("train val", {"eval_split": "val"}, ("val", None, 0.0)),  # as the recipes for AVA: named for the end alone
+        ("train val", {"eval_split": "val"}, ("val", None, 0.0)),  # like the recipes for AVA: only the final evaluation
         ("train val", {"eval_split": "val", "validation_fraction": 0.1}, ("val", None, 0.1)),
         ("train val test", {"train_split": "val"}, ("test", None, 0.0)),
-        ("one two", {"train_split": "one"}, ("test", None, 0.0)),  # which opening refuses
+        ("one two", {"train_split": "one"}, ("test", None, 0.0)),  # rejected when opened
         ("train val", {"eval_split": "two"}, ("two", "val", 0.0)),
     ],
 )
-def test_training_takes_the_splits_that_are_there(
+def test_default_splits_of_training(
     names: str, settings: dict[str, Any], expected: tuple[str, str | None, float]
 ) -> None:
     found = with_default_splits(DatasetSpec("unused", **settings), names.split())

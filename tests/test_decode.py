@@ -1,4 +1,4 @@
-"""Decoding: rates, sizes, rotation, and every way in which a file can be bad."""
+"""Decoding: rates, sizes, rotation, and damaged files."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frame
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
 @pytest.mark.parametrize("fps", [25, 30])
-def test_frames_come_in_order_at_the_sources_rate(tmp_path: Path, suffix: str, fps: int) -> None:
+def test_frames_have_the_order_and_rate_of_the_source(tmp_path: Path, suffix: str, fps: int) -> None:
     path = write_video(tmp_path / f"a{suffix}", numbered_frames(40), fps)
     frames = list(read_frames(path))
     assert [number_of(frame.pixels) for frame in frames] == list(range(40))
@@ -34,7 +34,7 @@ def test_frames_come_in_order_at_the_sources_rate(tmp_path: Path, suffix: str, f
     ("size", "short_side", "expected"),
     [((48, 64), 256, (48, 64)), ((48, 64), 30, (30, 40)), ((64, 48), 30, (40, 30)), ((100, 142), 50, (50, 71))],
 )
-def test_large_frames_are_scaled_and_small_ones_kept(
+def test_only_large_frames_are_scaled(
     tmp_path: Path, size: tuple[int, int], short_side: int, expected: tuple[int, int]
 ) -> None:
     path = write_video(tmp_path / "a.mp4", numbered_frames(3, *size))
@@ -58,7 +58,7 @@ def test_a_variable_rate_becomes_constant(tmp_path: Path) -> None:
     info = probe(path)
     assert info.variable_rate
     slots = [round(time / 1000 * info.fps) for time in times]
-    # At each point of the grid, the last picture that is due.
+    # The last picture due at each frame.
     expected = [max(i for i, slot in enumerate(slots) if slot <= point) for point in range(slots[-1] + 1)]
     frames = list(read_frames(path))
     assert [number_of(frame.pixels) for frame in frames] == expected
@@ -66,10 +66,10 @@ def test_a_variable_rate_becomes_constant(tmp_path: Path) -> None:
     assert [frame.timestamp for frame in frames] == pytest.approx([k / info.fps for k in range(len(expected))])
 
 
-def test_a_hole_of_minutes_is_an_error(tmp_path: Path) -> None:
+def test_a_gap_of_minutes_is_an_error(tmp_path: Path) -> None:
     times = [0, 100, 200, 300, 400_000, 400_100]
     path = write_video(tmp_path / "a.mkv", numbered_frames(len(times)), 10, times_ms=times)
-    with pytest.raises(VideoError, match=r"a\.mkv: its timestamps leave more than 60 s without a frame"):
+    with pytest.raises(VideoError, match=r"a\.mkv: its timestamps have a gap of more than 60 s"):
         list(read_frames(path))
 
 
@@ -119,13 +119,13 @@ def broken_files(folder: Path) -> dict[str, Path]:
         ("text", "is not a video but"),
         ("image", "is not a video but"),
         ("sound", "has no video stream"),
-        ("bare", "holds no frame"),
+        ("bare", "has no frame"),
         ("cut mp4", "cannot be decoded"),
-        ("cut avi", "breaks off"),
-        ("cut mkv", "breaks off"),
+        ("cut avi", "is truncated"),
+        ("cut mkv", "is truncated"),
     ],
 )
-def test_bad_files_give_their_reason(tmp_path: Path, which: str, reason: str) -> None:
+def test_invalid_files_are_reported(tmp_path: Path, which: str, reason: str) -> None:
     path = broken_files(tmp_path)[which]
     for read in (probe, lambda path: list(read_frames(path)), encode_video):
         with pytest.raises(VideoError) as caught:
@@ -134,13 +134,13 @@ def test_bad_files_give_their_reason(tmp_path: Path, which: str, reason: str) ->
         assert caught.value.reason.startswith(reason)
 
 
-def test_frames_that_the_decoder_loses_are_noticed(tmp_path: Path) -> None:
+def test_frames_lost_by_the_decoder_are_detected(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi", np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8))
     with av.open(str(path)) as container:
         places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     content = bytearray(path.read_bytes())
     for start, size in places[30:]:
-        content[start + 8 : start + 8 + size] = bytes(size)  # the chunk's header stays
+        content[start + 8 : start + 8 + size] = bytes(size)  # without the chunk's header
     path.write_bytes(content)
     with pytest.raises(VideoError, match=r"could be decoded|cannot be decoded"):
         list(read_frames(path))
@@ -162,7 +162,7 @@ def test_greyscale_ten_bits_and_odd_sizes(tmp_path: Path, size: tuple[int, int],
         assert container.streams.video[0].pix_fmt == pix_fmt
     frames = [frame.pixels for frame in read_frames(path)]
     levels = [pixels[size[0] // 2 :, size[1] // 2 :].mean() for pixels in frames]
-    # From ten bits FFmpeg comes out up to two levels too dark; the others are exact but for rounding.
+    # FFmpeg converts ten bits up to two levels too dark; other formats are exact up to rounding.
     assert levels == pytest.approx([16 + 4 * number for number in range(5)], abs=2.1)
     assert levels == sorted(set(levels))
     assert {pixels.shape for pixels in frames} == {(*size, 3)}
@@ -186,7 +186,7 @@ def test_very_large_pictures(tmp_path: Path, size: tuple[int, int]) -> None:
         assert number_of(np.asarray(picture)) == 1
 
 
-def test_pieces_are_cut_where_they_should_be(tmp_path: Path) -> None:
+def test_segments_have_the_right_frames(tmp_path: Path) -> None:
     b_pictures = {"bf": "2", "g": "12"}
     times = np.cumsum(np.random.default_rng(0).integers(20, 80, 60)).tolist()
     paths = [
@@ -207,17 +207,17 @@ def test_pieces_are_cut_where_they_should_be(tmp_path: Path) -> None:
             assert found.fps == whole.fps
 
 
-def test_pieces_that_hold_nothing(tmp_path: Path) -> None:
+def test_segments_without_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", numbered_frames(20), 20)
-    with pytest.raises(VideoError, match=r"a\.mp4: ends before 1\.0 s, where it was to start"):
+    with pytest.raises(VideoError, match=r"a\.mp4: ends before the start time 1\.0 s"):
         encode_video(path, start=1.0)
-    with pytest.raises(VideoError, match="ends before 1000"):
+    with pytest.raises(VideoError, match="ends before the start time 1000"):
         encode_video(path, start=1000.0, end=1001.0)
-    with pytest.raises(VideoError, match=r"has no frame between 0\.51 s and 0\.54 s: it has 20 a second"):
+    with pytest.raises(VideoError, match=r"has no frame between 0\.51 s and 0\.54 s: it has 20 frames per second"):
         encode_video(path, start=0.51, end=0.54)
 
 
-def test_pieces_are_not_decoded_from_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_are_not_decoded_from_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", numbered_frames(200), 25, options={"g": "10"})
     shown: list[Any] = []
     upright = decode._upright_rgb
@@ -231,7 +231,7 @@ def test_pieces_are_not_decoded_from_the_beginning(tmp_path: Path, monkeypatch: 
     assert read[-1] == 110
 
 
-def test_encoded_frames_are_the_frames(tmp_path: Path) -> None:
+def test_encoded_frames_equal_the_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", numbered_frames(10), 25)
     encoded = encode_video(path, short_side=40)
     assert encoded.fps == 25.0
@@ -240,7 +240,7 @@ def test_encoded_frames_are_the_frames(tmp_path: Path) -> None:
         assert np.abs(decoded.astype(int) - frame.pixels).mean() < 2
 
 
-def test_errors_travel_between_processes() -> None:
+def test_errors_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(VideoError("a.mp4", "the file is empty")))
     assert (error.path, error.reason, str(error)) == ("a.mp4", "the file is empty", "a.mp4: the file is empty")
 

@@ -1,6 +1,6 @@
-"""Files of the kinds that cameras, downloads and editors leave, made here: which frames they hold, and when.
+"""Frames and times of files like those of cameras, downloads and editors, created by the tests.
 
-Frame n of most has the grey level 16 + 4 * (n mod 50), so that what was decoded tells its number.
+In most files frame n has the grey level 16 + 4 * (n mod 50), which identifies decoded frames.
 """
 
 import io
@@ -28,7 +28,7 @@ from video_fixtures import (
     write_with_sound,
 )
 
-from x3d_tf.data.build.encoding import encode_or_reason
+from x3d_tf.data.build.encoding import encode_or_error
 from x3d_tf.data.build.sources import Video
 from x3d_tf.data.video import timeline
 from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames
@@ -39,7 +39,7 @@ ALL = list(range(60))
 
 
 class Right(NamedTuple):
-    """What reading a file must give: rate, the numbers of the frames, pictures stored, second of the first frame."""
+    """Expected result: rate, frame numbers, number of stored pictures, second of the first frame."""
 
     fps: float
     numbers: list[int]
@@ -57,7 +57,7 @@ def joined(path: Path, *parts: Path) -> Path:
 
 
 def joined_later(folder: Path) -> Path:
-    """A recording behind one whose clock is a quarter of an hour ahead: no hole of that length."""
+    """Joins two recordings, the first of whose clocks is 15 minutes ahead; the result has no gap."""
     late = at_times(folder / "late.ts", [900_000 + round(1000 * number / 30) for number in range(60)])
     return joined(folder / "b.ts", h264(folder / "a.ts"), late)
 
@@ -87,9 +87,9 @@ def beside_subtitles(folder: Path) -> Path:
 
 
 def cut_by_copying(folder: Path) -> Path:
-    """All of the sound, and the picture from a key frame on, as `ffmpeg -ss -c copy` leaves them.
+    """Keeps the complete audio and the video from a key frame on, like `ffmpeg -ss -c copy`.
 
-    The last picture is there; the one that is shown before it, and decoded after it, is not.
+    Keeps the last picture but not the one that is displayed before and decoded after it.
     """
     given = write_with_sound(
         folder / "long.mkv", numbered_frames(90), "libx264", "pcm_s16le", 3.0, options=REORDERED | {"sc_threshold": "0"}
@@ -118,7 +118,7 @@ def two_streams(folder: Path) -> Path:
 
 
 def from_the_middle(folder: Path) -> Path:
-    """A broadcast that was recorded from some moment on: its first pictures cannot be decoded."""
+    """Broadcast recorded from an arbitrary moment: its first pictures cannot be decoded."""
     content = h264(folder / "whole.ts").read_bytes()
     with av.open(str(folder / "whole.ts")) as container:
         places = [(packet.is_keyframe, packet.pos) for packet in container.demux(video=0) if packet.size]
@@ -138,7 +138,7 @@ def fields(name: str, whole: Callable[[int], bool] = lambda number: False) -> Ca
 
 
 def damaged(name: str, codec: str) -> Callable[[Path], Path]:
-    """One packet in the middle that no decoder takes."""
+    """Inserts a packet in the middle that no decoder accepts."""
 
     def make(folder: Path) -> Path:
         path = write_video(folder / name, numbered_frames(60), codec=codec, options={"g": "10"})
@@ -154,7 +154,7 @@ def damaged(name: str, codec: str) -> Callable[[Path], Path]:
     return make
 
 
-STILL = [*range(0, 1000, 40), *range(20_000, 21_000, 40)]  # milliseconds: a second, a hole of 19, a second
+STILL = [*range(0, 1000, 40), *range(20_000, 21_000, 40)]  # milliseconds: one second, a gap of 19 seconds, one second
 LEFT = [n for n in range(60) if n % 7 not in (2, 5, 6)]  # steps of one, two and three frames
 STOOD = [*range(25), *[24] * (500 - 25), *range(25, 50)]
 GOOD: dict[str, tuple[Callable[[Path], Path], Right]] = {
@@ -207,12 +207,12 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("file", GOOD, indirect=True)
-def test_files_give_their_frames_and_the_same_in_segments(file: tuple[Path, Right]) -> None:
+def test_files_and_their_segments_give_the_right_frames(file: tuple[Path, Right]) -> None:
     path, right = file
     info, frames = probe(path), list(read_frames(path))
     assert [number_of(frame.pixels) for frame in frames] == [number % 50 for number in right.numbers]
     assert (info.fps, info.frames, info.delivered) == (right.fps, right.pictures, len(right.numbers))
-    assert info.start == pytest.approx(right.start, abs=0.05)  # sound is delayed by what its codec looks ahead
+    assert info.start == pytest.approx(right.start, abs=0.05)  # audio is delayed by the look-ahead of its codec
     times = [info.start + number / right.fps for number in range(len(frames))]
     assert [frame.timestamp for frame in frames] == pytest.approx(times)
     whole, length = encode_video(path).frames, len(frames) / right.fps
@@ -231,16 +231,16 @@ def test_files_give_their_frames_and_the_same_in_segments(file: tuple[Path, Righ
 @pytest.mark.parametrize(
     "name", ["sound longer, mkv", "sound longer, webm", "sound longer, flv", "sound longer, wmv", "subtitles longer"]
 )
-def test_files_that_break_off_are_refused_though_sound_is_longer(tmp_path: Path, name: str, part: float) -> None:
+def test_truncated_video_is_an_error_with_longer_audio(tmp_path: Path, name: str, part: float) -> None:
     path = GOOD[name][0](tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * part)])
     for read in (probe, lambda path: list(read_frames(path)), encode_video):
-        with pytest.raises(VideoError, match="breaks off"):
+        with pytest.raises(VideoError, match="is truncated"):
             read(path)
 
 
-def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:
+def test_a_song_with_a_cover_is_not_a_video(tmp_path: Path) -> None:
     path = tmp_path / "song.mp3"
     with av.open(str(path), "w") as container:
         sound = container.add_stream("mp3", rate=48000, layout="mono")
@@ -256,12 +256,12 @@ def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:
 
 
 def row_difference(pixels: np.ndarray) -> float:
-    """How far each row is from the mean of its neighbours."""
+    """Returns the mean distance of rows from the mean of their neighbours."""
     rows = pixels[..., 0].astype(float)
     return float(np.abs(rows[1:-1] - (rows[:-2] + rows[2:]) / 2).mean())
 
 
-def test_interlaced_frames_are_scaled_as_they_are(tmp_path: Path) -> None:
+def test_interlaced_frames_are_scaled_as_progressive(tmp_path: Path) -> None:
     times, columns = np.arange(60), np.arange(320)
     moving = np.where((columns[None] + 8 * times[:, None]) % 160 < 80, 235, 16).astype(np.uint8)
     frames = np.empty((30, 240, 320, 3), np.uint8)
@@ -273,10 +273,10 @@ def test_interlaced_frames_are_scaled_as_they_are(tmp_path: Path) -> None:
         assert next(container.decode(video=0)).interlaced_frame
     scaled = [frame.pixels for frame in read_frames(path, 96)]
     assert {pixels.shape for pixels in scaled} == {(96, 128, 3)}
-    assert np.mean([row_difference(pixels) for pixels in scaled]) < 2  # 22 where fields are scaled apart
+    assert np.mean([row_difference(pixels) for pixels in scaled]) < 2  # 22 if fields are scaled separately
 
 
-ORIENTATIONS = {  # of the matrix a, b, c, d: what becomes of stored pixels
+ORIENTATIONS = {  # transform of the stored pixels for the matrix a, b, c, d
     (1, 0, 0, 1): lambda x: x,
     (0, 1, -1, 0): lambda x: np.rot90(x, 3),
     (-1, 0, 0, -1): lambda x: np.rot90(x, 2),
@@ -288,12 +288,12 @@ ORIENTATIONS = {  # of the matrix a, b, c, d: what becomes of stored pixels
     (0.9, 0.4, -0.4, 0.9): lambda x: x,  # 24 degrees
     (0.4, 0.9, -0.9, 0.4): lambda x: np.rot90(x, 3),
     (0, 0, 0, 0): lambda x: x,
-    (0, 1, 0, 1): lambda x: x,  # would make a line of it
+    (0, 1, 0, 1): lambda x: x,  # singular
 }
 
 
 @pytest.mark.parametrize("matrix", ORIENTATIONS)
-def test_turns_and_mirrors_are_applied(tmp_path: Path, matrix: tuple[float, float, float, float]) -> None:
+def test_rotation_and_mirroring_are_applied(tmp_path: Path, matrix: tuple[float, float, float, float]) -> None:
     random = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     path = write_video(tmp_path / "a.mp4", random)
     stored = [frame.pixels for frame in read_frames(path)]
@@ -303,10 +303,10 @@ def test_turns_and_mirrors_are_applied(tmp_path: Path, matrix: tuple[float, floa
     assert (probe(path).height, probe(path).width) == shown[0].shape[:2]
 
 
-def test_segments_of_old_444_files_are_those_of_the_whole(tmp_path: Path) -> None:
-    """x264 coded 4:4:4 otherwise before build 151, which FFmpeg learns from the first picture alone.
+def test_segments_of_old_444_files_equal_the_complete_video(tmp_path: Path) -> None:
+    """Decodes 4:4:4 as x264 encoded it before build 151, which FFmpeg detects only in the first picture.
 
-    The file here is a new one that says it is old, so that FFmpeg has damage to mend.
+    The test file is a new one labelled as old, so that FFmpeg conceals damage.
     """
     colours = np.random.default_rng(0).integers(0, 256, (90, 6, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     path = write_video(tmp_path / "a.mp4", colours, codec="libx264", pix_fmt="yuv444p", options={"g": "15"})
@@ -322,12 +322,14 @@ def test_segments_of_old_444_files_are_those_of_the_whole(tmp_path: Path) -> Non
 def test_a_few_late_pictures_do_not_make_millions_of_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeline, "MAX_FRAMES", 1000)
     times = [number * 10 + 30_000 * (number // 20) for number in range(60)]
-    with pytest.raises(VideoError, match="spread 60 pictures over 6059 frames, 100 a second; at most 1000 can be read"):
+    with pytest.raises(
+        VideoError, match="spread 60 pictures over 6059 frames at 100 per second; at most 1000 can be read"
+    ):
         probe(at_times(tmp_path / "a.mkv", times))
 
 
-def test_bursts_do_not_make_a_rate(tmp_path: Path) -> None:
-    """A recorder that was late writes its pictures at once; one millisecond is no rate of a thousand."""
+def test_bursts_are_ignored_in_the_rate(tmp_path: Path) -> None:
+    """Late recorders write pictures in bursts; steps of a millisecond must not give a rate of 1000."""
     times = [100 * (number // 4) + number % 4 for number in range(60)]
     assert probe(at_times(tmp_path / "a.mkv", times)).fps < 60
 
@@ -342,7 +344,7 @@ def numbers_in(jpegs: list[bytes]) -> list[int]:
     return [number_of(np.asarray(Image.open(io.BytesIO(jpeg)))) for jpeg in jpegs]
 
 
-def test_images_keep_the_times_of_their_numbers_at_the_rate_of_the_folder(tmp_path: Path) -> None:
+def test_image_numbers_and_frame_rate_determine_times(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, [*range(1, 10), 14, 15, *range(20, 40)])
     shown = [*range(1, 10), *[9] * 4, 14, *[15] * 5, *range(20, 40)]
     assert numbers_in(encode_folder(folder).frames) == shown
@@ -350,11 +352,11 @@ def test_images_keep_the_times_of_their_numbers_at_the_rate_of_the_folder(tmp_pa
         found = encode_folder(folder, start=start, end=end, fps=25)
         first, stop = round(start * 25), None if end is None else round(end * 25)
         assert (numbers_in(found.frames), found.fps, found.start) == (shown[first:stop], 25.0, start)
-        assert encode_or_reason(Video(folder, "a", (), start, end, frame_rate=25.0), 256, 95) == found
+        assert encode_or_error(Video(folder, "a", (), start, end, frame_rate=25.0), 256, 95) == found
     with pytest.raises(VideoError, match=r"ends before 1\.6 s: it has 31 images, 25 a second"):
         encode_folder(folder, start=1.6, fps=25)
 
 
-def test_numbers_of_images_that_are_times_are_refused(tmp_path: Path) -> None:
+def test_image_numbers_that_are_timestamps_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"img_99999\.jpg: has a number that leaves more than 60 s without an image"):
         encode_folder(folder_of(tmp_path, [1, 2, 99999]))

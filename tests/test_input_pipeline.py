@@ -1,4 +1,4 @@
-"""The order of training clips, what is in them, and the views of testing, against plain loops."""
+"""Order and content of training clips, and views in evaluation, compared with plain loops."""
 
 import io
 import json
@@ -31,7 +31,7 @@ from x3d_tf.data.sampling import crop_offsets, frame_indices, last_start, view_s
 from x3d_tf.data.video.decode import EncodedVideo
 from x3d_tf.types import ClipSpec, ViewSpec
 
-RECORDS, BATCH = 11, 4  # two steps an epoch, three records left over
+RECORDS, BATCH = 11, 4  # two steps per epoch, three records left over
 CLIP = ClipSpec(3, 2.0, 16)
 LENGTHS = [4 + 3 * index for index in range(RECORDS)]  # frames; the first is shorter than the clip
 
@@ -43,12 +43,12 @@ def videos() -> list[EncodedVideo]:
 
 @pytest.fixture(scope="module")
 def manifest(videos: list[EncodedVideo], tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Records whose label is their number."""
+    """Records labelled with their index."""
     return write_records(tmp_path_factory.mktemp("records"), {"train": videos})
 
 
 def stream(manifest: Manifest, steps: int, **settings: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The first elements, those of `steps` batches of one worker."""
+    """Returns the elements of the first `steps` batches of a worker."""
     chosen: dict[str, Any] = {"jitter": (18, 24), "flip": True, "batch": BATCH, "seed": 5} | settings
     dataset = training_dataset(manifest, "train", CLIP, **chosen)
     return list(dataset.take(steps).as_numpy_iterator())
@@ -74,7 +74,7 @@ def test_each_epoch_is_a_permutation(records: int) -> None:
         assert len(set(map(tuple, orders))) == len(orders)
 
 
-def test_permutations_have_no_favourites() -> None:
+def test_permutations_are_uniform() -> None:
     def first_of(epoch: tf.Tensor) -> tf.Tensor:
         return sample_position(epoch, tf.constant(0, tf.int64), records=10, batch=10, seed=3).record
 
@@ -84,7 +84,7 @@ def test_permutations_have_no_favourites() -> None:
     assert np.abs(counts - 200).max() < 5 * 13.4
 
 
-def test_labels_come_in_the_order_that_seed_and_step_decide(manifest: Manifest) -> None:
+def test_order_depends_on_seed_and_step(manifest: Manifest) -> None:
     found = [labels.tolist() for _, labels in stream(manifest, 7)]
     steps_per_epoch = RECORDS // BATCH
     for step, labels in enumerate(found):
@@ -106,11 +106,11 @@ def test_a_stream_starts_at_any_step(manifest: Manifest) -> None:
     assert not equal(whole[:2], whole[2:4])
 
 
-def test_multi_label_targets_are_one_for_each_class(videos: list[EncodedVideo], tmp_path: Path) -> None:
+def test_multi_label_targets(videos: list[EncodedVideo], tmp_path: Path) -> None:
     labels = [(0, 2), (1,), (0, 1, 3), (3,)]
     manifest = write_records(tmp_path, {"train": videos[:4]}, 5, labels)
     expected = np.array([[float(label in chosen) for label in range(5)] for chosen in labels])
-    found = [targets for _, targets in stream(manifest, 2)]  # of an epoch each
+    found = [targets for _, targets in stream(manifest, 2)]  # one epoch each
     for epoch, targets in enumerate(found):
         assert targets.dtype == np.float32
         np.testing.assert_array_equal(targets, expected[permutation(4, 5, epoch)])
@@ -121,7 +121,7 @@ def test_multi_label_targets_are_one_for_each_class(videos: list[EncodedVideo], 
 
 
 @pytest.mark.parametrize("listed", [(1,), (0, 2), (0, 1, 2)])
-def test_records_of_other_labels_than_the_manifests_are_damaged(
+def test_labels_that_differ_from_the_manifest_are_errors(
     videos: list[EncodedVideo], tmp_path: Path, listed: tuple[int, ...]
 ) -> None:
     manifest = write_records(tmp_path, {"train": videos[:1]}, 3, [(0, 1)])
@@ -173,7 +173,7 @@ def test_clips_equal_a_plain_loop(manifest: Manifest, videos: list[EncodedVideo]
     assert len(sizes) > 3
 
 
-def test_without_flip_nothing_is_mirrored(manifest: Manifest) -> None:
+def test_without_flip_nothing_is_flipped(manifest: Manifest) -> None:
     flipped, plain = stream(manifest, 4), stream(manifest, 4, flip=False)
     kinds = []
     for (some, _), (none, _) in zip(flipped, plain):
@@ -229,7 +229,7 @@ def test_views_equal_a_plain_loop(
 
 
 def damaged(manifest: Manifest, folder: Path, record: int, what: str) -> Manifest:
-    """A copy of the records of which one is bad: its first bytes, its last frame, or its label in the manifest."""
+    """Copies the records and damages one: its first bytes, its last frame, or its label in the manifest."""
     shard = manifest.splits["train"].shards[0].file
     content = (manifest.folder / shard).read_bytes()
     entries = json.loads((manifest.folder / "manifest.json").read_text())
@@ -238,8 +238,8 @@ def damaged(manifest: Manifest, folder: Path, record: int, what: str) -> Manifes
     if what == "header":
         bad = bytes(100) + bad[100:]
     elif what == "frame":
-        place = bad.rindex(b"\xff\xd9") - 20  # pixels of the last frame, which decodes nevertheless
-        bad = bad[:place] + bytes([bad[place] ^ 4]) + bad[place + 1 :]
+        position = bad.rindex(b"\xff\xd9") - 20  # pixels of the last frame, which still decodes
+        bad = bad[:position] + bytes([bad[position] ^ 4]) + bad[position + 1 :]
     else:
         entries["splits"]["train"]["records"]["labels"][record] = [1]
     (folder / shard).write_bytes(content[:start] + bad + content[start + length :])
@@ -247,7 +247,7 @@ def damaged(manifest: Manifest, folder: Path, record: int, what: str) -> Manifes
 
 
 @pytest.mark.parametrize(("record", "what"), [(3, "header"), (6, "frame"), (0, "label")])
-def test_a_record_that_cannot_be_read_is_named(manifest: Manifest, tmp_path: Path, record: int, what: str) -> None:
+def test_an_unreadable_record_is_reported(manifest: Manifest, tmp_path: Path, record: int, what: str) -> None:
     bad = damaged(manifest, tmp_path, record, what)
     name = rf"train-00000-of-00001\.tfrecord: cannot read or decode record {record} of split train"
     views = ViewSpec(temporal_views=10, resize=20, crop=16)
@@ -257,12 +257,12 @@ def test_a_record_that_cannot_be_read_is_named(manifest: Manifest, tmp_path: Pat
         stream(bad, 40)
 
 
-def test_records_of_another_name_than_the_manifests_are_damaged(manifest: Manifest) -> None:
+def test_names_that_differ_from_the_manifest_are_errors(manifest: Manifest) -> None:
     records = list(manifest.splits["train"].records)
     names = [record.media_id for record in records]
     swapped = [names[1], names[0], *names[2:]]
-    of_others = manifest.keeping("train", [r._replace(media_id=name) for r, name in zip(records, swapped)])
-    cause = "cannot read or decode record 0 of split train, at byte 12: its labels, name or boxes are not those"
+    of_others = manifest.with_records("train", [r._replace(media_id=name) for r, name in zip(records, swapped)])
+    cause = "cannot read or decode record 0 of split train, at byte 12: its labels, name or boxes differ"
     with pytest.raises(ValueError, match=cause), record_errors_as_user_errors():
         list(evaluation_dataset(of_others, "train", CLIP, VIEWS))
 
@@ -271,7 +271,7 @@ VIEWS = ViewSpec(temporal_views=2, resize=20, crop=16)
 
 
 class Streams:
-    """Datasets of records whose shard can be damaged while they are read; more records than are read ahead."""
+    """Datasets whose shard is damaged during reading, with more records than are prefetched."""
 
     def __init__(self, folder: Path) -> None:
         manifest = write_records(folder, {"train": [noise_video(seed, 2) for seed in range(60)]})
@@ -285,7 +285,7 @@ class Streams:
         }
 
     def damage(self, what: str) -> None:
-        """Damages the last record, or all of the file."""
+        """Damages the last record or the complete file."""
         if what in ("gone", "directory"):
             self.shard.unlink()
             if what == "directory":
@@ -305,7 +305,7 @@ class Streams:
         self.put(damaged)
 
     def put(self, content: bytes) -> None:
-        """Replaces the shard, so that no reader finds a part of it."""
+        """Replaces the shard atomically."""
         if self.shard.is_dir():
             self.shard.rmdir()
         written = self.shard.with_name("written")
@@ -314,12 +314,12 @@ class Streams:
 
 
 def flipped(content: bytes, position: int) -> bytes:
-    """With one bit of one byte changed."""
+    """Flips one bit of a byte."""
     return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
 
 def framed(record: bytes) -> bytes:
-    """A record as it lies in a shard, with its checksums."""
+    """Frames a record with its checksums, as in a shard."""
     with tempfile.NamedTemporaryFile() as file:
         with tf.io.TFRecordWriter(file.name) as writer:
             writer.write(record)
@@ -341,25 +341,25 @@ def rest(batches: Iterator[Any]) -> None:
 @pytest.mark.parametrize(
     ("what", "cause"),
     [
-        ("truncated", r"the file has \d+ bytes where the manifest lists \d+: it was truncated or replaced"),
+        ("truncated", r"the file has \d+ bytes, but the manifest lists \d+: it was truncated or replaced"),
         ("truncated in the record", "the file has .* truncated or replaced"),
         ("empty", "the file has 0 bytes"),
         ("gone", "the file does not exist"),
-        ("directory", "this is not a file"),
-        ("other", r"its header states \d+ bytes where the manifest lists \d+: the file was replaced"),
-        ("other length", r"its header states \d+ bytes where the manifest lists \d+"),
+        ("directory", "it is not a file"),
+        ("other", r"its header states \d+ bytes, but the manifest lists \d+: the file was replaced"),
+        ("other length", r"its header states \d+ bytes, but the manifest lists \d+"),
         ("flipped", "its bytes do not match their checksum"),
-        ("flipped length", r"its header states \d+ bytes where the manifest lists \d+"),
+        ("flipped length", r"its header states \d+ bytes, but the manifest lists \d+"),
     ],
 )
-def test_damage_while_records_are_read_ends_with_an_error(streams: Streams, mode: str, what: str, cause: str) -> None:
+def test_damage_during_reading_is_an_error(streams: Streams, mode: str, what: str, cause: str) -> None:
     batches = iter(streams.datasets[mode].as_numpy_iterator())
     next(batches)
     streams.damage(what)
-    threads = ThreadPoolExecutor(1)  # so that a read which never ends fails the test
+    threads = ThreadPoolExecutor(1)  # so that a read that never ends fails the test
     try:
-        place = r"cannot read or decode record \d+ of split train, at byte \d+: "
-        with pytest.raises(ValueError, match=place + f"({cause})") as caught:
+        message = r"cannot read or decode record \d+ of split train, at byte \d+: "
+        with pytest.raises(ValueError, match=message + f"({cause})") as caught:
             threads.submit(rest, batches).result(timeout=60)
         assert str(caught.value).startswith(f"{streams.shard}: cannot")
         assert str(caught.value).endswith(f"build_records --output={streams.shard.parent} --verify")
@@ -406,8 +406,8 @@ def test_a_damaged_shard_leaves_ctrl_c_working(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGINT and b"KeyboardInterrupt" in errors
 
 
-def test_nothing_before_the_start_is_read(manifest: Manifest, tmp_path: Path) -> None:
-    """The damaged record is in the first batch of an epoch and not in the second."""
+def test_records_before_the_start_are_not_read(manifest: Manifest, tmp_path: Path) -> None:
+    """Damages a record in the first batch of an epoch and starts at the second."""
     first = permutation(RECORDS, 5, 0)[0]
     bad = damaged(manifest, tmp_path, first, "header")
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"record {first} of split"):
@@ -420,14 +420,14 @@ def test_nothing_before_the_start_is_read(manifest: Manifest, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 12}, "batch must be in 1..11, the records of split 'train', got 12"),
+        ({"batch": 12}, "batch must be in 1..11, the number of records in split 'train', got 12"),
         ({"batch": 0}, "batch must be in 1..11"),
         ({"worker": (2, 2)}, r"worker must be \(index, count\) with 0 <= index < count, got \(2, 2\)"),
         ({"worker": (0, 3)}, "batch must be divisible by the number of workers, 3, got 4"),
-        ({"worker": (0, 2), "replica_batch": 4}, "replica_batch must divide the 2 clips of a worker, got 4"),
+        ({"worker": (0, 2), "replica_batch": 4}, "replica_batch must divide the 2 clips per worker, got 4"),
         ({"replica_batch": 0}, "replica_batch must divide"),
         ({"start_step": -1}, "start_step must be at least 0, got -1"),
-        ({"jitter": (15, 20)}, r"jitter must be ascending, from at least the crop, 16, got \(15, 20\)"),
+        ({"jitter": (15, 20)}, r"jitter must be ascending and at least the crop size 16, got \(15, 20\)"),
         ({"jitter": (20, 18)}, "jitter must be ascending"),
         ({"frame_sampling": "fast"}, "frame_sampling must be .* got 'fast'"),
     ],
@@ -445,7 +445,7 @@ def test_evaluation_settings_are_checked(manifest: Manifest) -> None:
         evaluation_dataset(manifest, "train", CLIP, views, clip_starts="first")  # type: ignore[arg-type]
 
 
-def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+def test_a_frame_with_too_many_pixels_is_not_decoded() -> None:
     buffer = io.BytesIO()
     Image.new("L", (64, 64)).save(buffer, "JPEG")
     jpeg = bytearray(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Builds that are stopped, that run out of disk, or whose folder belongs to another build; and --verify."""
+"""Interrupted builds, full disks, folders of other builds, and --verify."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ SLOW: set[str] = set()  # names of videos that take too long
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    """Two splits of files that are no videos: `decoding` stands in for their content."""
+    """Two splits of text files; `decoding` replaces their decoder."""
     for name in ("train/run/0", "train/run/1", "train/jump/2", "train/jump/bad 3", "train/jump/4", "test/run/5"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text(name)
@@ -41,7 +41,7 @@ def videos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Shards of two videos, and in place of worker processes a loop; the list gets the names that are decoded."""
+    """Sets two videos per shard and replaces worker processes by a loop; returns the names of decoded videos."""
     decoded: list[str] = []
     pictures = noise_video(0, 9)
 
@@ -67,12 +67,12 @@ def build(videos: Path, output: Path, **settings: Any) -> BuildResult:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All files with their bytes, but for those in folders."""
+    """Returns the bytes of all files directly in a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Callable[[], None]:
-    """Raises at the file that is the `count`th to get its name, before or after it has it; returns what ends that."""
+    """Raises before or after the `count`th file gets its final name; returns a function that undoes this."""
     replace, calls = Path.replace, itertools.count()
 
     def stopping(self: Path, target: Path) -> Path:
@@ -88,38 +88,38 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Callab
     return lambda: monkeypatch.setattr(Path, "replace", replace)
 
 
-def test_a_build_that_was_stopped_anywhere_ends_as_if_it_was_not(
+def test_a_build_interrupted_anywhere_gives_the_same_result(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = build(videos, tmp_path / "whole")
-    expected = content(tmp_path / "whole")
+    expected_result = build(videos, tmp_path / "complete")
+    expected = content(tmp_path / "complete")
     assert len([name for name in expected if name.endswith(".tfrecord")]) == 4
     assert set(expected) - {"build.json", "failures.csv", "manifest.json"} == {
-        shard.file for split in whole.manifest.splits.values() for shard in split.shards
+        shard.file for split in expected_result.manifest.splits.values() for shard in split.shards
     }
-    assert whole.failures == 2
+    assert expected_result.failures == 2
     sizes = {f"train-0000{number}-of-00003.tfrecord": 2 - number // 2 for number in range(3)}
     sizes["test-00000-of-00001.tfrecord"] = 1
     stops = 0
     for number, before in itertools.product(range(100), (True, False)):
         output = tmp_path / f"{number}{before}"
-        go_on = stop_at(monkeypatch, number, before)
+        restore = stop_at(monkeypatch, number, before)
         try:
             result = build(videos, output)
             assert not result.was_finished
-            go_on()
+            restore()
             break
         except KeyboardInterrupt:
             stops += 1
         finally:
-            go_on()
+            restore()
         noted = {path.stem for path in output.glob(".build/*.json")}
         finished = (output / "manifest.json").exists()
         decoding.clear()
         result = build(videos, output)
         assert content(output) == expected
         assert {path.stem for path in output.glob(".build/*.json")} == set(sizes)  # one video failed
-        assert (result.manifest.splits, result.failures) == (whole.manifest.splits, whole.failures)
+        assert (result.manifest.splits, result.failures) == (expected_result.manifest.splits, expected_result.failures)
         assert len(decoding) == (0 if finished else sum(count for name, count in sizes.items() if name not in noted))
     assert stops >= 2 * (2 + 2 * 4 + 1)  # build.json, failures.csv; each shard and its note; manifest.json
 
@@ -152,10 +152,10 @@ def test_finished_shards_are_not_decoded_again(
     assert "the build was already complete" in summary(again)[0]
 
 
-def test_a_note_of_a_shard_that_is_damaged_or_gone_is_not_believed(
+def test_notes_that_are_damaged_or_without_a_shard_are_ignored(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(videos, tmp_path / "whole")
+    build(videos, tmp_path / "complete")
     output = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Manifest, "save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -167,13 +167,13 @@ def test_a_note_of_a_shard_that_is_damaged_or_gone_is_not_believed(
     decoding.clear()
     build(videos, output)
     assert len(decoding) == 1 + 2 + 2  # the test split comes first
-    assert content(output) == content(tmp_path / "whole")
+    assert content(output) == content(tmp_path / "complete")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quality": 80}, "holds a build with quality = 95, not 80; give its settings again to go on with it"),
+        ({"quality": 80}, "holds a build with quality = 95, not 80. Use its settings to resume it"),
         ({"short_side": 64}, "with short_side = 256, not 64"),
         ({"seed": 1}, "with seed = 0, not 1"),
         ({"splits": ["train"]}, r"with splits = None, not \['train'\]"),
@@ -189,7 +189,7 @@ def test_the_folder_of_another_build_is_left_alone(
     assert content(tmp_path / "out") == before
 
 
-def test_other_videos_make_another_build(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+def test_other_videos_are_another_build(videos: Path, decoding: list[str], tmp_path: Path) -> None:
     build(videos, tmp_path / "out")
     file = videos / "train" / "run" / "1"
     status = file.stat()
@@ -197,7 +197,7 @@ def test_other_videos_make_another_build(videos: Path, decoding: list[str], tmp_
     with pytest.raises(ValueError, match="train/run/1 of split train has changed since"):
         build(videos, tmp_path / "out")
     file.unlink()
-    with pytest.raises(ValueError, match="train/run/1 of split train is no longer there"):
+    with pytest.raises(ValueError, match="train/run/1 of split train is no longer among them"):
         build(videos, tmp_path / "out")
     file.write_text("train/run/1")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -208,47 +208,47 @@ def test_other_videos_make_another_build(videos: Path, decoding: list[str], tmp_
     assert build(videos, tmp_path / "out").was_finished
 
 
-def test_videos_that_took_too_long_are_tried_again(
+def test_videos_that_took_too_long_are_retried(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(videos, tmp_path / "whole")
-    expected = content(tmp_path / "whole")
+    build(videos, tmp_path / "complete")
+    expected = content(tmp_path / "complete")
     for number in range(100):
         output = tmp_path / str(number)
         SLOW.update(("1", "4"))
         first = build(videos, output)
         assert (first.failures, first.to_retry) == (4, 2)
         SLOW.clear()
-        go_on = stop_at(monkeypatch, number, before=number % 2 == 0)
+        restore = stop_at(monkeypatch, number, before=number % 2 == 0)
         try:
             build(videos, output)
             break
         except KeyboardInterrupt:
-            go_on()
+            restore()
         result = build(videos, output)
         assert content(output) == expected
         assert (result.failures, result.to_retry) == (2, 0)
         decoding.clear()
         assert build(videos, output).was_finished and not decoding
-    go_on()
+    restore()
     assert content(output) == expected
     assert number > 4
 
 
-def test_a_failed_video_that_is_mended_is_tried_again(
+def test_a_repaired_video_is_retried(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(videos, tmp_path / "out")
     decoding.clear()
     assert build(videos, tmp_path / "out").was_finished and not decoding
-    (videos / "train" / "jump" / "bad 3").write_text("mended")
+    (videos / "train" / "jump" / "bad 3").write_text("repaired")
     again = build(videos, tmp_path / "out")
     assert not again.was_finished and "bad 3" in decoding and len(decoding) <= 2
     build(videos, tmp_path / "fresh")
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
-def test_a_mended_video_and_a_kill_at_any_moment(
+def test_a_repaired_video_and_an_interruption_anywhere(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = videos / "train" / "jump" / "bad 3"
@@ -259,45 +259,45 @@ def test_a_mended_video_and_a_kill_at_any_moment(
         os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))
         output = tmp_path / str(number)
         build(videos, output)
-        bad.write_text("mended")
+        bad.write_text("repaired")
         os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns + 5))
         if not expected:
             build(videos, tmp_path / "fresh")
             expected = content(tmp_path / "fresh")
-        go_on = stop_at(monkeypatch, number, before=number % 2 == 0)
+        restore = stop_at(monkeypatch, number, before=number % 2 == 0)
         try:
             build(videos, output)
             break
         except KeyboardInterrupt:
-            go_on()
+            restore()
         build(videos, output)
         assert content(output) == expected
-    go_on()
+    restore()
     assert content(output) == expected
     assert number > 3
 
 
-def test_a_split_of_which_nothing_can_be_read_is_an_error(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+def test_a_split_without_readable_videos_is_an_error(videos: Path, decoding: list[str], tmp_path: Path) -> None:
     (videos / "test" / "run" / "5").write_text("bad")
-    message = r"no video of split test can be read \(1 tried\); the reasons are in .*failures.csv"
+    message = r"no video of split test can be read \(1 tried\); see .*failures.csv for the reasons"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             build(videos, tmp_path / "out")
         assert not (tmp_path / "out" / "manifest.json").exists()
-    (videos / "test" / "run" / "5").write_text("mended")
+    (videos / "test" / "run" / "5").write_text("repaired")
     decoding.clear()
     build(videos, tmp_path / "out")
     assert decoding == ["5"]
 
 
-def test_a_build_without_a_finished_shard_makes_way(
+def test_a_build_without_a_finished_shard_is_replaced(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(builder._Build, "_write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         build(videos, output, quality=80)
-    (output / ".train-00000-of-00009.tfrecord.partial").touch()  # of a process that was killed
+    (output / ".train-00000-of-00009.tfrecord.partial").touch()  # left by a killed process
     build(videos, output)
     build(videos, tmp_path / "new")
     assert content(output) == content(tmp_path / "new")
@@ -326,7 +326,7 @@ def test_a_folder_that_cannot_be_written(videos: Path, decoding: list[str], tmp_
 
 
 class FullWriter:
-    """TensorFlow's writer on a disk that fills up in the third shard: when written to, or only when closed."""
+    """TensorFlow's writer on a disk that is full at the third shard, at the first write or only on closing."""
 
     made = 0
     fails_at = ""
@@ -358,7 +358,9 @@ def test_a_full_disk_keeps_what_is_finished(
     monkeypatch.setattr(FullWriter, "fails_at", where)
     with monkeypatch.context() as patch:
         patch.setattr(tf.io, "TFRecordWriter", FullWriter)
-        message = r"tfrecord cannot be written: No space left on device; finished shards stay, 2 of 4"
+        message = (
+            r"tfrecord cannot be written: No space left on device. 2 of 4 shards are finished; run the same command"
+        )
         with pytest.raises(ValueError, match=message):
             build(videos, output)
     assert len(list(output.glob("*.tfrecord"))) == 2
@@ -370,7 +372,7 @@ def test_a_full_disk_keeps_what_is_finished(
 def test_a_full_disk_at_the_notes_and_the_manifest(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(videos, tmp_path / "whole")
+    build(videos, tmp_path / "complete")
     for count in range(100):
         calls = itertools.count()
 
@@ -386,7 +388,7 @@ def test_a_full_disk_at_the_notes_and_the_manifest(
             except ValueError as error:
                 assert "cannot be written: No space left on device" in str(error)
         build(videos, tmp_path / str(count))
-        assert content(tmp_path / str(count)) == content(tmp_path / "whole")
+        assert content(tmp_path / str(count)) == content(tmp_path / "complete")
     assert count > 8
 
 
@@ -399,13 +401,13 @@ def test_size_is_estimated_before_the_bulk(
     capsys: pytest.CaptureFixture[str],
     room: int,
 ) -> None:
-    monkeypatch.setattr(builder, "ESTIMATE_FROM", 3)
+    monkeypatch.setattr(builder, "ESTIMATE_AFTER", 3)
     monkeypatch.setattr(builder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": room}))
     if room > 1000:
         build_records(videos, tmp_path / "out")
-        assert " of records; 1000.0 GB are free on the disk" in capsys.readouterr().out
+        assert "MB (1000.0 GB free on the disk)" in capsys.readouterr().out
         return
-    message = r"out needs about 0\.\d MB more, by the first 3 videos, and its disk has 0\.0 MB free: .* --quality"
+    message = r"out needs about 0\.\d MB more, estimated from the first 3 videos, but its disk has 0\.0 MB .* --quality"
     with pytest.raises(ValueError, match=message):
         build(videos, tmp_path / "out")
     assert len(decoding) == 3
@@ -427,11 +429,11 @@ def test_the_estimate_is_in_proportion(tmp_path: Path) -> None:
     assert rest([Video(tmp_path / "gone", "", ())] * 4) == 0.0
 
 
-def test_a_killed_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_build_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(6):
         write_video(tmp_path / "in" / "ab"[number % 2] / f"{number}.mp4", numbered_frames(20))
     monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 1)
-    # The third video takes for ever, so that the process is killed amid the work, whatever the machine's speed.
+    # The third video never ends, so that the process is killed during the build on any machine.
     code = (
         "import sys, time\n"
         "from x3d_tf.data.build import builder\n"
@@ -460,8 +462,8 @@ def test_a_killed_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (tmp_path / "out" / "manifest.json").exists()
     result = build(tmp_path / "in", tmp_path / "out", workers=1)
     assert len(result.manifest.split("train").records) == 6
-    build(tmp_path / "in", tmp_path / "whole", workers=2)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    build(tmp_path / "in", tmp_path / "complete", workers=2)
+    assert content(tmp_path / "out") == content(tmp_path / "complete")
 
 
 @pytest.fixture
@@ -471,7 +473,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     return write_records(tmp_path / "records", {"train": videos[:3], "test": videos[3:]})
 
 
-def test_whole_records_are_verified(records: Manifest) -> None:
+def test_intact_records_are_verified(records: Manifest) -> None:
     reports = list(verify_records(records.folder, progress=False))
     assert [str(report) for report in reports] == [
         "train: 3 videos, 12 frames in 2 shards; none damaged",
@@ -480,7 +482,7 @@ def test_whole_records_are_verified(records: Manifest) -> None:
 
 
 def edit_manifest(records: Manifest, how: str) -> None:
-    """Edits manifest.json, and gives it the right checksum: only the records themselves contradict it."""
+    """Edits manifest.json and corrects its checksum, so that only the records contradict it."""
     content = json.loads((records.folder / "manifest.json").read_text())
     train = content["splits"]["train"]
     columns = train["records"]
@@ -508,23 +510,23 @@ def flip_byte(path: Path, position: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("gone", "is missing"),
-        ("short", r"has \d+ bytes, and manifest.json says \d+"),
-        ("data", r"record 1 at byte \d+ \(train/1\) does not have its checksum"),
-        ("header", r"record 0 at byte 12 \(train/0\) has length \d+, and manifest.json says \d+"),
-        ("other", r"record 0 at byte 12 \(train/0\) has length \d+, and manifest.json says \d+"),
+        ("gone", "does not exist"),
+        ("short", r"has \d+ bytes, but manifest.json lists \d+"),
+        ("data", r"record 1 at byte \d+ \(train/1\) has a wrong checksum"),
+        ("header", r"record 0 at byte 12 \(train/0\) has length \d+, but manifest.json lists \d+"),
+        ("other", r"record 0 at byte 12 \(train/0\) has length \d+, but manifest.json lists \d+"),
         ("jpeg", r"record 0 at byte 12 \(train/0\) cannot be parsed or decoded"),
         ("words", r"record 0 at byte 12 \(train/0\) cannot be parsed or decoded"),
-        ("label", r"record 0 at byte 12 \(train/0\) has labels \(0,\), and manifest.json says \(2,\)"),
-        ("sha", "has another SHA-256 than manifest.json says"),
-        ("huge", rf"record 0 at byte 12 \(train/0\) has length {2**46}, and manifest.json says \d+"),
-        ("names", r"record 0 at byte 12 \(train/1\) has media_id 'train/0', and manifest.json says 'train/1'"),
-        ("classes", r"is of the classes \['class 000'\], and manifest.json says \['class 001'\]"),
+        ("label", r"record 0 at byte 12 \(train/0\) has labels \(0,\), but manifest.json lists \(2,\)"),
+        ("sha", "has another SHA-256 than manifest.json lists"),
+        ("huge", rf"record 0 at byte 12 \(train/0\) has length {2**46}, but manifest.json lists \d+"),
+        ("names", r"record 0 at byte 12 \(train/1\) has media_id 'train/0', but manifest.json lists 'train/1'"),
+        ("classes", r"has the classes \['class 000'\], but manifest.json lists \['class 001'\]"),
         ("dropped", r"has bytes 0 to \d+ that no record listed in manifest.json covers"),
         ("last dropped", r"has bytes \d+ to \d+ that no record listed in manifest.json covers"),
     ],
 )
-def test_a_damaged_shard_is_named(records: Manifest, damage: str, message: str) -> None:
+def test_a_damaged_shard_is_reported(records: Manifest, damage: str, message: str) -> None:
     train = records.splits["train"]
     shard, second = train.shards[0], train.records[1]
     path = records.folder / shard.file
@@ -537,7 +539,7 @@ def test_a_damaged_shard_is_named(records: Manifest, damage: str, message: str) 
         flip_byte(path, second.offset + second.length // 2)
     elif damage == "header":
         flip_byte(path, 2)
-    elif damage == "huge":  # with the right checksum; TensorFlow would reserve so much memory
+    elif damage == "huge":  # with the right checksum; TensorFlow would allocate this much memory
         path.write_bytes(bytes.fromhex("000000000040000072812907") + path.read_bytes()[12:])
     elif damage in ("label", "sha", "names", "classes", "dropped", "last dropped"):
         edit_manifest(records, damage)
@@ -558,7 +560,7 @@ def test_a_damaged_shard_is_named(records: Manifest, damage: str, message: str) 
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_shards_that_the_manifest_does_not_list_are_named(records: Manifest, split: str) -> None:
+def test_unlisted_shards_are_reported(records: Manifest, split: str) -> None:
     content = json.loads((records.folder / "manifest.json").read_text())
     if split == "test":
         del content["splits"]["test"]

@@ -1,4 +1,4 @@
-"""Key frames: from AVA's files and videos into records, and from those into clips with boxes."""
+"""Key frames: records built from AVA's files and videos, and clips with boxes read from them."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from video_fixtures import number_of, numbered_frames, write_manifest, write_vid
 
 import x3d_tf
 from x3d_tf import build_records
-from x3d_tf.data import boxes as moving
+from x3d_tf.data import boxes as box_ops
 from x3d_tf.data.build.builder import build_key_frames
 from x3d_tf.data.build.key_frames import find_key_frames
 from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
@@ -41,7 +41,7 @@ PROPOSALS = f"film,0902,0.26,0.25,0.75,0.5,,0.95\nfilm,0902,{B},,0.7\nfilm,0903,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video of 30 frames a second, one of 15, and lists."""
+    """A video at 30 frames per second, one at 15, and csv files."""
     root = tmp_path_factory.mktemp("ava")
     write_video(root / "videos" / "film.mp4", numbered_frames(150), options={"qscale": "2"})
     write_video(root / "videos" / "clip.mkv", numbered_frames(75), fps=15)
@@ -74,7 +74,7 @@ def place(manifest: Manifest, media_id: str) -> int:
     return [record.media_id for record in manifest.splits["train"].records].index(media_id)
 
 
-def test_records_hold_what_is_known_of_a_key_frame(records: Manifest) -> None:
+def test_records_hold_the_annotations_of_a_key_frame(records: Manifest) -> None:
     assert records.task == "detection" and records.classes == ("sit", "wave", "action 3", "run")
     assert Manifest.load(records.folder) == records
     labels = {record.media_id: record.labels for record in records.splits["train"].records}
@@ -90,7 +90,7 @@ def test_records_hold_what_is_known_of_a_key_frame(records: Manifest) -> None:
     assert nothing.boxes.shape == (0, 4) and nothing.labels.shape == (0,) and nothing.proposals.shape == (1, 4)
 
 
-def test_the_key_frame_is_its_seconds_also_at_other_rates_and_near_an_end(records: Manifest) -> None:
+def test_the_key_frame_index_at_other_rates_and_near_an_end(records: Manifest) -> None:
     parsed, known = content(records, "clip,0902")
     assert number_of(tf.io.decode_jpeg(parsed.frames[int(known.key_frame)]).numpy()) == 30
     parsed, known = content(records, "film,0904")
@@ -117,7 +117,7 @@ def test_folders_of_frames_make_the_same_records(folder: Path, records: Manifest
 
 
 def test_proposals_of_other_splits_are_left_out(folder: Path, tmp_path: Path) -> None:
-    """One list of a person detector may serve all splits."""
+    """One file of a person detector may cover all splits."""
     (tmp_path / "a.csv").write_text(f"clip,0902,{A},1,0\n")
     (tmp_path / "b.csv").write_text(f"gone,0902,{A},1,0\n")
 
@@ -131,7 +131,7 @@ def test_proposals_of_other_splits_are_left_out(folder: Path, tmp_path: Path) ->
 
     (tmp_path / "found.csv").write_text(PROPOSALS + f"clip,0903,{B},999,0.9\n")
     assert [video.media_id for video in sources("a.csv").splits["train"]] == ["clip,0902", "clip,0903"]
-    with pytest.raises(UserError, match=r"found\.csv must have boxes of the videos of .*b\.csv, got 'none'"):
+    with pytest.raises(UserError, match=r"found\.csv must have boxes for the videos of .*b\.csv$"):
         sources("b.csv")
 
 
@@ -147,25 +147,27 @@ def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_p
     )
     assert {record.media_id for record in made.manifest.splits["train"].records} == {"film,0904", "clip,0902"}
     failures = (tmp_path / "records" / "failures.csv").read_text()
-    assert "no such video" in failures and f"{tmp_path / 'more.csv'} names it" in failures
+    assert f"does not exist (listed in {tmp_path / 'more.csv'})" in failures
     assert made.failures == 2 and "clip.mkv" in failures
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"boxes": "film,0902,0,0,1,1,3,0\n"}, "line 1 must have an action_id of the label map, got '3'"),
-        ({"starts_at": 903.0}, "line 1 must have a timestamp from 903 on, where videos begin, got 902"),
-        ({"boxes": f"gone,0902,{A},1,0\n"}, "no video that .* name is in"),
-        ({"boxes": ""}, "train.csv must name key frames for split train, less the excluded ones, got 'none'"),
+        ({"boxes": "film,0902,0,0,1,1,3,0\n"}, "line 1 must have an action_id from the label map, got '3'"),
+        ({"starts_at": 903.0}, "line 1 must have a timestamp of at least 903 s, where the video files begin, got 902"),
+        ({"boxes": f"gone,0902,{A},1,0\n"}, r"no video listed in .* exists in .* \(1 listed\)"),
+        ({"boxes": ""}, "train.csv must list key frames that are not excluded for split train$"),
         (
             {"exclusions": {"test": Path("x")}},
-            r"exclusions must be of the splits that have boxes, train, got \['test'\]",
+            r"exclusions must be for splits that have boxes \(train\), got \['test'\]",
         ),
         ({"videos": Path("nowhere")}, "nowhere is not a folder"),
     ],
 )
-def test_what_is_wrong_with_the_lists(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_errors_in_the_csv_files_are_reported(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     changes = dict(changes)
     (tmp_path / "train.csv").write_text(changes.pop("boxes", TRUTH))
     videos = changes.pop("videos", folder / "videos")
@@ -203,7 +205,7 @@ def test_test_clips_are_the_centre_and_keep_every_box(records: Manifest) -> None
 def naive_boxes(
     box: list[float], width: int, height: int, short: int, top: int, left: int, size: int, flip: bool
 ) -> Any:
-    """PySlowFast's rule, box by box."""
+    """Implements PySlowFast's rule box by box."""
     x1, y1, x2, y2 = box[0] * width, box[1] * height, box[2] * width, box[3] * height
     x1, x2 = (min(max(x, 0), width - 1) for x in (x1, x2))
     y1, y2 = (min(max(y, 0), height - 1) for y in (y1, y2))
@@ -222,8 +224,8 @@ def test_boxes_move_with_the_pixels(graph: bool) -> None:
 
     def moved() -> Any:
         before, after = tf.constant([48, 66]), tf.constant([36, 49])
-        boxes = moving.scale(moving.to_pixels(tf.constant(given), 48, 66), before, after)
-        return moving.flip(moving.crop(boxes, tf.constant(3), tf.constant(10), 32), 32)
+        boxes = box_ops.scale_boxes(box_ops.to_pixels(tf.constant(given), 48, 66), before, after)
+        return box_ops.flip_boxes(box_ops.crop_boxes(boxes, tf.constant(3), tf.constant(10), 32), 32)
 
     found = (tf.function(moved) if graph else moved)()
     expected = [naive_boxes(list(box), 66, 48, 36, 3, 10, 32, True) for box in given]
@@ -238,18 +240,18 @@ def test_proposals_near_a_box_are_samples_of_it() -> None:
         tf.constant([[0.0, 0.0, 0.5, 0.49], [0.0, 0.0, 0.5, 0.4], [0.51, 0.5, 1.0, 1.0]]),
         tf.constant([0.9, 0.9, 0.9]),
     )
-    boxes = moving.ground_truth_samples(known, 3)
+    boxes = box_ops.ground_truth_samples(known, 3)
     np.testing.assert_array_equal(boxes.boxes, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
     np.testing.assert_array_equal(boxes.labels, [[0, 1, 1], [1, 0, 0]])
-    matched = moving.add_matched_proposals(boxes, known.proposals, 0.9, negatives=False)
+    matched = box_ops.add_matched_proposals(boxes, known.proposals, 0.9, negatives=False)
     np.testing.assert_array_equal(matched.labels, [[0, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 0]])
     np.testing.assert_array_equal(matched.boxes[2:], tf.gather(known.proposals, [0, 2]))
-    every = moving.add_matched_proposals(boxes, known.proposals, 0.9, negatives=True)
+    every = box_ops.add_matched_proposals(boxes, known.proposals, 0.9, negatives=True)
     np.testing.assert_array_equal(every.labels[2:], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
-    none = moving.Samples(tf.zeros((0, 4)), tf.zeros((0, 3)))
-    assert moving.add_matched_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
+    none = box_ops.Samples(tf.zeros((0, 4)), tf.zeros((0, 3)))
+    assert box_ops.add_matched_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
     assert (
-        moving.add_matched_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist()
+        box_ops.add_matched_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist()
         == [[0] * 3] * 3
     )
 
@@ -260,7 +262,7 @@ def test_proposals_near_a_box_are_samples_of_it() -> None:
         ("region/bbox/xmin", 5.0, "boxes within the frame"),
         ("proposal/region/bbox/ymin", 0.9, "boxes within the frame"),
         ("proposal/region/label/confidence", -1.0, "scores in [0, 1]"),
-        ("region/label/index", 2, "boxes of its classes"),
+        ("region/label/index", 2, "the labels of its boxes in the manifest"),
     ],
 )
 def test_boxes_are_verified(records: Manifest, tmp_path: Path, key: str, value: float, problem: str) -> None:
@@ -301,8 +303,8 @@ def test_training_clips_come_with_boxes_and_targets(records: Manifest) -> None:
         assert (boxes[~real & ~padded] == 1).all()  # which the crop does not show
 
 
-def test_training_skips_what_nobody_does(records: Manifest) -> None:
-    """Three key frames have an action; the fourth has a proposal alone."""
+def test_training_skips_key_frames_without_labels(records: Manifest) -> None:
+    """Three key frames have a label; the fourth has only a proposal."""
     with pytest.raises(UserError, match=r"batch must be in 1\.\.3"):
         training(records, batch=4)
 
@@ -334,7 +336,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
 
-def test_a_command_builds_them(
+def test_the_command(
     folder: Path, tmp_path: Path, records: Manifest, in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = command(
@@ -375,9 +377,9 @@ def test_each_pipeline_takes_its_own_records(records: Manifest, tmp_path: Path) 
     with pytest.raises(UserError, match="holds key frames with boxes"):
         x3d_tf.dataset(records.folder, CLIP, training=False, batch=2, split="train")
     whole = write_records(tmp_path / "records", {"train": [noise_video(0, 8), noise_video(1, 8)]})
-    with pytest.raises(UserError, match="holds whole videos"):
+    with pytest.raises(UserError, match="holds videos without key frames"):
         training(whole)
-    with pytest.raises(UserError, match="holds whole videos"):
+    with pytest.raises(UserError, match="holds videos without key frames"):
         evaluation_key_frames(whole, "train", CLIP, resize=36, crop=36)
 
 
@@ -391,7 +393,7 @@ def test_key_frames_of_a_video_are_held_out_together(records: Manifest) -> None:
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Videos of a red rectangle on grey, somewhere off the centre, whose box is known."""
+    """Videos of a red rectangle off the centre of a grey frame, with its box."""
     root = tmp_path_factory.mktemp("marked")
     rows = []
     for number, (x, y) in enumerate([(4, 6), (60, 30), (40, 4), (10, 40)]):
@@ -406,7 +408,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_boxes_are_where_the_pixels_are(marked: Manifest, flip: bool) -> None:
-    """In training, through scale, crop and mirroring; and in tests."""
+    """Checks training, with scaling, cropping and flipping, and evaluation."""
     batches = training(marked, flip=flip, batch=4)(12)
     tested = evaluation_key_frames(marked, "train", CLIP, resize=40, crop=40, batch=4, proposals=False)
     seen = 0
@@ -422,7 +424,7 @@ def test_boxes_are_where_the_pixels_are(marked: Manifest, flip: bool) -> None:
     assert seen > 20
 
 
-def test_a_box_found_is_one_whatever_it_is_said_to_do(folder: Path, tmp_path: Path) -> None:
+def test_labels_of_proposals_are_ignored(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "found.csv").write_text(f"film,0902,{B},1,0.8\nfilm,0902,{B},12,0.9\n")
     sources = find_key_frames(
         folder / "videos",
@@ -435,7 +437,7 @@ def test_a_box_found_is_one_whatever_it_is_said_to_do(folder: Path, tmp_path: Pa
     assert (video.annotation.proposals, video.annotation.scores) == (((0.1, 0.1, 0.2, 0.2),), (0.9,))
 
 
-def test_images_are_shown_at_the_times_of_their_numbers(tmp_path: Path) -> None:
+def test_frame_numbers_determine_the_times_of_images(tmp_path: Path) -> None:
     for number in (1, 2, 10):
         Image.fromarray(numbered_frames(11)[number]).save(tmp_path / f"{number}.jpg", quality=95)
     found = [number_of(tf.io.decode_jpeg(jpeg).numpy()) for jpeg in encode_folder(tmp_path).frames]
@@ -446,7 +448,7 @@ def test_images_are_shown_at_the_times_of_their_numbers(tmp_path: Path) -> None:
 
 
 def test_only_jpeg_and_png_are_read(tmp_path: Path) -> None:
-    """Pillow has decoders of some forty formats, which a name does not keep it from using."""
+    """Pillow has decoders for about forty formats and ignores file extensions."""
     Image.fromarray(numbered_frames(1)[0]).save(tmp_path / "1.png")
     assert len(encode_folder(tmp_path).frames) == 1
     for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "EPS"):
@@ -457,21 +459,21 @@ def test_only_jpeg_and_png_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("second", ["", "-1", "1_0", "９", "9" * 5000, "9" * 30])
-def test_names_of_key_frames_that_are_none(second: str) -> None:
-    with pytest.raises(UserError, match="the name of a record of a key frame must be VIDEO,SECOND, got 'film,"):
+def test_invalid_key_frame_ids(second: str) -> None:
+    with pytest.raises(UserError, match="the media_id of a key frame must be VIDEO,SECOND, got 'film,"):
         parse_key_frame_id(f"film,{second}")
     assert parse_key_frame_id("a,film,0902") == ("a,film", 902)
 
 
-def test_an_action_that_is_called_as_a_missing_one_would_be(folder: Path, tmp_path: Path) -> None:
-    """Else the manifest would have a class twice, which is an error only once all videos are decoded."""
+def test_an_action_with_the_name_of_a_missing_one(folder: Path, tmp_path: Path) -> None:
+    """Otherwise the manifest would repeat a class, which would fail only after decoding all videos."""
     (tmp_path / "map.pbtxt").write_text('item { name: "action 2" id: 1 }\nitem { name: "run" id: 12 }')
     (tmp_path / "train.csv").write_text(f"film,0902,{A},12,0\n")
-    with pytest.raises(UserError, match=r"label_map must name no action as .*, got \['action 2'\]"):
+    with pytest.raises(UserError, match=r"label_map must not give an action the name .*, got \['action 2'\]"):
         find_key_frames(folder / "videos", {"train": tmp_path / "train.csv"}, label_map=tmp_path / "map.pbtxt")
 
 
-def test_a_pipe_among_the_frames_is_not_read(tmp_path: Path) -> None:
+def test_a_pipe_among_the_images_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "1.jpg")
-    with pytest.raises(VideoError, match=r"1\.jpg: is no file"):
+    with pytest.raises(VideoError, match=r"1\.jpg: is not a file"):
         encode_folder(tmp_path)

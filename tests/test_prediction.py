@@ -424,9 +424,9 @@ def test_a_network_that_gives_no_numbers_is_an_error(clips: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"window": 0.2}, "window must be at least 0.266667 s, a clip of the network, got 0.2"),
+        ({"window": 0.2}, "window must be at least 0.266667 s, the length of the network's clip, got 0.2"),
         ({"window": float("nan")}, "window must be at least"),
-        ({"hop": 1.0}, "hop must come with a window"),
+        ({"hop": 1.0}, "hop must be set together with window"),
         ({"window": 1.0, "hop": 0.0}, "hop must be positive, got 0.0"),
         ({"temporal_views": 0}, "temporal_views must be at least 1, got 0"),
         ({"temporal_views": 10**9}, "temporal_views must be at most 1000, got 1000000000"),
@@ -458,7 +458,7 @@ def test_folders_are_searched(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the videos must be files, or folders that hold some, got"):
+    with pytest.raises(ValueError, match="the videos must be files or folders with files, got"):
         list_videos([tmp_path])
     with pytest.raises(ValueError, match=r"^no such file or folder: a\.mp4, b$"):
         list_videos(["a.mp4", "b"])

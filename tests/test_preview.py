@@ -1,4 +1,4 @@
-"""The contact sheet of training clips: the clips of the trainer, with the labels and names that belong to them."""
+"""Contact sheets: the clips of the trainer with their labels and names."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {"jitter": (32, 40), "flip": True, "batch": 3, "seed"
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Of each video the class and the name hold its number."""
+    """Records whose class and name contain the number of the video."""
     return write_records(tmp_path_factory.mktemp("records"), {"train": [noise_video(seed, 12) for seed in range(7)]})
 
 
@@ -42,7 +42,7 @@ def test_rows_are_the_first_clips_of_training(
     assert str(manifest.folder) in title
 
 
-def test_frames_have_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_shown_with_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grey level of each frame is four times its number."""
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "save_clips", lambda *args: drawn.extend(args))
@@ -55,8 +55,8 @@ def test_frames_have_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len({own[0] for own in times}) > 3
 
 
-def test_the_picture_holds_the_clips(tmp_path: Path) -> None:
-    """Each frame of one colour is found again at its place."""
+def test_the_sheet_shows_the_clips(tmp_path: Path) -> None:
+    """Finds each single-coloured frame at its position."""
     colours = np.random.default_rng(0).integers(30, 220, (2, 4, 3))
     clips = [np.broadcast_to(row[:, None, None], (4, 64, 64, 3)) for row in colours]
     plots.save_clips(clips, ["a$^{$", "大 x\udcff\nsecond line"], tmp_path / "a.png", "title", [[0, 0.5, 1, 61]] * 2)
@@ -72,14 +72,14 @@ def test_the_picture_holds_the_clips(tmp_path: Path) -> None:
     assert np.abs(np.diff(lefts, axis=0)).max() <= 1
 
 
-def test_labels_of_both_kinds_have_names() -> None:
+def test_names_of_single_and_multi_label_targets() -> None:
     assert label_text(np.int32(1), ("a", "b")) == "b"
     assert label_text(np.float32([1, 0, 1]), ("a", "b", "c")) == "a, c"
 
 
 @pytest.mark.usefixtures("flags_of_one_command")
 def test_the_command(manifest: Manifest, tmp_path: Path) -> None:
-    """In this process, for one of its own would import TensorFlow anew."""
+    """Runs the command in this process, because a new one would import TensorFlow again."""
     from absl import flags
     from absl.testing import flagsaver
 

@@ -1,4 +1,4 @@
-"""The schema of the records, the shards that hold them and the manifest that lists them."""
+"""Record format, shards and manifest."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ from x3d_tf.data.input_pipeline import training_dataset
 from x3d_tf.data.records import format as record_format
 from x3d_tf.data.records import index
 from x3d_tf.data.records.format import (
+    RecordSource,
     ShardWriter,
-    Source,
     check_lengths,
     encode_record,
     parse_record,
-    stated_length,
-    stored_record,
+    read_record,
+    read_record_length,
 )
 from x3d_tf.data.records.index import Record, shard_name
 from x3d_tf.data.records.manifest import Manifest
@@ -40,7 +40,7 @@ def manifest(tmp_path: Path) -> Manifest:
 def test_a_record_has_mediasequences_features() -> None:
     video = EncodedVideo([b"first", b"second", b"third"], 25.0)
     example = tf.train.SequenceExample.FromString(
-        encode_record(video, Source("jump/a.mp4", (7,)), [*"abcdefg", "jümp"])
+        encode_record(video, RecordSource("jump/a.mp4", (7,)), [*"abcdefg", "jümp"])
     )
     context, lists = example.context.feature, example.feature_lists.feature_list
     assert context["clip/label/index"].int64_list.value == [7]
@@ -53,9 +53,9 @@ def test_a_record_has_mediasequences_features() -> None:
     assert [f.int64_list.value[0] for f in lists["image/timestamp"].feature] == [0, 40_000, 80_000]
 
 
-def test_a_record_of_several_classes_lists_them() -> None:
+def test_a_multi_label_record() -> None:
     video = EncodedVideo([b"frame"], 25.0)
-    encoded = encode_record(video, Source("a", (0, 2)), ["jump", "sit", "run"])
+    encoded = encode_record(video, RecordSource("a", (0, 2)), ["jump", "sit", "run"])
     context = tf.train.SequenceExample.FromString(encoded).context.feature
     assert context["clip/label/index"].int64_list.value == [0, 2]
     assert context["clip/label/string"].bytes_list.value == [b"jump", b"run"]
@@ -63,14 +63,14 @@ def test_a_record_of_several_classes_lists_them() -> None:
     assert parse_record(tf.constant(encoded)).labels.numpy().tolist() == [0, 2]
 
 
-def test_what_is_written_is_parsed_back() -> None:
+def test_parsing_inverts_encoding() -> None:
     video = noise_video(0, frames=4)
-    parsed = parse_record(tf.constant(encode_record(video, Source("a", (3,)), ["", "", "", "walk"])))
+    parsed = parse_record(tf.constant(encode_record(video, RecordSource("a", (3,)), ["", "", "", "walk"])))
     assert parsed.frames.numpy().tolist() == video.frames
     assert (parsed.labels.numpy().tolist(), float(parsed.fps), parsed.media_id.numpy()) == ([3], 30.0, b"a")
 
 
-def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
+def test_the_index_matches_tfrecord(manifest: Manifest) -> None:
     for split in manifest.splits.values():
         stored = {path.file: (manifest.folder / path.file).read_bytes() for path in split.shards}
         read = [r.numpy() for s in split.shards for r in tf.data.TFRecordDataset(str(manifest.folder / s.file))]
@@ -82,20 +82,20 @@ def test_the_index_points_at_what_tfrecord_reads(manifest: Manifest) -> None:
 
 
 def stored(path: Path, record: Record) -> tf.Tensor:
-    """The bytes of a record in a shard."""
-    return stored_record(str(path), tf.constant(record.offset, tf.int64), tf.constant(record.length, tf.int64))
+    """Reads the bytes of a record in a shard."""
+    return read_record(str(path), tf.constant(record.offset, tf.int64), tf.constant(record.length, tf.int64))
 
 
-def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_are_distributed_to_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     video, bad = noise_video(0, frames=2), VideoError("x.mp4", "is broken")
-    sources = [Source(str(i), (0,)) for i in range(7)]
+    sources = [RecordSource(str(i), (0,)) for i in range(7)]
     taken: list[Any] = []
     results = [video, bad, bad, bad, video, video, video]
     split = record_format.write_split(tmp_path, "train", sources, iter(results), ["a"], taken.append)
     assert taken == results
     assert [(r.shard, r.media_id) for r in split.records] == [(0, "0"), (1, "4"), (1, "5"), (2, "6")]
-    names = [shard_name("train", index, 4) for index in (0, 2, 3)]  # in shard 1 both failed
+    names = [shard_name("train", index, 4) for index in (0, 2, 3)]  # both videos of shard 1 failed
     assert [shard.file for shard in split.shards] == sorted(path.name for path in tmp_path.iterdir()) == names
     assert names[0] == "train-00000-of-00004.tfrecord"
     for record in split.records:
@@ -104,7 +104,7 @@ def test_videos_are_dealt_to_shards_in_order(tmp_path: Path, monkeypatch: pytest
         assert parsed.media_id.numpy().decode() == record.media_id
 
 
-def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_interrupted_shard_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "a.tfrecord") as writer:
         writer.write(b"record")
         assert not (tmp_path / "a.tfrecord").exists()
@@ -113,7 +113,7 @@ def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_equal_videos_give_equal_bytes() -> None:
-    once, again = (encode_record(noise_video(0, 3), Source("a", (1,)), "ab") for _ in range(2))
+    once, again = (encode_record(noise_video(0, 3), RecordSource("a", (1,)), "ab") for _ in range(2))
     assert once == again
 
 
@@ -123,7 +123,7 @@ def test_a_manifest_is_loaded_as_saved(manifest: Manifest) -> None:
 
 
 def edited(manifest: Manifest, *path: Any, value: Any) -> Path:
-    """Rewrites one entry of manifest.json, and its checksum; None removes it."""
+    """Replaces one entry of manifest.json and the checksum; None removes it."""
     content = json.loads((manifest.folder / "manifest.json").read_text())
     entry = content
     for key in path[:-1]:
@@ -154,7 +154,7 @@ def test_multi_label_records_are_loaded_as_saved(multi_label: Manifest) -> None:
 
 
 @pytest.mark.parametrize("labels", [[], [1, 0], [1, 1]])
-def test_several_labels_ascend(multi_label: Manifest, labels: list[int]) -> None:
+def test_labels_must_be_ascending(multi_label: Manifest, labels: list[int]) -> None:
     folder = edited(multi_label, *RECORDS, "labels", 1, value=labels)
     with pytest.raises(ValueError, match=r"records\[1\]\.labels must be one or more, ascending"):
         Manifest.load(folder)
@@ -167,7 +167,7 @@ def test_the_task_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     assert one.fingerprint() != other.fingerprint()
 
 
-def test_the_fingerprint_is_of_the_content(manifest: Manifest, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content(manifest: Manifest, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     shutil.copytree(manifest.folder, copy)
     same = Manifest.load(copy)
@@ -176,9 +176,9 @@ def test_the_fingerprint_is_of_the_content(manifest: Manifest, tmp_path: Path) -
     first, second, third = same.splits["train"].records
     others = [
         replace(same, classes=same.classes[::-1]),
-        same.keeping("train", [first, second]),
-        same.keeping("train", [first._replace(labels=second.labels), second._replace(labels=first.labels), third]),
-        same.keeping("train", [first._replace(media_id="x"), second, third]),
+        same.with_records("train", [first, second]),
+        same.with_records("train", [first._replace(labels=second.labels), second._replace(labels=first.labels), third]),
+        same.with_records("train", [first._replace(media_id="x"), second, third]),
     ]
     assert len({manifest.fingerprint(), *(other.fingerprint() for other in others)}) == 5
 
@@ -225,10 +225,10 @@ def test_an_edited_manifest_is_refused(manifest: Manifest, edit: Callable[[dict[
     path = manifest.folder / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content, indent=2, sort_keys=True))
-    assert Manifest.load(manifest.folder) == manifest  # white space and the order of entries say nothing
+    assert Manifest.load(manifest.folder) == manifest  # white space and the order of entries do not matter
     edit(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"manifest\.json: sha256 must be that of the file's other entries.* build"):
+    with pytest.raises(ValueError, match=r"manifest\.json: sha256 must match the file's other entries.* build"):
         Manifest.load(manifest.folder)
 
 
@@ -241,7 +241,7 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
         Manifest.load(manifest.folder)
 
 
-def test_a_record_is_read_alone_and_with_its_checksums(manifest: Manifest) -> None:
+def test_a_record_is_read_with_its_checksums(manifest: Manifest) -> None:
     split = manifest.splits["train"]
     path, record = manifest.folder / split.shards[0].file, split.records[1]
     content = path.read_bytes()
@@ -266,39 +266,39 @@ def test_a_record_is_read_alone_and_with_its_checksums(manifest: Manifest) -> No
 
 
 def bytes_read() -> int:
-    """By this process so far."""
+    """Returns the bytes that this process has read so far."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count the bytes that are read")
-def test_nothing_of_a_shard_but_the_record_is_read(manifest: Manifest) -> None:
+def test_only_the_bytes_of_the_record_are_read(manifest: Manifest) -> None:
     split = manifest.splits["train"]
     path, record = manifest.folder / split.shards[0].file, split.records[1]
-    place, end = record.offset - index.HEADER_BYTES, record.offset + record.length + index.FOOTER_BYTES
-    framed, gap = path.read_bytes()[place:end], 1 << 28
-    with path.open("wb") as file:  # sparse: takes no room
+    start, end = record.offset - index.HEADER_BYTES, record.offset + record.length + index.FOOTER_BYTES
+    framed, gap = path.read_bytes()[start:end], 1 << 28
+    with path.open("wb") as file:  # sparse: uses no disk space
         file.seek(gap)
         file.write(framed)
         file.truncate(2 * gap)
     moved = record._replace(offset=gap + index.HEADER_BYTES)
     before = bytes_read()
     data = stored(path, moved).numpy()
-    assert stated_length(path, moved.offset) == len(data) == record.length
+    assert read_record_length(path, moved.offset) == len(data) == record.length
     assert bytes_read() - before < 1 << 20
 
 
-# Of a header with the right checksum: TensorFlow would reserve 2**46 bytes, and crash.
+# A header with a valid checksum, for which TensorFlow would allocate 2**46 bytes and crash.
 HUGE = bytes.fromhex("000000000040000072812907")
 
 
-def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(manifest: Manifest) -> None:
+def test_an_unlisted_length_is_found_before_reading_records(manifest: Manifest) -> None:
     split = manifest.splits["train"]
     path, record = manifest.folder / split.shards[0].file, split.records[1]
     check_lengths(manifest, "train")
     content = path.read_bytes()
     path.write_bytes(content[: record.offset - index.HEADER_BYTES] + HUGE + content[record.offset :])
     message = (
-        rf"record 1 of split train, at byte {record.offset}: its header states {2**46} bytes where .* {record.length}"
+        rf"record 1 of split train, at byte {record.offset}: its header states {2**46} bytes, but .* {record.length}"
     )
     with pytest.raises(ValueError, match=message):
         training_dataset(manifest, "train", ClipSpec(2, 1.0, 16), jitter=(18, 24), flip=False, batch=1, seed=0)
@@ -307,10 +307,10 @@ def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(man
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format_version",), 3, "format_version must be 4, got 3: .* build them again"),
+        (("format_version",), 3, r"format_version must be 4, got 3\. .* build them again"),
         (("format_version",), None, "format_version must be 4, got None"),
         (RECORDS, None, "records must be a dict, got None"),
-        ((*RECORDS, "offset", 1), 12, r"records\[1\] must come after the record before it.*got \(0, 12\)"),
+        ((*RECORDS, "offset", 1), 12, r"records\[1\] must start after the end of the previous record, got \(0, 12\)"),
         (("classes",), ["a", "a"], "classes must be distinct names"),
         (("classes",), [], "classes must be distinct names"),
         (("classes", 1), 5, r"classes\[1\] must be a str, got 5"),
@@ -327,8 +327,8 @@ def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(man
         (("stored", "jpeg_quality"), 96, r"Storage.jpeg_quality must be in 1..95, got 96"),
         (("stored", "more"), 1, "stored must be"),
         (("splits",), [], "splits must be a dict"),
-        (("splits", "train", "shards", 0, "file"), "../a", "file must be a file name without a folder, got '../a'"),
-        (("splits", "train", "shards", 0, "file"), "..", "file must be a file name without a folder"),
+        (("splits", "train", "shards", 0, "file"), "../a", "file must be a file name without a path, got '../a'"),
+        (("splits", "train", "shards", 0, "file"), "..", "file must be a file name without a path"),
         (("splits", "train", "shards", 0, "bytes"), "9", "bytes must be a int, got '9'"),
         (("splits", "train", "count"), 4, "count must be 3, got 4"),
         ((*RECORDS, "labels", 0), [True], r"labels\[0\]\[0\] must be a int, got True"),
@@ -346,7 +346,7 @@ def test_a_length_other_than_the_listed_one_is_found_before_a_record_is_read(man
         ((*RECORDS, "frames", 1), 10**4000, "frames must fit into the record, got 1000"),
         ((*RECORDS, "fps", 1), float("nan"), "fps must be positive, got nan"),
         ((*RECORDS, "fps", 1), 0.0, "fps must be positive, got 0.0"),
-        ((*RECORDS, "fps"), [30.0], "must have columns of one length"),
+        ((*RECORDS, "fps"), [30.0], "must have columns of equal length"),
         ((*RECORDS, "media_id"), None, "media_id must be a list, got None"),
     ],
 )
@@ -364,12 +364,12 @@ def test_a_manifest_that_is_not_json(manifest: Manifest, content: bytes) -> None
         Manifest.load(manifest.folder)
 
 
-def test_a_folder_without_records_says_how_to_make_them(tmp_path: Path) -> None:
+def test_a_folder_without_records_names_the_build_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"python -m x3d_tf\.build_records --videos=DIR --output="):
         Manifest.load(tmp_path)
 
 
-def test_damaged_shards_are_named(manifest: Manifest) -> None:
+def test_damaged_shards_are_reported(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match="no split 'val'; it has train, test"):
         manifest.split("val")
     shard = manifest.folder / manifest.split("train").shards[0].file
@@ -378,6 +378,6 @@ def test_damaged_shards_are_named(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match=rf"size of .*{shard.name} must be {len(content)} bytes"):
         manifest.split("train")
     shard.unlink()
-    with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+    with pytest.raises(ValueError, match=f"{shard.name} does not exist, but manifest.json lists it"):
         manifest.split("train")
-    manifest.split("test")  # the other one's shards are all there
+    manifest.split("test")  # its shards still exist

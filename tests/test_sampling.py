@@ -23,7 +23,7 @@ def in_numpy(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
 
 
 def in_graph(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
-    """Calls it in a tf.data map, where numbers are tensors of the types that records give: int64 and float32."""
+    """Calls a function in a tf.data map, with tensors of the types in records: int64 and float32."""
     tensors = [
         a if isinstance(a, ClipSpec | str) else tf.constant(a, tf.float32 if isinstance(a, float) else tf.int64)
         for a in arguments
@@ -67,7 +67,7 @@ def test_frames_of_the_published_clips(run: Callable[..., np.ndarray], clip: Cli
         (10, "offset", range(0, 217, 24)),
     ],
 )
-def test_starts_of_test_clips(
+def test_starts_of_evaluation_clips(
     run: Callable[..., np.ndarray], views: int, clip_starts: Any, expected: list[int]
 ) -> None:
     def starts(frames: Any, fps: Any, xp: Any) -> Any:
@@ -119,7 +119,7 @@ def test_a_short_video_repeats_its_last_frame(run: Callable[..., np.ndarray]) ->
     assert run(frame_indices, 0, 50, 30.0, M).tolist() == [0, 5, 10, 15, 21, 26, 31, 36, 42, 47, 49, 49, 49, 49, 49, 49]
 
 
-def test_training_clips_reach_both_ends_and_never_pass_them() -> None:
+def test_training_clips_cover_the_video_and_stay_inside() -> None:
     for frames in (80, 81, 300, 301):
         last = last_start(frames, 30.0, M)
         assert last == frames - 80
@@ -142,7 +142,7 @@ def test_resized_shape(run: Callable[..., np.ndarray], height: int, width: int) 
         assert run(shape, height, width, size).tolist() == expected
 
 
-def test_several_starts_give_a_row_each() -> None:
+def test_each_start_gives_a_row() -> None:
     starts = np.array([0.0, 110.0, 220.0])
     rows = frame_indices(starts, 300, 30.0, M)
     assert rows.shape == (3, 16)
@@ -159,13 +159,13 @@ def test_several_starts_give_a_row_each() -> None:
         ({"resize": 182.5}, "ViewSpec.resize must be int, got 182.5"),
     ],
 )
-def test_view_spec_names_what_is_wrong(change: dict[str, Any], message: str) -> None:
+def test_view_spec_errors_name_the_field(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         ViewSpec(**({"resize": 182, "crop": 160} | change))
 
 
 def network_of(**facts: Any) -> Any:
-    """What a contract is made of: a network without its layers."""
+    """Returns a network without layers, for an input contract."""
     network = VARIANTS["x3d_s"].expansion
     known = {"expansion": network, "clip": network.clip, "task": "single_label", "eval_size": 160, "stored": None}
     return SimpleNamespace(**known | {"stretch": False, "frame_sampling": "slowfast", "test_views": 10} | facts)
@@ -183,7 +183,7 @@ def network_of(**facts: Any) -> Any:
         ({"task": "detection"}, {"offsets": [*range(-39, 39, 6)], "frame_sampling": "key_frame"}),
     ],
 )
-def test_what_applications_are_told(facts: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_input_contract(facts: dict[str, Any], expected: dict[str, Any]) -> None:
     contract = input_contract(network_of(**facts))
     assert {name: contract[name] for name in expected} == expected
     assert ("clips" in contract) == ("prediction" in contract["rules"]) == (facts.get("task") != "detection")
@@ -191,7 +191,7 @@ def test_what_applications_are_told(facts: dict[str, Any], expected: dict[str, A
     assert set(contract["rules"]) - {"fps", "span", "prediction"} <= set(contract)
 
 
-def test_unknown_choices_are_errors() -> None:
+def test_unknown_values_are_errors() -> None:
     with pytest.raises(ValueError, match=r"frame_sampling .* got 'fast'"):
         frame_indices(0, 300, 30.0, M, "fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"clip_starts .* got 'fast'"):

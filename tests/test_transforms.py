@@ -1,4 +1,4 @@
-"""Resizing, cropping and mirroring against loops in numpy, eagerly and inside tf.data."""
+"""Resizing, cropping and flipping, compared with numpy loops, eagerly and inside tf.data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ def eagerly(function: Callable[..., tf.Tensor], *tensors: Any) -> np.ndarray:
 
 
 def in_dataset(function: Callable[..., tf.Tensor], *tensors: Any) -> np.ndarray:
-    """With shapes that the graph does not know, as after decoding."""
+    """Calls a function on tensors of unknown shape in a tf.data map, as after decoding."""
     specs = tuple(tf.TensorSpec([None] * np.ndim(tensor), np.asarray(tensor).dtype) for tensor in tensors)
     dataset = tf.data.Dataset.from_generator(lambda: iter([tensors]), output_signature=specs)
     return dataset.map(lambda *values: function(*values)).get_single_element().numpy()
@@ -29,7 +29,7 @@ def random_clip(height: int, width: int, frames: int = 3) -> np.ndarray:
 
 
 def naive_resize(clip: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear by its definition: pixel centres at halves, weights by distance, edges repeated."""
+    """Resizes bilinearly by definition: half-pixel centres, weights by distance, edges repeated."""
     result = np.empty((len(clip), height, width, 3))
     for row in range(height):
         for column in range(width):
@@ -59,14 +59,14 @@ def test_resize(
 
 
 @both
-def test_squeezed_frames_are_squares(run: Callable[..., np.ndarray]) -> None:
+def test_stretched_frames_are_squares(run: Callable[..., np.ndarray]) -> None:
     clip = random_clip(24, 33)
     stretched = run(lambda c: transforms.resize(c, 17, stretch=True), clip)
     np.testing.assert_allclose(stretched, naive_resize(clip, 17, 17), atol=2e-3)
 
 
 @both
-def test_random_crops_cover_every_place(run: Callable[..., np.ndarray]) -> None:
+def test_random_crops_cover_every_position(run: Callable[..., np.ndarray]) -> None:
     clip = random_clip(12, 14)
     for top, vertical in ((0, 0.0), (1, 0.26), (4, 0.9999)):  # one of 5 rows
         for left, horizontal in ((0, 0.1), (3, 0.5), (6, 0.9999)):  # one of 7 columns

@@ -81,7 +81,7 @@ def test_nothing_is_held_out_by_default() -> None:
 
 
 def test_too_few_videos_to_hold_out() -> None:
-    with pytest.raises(ValueError, match="needs two videos of a class in split 'train'"):
+    with pytest.raises(ValueError, match="requires at least two videos of a class in split 'train'"):
         hold_out(manifest_of({0: 1, 1: 1}), spec(0.5), 0)
     twice = hold_out(manifest_of({0: 4}), spec(0.5), 0)
     with pytest.raises(ValueError, match=r'set DatasetSpec.validation_split="validation" instead'):

@@ -231,7 +231,7 @@ def test_clips_of_videos_are_those_of_their_records(
 def test_missing_clips(source: models.ExportableModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder of videos or records"):
         verification_clips.read_clips(source, tmp_path / "nothing", limit=10)
-    with pytest.raises(ValueError, match="folders that hold some"):
+    with pytest.raises(ValueError, match="files or folders with files"):
         verification_clips.read_clips(source, tmp_path, limit=10)
     (tmp_path / "notes.txt").write_text("not a video")
     with pytest.raises(ValueError, match=r"none of 1 files could be read as a video; first error: .*notes\.txt"):

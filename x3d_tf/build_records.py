@@ -49,7 +49,7 @@ from x3d_tf import commands, gin_config
 from x3d_tf.data.build.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.build.encoding import TIMEOUT
 from x3d_tf.data.build.key_frames import FIRST_MINUTE
-from x3d_tf.data.build.sources import default_splits
+from x3d_tf.data.build.sources import find_split_folders
 from x3d_tf.data.build.state import FAILURES_NAME
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.image_sequences import FOLDER_FPS
@@ -141,7 +141,8 @@ def main() -> None:
     if FLAGS.videos is None and FLAGS.csv is None:
         raise UserError("--videos=FOLDER or --csv=FILE is required")
     _check_boxes()
-    if not (FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None or default_splits(Path(FLAGS.videos))):
+    named = FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None
+    if not named and not find_split_folders(Path(FLAGS.videos)):
         print('All videos become the split "train". Training also needs a test split: give --split=0.2 or --splits.')
     try:
         result = _build_key_frames() if FLAGS.boxes else _build_videos()

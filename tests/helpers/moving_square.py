@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from x3d_tf.data.records.format import Source, write_split
+from x3d_tf.data.records.format import RecordSource, write_split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo
 from x3d_tf.types import Storage
@@ -30,7 +30,7 @@ def write_records(
     folder.mkdir(parents=True)
     names = (*classes, *also)
     extra_labels = tuple(range(len(classes), len(names)))
-    sources = [Source(f"square/{number}", (number % len(classes), *extra_labels)) for number in range(videos)]
+    sources = [RecordSource(f"square/{number}", (number % len(classes), *extra_labels)) for number in range(videos)]
     encoded = (
         EncodedVideo(_frames(number, -1 if source.labels[0] == 0 else 1), 30.0) for number, source in enumerate(sources)
     )

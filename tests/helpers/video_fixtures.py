@@ -1,4 +1,4 @@
-"""Small videos and records that the tests of the data modules share."""
+"""Small videos and records for the tests of the data modules."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from typing import Any
 import av
 import numpy as np
 
-from x3d_tf.data.build.encoding import encode_or_reason
+from x3d_tf.data.build.encoding import encode_or_error
 from x3d_tf.data.build.sources import Video
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest, checksum
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_jpeg
 from x3d_tf.types import Storage, Task
 
-BY_DEFAULT = Storage(256, 95)  # of build_records
+BY_DEFAULT = Storage(256, 95)  # default of build_records
 
 
 def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Frames that tell their number: grey level 16 + 4 times the number, a bright block at the top left."""
+    """Returns frames with grey level 16 + 4 * number and a bright block at the top left."""
     frames = np.empty((count, height, width, 3), np.uint8)
     frames[:] = (16 + 4 * np.arange(count) % 200)[:, None, None, None]
     frames[:, : height // 3, : width // 4] = (250, 30, 30)
@@ -31,7 +31,7 @@ def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """Which of `numbered_frames` this is, from its lower right quarter, which rotation by 0 or 180 keeps in place."""
+    """Returns the number of one of `numbered_frames`, from its lower right quarter."""
     return round((float(pixels[pixels.shape[0] // 2 :, pixels.shape[1] // 2 :].mean()) - 16) / 4)
 
 
@@ -44,7 +44,7 @@ def write_video(
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Encodes frames; with `times_ms` each is shown at its own time."""
+    """Encodes frames as a video; `times_ms` sets the display time of each frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
@@ -70,7 +70,7 @@ def write_with_sound(
     first: float = 0.0,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Encodes frames, 30 a second and shown from the second `first` on, beside silence from 0 to `seconds`."""
+    """Encodes frames at 30 per second from the second `first` on, with silent audio from 0 to `seconds`."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
@@ -94,9 +94,9 @@ def write_with_sound(
 
 
 def copied(source: Path, path: Path, keep: Callable[[Any], bool] = lambda packet: True) -> Path:
-    """Copies the packets of a file that are to be kept into another, which may be of another format.
+    """Copies selected packets of a file into another, possibly in another format.
 
-    Packets without timestamps get some, one after the other.
+    Packets without timestamps get consecutive ones.
     """
     with av.open(str(source)) as given, av.open(str(path), "w") as container:
         streams = {stream.index: container.add_stream_from_template(stream) for stream in given.streams}
@@ -112,24 +112,24 @@ def copied(source: Path, path: Path, keep: Callable[[Any], bool] = lambda packet
 
 
 def set_display_matrix(path: Path, a: float, b: float, c: float, d: float) -> Path:
-    """Makes an mp4 file ask its player to show the point (x, y) at (ax + cy, bx + dy)."""
+    """Sets the display matrix of an mp4 file, which maps (x, y) to (ax + cy, bx + dy)."""
     one = 1 << 16
     matrix = struct.pack(">9i", round(a * one), round(b * one), 0, round(c * one), round(d * one), 0, 0, 0, 1 << 30)
     content = bytearray(path.read_bytes())
-    start = content.index(b"tkhd") + 4 + 40  # 40 bytes of other fields come before the matrix
+    start = content.index(b"tkhd") + 4 + 40  # the matrix follows 40 bytes of other fields
     content[start : start + 36] = matrix
     path.write_bytes(content)
     return path
 
 
 def rotate_mp4(path: Path, quarter_turns: int) -> None:
-    """Makes an mp4 file ask its player for counterclockwise quarter turns, by its track's display matrix."""
+    """Sets the display matrix of an mp4 file to counterclockwise quarter turns."""
     cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter_turns]
     set_display_matrix(path, cosine, -sine, sine, cosine)
 
 
 def with_cover(path: Path) -> Path:
-    """Puts a cover picture into an mp4 file, before its tracks: FFmpeg then shows it as the first stream."""
+    """Inserts a cover picture into an mp4 file before its tracks, which makes it FFmpeg's first stream."""
 
     def box(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I4s", 8 + len(content), name) + content
@@ -138,7 +138,7 @@ def with_cover(path: Path) -> Path:
     cover = box(b"ilst", box(b"covr", box(b"data", struct.pack(">II", 13, 0) + image)))
     handler = box(b"hdlr", struct.pack(">II4s12x", 0, 0, b"mdir") + b"\0")
     content = path.read_bytes()
-    start = content.index(b"moov") - 4  # behind the pictures, whose places stay
+    start = content.index(b"moov") - 4  # after the pictures, whose offsets stay valid
     size = struct.unpack(">I", content[start : start + 4])[0]
     head = start + 8 + struct.unpack(">I", content[start + 8 : start + 12])[0]
     meta = box(b"udta", box(b"meta", bytes(4) + handler + cover))
@@ -148,7 +148,7 @@ def with_cover(path: Path) -> Path:
 
 
 def id3_cover() -> bytes:
-    """What stands before the sound in an mp3 file that has a cover picture."""
+    """Returns the header of an mp3 file with a cover picture."""
     image = encode_jpeg(np.full((300, 300, 3), (250, 0, 0), np.uint8))
     content = b"\0image/jpeg\0\x03\0" + image
     frame = b"APIC" + struct.pack(">I2x", len(content)) + content
@@ -157,7 +157,7 @@ def id3_cover() -> bytes:
 
 
 class _Bits:
-    """Bits of an H.264 unit."""
+    """Bit writer for an H.264 unit."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -167,7 +167,7 @@ class _Bits:
         return self
 
     def code(self, *values: int) -> "_Bits":
-        """Puts numbers in exponential Golomb code."""
+        """Appends numbers in exponential Golomb code."""
         for value in values:
             self.put(2 * (value + 1).bit_length() - 1, value + 1)
         return self
@@ -191,11 +191,11 @@ class _Bits:
         return int("1" + self.text, 2).to_bytes(len(self.text) // 8 + 1, "big")[1:]
 
 
-def field_coded(count: int, whole: Callable[[int], bool] = lambda number: False) -> bytes:
-    """H.264 of 25 frames a second, 64x64, of the levels of `numbered_frames`, each of which is two packets: its fields.
+def field_coded(count: int, progressive: Callable[[int], bool] = lambda number: False) -> bytes:
+    """Returns 64x64 H.264 at 25 frames per second with the levels of `numbered_frames` and two field packets per frame.
 
-    Frames for which `whole` holds are one packet, as encoders choose for each frame. Written bit by bit, for PyAV's
-    encoders make no fields: samples are stored as they are (I_PCM).
+    Frames for which `progressive` is True are one packet; encoders choose per frame. The stream is written bit by bit,
+    with uncompressed samples (I_PCM), because PyAV's encoders produce no fields.
     """
     parameters = _Bits().put(8, 77).put(8, 0).put(8, 30).code(0, 0, 0, 0, 1).put(1, 0).code(3, 1)
     parameters.put(4, 0b0010).put(3, 0b100).put(3, 0b001).put(32, 1).put(32, 50).put(5, 0b10000)
@@ -217,14 +217,14 @@ def field_coded(count: int, whole: Callable[[int], bool] = lambda number: False)
     film = b""
     for number in range(count):
         level = round(16 + (16 + 4 * number % 200) * 219 / 255)
-        fields: tuple[int | None, ...] = (None,) if whole(number) else (0, 1)
+        fields: tuple[int | None, ...] = (None,) if progressive(number) else (0, 1)
         pictures = [coded(number, level, field) for field in fields]
         film += pictures[0][:6] + heads + pictures[0][6:] + b"".join(pictures[1:])
     return film
 
 
 def noise_video(seed: int, frames: int, height: int = 40, width: int = 52) -> EncodedVideo:
-    """Smooth random frames as JPEG, at 30 frames a second."""
+    """Returns smooth random frames as JPEG, at 30 frames per second."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (frames, height // 4, width // 4, 3), np.uint8)
     return EncodedVideo([encode_jpeg(frame.repeat(4, 0).repeat(4, 1)) for frame in coarse], 30.0)
@@ -237,12 +237,12 @@ def write_records(
     labels: Sequence[tuple[int, ...]] | None = None,
     stored: Storage = BY_DEFAULT,
 ) -> Manifest:
-    """Records of which each has a class of its own in its split, unless there are fewer `classes`.
+    """Writes records, each with its own class in its split unless `classes` is smaller.
 
-    With `labels` of each video of a split, given together with `classes`, the records are multi-label. `stored` says
-    how the videos were encoded.
+    `labels` of the videos in a split make the records multi-label, and require `classes`. `stored` is the storage
+    format.
     """
-    from x3d_tf.data.records.format import Source, write_split
+    from x3d_tf.data.records.format import RecordSource, write_split
 
     folder.mkdir(parents=True, exist_ok=True)
     count = classes or max(len(members) for members in videos.values())
@@ -250,7 +250,7 @@ def write_records(
     splits = {}
     for split, members in videos.items():
         chosen = labels or [(index % count,) for index in range(len(members))]
-        sources = [Source(f"{split}/{index}", chosen[index]) for index in range(len(members))]
+        sources = [RecordSource(f"{split}/{index}", chosen[index]) for index in range(len(members))]
         splits[split] = write_split(folder, split, sources, iter(members), names, lambda _: None)
     task: Task = "multi_label" if labels else "single_label"
     manifest = Manifest(folder, tuple(names), splits, {"source": "test"}, stored, task)
@@ -259,16 +259,16 @@ def write_records(
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:
-    """Writes the entries of a `manifest.json` with their right checksum, and loads it."""
+    """Writes a `manifest.json` with the correct checksum and loads it."""
     entries = {name: value for name, value in content.items() if name != "sha256"}
     (folder / MANIFEST_NAME).write_text(json.dumps(entries | {"sha256": checksum(entries)}))
     return Manifest.load(folder)
 
 
 def die_on_three(video: Video) -> EncodedVideo | VideoError:
-    """What a worker does on a file that crashes the decoder, and on one for which the system ends it.
+    """Encodes videos, but crashes at number 3 and is killed at number 5.
 
-    Here, where workers find it without TensorFlow.
+    Defined in this module so that workers do not import TensorFlow.
     """
     if video.path.name == "3":
         os._exit(1)
@@ -278,7 +278,7 @@ def die_on_three(video: Video) -> EncodedVideo | VideoError:
 
 
 def trouble_by_name(video: Video) -> EncodedVideo | VideoError:
-    """What a worker does on files that hang, change, take all memory, or meet a fault of the package."""
+    """Encodes videos, or hangs, changes the file, runs out of memory or fails, by the name of the file."""
     match video.path.name:
         case "hangs":
             time.sleep(600)
@@ -292,14 +292,14 @@ def trouble_by_name(video: Video) -> EncodedVideo | VideoError:
 
 
 def hang_where_marked(video: Video, short_side: int, quality: int) -> EncodedVideo | VideoError:
-    """Encodes a video, but hangs at `hangs.mp4` while there is a file `.hang` in the folder of the class folders."""
+    """Encodes a video, but hangs at `hangs.mp4` while a file `.hang` exists beside the class folders."""
     if video.path.stem == "hangs" and (video.path.parents[1] / ".hang").exists():
         time.sleep(600)
-    return encode_or_reason(video, short_side, quality)
+    return encode_or_error(video, short_side, quality)
 
 
 class DiesAtStart:
-    """An `encode` that ends the process in which it arrives."""
+    """`encode` function that ends the process that unpickles it."""
 
     def __reduce__(self) -> tuple[object, tuple[int]]:
         return os._exit, (3,)

@@ -1,1 +1,1 @@
-"""From video files to clips: records, their manifest and the tf.data pipelines that read them."""
+"""Data pipeline: builds records from videos, and reads clips from records with tf.data."""

@@ -1,4 +1,4 @@
-"""The batches of training and testing, for training loops other than this package's."""
+"""Training and evaluation batches for custom training loops."""
 
 from pathlib import Path
 
@@ -25,38 +25,39 @@ def dataset(
     frame_sampling: FrameSampling = "slowfast",
     stretch: bool = False,
 ) -> tf.data.Dataset:
-    """Batches of clips and labels out of records, as `build_records` makes them.
+    """Returns a dataset of clips and labels from records that `build_records` made.
 
-    For training a stream without end: of each video one clip an epoch at a random time, scale and place. An epoch is
-    floor(records / batch) batches, and its order is a function of `seed` alone. Else one clip of each video, its
-    middle, in the order of the records, and then the end; the last batch may be smaller.
+    For training, the dataset is infinite. Each epoch has one clip per video, with a random start, scale and crop. An
+    epoch is floor(records / batch) batches, and its order depends only on `seed`. For evaluation, the dataset has the
+    middle clip of each video, in the order of the records; the last batch may be smaller.
 
     Args:
-        records: the folder, or its manifest.
-        clip: what the network sees: `Expansion.clip`, or the `clip` of a model.
-        training: which of the two.
-        batch: clips of a batch.
-        split: part of the records; "train" or "test" unless given.
-        jitter: smallest and largest short side in pixels to which training frames are scaled; 128/112 and 160/112 of
-            the crop unless given. Without training it is 128/112.
-        flip: whether half of the training clips are mirrored; False where left and right differ in meaning.
-        seed: of the order and the chances of training.
-        frame_sampling: see `clips.frame_indices`.
+        records: folder of the records, or its manifest.
+        clip: the network's clip: `Expansion.clip`, or the `clip` of a model.
+        training: True for training, False for evaluation.
+        batch: batch size.
+        split: name of the split. Defaults to "train" for training and "test" for evaluation.
+        jitter: range of the random short side of training frames in pixels. Defaults to 128/112 to 160/112 of the crop.
+            In evaluation the short side is 128/112 of the crop.
+        flip: flips half of the training clips horizontally; use False if left and right differ in meaning.
+        seed: random seed for the order and augmentation in training.
+        frame_sampling: see `sampling.frame_indices`.
         stretch: see `transforms.resize`.
 
     Returns:
-        Dataset of (clips, labels): float32 [batch, T, S, S, 3], RGB in 0..255; int32 [batch] or, of multi-label
-        records, float32 [batch, classes] of zeros and ones.
+        Dataset of (clips, labels): float32 [batch, T, S, S, 3], RGB in 0..255; int32 [batch], or for multi-label
+        records float32 [batch, classes] of zeros and ones.
 
     Raises:
-        UserError: no records there, no such split, a setting out of range, or fewer records to train on than `batch`.
+        UserError: the records or the split do not exist, a setting is out of range, or the split has fewer records than
+            `batch` in training.
 
     Example:
         >>> train = x3d_tf.dataset("data/mine", model.clip, training=True, batch=8)
         >>> test = x3d_tf.dataset("data/mine", model.clip, training=False, batch=8)
         >>> model.fit(train, steps_per_epoch=100, epochs=10, validation_data=test, shuffle=False)
     """
-    expansion = Expansion(gamma_s=clip.size / BASE_CROP)  # for the sizes that go with the crop
+    expansion = Expansion(gamma_s=clip.size / BASE_CROP)  # supplies the sizes that match the crop
     split = split or ("train" if training else "test")
     if training:
         jitter = jitter or expansion.jitter
@@ -71,7 +72,7 @@ def dataset(
             frame_sampling=frame_sampling,
             stretch=stretch,
         )
-    require(jitter is None, "jitter", "be for training only", jitter)
+    require(jitter is None, "jitter", "be None for evaluation", jitter)
     require(batch >= 1, "batch", "be at least 1", batch)
     middle = ViewSpec(temporal_views=1, resize=expansion.test_size, crop=clip.size, stretch=stretch)
     videos = evaluation_dataset(records, split, clip, middle, batch_videos=batch, frame_sampling=frame_sampling)

@@ -1,4 +1,4 @@
-"""A look at the training data: clips exactly as the network gets them, on a contact sheet."""
+"""Contact sheets of training clips, exactly as the network receives them."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start
 from x3d_tf.errors import require
 from x3d_tf.types import ClipSpec
 
-COLOURS = (  # of boxes: name and RGB
+COLOURS = (  # names and RGB values for boxes
     ("red", (230, 30, 30)),
     ("green", (30, 200, 30)),
     ("blue", (60, 90, 255)),
@@ -46,19 +46,19 @@ def save_preview(
     stretch: bool = False,
     clips: int = 8,
 ) -> Path:
-    """Draws the first clips of training as a PNG: sampled, scaled, cropped and mirrored, with their labels.
+    """Draws the first training clips as a PNG, with augmentation and labels.
 
     Args:
-        manifest, split, clip, jitter, flip, batch, seed, frame_sampling, stretch: as `training_dataset`;
-            with those of a run these are the clips of its first steps, in their order.
-        path: replaced if it is there.
-        clips: rows of the sheet.
+        manifest, split, clip, jitter, flip, batch, seed, frame_sampling, stretch: see `training_dataset`. The settings
+            of a run give the clips of its first steps in their order.
+        path: output file; replaced if it exists.
+        clips: number of clips, one per row.
 
     Returns:
-        The path.
+        The path of the PNG.
 
     Raises:
-        UserError: a setting out of range, damaged records.
+        UserError: a setting is out of range, or records are damaged.
     """
     require(clips >= 1, "clips", "be at least 1", clips)
     records = manifest.split(split).records
@@ -72,29 +72,29 @@ def save_preview(
         seed=seed,
         frame_sampling=frame_sampling,
         stretch=stretch,
-        replica_batch=1,  # else a whole batch would be decoded, however large
+        replica_batch=1,  # avoids decoding a complete batch
     )
     rows, captions, times = [], [], []
     with record_errors_as_user_errors():
         for number, (pixels, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
-            place = _place(number, len(records), batch, seed)
-            record = records[int(place.record)]
-            start = augmentation_randoms(seed, place)[0].numpy() * last_start(record.frames, record.fps, clip)
-            own = frame_indices(start, record.frames, record.fps, clip, frame_sampling) / record.fps
+            position = _position(number, len(records), batch, seed)
+            record = records[int(position.record)]
+            start = augmentation_randoms(seed, position)[0].numpy() * last_start(record.frames, record.fps, clip)
+            seconds = frame_indices(start, record.frames, record.fps, clip, frame_sampling) / record.fps
             rows.append(pixels[0])
-            times.append(own.tolist())
+            times.append(seconds.tolist())
             captions.append(
                 f"{label_text(labels[0], manifest.classes)}\n{record.media_id}\n"
-                f"{own[0]:.1f} to {own[-1]:.1f} s of {record.frames / record.fps:.1f} s"
+                f"{seconds[0]:.1f} to {seconds[-1]:.1f} s of {record.frames / record.fps:.1f} s"
             )
-    title = f"{manifest.folder}, {split}: the first clips of training, {clip.frames} frames of {clip.size}² pixels"
+    title = f"{manifest.folder}, {split}: first training clips, {clip.frames} frames of {clip.size}² pixels"
     plots.save_clips(rows, captions, Path(path), title, times)
     return Path(path)
 
 
-def _place(clip: int, records: int, batch: int, seed: int) -> SamplePosition:
-    """Where a clip of training stands, counted from 0 over all steps."""
-    step, member = (tf.constant(part, tf.int64) for part in divmod(clip, batch))
+def _position(clip: int, records: int, batch: int, seed: int) -> SamplePosition:
+    """Returns the position of training clip number `clip`, counted from 0 over all steps."""
+    step, member = (tf.constant(value, tf.int64) for value in divmod(clip, batch))
     return sample_position(step, member, records=records, batch=batch, seed=seed)
 
 
@@ -108,49 +108,49 @@ def save_box_preview(
     seed: int,
     clips: int = 8,
 ) -> Path:
-    """Draws the first training clips of key frames as a PNG, with their boxes in colours and what each does.
+    """Draws the first training clips of key frames as a PNG, with coloured boxes and their labels.
 
     Args:
-        manifest, split: the records.
-        stream: of `training_key_frames`, one clip an element.
-        path: replaced if it is there.
-        batch, seed: of that stream.
-        clips: rows of the sheet.
+        manifest, split: manifest of the records, and name of the split.
+        stream: dataset from `training_key_frames` with one clip per element.
+        path: output file; replaced if it exists.
+        batch, seed: settings of that dataset.
+        clips: number of clips, one per row.
 
     Returns:
-        The path.
+        The path of the PNG.
     """
     records = with_labels(manifest.split(split).records)
     rows, captions = [], []
     with record_errors_as_user_errors():
         for number, (inputs, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
-            record = records[int(_place(number, len(records), batch, seed).record)]
+            record = records[int(_position(number, len(records), batch, seed).record)]
             video, second = parse_key_frame_id(record.media_id)
             pixels, boxes = np.clip(np.round(inputs["clip"][0]), 0, 255), inputs["boxes"][0]
             shown = is_nonempty(boxes).numpy()
             lines = [f"{video}, second {second}"]
-            for order, (box, own) in enumerate(zip(boxes[shown], labels[0][shown])):
-                name, colour = COLOURS[order % len(COLOURS)]
+            for index, (box, label) in enumerate(zip(boxes[shown], labels[0][shown])):
+                name, colour = COLOURS[index % len(COLOURS)]
                 draw_box(pixels, box, colour)
-                lines.append(f"{name}: {label_text(own, manifest.classes) or 'nothing'}")
+                lines.append(f"{name}: {label_text(label, manifest.classes) or 'no label'}")
             rows.append(pixels)
             captions.append("\n".join(lines if len(lines) > 1 else [*lines, "no box in the crop"]))
-    plots.save_clips(rows, captions, Path(path), f"{manifest.folder}, {split}: the first clips of training")
+    plots.save_clips(rows, captions, Path(path), f"{manifest.folder}, {split}: first training clips")
     return Path(path)
 
 
 def draw_box(pixels: np.ndarray, box: Any, colour: tuple[int, int, int], width: int = 2) -> None:
-    """Draws the outline of a box into pictures.
+    """Draws the outline of a box into images, in place.
 
     Args:
-        pixels: [..., height, width, 3], written to.
-        box: x1, y1, x2, y2 in [0, 1].
-        colour: RGB.
-        width: of the line in pixels, inwards.
+        pixels: images [..., height, width, 3].
+        box: x1, y1, x2, y2 relative to the image, in [0, 1].
+        colour: RGB value.
+        width: line width in pixels, drawn inwards.
     """
-    height, across = pixels.shape[-3:-1]
-    x1, x2 = (round(float(x) * (across - 1)) for x in (box[0], box[2]))
-    y1, y2 = (round(float(y) * (height - 1)) for y in (box[1], box[3]))
+    image_height, image_width = pixels.shape[-3:-1]
+    x1, x2 = (round(float(x) * (image_width - 1)) for x in (box[0], box[2]))
+    y1, y2 = (round(float(y) * (image_height - 1)) for y in (box[1], box[3]))
     inside = pixels[..., y1 : y2 + 1, x1 : x2 + 1, :]
     for edge in (slice(None, width), slice(-width, None)):
         inside[..., edge, :, :] = colour
@@ -158,7 +158,7 @@ def draw_box(pixels: np.ndarray, box: Any, colour: tuple[int, int, int], width: 
 
 
 def label_text(label: Any, classes: tuple[str, ...]) -> str:
-    """The class of a label, or the classes of a multi-hot one."""
+    """Returns the class name of a label, or the comma-separated class names of a multi-hot label."""
     if np.ndim(label) == 0:
         return classes[int(label)]
     return ", ".join(classes[index] for index in np.flatnonzero(label))

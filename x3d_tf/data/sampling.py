@@ -1,11 +1,11 @@
-"""Which frames and which crops of a video a network sees: index arithmetic only. Imports no TensorFlow.
+"""Index arithmetic for sampling frames and crops of a video. Imports no TensorFlow.
 
-Every function takes the array namespace to compute in, `xp`: numpy, or `tensorflow.experimental.numpy` inside a tf.data
-graph. There is one formula for both, in float64 and with multiplications before divisions, so that products of whole
-numbers are exact. Where the rate, or the length of a clip in frames, is no whole number (8.16 frames a second; X3D-M at
-1 a second) rounding may leave a position just below a whole frame, and truncation then takes the frame before.
+Functions take the array namespace `xp`: numpy, or `tensorflow.experimental.numpy` inside a tf.data graph. Both compute
+the same formulas in float64, with multiplications before divisions, so that products of integers are exact. If the
+frame rate or the clip length in frames is not an integer (8.16 frames per second; X3D-M at 1 frame per second),
+rounding may leave a position just below an integer, and truncation then gives the preceding frame.
 
-A video is `frames` long at `fps` frames a second; strides are counted at 30 frames a second, whatever `fps` is.
+A video has `frames` frames at `fps` frames per second. Strides are counted at 30 frames per second for every `fps`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import Network
 
 STRIDE_FPS = 30.0  # frames per second at which the paper and PySlowFast count temporal strides
-UNSTORED_SHORT_SIDE = 256  # pixels; PySlowFast's instructions scale the videos of Kinetics to it before anything else
+UNSTORED_SHORT_SIDE = 256  # pixels; PySlowFast's instructions first scale the videos of Kinetics to this size
 
 
 def decoded_short_side(stored: Storage | None, resize: int) -> int:
-    """Short side in pixels to which larger frames of a video are scaled as they are decoded.
+    """Returns the short side in pixels to which larger frames are scaled during decoding.
 
-    That of the records that a network was trained on. Where frames were not stored it is 256, or `resize` where that is
-    more: the videos that released weights were trained on had been scaled to it, and whole frames of 4K video would
-    take gigabytes and, scaled down without antialiasing, flicker.
+    This is the short side of the records that the network was trained on. Without records it is the larger of 256 and
+    `resize`: released weights were trained on videos scaled to 256. Full 4K frames would also take gigabytes, and would
+    flicker when scaled down without antialiasing.
 
     Args:
-        stored: of the network.
-        resize: short side that the network's frames are scaled to then, as in `ViewSpec`.
+        stored: storage format of the network's training records, or None.
+        resize: short side to which frames are then scaled for the network, as in `ViewSpec`.
     """
     return max(UNSTORED_SHORT_SIDE, resize) if stored is None else stored.short_side
 
 
 def input_contract(model: "Network") -> dict[str, Any]:
-    """Returns what applications feed a network and how they make it of a video, in numbers and in words, for JSON.
+    """Returns the network's input format and the steps from a video to it, as numbers and text for JSON.
 
-    The entries of `rules` are in the order in which they are followed; their names are those of the other entries.
+    The entries of `rules` are in the order of the steps and are named after the other entries.
     """
     clip, detects = model.clip, model.task == "detection"
-    far = 10 * round(clip_length(clip, STRIDE_FPS))  # from both ends of a video
+    far = 10 * round(clip_length(clip, STRIDE_FPS))  # a frame far from both ends of the video
     if detects:
         offsets = key_frame_indices(far, 2 * far, STRIDE_FPS, clip) - far
     else:
@@ -51,9 +51,9 @@ def input_contract(model: "Network") -> dict[str, Any]:
     return {
         "frames": clip.frames,
         "stride": clip.stride,
-        "frames_per_second": STRIDE_FPS,  # of a video whose frames the stride counts
+        "frames_per_second": STRIDE_FPS,  # frame rate at which the stride is counted
         "frame_sampling": "key_frame" if detects else model.frame_sampling,
-        "offsets": offsets.tolist(),  # of the frames of a clip from its start, in a video of that rate
+        "offsets": offsets.tolist(),  # frames of a clip relative to its start, at that rate
         **({} if detects else {"clips": model.test_views}),
         "stored": stored_to_json(model.stored),
         "decoded_short_side": decoded_short_side(model.stored, model.expansion.test_size),
@@ -69,55 +69,54 @@ def input_contract(model: "Network") -> dict[str, Any]:
 def _rules(model: "Network") -> dict[str, str]:
     step = "(span - 1) / (frames - 1)" if model.frame_sampling == "slowfast" else "stride * fps / frames_per_second"
     return {
-        "fps": "frames a second of the video, constant, as a 32-bit float",
-        "span": "stride * frames * fps / frames_per_second: frames of the video that a clip spans, not rounded",
+        "fps": "constant frame rate of the video in frames per second, as a 32-bit float",
+        "span": "stride * frames * fps / frames_per_second: number of video frames that a clip spans, not rounded",
         "clips": "clip k = 0 ... clips - 1 starts at frame k * floor(last / (clips - 1)), where last = "
-        "max(frames of the video - span, 0); a clip alone starts at floor(last / 2)",
-        "offsets": f"frame i = 0 ... frames - 1 of a clip is frame floor(start + i * {step}) of the video, and where "
-        "that is past the end, the last frame of the video",
+        "max(frames of the video - span, 0); a single clip starts at floor(last / 2)",
+        "offsets": f"frame i = 0 ... frames - 1 of a clip is frame floor(start + i * {step}) of the video, or the last "
+        "frame if that is past the end",
         **_picture_rules(model),
-        "prediction": "the mean of the probabilities of the clips",
+        "prediction": "mean of the probabilities over the clips",
     }
 
 
 def _key_frame_rules(model: "Network") -> dict[str, str]:
     return {
-        "fps": "frames a second of the video, constant, as a 32-bit float",
-        "span": "stride * frames * fps / frames_per_second: frames of the video that a clip spans, not rounded",
+        "fps": "constant frame rate of the video in frames per second, as a 32-bit float",
+        "span": "stride * frames * fps / frames_per_second: number of video frames that a clip spans, not rounded",
         "offsets": "frame i = 0 ... frames - 1 of a clip is frame key - floor(span / 2) + floor(i * stride * fps / "
-        "frames_per_second) of the video, where key is the key frame, and where that is past an end, the frame there",
+        "frames_per_second) of the video, where key is the key frame; past an end, the first or last frame",
         **_picture_rules(model),
     }
 
 
 def _picture_rules(model: "Network") -> dict[str, str]:
-    """From a decoded frame to the pixels of the clip."""
+    """Returns the rules from a decoded frame to the pixels of a clip."""
     stored = model.stored
     jpeg = (
-        f"compressed as a JPEG file of quality {stored.jpeg_quality}, and decoded by the accurate integer transform"
+        f"compressed as a JPEG file with quality {stored.jpeg_quality} and decoded with the accurate integer DCT"
         if stored
-        else "as it is decoded"
+        else "used as decoded"
     )
     sizes = "height and width become `resize`"
     if not model.stretch:
         sizes = "the short side becomes `resize`, the long side floor(long side * resize / short side)"
     return {
-        "decoded_short_side": "a frame whose short side is longer is scaled to it, the long side rounded down, by "
-        "FFmpeg's bilinear scaler, interlaced ones as whole pictures; others keep their size",
+        "decoded_short_side": "a frame with a longer short side is scaled to it by FFmpeg's bilinear scaler, with the "
+        "long side rounded down and interlaced frames scaled as progressive; smaller frames keep their size",
         "stored": f"each frame of a clip is {jpeg}",
         "resize": f"{sizes}; bilinear with half-pixel centres, without antialiasing, not rounded",
-        "crop": "the square of that side whose first row is ceil((height - crop) / 2) and whose first column is "
-        "ceil((width - crop) / 2)",
+        "crop": "square with this side, first row ceil((height - crop) / 2) and first column ceil((width - crop) / 2)",
     }
 
 
 def clip_length(clip: ClipSpec, fps: Any) -> Any:
-    """Source frames that a clip spans, τ·T·fps/30, float64, not rounded."""
+    """Returns the number of source frames that a clip spans, τ·T·fps/30, float64, not rounded."""
     return clip.stride * clip.frames * fps / STRIDE_FPS
 
 
 def last_start(frames: Any, fps: Any, clip: ClipSpec, xp: Any = np) -> Any:
-    """The largest start of a clip, in source frames, float64; training starts are uniform in [0, this).
+    """Returns the largest start of a clip in source frames, float64. Training starts are uniform below it.
 
     0 for videos shorter than the clip. (PySlowFast `decoder.get_start_end_idx`.)
     """
@@ -125,37 +124,38 @@ def last_start(frames: Any, fps: Any, clip: ClipSpec, xp: Any = np) -> Any:
 
 
 def require_windows(clip: ClipSpec, window: float | None, hop: float | None) -> None:
-    """Raises `UserError` unless predictions can be made for such windows of a video.
+    """Raises `UserError` unless a video can be divided into such windows.
 
     Args:
-        clip: of the network.
-        window: seconds; None is the whole video.
-        hop: seconds from the start of one window to that of the next; None is the window's length.
+        clip: the network's clip.
+        window: window length in seconds; None means the complete video.
+        hop: seconds between the starts of two windows; None means the window's length.
     """
     span = clip.stride * clip.frames / STRIDE_FPS
-    require(window is None or window >= span, "window", f"be at least {span:g} s, a clip of the network", window)
-    require(hop is None or window is not None, "hop", "come with a window", hop)
+    require(
+        window is None or window >= span, "window", f"be at least {span:g} s, the length of the network's clip", window
+    )
+    require(hop is None or window is not None, "hop", "be set together with window", hop)
     require(hop is None or hop > 0, "hop", "be positive", hop)
 
 
 def view_starts(
     frames: Any, fps: Any, clip: ClipSpec, temporal_views: int, clip_starts: ClipStarts = "offset", xp: Any = np
 ) -> Any:
-    """Starts of the clips that testing looks at, in source frames, float64 [temporal_views].
+    """Returns the starts of the clips for evaluation, in source frames, float64 [temporal_views].
 
     Args:
-        frames, fps: length of the video and its rate.
+        frames, fps: number of frames and frame rate of the video.
         clip: the network's clip.
-        temporal_views: clips, K.
-        clip_starts: "offset" spreads them evenly from the first possible start on, in steps of
-            floor(last_start/(K-1)) frames, so that the last of them is less than K-1 frames before `last_start`; where
-            K is 1 it takes the middle, as the paper's section 4.3 says. "slowfast" is PySlowFast's default,
-            last_start·k/K, which ends last_start/K before that: with it compare against released 10- and 30-view
-            numbers.
+        temporal_views: number of clips, K.
+        clip_starts: "offset" spreads the clips evenly from frame 0 in steps of floor(last_start/(K-1)) frames, so that
+            the last one starts less than K-1 frames before `last_start`; a single clip is centred, as in section 4.3 of
+            the paper. "slowfast" is PySlowFast's default, last_start·k/K, whose last clip starts last_start/K before
+            `last_start`. Use it to compare with released 10- and 30-view results.
         xp: array namespace.
 
     Raises:
-        UserError: an unknown `clip_starts`.
+        UserError: `clip_starts` has another value.
     """
     require(clip_starts in ("offset", "slowfast"), "clip_starts", 'be "offset" or "slowfast"', clip_starts)
     last = last_start(frames, fps, clip, xp)
@@ -170,22 +170,21 @@ def view_starts(
 def frame_indices(
     start: Any, frames: Any, fps: Any, clip: ClipSpec, sampling: FrameSampling = "slowfast", xp: Any = np
 ) -> Any:
-    """Indices of a clip's frames.
+    """Returns the indices of a clip's frames.
 
     Args:
-        start: first source frame, float64 [...]; need not be whole.
-        frames, fps: length of the video and its rate.
+        start: first source frame, float64 [...]; may be fractional.
+        frames, fps: number of frames and frame rate of the video.
         clip: the network's clip.
-        sampling: "slowfast" spreads the frames evenly from the first to the last frame of the span, so that they lie
-            (τT-1)/(T-1) apart (PySlowFast `decoder.temporal_sampling`; released weights were trained so); "exact"
-            takes every τ-th.
+        sampling: "slowfast" spreads the frames evenly from the first to the last frame of the span, (τT-1)/(T-1) apart,
+            as released weights were trained (PySlowFast `decoder.temporal_sampling`). "exact" takes every τ-th frame.
         xp: array namespace.
 
     Returns:
-        int64 [..., T] in 0..frames-1; a clip that reaches past the end repeats the last frame.
+        int64 [..., T] in 0..frames-1; a clip that extends past the end repeats the last frame.
 
     Raises:
-        UserError: an unknown `sampling`.
+        UserError: `sampling` has another value.
     """
     require(sampling in ("slowfast", "exact"), "frame_sampling", 'be "slowfast" or "exact"', sampling)
     steps = xp.arange(clip.frames, dtype=xp.float64)
@@ -202,28 +201,28 @@ def frame_indices(
 def view_indices(
     frames: int, fps: float, clip: ClipSpec, temporal_views: int, sampling: FrameSampling
 ) -> NDArray[np.int64]:
-    """Indices of the frames of all clips that a video is predicted by, int64 [temporal_views, T].
+    """Returns the frame indices of all clips for a prediction of a video, int64 [temporal_views, T].
 
-    Arguments as `view_starts`, which spreads the clips by "offset", and `frame_indices`.
+    The arguments are those of `view_starts`, with clip starts "offset", and `frame_indices`.
     """
     starts = view_starts(frames, fps, clip, temporal_views)
     return np.asarray(frame_indices(starts, frames, fps, clip, sampling))
 
 
 def key_frame_indices(key_frame: Any, frames: Any, fps: Any, clip: ClipSpec, xp: Any = np) -> Any:
-    """Indices of the frames of the clip around a key frame.
+    """Returns the frame indices of the clip around a key frame.
 
-    The key frame is the first of the second half; frames lie τ apart, counted at 30 frames a second. X3D-S, whose clip
-    is 78 frames long, leaves it out itself. (PySlowFast `utils.get_sequence`.)
+    The key frame begins the second half of the clip. Frames are τ apart, counted at 30 frames per second. The clip of
+    X3D-S, which spans 78 frames, does not include the key frame itself. (PySlowFast `utils.get_sequence`.)
 
     Args:
-        key_frame: its index.
-        frames, fps: length of the video and its rate.
+        key_frame: index of the key frame.
+        frames, fps: number of frames and frame rate of the video.
         clip: the network's clip.
         xp: array namespace.
 
     Returns:
-        int64 [T] in 0..frames-1; a clip that reaches past an end repeats the frame there.
+        int64 [T] in 0..frames-1; a clip that extends past an end repeats the first or last frame.
     """
     fps = _float64(fps, xp)
     steps = xp.floor(xp.arange(clip.frames, dtype=xp.float64) * (clip.stride * fps) / STRIDE_FPS)
@@ -233,7 +232,7 @@ def key_frame_indices(key_frame: Any, frames: Any, fps: Any, clip: ClipSpec, xp:
 
 
 def resized_shape(height: Any, width: Any, short_side: Any, xp: Any = np) -> tuple[Any, Any]:
-    """Height and width in pixels after scaling the short side to `short_side`; the long side is rounded down.
+    """Returns height and width in pixels after scaling the short side; the long side is rounded down.
 
     (PySlowFast `transform.random_short_side_scale_jitter`.)
     """
@@ -242,14 +241,14 @@ def resized_shape(height: Any, width: Any, short_side: Any, xp: Any = np) -> tup
 
 
 def crop_offsets(height: Any, width: Any, crop: int, spatial_crops: int, xp: Any = np) -> list[tuple[Any, Any]]:
-    """Top and left pixel of each crop: the centre alone, or left, centre, right along the longer side.
+    """Returns the top and left pixel of each crop: the centre, or three crops along the longer side.
 
     (PySlowFast `transform.uniform_crop`; the centre is rounded up.)
 
     Args:
-        height, width: of the frame, both at least `crop`.
-        crop: side of the square in pixels.
-        spatial_crops: 1 or 3.
+        height, width: size of the frame, at least `crop`.
+        crop: side of the square crop in pixels.
+        spatial_crops: number of crops, 1 or 3.
         xp: array namespace.
     """
     top, left = (height - crop + 1) // 2, (width - crop + 1) // 2

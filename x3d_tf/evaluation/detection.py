@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from x3d_tf.config import Detection, TrainConfig
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.build.key_frames import key_frames_of
-from x3d_tf.data.datasets.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, of_all_actions
+from x3d_tf.data.build.key_frames import num_key_frames_setting
+from x3d_tf.data.datasets.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, one_row_per_action
 from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.data.detection_pipeline import evaluation_key_frames, require_proposals
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
@@ -75,7 +75,7 @@ class SplitDetections:
             np.ones(count),
             np.zeros(count, np.int32),
         )
-        found = of_all_actions(frames, self.records, self.boxes, self.scores)
+        found = one_row_per_action(frames, self.records, self.boxes, self.scores)
         return truth, found
 
 
@@ -184,7 +184,7 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
     found, scores = score_split(model, manifest, split, config.detection)
     side, cost = model.eval_size, cost_of(model)
     records = len(manifest.split(split).records)
-    listed = manifest.settings.get(key_frames_of(split))
+    listed = manifest.settings.get(num_key_frames_setting(split))
     missing = max(listed - records, 0) if isinstance(listed, int) else 0
     settings = {
         "network": name_of(model.expansion),

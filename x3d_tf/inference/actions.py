@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from x3d_tf.data import transforms
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.datasets.ava import BoxTable, KeyFrame, of_all_actions, read_boxes
+from x3d_tf.data.datasets.ava import BoxTable, KeyFrame, one_row_per_action, read_boxes
 from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.sampling import decoded_short_side, key_frame_indices
 from x3d_tf.data.video.clip_reader import cut_clips
@@ -208,7 +208,7 @@ def detections(scores_of: Mapping[str, Sequence[ActionScores]], starts_at: int =
     places = np.repeat(np.arange(len(rows)), [len(row.boxes) for row in rows])
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(row.boxes for row in rows)])
     scores = np.concatenate([np.zeros((0, classes), np.float32), *(row.scores for row in rows)])
-    return of_all_actions(frames, places, boxes, scores)
+    return one_row_per_action(frames, places, boxes, scores)
 
 
 def format_actions(scores: ActionScores, names: Sequence[str], threshold: float) -> list[list[str]]:

@@ -100,7 +100,7 @@ class DetectorValidation:
             raise UserError(
                 f"validation split {split!r} of {manifest.folder} must have at least one key frame{seconds}"
             )
-        self._model, self._manifest, self._split = model, manifest.keeping(split, selected), split
+        self._model, self._manifest, self._split = model, manifest.with_records(split, selected), split
         self._detection = detection
 
     def __call__(self) -> Score:

@@ -1,4 +1,4 @@
-"""Video files -> records: decodes them in parallel, writes whole shards and the manifest, goes on where it stopped.
+"""Builds records from videos: decodes in parallel, writes shards and the manifest, resumes an interrupted build.
 
 Imports no TensorFlow at the top: commands that only read settings import this module.
 """
@@ -15,29 +15,29 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from x3d_tf.data.build import class_names
+from x3d_tf.data.build.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_error
+from x3d_tf.data.build.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
+from x3d_tf.data.build.sources import Sources, Video, find_videos, read_csv
+from x3d_tf.data.build.state import BuildFolder, Failure, FinishedShard, open_build
+from x3d_tf.data.records import index
+from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.video.decode import EncodedVideo, VideoError
+from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import WriteError
 from x3d_tf.processes import available_cpus
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.text import counted
-from x3d_tf.data.build import class_names
-from x3d_tf.data.records import index
-from x3d_tf.data.build.state import BuildFolder, Failure, Finished, open_build
-from x3d_tf.data.build.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_reason
-from x3d_tf.data.build.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
-from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.data.build.sources import (Sources, Video, find_videos, read_csv)
-from x3d_tf.data.video.image_sequences import FOLDER_FPS
-from x3d_tf.data.video.decode import EncodedVideo, VideoError
 from x3d_tf.types import Storage
 
-_FASTEST = 1000.0  # images a second that a folder of frames may have
-ESTIMATE_FROM = 16  # videos, from which the size of all is estimated
+_FASTEST = 1000.0  # highest frame rate of a folder of frames
+ESTIMATE_AFTER = 16  # number of videos after which the total size is estimated
 
 
 @dataclass(frozen=True)
-class _Coding:
-    """How frames are stored: short side in pixels, quality of JPEG, the processes that do it and seconds a video."""
+class _EncodingSettings:
+    """Encoding settings: short side in pixels, JPEG quality, number of worker processes, seconds allowed per video."""
 
     short_side: int
     quality: int
@@ -49,22 +49,22 @@ class _Coding:
         require(1 <= self.quality <= 95, "quality", "be in 1..95", self.quality)
         require(self.workers is None or self.workers >= 1, "workers", "be at least 1", self.workers)
         require(0 < self.timeout <= 1e6, "timeout", "be above 0 and at most 1,000,000 seconds", self.timeout)
-        self.stored()  # has an upper bound of its own
+        self.storage()  # checks the upper bound of short_side
 
-    def stored(self) -> Storage:
-        """What the manifest says of the frames."""
+    def storage(self) -> Storage:
+        """Returns the manifest's entry on how frames are stored."""
         return Storage(self.short_side, self.quality)
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build wrote.
+    """Result of a build.
 
     Attributes:
-        manifest: of the records.
-        failures: how many files are listed in `failures.csv`.
-        was_finished: whether an earlier run had written all, so that nothing was done now.
-        to_retry: how many videos took too long, or changed meanwhile: the next run tries them again.
+        manifest: manifest of the records.
+        failures: number of files listed in `failures.csv`.
+        was_finished: True if an earlier run had finished the build, so that this one did nothing.
+        to_retry: number of videos that took too long or changed during the build; the next run retries them.
     """
 
     manifest: Manifest
@@ -88,45 +88,45 @@ def build_records(
     timeout: float = TIMEOUT,
     progress: bool = True,
 ) -> BuildResult:
-    """Turns videos into records.
+    """Builds records from videos.
 
-    Equal videos and settings give equal bytes, whatever the number of workers, and also where a build was stopped, even
-    killed, and called again: it goes on after the last finished shard. Files that cannot be decoded are listed with
-    their reasons in `failures.csv`, and the rest goes on; hidden files are ignored. Those that took too long or
-    changed meanwhile are tried again when the same build is started again; others once their files have changed. After
-    the first videos the size of all is estimated and compared with the free disk. Worker processes are spawned: a
-    script that calls this guards its entry with `if __name__ == "__main__":`.
+    The same videos and settings always give the same bytes, for any number of workers. An interrupted build resumes
+    after the last finished shard when it is started again. Hidden files are ignored. Files that cannot be decoded are
+    listed in `failures.csv` with their reasons, and the build continues without them. The next run retries videos that
+    took too long or changed during the build; it retries other failures once their files have changed. After the
+    first videos, the total size is estimated and compared with the free disk space. Worker processes are spawned, so
+    a script that calls this function must guard its entry with `if __name__ == "__main__":`.
 
     Args:
-        videos: holds a folder of videos for each class; or such folders below one folder for each split. With `csv`
-            the folder that its paths are relative to; None is that of the csv file.
-        output: folder for the records: new, empty, or of the same build.
-        csv: instead of folders, a file that lists the videos, UTF-8, with the columns `path` and `label` and any of
-            `split` ("train", "val", "test" or what `splits` names), `start` and `end` (the seconds to keep of the
-            video; without them all of it), separated by commas, ";" or tabs. A file may be listed several times with
-            different times. Several labels separated by ";" in any line (in quotes where ";" separates columns) make
-            the records multi-label.
-        splits: names of the split folders, or of what the csv file's column holds. By default the folders "train",
-            "val" and "test" (also "training", "valid", "validate", "validation" and "testing", in any case), where
-            there are "train" and another: they are the splits "train", "val" and "test". Else all is "train".
-        split: instead, the part of each class's videos that becomes "test", in (0, 1); the others become "train".
-            Where videos have several classes, the part of all videos.
-        classes: text file with the name of a class on each line, in the order of their labels; a label may then also be
-            the number of a line, from 0. By default the names found: by value where all are digits, else
-            alphabetically. Names that look like a slip ("hug" beside "Hug ", "nan") get a warning.
-        short_side: of the stored frames, in pixels; smaller videos keep their size.
-        quality: of the JPEG files, 1..95.
-        seed: of the order in the shards and of the choice of test videos.
-        workers: processes that decode; one for each CPU by default.
-        timeout: seconds that decoding one video may take.
-        progress: whether to show a progress bar and the estimate.
+        videos: folder with one folder of videos per class, or with one folder per split that holds such class folders.
+            With `csv`, the folder that its paths are relative to; defaults to the folder of the csv file.
+        output: folder for the records: new, empty, or from the same build.
+        csv: csv file that lists the videos, in place of class folders. UTF-8, delimited by commas, ";" or tabs.
+            Required columns: `path` and `label`. Optional columns: `split` ("train", "val", "test", or the names in
+            `splits`), `start` and `end` (seconds of the video to keep; default to the complete video). A file may be
+            listed several times with different times. Several labels in any row, separated by ";" (in quotes if ";" is
+            the delimiter), make the records multi-label.
+        splits: names of the split folders, or of the splits in the csv file. By default the folders "train", "val" and
+            "test" are used if "train" and another one exist (the spellings "training", "valid", "validate",
+            "validation" and "testing" count too, in any case); otherwise all videos go to "train".
+        split: fraction of each class's videos for the split "test", in (0, 1), the rest going to "train"; excludes
+            `splits`. For multi-label videos, the fraction of all videos.
+        classes: text file with one class name per line, in the order of their labels; a label may then also be a line
+            number, counted from 0. Defaults to the names found, sorted by value if all are digits, else
+            alphabetically. Suspicious names ("hug" next to "Hug ", "nan") cause a warning.
+        short_side: short side of the stored frames in pixels; smaller videos are not upscaled.
+        quality: JPEG quality of the stored frames, 1..95.
+        seed: random seed for the order of the videos and for the choice of test videos.
+        workers: number of decoder processes. Defaults to the number of CPUs.
+        timeout: seconds that decoding a video may take.
+        progress: shows a progress bar and the estimated size.
 
     Raises:
-        UserError: a setting out of range; folders, files or lines that are not as above; an `output` of another build
-            or of something else; a split without a video that can be read; workers that cannot start; a disk too small,
-            full or without permission: what is finished stays.
+        UserError: a setting is out of range; folders, files or rows differ from the description above; `output` holds
+            another build or other files; a split has no readable video; workers cannot start; or the disk is too
+            small, full or not writable, in which case finished shards stay.
     """
-    coding = _Coding(short_side, quality, workers, timeout)
+    encoding = _EncodingSettings(short_side, quality, workers, timeout)
     root = None if videos is None else Path(videos)
     names = None if classes is None else Path(classes)
     if csv is not None:
@@ -134,9 +134,9 @@ def build_records(
     elif root is not None:
         sources = find_videos(root, splits=splits, split=split, seed=seed, classes=names)
     else:
-        raise UserError("videos or csv must be given")
-    draw = {"splits": list(splits) if splits else None, "split": split}  # tell builds apart before their videos do
-    return _build(sources, Path(output), "videos" if csv is None else "csv", coding, seed, draw, progress)
+        raise UserError("videos or csv must be set")
+    split_settings = {"splits": list(splits) if splits else None, "split": split}  # identify a build, like its videos
+    return _build(sources, Path(output), "videos" if csv is None else "csv", encoding, seed, split_settings, progress)
 
 
 def build_key_frames(
@@ -156,34 +156,34 @@ def build_key_frames(
     timeout: float = TIMEOUT,
     progress: bool = True,
 ) -> BuildResult:
-    """Turns the key frames that AVA's files name into records of action detection, one with the frames around each.
+    """Builds records for action detection, one per key frame in AVA's csv files, each with the frames around it.
 
-    Otherwise as `build_records`.
+    Works like `build_records` in all other respects.
 
     Args:
-        videos: holds for each video a file `NAME.*`, or a folder `NAME` with its frames as images, whose names end
-            with their numbers. Where numbers are left out, the image before them is repeated.
-        output: folder for the records: new, empty, or of the same build.
-        boxes: by split, the csv file of boxes and their actions; see `x3d_tf.data.datasets.ava.read_boxes`.
-        proposals: by split, that of the boxes of a person detector, with scores.
-        exclusions: by split, that of key frames to leave out.
-        label_map: .pbtxt file of the actions; AVA's 80 unless given.
-        starts_at: second of the film at which the files begin; AVA's are cut at minute 15.
-        frame_rate: images a second in folders of frames.
+        videos: folder with a file `NAME.*` for each video, or a folder `NAME` with its frames as images, whose names
+            end with their frame numbers. A missing number repeats the image before it.
+        output: folder for the records: new, empty, or from the same build.
+        boxes: csv file of labelled boxes for each split; see `x3d_tf.data.datasets.ava.read_boxes`.
+        proposals: csv file of a person detector's boxes and scores for each split.
+        exclusions: csv file of the key frames to leave out, for each split.
+        label_map: .pbtxt file of the actions. Defaults to AVA's 80 actions.
+        starts_at: timestamp of the first frame of the video files in seconds; AVA's files begin at minute 15.
+        frame_rate: images per second, for folders of frames.
         short_side, quality, seed, workers, timeout, progress: see `build_records`.
 
     Raises:
-        UserError: see `build_records` and `key_frames.find_key_frames`. Videos that are missing, or end before a key
-            frame, are listed in `failures.csv`.
+        UserError: see `build_records` and `key_frames.find_key_frames`. Videos that are missing or end before a key
+            frame raise no error; they are listed in `failures.csv`.
     """
-    coding = _Coding(short_side, quality, workers, timeout)
-    require(0 <= starts_at < math.inf, "starts_at", "be seconds, at least 0", starts_at)
+    encoding = _EncodingSettings(short_side, quality, workers, timeout)
+    require(0 <= starts_at < math.inf, "starts_at", "be at least 0 seconds", starts_at)
     require(
-        0 < frame_rate <= _FASTEST, "frame_rate", f"be above 0 and at most {_FASTEST:g} images a second", frame_rate
+        0 < frame_rate <= _FASTEST, "frame_rate", f"be above 0 and at most {_FASTEST:g} images per second", frame_rate
     )
 
-    def paths(given: Mapping[str, str | Path] | None) -> dict[str, Path]:
-        return {split: Path(path) for split, path in (given or {}).items()}
+    def paths(files: Mapping[str, str | Path] | None) -> dict[str, Path]:
+        return {split: Path(path) for split, path in (files or {}).items()}
 
     sources = find_key_frames(
         Path(videos),
@@ -196,37 +196,43 @@ def build_key_frames(
         seed=seed,
     )
     margin = {"margin": MARGIN, "starts_at": starts_at}
-    return _build(sources, Path(output), "key frames", coding, seed, margin, progress)
+    return _build(sources, Path(output), "key frames", encoding, seed, margin, progress)
 
 
 def _build(
-    sources: Sources, output: Path, source: str, coding: _Coding, seed: int, draw: dict[str, Any], progress: bool
+    sources: Sources,
+    output: Path,
+    source: str,
+    encoding: _EncodingSettings,
+    seed: int,
+    extra: dict[str, Any],
+    progress: bool,
 ) -> BuildResult:
-    settings: dict[str, int | float | str] = {"source": source, "seed": seed, **sources.facts}
-    build = {"short_side": coding.short_side, "quality": coding.quality, "videos_per_shard": index.VIDEOS_PER_SHARD}
-    for doubt in class_names.doubts(sources.classes):
-        warnings.warn(doubt, stacklevel=3)
+    settings: dict[str, int | float | str] = {"source": source, "seed": seed, **sources.extra_settings}
+    build = {"short_side": encoding.short_side, "quality": encoding.quality, "videos_per_shard": index.VIDEOS_PER_SHARD}
+    for warning in class_names.suspicious_names(sources.classes):
+        warnings.warn(warning, stacklevel=3)
     _check_splits(sources)
-    with open_build(output, settings | draw | build, sources) as folder:
+    with open_build(output, settings | extra | build, sources) as folder:
         if folder.is_finished:
-            result = BuildResult(_whole(folder), folder.count_failures(), was_finished=True)
+            result = BuildResult(_load_manifest(folder), folder.count_failures(), was_finished=True)
         else:
-            result = _Build(folder, sources, coding, progress).run(settings)
+            result = _Build(folder, sources, encoding, progress).run(settings)
         folder.clean()
     return result
 
 
 def _check_splits(sources: Sources) -> None:
-    """Raises where a split has nothing to make records of: training would find that out much later."""
+    """Raises if a split is empty, which training would report much later."""
     for name, videos in sources.splits.items():
         if not videos:
             unusable = sources.unusable
-            why = f": {counted(len(unusable), 'unusable entry')}, such as {unusable[0]}" if unusable else ""
-            raise UserError(f"split {name} has no videos{why}. Give it some, or leave it out with --splits")
+            why = f" ({counted(len(unusable), 'unusable entry')}; the first: {unusable[0]})" if unusable else ""
+            raise UserError(f"split {name} has no videos{why}. Add videos to it, or leave it out of --splits")
 
 
 class _Shard(NamedTuple):
-    """A shard to be made: its split, its file's name, and the videos it is to hold."""
+    """A planned shard: its split, its file name and its videos."""
 
     split: str
     file: str
@@ -234,25 +240,25 @@ class _Shard(NamedTuple):
 
 
 class _Build:
-    """One run over the shards that are not finished yet."""
+    """A run that writes the shards that are not finished yet."""
 
-    def __init__(self, folder: BuildFolder, sources: Sources, coding: _Coding, progress: bool) -> None:
-        self.folder, self.sources, self.coding, self.progress = folder, sources, coding, progress
+    def __init__(self, folder: BuildFolder, sources: Sources, encoding: _EncodingSettings, progress: bool) -> None:
+        self.folder, self.sources, self.encoding, self.progress = folder, sources, encoding, progress
         self.shards = [
             _Shard(split, file, videos[part])
             for split, videos in sources.splits.items()
             for file, part in index.plan_shards(split, len(videos))
         ]
-        found = {shard.file: folder.finished(shard.file) for shard in self.shards}
+        found = {shard.file: folder.load_finished(shard.file) for shard in self.shards}
         self.finished = {file: finished for file, finished in found.items() if finished is not None}
         pending = [video for shard in self.shards if shard.file not in self.finished for video in shard.videos]
         self.pending = [video._replace(state=folder.states[video.path]) for video in pending]
-        encode: Encode = partial(encode_or_reason, short_side=coding.short_side, quality=coding.quality)
-        self.encoded = encode_all(self.pending, encode, coding.workers or available_cpus(), coding.timeout)
+        encode: Encode = partial(encode_or_error, short_side=encoding.short_side, quality=encoding.quality)
+        self.encoded = encode_all(self.pending, encode, encoding.workers or available_cpus(), encoding.timeout)
         self.estimate = _Estimate(self.pending)
 
     def run(self, settings: dict[str, int | float | str]) -> BuildResult:
-        """Writes what is missing, then the manifest."""
+        """Writes the missing shards, then the manifest."""
         with starting_tensorflow(devices=False):
             from x3d_tf.data.records.format import join_shards
 
@@ -270,36 +276,36 @@ class _Build:
                         failures = self._write_failures()
                     except WriteError as error:
                         raise UserError(
-                            f"{error}; finished shards stay, {len(self.finished)} of {len(self.shards)}, and the same "
-                            "command resumes from there"
+                            f"{error}. {len(self.finished)} of {counted(len(self.shards), 'shard')} are finished; "
+                            "run the same command again to resume"
                         ) from error
         splits = {
             name: join_shards([self.finished[shard.file].part for shard in self.shards if shard.split == name])
             for name in self.sources.splits
         }
         if not any(part.records for part in splits.values()):
-            self.folder.clear()  # so that it makes way for another build
-            raise UserError(f"no video can be read ({total} tried); the reasons are in {self.folder.failures}")
+            self.folder.clear()  # so that another build may use the folder
+            raise UserError(f"no video can be read ({total} tried); see {self.folder.failures} for the reasons")
         for name, part in splits.items():
             count = len(self.sources.splits[name])
             if not part.records:
                 raise UserError(
-                    f"no video of split {name} can be read ({count} tried); the reasons are in "
-                    f"{self.folder.failures}. Mend or replace them and give the same command again"
+                    f"no video of split {name} can be read ({count} tried); see {self.folder.failures} for the "
+                    "reasons. Repair or replace them and run the same command again"
                 )
-        stored, task = self.coding.stored(), self.sources.task
+        stored, task = self.encoding.storage(), self.sources.task
         manifest = Manifest(self.folder.root, self.sources.classes, splits, settings, stored, task)
         manifest.save()
-        notes = self.finished.values()
-        to_retry = sum(failure.retry for note in notes for failure in note.failures)
+        to_retry = sum(failure.retry for shard in self.finished.values() for failure in shard.failures)
         return BuildResult(manifest, failures, to_retry=to_retry)
 
-    def _write_shard(self, shard: _Shard, bar: "tqdm[Any]") -> Finished:
-        from x3d_tf.data.records.format import Source, write_shard
+    def _write_shard(self, shard: _Shard, bar: "tqdm[Any]") -> FinishedShard:
+        from x3d_tf.data.records.format import RecordSource, write_shard
 
         labels = {name: label for label, name in enumerate(self.sources.classes)}
         sources = [
-            Source(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.annotation) for v in shard.videos
+            RecordSource(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.annotation)
+            for v in shard.videos
         ]
         failed: list[Failure] = []
 
@@ -311,34 +317,36 @@ class _Build:
                 self._check_disk(bar)
 
         part = write_shard(self.folder.root / shard.file, sources, self.encoded, self.sources.classes, take)
-        finished = Finished(part, tuple(failed))
-        self.folder.finish(shard.file, finished)
+        finished = FinishedShard(part, tuple(failed))
+        self.folder.save_finished(shard.file, finished)
         return finished
 
     def _check_disk(self, bar: "tqdm[Any]") -> None:
-        """Says how much is to come; raises if there is no room for it."""
+        """Prints the estimated size; raises if it exceeds the free disk space."""
         rest, free = self.estimate.rest, shutil.disk_usage(self.folder.root).free
         if self.progress:
-            bar.write(f"about {_size(rest + self.estimate.bytes)} of records; {_size(free)} are free on the disk")
+            bar.write(
+                f"estimated size: {_format_size(rest + self.estimate.bytes)} ({_format_size(free)} free on the disk)"
+            )
         if rest > free:
             raise UserError(
-                f"output: {self.folder.root} needs about {_size(rest)} more, by the first {ESTIMATE_FROM} videos, and "
-                f"its disk has {_size(free)} free: make room, name a folder on another disk, or store less with a "
-                "lower --quality or --short_side"
+                f"output: {self.folder.root} needs about {_format_size(rest)} more, estimated from the first "
+                f"{ESTIMATE_AFTER} videos, but its disk has {_format_size(free)} free. Free disk space, use another "
+                "disk, or lower --quality or --short_side"
             )
 
     def _write_failures(self) -> int:
-        """Lists what failed so far, in the order of the videos."""
+        """Writes the failures so far, in the order of the videos; returns their number."""
         unusable = [Failure(error.path, error.reason) for error in self.sources.unusable]
         finished = [self.finished[shard.file] for shard in self.shards if shard.file in self.finished]
-        return self.folder.write_failures([*unusable, *(line for entry in finished for line in entry.failures)])
+        return self.folder.write_failures([*unusable, *(failure for shard in finished for failure in shard.failures)])
 
 
 class _Estimate:
-    """How many bytes are to come, from those of the first videos: they are in random order.
+    """Estimate of the bytes still to write, from the first videos, whose order is random.
 
-    Sizes are taken to be proportional to the seconds kept where all videos name them; else to the sizes of the files
-    where whole files are kept; else equal.
+    Assumes that sizes are proportional to durations if all videos have end times, to file sizes if all videos are
+    complete files, and equal otherwise.
     """
 
     def __init__(self, videos: Sequence[Video]) -> None:
@@ -348,27 +356,27 @@ class _Estimate:
             self._weights = [_file_size(video.path) for video in videos]
         else:
             self._weights = [1.0] * len(videos)
-        self._taken = 0
+        self._count = 0
         self.bytes = 0
 
     def add(self, result: EncodedVideo | VideoError) -> bool:
-        """Takes the next video; returns whether it is the one after which to look at the estimate."""
-        self._taken += 1
+        """Adds the next video; returns True once, when the estimate is ready to use."""
+        self._count += 1
         if isinstance(result, EncodedVideo):
             self.bytes += sum(len(frame) for frame in result.frames)
-        return self._taken == ESTIMATE_FROM < len(self._weights)
+        return self._count == ESTIMATE_AFTER < len(self._weights)
 
     @property
     def rest(self) -> float:
-        """Bytes to come."""
-        seen, rest = math.fsum(self._weights[: self._taken]), math.fsum(self._weights[self._taken :])
+        """Bytes still to write."""
+        seen, rest = math.fsum(self._weights[: self._count]), math.fsum(self._weights[self._count :])
         return self.bytes * rest / seen if seen else 0.0
 
 
-def _whole(folder: BuildFolder) -> Manifest:
+def _load_manifest(folder: BuildFolder) -> Manifest:
     manifest = Manifest.load(folder.root)
     for name in manifest.splits:
-        manifest.split(name)  # raises where a shard is gone
+        manifest.split(name)  # raises if a shard is missing
     return manifest
 
 
@@ -379,5 +387,5 @@ def _file_size(path: Path) -> float:
         return 0.0
 
 
-def _size(count: float) -> str:
+def _format_size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

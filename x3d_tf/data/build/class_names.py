@@ -1,4 +1,4 @@
-"""Names of classes: the order of their labels, and what in a list of them looks like a slip. Imports no TensorFlow."""
+"""Class names: their order, and warnings about names that look like mistakes. Imports no TensorFlow."""
 
 import re
 import unicodedata
@@ -8,33 +8,33 @@ from collections.abc import Iterable, Sequence
 from x3d_tf.errors import first_few
 from x3d_tf.text import decimal
 
-_MOST = 10  # doubts that are told one by one
+_MAX_GROUPS = 10  # groups of similar names that get a warning each
 _DIGITS = re.compile(r"[0-9]+")
 _BETWEEN_WORDS = re.compile(r"[\s_-]+")
 _MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
-_CHANGED = (  # whole names without their case, and what they suggest
+_SUSPICIOUS = (  # patterns of complete names, ignoring case, and their likely origin
     (
         r"[+-]?(1\.#(ind|qnan)|nan)|<?na>?|n/a|#n/a( n/a)?|#na|nat|null|none|\(null\)|undefined",
-        "what pandas, spreadsheets and databases write, or read, for a missing value",
+        "read as missing values by pandas, spreadsheets or databases",
     ),
-    (r"#(ref!|value!|name\?|div/0!|num!|null!|spill!|calc!)", "an error of a spreadsheet's formula"),
-    (r"true|false", "what spreadsheets and pandas turn into a truth value"),
-    (r"[+-]?[0-9]+\.0+", "what pandas and spreadsheets make of a whole number"),
-    (r"[+-]?[0-9]*\.?[0-9]+e[+-]?[0-9]+|[0-9]{16,}", "a number that spreadsheets round or write in another form"),
+    (r"#(ref!|value!|name\?|div/0!|num!|null!|spill!|calc!)", "errors of spreadsheet formulas"),
+    (r"true|false", "read as truth values by spreadsheets and pandas"),
+    (r"[+-]?[0-9]+\.0+", "integers as pandas and spreadsheets write them"),
+    (r"[+-]?[0-9]*\.?[0-9]+e[+-]?[0-9]+|[0-9]{16,}", "numbers that spreadsheets round or reformat"),
     (
         rf"[0-9]{{1,4}}([-/.])[0-9]{{1,2}}\1[0-9]{{1,4}}|[0-9]{{1,2}}[-/][0-9]{{1,4}}|[0-9]{{1,2}}[- ]?{_MONTH}"
         rf"|{_MONTH}[- ]?[0-9]{{1,4}}",
-        "what spreadsheets make of a date, or turn into one",
+        "read as dates by spreadsheets",
     ),
 )
-_PATTERNS = tuple((re.compile(pattern, re.ASCII | re.IGNORECASE), reason) for pattern, reason in _CHANGED)
+_PATTERNS = tuple((re.compile(pattern, re.ASCII | re.IGNORECASE), reason) for pattern, reason in _SUSPICIOUS)
 
 
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Each name once, in the order of the labels: by value where all are digits, `9` before `10`; else as text.
+def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the distinct names in label order: by value if all are numbers (`9` before `10`), else as text.
 
     Args:
-        names: of classes; digits are ASCII ones, and of equal numbers the order is that of the text.
+        names: class names. Only ASCII digits make a number; names of equal value are sorted as text.
     """
     distinct = set(names)
     numbers = all(_DIGITS.fullmatch(name) for name in distinct)
@@ -42,40 +42,40 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _by_value(digits: str) -> tuple[int, str, str]:
-    """Sorts as (value, text) does, also numbers of more digits than Python converts."""
+    """Returns a key that sorts like (value, text), for numbers of any length: Python limits the digits of an int."""
     significant = digits.lstrip("0")
     return len(significant), significant, digits
 
 
-def doubts(names: Sequence[str]) -> list[str]:
-    """Sentences about names that look like a slip in a list: one class under two names, or damage by a spreadsheet.
+def suspicious_names(names: Sequence[str]) -> list[str]:
+    """Returns warnings about names that look like mistakes: one class under two names, or damage by a spreadsheet.
 
     Args:
-        names: of the classes, each once.
+        names: distinct class names.
 
     Returns:
-        None where nothing is to be said; names are quoted, so that spaces are seen.
+        One sentence per warning, with the names in quotes, so that spaces are visible. Empty if nothing looks wrong.
     """
-    alike = defaultdict(list)
+    similar = defaultdict(list)
     for name in names:
-        alike[_essence(name)].append(name)
-    told = [
-        f"the classes {_quoted(group)} differ only in case, spaces, hyphens or the form of numbers: are they one class?"
-        for group in alike.values()
+        similar[_normalize(name)].append(name)
+    warnings = [
+        f"the classes {_quoted(group)} differ only in case, spaces, hyphens or number format: are they the same class?"
+        for group in similar.values()
         if len(group) > 1
     ]
-    if len(told) > _MOST:
-        told[_MOST:] = [f"{len(told) - _MOST} more groups of classes differ only so"]
+    if len(warnings) > _MAX_GROUPS:
+        warnings[_MAX_GROUPS:] = [f"{len(warnings) - _MAX_GROUPS} more groups of classes differ only in this way"]
     spaced = [name for name in names if name != name.strip()]
-    told += [f"the names of the classes {_quoted(spaced)} begin or end with spaces"] if spaced else []
+    warnings += [f"the names of the classes {_quoted(spaced)} begin or end with spaces"] if spaced else []
     for pattern, reason in _PATTERNS:
         found = [name for name in names if pattern.fullmatch(name.strip())]
-        told += [f"the class names {_quoted(found)} are {reason}: are they meant?"] if found else []
-    return told
+        warnings += [f"the class names {_quoted(found)} are {reason}: are they intended?"] if found else []
+    return warnings
 
 
-def _essence(name: str) -> str | float:
-    """What is left of a name without case, spaces, hyphens and the form of its characters; of a number its value."""
+def _normalize(name: str) -> str | float:
+    """Returns the value of a number; for other names, the text without case, spaces, hyphens and Unicode variants."""
     text = unicodedata.normalize("NFKC", name).casefold()
     text = "".join(character for character in text if unicodedata.category(character) != "Cf").strip()
     number = decimal(text.replace(",", "."))

@@ -1,4 +1,4 @@
-"""Videos -> the frames of their records, in worker processes that decode one video at a time each.
+"""Encodes videos as the JPEG frames of their records, in worker processes.
 
 Imports no TensorFlow: the workers import this module and only decode.
 """
@@ -16,45 +16,45 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from x3d_tf.errors import UserError
-from x3d_tf.processes import Worker, WorkerDied, TimedOut
-from x3d_tf.data.video import image_sequences
 from x3d_tf.data.build.sources import Video
-from x3d_tf.data.video.image_sequences import State
+from x3d_tf.data.video import image_sequences
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_video, frame_at
+from x3d_tf.data.video.image_sequences import FileState
+from x3d_tf.errors import UserError
+from x3d_tf.processes import TimedOut, Worker, WorkerDied
 
-TIMEOUT = 600.0  # seconds that a video may take by default
-_START = 300.0  # seconds within which a worker has to be ready: a cold network disk takes its time
-_TRIES = 2  # a worker may also end for another reason than its video: memory that others took
+TIMEOUT = 600.0  # default time limit per video in seconds
+_START = 300.0  # time limit for starting a worker in seconds: importing from a cold network disk is slow
+_TRIES = 2  # a worker may also die of a lack of memory that is not the video's fault
 
 Result = EncodedVideo | VideoError
 Encode = Callable[[Video], Result]
 
 
 class Retryable(VideoError):
-    """A video that may pass when it is tried again: it took too long, or changed meanwhile."""
+    """A failure that may not recur: the video took too long, changed during the build, or its worker was killed."""
 
 
-def state_of(path: Path) -> State:
-    """Size in bytes and time of the last change in nanoseconds; (-1, -1) of what does not exist.
+def file_state(path: Path) -> FileState:
+    """Returns the size in bytes and the modification time in nanoseconds, or (-1, -1) if the file does not exist.
 
-    Of a folder of frames it stands for the names, sizes and times of all images.
+    For a folder of frames, returns a fingerprint of the names, sizes and times of its images.
     """
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            return image_sequences.state_of(path)
-    except OSError:  # a link to nowhere
+            return image_sequences.folder_state(path)
+    except OSError:  # such as a dangling link
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
 
-def encode_or_reason(video: Video, short_side: int, quality: int) -> Result:
-    """The frames of a video, or why there are none.
+def encode_or_error(video: Video, short_side: int, quality: int) -> Result:
+    """Returns the encoded frames of a video, or the error if it cannot be encoded.
 
     Args:
-        video: a file, or a folder of frames.
-        short_side, quality: see `video.encode_video`.
+        video: video file or folder of frames.
+        short_side, quality: see `decode.encode_video`.
     """
     try:
         if video.path.is_dir():
@@ -66,11 +66,11 @@ def encode_or_reason(video: Video, short_side: int, quality: int) -> Result:
     except VideoError as error:
         return VideoError(error.path, f"{error.reason} (key frame {video.media_id})") if video.annotation else error
     if video.annotation is not None:
-        place = frame_at(video.annotation.second, encoded.start, encoded.fps)
-        if place >= len(encoded.frames):
+        index = frame_at(video.annotation.second, encoded.start, encoded.fps)
+        if index >= len(encoded.frames):
             last = encoded.start + (len(encoded.frames) - 1) / encoded.fps
             return VideoError(video.path, f"ends at {last:.1f} s, before the key frame {video.media_id}")
-        if place < 0:
+        if index < 0:
             return VideoError(video.path, f"begins at {encoded.start:.1f} s, after the key frame {video.media_id}")
     return encoded
 
@@ -78,54 +78,54 @@ def encode_or_reason(video: Video, short_side: int, quality: int) -> Result:
 def encode_all(
     videos: Sequence[Video], encode: Encode, workers: int, timeout: float = TIMEOUT
 ) -> Generator[Result, None, None]:
-    """Applies `encode` to each video in worker processes; results come in the order of the videos, few at a time.
+    """Applies `encode` to each video in worker processes and yields the results in the order of the videos.
 
     Args:
-        videos: one whose file is no longer in its `state` gives a `Retryable`.
-        encode: function that can be pickled.
+        videos: videos to encode. A file that differs from its `state` gives a `Retryable`.
+        encode: picklable function of a video.
         workers: number of processes.
-        timeout: seconds that a video may take; one that takes longer gives a `Retryable`, and its worker is ended.
+        timeout: time limit per video in seconds. Beyond it the worker is killed and the result is a `Retryable`.
 
     Yields:
-        For each video what `encode` returned. A file on which its process ends twice gives a `VideoError`.
+        The result of `encode` for each video, or a `VideoError` if the worker crashed on it twice.
 
     Raises:
-        UserError: a worker cannot start, which is no fault of a video.
+        UserError: a worker cannot start.
     """
     pool = _Workers(encode, timeout)
     waiting: deque[Future[Result]] = deque()
     threads = ThreadPoolExecutor(min(workers, len(videos)) or 1)
     try:
         for video in videos:
-            waiting.append(_submitted(threads, pool.encode, video))
-            if len(waiting) > 2 * workers:  # results wait for their turn in memory, so only a few may be under way
+            waiting.append(_submit(threads, pool.encode, video))
+            if len(waiting) > 2 * workers:  # limits the results that wait in memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.end()
+        pool.kill_all()
         threads.shutdown(cancel_futures=True)
 
 
-def _submitted(threads: ThreadPoolExecutor, encode: Encode, video: Video) -> Future[Result]:
+def _submit(threads: ThreadPoolExecutor, encode: Encode, video: Video) -> Future[Result]:
     try:
         return threads.submit(encode, video)
     except RuntimeError as error:
-        raise UserError(f"workers cannot be started: {error}; use fewer --workers") from error
+        raise UserError(f"worker processes cannot be started: {error}; use fewer --workers") from error
 
 
 class _Workers:
-    """Processes that encode one video at a time each; called from as many threads, each of which waits for one."""
+    """Pool of worker processes, used from one thread per worker."""
 
     def __init__(self, encode: Encode, timeout: float) -> None:
         self._encode, self._timeout = encode, timeout
         self._lock = threading.Lock()
         self._running: set[Worker] = set()
         self._idle: list[Worker] = []
-        self._ended = False
+        self._closed = False
 
     def encode(self, video: Video) -> Result:
-        """The frames of a video, or why there are none; raises UserError where no worker can start."""
+        """Returns the encoded frames of a video or its error; raises UserError if no worker can start."""
         status = None
         for _ in range(_TRIES):
             worker = self._take()
@@ -136,23 +136,25 @@ class _Workers:
                 result = error
             except TimedOut:
                 self._drop(worker)
-                return Retryable(video.path, f"takes longer than {self._timeout:g} s (--timeout)")
-            except WorkerDied as ended:
+                return Retryable(video.path, f"takes longer than {self._timeout:g} s to decode (--timeout)")
+            except WorkerDied as died:
                 self._drop(worker)
-                status = ended.status
+                status = died.status
                 continue
             with self._lock:
                 self._idle.append(worker)
             return result
-        if status == -signal.SIGKILL:  # no fault of a decoder: systems end processes so where memory is short
-            return Retryable(video.path, "the system ended the process that decodes it; use fewer --workers")
-        return VideoError(video.path, "kills the process that decodes it")
+        if status == -signal.SIGKILL:  # sent by the system when memory runs out; decoders crash with other signals
+            return Retryable(
+                video.path, "the system killed its decoder process, probably for lack of memory; use fewer --workers"
+            )
+        return VideoError(video.path, "crashes the decoder process")
 
     def _take(self) -> Worker:
-        """A worker that is ready."""
+        """Returns an idle worker, or starts one."""
         with self._lock:
-            if self._ended:
-                raise WorkerDied(None)  # no more videos are wanted
+            if self._closed:
+                raise WorkerDied(None)
             if self._idle:
                 return self._idle.pop()
             try:
@@ -165,9 +167,9 @@ class _Workers:
         except (WorkerDied, TimedOut) as error:
             self._drop(worker)
             raise UserError(
-                f"a worker process cannot start: {error} before it was ready, and may have printed why. Where memory "
-                "is short, use fewer --workers; a script that builds records must guard its entry with: if __name__ == "
-                '"__main__":'
+                f"a worker process cannot start: {error} before it was ready; it may have printed the reason. "
+                "If memory is short, use fewer --workers. A script that builds records must guard its entry with: "
+                'if __name__ == "__main__":'
             ) from error
         return worker
 
@@ -176,48 +178,48 @@ class _Workers:
             self._running.discard(worker)
         worker.kill()
 
-    def end(self) -> None:
-        """Ends all workers, also those that are busy; threads that wait for them are told."""
+    def kill_all(self) -> None:
+        """Kills all workers, including busy ones, which raises WorkerDied in the threads that wait for them."""
         with self._lock:
-            self._ended = True
+            self._closed = True
             running = list(self._running)
         for worker in running:
             worker.kill()
 
 
 def _serve(pipe: Any, encode: Encode) -> None:
-    """Runs a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles the keyboard, and ends its workers
+    """Serves requests in a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and kills its workers
     parent = parent_process()
-    if parent is not None:  # a killed parent cannot end its workers: each watches for that itself
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if parent is not None:  # a killed parent cannot stop its workers, so they watch it
+        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     while True:
         try:
-            question = pipe.recv()
+            request = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(encode, *question) if question else None)  # none but asks whether the worker is ready
+        pipe.send(_handle(encode, *request) if request else None)  # an empty request checks that the worker is ready
 
 
-def _answer(encode: Encode, video: Video) -> Result | Exception:
+def _handle(encode: Encode, video: Video) -> Result | Exception:
     try:
         result = encode(video)
     except MemoryError:
-        result = VideoError(video.path, "takes more memory than there is")
-    except Exception as error:  # a fault of the package: it is raised where it was asked for
+        result = VideoError(video.path, "needs more memory than is available")
+    except Exception as error:  # a bug in this package: raised again in the parent
         error.add_note(traceback.format_exc())
         return error
     if video.state is not None and not _is_unchanged(video, video.state):
-        return Retryable(video.path, "changed while the records were built")
+        return Retryable(video.path, "changed during the build")
     return result
 
 
-def _is_unchanged(video: Video, state: State) -> bool:
+def _is_unchanged(video: Video, state: FileState) -> bool:
     if video.path.is_dir():
         return image_sequences.is_unchanged(video.path, state, video.start, video.end, video.frame_rate)
-    return state_of(video.path) == state
+    return file_state(video.path) == state
 
 
-def _end_with(parent: BaseProcess) -> None:
+def _exit_with(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)

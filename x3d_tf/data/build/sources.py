@@ -1,16 +1,13 @@
-"""Which videos become records, of which classes and in which order: from folders, or from a csv file that lists them.
+"""Lists the videos to build records from, with their classes and order: from class folders or from a csv file.
 
 Imports no TensorFlow: the builder's worker processes import this module.
 """
 
-import codecs
 import csv
 import hashlib
 import io
 import os
 import re
-from x3d_tf.files import read_text
-from x3d_tf.types import Annotation, Task
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,37 +15,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from x3d_tf import csv_files
-from x3d_tf.errors import UserError, require
-from x3d_tf.files import LARGE, read_limited
-from x3d_tf.text import check_class_name, decimal, whole
 from x3d_tf.data.build import class_names
 from x3d_tf.data.records.index import segment_id
 from x3d_tf.data.video.decode import VideoError
-from x3d_tf.data.video.image_sequences import FOLDER_FPS, State
-from x3d_tf.types import Task
+from x3d_tf.data.video.image_sequences import FOLDER_FPS, FileState
+from x3d_tf.errors import UserError, require
+from x3d_tf.files import read_text
+from x3d_tf.text import check_class_name, counted, decimal, whole
+from x3d_tf.types import Annotation, Task
 
-COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two have to be there
+COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two are required
 LABEL_SEPARATOR = ";"
-_LONGEST = 1e6  # seconds of a video that a list may name: beyond, times have no precision of a frame
-SPLIT_NAMES = ("train", "val", "test")  # that folders, or a csv file's column, may have without their being named
+_MAX_SECONDS = 1e6  # largest start or end time: beyond it, times are less precise than a frame
+SPLIT_NAMES = ("train", "val", "test")  # recognised without --splits
 _SPELLINGS = {"training": "train", "valid": "val", "validate": "val", "validation": "val", "testing": "test"}
-_DELIMITERS = (",", ";", "\t")  # spreadsheets write ";" where the comma is the decimal one
-
-
+_DELIMITERS = (",", ";", "\t")  # spreadsheets write ";" in locales with decimal commas
 
 
 class Video(NamedTuple):
-    """A video that is to become a record.
+    """A video to build a record from.
 
     Attributes:
-        path: the file.
-        media_id: the record's name.
-        classes: names of its classes, none twice.
-        start: seconds of the file to leave out at the beginning.
-        end: second of the file to stop before; None is its end.
-        annotation: of one of the frames between, where a record is of that.
-        state: of the file when the build began, to notice a change; None where that does not matter.
-        frame_rate: images a second, where the path is a folder of frames.
+        path: path of the video file, or of the folder of frames.
+        media_id: name of the record.
+        classes: distinct names of its classes.
+        start: second of the file at which the record starts.
+        end: second of the file at which the record stops; None means the end of the file.
+        annotation: annotation of the key frame; None except for action detection.
+        state: size and time of the file when the build began, to detect changes; None disables the check.
+        frame_rate: images per second, for a folder of frames.
     """
 
     path: Path
@@ -57,27 +52,27 @@ class Video(NamedTuple):
     start: float = 0.0
     end: float | None = None
     annotation: Annotation | None = None
-    state: State | None = None
+    state: FileState | None = None
     frame_rate: float = FOLDER_FPS
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What there is to make records of.
+    """The videos to build records from.
 
     Attributes:
-        splits: the videos of each split by its name, in the order in which they will lie in its shards.
-        unusable: what was found and cannot become a record, with reasons.
-        classes: names of the classes in the order of their labels.
-        task: whether a video may have several classes.
-        facts: what else of them goes to the manifest's settings.
+        splits: videos by split name, in the order in which the shards store them.
+        unusable: files and folders that cannot become records, with reasons.
+        classes: class names in the order of their labels.
+        task: kind of prediction that the records are for.
+        extra_settings: further entries for the manifest's settings.
     """
 
     splits: dict[str, list[Video]]
     unusable: list[VideoError]
     classes: tuple[str, ...]
     task: Task
-    facts: Mapping[str, int | float | str] = field(default_factory=dict)
+    extra_settings: Mapping[str, int | float | str] = field(default_factory=dict)
 
 
 def find_videos(
@@ -88,13 +83,12 @@ def find_videos(
     seed: int = 0,
     classes: Path | None = None,
 ) -> Sources:
-    """The videos in a folder of folders, one for each class; arguments as `build_records`.
+    """Finds the videos in class folders; the arguments are those of `build_records`.
 
-    Files that lie outside the class folders, and class folders without a file, are unusable.
+    Files outside the class folders, and class folders without a file, are unusable.
 
     Raises:
-        UserError: a setting out of range, a folder that does not exist or is not laid out so, a class that `classes`
-            does not name.
+        UserError: a setting is out of range; a folder does not exist or has another layout; or `classes` lacks a class.
     """
     _check_splits(splits, split)
     if not videos.is_dir():
@@ -106,57 +100,59 @@ def find_videos(
         if not folder.is_dir():
             raise UserError(f"splits: {folder} is not a folder")
     if splits is None and split is None:
-        folders = default_splits(videos)
-        unusable += _beside(videos, folders)
+        folders = find_split_folders(videos)
+        unusable += _report_ignored(videos, folders)
     if folders:
         found = {
-            name: in_order(_in_class_folders(folder, videos, known, unusable), seed) for name, folder in folders.items()
+            name: shuffle_by_hash(_videos_in_class_folders(folder, videos, known, unusable), seed)
+            for name, folder in folders.items()
         }
     else:
-        found = _by_fraction(_in_class_folders(videos, videos, known, unusable), split, seed)
+        found = _split_by_fraction(_videos_in_class_folders(videos, videos, known, unusable), split, seed)
     if not any(found.values()):
-        beside = f"; {len(unusable)} entries are no such folders" if unusable else ""
-        raise UserError(f"videos: {videos} holds no folder with files for each class{beside}")
-    return Sources(found, unusable, known.names if known else _classes_of(found), "single_label")
+        ignored = f"; ignored {counted(len(unusable), 'other entry')}" if unusable else ""
+        raise UserError(f"videos: {videos} has no class folders with videos in them{ignored}")
+    return Sources(found, unusable, known.names if known else _sorted_class_names(found), "single_label")
 
 
-def split_of(name: str) -> str | None:
-    """The split that the name of a folder, or a cell of a list, means: "Validation" is "val"; None where it is none."""
+def parse_split_name(name: str) -> str | None:
+    """Returns the split that a folder's or a csv cell's name stands for ("Validation" is "val"), or None."""
     name = name.casefold()
     name = _SPELLINGS.get(name, name)
     return name if name in SPLIT_NAMES else None
 
 
-def default_splits(videos: Path) -> dict[str, Path]:
-    """The split folders that are used without being named, in the order of `SPLIT_NAMES`.
+def find_split_folders(videos: Path) -> dict[str, Path]:
+    """Finds the split folders that are used without `splits`, in the order of `SPLIT_NAMES`.
 
-    Those for train, val and test, under the names that `split_of` knows, where there is one for train with folders in
-    it, and another; else none.
+    These are the folders for train, val and test, under the names that `parse_split_name` recognises. The result is
+    empty unless a train folder with folders in it and at least one other split folder exist.
 
     Raises:
-        UserError: two folders for one split.
+        UserError: two folders stand for the same split.
     """
     found: dict[str, list[Path]] = {}
-    for folder in sorted(_visible(videos)) if videos.is_dir() else ():
-        split = split_of(folder.name)
+    for folder in sorted(_visible_entries(videos)) if videos.is_dir() else ():
+        split = parse_split_name(folder.name)
         if split and folder.is_dir():
             found.setdefault(split, []).append(folder)
-    if len(found) < 2 or not any(entry.is_dir() for folder in found.get("train", ()) for entry in _visible(folder)):
+    train_entries = (entry for folder in found.get("train", ()) for entry in _visible_entries(folder))
+    if len(found) < 2 or not any(entry.is_dir() for entry in train_entries):
         return {}
     for split, folders in found.items():
         if len(folders) > 1:
             raise UserError(
-                f"videos: {folders[0]} and {folders[1]} are both the folder of split {split}; move the videos into one "
-                "of them, or name the folders to use with --splits"
+                f"videos: {folders[0]} and {folders[1]} both stand for split {split}. Move the videos into one of "
+                "them, or list the folders to use in --splits"
             )
     return {name: found[name][0] for name in SPLIT_NAMES if name in found}
 
 
-def _beside(videos: Path, folders: Mapping[str, Path]) -> list[VideoError]:
-    """What lies beside the split folders, and so becomes no record."""
+def _report_ignored(videos: Path, folders: Mapping[str, Path]) -> list[VideoError]:
+    """Reports the entries beside the split folders, which are ignored."""
     names = ", ".join(folder.name for folder in folders.values())
-    others = sorted(set(_visible(videos)) - set(folders.values())) if folders else []
-    return [VideoError(path, f"is beside the split folders {names}, not in one of them") for path in others]
+    others = sorted(set(_visible_entries(videos)) - set(folders.values())) if folders else []
+    return [VideoError(path, f"is outside the split folders {names}") for path in others]
 
 
 def read_csv(
@@ -168,70 +164,70 @@ def read_csv(
     seed: int = 0,
     classes: Path | None = None,
 ) -> Sources:
-    """The videos that a csv file lists; arguments as `build_records`, which describes the columns.
+    """Reads the videos that a csv file lists; the arguments and columns are described at `build_records`.
 
-    Cells may be separated by ";" or tabs instead of commas; seconds then may have decimal commas. A byte order mark may
-    be first. A leading `'` before text that a spreadsheet would take for a formula is removed, as the package writes
-    such cells.
+    The delimiter may be a comma, ";" or a tab. With ";" or tabs, seconds may have decimal commas. The file may begin
+    with a byte order mark. The `'` that the package writes before text that a spreadsheet would run as a formula is
+    removed.
 
-    Files that do not exist are unusable: lists of public datasets name many videos that can no longer be had.
+    Files that do not exist are unusable, not errors: public datasets list many videos that are no longer available.
 
     Raises:
-        UserError: naming the file, the line, the column, the rule and the value received; or that none of the files
-            exists.
+        UserError: a cell breaks its rule (the message names the file, line, column, rule and value), or none of the
+            files exists.
     """
     _check_splits(splits, split)
     base = table.parent if videos is None else videos
     known = _Classes.read(classes) if classes else None
-    header, rows = _rows(table)
+    header, rows = _read_rows(table)
     require(not splits or "split" in header, f"{table}, line 1", "have a column split, for --splits", header)
-    require(split is None or "split" not in header, "split", f"not be given: {table} has a column split", split)
+    require(split is None or "split" not in header, "split", f"be omitted, because {table} has a column split", split)
     allowed = tuple(splits or SPLIT_NAMES)
     found: dict[str, list[Video]] = {}
     lines: dict[tuple[Path, float, float | None], int] = {}
     unusable = []
-    several = False
+    multi_label = False
     for row in rows:
-        video = _video(row, base, known)
-        several |= len(video.classes) > 1
-        place = (video.path.absolute(), video.start, video.end)
-        again = f"not be listed again with the same times: line {lines.get(place)} has it"
-        row.check(place not in lines, "path", again)
-        lines[place] = row.line
-        part = row.values.get("split", "train")
-        part = part if splits else split_of(part) or part
-        row.check(part in allowed, "split", f"be one of {', '.join(allowed)} (--splits gives other names)")
-        members = found.setdefault(part, [])
+        video = _parse_video(row, base, known)
+        multi_label |= len(video.classes) > 1
+        segment = (video.path.absolute(), video.start, video.end)
+        rule = f"not be listed twice with the same times (first in line {lines.get(segment)})"
+        row.check(segment not in lines, "path", rule)
+        lines[segment] = row.line
+        name = row.values.get("split", "train")
+        name = name if splits else parse_split_name(name) or name
+        row.check(name in allowed, "split", f"be one of {', '.join(allowed)}; use --splits for other names")
+        members = found.setdefault(name, [])
         if _is_file(video.path):
             members.append(video)
         else:
-            unusable.append(VideoError(video.path, f"no such file ({table}, line {row.line})"))
-    require(bool(lines), str(table), "list videos below its first line", "no line")
+            unusable.append(VideoError(video.path, f"does not exist ({table}, line {row.line})"))
+    require(bool(lines), str(table), "list at least one video below its header")
     for name in splits or ():
-        require(name in found, "splits", f"be in the column split of {table}", name)
+        require(name in found, "splits", f"occur in the column split of {table}", name)
     if not any(found.values()):
         raise UserError(
-            f"no file that {table} lists exists ({len(lines)} listed), such as {unusable[0].path}: paths are relative "
-            f"to {'--videos' if videos else 'the folder of the csv file, unless --videos gives another'}"
+            f"no file listed in {table} exists ({len(lines)} listed); the first is {unusable[0].path}. Paths are "
+            f"relative to {'--videos' if videos else 'the folder of the csv file; set --videos to use another folder'}"
         )
-    task: Task = "multi_label" if several else "single_label"
+    task: Task = "multi_label" if multi_label else "single_label"
     if "split" in header:
-        ordered = {name: in_order(found[name], seed) for name in allowed if name in found}
+        ordered = {name: shuffle_by_hash(found[name], seed) for name in allowed if name in found}
     else:
-        ordered = _by_fraction(found["train"], split, seed)
-    return Sources(ordered, unusable, known.names if known else _classes_of(ordered), task)
+        ordered = _split_by_fraction(found["train"], split, seed)
+    return Sources(ordered, unusable, known.names if known else _sorted_class_names(ordered), task)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """The names of classes in a text file, one a line, in the order of their labels.
+    """Reads class names from a text file with one name per line, in the order of their labels.
 
     Raises:
-        UserError: the file cannot be read, an empty line between names, a name that is there twice.
+        UserError: the file cannot be read, has an empty line between names, or repeats a name.
     """
     names = [line.strip() for line in read_text(path, "classes").rstrip().split("\n")]
     seen: dict[str, int] = {}
     for line, name in enumerate(names, 1):
-        require(bool(name), f"{path}, line {line}", "name a class: each line counts", name)
+        require(bool(name), f"{path}, line {line}", "name a class: line numbers are labels, so none may be empty", name)
         check_class_name(name, f"{path}, line {line}")
         require(name not in seen, f"{path}, line {line}", f"not repeat line {seen.get(name)}", name)
         seen[name] = line
@@ -239,13 +235,13 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def kinetics_classes() -> tuple[str, ...]:
-    """The names of Kinetics-400's classes in the order of their labels."""
+    """Returns the class names of Kinetics-400 in the order of their labels."""
     with resources.as_file(resources.files("x3d_tf.data") / "labels" / "kinetics400.txt") as path:
         return read_classes(path)
 
 
 class _Classes(NamedTuple):
-    """The classes that a file names: in order, and for looking them up."""
+    """The class names of a file: in order, and as a set for lookups."""
 
     names: tuple[str, ...]
     known: frozenset[str]
@@ -258,7 +254,7 @@ class _Classes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of a csv file: where it stands, and its values by column."""
+    """A row of a csv file: its position and its values by column."""
 
     table: Path
     line: int
@@ -273,32 +269,32 @@ class _Row:
             require(False, self.where(column), rule, self.values.get(column, ""))
 
 
-def _rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
-    """The columns of a csv file, and its rows as they are asked for."""
+def _read_rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
+    """Returns the columns of a csv file and an iterator over its rows."""
     text = read_text(table, "csv")
-    delimiter = _delimiter(text)
+    delimiter = _detect_delimiter(text)
     reader = csv_files.Reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    lines = _numbered(table, reader)
+    lines = _numbered_rows(table, reader)
     header = [name.strip() for name in next(lines, (1, []))[1]]
     for name in COLUMNS[:2]:
         require(name in header, f"{table}, line 1", f"have a column {name}", header)
     for name in header:
-        require(name in COLUMNS, f"{table}, line 1", f"have no other columns than {', '.join(COLUMNS)}", name)
+        require(name in COLUMNS, f"{table}, line 1", f"have only the columns {', '.join(COLUMNS)}", name)
     require(len(set(header)) == len(header), f"{table}, line 1", "have each column once", header)
 
     def rows() -> Iterator[_Row]:
         for line, cells in lines:
             count = len(header)
-            require(len(cells) == count, f"{table}, line {line}", f"have {count} values, as line 1 has", cells)
-            # Spaces beside commas are habit, but a file's name may begin with one.
+            require(len(cells) == count, f"{table}, line {line}", f"have {count} values, like the header", cells)
+            # People write spaces around commas, but a file name may begin with a space.
             values = {n: cell if n == "path" else cell.strip() for n, cell in zip(header, cells, strict=True)}
             yield _Row(table, line, values, delimiter)
 
     return header, rows()
 
 
-def _delimiter(text: str) -> str:
-    """What separates the cells of a list: that by which its first line has most of the columns."""
+def _detect_delimiter(text: str) -> str:
+    """Returns the delimiter that yields the most known columns in the first line."""
     match = re.match(r"[\r\n]*([^\r\n]*)", text)
     first = match[1] if match else ""
 
@@ -309,8 +305,8 @@ def _delimiter(text: str) -> str:
     return max(_DELIMITERS, key=columns)
 
 
-def _numbered(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Lines that are not empty, with the number of the line on which each begins."""
+def _numbered_rows(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yields the non-empty rows, each with the number of its first line."""
     while True:
         line = reader.line_num + 1
         try:
@@ -323,119 +319,124 @@ def _numbered(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield line, cells
 
 
-def _video(row: _Row, base: Path, classes: "_Classes | None") -> Video:
+def _parse_video(row: _Row, base: Path, classes: "_Classes | None") -> Video:
     text = row.values["path"]
-    row.check(bool(text.strip()) and "\0" not in text, "path", "be the path of a file")
+    row.check(bool(text.strip()) and "\0" not in text, "path", "be a file path")
     path = base / os.path.normpath(text)
-    start, end = _seconds(row, "start"), _seconds(row, "end")
-    row.check(end is None or end > (start or 0.0), "end", f"be after the start, {start or 0.0} s")
+    start, end = _parse_seconds(row, "start"), _parse_seconds(row, "end")
+    row.check(end is None or end > (start or 0.0), "end", f"be greater than the start, {start or 0.0} s")
     relative = path.relative_to(base) if path.is_relative_to(base) else path
-    return Video(path, segment_id(relative.as_posix(), start, end), _labels(row, classes), start or 0.0, end)
+    return Video(path, segment_id(relative.as_posix(), start, end), _parse_labels(row, classes), start or 0.0, end)
 
 
-def _seconds(row: _Row, column: str) -> float | None:
+def _parse_seconds(row: _Row, column: str) -> float | None:
     text = row.values.get(column, "")
     if not text:
         return None
     seconds = decimal(text if row.delimiter == "," else text.replace(",", "."))
-    row.check(0 <= seconds <= _LONGEST, column, f"be seconds, 0 to {_LONGEST:,.0f}, or empty")
+    row.check(0 <= seconds <= _MAX_SECONDS, column, f"be a time in seconds from 0 to {_MAX_SECONDS:,.0f}, or empty")
     return seconds
 
 
-def _labels(row: _Row, classes: "_Classes | None") -> tuple[str, ...]:
+def _parse_labels(row: _Row, classes: "_Classes | None") -> tuple[str, ...]:
     labels = [label.strip() for label in row.values["label"].split(LABEL_SEPARATOR)]
-    row.check(all(labels), "label", f"name a class, or several separated by {LABEL_SEPARATOR}")
+    row.check(all(labels), "label", f"be one class name, or several separated by {LABEL_SEPARATOR}")
     for label in labels:
         check_class_name(label, row.where("label"))
-    known = tuple(_known(label, classes, row.where("label")) for label in labels)
-    row.check(len(set(known)) == len(known), "label", "name no class twice")
+    known = tuple(_resolve_class(label, classes, row.where("label")) for label in labels)
+    row.check(len(set(known)) == len(known), "label", "not repeat a class")
     return known
 
 
-def _known(label: str, classes: "_Classes | None", where: str) -> str:
-    """The class of a label: itself, or with a list of classes the one of that name, or else of that number."""
+def _resolve_class(label: str, classes: "_Classes | None", where: str) -> str:
+    """Returns the class that a label stands for. With `classes`, a label is a class name or else a class number."""
     if classes is None or label in classes.known:
         return label
     count = len(classes.names)
     number = whole(label)
     if number is None or number >= count:
-        rule = f"be a name in the file of classes, which has {count}, or a number in 0..{count - 1}"
+        rule = f"be one of the {count} names in the class file, or a number in 0..{count - 1}"
         require(False, where, rule, label)
     return classes.names[number or 0]
 
 
-def _in_class_folders(folder: Path, root: Path, classes: "_Classes | None", unusable: list[VideoError]) -> list[Video]:
-    """The files of the class folders; what lies beside those, and folders without a file, go to `unusable`."""
+def _videos_in_class_folders(
+    folder: Path, root: Path, classes: "_Classes | None", unusable: list[VideoError]
+) -> list[Video]:
+    """Returns the files of the class folders; appends other files and empty class folders to `unusable`."""
     videos: list[Video] = []
-    for class_folder in sorted(_visible(folder)):
+    for class_folder in sorted(_visible_entries(folder)):
         if not class_folder.is_dir():
             unusable.append(VideoError(class_folder, "is not in a class folder"))
             continue
-        files = sorted(_visible(class_folder))
+        files = sorted(_visible_entries(class_folder))
         if not files:
-            unusable.append(VideoError(class_folder, "is a class folder without a video"))
+            unusable.append(VideoError(class_folder, "is a class folder without videos"))
             continue
-        name = _text(class_folder.name)
+        name = _to_utf8(class_folder.name)
         check_class_name(name, f"the name of {class_folder}")
-        name = _known(name, classes, f"the name of {class_folder}")
+        name = _resolve_class(name, classes, f"the name of {class_folder}")
         for file in files:
             if file.is_dir():
                 raise UserError(
-                    f"{file} is a folder, but class folders hold video files; if {folder.name}/ holds a folder for "
-                    f"each split, give their names: --splits={','.join(sorted(p.name for p in _visible(folder)))}"
+                    f"{file} is a folder, but class folders must hold video files. If {folder.name}/ has one folder "
+                    f"per split, name them: --splits={','.join(sorted(p.name for p in _visible_entries(folder)))}"
                 )
-            videos.append(Video(file, _text(file.relative_to(root).as_posix()), (name,)))
+            videos.append(Video(file, _to_utf8(file.relative_to(root).as_posix()), (name,)))
     return videos
 
 
-def _by_fraction(videos: list[Video], part: float | None, seed: int) -> dict[str, list[Video]]:
-    """All for training, or a part of the files of each class for testing; all pieces of a file go together."""
-    if part is None:
-        return {"train": in_order(videos, seed)}
+def _split_by_fraction(videos: list[Video], fraction: float | None, seed: int) -> dict[str, list[Video]]:
+    """Puts all videos into "train", or a fraction of each class's files into "test".
+
+    All segments of a file go to the same split.
+    """
+    if fraction is None:
+        return {"train": shuffle_by_hash(videos, seed)}
     files: dict[Path, list[Video]] = {}
     for video in sorted(videos, key=lambda video: video.start):
         files.setdefault(video.path, []).append(video)
-    kinds = {path: {name for video in members for name in video.classes} for path, members in files.items()}
+    classes_by_path = {path: {name for video in members for name in video.classes} for path, members in files.items()}
     groups: dict[str, list[list[Video]]] = {}
-    one_class = all(len(names) == 1 for names in kinds.values())  # else files belong to no class of their own
+    one_class = all(len(names) == 1 for names in classes_by_path.values())  # else a file belongs to no single class
     for path, members in files.items():
-        groups.setdefault(min(kinds[path]) if one_class else "", []).append(members)
+        groups.setdefault(min(classes_by_path[path]) if one_class else "", []).append(members)
     train, test = [], []
     for group in groups.values():
-        shuffled = sorted(group, key=lambda members: _hash(members[0], seed))
-        # Rounded, but each side gets a file where there are two.
-        count = min(max(round(part * len(group)), 1), len(group) - 1)
+        shuffled = sorted(group, key=lambda members: _shuffle_key(members[0], seed))
+        # Each split gets at least one file if the group has two.
+        count = min(max(round(fraction * len(group)), 1), len(group) - 1)
         test += [video for members in shuffled[:count] for video in members]
         train += [video for members in shuffled[count:] for video in members]
-    return {"train": in_order(train, seed), "test": in_order(test, seed)}
+    return {"train": shuffle_by_hash(train, seed), "test": shuffle_by_hash(test, seed)}
 
 
-def in_order(videos: list[Video], seed: int) -> list[Video]:
-    """All videos, shuffled by a hash of seed and name: classes mix, and one video more or less moves no other."""
-    return sorted(videos, key=lambda video: _hash(video, seed))
+def shuffle_by_hash(videos: list[Video], seed: int) -> list[Video]:
+    """Shuffles videos by a hash of seed and name, so that adding a video keeps the order of the others."""
+    return sorted(videos, key=lambda video: _shuffle_key(video, seed))
 
 
-def _hash(video: Video, seed: int) -> bytes:
+def _shuffle_key(video: Video, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{video.media_id}".encode()).digest()
 
 
-def _classes_of(found: dict[str, list[Video]]) -> tuple[str, ...]:
-    return class_names.in_order(name for videos in found.values() for video in videos for name in video.classes)
+def _sorted_class_names(found: dict[str, list[Video]]) -> tuple[str, ...]:
+    return class_names.sort_class_names(name for videos in found.values() for video in videos for name in video.classes)
 
 
 def _check_splits(splits: Sequence[str] | None, split: float | None) -> None:
-    require(splits is None or split is None, "splits and split", "not be given together", (splits, split))
+    require(splits is None or split is None, "splits and split", "not be set together", (splits, split))
     require(split is None or 0 < split < 1, "split", "be between 0 and 1", split)
     if splits is not None:
-        good = len(set(splits)) == len(splits) > 0 and all(_is_plain(name) for name in splits)
-        require(good, "splits", "be distinct names of folders, or of a csv file's column", tuple(splits))
+        good = len(set(splits)) == len(splits) > 0 and all(_is_plain_name(name) for name in splits)
+        require(good, "splits", "be distinct names of folders, or of splits in a csv file", tuple(splits))
 
 
-def _is_plain(name: str) -> bool:
+def _is_plain_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and "/" not in name and os.sep not in name
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible_entries(folder: Path) -> list[Path]:
     return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
 
@@ -446,8 +447,6 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _text(name: str) -> str:
-    """A file name as text that can be stored: file systems also hold names that are no UTF-8."""
+def _to_utf8(name: str) -> str:
+    """Replaces bytes of a file name that are not valid UTF-8, so that it can be stored as text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-

@@ -1,7 +1,7 @@
-"""AVA's files: boxes with actions, person boxes, label maps and exclusions. Imports no TensorFlow.
+"""Reads and writes AVA's files: labelled boxes, person boxes, label maps and exclusions. Imports no TensorFlow.
 
-Boxes are on key frames, one a second of a film: in the files a video's name and a second, from 902 to 1798 of AVA's.
-Files are read as untrusted input: errors name file, line, rule and value.
+Boxes lie on key frames, one per second of a film. Files name a key frame by its video and second, 902 to 1798 in AVA.
+Files are untrusted input: errors name the file, line, rule and value.
 """
 
 import csv
@@ -25,21 +25,21 @@ from x3d_tf.errors import UserError, require
 from x3d_tf.files import atomic_path, os_errors_as_write_error, read_text, require_regular
 from x3d_tf.text import check_class_name, decimal, whole
 
-# Those of AVA's 80 actions that its evaluation takes, the ones with 25 boxes or more in the validation set.
+# The 60 of AVA's 80 actions that its evaluation uses: those with at least 25 boxes in the validation set.
 EVALUATED = frozenset(range(1, 81)) - {
     *(2, 16, 18, 19, 21, 23, 25, 31, 32, 33, 35, 39, 40, 42, 44, 50, 53, 55, 71, 75),
 }
-FIRST_SECOND, LAST_SECOND = 902, 1798  # of AVA's key frames
-_MOST_ACTIONS = 100_000
-_LINES_AN_UPDATE = 100_000  # of the progress bar
-NO_ACTION = 0  # in place of the number of an action, which count from 1
+FIRST_SECOND, LAST_SECOND = 902, 1798  # range of AVA's key frames
+_MAX_ACTION = 100_000
+_LINES_PER_UPDATE = 100_000  # of the progress bar
+NO_ACTION = 0  # action numbers begin at 1
 
 _TEXT = r'"[^"\n]*"|\'[^\'\n]*\''
 _ITEM = re.compile(rf"\s*+(?:item|label)\s*+\{{((?:[^{{}}\"']++|{_TEXT})*+)\}}")
 _ITEM_NAME = re.compile(r'\bname\s*+:\s*+(?:"([^"\n]*)"|\'([^\'\n]*)\')')
 _ITEM_ID = re.compile(r"\b(?:label_)?id\s*+:\s*+([^\s,;]*)")
 
-LabelMap = Mapping[int, str]  # names of the actions by their numbers
+LabelMap = Mapping[int, str]  # action names by number
 Kind = Literal["ground truth", "detections"]
 _COLUMNS = {
     "ground truth": "video_id,timestamp,x1,y1,x2,y2,action_id,person_id",
@@ -48,7 +48,7 @@ _COLUMNS = {
 
 
 class KeyFrame(NamedTuple):
-    """A frame that boxes are on: the video's name, and the second of the film."""
+    """A key frame: the name of its video, and its second in the film."""
 
     video: str
     second: int
@@ -56,16 +56,16 @@ class KeyFrame(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BoxTable:
-    """The rows of a file of boxes, as columns of one length.
+    """The rows of a csv file of boxes, as columns.
 
     Attributes:
-        key_frames: those that boxes are on, in the order of their first rows.
-        frames: position in `key_frames`, int32 [n].
-        boxes: x1, y1, x2, y2 in [0, 1] of the frame, float64 [n, 4].
-        actions: numbers of the label map, or `NO_ACTION`, int32 [n].
-        scores: float64 [n]; of ground truth 1.
-        lines: of the file, from 1, int32 [n].
-        other_actions: rows of the file that are not here, because their actions are AVA's and not of the label map.
+        key_frames: key frames with boxes, in the order of their first rows.
+        frames: indices into `key_frames`, int32 [n].
+        boxes: x1, y1, x2, y2 relative to the frame, in [0, 1], float64 [n, 4].
+        actions: action numbers, or `NO_ACTION`, int32 [n].
+        scores: scores, 1 for ground truth, float64 [n].
+        lines: line numbers in the file, from 1, int32 [n].
+        other_actions: number of rows left out because the label map lacks their AVA actions.
     """
 
     key_frames: tuple[KeyFrame, ...]
@@ -81,13 +81,13 @@ class BoxTable:
 
 
 def ava_actions() -> dict[int, str]:
-    """AVA's 80 actions by their numbers, of which evaluation takes 60."""
+    """Returns AVA's 80 actions by number; its evaluation uses 60 of them."""
     with resources.as_file(resources.files("x3d_tf.data") / "labels" / "ava.txt") as path:
         return dict(enumerate(read_classes(path), 1))
 
 
 def evaluated_actions() -> dict[int, str]:
-    """The 60 actions that AVA's evaluation takes."""
+    """Returns the 60 actions of AVA's evaluation by number."""
     return {number: name for number, name in ava_actions().items() if number in EVALUATED}
 
 
@@ -98,37 +98,36 @@ def read_boxes(
     *,
     seconds: tuple[int, int] = (FIRST_SECOND, LAST_SECOND),
 ) -> BoxTable:
-    """Reads a csv file of boxes: no header, eight columns.
+    """Reads a csv file of boxes with eight columns and no header.
 
     Args:
-        path: `video_id,timestamp,x1,y1,x2,y2,action_id` and then `person_id` of ground truth, `score` of detections. A
-            box of several actions has a row for each. An empty action is that of a box alone, as person detectors give
-            them.
-        kind: what the last column is.
-        label_map: the actions there are. If it is a part of AVA's, rows of AVA's other actions are left out. None where
-            actions do not matter.
-        seconds: the first and the last that a timestamp may be.
+        path: csv file with the columns `video_id,timestamp,x1,y1,x2,y2,action_id` and `person_id` (ground truth) or
+            `score` (detections). A box with several actions has one row per action. The action of boxes from a person
+            detector is empty.
+        kind: kind of boxes, which determines the last column.
+        label_map: valid actions. If it is a subset of AVA's, rows with other AVA actions are left out. None accepts any
+            action.
+        seconds: first and last valid timestamp.
 
     Raises:
-        UserError: the file cannot be read; a line that does not have these columns, with a timestamp that is no second
-            in the range, a box that is not inside the frame or whose sides are reversed, an action that the label map
-            does not name, or a score that is not a number. Ground truth without width or height is an error too;
-            detections may have none once they are rounded.
+        UserError: the file cannot be read, or a line has other columns, an invalid timestamp, a box outside the frame
+            or with reversed corners, an unknown action, or a score that is not a number. Ground-truth boxes must also
+            have positive width and height; detections may lose them by rounding.
     """
     path = Path(path)
-    known = range(1, _MOST_ACTIONS + 1) if label_map is None else label_map
-    left_out = _actions_left_out(label_map) if label_map is not None else frozenset()
+    known = range(1, _MAX_ACTION + 1) if label_map is None else label_map
+    ignored = _missing_ava_actions(label_map) if label_map is not None else frozenset()
     numbers: dict[KeyFrame, int] = {}
     frames, actions, lines = array("i"), array("i"), array("i")
     coordinates, scores = array("d"), array("d")
-    others = 0
+    other_actions = 0
     for line in _lines(path, _COLUMNS[kind]):
         frame = KeyFrame(line.video(), line.second(*seconds))
         box = line.box(empty=kind == "detections")
-        action = line.action(known, left_out)
+        action = line.action(known, ignored)
         score = line.score() if kind == "detections" else 1.0
         if action is None:
-            others += 1
+            other_actions += 1
             continue
         frames.append(numbers.setdefault(frame, len(numbers)))
         coordinates.extend(box)
@@ -142,15 +141,15 @@ def read_boxes(
         np.array(actions, np.int32),
         np.array(scores, np.float64),
         np.array(lines, np.int32),
-        others,
+        other_actions,
     )
 
 
 def read_exclusions(path: str | Path) -> set[KeyFrame]:
-    """Reads the key frames that do not count: `video_id,timestamp`, no header.
+    """Reads the key frames to leave out, from a csv file with columns `video_id,timestamp` and no header.
 
     Raises:
-        UserError: the file cannot be read, or a line is no such pair.
+        UserError: the file cannot be read, or a line has other columns or values.
     """
     return {
         KeyFrame(line.video(), line.second(FIRST_SECOND, LAST_SECOND))
@@ -159,14 +158,13 @@ def read_exclusions(path: str | Path) -> set[KeyFrame]:
 
 
 def read_label_map(path: str | Path) -> dict[int, str]:
-    """Reads the names of actions by their numbers from a .pbtxt file.
+    """Reads action names by number from a .pbtxt file.
 
-    It holds entries `item { name: "..." id: N }`, or with `label_id: N` as from AVA v2.2 on; other fields are passed
-    over.
+    The file holds entries `item { name: "..." id: N }`, or with `label_id: N` since AVA v2.2; other fields are ignored.
 
     Raises:
-        UserError: the file cannot be read; what is no such entry; a number out of range; a number or a name that is
-            there twice.
+        UserError: the file cannot be read, holds other text, or has a number that is out of range, or a repeated number
+            or name.
     """
     path = Path(path)
     text = read_text(path, "label_map")
@@ -176,46 +174,46 @@ def read_label_map(path: str | Path) -> dict[int, str]:
     while item := _ITEM.match(text, end):
         line += text.count("\n", end, item.start(1))
         number, name = _item(item.group(1), f"{path}, line {line}")
-        require(number not in found, f"{path}, line {line}", "have an id of its own", number)
-        require(name not in names, f"{path}, line {line}", "have a name of its own", name)
+        require(number not in found, f"{path}, line {line}", "not repeat an id", number)
+        require(name not in names, f"{path}, line {line}", "not repeat a name", name)
         found[number] = name
         names.add(name)
         line += text.count("\n", item.start(1), item.end())
         end = item.end()
     rest = text[end:]
     line += text.count("\n", end, end + len(rest) - len(rest.lstrip()))
-    require(not rest.strip(), f"{path}, line {line}", 'be items { name: "..." id: N }', rest.strip()[:60])
+    require(not rest.strip(), f"{path}, line {line}", 'contain only items { name: "..." id: N }', rest.strip()[:60])
     if not found:
-        raise UserError(f'{path} must hold items {{ name: "..." id: N }}, and holds no item')
+        raise UserError(f'{path} must contain items {{ name: "..." id: N }}, but it has none')
     return found
 
 
 def _item(fields: str, where: str) -> tuple[int, str]:
-    """Number and name of an entry of a label map, from what stands between its braces."""
+    """Parses the number and name from the text between the braces of a label map entry."""
     names = _ITEM_NAME.findall(fields)
     numbers = _ITEM_ID.findall(re.sub(_TEXT, '""', fields))
-    one = len(names) == len(numbers) == 1
-    require(one, where, 'hold name: "..." and one of id: N and label_id: N', fields.strip())
+    unique = len(names) == len(numbers) == 1
+    require(unique, where, 'have one name: "..." and one id: N or label_id: N', fields.strip())
     name, number = "".join(names[0]), whole(numbers[0])
-    if number is None or not 1 <= number <= _MOST_ACTIONS:
-        raise UserError(f"{where} must have an id in 1..{_MOST_ACTIONS}, got {numbers[0][:60]!r}")
+    if number is None or not 1 <= number <= _MAX_ACTION:
+        raise UserError(f"{where} must have an id in 1..{_MAX_ACTION}, got {numbers[0][:60]!r}")
     check_class_name(name, where)
     return number, name
 
 
-def of_all_actions(
+def one_row_per_action(
     key_frames: tuple[KeyFrame, ...],
     frames: NDArray[np.integer],
     boxes: NDArray[np.floating],
     scores: NDArray[np.floating],
 ) -> BoxTable:
-    """A table with a row for each action of each box.
+    """Returns a table with a row for each pair of box and action.
 
     Args:
-        key_frames: of the table.
-        frames: position in them of each box, [n].
-        boxes: in [0, 1] of the frame, [n, 4].
-        scores: of each box and action, [n, actions].
+        key_frames: key frames of the table.
+        frames: index into `key_frames` of each box, [n].
+        boxes: boxes relative to the frame, in [0, 1], [n, 4].
+        scores: score of each action for each box, [n, actions].
     """
     count, actions = scores.shape
     return BoxTable(
@@ -229,10 +227,10 @@ def of_all_actions(
 
 
 def write_detections(path: Path, table: BoxTable) -> None:
-    """Writes detections in AVA's format, boxes to three decimals and scores to four; whole or not at all.
+    """Writes detections in AVA's format atomically, boxes with three decimals and scores with four.
 
-    Names of videos of letters, digits, `-` and `_`, as AVA's, are written as they are, so that its evaluators find
-    them. Others that a spreadsheet would take for a formula get a leading `'`, which `read_boxes` removes.
+    Video names of letters, digits, `-` and `_`, like AVA's, are written unchanged, as its evaluators require. Other
+    names that a spreadsheet would run as a formula get a leading `'`, which `read_boxes` removes.
 
     Raises:
         WriteError: the file cannot be written.
@@ -250,12 +248,12 @@ def write_detections(path: Path, table: BoxTable) -> None:
 
 
 def _name_cell(video: str) -> str:
-    """The name as AVA's evaluators have to find it: YouTube's names may begin with `-`, and none can be run."""
+    """Returns an unguarded cell for names like YouTube's, which may begin with `-` but are not formulas."""
     return csv_files.Verbatim(video) if re.fullmatch(r"[\w-]*", video, re.ASCII) else video
 
 
-def _actions_left_out(label_map: LabelMap) -> frozenset[int]:
-    """AVA's actions that a part of its label map does not name; none beside another label map."""
+def _missing_ava_actions(label_map: LabelMap) -> frozenset[int]:
+    """Returns AVA's actions that a subset of its label map lacks; none for other label maps."""
     ava = ava_actions()
     return frozenset(ava.keys() - label_map.keys() if label_map.items() <= ava.items() else ())
 
@@ -264,7 +262,6 @@ def _lines(path: Path, columns: str) -> Iterator["_Line"]:
     count = columns.count(",") + 1
     try:
         require_regular(path)
-        # in the middle of millions of lines it is good to know where one stands
         with (
             path.open("rb") as file,
             tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, leave=None, delay=3) as bar,
@@ -275,7 +272,7 @@ def _lines(path: Path, columns: str) -> Iterator["_Line"]:
                 if cells:
                     line.check(len(cells) == count, f"have the {count} columns {columns}", cells)
                     yield line
-                if reader.line_num % _LINES_AN_UPDATE == 0:
+                if reader.line_num % _LINES_PER_UPDATE == 0:
                     bar.update(file.tell() - bar.n)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -286,7 +283,7 @@ def _lines(path: Path, columns: str) -> Iterator["_Line"]:
 
 
 class _Line(NamedTuple):
-    """A line of a file of boxes; what is asked for is checked."""
+    """A line of a csv file, with checked access to its cells."""
 
     path: Path
     number: int
@@ -304,30 +301,34 @@ class _Line(NamedTuple):
         text = self.cells[1]
         second = whole(text)
         inside = second is not None and first <= second <= last
-        self.check(inside, f"have a timestamp in {first}..{last}, whole seconds", text)
+        self.check(inside, f"have an integer timestamp in {first}..{last} seconds", text)
         return second or 0
 
     def box(self, *, empty: bool) -> tuple[float, float, float, float]:
-        """The corners; `empty` allows boxes without width or height."""
+        """Returns the box; `empty` allows boxes with zero width or height."""
         x1, y1, x2, y2 = map(decimal, self.cells[2:6])
         inside = 0 <= x1 <= 1 and 0 <= y1 <= 1 and 0 <= x2 <= 1 and 0 <= y2 <= 1
-        self.check(inside, "have a box inside the frame, x1,y1,x2,y2 in 0..1", self.cells[2:6])
+        self.check(inside, "have a box inside the frame, with x1,y1,x2,y2 in 0..1", self.cells[2:6])
         ordered = x1 <= x2 and y1 <= y2 if empty else x1 < x2 and y1 < y2
-        self.check(ordered, f"have a box with x1 {'<=' if empty else '<'} x2 and y1 likewise", self.cells[2:6])
+        self.check(
+            ordered,
+            f"have a box with x1 {'<=' if empty else '<'} x2 and y1 {'<=' if empty else '<'} y2",
+            self.cells[2:6],
+        )
         return x1, y1, x2, y2
 
-    def action(self, known: Container[int], left_out: frozenset[int]) -> int | None:
-        """The number of the action; None is one to leave out."""
+    def action(self, known: Container[int], ignored: frozenset[int]) -> int | None:
+        """Returns the number of the action, or None if the row is to be left out."""
         text = self.cells[6]
         if not text:
             return NO_ACTION
         action = whole(text)
         if action is not None and action in known:
             return action
-        self.check(action in left_out, "have an action_id of the label map", text)
+        self.check(action in ignored, "have an action_id from the label map", text)
         return None
 
     def score(self) -> float:
         score = decimal(self.cells[7])
-        self.check(math.isfinite(score), "have a score that is a number", self.cells[7])
+        self.check(math.isfinite(score), "have a finite number as score", self.cells[7])
         return score

@@ -1,9 +1,9 @@
-"""Made-up videos whose class is the direction in which everything moves: nothing but motion tells them apart.
+"""Synthetic dataset moving_shapes, whose classes are directions of motion and differ in nothing else.
 
-A video is one picture on a torus (what leaves at one edge enters at the opposite one) that is shifted by whole pixels
-from frame to frame. Frame t of a video is therefore a shifted copy of frame t of the same video in any other direction,
-and as the shift in the middle is uniform over the torus, a single frame has the same distribution in all classes: a
-network that sees no motion stays at chance.
+A video shifts a picture by integer pixels from frame to frame, on a torus: what leaves at one edge enters at the
+opposite one. Frame t is therefore a shifted copy of frame t of the same video in any other direction. The shift of the
+middle frame is uniform over the torus, so that single frames have the same distribution in all classes: a network that
+sees no motion stays at chance.
 """
 
 import glob
@@ -18,38 +18,38 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf.data.records.format import Source, write_split
+from x3d_tf.data.records.format import RecordSource, write_split
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.video.decode import EncodedVideo, VideoError
 from x3d_tf.errors import UserError, require
 from x3d_tf.types import Storage
 
-DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  # rows, columns of one step
+DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  # rows and columns per step
 VIDEOS = {"train": 800, "test": 100}
 FRAMES, FPS, SIDE = 90, 30.0, 128
-SPEEDS = (0.4, 0.8)  # pixels a frame, lowest and highest; each frame's shift is rounded to whole pixels
-# Levels of red, green and blue, the last left out. Shapes are brighter than the ground: with any colour for both, a
-# moving edge says nothing without its sign, and a short run stays at chance.
+SPEEDS = (0.4, 0.8)  # range in pixels per frame; each frame's shift is rounded to integers
+# Ranges of red, green and blue values, exclusive. Shapes are brighter than the ground: with arbitrary colours, the sign
+# of an edge would be needed to see its motion, and short runs would stay at chance.
 GROUND_LEVELS, SHAPE_LEVELS = (0, 64), (160, 256)
-SHAPES = (3, 5)  # of one video, fewest and most
+SHAPES = (3, 5)  # range of shapes per video
 RADII = (10, 20)  # pixels
-QUALITY = 95  # of the JPEG files
+QUALITY = 95  # JPEG quality
 
 SETTINGS: dict[str, int | float | str] = {"source": "moving_shapes", "version": 1}
-ABANDONED_AFTER = 600.0  # seconds without a write; making all videos takes a fraction of that
+ABANDONED_AFTER = 600.0  # seconds without a write; rendering all videos is much faster
 
 Picture = NDArray[np.uint8]  # [SIDE, SIDE, 3], RGB
 
 
 def draw_picture(seed: int) -> Picture:
-    """The picture that a video shifts about: bright circles, squares and triangles on a dark ground, uint8 RGB."""
+    """Draws the picture of a video: bright circles, squares and triangles on a dark ground, uint8 RGB."""
     random = np.random.default_rng(seed)
     picture = np.empty((SIDE, SIDE, 3), np.uint8)
     picture[:] = random.integers(*GROUND_LEVELS, 3)
     for _ in range(random.integers(SHAPES[0], SHAPES[1] + 1)):
         centre = random.integers(0, SIDE, 2)
         radius = random.integers(RADII[0], RADII[1] + 1)
-        # Distances on the torus: in -SIDE/2..SIDE/2, so that a shape at an edge continues at the opposite one.
+        # Distances on the torus, in -SIDE/2..SIDE/2.
         y, x = ((np.indices((SIDE, SIDE)) - centre[:, None, None] + SIDE // 2) % SIDE) - SIDE // 2
         inside = (
             x**2 + y**2 <= radius**2,
@@ -61,49 +61,49 @@ def draw_picture(seed: int) -> Picture:
 
 
 def shifts(seed: int, direction: str) -> NDArray[np.int64]:
-    """Rows and columns by which each frame shows the picture shifted, int64 [FRAMES, 2].
+    """Returns the shift of the picture in each frame, rows and columns, int64 [FRAMES, 2].
 
-    Counted from the middle of the video, so that played backwards it is the video of the opposite direction.
+    Shifts are relative to the middle of the video, so that reversing a video gives the one in the opposite direction.
     """
-    random = np.random.default_rng((seed, 1))  # not the stream that draws the picture
+    random = np.random.default_rng((seed, 1))  # independent of the random stream for the picture
     middle, speed = random.integers(0, SIDE, 2), random.uniform(*SPEEDS)
-    way = np.round(speed * (np.arange(FRAMES) - (FRAMES - 1) / 2)).astype(np.int64)
-    return middle + way[:, None] * np.array(DIRECTIONS[direction])
+    distance = np.round(speed * (np.arange(FRAMES) - (FRAMES - 1) / 2)).astype(np.int64)
+    return middle + distance[:, None] * np.array(DIRECTIONS[direction])
 
 
 def open_moving_shapes(folder: Path) -> Manifest:
-    """The records in `folder`, made there first if it does not exist yet.
+    """Opens the records in `folder`, and creates them first if they do not exist.
 
-    They appear whole or not at all: an interrupted first use starts again, and of several processes one wins.
+    Creation is atomic: an interrupted one starts again, and one of several concurrent processes wins.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds other files.
     """
     if not (folder / MANIFEST_NAME).is_file():
-        _make(folder)
+        _create(folder)
     manifest = Manifest.load(folder)
     if manifest.settings.get("source") != SETTINGS["source"]:
         raise UserError(
             f"{folder} holds other records than moving_shapes. To train on them, add --gin_file=gin/data/records.gin "
-            "after the file of the network"
+            "after the network's --gin_file"
         )
     require(manifest.settings == SETTINGS, f"settings of {folder / MANIFEST_NAME}", f"be {SETTINGS}", manifest.settings)
     return manifest
 
 
-def _make(folder: Path) -> None:
+def _create(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} holds no moving_shapes, and is not empty; delete it or name another folder")
-    print(f"{folder} is not there: making the made-up videos of moving_shapes in it. Your own: gin/data/records.gin")
+        raise UserError(f"{folder} is not empty and does not hold moving_shapes; delete it or use another folder")
+    print(f"{folder} does not exist: creating the synthetic dataset moving_shapes. Your own: gin/data/records.gin")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
     try:
         _write(partial)
-        partial.chmod(0o755)  # mkdtemp makes it private
+        partial.chmod(0o755)  # mkdtemp creates private folders
         partial.replace(folder)
     except OSError:
-        if not (folder / MANIFEST_NAME).is_file():  # else another process was faster, with the same bytes
+        if not (folder / MANIFEST_NAME).is_file():  # otherwise another process was faster
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -114,11 +114,11 @@ def _partial_prefix(folder: Path) -> str:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left behind."""
+    """Deletes partial folders left by killed processes."""
     for other in folder.parent.glob(f"{glob.escape(_partial_prefix(folder))}*"):
         try:
             last_write = max(path.stat().st_mtime for path in [other, *other.iterdir()])
-        except OSError:  # a live process finished and took it away meanwhile
+        except OSError:  # a running process finished and removed it meanwhile
             continue
         if time.time() - last_write > ABANDONED_AFTER:
             shutil.rmtree(other, ignore_errors=True)
@@ -128,18 +128,18 @@ def _write(folder: Path) -> None:
     classes = sorted(DIRECTIONS)
     splits = {}
     first_seed = 0
-    with tqdm(total=sum(VIDEOS.values()), unit="video", desc="making moving_shapes", smoothing=0) as bar:
+    with tqdm(total=sum(VIDEOS.values()), unit="video", desc="creating moving_shapes", smoothing=0) as bar:
         for split, count in VIDEOS.items():
             seeds = range(first_seed, first_seed + count)
-            sources = [Source(f"{split}/{seed:04d}", (seed % len(classes),)) for seed in seeds]
-            videos = _encoded([(seed, classes[source.labels[0]]) for seed, source in zip(seeds, sources, strict=True)])
+            sources = [RecordSource(f"{split}/{seed:04d}", (seed % len(classes),)) for seed in seeds]
+            videos = _encode([(seed, classes[source.labels[0]]) for seed, source in zip(seeds, sources, strict=True)])
             splits[split] = write_split(folder, split, sources, videos, classes, lambda _: bar.update())
             first_seed += count
     Manifest(folder, tuple(classes), splits, SETTINGS, Storage(SIDE, QUALITY)).save()
 
 
-def _encoded(videos: list[tuple[int, str]]) -> Iterator[EncodedVideo | VideoError]:
-    """The videos of these seeds and directions in turn, encoded in parallel by TensorFlow's threads."""
+def _encode(videos: list[tuple[int, str]]) -> Iterator[EncodedVideo | VideoError]:
+    """Encodes the videos for these seeds and directions, in parallel in TensorFlow's threads."""
 
     def pictures() -> Iterator[tuple[Picture, NDArray[np.int64]]]:
         for seed, direction in videos:

@@ -1,6 +1,6 @@
-"""The records that training reads: one `tf.train.SequenceExample` a video, frames as JPEG, in sharded TFRecord files.
+"""Record format: a `tf.train.SequenceExample` per video, with JPEG frames, in sharded TFRecord files.
 
-Feature names are MediaSequence's, which Model Garden and DMVR read too. This is the only module that knows them.
+Feature names follow MediaSequence, which Model Garden and DMVR also read. Only this module uses them.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ _CONTEXT = {
     "clip/media_id": tf.io.FixedLenFeature([], tf.string),
     "image/frame_rate": tf.io.FixedLenFeature([], tf.float32),
 }
-_LENGTH_BYTES = 8  # of a record's header, which its checksum follows
+_LENGTH_BYTES = 8  # of a record's length field, which is followed by its checksum
 _READERS = 16  # shards whose headers are read in parallel
-NO_LABEL = -1  # in place of the class of a box that does nothing
+NO_LABEL = -1  # label of a box without classes
 _PROPOSAL = "proposal"
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _REGIONS = {
@@ -40,17 +40,17 @@ _REGIONS = {
     "region/label/index": tf.io.RaggedFeature(tf.int64),
     "region/is_annotated": tf.io.FixedLenSequenceFeature([], tf.int64),
 }
-MAX_PIXELS = 1 << 25  # of a frame: 8K video has 33,177,600. A few bytes can ask for gigabytes
+MAX_PIXELS = 1 << 25  # per frame, 8K video has 33,177,600; a small JPEG file can decode to gigabytes
 _FRAMES = {"image/encoded": tf.io.FixedLenSequenceFeature([], tf.string)}
 
 
-class Source(NamedTuple):
-    """A video on its way into a record.
+class RecordSource(NamedTuple):
+    """Metadata of a record to write.
 
     Attributes:
-        media_id: its name.
-        labels: its classes as ascending indices.
-        annotation: what is known of one of its frames, which makes it a record of action detection.
+        media_id: name of the record.
+        labels: class indices, ascending.
+        annotation: annotation of the key frame, for action detection.
     """
 
     media_id: str
@@ -59,15 +59,15 @@ class Source(NamedTuple):
 
 
 class ParsedRecord(NamedTuple):
-    """A record's content as tensors.
+    """The content of a record, as tensors.
 
     Attributes:
         frames: JPEG files, string [frames].
-        labels: the classes' indices, int64 [labels].
-        names: the classes' names, string [labels].
-        fps: float32.
-        media_id: string.
-        serialized: the record itself.
+        labels: class indices, int64 [labels].
+        names: class names, string [labels].
+        fps: frames per second, float32 scalar.
+        media_id: name of the record, string scalar.
+        serialized: serialized record, string scalar.
     """
 
     frames: tf.Tensor
@@ -79,14 +79,14 @@ class ParsedRecord(NamedTuple):
 
 
 class ParsedAnnotation(NamedTuple):
-    """What is known of a key frame, as tensors.
+    """The annotations of a key frame, as tensors.
 
     Attributes:
-        key_frame: its place among the record's frames, int64.
-        boxes: x1, y1, x2, y2 in [0, 1] of the frame, one row for each pair of a box and a class, float32 [n, 4].
-        labels: the classes, or `NO_LABEL`, int64 [n].
-        proposals: boxes of a detector of persons, float32 [m, 4].
-        scores: of the proposals, float32 [m].
+        key_frame: index among the record's frames, int64 scalar.
+        boxes: x1, y1, x2, y2 relative to the frame, in [0, 1]; one row per pair of box and class, float32 [n, 4].
+        labels: class of each row, or `NO_LABEL`, int64 [n].
+        proposals: boxes from a person detector, float32 [m, 4].
+        scores: scores of the proposals, float32 [m].
     """
 
     key_frame: tf.Tensor
@@ -96,13 +96,13 @@ class ParsedAnnotation(NamedTuple):
     scores: tf.Tensor
 
 
-def encode_record(video: EncodedVideo, source: Source, classes: Sequence[str]) -> bytes:
-    """One video as a serialised SequenceExample; `classes` names all of them. Equal input gives equal bytes."""
+def encode_record(video: EncodedVideo, source: RecordSource, classes: Sequence[str]) -> bytes:
+    """Serializes a video as a SequenceExample, deterministically; `classes` are the names of all classes."""
     names = [classes[label].encode() for label in source.labels]
     context = {
         "clip/label/index": _ints(source.labels),
-        "clip/label/string": _bytes(names),  # MediaSequence's name for it
-        "clip/label/text": _bytes(names),  # DMVR's
+        "clip/label/string": _bytes(names),  # MediaSequence
+        "clip/label/text": _bytes(names),  # DMVR
         "clip/media_id": _bytes([source.media_id.encode()]),
         "image/format": _bytes([b"JPEG"]),
         "image/frame_rate": tf.train.Feature(float_list=tf.train.FloatList(value=[video.fps])),
@@ -117,14 +117,14 @@ def encode_record(video: EncodedVideo, source: Source, classes: Sequence[str]) -
     example = tf.train.SequenceExample(
         context=tf.train.Features(feature=context), feature_lists=tf.train.FeatureLists(feature_list=frames)
     )
-    return bytes(example.SerializeToString(deterministic=True))  # else the order of map entries may vary
+    return bytes(example.SerializeToString(deterministic=True))  # otherwise the order of map entries varies
 
 
 def _regions(annotation: Annotation, key_frame: int, microseconds: Sequence[int]) -> dict[str, tf.train.FeatureList]:
-    """Boxes in MediaSequence's words, one list for each frame; all but the key frame's are empty.
+    """Returns MediaSequence's region features, a list for each frame; only the key frame's list has entries.
 
-    A region is a pair of a box and one of its classes; a box without a class has the class -1. What a detector of
-    persons found stands under the prefix `proposal`.
+    A region is a pair of a box and one of its classes, -1 for a box without classes. Boxes from a person detector have
+    the prefix `proposal`.
     """
     regions = [
         (box, label)
@@ -137,7 +137,7 @@ def _regions(annotation: Annotation, key_frame: int, microseconds: Sequence[int]
     lists[f"{_PROPOSAL}/region/label/confidence"] = _floats(annotation.scores)
     columns = {
         name: tf.train.FeatureList(
-            feature=[feature if number == key_frame else _emptied(feature) for number in range(len(microseconds))]
+            feature=[feature if number == key_frame else _empty_like(feature) for number in range(len(microseconds))]
         )
         for name, feature in lists.items()
     }
@@ -152,20 +152,20 @@ def _boxes(prefix: str, boxes: Sequence[Box]) -> dict[str, tf.train.Feature]:
     return {f"{prefix}/{name}": _floats([box[side] for box in boxes]) for side, name in enumerate(_SIDES)}
 
 
-def _emptied(feature: tf.train.Feature) -> tf.train.Feature:
+def _empty_like(feature: tf.train.Feature) -> tf.train.Feature:
     return _floats(()) if feature.HasField("float_list") else _ints(())
 
 
 def parse_annotation(serialized: tf.Tensor) -> ParsedAnnotation:
-    """What is known of a record's key frame, in a graph or eagerly.
+    """Parses the annotations of a record's key frame, in a graph or eagerly.
 
     Raises:
-        tf.errors.InvalidArgumentError: bytes that are no record, or one without a key frame.
+        tf.errors.InvalidArgumentError: the bytes are not a record, or the record does not have exactly one key frame.
     """
     _, lists = tf.io.parse_single_sequence_example(serialized, {}, _REGIONS)
     marked = tf.reshape(tf.where(lists["region/is_annotated"] > 0), [-1])
-    one = tf.debugging.assert_equal(tf.size(marked), 1, "a record of action detection has one key frame")
-    with tf.control_dependencies([one]):
+    exactly_one = tf.debugging.assert_equal(tf.size(marked), 1, "records for action detection have one key frame")
+    with tf.control_dependencies([exactly_one]):
         key_frame = marked[0]
 
     def boxes(prefix: str) -> tf.Tensor:
@@ -180,20 +180,20 @@ def parse_annotation(serialized: tf.Tensor) -> ParsedAnnotation:
     )
 
 
-def stored_record(path: tf.Tensor, offset: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
-    """Returns one record of a shard, a string scalar, in a graph or eagerly; no other byte of the shard is read.
+def read_record(path: tf.Tensor, offset: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+    """Reads one record of a shard as a string scalar, in a graph or eagerly. Reads no other byte of the shard.
 
     Args:
-        path: the shard, string scalar.
-        offset, length: first byte and number of bytes of the record's data, as in `index.Record`, int64 scalars. Its
-            header must state that length: see `check_lengths`.
+        path: path of the shard, string scalar.
+        offset, length: position and number of the record's data bytes, as in `index.Record`, int64 scalars. The
+            record's header must state the same length; see `check_lengths`.
 
     Raises:
-        tf.errors.OpError: the file cannot be opened or read, or the record has another length or bytes that do not
-            match its checksums. The message does not name the record.
+        tf.errors.OpError: the file cannot be read, the record has another length, or its bytes do not match its
+            checksums. The message does not name the record.
     """
-    # Only the raw operation takes the byte at which to begin: the public dataset reads every record before it, and
-    # datasets of records of a fixed length verify no checksum. Without a buffer nothing past the record is read.
+    # Only the raw op accepts a start position: the public dataset reads all preceding records, and fixed-length
+    # record datasets verify no checksum. A buffer would read past the record.
     variant = tf.raw_ops.TFRecordDatasetV2(
         filenames=[path],
         compression_type="",
@@ -203,52 +203,53 @@ def stored_record(path: tf.Tensor, offset: tf.Tensor, length: tf.Tensor) -> tf.T
     records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
     record = records.take(1).get_single_element()
     found = tf.strings.length(record)
-    same = tf.debugging.assert_equal(found, tf.cast(length, tf.int32), "the record has another length than is listed")
-    with tf.control_dependencies([same] if same is not None else []):  # eagerly it is None
+    same_length = tf.debugging.assert_equal(
+        found, tf.cast(length, tf.int32), "the record has another length than listed"
+    )
+    with tf.control_dependencies([same_length] if same_length is not None else []):  # None in eager mode
         return tf.identity(record)
 
 
 def check_lengths(manifest: Manifest, split: str) -> None:
-    """Compares the lengths that the headers of a split's records state with those that the manifest lists.
+    """Compares the record lengths in the shards of a split with those in the manifest.
 
-    TensorFlow reserves memory for what a header states, and crashes where there is not as much. `Manifest.split` must
-    have found the shards complete.
+    TensorFlow allocates as much memory as a header states, and crashes if that fails. Call `Manifest.split` first: it
+    checks that the shards are complete.
 
     Raises:
-        UserError: naming the shard, the record and both lengths.
-        OSError: a shard that cannot be read.
+        UserError: a length differs; the message names the shard, the record and both lengths.
+        OSError: a shard cannot be read.
     """
     part = manifest.splits[split]
-    of_shard: dict[int, list[tuple[int, Record]]] = {}
+    by_shard: dict[int, list[tuple[int, Record]]] = {}
     for number, record in enumerate(part.records):
-        of_shard.setdefault(record.shard, []).append((number, record))
+        by_shard.setdefault(record.shard, []).append((number, record))
 
     def check(shard: int) -> None:
         path = manifest.folder / part.shards[shard].file
         with path.open("rb", buffering=0) as file:
-            for number, record in of_shard[shard]:
+            for number, record in by_shard[shard]:
                 stated = _stated_length(file, record.offset)
                 if stated != record.length:
                     where = f"{path}: record {number} of split {split}, at byte {record.offset}"
-                    raise UserError(f"{where}: {other_length(stated, record.length)}. {how_to_verify(path)}")
+                    raise UserError(f"{where}: {_length_mismatch(stated, record.length)}. {verify_hint(path)}")
 
-    with ThreadPoolExecutor(_READERS) as threads:  # on network disks each read waits
-        for _ in threads.map(check, of_shard):
+    with ThreadPoolExecutor(_READERS) as threads:  # hides the latency of network disks
+        for _ in threads.map(check, by_shard):
             pass
 
 
-def other_length(stated: int, listed: int) -> str:
-    """The clause that tells that a record has another length than the manifest lists."""
-    return f"its header states {stated} bytes where the manifest lists {listed}: the file was replaced"
+def _length_mismatch(stated: int, listed: int) -> str:
+    return f"its header states {stated} bytes, but the manifest lists {listed}: the file was replaced"
 
 
-def how_to_verify(shard: Path) -> str:
-    """The sentence that names the command which lists all damage to the records of a shard's folder."""
-    return f"List all damage with: python -m x3d_tf.build_records --output={shard.parent} --verify"
+def verify_hint(shard: Path) -> str:
+    """Returns a sentence with the command that verifies the records in a shard's folder."""
+    return f"List all damaged records with: python -m x3d_tf.build_records --output={shard.parent} --verify"
 
 
-def stated_length(path: Path, offset: int) -> int:
-    """Returns the bytes of data that the header of a record states; `offset` as in `index.Record`."""
+def read_record_length(path: Path, offset: int) -> int:
+    """Reads the number of data bytes from the header of a record; `offset` is that of `index.Record`."""
     with path.open("rb", buffering=0) as file:
         return _stated_length(file, offset)
 
@@ -258,10 +259,10 @@ def _stated_length(file: FileIO, offset: int) -> int:
 
 
 def parse_record(serialized: tf.Tensor) -> ParsedRecord:
-    """A record's content, in a graph or eagerly; no frame is decoded.
+    """Parses a record without decoding its frames, in a graph or eagerly.
 
     Raises:
-        tf.errors.InvalidArgumentError: bytes that are no such record.
+        tf.errors.InvalidArgumentError: the bytes are not such a record.
     """
     context, lists = tf.io.parse_single_sequence_example(serialized, _CONTEXT, _FRAMES)
     return ParsedRecord(
@@ -275,39 +276,37 @@ def parse_record(serialized: tf.Tensor) -> ParsedRecord:
 
 
 def decode_frame(jpeg: tf.Tensor) -> tf.Tensor:
-    """Returns the pixels of a JPEG file, uint8 [height, width, 3], in a graph or eagerly.
+    """Decodes a JPEG file to uint8 [height, width, 3], in a graph or eagerly.
 
     Raises:
-        tf.errors.InvalidArgumentError: a file that is no JPEG, or has more than `MAX_PIXELS` pixels.
+        tf.errors.InvalidArgumentError: the file is not a JPEG file, or has more than `MAX_PIXELS` pixels.
     """
     shape = tf.cast(tf.io.extract_jpeg_shape(jpeg), tf.int64)  # [height, width, channels], from the header
-    few = tf.debugging.assert_less_equal(shape[0] * shape[1], tf.constant(MAX_PIXELS, tf.int64), "too many pixels")
-    with tf.control_dependencies([few] if few is not None else []):  # eagerly it is None
-        return _decoded(jpeg)
+    small = tf.debugging.assert_less_equal(shape[0] * shape[1], tf.constant(MAX_PIXELS, tf.int64), "too many pixels")
+    with tf.control_dependencies([small] if small is not None else []):  # None in eager mode
+        return _decode_jpeg(jpeg)
 
 
-def _decoded(jpeg: tf.Tensor) -> tf.Tensor:
-    # The accurate transform is the one that other decoders use by default.
+def _decode_jpeg(jpeg: tf.Tensor) -> tf.Tensor:
+    # The accurate DCT is the default of other decoders.
     return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def as_stored(pixels: Pixels, stored: Storage | None) -> Pixels:
-    """Returns a frame of a video as training sees it: through the JPEG file that its record would hold.
+    """Compresses a frame to JPEG and decodes it again, so that the network sees what it saw in training.
 
     Args:
-        pixels: the frame, from `video.read_frames` with the short side that `clips.decoded_short_side` gives.
-        stored: of the records that the network was trained on; where it is None, the frame stays as it is.
+        pixels: frame from `decode.read_frames` with the short side from `sampling.decoded_short_side`.
+        stored: storage format of the records that the network was trained on. None returns the frame unchanged.
     """
     if stored is None:
         return pixels
-    decoded: Pixels = _decoded(encode_jpeg(pixels, stored.jpeg_quality)).numpy()
+    decoded: Pixels = _decode_jpeg(encode_jpeg(pixels, stored.jpeg_quality)).numpy()
     return decoded
 
 
 class ShardWriter:
-    """Writes a TFRecord file that appears under its name only when whole: used as a context manager.
-
-    If the block raises, nothing is left behind.
+    """Context manager that writes a TFRecord file atomically. If the block raises, no file is left.
 
     Raises:
         WriteError: the file cannot be written.
@@ -335,7 +334,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            with suppress(tf.errors.OpError):  # where the disk is full, closing fails too
+            with suppress(tf.errors.OpError):  # on a full disk, closing fails too
                 self._writer.close()
             self._partial.unlink(missing_ok=True)
             return
@@ -347,34 +346,34 @@ class ShardWriter:
                     self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                 self._partial.replace(self.path)
         finally:
-            self._partial.unlink(missing_ok=True)  # a whole file no longer has that name
+            self._partial.unlink(missing_ok=True)  # left only if an error occurred
 
     @property
     def shard(self) -> Shard:
-        """The finished file, once the block has ended."""
+        """Index entry of the finished file, available after the block."""
         return Shard(self.path.name, self._end, self.sha256)
 
 
 def write_split(
     folder: Path,
     split: str,
-    sources: Sequence[Source],
+    sources: Sequence[RecordSource],
     encoded: Iterator[EncodedVideo | VideoError],
     classes: Sequence[str],
     on_result: Callable[[EncodedVideo | VideoError], object],
 ) -> Split:
-    """Writes the shards of a split, one after the other, holding one video at a time.
+    """Writes the shards of a split sequentially, with one video in memory at a time.
 
     Args:
-        folder: where they go.
-        split: its name.
-        sources: the videos in the order in which they are to lie in the shards.
-        encoded: for each source in turn its frames, or why there are none; one element is taken for each source.
-        classes: names of the classes.
-        on_result: called with each element taken, for progress and for the list of failures.
+        folder: folder for the shards.
+        split: name of the split.
+        sources: metadata of the videos, in the order of the records.
+        encoded: encoded video or error of each source, in the same order.
+        classes: class names.
+        on_result: called with each element of `encoded`, for progress and for the list of failures.
 
     Returns:
-        The shards and records. A video that failed is left out, and so is a shard in which all failed.
+        The shards and records, without failed videos and without shards in which all videos failed.
     """
     return join_shards(
         [
@@ -386,15 +385,18 @@ def write_split(
 
 def write_shard(
     path: Path,
-    sources: Sequence[Source],
+    sources: Sequence[RecordSource],
     encoded: Iterator[EncodedVideo | VideoError],
     classes: Sequence[str],
     on_result: Callable[[EncodedVideo | VideoError], object],
 ) -> Split:
-    """Writes one shard; arguments as `write_split`. Returns it as a split of its own, empty where all videos failed.
+    """Writes a shard; the arguments are those of `write_split`.
+
+    Returns:
+        A split with this shard only, empty if all videos failed.
 
     Raises:
-        WriteError: the file cannot be written; nothing is left behind.
+        WriteError: the file cannot be written; no file is left.
     """
     written: list[Record] = []
     with ShardWriter(path) as writer:
@@ -413,7 +415,7 @@ def write_shard(
 
 
 def join_shards(parts: Sequence[Split]) -> Split:
-    """One split of the shards of several, in their order."""
+    """Concatenates the shards and records of several splits."""
     shards: list[Shard] = []
     records: list[Record] = []
     for part in parts:
@@ -422,48 +424,48 @@ def join_shards(parts: Sequence[Split]) -> Split:
     return Split(tuple(shards), tuple(records))
 
 
-def fault_of(path: Path, offset: int, length: int, size: int) -> str:
-    """Finds why a record could not be read, by reading it again outside of the graph.
+def diagnose_record(path: Path, offset: int, length: int, size: int) -> str:
+    """Finds out why a record could not be read, by reading it again outside the graph.
 
     Args:
-        path: the shard.
-        offset, length: of the record's data in bytes, as in the manifest.
-        size: of the shard in bytes, as in the manifest.
+        path: path of the shard.
+        offset, length: position and size of the record's data in bytes, from the manifest.
+        size: size of the shard in bytes, from the manifest.
 
     Returns:
-        The cause, a clause without a full stop.
+        The cause, as a clause without a full stop.
     """
     try:
         if not path.exists():
             return "the file does not exist"
         if not path.is_file():
-            return "this is not a file"
+            return "it is not a file"
         found = path.stat().st_size
     except OSError as error:
-        return f"reading fails: {error.strerror}"
+        return f"it cannot be read: {error.strerror}"
     if found != size:
-        return f"the file has {found} bytes where the manifest lists {size}: it was truncated or replaced"
+        return f"the file has {found} bytes, but the manifest lists {size}: it was truncated or replaced"
     try:
-        stated = stated_length(path, offset)
+        stated = read_record_length(path, offset)
         if stated != length:
-            return other_length(stated, length)
-        serialized = stored_record(tf.constant(os.fsencode(path)), *tf.constant([offset, length], tf.int64))
+            return _length_mismatch(stated, length)
+        serialized = read_record(tf.constant(os.fsencode(path)), *tf.constant([offset, length], tf.int64))
     except OSError as error:
-        return f"reading fails: {error.strerror}"
+        return f"it cannot be read: {error.strerror}"
     except tf.errors.DataLossError:
         return "its bytes do not match their checksum"
     except tf.errors.OpError as error:
-        return f"reading fails: {error.message.rpartition('; ')[2]}"
+        return f"it cannot be read: {error.message.rpartition('; ')[2]}"
     try:
         parsed = parse_record(serialized)
     except tf.errors.InvalidArgumentError:
-        return "its bytes hold no video"
+        return "it is not a video record"
     for number, jpeg in enumerate(parsed.frames):
         try:
             decode_frame(jpeg)
         except tf.errors.InvalidArgumentError:
-            return f"frame {number} is no JPEG image of at most {MAX_PIXELS} pixels"
-    return "its labels, name or boxes are not those that the manifest lists, or reading failed for a moment only"
+            return f"frame {number} is not a JPEG image of at most {MAX_PIXELS} pixels"
+    return "its labels, name or boxes differ from the manifest, or the read error was temporary"
 
 
 def _ints(values: Sequence[int]) -> tf.train.Feature:

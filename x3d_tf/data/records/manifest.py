@@ -1,8 +1,7 @@
-"""The table of contents of a folder of records: classes, shards, and where each record lies. Imports no TensorFlow.
+"""Manifest of a folder of records: classes, shards, and the position of each record. Imports no TensorFlow.
 
-`manifest.json` is written last, so a folder that has one is whole. It holds a checksum over its own content, which
-finds edits and damage. It is read as untrusted input: every value is held against its rule before anything relies on
-it.
+`manifest.json` is written last, so a folder that has one is complete. A checksum over its own content detects edits and
+damage. The manifest is untrusted input: every value is checked before it is used.
 """
 
 import hashlib
@@ -21,9 +20,9 @@ from x3d_tf.types import Storage, Task, stored_from_json, stored_to_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 4
-_CHECKSUM = "sha256"  # name of the entry with the checksum over all others
+_CHECKSUM = "sha256"  # entry with the checksum of all other entries
 
-_LABELS: dict[Task, tuple[int, float, str]] = {  # of a record: fewest, most, and the rule in words
+_LABELS: dict[Task, tuple[int, float, str]] = {  # labels per record: minimum, maximum, and the rule
     "single_label": (1, 1, "be exactly one"),
     "multi_label": (1, math.inf, "be one or more, ascending"),
     "detection": (0, math.inf, "be ascending"),
@@ -33,16 +32,16 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of records holds.
+    """Contents of a folder of records.
 
     Attributes:
-        folder: where the shards lie.
-        classes: names of the classes in the order of their labels, shared by all splits.
-        splits: the parts by name.
-        settings: how the records were made, for people and for comparison: names to numbers or strings.
-        stored: how their frames were stored.
-        task: "single_label" where every record has exactly one label, "multi_label" where it has one or more,
-            "detection" where it is of a key frame, whose boxes have any number.
+        folder: folder of the shards.
+        classes: class names in the order of their labels, shared by all splits.
+        splits: splits by name.
+        settings: settings of the build, numbers or strings, for information and comparison.
+        stored: storage format of the frames.
+        task: "single_label" if every record has exactly one label, "multi_label" if one or more, "detection" if records
+            hold a key frame, each of whose boxes has any number of labels.
     """
 
     folder: Path
@@ -53,44 +52,44 @@ class Manifest:
     task: Task = "single_label"
 
     def split(self, name: str) -> Split:
-        """The named part, once its shards have been found whole in the folder.
+        """Returns a split after checking that its shards exist with the sizes in the manifest.
 
         Raises:
-            UserError: no such split (lists those there are); a shard that is missing, or that has another size than
-                the manifest says: it was cut off or replaced.
+            UserError: the split does not exist (the message lists the splits), or a shard is missing, truncated or
+                replaced.
         """
         if name not in self.splits:
             raise UserError(f"{self.folder} has no split {name!r}; it has {', '.join(self.splits)}")
         for shard in self.splits[name].shards:
             path = self.folder / shard.file
             if not path.is_file():
-                raise UserError(f"{path} is missing; {MANIFEST_NAME} lists it")
+                raise UserError(f"{path} does not exist, but {MANIFEST_NAME} lists it")
             size = path.stat().st_size
-            require(size == shard.bytes, f"size of {path}", f"be {shard.bytes} bytes, as {MANIFEST_NAME} says", size)
+            require(size == shard.bytes, f"size of {path}", f"be {shard.bytes} bytes, as in {MANIFEST_NAME}", size)
         return self.splits[name]
 
-    def keeping(self, name: str, records: Sequence[Record]) -> "Manifest":
-        """The same, but of the named part only these records."""
+    def with_records(self, name: str, records: Sequence[Record]) -> "Manifest":
+        """Returns a copy in which the named split has only these records."""
         return replace(self, splits=self.splits | {name: Split(self.splits[name].shards, tuple(records))})
 
     def fingerprint(self) -> str:
-        """Returns a hash that two manifests share if their task, classes, shards and records are equal.
+        """Returns a hash of the task, classes, storage format, shards and records.
 
-        It does not depend on where the folder lies, nor on the settings.
+        The hash does not depend on the folder's path or on the settings.
         """
         content = self._content()
         del content["settings"]
         return checksum(content)
 
     def save(self) -> Path:
-        """Writes `manifest.json` into the folder, whole or not at all, and returns its path."""
+        """Writes `manifest.json` into the folder atomically and returns its path."""
         content = self._content()
         path = self.folder / MANIFEST_NAME
         atomic_write(path, json.dumps(content | {_CHECKSUM: checksum(content)}, ensure_ascii=False).encode())
         return path
 
     def _content(self) -> dict[str, Any]:
-        """All entries of the file but the checksum."""
+        """Returns all entries of the file except the checksum."""
         return {
             "format_version": FORMAT_VERSION,
             "task": self.task,
@@ -102,18 +101,17 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
-        """Reads and checks a folder's manifest.
+        """Reads and checks the manifest of a folder.
 
         Raises:
-            UserError: no manifest there (says which command makes one); one that cannot be read, has another format or
-                was changed after it was written; a value that breaks its rule, naming the file, the entry, the rule and
-                the value received.
+            UserError: the manifest does not exist, cannot be read, has another format version, was changed after it was
+                written, or has a value that breaks its rule (the message names the file, entry, rule and value).
         """
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
             raise UserError(
                 f"{path} does not exist: {folder} holds no finished records. "
-                f"Make them with: python -m x3d_tf.build_records --videos=DIR --output={folder}"
+                f"Build them with: python -m x3d_tf.build_records --videos=DIR --output={folder}"
             )
         content = _checked_content(path)
         reader = _Reader(str(path))
@@ -131,12 +129,12 @@ class Manifest:
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a manifest's entries, which does not depend on their order or on white space."""
+    """Returns the SHA-256 of a manifest's entries, independent of their order and of white space."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _checked_content(path: Path) -> dict[str, Any]:
-    """The entries of the file, once their checksum has been found right; no entry has been checked by itself."""
+    """Returns the entries of the file after verifying their checksum; the values are still unchecked."""
     try:
         content = json.loads(read_limited(path, LARGE))
         content = _Reader(str(path)).of_type(content, dict, "the file")
@@ -146,18 +144,18 @@ def _checked_content(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:  # ValueError covers both broken JSON and broken UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError covers invalid JSON and invalid UTF-8
         raise UserError(f"{path} is not JSON: {error}") from error
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}: the records were made by another "
-            "version of x3d_tf; build them again"
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}. Another version of x3d_tf built these "
+            "records; build them again"
         )
     if expected != found:
         raise UserError(
-            f"{path}: {_CHECKSUM} must be that of the file's other entries, {found}, got {expected!r}: the file was "
-            "edited or damaged after it was written; restore it from a copy or build the records again"
+            f"{path}: {_CHECKSUM} must match the file's other entries ({found}), got {expected!r}. The file was edited "
+            "or damaged after it was written; restore it from a copy or build the records again"
         )
     return content
 
@@ -167,7 +165,7 @@ def _stored_from_json(reader: "_Reader", value: Any) -> Storage:
         stored = stored_from_json(value)
     except UserError as error:
         raise UserError(f"{reader.path}: {error}") from error
-    if stored is None:  # records always hold frames
+    if stored is None:
         raise UserError(f"{reader.path}: stored must have short_side and jpeg_quality, got {value!r}")
     return stored
 
@@ -188,11 +186,11 @@ def _split_from_json(reader: "_Reader", name: str, content: Any, classes: int, t
     shards = tuple(_shard_from_json(reader, f"{where}.shards[{i}]", entry) for i, entry in enumerate(entries))
     records = _records_from_json(reader, f"{where}.records", content.get("records"))
     reader.check(content.get("count") == len(records), f"{where}.count", f"be {len(records)}", content.get("count"))
-    end = (0, 0)  # shard and byte where the record before ends
+    end = (0, 0)  # shard and byte at which the previous record ends
     for i, record in enumerate(records):
         _check_record(reader, f"{where}.records[{i}]", record, shards, classes, task)
-        place = (record.shard, record.offset)
-        reader.check(place >= end, f"{where}.records[{i}]", "come after the record before it in the shards", place)
+        start = (record.shard, record.offset)
+        reader.check(start >= end, f"{where}.records[{i}]", "start after the end of the previous record", start)
         end = (record.shard, record.offset + record.length + HEADER_BYTES + FOOTER_BYTES)
     return Split(shards, records)
 
@@ -200,8 +198,8 @@ def _split_from_json(reader: "_Reader", name: str, content: Any, classes: int, t
 def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
     entry = reader.of_type(entry, dict, where)
     file = reader.of_type(entry.get("file"), str, f"{where}.file")
-    plain = file not in ("", ".", "..") and not any(character in file for character in "/\\\0")
-    reader.check(plain, f"{where}.file", "be a file name without a folder", file)
+    is_plain = file not in ("", ".", "..") and not any(character in file for character in "/\\\0")
+    reader.check(is_plain, f"{where}.file", "be a file name without a path", file)
     size = reader.of_type(entry.get("bytes"), int, f"{where}.bytes")
     return Shard(file, size, reader.of_type(entry.get("sha256"), str, f"{where}.sha256"))
 
@@ -215,7 +213,7 @@ def _records_from_json(reader: "_Reader", where: str, columns: Any) -> tuple[Rec
         for field, kind in Record.__annotations__.items()
     ]
     lengths = sorted({len(column) for column in checked})
-    reader.check(len(lengths) == 1, where, "have columns of one length", lengths)
+    reader.check(len(lengths) == 1, where, "have columns of equal length", lengths)
     return tuple(Record(*row) for row in zip(*checked, strict=True))
 
 
@@ -237,12 +235,12 @@ def _check_record(
     labels = record.labels
     reader.check(all(0 <= label < classes for label in labels), f"{where}.labels", f"be in 0..{classes - 1}", labels)
     least, most, rule = _LABELS[task]
-    counted = least <= len(labels) <= most and list(labels) == sorted(set(labels))
-    reader.check(counted, f"{where}.labels", rule, labels)
+    valid = least <= len(labels) <= most and list(labels) == sorted(set(labels))
+    reader.check(valid, f"{where}.labels", rule, labels)
 
 
 class _Reader:
-    """Checks of values from JSON; errors name the file and the entry."""
+    """Checks values from JSON; errors name the file and the entry."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -252,7 +250,9 @@ class _Reader:
             require(False, f"{self.path}: {where}", rule, value)
 
     def of_type(self, value: Any, kind: type[_T], where: str) -> _T:
-        self.check(type(value) is kind, where, f"be a {kind.__name__}", value)  # JSON's true is no int here
+        self.check(
+            type(value) is kind, where, f"be a {kind.__name__}", value
+        )  # isinstance would accept JSON's true as an int
         return value
 
     def items(self, value: Any, kind: type[_T], where: str) -> list[_T]:

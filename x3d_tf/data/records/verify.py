@@ -1,7 +1,7 @@
-"""Verification of records: reads every byte of them. Training checks less: only the records that it reads.
+"""Verifies records by reading every byte; training checks only the records that it reads.
 
-Shards are untrusted. TensorFlow reserves memory for a record of any length that its header states, and crashes where
-there is none, so that each header is compared with the manifest before TensorFlow reads the record.
+Shards are untrusted. TensorFlow allocates as much memory as a record's header states, and crashes if that fails.
+Therefore each header is compared with the manifest before TensorFlow reads the record.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from x3d_tf.data.records.format import (
     decode_frame,
     parse_annotation,
     parse_record,
-    stated_length,
-    stored_record,
+    read_record,
+    read_record_length,
 )
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
@@ -33,12 +33,12 @@ from x3d_tf.text import counted
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What was found in the shards of a split.
+    """Result of verifying the shards of a split.
 
     Attributes:
-        split: its name.
-        shards, videos, frames: how many the manifest lists.
-        problems: for each shard that is damaged or not listed in the manifest a line that names it.
+        split: name of the split.
+        shards, videos, frames: numbers of these in the manifest.
+        problems: one line for each shard that is damaged or not listed in the manifest.
     """
 
     split: str
@@ -54,15 +54,15 @@ class SplitReport:
 
 
 def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[SplitReport]:
-    """Reads all shards of a folder of records, one split after the other.
+    """Verifies all shards of a folder of records, one split after the other.
 
-    Checked are the shards' sizes and SHA-256, the checksums of all records, that each parses and agrees with the
-    manifest in its place, labels, class names, rate, name and number of frames, and that its first frame decodes; that
-    the manifest lists all shards and all their records, each once; of key frames also that their boxes are within the
-    frame, and of the classes that the manifest says.
+    Checks that the sizes and SHA-256 of all shards and the checksums of all records are correct; that each record
+    parses, agrees with the manifest in position, labels, class names, frame rate, name and number of frames, and that
+    its first frame decodes; and that the manifest lists every shard and every record once. For key frames, also checks
+    that boxes lie within the frame and have the classes that the manifest lists.
 
     Raises:
-        UserError: there is no manifest, or it is damaged itself.
+        UserError: the manifest does not exist or is damaged.
     """
     manifest = Manifest.load(folder)
     unlisted = _unlisted(manifest)
@@ -91,7 +91,7 @@ def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[Spl
 
 
 def _unlisted(manifest: Manifest) -> dict[str, list[str]]:
-    """Problems by split: files named as shards that the manifest does not list."""
+    """Returns, by split, the shard files that the manifest does not list."""
     listed = {shard.file for split in manifest.splits.values() for shard in split.shards}
     problems: dict[str, list[str]] = {}
     for path in sorted(manifest.folder.iterdir()):
@@ -103,11 +103,11 @@ def _unlisted(manifest: Manifest) -> dict[str, list[str]]:
 
 def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Manifest) -> None:
     if not path.is_file():
-        raise UserError(f"{path} is missing")
+        raise UserError(f"{path} does not exist")
     size = path.stat().st_size
     if size != shard.bytes:
-        raise UserError(f"{path} has {size} bytes, and {MANIFEST_NAME} says {shard.bytes}")
-    end = 0  # of the record before
+        raise UserError(f"{path} has {size} bytes, but {MANIFEST_NAME} lists {shard.bytes}")
+    end = 0  # of the previous record
     for number, record in enumerate(records):
         where = f"{path}, record {number} at byte {record.offset} ({record.media_id})"
         start = record.offset - HEADER_BYTES
@@ -116,7 +116,7 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
         try:
             _verify_record(where, path, record, manifest)
         except tf.errors.DataLossError as error:
-            raise UserError(f"{where} does not have its checksum") from error
+            raise UserError(f"{where} has a wrong checksum") from error
         except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
             raise UserError(f"{where} cannot be parsed or decoded") from error
         end = record.offset + record.length + FOOTER_BYTES
@@ -125,15 +125,15 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
-        raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} says")
+        raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} lists")
 
 
 def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> None:
-    length = stated_length(path, record.offset)
+    length = read_record_length(path, record.offset)
     if length != record.length:
-        raise UserError(f"{where} has length {length}, and {MANIFEST_NAME} says {record.length}")
-    place = tf.constant([record.offset, record.length], tf.int64)
-    serialized = stored_record(tf.constant(os.fsencode(path)), *place)
+        raise UserError(f"{where} has length {length}, but {MANIFEST_NAME} lists {record.length}")
+    position = tf.constant([record.offset, record.length], tf.int64)
+    serialized = read_record(tf.constant(os.fsencode(path)), *position)
     parsed = parse_record(serialized)
     found = {
         "frames": len(parsed.frames),
@@ -143,28 +143,29 @@ def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -
     }
     for field, value in found.items():
         if value != getattr(record, field):
-            raise UserError(f"{where} has {field} {value!r}, and {MANIFEST_NAME} says {getattr(record, field)!r}")
+            raise UserError(f"{where} has {field} {value!r}, but {MANIFEST_NAME} lists {getattr(record, field)!r}")
     names = [name.decode() for name in parsed.names.numpy()]
     listed = [manifest.classes[label] for label in record.labels]
     if names != listed:
-        raise UserError(f"{where} is of the classes {names!r}, and {MANIFEST_NAME} says {listed!r}")
+        raise UserError(f"{where} has the classes {names!r}, but {MANIFEST_NAME} lists {listed!r}")
     decode_frame(parsed.frames[0])
     if manifest.task == "detection":
-        _verify_boxes(where, parse_annotation(serialized), record)
+        _verify_annotation(where, parse_annotation(serialized), record)
 
 
-def _verify_boxes(where: str, known: ParsedAnnotation, record: Record) -> None:
-    """That what is said of a key frame is of its frames and its classes, and of boxes within the frame."""
-    labels = known.labels.numpy()
+def _verify_annotation(where: str, annotation: ParsedAnnotation, record: Record) -> None:
+    """Checks the key frame's index, its labels against the manifest, its boxes and its scores."""
+    labels = annotation.labels.numpy()
     found = {
-        "a key frame that is one of its frames": 0 <= int(known.key_frame) < record.frames,
-        "boxes of its classes": tuple(np.unique(labels[labels != NO_LABEL]).tolist()) == record.labels,
-        "boxes within the frame": all(_in_frame(boxes.numpy()) for boxes in (known.boxes, known.proposals)),
-        "scores in [0, 1]": bool(((known.scores >= 0) & (known.scores <= 1)).numpy().all()),
+        "a key frame among its frames": 0 <= int(annotation.key_frame) < record.frames,
+        "the labels of its boxes in the manifest": tuple(np.unique(labels[labels != NO_LABEL]).tolist())
+        == record.labels,
+        "boxes within the frame": all(_in_frame(boxes.numpy()) for boxes in (annotation.boxes, annotation.proposals)),
+        "scores in [0, 1]": bool(((annotation.scores >= 0) & (annotation.scores <= 1)).numpy().all()),
     }
-    for what, holds in found.items():
+    for rule, holds in found.items():
         if not holds:
-            raise UserError(f"{where} does not have {what}")
+            raise UserError(f"{where} does not have {rule}")
 
 
 def _in_frame(boxes: NDArray[np.float32]) -> bool:

@@ -1,4 +1,4 @@
-"""Clips out of video files, cut while frames come: memory does not grow with length. Imports no TensorFlow."""
+"""Cuts clips from a stream of video frames, in memory independent of its length. Imports no TensorFlow."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from x3d_tf.data.video.decode import Pixels, probe, read_frames
 
-Keep = Callable[[Pixels], Any]  # from a frame to what clips hold of it
+FrameTransform = Callable[[Pixels], Any]
 
 
 class Cut(NamedTuple):
-    """A clip out of a stream.
+    """A clip cut from a stream.
 
     Attributes:
-        part: the part that it is of.
-        numbers: of its frames.
-        clips: how many of the part's clips these frames are.
-        frames: what was kept of them, T; clips share it.
+        part: index of its part.
+        numbers: frame numbers, T.
+        clips: number of the part's clips that have these frames.
+        frames: transformed frames, T, shared between clips.
     """
 
     part: int
@@ -31,19 +31,18 @@ class Cut(NamedTuple):
 
 
 def cut_clips(
-    frames: Iterable[Pixels], parts: Iterable[NDArray[np.int64]], keep: Keep = lambda pixels: pixels
+    frames: Iterable[Pixels], parts: Iterable[NDArray[np.int64]], transform: FrameTransform = lambda pixels: pixels
 ) -> Iterator[Cut]:
-    """Cuts clips out of a stream of frames, each as soon as its last frame has come.
+    """Cuts clips from a stream of frames, and yields each as soon as its last frame has been read.
 
-    Clips of a part that have the same frames, as all of a short video do, are cut once. Holds the frames that clips
-    under way have got so far, and no others. Where the stream ends too early its last frame is repeated; parts that it
-    did not come to are left out.
+    Clips of a part with identical frames, as in short videos, are cut once. Only the frames of unfinished clips are
+    held in memory. If the stream ends early, its last frame is repeated; parts that it does not reach are left out.
 
     Args:
-        frames: the stream, of one size; read to its end.
-        parts: numbers of the frames of each part's clips, [clips, T], rising along T. Parts come in the order of their
-            first frames, and are asked for when those come.
-        keep: makes what clips hold of a frame, once for each frame that a clip has.
+        frames: stream of frames of the same size; read to its end.
+        parts: frame numbers of each part's clips, [clips, T], ascending along T. Parts are ordered by their first
+            frames, and requested when these are read.
+        transform: function applied once to each frame that belongs to a clip.
     """
     upcoming = enumerate(parts)
     following = next(upcoming, None)
@@ -55,31 +54,31 @@ def cut_clips(
             following = next(upcoming, None)
         wanting = [clip for clip in waiting if clip.next == number]
         if wanting:
-            kept = keep(pixels)
+            transformed = transform(pixels)
             for clip in wanting:
-                clip.take(kept)
+                clip.append(transformed)
         done = [clip for clip in wanting if clip.complete]
         if done:
             waiting = [clip for clip in waiting if not clip.complete]
             yield from (clip.cut() for clip in done)
-            done.clear()  # their frames are not needed any more
+            done.clear()  # releases their frames
         wanting.clear()
     if waiting:
-        kept = keep(pixels)
+        transformed = transform(pixels)
         for clip in waiting:
-            clip.fill(kept, number)
+            clip.fill(transformed, number)
             yield clip.cut()
 
 
 def _distinct(clips: NDArray[np.int64]) -> list[tuple[list[int], int]]:
-    """Each row once, with its count, in the order of the rows."""
+    """Returns the distinct rows with their counts, in the order of the rows."""
     rows = [tuple(row) for row in clips.tolist()]
     return [(list(row), rows.count(row)) for row in dict.fromkeys(rows)]
 
 
 @dataclass(eq=False)
 class _OpenClip:
-    """A clip of which some frames are still to come."""
+    """A clip with frames still to be read."""
 
     part: int
     numbers: list[int]
@@ -94,13 +93,13 @@ class _OpenClip:
     def next(self) -> int:
         return self.numbers[len(self.frames)]
 
-    def take(self, kept: Any) -> None:
+    def append(self, frame: Any) -> None:
         number = self.next
         while not self.complete and self.next == number:  # short videos repeat frames
-            self.frames.append(kept)
+            self.frames.append(frame)
 
-    def fill(self, kept: Any, last: int) -> None:
-        self.frames += [kept] * (len(self.numbers) - len(self.frames))
+    def fill(self, frame: Any, last: int) -> None:
+        self.frames += [frame] * (len(self.numbers) - len(self.frames))
         self.numbers = [min(number, last) for number in self.numbers]
 
     def cut(self) -> Cut:
@@ -108,29 +107,28 @@ class _OpenClip:
 
 
 class VideoClips:
-    """The clips of a whole video, each distinct one once, as soon as its frames have come.
+    """Iterable over the distinct clips of a complete video, each as soon as its frames have been read.
 
-    They are those of the video's record, which holds the frames that could be decoded. A file may promise another
-    number of them. Clips are cut where the promised number puts them; where another number was decoded, only those that
-    it puts elsewhere are cut again, in a second reading.
+    The clips equal those of the video's record, whose length is the number of decoded frames. That number is known only
+    at the end, so clips are first placed by the number in the file. If the numbers differ, the clips that move are cut
+    in a second pass.
 
     Args:
-        path: the video.
-        clips_of: gives the numbers of the frames of the clips, int64 [K, T], for the number of frames of a video and
-            its rate.
-        short_side: see `video.read_frames`.
-        keep: see `cut_clips`.
-        on_frame: called for each frame that the first reading decodes.
+        path: video file.
+        clips_of: function from the number of frames and the frame rate to the frame numbers of the clips, int64 [K, T].
+        short_side: see `decode.read_frames`.
+        transform: see `cut_clips`.
+        on_frame: called for each frame in the first pass.
 
     Attributes:
-        fps: of the video, as its record states it.
-        start: when its first frame is shown, see `video.VideoInfo`.
-        promised: frames that the file says it has.
-        frames: frames that were decoded; known after the iteration.
-        chosen: `numbers` of the K clips; known after the iteration.
+        fps: frames per second, as in the video's record.
+        start: time of the first frame; see `decode.VideoInfo`.
+        promised: number of frames according to the file.
+        frames: number of decoded frames; available after the iteration.
+        chosen: `numbers` of the K clips; available after the iteration.
 
     Raises:
-        VideoError: the file cannot be read; while iterating, also one that breaks off.
+        VideoError: the file cannot be read or, during iteration, is truncated.
     """
 
     def __init__(
@@ -138,7 +136,7 @@ class VideoClips:
         path: Path,
         clips_of: Callable[[int, float], NDArray[np.int64]],
         short_side: int,
-        keep: Keep,
+        transform: FrameTransform,
         on_frame: Callable[[], object] = lambda: None,
     ) -> None:
         info = probe(path)
@@ -146,20 +144,20 @@ class VideoClips:
         self.start = info.start
         self.chosen: list[tuple[int, ...]] = []
         self._path, self._clips_of, self._short_side = path, clips_of, short_side
-        self._keep, self._on_frame = keep, on_frame
+        self._transform, self._on_frame = transform, on_frame
 
     def __iter__(self) -> Iterator[Cut]:
         seen = set()
-        for cut in cut_clips(self._counted(), [self._clips_of(self.promised, self.fps)], self._keep):
+        for cut in cut_clips(self._count_frames(), [self._clips_of(self.promised, self.fps)], self._transform):
             seen.add(cut.numbers)
             yield cut
         self.chosen = [tuple(row) for row in self._clips_of(self.frames, self.fps).tolist()]
         missing = sorted(set(self.chosen) - seen)
         if missing:
             stream = (frame.pixels for frame in read_frames(self._path, self._short_side))
-            yield from itertools.islice(cut_clips(stream, [np.array(missing)], self._keep), len(missing))
+            yield from itertools.islice(cut_clips(stream, [np.array(missing)], self._transform), len(missing))
 
-    def _counted(self) -> Iterator[Pixels]:
+    def _count_frames(self) -> Iterator[Pixels]:
         for frame in read_frames(self._path, self._short_side):
             self.frames += 1
             yield frame.pixels

@@ -1,4 +1,4 @@
-"""Reads video files with PyAV and turns them into JPEG frames. Imports no TensorFlow: worker processes stay small."""
+"""Decodes video files with PyAV and encodes JPEG frames. Imports no TensorFlow, which keeps worker processes small."""
 
 import io
 import itertools
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from x3d_tf.data.sampling import resized_shape
-from x3d_tf.data.video.containers import VideoError, open_container, packets, reported
-from x3d_tf.data.video.timeline import Timeline, check_whole, read_timeline
+from x3d_tf.data.video.containers import VideoError, decoding_errors_as_video_error, open_container, packets
+from x3d_tf.data.video.timeline import Timeline, check_complete, read_timeline
 
 __all__ = (
     "EncodedVideo",
@@ -34,24 +34,24 @@ __all__ = (
 
 Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
 
-_UPRIGHT = (False, 1, 1)  # of `_orientation`: as stored
+_UPRIGHT = (False, 1, 1)  # result of `_orientation` for pictures that are stored upright
 
-TIME_TOLERANCE = 1e-3  # of a frame's duration: how far a frame may lie before the second from which to keep
-MAX_RECORD_BYTES = 1 << 30  # a record is one protocol buffer message, which cannot exceed 2 GiB
+TIME_TOLERANCE = 1e-3  # in frame durations: how much earlier than the start the first frame may be
+MAX_RECORD_BYTES = 1 << 30  # a record is a protocol buffer message, which cannot exceed 2 GiB
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says of its video: of several streams, FFmpeg's best, and never a cover picture.
+    """Properties of a video file's video stream: FFmpeg's best one, excluding cover pictures.
 
     Attributes:
-        width, height: in pixels, as displayed (after rotation). Pixels count as square, as in PySlowFast.
-        fps: frames per second that `read_frames` delivers: the rate of nearly all pictures where there is one.
-        frames: pictures stored; with a variable rate, `read_frames` may deliver more or fewer.
-        variable_rate: whether frames are repeated or dropped to make the rate constant.
-        delivered: frames that `read_frames` delivers where the last pictures can be decoded.
-        start: when the first frame is shown, in seconds of the file. These count, as in players and in `ffmpeg -ss`,
-            from where its first stream begins: the video itself, or a sound that begins before it.
+        width, height: size as displayed, after rotation, in pixels. Pixels are assumed to be square, as in PySlowFast.
+        fps: frames per second of `read_frames`: the rate of nearly all pictures if they have one.
+        frames: number of stored pictures. With a variable rate, `read_frames` may yield more or fewer frames.
+        variable_rate: True if frames are repeated or dropped to make the rate constant.
+        delivered: number of frames that `read_frames` yields, if the last pictures can be decoded.
+        start: time of the first frame in seconds of the file. As in players and in `ffmpeg -ss`, times count from the
+            start of the first stream, which is the video or audio that begins before it.
     """
 
     width: int
@@ -64,7 +64,7 @@ class VideoInfo:
 
 
 class Frame(NamedTuple):
-    """One picture: its time in seconds of the file, see `VideoInfo.start`, and RGB pixels, uint8 [height, width, 3]."""
+    """A frame: its time in seconds of the file (see `VideoInfo.start`), and RGB pixels, uint8 [height, width, 3]."""
 
     timestamp: float
     pixels: Pixels
@@ -72,12 +72,12 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedVideo:
-    """A video as its record holds it.
+    """An encoded video, ready to be stored in a record.
 
     Attributes:
-        frames: JPEG files, all of one size.
-        fps: frames per second, rounded to float32 as records store it.
-        start: when the first frame is shown, in seconds of the file.
+        frames: JPEG files, all of the same size.
+        fps: frames per second, rounded to float32 as in records.
+        start: time of the first frame in seconds of the file.
     """
 
     frames: list[bytes]
@@ -86,14 +86,14 @@ class EncodedVideo:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Reads what a video is: its timestamps, and its first picture.
+    """Reads the properties of a video from its timestamps and its first picture.
 
     Raises:
-        VideoError: the file is missing, empty, not a video, has no video stream, is cut off, or holds no frame.
+        VideoError: the file is missing, empty, truncated or not a video, or has no video stream or no frame.
     """
     timeline = read_timeline(path)
     with open_container(path) as (container, stream):
-        for picture in _decoded(container, stream):
+        for picture in _decode_pictures(container, stream):
             width, height = picture.width, picture.height
             if _orientation(picture)[0]:
                 width, height = height, width
@@ -106,58 +106,59 @@ def probe(path: str | Path) -> VideoInfo:
                 timeline.frames,
                 timeline.start,
             )
-    raise VideoError(path, "holds no frame that can be decoded")
+    raise VideoError(path, "has no frame that can be decoded")
 
 
 def read_frames(path: str | Path, short_side: int = 256) -> Iterator[Frame]:
-    """Decodes a video, one frame at a time.
+    """Decodes a video and yields its frames.
 
-    Frames come at the rate of `probe(path).fps`: a variable rate is made constant by repeating and dropping frames. A
-    picture is repeated while it stands still, and in place of those after it that cannot be decoded. Recordings joined
-    in one file follow each other. Turns and mirrors that the file asks for are applied, to the nearest quarter turn.
-    Frames whose short side exceeds `short_side` pixels are scaled to it with the long side rounded down; smaller ones
-    keep their size.
+    Frames have the constant rate `probe(path).fps`; a variable rate is made constant by repeating and dropping frames.
+    A picture is repeated until the next one is due, and in place of following ones that cannot be decoded. Recordings
+    joined in one file follow each other. Rotation and mirroring from the metadata are applied, rounded to quarter
+    turns. Frames whose short side exceeds `short_side` pixels are scaled to it with the long side rounded down;
+    smaller frames are not upscaled.
 
     Raises:
-        VideoError: as `probe`; also a file of which more than a tenth cannot be decoded, or that changes its size
-            midway.
+        VideoError: see `probe`; also if more than a tenth of the pictures cannot be decoded, or the frame size changes.
     """
-    return _frames(path, read_timeline(path), short_side)
+    return _read_range(path, read_timeline(path), short_side)
 
 
 def encode_video(
     path: str | Path, short_side: int = 256, quality: int = 95, start: float = 0.0, end: float | None = None
 ) -> EncodedVideo:
-    """Decodes a video and stores its frames as JPEG.
+    """Decodes a video and encodes its frames as JPEG.
 
     Args:
-        path: the video.
+        path: video file.
         short_side: see `read_frames`.
-        quality: of the JPEG files, 1..95.
-        start: second of the file, see `VideoInfo.start`: the first frame is the first that is not before it.
-        end: second of the file to stop before. None, or what lies beyond the video, is its end.
+        quality: JPEG quality, 1..95.
+        start: start time in seconds of the file (see `VideoInfo.start`). The first frame is the first one at or after
+            it.
+        end: end time in seconds, exclusive. None, like a time beyond the video, means the end of the video.
 
     Raises:
-        VideoError: as `read_frames`; also a video whose frames exceed 1 GiB, too long for one record, and one that has
-            no frame between `start` and `end`.
+        VideoError: see `read_frames`; also if the frames exceed 1 GiB, the limit of a record, or if no frame lies
+            between `start` and `end`.
     """
     timeline = read_timeline(path)
     first = max(first_from(start - timeline.start, timeline.fps), 0)
     stop = None if end is None else first_from(end - timeline.start, timeline.fps)
     if stop is not None and stop <= first:
         begins = f" and begins at {timeline.start:.3f} s" if timeline.start else ""
-        raise VideoError(path, f"has no frame between {start} s and {end} s: it has {timeline.fps:g} a second{begins}")
+        rate = f"it has {timeline.fps:g} frames per second{begins}"
+        raise VideoError(path, f"has no frame between {start} s and {end} s: {rate}")
     try:
-        frames = _jpegs(path, _frames(path, timeline, short_side, first, stop, seek=True), quality)
-    except _UnsureError:
-        frames = _jpegs(path, _frames(path, timeline, short_side, first, stop), quality)
+        frames = _encode_jpegs(path, _read_range(path, timeline, short_side, first, stop, seek=True), quality)
+    except _InexactSeekError:
+        frames = _encode_jpegs(path, _read_range(path, timeline, short_side, first, stop), quality)
     if not frames:
-        raise VideoError(path, f"ends before {start} s, where it was to start")
+        raise VideoError(path, f"ends before the start time {start} s")
     return EncodedVideo(frames, float(np.float32(timeline.fps)), timeline.start + first / timeline.fps)
 
 
-def _jpegs(path: str | Path, frames: Iterator[Frame], quality: int) -> list[bytes]:
-    """Frames as JPEG files; raises VideoError if they are too large for a record."""
+def _encode_jpegs(path: str | Path, frames: Iterator[Frame], quality: int) -> list[bytes]:
+    """Encodes frames as JPEG files; raises VideoError if they are too large for a record."""
     jpegs: list[bytes] = []
     total = 0
     previous: Pixels | None = None
@@ -172,27 +173,27 @@ def _jpegs(path: str | Path, frames: Iterator[Frame], quality: int) -> list[byte
 
 
 def first_from(second: float, fps: float) -> int:
-    """The first frame that is not before a second after frame 0."""
+    """Returns the index of the first frame at or after a time, in seconds after frame 0."""
     return math.ceil(second * fps - TIME_TOLERANCE)
 
 
 def frame_at(second: float, start: float, fps: float) -> int:
-    """Where the frame of a second lies among those whose first is shown at `start`: the nearest one.
+    """Returns the index of the frame nearest to a time, given the time of frame 0.
 
-    Up to half a second before, which is how much earlier a sound may begin, that is the first.
+    Times up to half a second before frame 0, which happen if audio begins earlier, give frame 0.
     """
-    place = round((second - start) * fps)
-    return 0 if -fps / 2 <= place < 0 else place
+    index = round((second - start) * fps)
+    return 0 if -fps / 2 <= index < 0 else index
 
 
 def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
-    """RGB pixels as a JPEG file."""
+    """Encodes RGB pixels as a JPEG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
-def _frames(
+def _read_range(
     path: str | Path,
     timeline: Timeline,
     short_side: int,
@@ -200,13 +201,13 @@ def _frames(
     stop: int | None = None,
     seek: bool = False,
 ) -> Iterator[Frame]:
-    """Frames `first` to before `stop` of the constant rate.
+    """Yields the frames `first` to `stop`, exclusive, at the constant rate.
 
-    With `seek` what lies before them is decoded only where it has to be. Raises _UnsureError, perhaps after some of
-    them, where they may then differ from the same frames of the video as a whole.
+    With `seek`, earlier pictures are decoded only if required. Raises _InexactSeekError, possibly after some frames,
+    if frames may differ from those of decoding the complete video.
     """
-    shown: av.VideoFrame | None = None  # what the frames from `upcoming` on show until the next picture's first
-    pixels: Pixels | None = None  # the same, once it is needed
+    shown: av.VideoFrame | None = None  # shown from frame `upcoming` to the next picture
+    pixels: Pixels | None = None  # of `shown`, converted when first needed
     upcoming, lost, number = first, 0, -1
     sizes: dict[tuple[int, ...], None] = {}
     orientation, angle = _UPRIGHT, None
@@ -215,109 +216,111 @@ def _frames(
         nonlocal pixels, orientation, angle
         for slot in slots:
             if pixels is None:
-                if picture.rotation != angle:  # the matrix takes as long to read as a fifth of a small picture
+                if picture.rotation != angle:  # reading the matrix is slow: a fifth of decoding a small picture
                     orientation, angle = _orientation(picture), picture.rotation
                 pixels = _upright_rgb(picture, short_side, orientation)
                 sizes.setdefault(pixels.shape[:2])
                 if len(sizes) > 1:
                     before, now = sizes
-                    raise VideoError(path, f"changes its frame size midway, from {before} to {now}")
+                    raise VideoError(path, f"changes its frame size from {before} to {now}")
             yield Frame(timeline.start + slot / timeline.fps, pixels)
 
     wanted = max(int(np.searchsorted(timeline.slots, first, side="right")) - 1, 0)
     end = timeline.pictures if stop is None else int(np.searchsorted(timeline.slots, stop))
-    sought = seek and wanted > 0 and timeline.seekable
-    pictures = _pictures_between(path, timeline, wanted, end) if sought else _all_pictures(path, timeline)
-    with reported(path):
+    use_seek = seek and wanted > 0 and timeline.seekable
+    pictures = _pictures_between(path, timeline, wanted, end) if use_seek else _all_pictures(path, timeline)
+    with decoding_errors_as_video_error(path):
         for number, skipped, picture in pictures:
             lost += skipped
             slot = int(timeline.slots[number])
-            if shown is not None:  # else it is shown in place of those before it that cannot be decoded, too
+            if shown is not None:  # otherwise the first picture also replaces earlier ones that cannot be decoded
                 yield from show(shown, range(upcoming, slot if stop is None else min(slot, stop)))
                 upcoming = max(upcoming, slot)
             if stop is not None and slot >= stop:
                 return
             shown, pixels = picture, None
     if shown is None:
-        raise VideoError(path, "holds no frame that can be decoded")
+        raise VideoError(path, "has no frame that can be decoded")
     lost += timeline.pictures - 1 - number
-    check_whole(path, timeline.pictures - lost, timeline.pictures, "could be decoded")
-    with reported(path):
+    check_complete(path, timeline.pictures - lost, timeline.pictures, "could be decoded")
+    with decoding_errors_as_video_error(path):
         yield from show(shown, range(upcoming, int(timeline.slots[number]) + 1))
 
 
-_Numbered = tuple[int, int, av.VideoFrame]  # a picture's number, how many before it were lost, and the picture
+_NumberedPicture = tuple[int, int, av.VideoFrame]  # its number, the number of lost pictures before it, the picture
 
 
-class _UnsureError(Exception):
-    """Pictures after a seek may not be those of the whole video."""
+class _InexactSeekError(Exception):
+    """Pictures after a seek may differ from those of decoding the complete video."""
 
 
-def _all_pictures(path: str | Path, timeline: Timeline) -> Iterator[_Numbered]:
+def _all_pictures(path: str | Path, timeline: Timeline) -> Iterator[_NumberedPicture]:
     with open_container(path) as (container, stream):
-        yield from _numbered(_decoded(container, stream), timeline)
+        yield from _number_pictures(_decode_pictures(container, stream), timeline)
 
 
-def _pictures_between(path: str | Path, timeline: Timeline, first: int, end: int) -> Iterator[_Numbered]:
-    """Pictures from the number `first` to `end`, both included, decoded from a key picture on.
+def _pictures_between(path: str | Path, timeline: Timeline, first: int, end: int) -> Iterator[_NumberedPicture]:
+    """Yields the pictures `first` to `end`, inclusive, decoding from a key picture on.
 
     Raises:
-        _UnsureError: pictures cannot be found, or are damaged: what FFmpeg shows then depends on those before.
+        _InexactSeekError: a picture is missing or damaged, so that FFmpeg's output depends on earlier pictures.
     """
     assert timeline.ticks is not None
-    begun = False
+    started = False
     with open_container(path) as (container, stream):
-        # Decoders learn from the first picture what later ones do not tell: faults of encoders, to make up for.
-        next(_decoded(container, stream), None)
+        # Only the first picture tells decoders about encoder bugs to work around.
+        next(_decode_pictures(container, stream), None)
         container.seek(int(timeline.ticks[first]), stream=stream)
-        for number, lost, picture in _after_key(_numbered(_decoded(container, stream, strict=True), timeline)):
-            if picture.is_corrupt or not (begun or number <= first):
-                raise _UnsureError
-            if number >= end and any(each.is_corrupt for each in _waiting(stream)):
-                raise _UnsureError
+        for number, lost, picture in _after_key(
+            _number_pictures(_decode_pictures(container, stream, strict=True), timeline)
+        ):
+            if picture.is_corrupt or not (started or number <= first):
+                raise _InexactSeekError
+            if number >= end and any(later.is_corrupt for later in _flush(stream)):
+                raise _InexactSeekError
             if number >= first:
-                yield number, lost if begun else 0, picture
-                begun = True
+                yield number, lost if started else 0, picture
+                started = True
             if number >= end:
                 return
-    if not begun:
-        raise _UnsureError
+    if not started:
+        raise _InexactSeekError
 
 
-def _waiting(stream: "av.VideoStream") -> list[av.VideoFrame]:
-    """Pictures that are decoded already and shown later, which those before them may be made of; ends the decoding."""
+def _flush(stream: "av.VideoStream") -> list[av.VideoFrame]:
+    """Ends the decoding and returns the pictures still in the decoder, which earlier ones may depend on."""
     try:
         return stream.decode(None)
-    except av.EOFError:  # it has ended
+    except av.EOFError:
         return []
 
 
-def _after_key(pictures: Iterator[_Numbered]) -> Iterator[_Numbered]:
-    """From the first key picture on: those before it need pictures that were not decoded."""
-    return itertools.dropwhile(lambda each: not each[2].key_frame, pictures)
+def _after_key(pictures: Iterator[_NumberedPicture]) -> Iterator[_NumberedPicture]:
+    """Drops the pictures before the first key picture, which depend on pictures that were not decoded."""
+    return itertools.dropwhile(lambda numbered: not numbered[2].key_frame, pictures)
 
 
-def _numbered(pictures: Iterator[av.VideoFrame], timeline: Timeline) -> Iterator[_Numbered]:
-    """Pictures with their numbers: by their timestamps, else one after the other."""
+def _number_pictures(pictures: Iterator[av.VideoFrame], timeline: Timeline) -> Iterator[_NumberedPicture]:
+    """Numbers pictures by their timestamps if these are known, else consecutively."""
     following, started = 0, timeline.ticks is None
     for picture in pictures:
         number = timeline.number(picture.pts, following)
         if number is None and not started:
-            continue  # from before the first picture that the timeline has
+            continue  # precedes the first picture of the timeline
         if number is None:
             number = following
         if number >= timeline.pictures:
-            return  # more than there are packets
+            return  # more pictures than packets
         yield number, number - following, picture
         following, started = number + 1, True
 
 
-def _decoded(
+def _decode_pictures(
     container: "av.container.InputContainer", stream: "av.VideoStream", strict: bool = False
 ) -> Iterator[av.VideoFrame]:
-    """Pictures in the order in which they are shown; packets that cannot be decoded give none.
+    """Yields pictures in display order; skips packets that cannot be decoded.
 
-    With `strict` they raise _UnsureError.
+    With `strict`, such packets raise _InexactSeekError.
     """
     damage: av.FFmpegError | None = None
     found = False
@@ -328,7 +331,7 @@ def _decoded(
             raise
         except av.FFmpegError as error:
             if strict:
-                raise _UnsureError from error
+                raise _InexactSeekError from error
             damage = damage or error
             continue
         found = found or bool(pictures)
@@ -341,14 +344,14 @@ def _upright_rgb(picture: av.VideoFrame, short_side: int, orientation: tuple[boo
     height, width = picture.height, picture.width
     if min(height, width) > short_side:
         height, width = resized_shape(height, width, short_side)
-    whole = _progressive(picture) if picture.interlaced_frame else picture
-    pixels = whole.reformat(int(width), int(height), "rgb24").to_ndarray()
+    frame = _progressive(picture) if picture.interlaced_frame else picture
+    pixels = frame.reformat(int(width), int(height), "rgb24").to_ndarray()
     turned, rows, columns = orientation
     return np.ascontiguousarray((pixels.transpose(1, 0, 2) if turned else pixels)[::rows, ::columns])
 
 
 def _progressive(picture: av.VideoFrame) -> av.VideoFrame:
-    """The same picture, not marked as interlaced: FFmpeg would scale its two fields apart."""
+    """Marks a picture as progressive, because FFmpeg scales the two fields of interlaced pictures separately."""
     graph = av.filter.Graph()
     source = graph.add_buffer(width=picture.width, height=picture.height, format=picture.format, time_base=Fraction(1))
     marked, sink = graph.add("setfield", "prog"), graph.add("buffersink")
@@ -362,9 +365,9 @@ def _progressive(picture: av.VideoFrame) -> av.VideoFrame:
 
 
 def _orientation(picture: av.VideoFrame) -> tuple[bool, int, int]:
-    """How to bring a picture upright: whether to swap its axes, then the directions of its rows and columns, 1 or -1.
+    """Returns how to turn a picture upright: a flag to swap its axes, then row and column direction, 1 or -1.
 
-    Of a display matrix of any other angle the nearest of these eight; a matrix that makes a line of a picture has none.
+    A display matrix with any other angle is rounded to the nearest of these eight. A singular matrix is ignored.
     """
     matrix: Any = picture.side_data.get("DISPLAYMATRIX")
     if matrix is None:

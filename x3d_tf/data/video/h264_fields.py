@@ -1,7 +1,7 @@
-"""Finds packets of H.264 that hold a field, half a frame, without decoding them. Imports no TensorFlow.
+"""Finds H.264 packets that hold a field, which is half a frame, without decoding. Imports no TensorFlow.
 
-Camcorders (AVCHD) and broadcasters code some frames as two fields, each a packet of its own, and others whole. Names of
-syntax elements in the comments are those of Recommendation ITU-T H.264, sections 7.3.2.1 and 7.3.3.
+Camcorders (AVCHD) and broadcasters encode some frames as two fields in separate packets, and others as one packet. The
+comments name the syntax elements of Recommendation ITU-T H.264, sections 7.3.2.1 and 7.3.3.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,52 +11,52 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_SLICES = (1, 2, 5)  # nal_unit_type of what a picture consists of
-_SEQUENCE = 7  # nal_unit_type of the parameters of a sequence
+_SLICES = (1, 2, 5)  # nal_unit_type of slices
+_SEQUENCE = 7  # nal_unit_type of a sequence parameter set
 _EXTENDED = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244)  # profile_idc with more parameters
-_SLICE_BYTES = 32  # of a slice, that hold what is read of its header
-_UNIT_BYTES = 1024  # of a unit, that hold what is read of parameters
+_SLICE_BYTES = 32  # enough of a slice for the header fields that are read
+_UNIT_BYTES = 1024  # enough of a unit for the parameters that are read
 
 
 class Field(NamedTuple):
-    """Which half of which frame a packet holds."""
+    """The field in a packet: bottom_field_flag and frame_num."""
 
     bottom: int
     frame_num: int
 
 
 class FieldReader:
-    """Reads the fields of one stream."""
+    """Reads the fields of a stream."""
 
     def __init__(self, extradata: bytes | None) -> None:
-        """Takes the stream's extradata: parameters behind start codes, or as mp4 and Matroska store them."""
+        """Reads the stream's extradata, with start codes or in the form of mp4 and Matroska."""
         data = extradata or b""
-        self._prefix = (data[4] & 3) + 1 if len(data) > 6 and data[0] == 1 else 0  # bytes of a length; 0: start codes
-        units = iter([data[8:]]) if self._prefix else _behind_start_codes(data)
-        self._sequence: _Sequence | None = None
+        self._prefix = (data[4] & 3) + 1 if len(data) > 6 and data[0] == 1 else 0  # bytes; 0 for start codes
+        units = iter([data[8:]]) if self._prefix else _start_code_units(data)
+        self._sequence: _SequenceParameters | None = None
         for unit in units:
             if unit and unit[0] & 31 == _SEQUENCE:
-                with suppress(ValueError):  # damaged: each packet counts as a frame, as of other codecs
+                with suppress(ValueError):  # if damaged, each packet counts as a frame, as for other codecs
                     self._sequence = _read_sequence(unit[1:])
                 break
 
     @property
     def may_have_fields(self) -> bool:
-        """Whether packets are worth looking at."""
+        """True if packets may hold fields."""
         return self._sequence is not None and not self._sequence.frames_only
 
     def field(self, packet: bytes) -> Field | None:
-        """The field that a packet holds; None if it is a whole frame, or cannot be read."""
-        units = _behind_lengths(packet, self._prefix) if self._prefix else _behind_start_codes(packet)
+        """Returns the field in a packet, or None for a complete frame or unreadable data."""
+        units = _length_prefixed_units(packet, self._prefix) if self._prefix else _start_code_units(packet)
         for unit in units:
             if unit and unit[0] & 31 in _SLICES:
                 try:
-                    return self._field_of(_Bits(unit[1:_SLICE_BYTES]))
+                    return self._parse_slice(_Bits(unit[1:_SLICE_BYTES]))
                 except ValueError:
                     return None
         return None
 
-    def _field_of(self, bits: "_Bits") -> Field | None:
+    def _parse_slice(self, bits: "_Bits") -> Field | None:
         assert self._sequence is not None
         for _ in range(3):  # first_mb_in_slice, slice_type, pic_parameter_set_id
             bits.exp_golomb()
@@ -67,28 +67,28 @@ class FieldReader:
 
 
 def second_fields(fields: Sequence[Field | None]) -> NDArray[np.bool_]:
-    """Which packets complete the frame of the packet before them, from the fields of all packets in their order."""
+    """Returns a mask of the packets that hold the second field of the previous packet's frame."""
     second = np.zeros(len(fields), bool)
     first: Field | None = None
-    for place, field in enumerate(fields):
-        second[place] = (
+    for index, field in enumerate(fields):
+        second[index] = (
             first is not None
             and field is not None
             and field.bottom != first.bottom
             and field.frame_num == first.frame_num
         )
-        first = None if second[place] else field
+        first = None if second[index] else field
     return second
 
 
-class _Sequence(NamedTuple):
+class _SequenceParameters(NamedTuple):
     frame_num_bits: int
     separate_planes: bool
     frames_only: bool
 
 
-def _read_sequence(data: bytes) -> _Sequence:
-    """Reads seq_parameter_set_data; raises ValueError where it ends too early."""
+def _read_sequence(data: bytes) -> _SequenceParameters:
+    """Reads seq_parameter_set_data; raises ValueError if it is truncated."""
     bits = _Bits(data)
     profile, separate = bits.read(8), False
     bits.read(16)  # constraints, level_idc
@@ -117,7 +117,7 @@ def _read_sequence(data: bytes) -> _Sequence:
     bits.read(1)  # gaps_in_frame_num_value_allowed_flag
     for _ in range(2):  # pic_width_in_mbs_minus1, pic_height_in_map_units_minus1
         bits.exp_golomb()
-    return _Sequence(frame_num_bits, separate, bool(bits.read(1)))
+    return _SequenceParameters(frame_num_bits, separate, bool(bits.read(1)))
 
 
 def _skip_scaling_list(bits: "_Bits", size: int) -> None:
@@ -139,7 +139,7 @@ class _Bits:
 
     def read(self, count: int) -> int:
         if count > self._left:
-            raise ValueError("ends too early")
+            raise ValueError("truncated")
         self._left -= count
         return (self._value >> self._left) & ((1 << count) - 1)
 
@@ -150,19 +150,19 @@ class _Bits:
         return (1 << zeros) - 1 + self.read(zeros)
 
 
-def _behind_lengths(data: bytes, prefix: int) -> Iterator[bytes]:
-    """The beginnings of units that follow their length each."""
-    place = 0
-    while place + prefix < len(data):
-        length = int.from_bytes(data[place : place + prefix], "big")
-        place += prefix
-        yield data[place : place + min(length, _UNIT_BYTES)]
-        place += length
+def _length_prefixed_units(data: bytes, prefix: int) -> Iterator[bytes]:
+    """Yields the beginning of each unit in length-prefixed data."""
+    position = 0
+    while position + prefix < len(data):
+        length = int.from_bytes(data[position : position + prefix], "big")
+        position += prefix
+        yield data[position : position + min(length, _UNIT_BYTES)]
+        position += length
 
 
-def _behind_start_codes(data: bytes) -> Iterator[bytes]:
-    """The beginnings of units that follow a start code each; what is read of one does not reach its end."""
-    place = data.find(b"\0\0\1")
-    while place >= 0:
-        yield data[place + 3 : place + 3 + _UNIT_BYTES]
-        place = data.find(b"\0\0\1", place + 3)
+def _start_code_units(data: bytes) -> Iterator[bytes]:
+    """Yields the beginning of each unit in data with start codes; it may extend into the next unit."""
+    position = data.find(b"\0\0\1")
+    while position >= 0:
+        yield data[position + 3 : position + 3 + _UNIT_BYTES]
+        position = data.find(b"\0\0\1", position + 3)
