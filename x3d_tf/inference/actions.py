@@ -108,7 +108,7 @@ class PersonDetector:
 
     def __init__(self, path: str | Path, threshold: float) -> None:
         try:
-            self._module = tf.saved_model.load(str(path))  # kept: its signatures do not keep it alive
+            self._module = tf.saved_model.load(str(path))  # a reference, without which its signatures stop working
             self._signature = self._module.signatures["serving_default"]
         except (OSError, KeyError, ValueError, AttributeError, tf.errors.OpError) as error:
             raise UserError(f"{path} must be a SavedModel with the signature serving_default: {error}") from error
