@@ -15,7 +15,7 @@ PARAPHRASES = {
     "synthetic": r"\bmade[- ]up\b",
     "resume, continue": r"\b(go|goes|going|went|gone) on\b(?! the\b)",
     "evaluate": r"\b(tests?|tested|testing) (a |the |each |its |their )?(network|model|run|checkpoint|detector)s?\b",
-    "verify against, compare with": r"\b(hold|holds|held|holding)\b[^.\n]{0,30}\bagainst\b",
+    "verify against, compare with": r"\b(hold|holds|held|holding)\b[^.]{0,30}\bagainst\b",
     "exists": r"\b(is|are|was|were) (not |no longer |already )?there\b(?! (is|are|was|were|a|an|no)\b)",
     "complete, atomic": r"\bwhole or not at all\b|\b(is|are|only when|until|once) whole\b",
     "from scratch, again": r"\banew\b",
