@@ -29,9 +29,9 @@ def write_tflite(case: Case, file: str, format_name: str) -> None:
     """Writes a TFLite file for the case; int8 is calibrated on synthetic clips, which do not affect its speed."""
     from x3d_tf.export import tflite
 
-    from x3d_tf.modeling.folded import deployed
+    from x3d_tf.modeling.folded import fold
 
-    inference = deployed(_open_source(case).model, batch=case.batch)
+    inference = fold(_open_source(case).model, batch=case.batch)
     calls = -(-4 // case.batch)
     clips = squares(case.network, calls * case.batch)
     content = tflite.convert(inference, format_name, clips.reshape(calls, case.batch, *clips.shape[1:]))

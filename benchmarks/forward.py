@@ -15,7 +15,7 @@ measured with two calls of one clip.
 
   python benchmarks/forward.py
   python benchmarks/forward.py --networks x3d_s x3d_m --batches 1 8 --threads 2 --rounds 20 --json=forward.json
-  python benchmarks/forward.py --forms deployed 'TFLite*' 'torch*' --rounds 5
+  python benchmarks/forward.py --forms folded 'TFLite*' 'torch*' --rounds 5
 """
 
 from command import measure_networks, parser, run
@@ -72,9 +72,9 @@ IMPLEMENTATIONS = (
     ours("trainable"),
     ours("portable"),
     ours("portable, not compiled"),
-    ours("deployed"),
+    ours("folded"),
     ours("trainable, clips in parallel"),
-    ours("deployed, clips in parallel"),
+    ours("folded, clips in parallel"),
     ours("frozen"),
     Implementation(
         "SavedModel",

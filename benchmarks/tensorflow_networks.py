@@ -18,7 +18,7 @@ import x3d_tf
 from x3d_tf.config import Execution, Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.modeling import x3d
-from x3d_tf.modeling.folded import deployed
+from x3d_tf.modeling.folded import fold
 from x3d_tf.modeling.layers import ChannelwiseConv3D, GhostBatchNorm, conv_initializer
 from x3d_tf.parallel import map_clips_in_parallel
 from x3d_tf.training.step import TrainStep, precision_scope
@@ -89,10 +89,10 @@ FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
     "trainable": lambda model, batch: (model, softmax),
     "portable": lambda model, batch: (x3d_tf.portable(model, [str(n) for n in range(CLASSES)]), _identity),
     "portable, not compiled": lambda model, batch: FORWARD["portable"](model, batch),
-    "deployed": lambda model, batch: (deployed(model, batch=batch), _identity),
-    "frozen": lambda model, batch: (deployed(model, batch=batch), _identity),
+    "folded": lambda model, batch: (fold(model, batch=batch), _identity),
+    "frozen": lambda model, batch: (fold(model, batch=batch), _identity),
     "trainable, clips in parallel": lambda model, batch: (_in_parallel(model), softmax),
-    "deployed, clips in parallel": lambda model, batch: (_in_parallel(deployed(model, batch=1)), _identity),
+    "folded, clips in parallel": lambda model, batch: (_in_parallel(fold(model, batch=1)), _identity),
     "grouped": lambda model, batch: (with_grouped_convolutions(model), softmax),
 }
 

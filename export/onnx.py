@@ -110,9 +110,9 @@ def export_formats(
         raise UserError(f"already exists: {', '.join(existing)}; choose another --output, or replace with --force")
     import keras
 
-    from x3d_tf.modeling.folded import deployed
+    from x3d_tf.modeling.folded import fold
 
-    network = deployed(source.model, batch=batch)
+    network = fold(source.model, batch=batch)
     spec = keras.InputSpec(shape=network.input_shape, dtype="uint8", name="clips")
     for format_name in formats:
         with _scratch_folder(folder / source.name) as scratch, warnings.catch_warnings():

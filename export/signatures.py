@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from x3d_tf.data import transforms
 from x3d_tf.data.records.format import MAX_PIXELS
-from x3d_tf.modeling.folded import deployed
+from x3d_tf.modeling.folded import fold
 from x3d_tf.parallel import map_clips_in_parallel
 from x3d_tf.types import ViewSpec
 
@@ -37,7 +37,7 @@ class _ServedNetwork(tf.Module):
 
     def __init__(self, source: ExportableModel, labels: Path, device: Device) -> None:
         super().__init__()
-        network = deployed(source.model, batch=1 if device == "cpu" else None)
+        network = fold(source.model, batch=1 if device == "cpu" else None)
         infer = functools.partial(network, training=False)
         self.infer = map_clips_in_parallel(infer, _PARALLEL_CLIPS) if device == "cpu" else infer
         self.labels = tf.saved_model.Asset(str(labels))

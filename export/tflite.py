@@ -175,9 +175,9 @@ def export_tflite(
     clips = calibration_clips(source, calibration, batch) if "int8" in formats else None
     with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    from x3d_tf.modeling.folded import deployed
+    from x3d_tf.modeling.folded import fold
 
-    network = deployed(source.model, batch=batch)
+    network = fold(source.model, batch=batch)
     for name, path in paths.items():
         tell(f"{'quantizing' if name in ('dynamic', 'int8') else 'converting to'} {path}")
         content = convert(network, name, clips, float_until=calibration.float_until)
@@ -256,7 +256,7 @@ def convert(
     """Converts a network to a TFLite file.
 
     Args:
-        network: inference network from `deployed`, with a fixed batch size.
+        network: inference network from `fold`, with a fixed batch size.
         format_name: name from `FORMATS`.
         clips: calibration clips from `calibration_clips`; for int8 only.
         float_until: see `Calibration`; for int8 only.

@@ -64,9 +64,9 @@ def test_figures_and_their_table() -> None:
 
 
 def test_implementations_are_selected_by_pattern_and_group(capsys: pytest.CaptureFixture[str]) -> None:
-    implementations = [measured(name, []).implementation for name in ("TFLite int8", "TFLite float32", "deployed")]
-    selected = command.select(implementations, ["deployed", "tflite*8"])
-    assert [implementation.name for implementation in selected] == ["TFLite int8", "deployed"]
+    implementations = [measured(name, []).implementation for name in ("TFLite int8", "TFLite float32", "folded")]
+    selected = command.select(implementations, ["folded", "tflite*8"])
+    assert [implementation.name for implementation in selected] == ["TFLite int8", "folded"]
     assert command.select(implementations, ["@ours"]) == command.select(implementations, None) == implementations
     with pytest.raises(SystemExit, match="--forms must name implementations, got 'none'"):
         command.select(implementations, ["none"])
@@ -117,15 +117,15 @@ def test_help_has_an_example(script: str) -> None:
 @pytest.mark.slow
 def test_predictions(tmp_path: Path) -> None:
     flags = ("--networks", "x2d", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "out.json"))
-    done = run("forward.py", *flags, "--forms", "trainable", "deployed")
+    done = run("forward.py", *flags, "--forms", "trainable", "folded")
     assert done.returncode == 0, done.stderr
     (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
     assert [(row["name"], len(row["seconds_of_calls"])) for row in table["forms"]] == [
         ("trainable", 1),
-        ("deployed", 1),
+        ("folded", 1),
     ]
     assert 0 < table["forms"][1]["max_difference"] < measuring.BOUND
-    assert "| deployed" in done.stdout
+    assert "| folded" in done.stdout
 
 
 @pytest.mark.slow  # tracing a training step takes 30 s

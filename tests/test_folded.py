@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import x3d_tf
-from x3d_tf.modeling.folded import deployed
+from x3d_tf.modeling.folded import fold
 from x3d_tf.parallel import map_clips_in_parallel
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.4)  # res4 has two blocks
@@ -59,7 +59,7 @@ def test_probabilities_equal_the_trainable_networks(options: dict[str, Any], bat
     pixels = clips(batch or 3)
     expected = probabilities(model, pixels)
     assert batch == 1 or np.ptp(expected, axis=0).max() > 1e-4  # clips differ, so mixing them up would fail
-    app = deployed(model, batch=batch)
+    app = fold(model, batch=batch)
     np.testing.assert_allclose(app(pixels), expected, atol=1e-5)
     np.testing.assert_allclose(app(pixels.astype("float32")), expected, atol=1e-5)
 
@@ -68,7 +68,7 @@ def test_clips_in_parallel() -> None:
     model, pixels = network(), clips(8)
     expected = probabilities(model, pixels)
     signature = tf.TensorSpec((None, *pixels.shape[1:]), tf.uint8)
-    call = tf.function(map_clips_in_parallel(deployed(model, batch=1), chains=3), input_signature=[signature])
+    call = tf.function(map_clips_in_parallel(fold(model, batch=1), chains=3), input_signature=[signature])
     for count in (1, 2, 3, 8):
         np.testing.assert_allclose(call(pixels[:count]), expected[:count], atol=1e-5)
 
@@ -85,9 +85,7 @@ def test_clips_in_parallel() -> None:
 @pytest.mark.parametrize("size", [64, 81])
 def test_all_poolings(pool: str, task: str, size: int) -> None:
     model = network(head_pool=pool, task=task)
-    np.testing.assert_allclose(
-        deployed(model, size=size)(clips(2, size)), probabilities(model, clips(2, size)), atol=1e-5
-    )
+    np.testing.assert_allclose(fold(model, size=size)(clips(2, size)), probabilities(model, clips(2, size)), atol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 2])
@@ -95,22 +93,22 @@ def test_few_frames(frames: int) -> None:
     """The outer temporal taps then see mostly or only padding."""
     model = network(x3d_tf.Expansion(gamma_t=frames, gamma_s=64 / 112, gamma_d=0.2))
     pixels = clips(2, frames=frames)
-    np.testing.assert_allclose(deployed(model)(pixels), probabilities(model, pixels), atol=1e-5)
+    np.testing.assert_allclose(fold(model)(pixels), probabilities(model, pixels), atol=1e-5)
 
 
 def test_only_stock_layers_without_batch_norm() -> None:
-    app = deployed(network())
+    app = fold(network())
     assert all(type(layer).__module__.startswith("keras.") for layer in app.layers)
     assert not any("Normalization" in type(layer).__name__ for layer in app.layers)
     assert app.input_shape == (None, 4, 64, 64, 3)
-    assert deployed(network(), batch=2).input_shape == (2, 4, 64, 64, 3)
+    assert fold(network(), batch=2).input_shape == (2, 4, 64, 64, 3)
 
 
 def test_invalid_arguments_are_named() -> None:
     model = network()
     with pytest.raises(ValueError, match="must be a trainable network"):
-        deployed(x3d_tf.portable(model, list("abcde")))
+        fold(x3d_tf.portable(model, list("abcde")))
     with pytest.raises(ValueError, match="must have its classifier"):
-        deployed(x3d_tf.build_x3d(TINY, include_top=False))
+        fold(x3d_tf.build_x3d(TINY, include_top=False))
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
-        deployed(model, batch=0)
+        fold(model, batch=0)

@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 import x3d_tf
 from x3d_tf import gin_config
 from x3d_tf import import_weights as command
-from x3d_tf.data.build.sources import kinetics_classes
+from x3d_tf.data.class_lists import kinetics_classes
 from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.pytorch.convert import export_checkpoint, import_checkpoint
 from x3d_tf.training.transfer import load_pretrained

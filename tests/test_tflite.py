@@ -21,7 +21,7 @@ from x3d_tf.export.models import ExportableModel, open_model
 
 import x3d_tf
 from x3d_tf.errors import UserError
-from x3d_tf.modeling.folded import deployed
+from x3d_tf.modeling.folded import fold
 
 litert = pytest.importorskip("ai_edge_litert.interpreter")
 
@@ -181,7 +181,7 @@ def test_other_networks_are_quantized_completely(options: dict[str, Any]) -> Non
     model = trained(**options)
     pixels = clips(6).reshape(3, 2, 4, 32, 32, 3)
     pixels[0, 0, :, 0, :2] = [[0] * 3, [255] * 3]
-    content = tflite.convert(deployed(model, batch=2), "int8", pixels, float_until="none")
+    content = tflite.convert(fold(model, batch=2), "int8", pixels, float_until="none")
     assert convolutions_in_float(content) == []
     assert tflite.left_in_float(content) == []
     function = keras.ops.sigmoid if model.task == "multi_label" else keras.ops.softmax
@@ -257,7 +257,7 @@ def test_a_wrong_bias_is_corrected(source: ExportableModel, files: dict[str, Pat
     wrong = bytearray(content)
     values, unit = bias_of(wrong)
     values[3] += round(0.5 / unit)
-    reference = tflite._converter(deployed(source.model, batch=1), tf.float32).convert()
+    reference = tflite._converter(fold(source.model, batch=1), tf.float32).convert()
     corrected = bias_correction.correct_biases(bytes(wrong), reference, pixels)
     before, after = (bias_of(file)[0][3] for file in (content, corrected))
     assert abs(before - after) * unit < 0.15

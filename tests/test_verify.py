@@ -20,7 +20,7 @@ from x3d_tf.export import models, runtimes, verification_clips, verify, workers
 
 import x3d_tf
 from x3d_tf.data.video.decode import encode_video
-from x3d_tf.modeling.folded import deployed
+from x3d_tf.modeling.folded import fold
 from x3d_tf.types import Storage
 
 NAMES = ("hug", "kick", "wave")
@@ -44,7 +44,7 @@ def tflite(function: Callable[[Any], Any], shape: tuple[int, ...], app: keras.Mo
 def artefacts(source: models.ExportableModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of valid and invalid artefacts."""
     folder = tmp_path_factory.mktemp("artefacts")
-    app = deployed(source.model, batch=1)
+    app = fold(source.model, batch=1)
     good = tflite(lambda clips: app(clips, training=False), (1, 4, 64, 64, 3), app)
     (folder / "phone").mkdir()
     (folder / "phone" / "good.tflite").write_bytes(good)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import x3d_tf
 from x3d_tf import VARIANTS, X3D, Expansion, build_x3d, cost
-from x3d_tf.modeling.folded import deployed
+from x3d_tf.modeling.folded import fold
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.portable import portable
 
@@ -181,7 +181,7 @@ def test_clips_smaller_than_the_windows_are_rejected(pool: str) -> None:
         with pytest.raises(ValueError, match=rf"{rule}, got {size}"):
             portable(model, list("abc"), size=size)
         with pytest.raises(ValueError, match=rf"{rule}, got {size}"):
-            deployed(model, size=size)
+            fold(model, size=size)
     open_sizes = tf.function(model, input_signature=[tf.TensorSpec((None, None, None, None, 3))])
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)at least 33 pixels .*crop of 64 pixels.*\[32 64\]"):
         open_sizes(clips(1, 4, 32, 64).astype("float32"))

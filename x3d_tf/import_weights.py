@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from x3d_tf import commands
-from x3d_tf.data.build.sources import kinetics_classes, read_classes
+from x3d_tf.data.class_lists import kinetics_classes, read_classes
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.architecture import ModelOptions

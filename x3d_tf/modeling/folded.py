@@ -26,7 +26,7 @@ from x3d_tf.modeling.roi_align import regions
 from x3d_tf.modeling.x3d import MEAN, STD, Network, graph
 
 
-def deployed(model: Network, *, size: int | None = None, batch: int | None = None) -> keras.Model:
+def fold(model: Network, *, size: int | None = None, batch: int | None = None) -> keras.Model:
     """Converts a trained network to its inference form.
 
     Args:
@@ -47,9 +47,7 @@ def deployed(model: Network, *, size: int | None = None, batch: int | None = Non
     trainable = isinstance(model, Network)
     rule = "be a trainable network, from build_x3d, build_detector or load"
     require(trainable, "the model", rule, type(model).__name__)
-    require(
-        model.include_top, "the network of a deployed model", "have its classifier (include_top)", model.include_top
-    )
+    require(model.include_top, "the network of a folded model", "have its classifier (include_top)", model.include_top)
     require(batch is None or batch >= 1, "batch", "be at least 1", batch)
     size = size or model.eval_size
     require_window(model.options, size, model.clip.size)

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from x3d_tf.data.class_lists import read_classes
 from x3d_tf import csv_files
 from x3d_tf.data.build import class_names
 from x3d_tf.data.records.index import segment_id
@@ -218,26 +219,8 @@ def read_csv(
     return Sources(ordered, unusable, known.names if known else _sorted_class_names(ordered), task)
 
 
-def read_classes(path: Path) -> tuple[str, ...]:
-    """Reads class names from a text file with one name per line, in the order of their labels.
-
-    Raises:
-        UserError: the file cannot be read, has an empty line between names, or repeats a name.
-    """
-    names = [line.strip() for line in read_text(path, "classes").rstrip().split("\n")]
-    seen: dict[str, int] = {}
-    for line, name in enumerate(names, 1):
-        require(bool(name), f"{path}, line {line}", "name a class: line numbers are labels, so none may be empty", name)
-        check_class_name(name, f"{path}, line {line}")
-        require(name not in seen, f"{path}, line {line}", f"not repeat line {seen.get(name)}", name)
-        seen[name] = line
-    return tuple(names)
 
 
-def kinetics_classes() -> tuple[str, ...]:
-    """Returns the class names of Kinetics-400 in the order of their labels."""
-    with resources.as_file(resources.files("x3d_tf.data") / "labels" / "kinetics400.txt") as path:
-        return read_classes(path)
 
 
 class _Classes(NamedTuple):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf import csv_files
-from x3d_tf.data.build.sources import read_classes
+from x3d_tf.data.class_lists import read_classes
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import atomic_path, os_errors_as_write_error, read_text, require_regular
 from x3d_tf.text import check_class_name, decimal, whole
