@@ -189,7 +189,7 @@ def test_boxes_that_are_left_out_are_told(listed: Path) -> None:
     assert ours is not None and theirs is not None
     for second in (0, 1, 2):
         np.testing.assert_array_equal(ours(second, frame), theirs(second, frame))
-    with pytest.raises(UserError, match="line 1 must have a timestamp in 900"):
+    with pytest.raises(UserError, match="line 1 must have an integer timestamp in 900"):
         CsvBoxes(listed, 0.8, 900)
     with pytest.raises(
         UserError, match=r"score, the last column, of 0\.99 or more .--box_score.; the highest is 0\.95"

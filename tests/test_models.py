@@ -49,7 +49,7 @@ def test_the_card_describes_input_and_cost(run: Path) -> None:
     card = source.card()
     rules = card["input"].pop("rules")
     assert rules["stored"] == (
-        "each frame of a clip is compressed as a JPEG file of quality 90, and decoded by the accurate integer transform"
+        "each frame of a clip is compressed as a JPEG file with quality 90 and decoded with the accurate integer DCT"
     )
     assert card["input"] == {
         "frames": 4,
