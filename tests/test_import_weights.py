@@ -1,4 +1,4 @@
-"""The command that brings weights over, from its flags to the file."""
+"""The import_weights command, from its flags to the written files."""
 
 import re
 import shlex
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_checkpoint_becomes_a_model_file_and_returns(
+def test_a_checkpoint_is_imported_and_exported_again(
     run: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "new" / "x2d.keras"
@@ -71,7 +71,7 @@ def test_a_checkpoint_becomes_a_model_file_and_returns(
     np.testing.assert_array_equal(x3d_tf.load(model)(clips), import_checkpoint(checkpoint, "x2d")[0](clips))
 
 
-def test_a_fresh_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_new_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("hug\nkick\n")
     settings = {"variant": "x2d", "keep_head": False, "num_classes": 2, "output": tmp_path / "a.keras"}
     run(checkpoint, **settings, classes=tmp_path / "classes.txt", head_pool="global")
@@ -89,7 +89,7 @@ def test_a_fresh_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Pat
         run(checkpoint, **settings, overwrite=True, classes=tmp_path / "classes.txt")
 
 
-def test_the_command_that_is_printed_starts_from_the_network(
+def test_the_printed_command_fine_tunes_the_network(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -143,7 +143,7 @@ def test_a_wrong_variant_is_reported_before_tensorflow_starts(checkpoint: Path, 
         ({"output": "a.pyth", "to": "slowfast"}, r"missing\.pyth: no such model file or run folder"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_invalid_arguments_are_rejected(
     run: Any, settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -152,12 +152,12 @@ def test_the_command_says_what_is_wrong(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_file_at_a_time(run: Any) -> None:
+def test_exactly_one_file_is_required(run: Any) -> None:
     with pytest.raises(ValueError, match="the command line must name one checkpoint"):
         command.main([])
 
 
-def test_kinetics_has_400_classes_sorted() -> None:
+def test_kinetics_has_400_sorted_classes() -> None:
     names = kinetics_classes()
     assert (len(names), names[0], names[-1]) == (400, "abseiling", "zumba")
     assert list(names) == sorted(names)

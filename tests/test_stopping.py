@@ -1,4 +1,4 @@
-"""Commands that SIGTERM stops at work, in processes of their own: what is saved, and that no process stays behind."""
+"""Commands stopped by signals, in separate processes: partial results are saved and no process is left."""
 
 import csv
 import json
@@ -23,9 +23,9 @@ def videos(tmp_path: Path) -> Path:
 
 
 def stopped(command: list[str], sign: str, number: int, group: bool) -> tuple[int, str]:
-    """Status and output of a command that gets a signal once it has printed `sign`; no child of it may outlive it.
+    """Sends a signal to a command once it has printed `sign`; returns its exit status and output.
 
-    With `group` its children get the signal, too, as from schedulers and terminals.
+    With `group` its child processes get the signal, too, as from schedulers and terminals.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
@@ -38,11 +38,11 @@ def stopped(command: list[str], sign: str, number: int, group: bool) -> tuple[in
     assert process.stdout is not None
     output = ""
     while sign not in output:
-        letter = process.stdout.read(1)
-        assert letter, output
-        output += letter
+        character = process.stdout.read(1)
+        assert character, output
+        output += character
     (os.killpg if group else os.kill)(process.pid, number)
-    output += process.communicate(timeout=60)[0]  # comes back when the last process that holds the pipe has ended
+    output += process.communicate(timeout=60)[0]  # returns when the last process with the pipe has ended
     return process.returncode, output
 
 
@@ -60,7 +60,7 @@ def test_a_build_stops_with_its_workers_and_resumes(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_predictions_so_far_are_kept(videos: Path, tmp_path: Path, number: int, status: int) -> None:
+def test_partial_predictions_are_saved(videos: Path, tmp_path: Path, number: int, status: int) -> None:
     from x3d_tf import build_x3d, save
 
     save(build_x3d("x3d_xs", 2), tmp_path / "model.keras", ["a", "b"])
@@ -70,18 +70,18 @@ def test_predictions_so_far_are_kept(videos: Path, tmp_path: Path, number: int, 
     assert returned == status and "Traceback" not in output
     with (tmp_path / "out.partial.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    kept = json.loads((tmp_path / "out.partial.json").read_text())["predictions"]
-    assert [row["video"] for row in rows] == [entry["video"] for entry in kept]
+    saved = json.loads((tmp_path / "out.partial.json").read_text())["predictions"]
+    assert [row["video"] for row in rows] == [entry["video"] for entry in saved]
     assert 1 <= len(rows) < 24 and f"predictions for {len(rows)} of 24 videos" in output
     assert not (tmp_path / "out.csv").exists() and not (tmp_path / "out.json").exists()
 
 
-def test_a_failed_write_is_told_below_the_progress_bar(videos: Path, tmp_path: Path) -> None:
+def test_a_failed_write_is_reported_below_the_progress_bar(videos: Path, tmp_path: Path) -> None:
     from x3d_tf import build_x3d, save
 
     save(build_x3d("x3d_xs", 1000), tmp_path / "model.keras", [f"class {number}" for number in range(1000)])
     command = ["x3d_tf.predict", f"--model={tmp_path / 'model.keras'}", f"--csv={tmp_path / 'out.csv'}", str(videos)]
-    # No file may exceed 128 blocks of 512 bytes; a row has about 10 kB, and the first are written before that.
+    # The limit is 128 blocks of 512 bytes; a row has about 10 kB, so that only the first rows can be written.
     line = ["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", sys.executable, "-m", *command]
     ended = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
