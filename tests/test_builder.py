@@ -65,7 +65,7 @@ def test_a_folder_per_class(clips: Path, tmp_path: Path) -> None:
     assert failures["broken.mp4"].startswith("cannot be decoded")
     assert failures["notes.txt"] == "is not in a class folder"
     assert result.failures == 2
-    assert "build with --split=0.2" in summary(result)[-1]
+    assert "build again with --split=0.2" in summary(result)[-1]
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(

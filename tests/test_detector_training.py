@@ -200,7 +200,7 @@ def test_rates_fall_in_steps() -> None:
             {"decay_fractions": (0.5,)},
             'decay_fractions must be given if, and only if, Recipe.schedule is "steps"',
         ),
-        ({"schedule": "steps"}, "must be given with"),
+        ({"schedule": "steps"}, "must be given if, and only if"),
         ({"schedule": "steps", "decay_fractions": (0.5, 0.3)}, r"must be ascending .* in \[warmup_fraction = 0.2, 1\)"),
         ({"schedule": "steps", "decay_fractions": (0.5, 0.5)}, "must be ascending"),
         ({"schedule": "steps", "decay_fractions": (0.1,)}, "must be ascending"),
