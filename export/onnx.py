@@ -51,7 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
     flags.DEFINE_list("formats", ["onnx", "openvino"], "Comma-separated formats to write: onnx, openvino.")
     flags.DEFINE_integer("batch", 1, "Batch size; 0 makes it dynamic.", lower_bound=0)
-    flags.DEFINE_bool("force", False, "Replace existing files. Defaults to false.")
+    flags.DEFINE_bool("overwrite", False, "Replace existing files. Defaults to false.")
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
 
     tell(f"loading {FLAGS.model}")
     written = export_formats(
-        open_model(FLAGS.model), Path(FLAGS.output), FLAGS.formats, batch=FLAGS.batch or None, force=FLAGS.force
+        open_model(FLAGS.model), Path(FLAGS.output), FLAGS.formats, batch=FLAGS.batch or None, overwrite=FLAGS.overwrite
     )
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -85,7 +85,7 @@ def require_formats(formats: list[str]) -> None:
 
 
 def export_formats(
-    source: "ExportableModel", folder: Path, formats: list[str], *, batch: int | None = 1, force: bool = False
+    source: "ExportableModel", folder: Path, formats: list[str], *, batch: int | None = 1, overwrite: bool = False
 ) -> list[Path]:
     """Writes a model as ONNX and OpenVINO files, atomically.
 
@@ -94,20 +94,20 @@ def export_formats(
         folder: output folder, created if missing.
         formats: list of "onnx" and "openvino".
         batch: batch size; None is dynamic.
-        force: whether to replace existing files.
+        overwrite: whether to replace existing files.
 
     Returns:
         The written files.
 
     Raises:
-        UserError: a format is unknown, or its packages are not installed; a file exists and `force` is false.
+        UserError: a format is unknown, or its packages are not installed; a file exists and `overwrite` is false.
         WriteError: a file cannot be written.
     """
     require_formats(formats)
     outputs = [folder / f"{source.name}{suffix}" for format_name in formats for suffix in SUFFIXES[format_name]]
     existing = [str(path) for path in outputs if path.exists()]
-    if existing and not force:
-        raise UserError(f"already exists: {', '.join(existing)}; choose another --output, or replace with --force")
+    if existing and not overwrite:
+        raise UserError(f"already exists: {', '.join(existing)}; choose another --output, or replace with --overwrite")
     import keras
 
     from x3d_tf.modeling.folded import fold

@@ -50,13 +50,13 @@ def define_flags() -> None:
         "version", None, "Version to write. Defaults to the highest existing version plus 1.", lower_bound=1
     )
     flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Device to optimize for; the SavedModel runs on both.")
-    flags.DEFINE_bool("force", False, "Replace an existing version; requires --version. Defaults to false.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing version; requires --version. Defaults to false.")
 
 
 def main() -> None:
     """Runs the command."""
     output = Path(FLAGS.output)
-    version_folder(output, FLAGS.version, force=FLAGS.force)  # fails early: loading TensorFlow takes seconds
+    version_folder(output, FLAGS.version, overwrite=FLAGS.overwrite)  # fails early: loading TensorFlow takes seconds
     describe(FLAGS.model)
     with starting_tensorflow():
         from .models import open_model
@@ -64,7 +64,7 @@ def main() -> None:
     tell(f"loading {FLAGS.model}")
     source = open_model(FLAGS.model, detectors=True)
     tell(f"exporting the network to {output}")
-    folder = export_saved_model(source, output, FLAGS.version, force=FLAGS.force, device=FLAGS.device)
+    folder = export_saved_model(source, output, FLAGS.version, overwrite=FLAGS.overwrite, device=FLAGS.device)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     print(f"written: {folder} ({size / 1e6:.1f} MB)")
@@ -80,7 +80,7 @@ def export_saved_model(
     output: Path,
     version: int | None = None,
     *,
-    force: bool = False,
+    overwrite: bool = False,
     device: "Device" = "cpu",
 ) -> Path:
     """Writes a version of a served model, atomically.
@@ -89,7 +89,7 @@ def export_saved_model(
         source: the model, from `open_model`.
         output: folder of the served model, created if missing; clients address the model by its name.
         version: version number. Defaults to the highest existing version plus 1.
-        force: whether to replace an existing version.
+        overwrite: whether to replace an existing version.
         device: device to optimize for: "cpu" processes the clips of a request in parallel, "gpu" as one batch.
 
     Returns:
@@ -99,7 +99,7 @@ def export_saved_model(
         UserError: see `version_folder`.
         WriteError: the version cannot be written; nothing is left behind.
     """
-    folder = version_folder(output, version, force=force)
+    folder = version_folder(output, version, overwrite=overwrite)
     with _atomic_folder(folder) as partial, tempfile.TemporaryDirectory() as scratch:
         labels = Path(scratch) / LABELS
         labels.write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
@@ -110,11 +110,11 @@ def export_saved_model(
     return folder
 
 
-def version_folder(output: Path, version: int | None, *, force: bool = False) -> Path:
+def version_folder(output: Path, version: int | None, *, overwrite: bool = False) -> Path:
     """Returns the folder to write a version to.
 
     Raises:
-        UserError: the version exists and `force` is false; `force` is set without a version; `output` is a file, or its
+        UserError: the version exists and `overwrite` is false; `overwrite` is set without a version; `output` is a file, or its
             name is a number or has other characters than letters, digits, `_`, `.` and `-`.
     """
     name = output.resolve().name
@@ -122,13 +122,15 @@ def version_folder(output: Path, version: int | None, *, force: bool = False) ->
     rule = "end in the model's name, which has letters, digits, _, . and - and is not a number as versions are"
     require(ok, "--output", rule, name)
     require(not output.is_file(), "--output", "be a folder", str(output))
-    require(version is not None or not force, "--force", "be used together with --version, the version to replace")
+    require(
+        version is not None or not overwrite, "--overwrite", "be used together with --version, the version to replace"
+    )
     if version is None:
         names = [path.name for path in output.iterdir()] if output.is_dir() else []
         version = max((int(name) for name in names if name.isdecimal()), default=0) + 1
     folder = output / str(version)
-    if folder.exists() and not force:
-        raise UserError(f"{folder} exists; omit --version to write the next one, or replace it with --force")
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists; omit --version to write the next one, or replace it with --overwrite")
     return folder
 
 

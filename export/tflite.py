@@ -7,7 +7,7 @@ The second command also writes the int8 file, whose quantization ranges are cali
 records. Each format gives two files: NAME_FORMAT.tflite, where NAME is the name of the run folder or .keras file, and
 NAME_FORMAT.json, which reports the operators, the quantization and the model card. The formats:
   float32  unchanged weights
-  float16  weights of half the size; computes in float32 on CPUs
+  float16  float16 weights; computes in float32 on CPUs
   dynamic  int8 weights with one scale per channel; float32 activations
   int8     int8 weights and activations. The stem and the first stage stay in float32, because later layers cannot
            recover what they lose; so does the classifier (fc2), because 8-bit logits are coarse. Then biases are
@@ -83,7 +83,7 @@ def define_flags() -> None:
         "Last part of the network that int8 keeps in float32, besides fc2; none keeps no layer.",
     )
     flags.DEFINE_integer("batch", 1, "Batch size.", lower_bound=1)
-    flags.DEFINE_bool("force", False, "Replace existing files. Defaults to false.")
+    flags.DEFINE_bool("overwrite", False, "Replace existing files. Defaults to false.")
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def main() -> None:
     split = FLAGS.split or _training_split(source)
     calibration = Calibration(FLAGS.calibration, split, FLAGS.calibration_clips, FLAGS.float_until)
     for path in export_tflite(
-        source, Path(FLAGS.output), formats, batch=FLAGS.batch, calibration=calibration, force=FLAGS.force
+        source, Path(FLAGS.output), formats, batch=FLAGS.batch, calibration=calibration, overwrite=FLAGS.overwrite
     ):
         print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
     print(
@@ -148,7 +148,7 @@ def export_tflite(
     *,
     batch: int = 1,
     calibration: Calibration | None = None,
-    force: bool = False,
+    overwrite: bool = False,
 ) -> Iterator[Path]:
     """Writes a model as TFLite files, atomically, and yields the path of each file after it is written.
 
@@ -158,19 +158,19 @@ def export_tflite(
         formats: names from `FORMATS`.
         batch: batch size.
         calibration: settings of the int8 quantization; required for int8.
-        force: whether to replace existing files.
+        overwrite: whether to replace existing files.
 
     Raises:
         UserError: a format is unknown; int8 has no calibration records; the records lack the split or are damaged; a
-            file exists and `force` is false.
+            file exists and `overwrite` is false.
         WriteError: a file cannot be written.
     """
     calibration = calibration or Calibration(None)
     _require_formats(formats, calibration.records)
     paths = {name: folder / f"{source.name}_{name}.tflite" for name in formats}
     existing = [str(path) for path in paths.values() if path.exists()]
-    if existing and not force:
-        raise UserError(f"already exists: {', '.join(existing)}; choose another --output, or replace with --force")
+    if existing and not overwrite:
+        raise UserError(f"already exists: {', '.join(existing)}; choose another --output, or replace with --overwrite")
     # Before the first conversion, so that errors in the records are reported early.
     clips = calibration_clips(source, calibration, batch) if "int8" in formats else None
     with os_errors_as_write_error(folder):

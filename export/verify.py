@@ -129,9 +129,13 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
     flags.DEFINE_string("artefacts", None, "Folder with the exported artefacts, or a single artefact.", required=True)
     flags.DEFINE_string("clips", None, "Folder of videos, or of records.", required=True)
-    flags.DEFINE_string("split", None, "Split of the records. Defaults to the run's evaluation split, or test.")
-    flags.DEFINE_integer("limit", 100, "Maximum number of clips; more videos are sampled evenly.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 15, "Timed calls per artefact and number of threads.", lower_bound=1)
+    flags.DEFINE_string(
+        "split", None, "Split of the records. Defaults to the run's evaluation split, else test, else the only split."
+    )
+    flags.DEFINE_integer(
+        "limit", 100, "Maximum number of clips; if there are more videos, they are subsampled evenly.", lower_bound=1
+    )
+    flags.DEFINE_integer("rounds", 15, "Number of timed calls per artefact and thread count.", lower_bound=1)
     flags.DEFINE_string("json", None, "JSON file to write the table and the operators to.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing --json file. Defaults to false.")
 
@@ -300,7 +304,7 @@ def _measure_latency(
     rounds: int,
     bar: Any,
 ) -> None:
-    """Fills in the median latency of one clip; all artefacts are timed in turns."""
+    """Fills in the median latency of one clip; all artefacts are timed in alternation."""
     seconds: dict[tuple[Artefact, int], list[float]] = {}
     for _ in range(rounds):
         for artefact, row in rows.items():

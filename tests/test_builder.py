@@ -224,7 +224,7 @@ def test_a_csv_file_of_segments_with_several_classes(clips: Path, tmp_path: Path
     assert reasons["clip 4.mp4"] == "ends before the start time 5.0 s"
     assert result.failures == len(reasons) == 3  # the broken file once
     lines = "\n".join(summary(result))
-    assert "3 classes, several labels per video" in lines
+    assert "3 classes, multi-label" in lines
     assert "train has no video for 1 class: jump" in lines
 
 

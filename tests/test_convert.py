@@ -241,5 +241,5 @@ def test_invalid_arguments_of_export_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the network to export must have its classifier"):
         export_checkpoint(build_x3d(SMALL, include_top=False), tmp_path / "a.pyth", "slowfast")
     model = build_x3d(replace(SMALL, gamma_w=0.4), num_classes=2)
-    with pytest.raises(UserError, match="naming must be among slowfast"):
+    with pytest.raises(UserError, match="naming must be one of slowfast"):
         export_checkpoint(model, tmp_path / "a.pyth", "caffe2")  # type: ignore[arg-type]

@@ -139,7 +139,7 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not empty and does not hold moving_shapes"):
         open_dataset(spec(tmp_path))
     write_records(tmp_path / "others", {"train": [noise_video(0, 2)], "test": [noise_video(1, 2)]})
-    with pytest.raises(ValueError, match=r"others holds other records than moving_shapes.*gin/data/records\.gin"):
+    with pytest.raises(ValueError, match=r"others holds records other than moving_shapes.*gin/data/records\.gin"):
         open_dataset(spec(tmp_path / "others"))
 
 

@@ -123,8 +123,8 @@ def test_load_detector_rejects_classifiers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": "large"}, "head must be among full, simple, frame, got 'large'"),
-        ({"head_pool": "fixed_logits"}, "build_detector's options must be among"),
+        ({"head": "large"}, "head must be one of full, simple, frame, got 'large'"),
+        ({"head_pool": "fixed_logits"}, "build_detector's options must be one of"),
         ({"num_classes": 0}, r"num_classes must be in \[1, 100000\], got 0"),
     ],
 )

@@ -78,7 +78,9 @@ def test_a_new_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Path)
     assert describe(tmp_path / "a.keras").class_names == ("hug", "kick")
     assert describe(tmp_path / "a.keras").options.head_pool == "global"
     for name in ("a.keras", "a.tensors.txt"):
-        with pytest.raises(ValueError, match=f"{name} exists; give another --output, or replace it with --overwrite"):
+        with pytest.raises(
+            ValueError, match=f"{name} exists; choose another --output, or pass --overwrite to replace it"
+        ):
             run(checkpoint, **settings)
         (tmp_path / name).rename(tmp_path / f"{name}.before")
     run(checkpoint, **settings, overwrite=True)

@@ -92,7 +92,7 @@ def test_the_card_of_a_file_has_no_training(run: Path) -> None:
         ("запуск", "запуск"),
         ("a:b*c?'d\\e$(f)\n", "a_b_c_d_e_f_"),
         (".hidden", "hidden"),  # export.verify ignores hidden files
-        ("--force", "force"),
+        ("--overwrite", "overwrite"),
         ("...", NETWORK),
         ("é" * 120, "é" * 50),  # file names have at most 255 bytes
         ("\udcff", "_"),  # an invalid byte

@@ -47,7 +47,7 @@ def test_outputs_match_the_network(name: str, batch: int | None, source: Exporta
     clips = np.random.default_rng(1).integers(0, 256, (2, 4, 64, 64, 3), dtype=np.uint8)
     expected = x3d_tf.portable(source.model, NAMES)(clips)
     np.testing.assert_allclose(runner(clips), expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"already exists: .*; choose another --output, or replace with --force"):
+    with pytest.raises(ValueError, match=r"already exists: .*; choose another --output, or replace with --overwrite"):
         exporter.export_formats(source, tmp_path / "new", [name], batch=batch)
     facts = {"onnx": onnx_facts, "openvino": openvino_facts}[name](written[-1])
     assert facts.pop("labels").split("\n") == list(NAMES)

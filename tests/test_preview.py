@@ -93,7 +93,7 @@ def test_the_command(manifest: Manifest, tmp_path: Path) -> None:
     with flagsaver.flagsaver(**settings):
         preview.main()
         assert output.read_bytes().startswith(b"\x89PNG")
-        with pytest.raises(ValueError, match="exists; give another --output, or replace it with --overwrite"):
+        with pytest.raises(ValueError, match="exists; choose another --output, or pass --overwrite to replace it"):
             preview.main()
     with flagsaver.flagsaver(**settings | {"output": "a.jpg"}), pytest.raises(ValueError, match="must end in"):
         preview.main()

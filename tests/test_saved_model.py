@@ -366,10 +366,10 @@ def test_versions(run: Any, without_network: None, tmp_path: Path, capsys: pytes
     assert sorted(path.name for path in output.iterdir()) == ["1", "10", "9", "notes"]
 
     (output / "9" / "saved_model.pb").write_text("old")
-    with pytest.raises(ValueError, match=r"hugs/9 exists; omit --version to write the next one, or .* --force"):
+    with pytest.raises(ValueError, match=r"hugs/9 exists; omit --version to write the next one, or .* --overwrite"):
         run(model=model_file(), output=output, version=9)
     assert (output / "9" / "saved_model.pb").read_text() == "old"
-    run(model=model_file(), output=output, version=9, force=True)
+    run(model=model_file(), output=output, version=9, overwrite=True)
     assert (output / "9" / "saved_model.pb").read_text() == "new"
     assert sorted(path.name for path in output.iterdir()) == ["1", "10", "9", "notes"]
 
@@ -380,7 +380,10 @@ def test_versions(run: Any, without_network: None, tmp_path: Path, capsys: pytes
         ({"output": "file"}, "--output must be a folder"),
         ({"output": "mine/1"}, "--output must end in the model's name, .* got '1'"),
         ({"output": "my model"}, "--output must end in the model's name"),
-        ({"output": "mine", "force": True}, "--force must be used together with --version, the version to replace$"),
+        (
+            {"output": "mine", "overwrite": True},
+            "--overwrite must be used together with --version, the version to replace$",
+        ),
         ({"output": "mine", "model": "missing.keras"}, "missing.keras: no such model file"),
     ],
 )
@@ -407,7 +410,7 @@ def test_a_failed_export_keeps_the_existing_version(
         raise error
 
     monkeypatch.setattr(command, "_write_warmup", fail)
-    for settings in ({}, {"version": 1, "force": True}):
+    for settings in ({}, {"version": 1, "overwrite": True}):
         with pytest.raises(WriteError, match=r"mine/\d cannot be written: (No space left on device|full)"):
             command.export_saved_model(source, tmp_path / "mine", **settings)
         assert list((tmp_path / "mine").iterdir()) == [folder]

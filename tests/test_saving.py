@@ -206,8 +206,8 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
     ("change", "message"),
     [
         (None, r"copy\.keras has no x3d_tf\.json.*Save it again with"),
-        (b"{", "the metadata is not that of an X3D network"),
-        (b"[" * 100_000, "the metadata is not that of an X3D network"),
+        (b"{", "invalid X3D metadata"),
+        (b"[" * 100_000, "invalid X3D metadata"),
         ({"format_version": 1}, "format_version must be 2, got 1"),
         ({"stored": None}, 'stored must be "none" or have short_side and jpeg_quality, got None'),
         ({"stored": {"short_side": 96}}, 'stored must be "none" or have short_side and jpeg_quality'),
@@ -362,7 +362,7 @@ def _padded(member: str, size: int) -> Callable[[str, bytes, zipfile.ZipFile], N
     ("change", "message"),
     [
         (_double, "a model file must contain each member once, got 'x3d_tf.json'"),
-        (_add, r"a member of a model file must be among model\.weights\.h5, .*, got 'assets/a.txt'"),
+        (_add, r"a member of a model file must be one of model\.weights\.h5, .*, got 'assets/a.txt'"),
         (_deflate, r"model\.weights\.h5 must be stored without compression"),
         (_without_weights, r"a model file must contain model\.weights\.h5"),
         (_padded("x3d_tf.json", 17 << 20), "x3d_tf.json must have at most 16777216 bytes, got 178"),

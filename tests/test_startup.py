@@ -135,7 +135,7 @@ NETWORK = "--gin_file=gin/x3d_s.gin"
 
 
 INVALID = [  # command, arguments, part of its error message
-    ("x3d_tf.train", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file, and not a recipe"),
+    ("x3d_tf.train", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file or recipe"),
     ("x3d_tf.train", RECORDS, "nix/manifest.json does not exist"),
     ("x3d_tf.train", [NETWORK, '--gin_bindings=TrainConfig.init="nix"', "--workdir=nix"], "nix: no such model file"),
     ("x3d_tf.train", [NETWORK, "--workdir=tests"], "tests exists and is not a run folder"),
@@ -156,7 +156,7 @@ INVALID = [  # command, arguments, part of its error message
     ("x3d_tf.build_records", ["--verify", "--output=nix"], "nix/manifest.json does not exist"),
     ("x3d_tf.import_weights", ["nix", "--variant=x3d_s", "--output=a.keras"], "nix: no such checkpoint"),
     ("x3d_tf.import_weights", ["nix", "--to=pytorchvideo", "--output=a.pyth"], "nix: no such model file"),
-    ("x3d_tf.complexity", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file, and not a recipe"),
+    ("x3d_tf.complexity", ["--gin_file=nix.gin"], "--gin_file=nix.gin: no such file or recipe"),
     ("export.saved_model", ["--model=nix", "--output=nix/a"], "nix: no such model file"),
     ("export.tflite", ["--model=nix", "--output=nix"], "nix: no such model file"),
     ("export.onnx", ["--model=nix", "--output=nix", "--formats=nix"], "--formats must be a list of onnx, openvino"),

@@ -54,7 +54,7 @@ def test_a_build_stops_with_its_workers_and_resumes(
     command = ["x3d_tf.build_records", f"--videos={videos}", f"--output={tmp_path / 'records'}", "--split=0.25"]
     returned, output = stopped(command, "0/24", number, group)
     assert returned == status and "Traceback" not in output
-    assert "Give the same command again to resume after the last finished shard." in output
+    assert "Run the same command again to resume after the last finished shard." in output
     subprocess.run([sys.executable, "-m", *command], check=True, cwd=Path(__file__).parents[1])
     assert (tmp_path / "records" / "manifest.json").is_file()
 

@@ -216,12 +216,12 @@ def test_the_command(run: Any, folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert f"written: {path} (" in capsys.readouterr().out
     before = path.read_bytes()
     with pytest.raises(
-        UserError, match=r"already exists: .*_float16\.tflite; choose another --output, or replace with --force"
+        UserError, match=r"already exists: .*_float16\.tflite; choose another --output, or replace with --overwrite"
     ):
         run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"])
     assert path.read_bytes() == before
     path.write_bytes(b"another")
-    run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"], force=True)
+    run(model=folder / "model.keras", output=tmp_path / "out", formats=["float16"], overwrite=True)
     assert path.read_bytes() == before
 
 

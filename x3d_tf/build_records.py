@@ -10,7 +10,7 @@ validation during training (--splits=one,two if the folders have other names):
 A csv file that lists the videos, with paths relative to --videos (or, without --videos, to the csv file's folder):
   python -m x3d_tf.build_records --csv=my_list.csv --videos=my_videos --output=data/my_records
 The first line names the columns: path,label and optionally split,start,end. The split is train, val or test, or a name
-in --splits; without the column, use --split. start and end are the seconds to keep. "run;jump" stands for two labels
+in --splits; without the column, use --split. start and end delimit the segment to use, in seconds. "run;jump" stands for two labels
 and makes the task multi-label. The columns may also be separated by tabs, or by semicolons if labels that contain a
 semicolon are quoted.
 
@@ -25,7 +25,7 @@ Verify that existing records are intact:
   python -m x3d_tf.build_records --verify --output=data/my_records
 
 All formats that FFmpeg decodes are supported. Files that cannot be decoded are listed in failures.csv in the output
-folder. To resume an interrupted build (Ctrl-C, SIGTERM or a crash), give the same command again. It also retries videos
+folder. To resume an interrupted build (Ctrl-C, SIGTERM or a crash), run the same command again. It also retries videos
 that exceeded --timeout or changed while they were read, and failed videos that have changed since.
 
 In --csv, a leading ' before text that begins with = + - or @ is removed. The csv files that this package writes have it
@@ -48,7 +48,7 @@ from tqdm import tqdm
 from x3d_tf import commands, gin_config
 from x3d_tf.data.build.builder import BuildResult, build_key_frames, build_records
 from x3d_tf.data.build.encoding import TIMEOUT
-from x3d_tf.data.build.key_frames import FIRST_MINUTE
+from x3d_tf.data.build.key_frames import AVA_START_SECONDS
 from x3d_tf.data.build.sources import find_split_folders
 from x3d_tf.data.build.state import FAILURES_NAME
 from x3d_tf.data.records.manifest import Manifest
@@ -93,8 +93,8 @@ def define_flags() -> None:
         None,
         "A .pbtxt file that names the actions of --boxes. Defaults to AVA's 80 actions.",
     )
-    flags.DEFINE_float("starts_at", FIRST_MINUTE, "Timestamp of the first frame in seconds, for --boxes.")
-    flags.DEFINE_float("frame_rate", None, "Frames per second of folders of frames, for --boxes. Defaults to 30.")
+    flags.DEFINE_float("starts_at", AVA_START_SECONDS, "Timestamp of the first frame in seconds, for --boxes.")
+    flags.DEFINE_float("frame_rate", None, "Frame rate of folders of frames, for --boxes. Defaults to 30.")
     flags.DEFINE_string(
         "output",
         None,
@@ -110,12 +110,12 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "split",
         None,
-        "Fraction of each class's videos for the test split, such as 0.2. Without it, no videos are split off.",
+        "Fraction of each class's videos for the test split, such as 0.2. Defaults to no test split.",
     )
     flags.DEFINE_string(
         "classes",
         None,
-        "Text file of class names, one per line, that sets the order of the classes. Defaults to sorted order.",
+        "Text file of class names, one per line, that sets the order of the classes. Defaults to alphabetical order, or numeric order if all names are numbers.",
     )
     flags.DEFINE_integer(
         "short_side",
@@ -143,11 +143,13 @@ def main() -> None:
     _check_boxes()
     named = FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None
     if not named and not find_split_folders(Path(FLAGS.videos)):
-        print('All videos become the split "train". Training also needs a test split: give --split=0.2 or --splits.')
+        print(
+            'All videos are assigned to the split "train". Training also needs a test split: give --split=0.2 or --splits.'
+        )
     try:
         result = _build_key_frames() if FLAGS.boxes else _build_videos()
     except KeyboardInterrupt:
-        print("\nGive the same command again to resume after the last finished shard.", file=sys.stderr)
+        print("\nRun the same command again to resume after the last finished shard.", file=sys.stderr)
         raise
     print("\n".join(summary(result)))
 
@@ -223,9 +225,7 @@ def summary(result: BuildResult) -> list[str]:
     """Returns lines that list what a build wrote, problems with it, and the command to run next."""
     manifest = result.manifest
     detects = manifest.task == "detection"
-    labels = {"multi_label": ", several labels per video", "detection": " for boxes on key frames"}.get(
-        manifest.task, ""
-    )
+    labels = {"multi_label": ", multi-label", "detection": " for boxes on key frames"}.get(manifest.task, "")
     kind, thing = ("key frame", "box") if detects else ("video", "video")
     done = "; the build was already complete" if result.was_finished else ""
     lines = [f"{manifest.folder}: {counted(len(manifest.classes), 'class')}{labels}{done}"]
@@ -245,7 +245,7 @@ def summary(result: BuildResult) -> list[str]:
         failures = counted(result.failures, "video or key frame" if detects else "file")
         lines.append(f"  skipped: {failures}; {manifest.folder / FAILURES_NAME} lists the reasons")
     if result.to_retry:
-        why = "exceeded --timeout or changed while being read; give the same command again to retry"
+        why = "exceeded --timeout or changed while being read; run the same command again to retry"
         lines.append(f"  of these, {counted(result.to_retry, thing)} {why}")
     return [*lines, *_training_command(manifest, detects)]
 

@@ -8,13 +8,13 @@ Evaluate a run as it was evaluated after training, with more views per video, or
 Evaluate a model file:
   python -m x3d_tf.evaluate --model=model.keras --records=data/mine --split=test --output=reports/mine
 
-Plot accuracy over cost for 1, 3, 5, 7 and 10 clips per video; resumes an interrupted sweep:
+Plot accuracy against cost for 1, 3, 5, 7 and 10 clips per video; resumes an interrupted sweep:
   python -m x3d_tf.evaluate --run=runs/x3d_s --sweep
 
 Evaluate each new checkpoint of a run that is training in another process:
   python -m x3d_tf.evaluate --run=runs/x3d_s --watch --views=1
 
-Score a csv file of action detections in AVA's format from any source (frame mAP at IoU 0.5):
+Score a csv file of action detections in AVA's format from any detector (frame mAP at IoU 0.5):
   python -m x3d_tf.evaluate --detections=found.csv --groundtruth=ava_val_v2.2.csv --label_map=ava_60.pbtxt \\
       --exclusions=ava_val_excluded_timestamps_v2.2.csv --output=reports/ava
 
@@ -63,7 +63,7 @@ def define_flags() -> None:
         "label_map", None, "A .pbtxt file of the actions to score with --detections. Defaults to AVA's 60 actions."
     )
     flags.DEFINE_string("exclusions", None, "A csv of key frames to ignore with --detections: video_id,timestamp.")
-    flags.DEFINE_bool("sweep", False, "Evaluate 1, 3, 5, 7 and 10 clips per video and plot accuracy over cost.")
+    flags.DEFINE_bool("sweep", False, "Evaluate 1, 3, 5, 7 and 10 clips per video and plot accuracy against cost.")
     flags.DEFINE_bool("watch", False, "Evaluate each new checkpoint of the run until training has finished.")
     flags.DEFINE_float("poll_seconds", 30.0, "Polling interval of --watch in seconds.", lower_bound=0.1)
     flags.DEFINE_string("records", None, "Records folder. Defaults to the run's records.")
@@ -71,7 +71,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "views",
         None,
-        "Number of clips per video, K. Defaults to the run's, or to 10 with --model.",
+        "Number of clips per video, K. Defaults to the number stored in the run or the model file.",
         lower_bound=1,
     )
     flags.DEFINE_enum("crops", "1", ["1", "3"], "Crops per clip: 1 (centre) or 3 (left, centre and right).")

@@ -129,7 +129,7 @@ def find_recipe(file: str) -> Path:
     recipe = _recipes() / file.removeprefix("gin/")
     if _is_file(recipe):
         return recipe
-    raise UserError(f"--gin_file={file}: no such file, and not a recipe of this package: {_known_recipes()}")
+    raise UserError(f"--gin_file={file}: no such file or recipe; available recipes: {_known_recipes()}")
 
 
 def _is_file(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Imports X3D weights from PyTorch checkpoints, and exports models to them.
 
-Convert a checkpoint of PySlowFast, pytorchvideo (also its mobile form) or mmaction2 to a model file. The format is
-recognised by the weight names. x3d_m_k400.tensors.txt, beside the model file, lists where every tensor went:
+Convert a checkpoint of PySlowFast, pytorchvideo (including its mobile form) or mmaction2 to a model file. The format is
+recognised by the weight names. x3d_m_k400.tensors.txt, beside the model file, lists the source and destination of every tensor:
   python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --output=x3d_m_k400.keras
   python -m x3d_tf.predict --model=x3d_m_k400.keras party.mp4
 
@@ -85,7 +85,7 @@ def main(paths: list[str]) -> None:
     require(not output.is_dir(), "--output", "be a file", f"the folder {output}")
     for path in (output, tensor_table_path(output)):
         if path.exists() and not FLAGS.overwrite:
-            raise UserError(f"{path} exists; give another --output, or replace it with --overwrite")
+            raise UserError(f"{path} exists; choose another --output, or pass --overwrite to replace it")
     _check_flags(output)
     if FLAGS.to:
         require_classifier(source)

@@ -1,27 +1,27 @@
 """Predicts the classes of videos, or the actions of people in them, with a trained model.
 
-The five most probable classes of each file, searching folders recursively; results as files, with a picture:
+Print the five most probable classes of each file, also in subfolders. Write the results to files, with a picture:
   python -m x3d_tf.predict --model=runs/mine party.mp4 holidays/
   python -m x3d_tf.predict --model=runs/mine --json=out.json --csv=out.csv --contact_sheet=out.png holidays/
 
-A timeline of a long video: one prediction for every 5 seconds, or for a 5-second window that moves by 1 second:
+Print a timeline of a long video: one prediction per 5 seconds, or per 5-second sliding window with a hop of 1 second:
   python -m x3d_tf.predict --model=runs/mine --window=5 --csv=out.csv film.mkv
   python -m x3d_tf.predict --model=runs/mine --window=5 --hop=1 --csv=out.csv film.mkv
-Times are seconds of the file, as players show them: 0 is where its first stream starts, which may be the audio. The
+Times are in seconds, as video players show them: 0 is the start of the earliest stream, which may be the audio. The
 columns start and end can be used as the segments of `build_records --csv`.
 
-The actions of each person, once per second, with a model for action detection. Boxes come from a csv file (AVA's
-columns, the last one a score; timestamps are seconds of the video, or of the film with --starts_at) or from a person
+Detect the actions of each person, once per second, with a model for action detection. Boxes come from a csv file (AVA's
+columns, the last one a score; timestamps are in seconds from the start of the video; --starts_at adds an offset) or from a person
 detector, which is a SavedModel with TensorFlow's object detection signature. Outputs are detections in AVA's format and
-the video with boxes and actions drawn into it, without audio:
+the video, without audio, with boxes and actions drawn on its frames:
   python -m x3d_tf.predict --model=runs/ava party.mp4 --boxes=people.csv --csv=out.csv --draw=drawn/
   python -m x3d_tf.predict --model=runs/ava party.mp4 --person_detector=efficientdet/ --draw=drawn/
 
 A prediction for a video is the mean over 10 clips spread evenly in time (--views), as in evaluation. A prediction for a
 window uses one clip, from its middle. Frames are first scaled and compressed in memory like the frames of the training
 records, so a video gets the same probabilities as in the run's report. Any format that FFmpeg decodes and any length
-works. Files that cannot be read are reported on stderr and in the output files, the others are still predicted, and the
-exit status is 1. For multi-label models each class has a probability of its own: they do not add up to 1.
+works. If files cannot be read, they are reported on stderr and in the output files, the others are predicted, and the exit
+status is 1. For multi-label models each class has a probability of its own: they do not add up to 1.
 
 Output files appear only when complete. If the command stops early (Ctrl-C, SIGTERM, an error), the predictions made so
 far are kept in out.partial.csv beside out.csv, and in out.partial.json.
@@ -53,7 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "views",
         None,
-        "Number of clips per video (K). Defaults to that of the run's evaluation, usually 10, and to 1 for a window.",
+        "Number of clips per video (K). Defaults to the run's evaluation setting, or to 1 with --window.",
         lower_bound=1,
     )
     flags.DEFINE_float("window", None, "Window length in seconds. Defaults to one prediction per video.")
@@ -68,7 +68,9 @@ def define_flags() -> None:
         "For detectors, instead of --boxes: SavedModel that finds people. SavedModels can execute arbitrary code: only "
         "load ones you trust.",
     )
-    flags.DEFINE_float("box_score", 0.8, "Lowest score of a box. Defaults to 0.8.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float(
+        "box_score", 0.8, "Minimum score of the boxes to use. Defaults to 0.8.", lower_bound=0.0, upper_bound=1.0
+    )
     flags.DEFINE_integer(
         "starts_at",
         0,
@@ -76,14 +78,14 @@ def define_flags() -> None:
         lower_bound=0,
     )
     flags.DEFINE_float(
-        "action_score", 0.5, "Lowest score of an action to show. Defaults to 0.5.", lower_bound=0.0, upper_bound=1.0
+        "action_score", 0.5, "Minimum score of the actions to show. Defaults to 0.5.", lower_bound=0.0, upper_bound=1.0
     )
-    flags.DEFINE_string("draw", None, "Folder for mp4 files with boxes and actions drawn into them.")
+    flags.DEFINE_string("draw", None, "Folder for mp4 files with boxes and actions drawn on the frames.")
     flags.DEFINE_bool("overwrite", False, "Replace existing output files. Defaults to false.")
 
 
 def main(videos: list[str]) -> None:
-    """Runs the prediction that the flags describe."""
+    """Predicts classes, or detects actions."""
     require(bool(videos), "the command line", "name video files or folders")
     _check_outputs()
     task = _check_model()
@@ -171,7 +173,7 @@ def _check_outputs() -> None:
 
 def _require_free(path: str) -> None:
     if Path(path).exists() and not FLAGS.overwrite:
-        raise UserError(f"{path} exists; give another name, or replace it with --overwrite")
+        raise UserError(f"{path} exists; choose another name, or pass --overwrite to replace it")
 
 
 if __name__ == "__main__":

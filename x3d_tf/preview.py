@@ -3,9 +3,9 @@
 Preview the data of a training run:
   python -m x3d_tf.preview --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin --records=data/mine
 
-Each row is a clip. To its left are its class, its video and its time in the video or, for action detection, the labels
+Each row is a clip. The label to its left shows its class, its video and its time in the video or, for action detection, the labels
 of its boxes. The clips are the first ones of a training run with the same --gin_file and --gin_bindings. If the records
-do not suit the configuration, warnings name the numbers and the binding that fixes them.
+do not suit the configuration, warnings state the mismatch and the --gin_bindings value that corrects it.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ def main() -> None:
     output = Path(FLAGS.output)
     require(output.suffix == ".png", "--output", "end in .png", FLAGS.output)
     if output.exists() and not FLAGS.overwrite:
-        raise UserError(f"{output} exists; give another --output, or replace it with --overwrite")
+        raise UserError(f"{output} exists; choose another --output, or pass --overwrite to replace it")
     config = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or []).config
     spec = config.dataset
     if FLAGS.records:

@@ -9,7 +9,7 @@ Train on your own videos, after build_records has converted them to records:
 
 Later files override earlier ones, and bindings override files. The run folder holds the configuration, checkpoints,
 history.csv, curves.png and TensorBoard logs and, once training has finished, model.keras and evaluation/.
-Give the same command again to resume a run from its last checkpoint.
+Run the same command again to resume a run from its last checkpoint.
 """
 
 from pathlib import Path

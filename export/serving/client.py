@@ -126,7 +126,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "views", None, "Number of clips per video. Defaults to the card's.", lower_bound=1, upper_bound=MAX_VIEWS
     )
-    flags.DEFINE_float("timeout", 60.0, "Time limit of a complete request in seconds. Defaults to 60.")
+    flags.DEFINE_float("timeout", 60.0, "Timeout of each request in seconds. Defaults to 60.")
 
 
 def main(videos: list[str]) -> None:

@@ -1,7 +1,7 @@
 """HTTP requests to an untrusted server, with limits on time and memory and without redirects.
 
 `urllib.request.urlopen` is not safe for this purpose: its timeout applies to each read, so that a server that sends one
-byte per second can block it for ever; it reads responses of any size; and it follows redirects. This module does not
+byte per second can block it forever; it reads responses of any size; and it follows redirects. This module does not
 import TensorFlow.
 """
 

@@ -36,7 +36,7 @@ PARALLEL_VIDEOS = 4  # in evaluation
 
 
 class SamplePosition(NamedTuple):
-    """Position of a training clip: epoch, slot in the order of the epoch, and index of the record; int64 scalars."""
+    """Position of a training clip: epoch, slot in the epoch's permutation, and index of the record; int64 scalars."""
 
     epoch: tf.Tensor
     slot: tf.Tensor
@@ -58,7 +58,7 @@ def training_dataset(
     frame_sampling: FrameSampling = "slowfast",
     stretch: bool = False,
 ) -> tf.data.Dataset:
-    """Returns an infinite dataset of training clips: per epoch, a clip of each video with random augmentation.
+    """Returns an infinite dataset of training clips: one randomly augmented clip per video and epoch.
 
     Start, scale, crop and flip of each clip are random.
 
@@ -71,7 +71,7 @@ def training_dataset(
         batch: clips per step over all workers; records left over at the end of an epoch are dropped.
         seed: random seed for order and augmentation.
         start_step: first step; earlier ones are not read.
-        worker: (index, count) of the workers. Each worker gets the same slice of every step's batch.
+        worker: (index, count) of the workers. Worker i reads the i-th slice of every batch.
         replica_batch: clips per element. Defaults to the worker's complete slice.
         frame_sampling: see `sampling.frame_indices`.
         stretch: see `transforms.resize`.
@@ -160,7 +160,7 @@ def sample_position(step: tf.Tensor, member: tf.Tensor, *, records: int, batch: 
     steps_per_epoch = records // batch
     epoch = step // steps_per_epoch
     slot = (step % steps_per_epoch) * batch + member
-    # The shuffle uses only the lowest 8 or 9 bits of each key word, so plain seeds or epochs would repeat after 256.
+    # The shuffle uses only the lowest 8 or 9 bits of each key word, so plain seeds or epochs would give only 256 distinct permutations.
     # A hash of both in all three words gives at least 2**24 orders. With 8 rounds, chi-square tests show no bias.
     source = tf.stack([tf.constant(seed, tf.int64), epoch])
     key = tf.random.stateless_uniform([3], source, minval=None, maxval=None, dtype=tf.int32, alg="philox")
@@ -263,7 +263,7 @@ class RecordTable:
         require(len(part.records) > 0, f"split {split!r} of {manifest.folder}", "contain records")
         check_lengths(manifest, split)
         self.split, self._count = split, len(part.records)
-        with tf.device("cpu"):  # tf.data runs on the CPU, but numbers are placed on a GPU by default
+        with tf.device("cpu"):  # tf.data runs on the CPU, but numeric constants are placed on a GPU by default
             self._paths = tf.constant([os.fsencode(manifest.folder / shard.file) for shard in part.shards])
             self._sizes = tf.constant([shard.bytes for shard in part.shards], tf.int64)
             self._shard = tf.constant([record.shard for record in part.records], tf.int64)

@@ -64,7 +64,7 @@ class CsvBoxes:
         table = read_boxes(path, "detections", None, seconds=(starts_at, 10**9 - 1))
         self._boxes: dict[str, dict[int, dict[Box, None]]] = {}  # dict keys: each box once, for all its actions
         reaches = table.scores >= threshold
-        rule = f"have boxes with a score, the last column, of {threshold:g} or more (--box_score)"
+        rule = f"have a box with a score, the last column, of {threshold:g} or more (--box_score)"
         found = f"; the highest is {table.scores.max():g}" if len(table) else ""
         require(bool(reaches.any()), str(path), rule + found)
         self.num_below_threshold = len(table) - int(reaches.sum())

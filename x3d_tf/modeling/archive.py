@@ -121,7 +121,7 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
     members: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         name = member.filename
-        require(name in known, "a member of a model file", f"be among {', '.join(known)}", name[:200])
+        require(name in known, "a member of a model file", f"be one of {', '.join(known)}", name[:200])
         require(name not in members, "a model file", "contain each member once", name)
         require(not member.flag_bits & _ENCRYPTED, name, "not be encrypted")
         stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size

@@ -57,7 +57,7 @@ def build_detector(
     """
     known = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "head_pool"]
     for option in options:
-        require(option in known, "build_detector's options", f"be among {', '.join(known)}", option)
+        require(option in known, "build_detector's options", f"be one of {', '.join(known)}", option)
     return Detector(as_expansion(network), num_classes, ModelOptions(**options), head=head, name=name)
 
 
@@ -83,7 +83,7 @@ class Detector(Network):
         **kwargs: Any,
     ) -> None:
         require_classes(num_classes)
-        require(head in get_args(DetectionHead), "head", f"be among {', '.join(get_args(DetectionHead))}", head)
+        require(head in get_args(DetectionHead), "head", f"be one of {', '.join(get_args(DetectionHead))}", head)
         pool = options.head_pool
         require(pool == "global", "ModelOptions.head_pool", 'be "global" for a detector, which pools boxes', pool)
         inputs = {

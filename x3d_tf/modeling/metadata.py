@@ -163,7 +163,7 @@ class Metadata:
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise UserError(f"the metadata is not that of an X3D network: {error}") from error
+            raise UserError(f"invalid X3D metadata: {error}") from error
 
 
 def _parse_int(digits: str) -> int:

@@ -73,7 +73,7 @@ def build_x3d(
     """
     known = [field.name for field in dataclasses.fields(ModelOptions)]
     for option in options:
-        require(option in known, "build_x3d's options", f"be among {', '.join(known)}", option)
+        require(option in known, "build_x3d's options", f"be one of {', '.join(known)}", option)
     return X3D(
         as_expansion(network), num_classes, ModelOptions(**options), include_top=include_top, task=task, name=name
     )
@@ -117,7 +117,7 @@ class Network(keras.Model):
         return self.clip.size
 
     def copy_metadata(self, source: "Network | Metadata") -> None:
-        """Copies what the weights do not hold: the class names and how clips are made from videos."""
+        """Copies the metadata that is not stored in the weights: the class names and how clips are made from videos."""
         for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views"):
             setattr(self, name, getattr(source, name))
 
@@ -148,7 +148,7 @@ class X3D(Network):
     ) -> None:
         require_classes(num_classes)
         require(isinstance(include_top, bool), "include_top", "be True or False", include_top)
-        require(task in _TASKS, "task", f"be among {', '.join(_TASKS)}", task)
+        require(task in _TASKS, "task", f"be one of {', '.join(_TASKS)}", task)
         clips = keras.Input((None, None, None, 3), name="clip")
         pools_windows = include_top and options.head_pool != "global"
         outputs = graph(
@@ -180,7 +180,7 @@ def layer_name(expansion: Expansion) -> str:
 
 
 class ClipParts:
-    """Methods shared by all forms whose tensors are (N, T, H, W, C)."""
+    """Methods shared by all sets of parts whose tensors are (N, T, H, W, C)."""
 
     def normalize(self, x: Any, name: str) -> Any:
         return layers.Normalization(axis=None, mean=MEAN, variance=STD**2, name=name)(x)
@@ -314,7 +314,7 @@ def block(
         x = squeeze_excitation(x, f"{name}_se", parts)
     x = parts.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
     x = parts.pointwise(x, stage.width, f"{name}_conv_c")
-    x = parts.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # a new block starts as its shortcut
+    x = parts.norm(x, f"{name}_conv_c_bn", gamma="zeros")  # each new block starts as the identity of its shortcut
     x = parts.drop_branch(x, drop_rate, f"{name}_drop")
     return layers.Add(name=f"{name}_add")([shortcut, x])
 
@@ -379,5 +379,5 @@ def fc2(x: Any, num_classes: int) -> Any:
 
 
 def full_precision() -> str:
-    """Returns the dtype of the weights. Heads compute in it under mixed precision too, which costs little."""
+    """Returns the dtype of the weights. The head computes in this dtype under mixed precision, too, which costs little."""
     return str(keras.config.dtype_policy().variable_dtype)

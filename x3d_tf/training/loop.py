@@ -182,7 +182,7 @@ class Trainer:
         except KeyboardInterrupt:
             self._save_interrupted(checkpoints, history)
             raise
-        history.save_plots()  # the run may have been killed after its last checkpoint, before they were drawn
+        history.save_plots()  # the run may have been killed after its last checkpoint, before the plots were drawn
         if left_out := history.boxes_left_out():
             print(f"{counted(left_out, 'box')} ignored: outside the training crops")
 
@@ -232,7 +232,7 @@ class Trainer:
                 save(self.model, run.best, self.manifest.classes, overwrite=True)
 
     def _steps_until_pause(self, step: int) -> int:
-        """Returns the number of steps for the next call: at most up to the next checkpoint or, if near, log row."""
+        """Returns the number of steps of the next call: at most up to the next checkpoint, and to the next log row if near."""
         count = min(self.config.execution.steps_per_execution, self.steps - step)
         intervals = [self.config.checkpoint_steps] + ([_LOG_STEPS] if count <= _LOG_STEPS else [])
         return min([count, *(interval - step % interval for interval in intervals)])
@@ -241,7 +241,7 @@ class Trainer:
         return step % self.config.checkpoint_steps == 0 or step == self.steps
 
     def _eval_weights(self) -> Any:
-        """Returns a context in which the network has the weights to evaluate and save: their EMA, if enabled."""
+        """Returns a context in which the network holds the EMA of its weights, if EMA is enabled."""
         return self.step.average.swapped() if self.step.average is not None else nullcontext()
 
     def _is_patience_exhausted(self, history: History) -> bool:
@@ -249,7 +249,7 @@ class Trainer:
         return bool(patience) and history.best()[1] >= patience
 
     def save_result(self, run: RunFolder) -> None:
-        """Saves the portable form of the network; with early stopping, that of the best validation."""
+        """Saves the portable form of the network; with early stopping, the network with the best validation score."""
         if self.config.recipe.patience:
             save(portable(load(run.best), self.manifest.classes), run.model)
             return
@@ -264,14 +264,14 @@ class Trainer:
                 self.step.average.reset()
 
     def _save_interrupted(self, checkpoints: Checkpoints, history: History) -> None:
-        """Saves a checkpoint of the last completed step, as the optimiser counts them, and the history up to it."""
+        """Saves a checkpoint of the last step that the optimizer completed, and the history up to it."""
         step = self.step.completed_steps
         if history.pending:
             history.end_row(step)  # before the checkpoint: raises if the loss is not finite
         if step:
             checkpoints.save(step)
-        history.writer.flush()  # after the checkpoint, because it may fail
-        print(f"\ninterrupted at step {step}; the same command resumes from there", file=sys.stderr)
+        history.writer.flush()  # last, because flushing may fail
+        print(f"\ninterrupted at step {step}; run the same command again to resume", file=sys.stderr)
 
     def _batches(self, first: int) -> tf.distribute.DistributedDataset:
         config = self.config
@@ -313,7 +313,7 @@ class Trainer:
     def _batch_norm_groups(self) -> tuple[int, int]:
         """Returns the clips per batch-norm group and the groups per step; (0, 0) if batch norm is frozen.
 
-        Slices that a device computes in parallel do not reduce the group, because batch norm joins them.
+        Slices of a batch that run in parallel do not reduce the group: batch norm computes its statistics across them.
         """
         if self.config.recipe.frozen_norms:
             return 0, 0
@@ -341,7 +341,7 @@ class Trainer:
 def _advance(bar: "tqdm[Any]", done: int, first: int) -> None:
     """Moves the bar to `done` steps.
 
-    The first call, after the step that compiled, restarts the clock: the time left must not count compiling.
+    The first call restarts the clock, so that the time left does not include compilation.
 
     Args:
         bar: the progress bar, which started at step `first`.
@@ -373,7 +373,7 @@ def _describe_splits(manifest: Manifest, config: TrainConfig) -> str:
     ]
     text = f"Splits: {', '.join(parts)}."
     if validation == dataset.eval_split and config.recipe.patience:
-        text += f" Early stopping selects the best step on {validation}, so its evaluation is optimistic."
+        text += f" Early stopping selects the best step on {validation}, so results on this split are optimistically biased."
     return text
 
 
@@ -394,7 +394,10 @@ def _check_records(manifest: Manifest, config: TrainConfig) -> None:
 def _check_detection(manifest: Manifest, config: TrainConfig) -> None:
     dataset = config.dataset
     for name, required in (("stretch", False), ("frame_sampling", "slowfast")):
-        value, rule = getattr(dataset, name), f"be {required!r} for detection, where key frames fix the sampling"
+        value, rule = (
+            getattr(dataset, name),
+            f"be {required!r} for detection, because clips are sampled around key frames",
+        )
         require(value == required, f"DatasetSpec.{name}", rule, value)
     if config.detection.eval_boxes == "proposals":
         for split in filter(None, (dataset.eval_split, dataset.validation_split)):

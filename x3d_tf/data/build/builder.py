@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from x3d_tf.data.build import class_names
 from x3d_tf.data.build.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_error
-from x3d_tf.data.build.key_frames import FIRST_MINUTE, MARGIN, find_key_frames
+from x3d_tf.data.build.key_frames import AVA_START_SECONDS, MARGIN, find_key_frames
 from x3d_tf.data.build.sources import Sources, Video, find_videos, read_csv
 from x3d_tf.data.build.state import BuildFolder, Failure, FinishedShard, open_build
 from x3d_tf.data.records import index
@@ -147,7 +147,7 @@ def build_key_frames(
     proposals: Mapping[str, str | Path] | None = None,
     exclusions: Mapping[str, str | Path] | None = None,
     label_map: str | Path | None = None,
-    starts_at: float = FIRST_MINUTE,
+    starts_at: float = AVA_START_SECONDS,
     frame_rate: float = FOLDER_FPS,
     short_side: int = 256,
     quality: int = 95,

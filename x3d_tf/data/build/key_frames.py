@@ -24,7 +24,7 @@ from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, require
 from x3d_tf.types import Annotation, Box
 
-FIRST_MINUTE = 900.0  # seconds; timestamp at which AVA's video files begin
+AVA_START_SECONDS = 900.0  # seconds; timestamp at which AVA's video files begin
 MARGIN = 41 / 30  # seconds stored before and after a key frame: X3D-M looks at 40 frames at 30 frames per second
 
 
@@ -35,7 +35,7 @@ def find_key_frames(
     proposals: Mapping[str, Path] | None = None,
     exclusions: Mapping[str, Path] | None = None,
     label_map: Path | None = None,
-    starts_at: float = FIRST_MINUTE,
+    starts_at: float = AVA_START_SECONDS,
     frame_rate: float = FOLDER_FPS,
     seed: int = 0,
 ) -> Sources:

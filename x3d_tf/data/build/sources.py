@@ -263,7 +263,7 @@ def _read_rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
         require(name in header, f"{table}, line 1", f"have a column {name}", header)
     for name in header:
         require(name in COLUMNS, f"{table}, line 1", f"have only the columns {', '.join(COLUMNS)}", name)
-    require(len(set(header)) == len(header), f"{table}, line 1", "have each column once", header)
+    require(len(set(header)) == len(header), f"{table}, line 1", "not repeat a column", header)
 
     def rows() -> Iterator[_Row]:
         for line, cells in lines:
@@ -297,7 +297,7 @@ def _numbered_rows(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{table}, line {line} is not csv: {error}") from error
+            raise UserError(f"{table}, line {line} is not valid csv: {error}") from error
         if cells:
             yield line, cells
 

@@ -279,7 +279,7 @@ def _lines(path: Path, columns: str) -> Iterator["_Line"]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} must be UTF-8: {error}") from error
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not csv: {error}") from error
+        raise UserError(f"{path}, line {reader.line_num} is not valid csv: {error}") from error
 
 
 class _Line(NamedTuple):

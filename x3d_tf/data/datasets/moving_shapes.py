@@ -84,7 +84,7 @@ def open_moving_shapes(folder: Path) -> Manifest:
     manifest = Manifest.load(folder)
     if manifest.settings.get("source") != SETTINGS["source"]:
         raise UserError(
-            f"{folder} holds other records than moving_shapes. To train on them, add --gin_file=gin/data/records.gin "
+            f"{folder} holds records other than moving_shapes. To train on them, add --gin_file=gin/data/records.gin "
             "after the network's --gin_file"
         )
     require(manifest.settings == SETTINGS, f"settings of {folder / MANIFEST_NAME}", f"be {SETTINGS}", manifest.settings)

@@ -28,7 +28,7 @@ def set_kernels(name: Kernels) -> None:
         >>> x3d_tf.set_kernels("ops")  # rule out the optimized kernels when a result looks wrong
     """
     global _chosen
-    require(name in get_args(Kernels), "kernels", f"be among {', '.join(get_args(Kernels))}", name)
+    require(name in get_args(Kernels), "kernels", f"be one of {', '.join(get_args(Kernels))}", name)
     backend = keras.backend.backend()
     rule = f"be auto or ops with Keras' {backend} backend"
     require(backend == "tensorflow" or name in ("auto", "ops"), "kernels", rule, name)

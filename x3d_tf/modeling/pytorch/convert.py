@@ -186,7 +186,7 @@ def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
         WriteError: the file cannot be written.
     """
     path = Path(path)
-    require(naming in get_args(Naming), "naming", f"be among {', '.join(get_args(Naming))}", naming)
+    require(naming in get_args(Naming), "naming", f"be one of {', '.join(get_args(Naming))}", naming)
     require(model.include_top, "the network to export", "have its classifier (include_top)", model.include_top)
     _require_exportable_options(model.options)
     options = replace(model.options, shortcut_norm=SHORTCUT_NORM[naming])
