@@ -10,9 +10,9 @@ validation during training (--splits=one,two if the folders have other names):
 A csv file that lists the videos, with paths relative to --videos (or, without --videos, to the csv file's folder):
   python -m x3d_tf.build_records --csv=my_list.csv --videos=my_videos --output=data/my_records
 The first line names the columns: path,label and optionally split,start,end. The split is train, val or test, or a name
-in --splits; without the column, use --split. start and end delimit the segment to use, in seconds. "run;jump" stands for two labels
-and makes the task multi-label. The columns may also be separated by tabs, or by semicolons if labels that contain a
-semicolon are quoted.
+in --splits; without the column, use --split. start and end delimit the segment to use, in seconds. "run;jump" stands
+for two labels and makes the task multi-label. The columns may also be separated by tabs, or by semicolons if labels
+that contain a semicolon are quoted.
 
 Action detection from AVA's videos, or from folders of their frames, and AVA's csv files of boxes, one per split:
   python -m x3d_tf.build_records --videos=ava/videos_15min --output=data/ava \\
@@ -115,7 +115,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "classes",
         None,
-        "Text file of class names, one per line, that sets the order of the classes. Defaults to alphabetical order, or numeric order if all names are numbers.",
+        "Text file of class names, one per line, that sets the order of the classes. Defaults to alphabetical order, or "
+        "numeric order if all names are numbers.",
     )
     flags.DEFINE_integer(
         "short_side",
@@ -144,7 +145,7 @@ def main() -> None:
     named = FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None
     if not named and not find_split_folders(Path(FLAGS.videos)):
         print(
-            'All videos are assigned to the split "train". Training also needs a test split: give --split=0.2 or --splits.'
+            'All videos are assigned to the split "train". Training needs a test split, too: give --split=0.2 or --splits.'
         )
     try:
         result = _build_key_frames() if FLAGS.boxes else _build_videos()

@@ -1,7 +1,8 @@
 """Imports X3D weights from PyTorch checkpoints, and exports models to them.
 
 Convert a checkpoint of PySlowFast, pytorchvideo (including its mobile form) or mmaction2 to a model file. The format is
-recognised by the weight names. x3d_m_k400.tensors.txt, beside the model file, lists the source and destination of every tensor:
+recognised by the weight names. x3d_m_k400.tensors.txt, beside the model file, lists the source and destination of every
+tensor:
   python -m x3d_tf.import_weights x3d_m.pyth --variant=x3d_m --output=x3d_m_k400.keras
   python -m x3d_tf.predict --model=x3d_m_k400.keras party.mp4
 

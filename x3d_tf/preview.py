@@ -3,9 +3,9 @@
 Preview the data of a training run:
   python -m x3d_tf.preview --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin --records=data/mine
 
-Each row is a clip. The label to its left shows its class, its video and its time in the video or, for action detection, the labels
-of its boxes. The clips are the first ones of a training run with the same --gin_file and --gin_bindings. If the records
-do not suit the configuration, warnings state the mismatch and the --gin_bindings value that corrects it.
+Each row is a clip. The label to its left shows its class, its video and its time in the video or, for action detection,
+the labels of its boxes. The clips are the first ones of a training run with the same --gin_file and --gin_bindings. If
+the records do not suit the configuration, warnings state the mismatch and the --gin_bindings value that corrects it.
 """
 
 from dataclasses import replace

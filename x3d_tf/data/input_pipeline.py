@@ -160,8 +160,9 @@ def sample_position(step: tf.Tensor, member: tf.Tensor, *, records: int, batch: 
     steps_per_epoch = records // batch
     epoch = step // steps_per_epoch
     slot = (step % steps_per_epoch) * batch + member
-    # The shuffle uses only the lowest 8 or 9 bits of each key word, so plain seeds or epochs would give only 256 distinct permutations.
-    # A hash of both in all three words gives at least 2**24 orders. With 8 rounds, chi-square tests show no bias.
+    # The shuffle uses only the lowest 8 or 9 bits of each key word, so plain seeds or epochs would give only 256
+    # distinct permutations. A hash of both in all three words gives at least 2**24. With 8 rounds, chi-square tests
+    # show no bias.
     source = tf.stack([tf.constant(seed, tf.int64), epoch])
     key = tf.random.stateless_uniform([3], source, minval=None, maxval=None, dtype=tf.int32, alg="philox")
     last = tf.constant(records - 1, tf.int64)

@@ -379,5 +379,5 @@ def fc2(x: Any, num_classes: int) -> Any:
 
 
 def full_precision() -> str:
-    """Returns the dtype of the weights. The head computes in this dtype under mixed precision, too, which costs little."""
+    """Returns the dtype of the weights, in which the head computes under mixed precision, too."""
     return str(keras.config.dtype_policy().variable_dtype)

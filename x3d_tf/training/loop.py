@@ -232,7 +232,7 @@ class Trainer:
                 save(self.model, run.best, self.manifest.classes, overwrite=True)
 
     def _steps_until_pause(self, step: int) -> int:
-        """Returns the number of steps of the next call: at most up to the next checkpoint, and to the next log row if near."""
+        """Returns the number of steps of the next call, at most up to the next checkpoint or, if near, log row."""
         count = min(self.config.execution.steps_per_execution, self.steps - step)
         intervals = [self.config.checkpoint_steps] + ([_LOG_STEPS] if count <= _LOG_STEPS else [])
         return min([count, *(interval - step % interval for interval in intervals)])
@@ -373,7 +373,7 @@ def _describe_splits(manifest: Manifest, config: TrainConfig) -> str:
     ]
     text = f"Splits: {', '.join(parts)}."
     if validation == dataset.eval_split and config.recipe.patience:
-        text += f" Early stopping selects the best step on {validation}, so results on this split are optimistically biased."
+        text += f" Early stopping selects the best step on {validation}, so its results are optimistically biased."
     return text
 
 
