@@ -114,8 +114,8 @@ def version_folder(output: Path, version: int | None, *, overwrite: bool = False
     """Returns the folder to write a version to.
 
     Raises:
-        UserError: the version exists and `overwrite` is false; `overwrite` is set without a version; `output` is a file,
-            or its name is a number or has other characters than letters, digits, `_`, `.` and `-`.
+        UserError: the version exists and `overwrite` is false; `overwrite` is set without a version; `output` is a
+            file, or its name is a number or has other characters than letters, digits, `_`, `.` and `-`.
     """
     name = output.resolve().name
     ok = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None and not name.isdigit()

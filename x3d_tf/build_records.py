@@ -115,8 +115,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "classes",
         None,
-        "Text file of class names, one per line, that sets the order of the classes. Defaults to alphabetical order, or "
-        "numeric order if all names are numbers.",
+        "Text file of class names, one per line, that sets the order of the classes. Defaults to alphabetical order, "
+        "or numeric order if all names are numbers.",
     )
     flags.DEFINE_integer(
         "short_side",
@@ -145,7 +145,7 @@ def main() -> None:
     named = FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None
     if not named and not find_split_folders(Path(FLAGS.videos)):
         print(
-            'All videos are assigned to the split "train". Training needs a test split, too: give --split=0.2 or --splits.'
+            'All videos are assigned to the split "train". Training also requires a test split: --split=0.2 or --splits.'
         )
     try:
         result = _build_key_frames() if FLAGS.boxes else _build_videos()
