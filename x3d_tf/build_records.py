@@ -144,9 +144,7 @@ def main() -> None:
     _check_boxes()
     named = FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None
     if not named and not find_split_folders(Path(FLAGS.videos)):
-        print(
-            'All videos are assigned to the split "train". Training also requires a test split: --split=0.2 or --splits.'
-        )
+        print('All videos get the split "train". Training also requires a test split: give --split=0.2 or --splits.')
     try:
         result = _build_key_frames() if FLAGS.boxes else _build_videos()
     except KeyboardInterrupt:
