@@ -9,9 +9,9 @@ NAME_FORMAT.json, which reports the operators, the quantization and the model ca
   float32  unchanged weights
   float16  float16 weights; computes in float32 on CPUs
   dynamic  int8 weights with one scale per channel; float32 activations
-  int8     int8 weights and activations. The stem and the first stage stay in float32, because later layers cannot
-           recover what they lose; so does the classifier (fc2), because 8-bit logits are coarse. Then biases are
-           corrected so that each layer's mean output matches the float model. For integer-only hardware,
+  int8     int8 weights and activations. The stem, the first stage and fc2 stay in float32: later layers cannot
+           recover what the first ones lose, and 8-bit logits are too coarse. Then biases are corrected so that each
+           layer's mean output matches the float model. For integer-only hardware,
            --float_until=none quantizes all layers, at a cost in accuracy.
 
 All formats have the same interface. Input: clips, uint8 (1, T, S, S, 3), RGB. Output: probabilities, float32
@@ -73,14 +73,14 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("calibration", None, "Folder of records whose training clips calibrate the int8 quantization.")
     flags.DEFINE_string(
-        "split", None, "Split of the calibration records. Defaults to the run's training split, or train."
+        "split", None, "Split of the calibration records. Defaults to the run's training split, or train without a run."
     )
     flags.DEFINE_integer("calibration_clips", CALIBRATION_CLIPS, "Number of calibration clips.", lower_bound=1)
     flags.DEFINE_enum(
         "float_until",
         "res2",
         list(FLOAT_UNTIL),
-        "Last part of the network that int8 keeps in float32, besides fc2; none keeps no layer.",
+        "Last part of the network that int8 keeps in float32; fc2 is kept, too. none quantizes all layers.",
     )
     flags.DEFINE_integer("batch", 1, "Batch size.", lower_bound=1)
     flags.DEFINE_bool("overwrite", False, "Replace existing files. Defaults to false.")

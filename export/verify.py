@@ -10,12 +10,12 @@ in evaluation. Videos are read from records, or from any files that FFmpeg can d
 - the maximum and the mean difference of the probabilities from those of the trained network, and the fraction of clips
   with the same top-1 class;
 - the size of the artefact, and the median latency of one clip on 1 and on 2 CPU threads. All artefacts are timed in
-  turns, so that other load on the machine slows all of them equally. An artefact with a fixed batch size is called with
+  alternation, so that other load on the machine slows all of them equally. An artefact with a fixed batch size is called with
   a full batch, and the time is divided by the batch size;
 - OK, or the reason for the failure. The operators of each graph are listed below the table.
 
-The exit status is 1 if an artefact exceeds its bounds or fails to run. Upper bound on the difference, and lower
-bound on the fraction of clips with the same top-1 class:
+The exit status is 1 if an artefact violates its bounds or fails to run. The bounds are the maximum difference and
+the minimum fraction of clips with the same top-1 class:
   Keras, SavedModel             0.00001  99 %
   ONNX, OpenVINO                0.0001   99 %
   TFLite float32                0.0001   99 %

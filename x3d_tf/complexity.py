@@ -6,10 +6,9 @@ All published networks:
 One network, with a table of its layers; bindings change any setting:
   python -m x3d_tf.complexity --gin_file=gin/x3d_s.gin --gin_bindings='Expansion.gamma_b=1.5' --layers
 
-GMACs are 1e9 multiply-adds for one clip in convolutions, squeeze-excitation and fully connected layers; batch norm and
-activations are not counted. Parameters are counted in two ways: all trainable ones, and the paper's convention, which
-excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1.
-"""
+One GMAC is 1e9 multiply-accumulates. Counted per clip are convolutions, squeeze-excitation and fully connected layers;
+batch norm and activations are not. Parameters are counted in two ways: all trainable ones, and the paper's convention,
+which excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1. """
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -50,7 +49,7 @@ def main() -> None:
 def variant_table(networks: Iterable[Expansion], options: ModelOptions, num_classes: int) -> list[str]:
     """Returns the lines of a table with one row per network: our cost, the paper's, and the relative difference."""
     lines = [
-        f"{'':12} {'one training clip':^31}   {'one clip, 30-view evaluation':^31}   {'M parameters':^36}",
+        f"{'':12} {'one training clip':^31}   {'one clip, three-crop size':^31}   {'M parameters':^36}",
         f"{'network':12} {'T x S²':>9} {'GMACs':>8} {'paper':>6} {'diff':>6}"
         f"   {'T x S²':>9} {'GMACs':>8} {'paper':>6} {'diff':>6}"
         f"   {'trainable':>9} {'as in the paper':>15} {'paper':>6} {'diff':>6}",

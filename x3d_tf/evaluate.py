@@ -21,10 +21,10 @@ Score a csv file of action detections in AVA's format from any detector (frame m
 Compare the reports of several runs with each other and with the paper:
   python -m x3d_tf.evaluate --compare=runs/a --compare=runs/b --output=reports/a_b
 
-K-Center evaluation (paper, section 4) samples K clips evenly over each video, scales the short side to 128γs pixels and
-takes a centre crop of 112γs. K-LeftCenterRight evaluation (--crops=3) takes three crops of 128γs instead. The
-probabilities of all views are averaged. The metric for multi-label models is mAP, the mean over the classes that have
-positives.
+K-Center evaluation (paper, section 4) samples K clips evenly over each video, scales the short side to 128γ pixels,
+where γ is Expansion.gamma_s, and takes a centre crop of 112γ. K-LeftCenterRight evaluation (--crops=3) takes three
+crops of 128γ instead. The probabilities of all views are averaged. The metric for multi-label models is mAP, the mean
+of the average precision over the classes with positive examples.
 
 A detector is evaluated on one centre crop around each key frame of its test split, with frame mAP at IoU 0.5.
 --records, --split, --views and --crops do not apply to detectors.
@@ -58,9 +58,13 @@ def define_flags() -> None:
         "compare", None, "Run folder whose existing reports are compared; repeat the flag for each run."
     )
     flags.DEFINE_string("detections", None, "Detections csv to score: video_id,timestamp,x1,y1,x2,y2,action_id,score.")
-    flags.DEFINE_string("groundtruth", None, "Ground-truth csv for --detections, with person_id instead of score.")
     flags.DEFINE_string(
-        "label_map", None, "A .pbtxt file of the actions to score with --detections. Defaults to AVA's 60 actions."
+        "groundtruth", None, "Ground-truth csv for --detections: video_id,timestamp,x1,y1,x2,y2,action_id,person_id."
+    )
+    flags.DEFINE_string(
+        "label_map",
+        None,
+        "A .pbtxt file of the actions to score with --detections. Defaults to the 60 actions that AVA evaluates.",
     )
     flags.DEFINE_string("exclusions", None, "A csv of key frames to ignore with --detections: video_id,timestamp.")
     flags.DEFINE_bool("sweep", False, "Evaluate 1, 3, 5, 7 and 10 clips per video and plot accuracy against cost.")
@@ -79,28 +83,29 @@ def define_flags() -> None:
         "clip_starts",
         "offset",
         ["offset", "slowfast"],
-        "Positions of the clips. offset: evenly from the start of a video to its end; the middle if K is 1. "
+        "Positions of the clips. offset: evenly spaced from start to end; the middle if K is 1. "
         "slowfast: as in PySlowFast, where clips never reach the end.",
     )
     flags.DEFINE_enum(
         "frame_sampling",
         None,
         ["slowfast", "exact"],
-        "Frames of a clip. slowfast: spread over the clip's duration. exact: exactly γτ apart. Defaults to the run's "
-        "setting.",
+        "Frames of a clip. slowfast: spread over the clip's duration. exact: exactly Expansion.gamma_tau apart. "
+        "Defaults to the run's setting.",
     )
     flags.DEFINE_enum(
         "head_pool",
         None,
         ["global", "fixed_probabilities", "fixed_logits"],
-        "Pooling of the head for the larger crops of --crops=3. Defaults to the network's setting.",
+        "Pooling of the head for the larger crops of --crops=3: global, over all positions; or fixed, over windows of the "
+        "training size, whose probabilities or logits are averaged. Defaults to the network's setting.",
     )
     flags.DEFINE_string("output", None, "Report folder. Defaults to a folder in the run's evaluation/.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing report.")
 
 
 def main() -> None:
-    """Evaluates or compares what the flags name."""
+    """Evaluates a model, or compares reports."""
     _check_flags()
     if FLAGS.compare:
         from x3d_tf.evaluation.comparison import compare

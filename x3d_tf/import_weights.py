@@ -16,8 +16,8 @@ PyTorch is not required, and no code in the checkpoint is executed. The network 
 checkpoint (model_state_dict, net), and its weight names may have any prefix (module., model., _orig_mod.), as training
 programs write them. Exactly one network in the file must match --variant.
 
-A classifier with 400 outputs gets the class names of Kinetics-400 in alphabetical order, which is the order of all
-these implementations. Use --classes for other names.
+A classifier with 400 outputs gets the class names of Kinetics-400 in alphabetical order, which PySlowFast,
+pytorchvideo and mmaction2 use. Use --classes for other names.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "num_classes",
         None,
-        "Number of classifier outputs. Defaults to the checkpoint's.",
+        "Number of classifier outputs. Defaults to that of the checkpoint.",
         lower_bound=1,
     )
     flags.DEFINE_bool(
@@ -63,7 +63,8 @@ def define_flags() -> None:
         "head_pool",
         None,
         ["global", "fixed_probabilities", "fixed_logits"],
-        "Pooling of the head for clips larger than the training crop. Defaults to that of the checkpoint's source.",
+        "Pooling of the head for clips larger than the training crop: global, over all positions; or fixed, over windows "
+        "of the training size, whose probabilities or logits are averaged. Defaults to that of the checkpoint's source.",
     )
     flags.DEFINE_string(
         "classes",
@@ -74,16 +75,16 @@ def define_flags() -> None:
         "to",
         None,
         list(NAMINGS),
-        "Export to a PyTorch checkpoint with the weight names of this library, instead of importing.",
+        "Library whose weight names the exported PyTorch checkpoint uses. Exports instead of importing.",
     )
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 
 
 def main(paths: list[str]) -> None:
-    """Imports or exports the weights that the flags name."""
+    """Imports or exports weights."""
     require(len(paths) == 1, "the command line", "name one checkpoint, or one model with --to", paths)
     source, output = Path(paths[0]), Path(FLAGS.output)
-    require(not output.is_dir(), "--output", "be a file", f"the folder {output}")
+    require(not output.is_dir(), "--output", f"be a file, but {output} is a folder")
     for path in (output, tensor_table_path(output)):
         if path.exists() and not FLAGS.overwrite:
             raise UserError(f"{path} exists; choose another --output, or pass --overwrite to replace it")
