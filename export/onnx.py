@@ -11,11 +11,11 @@ runtime information of the same names under "x3d_tf" in OpenVINO.
 
 ONNX requires pip install 'x3d_tf[onnx]', OpenVINO requires pip install 'x3d_tf[openvino]'. Both formats are exported
 from the inference network with folded batch norms. Keras' ONNX exporter does not support networks with separate batch
-norms: it turns the mean and the variance of a normalization layer into model inputs. Keras' OpenVINO exporter adds an output for every
-swish; these outputs are removed here.
+norms: it turns the mean and the variance of a normalization layer into model inputs. Keras' OpenVINO exporter adds an
+output for every swish; these outputs are removed here.
 
-On CPUs with bfloat16, OpenVINO computes in bfloat16 by default, which is faster but changes the third significant digit of the
-probabilities. For float32 use compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).
+On CPUs with bfloat16, OpenVINO computes in bfloat16 by default, which is faster but changes the third significant digit
+of the probabilities. For float32 use compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).
 """
 
 import importlib.util

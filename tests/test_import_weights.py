@@ -133,7 +133,7 @@ def test_a_wrong_variant_is_reported_before_tensorflow_starts(checkpoint: Path, 
     ("settings", "message"),
     [
         ({"output": "a.keras"}, "--variant must be given to import a checkpoint: one of x2d, x3d_xs"),
-        ({"output": ".", "variant": "x3d_s"}, "--output must be a file, got 'the folder .'"),
+        ({"output": ".", "variant": "x3d_s"}, "--output must be a file, but . is a folder"),
         ({"output": "a.h5", "variant": "x3d_s"}, "--output must end in .keras, got 'a.h5'"),
         (
             {"output": "a.keras", "variant": "x3d_s", "keep_head": False},

@@ -8,7 +8,7 @@ One network, with a table of its layers; bindings change any setting:
 
 One GMAC is 1e9 multiply-accumulates. Counted per clip are convolutions, squeeze-excitation and fully connected layers;
 batch norm and activations are not. Parameters are counted in two ways: all trainable ones, and the paper's convention,
-which excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1. """
+which excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1."""
 
 from collections.abc import Iterable
 from dataclasses import replace

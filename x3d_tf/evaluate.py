@@ -97,8 +97,8 @@ def define_flags() -> None:
         "head_pool",
         None,
         ["global", "fixed_probabilities", "fixed_logits"],
-        "Pooling of the head for the larger crops of --crops=3: global, over all positions; or fixed, over windows of the "
-        "training size, whose probabilities or logits are averaged. Defaults to the network's setting.",
+        "Pooling of the head for the larger crops of --crops=3: global, over all positions; or fixed, over windows of "
+        "the training size, whose probabilities or logits are averaged. Defaults to the network's setting.",
     )
     flags.DEFINE_string("output", None, "Report folder. Defaults to a folder in the run's evaluation/.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing report.")

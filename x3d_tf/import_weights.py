@@ -63,8 +63,8 @@ def define_flags() -> None:
         "head_pool",
         None,
         ["global", "fixed_probabilities", "fixed_logits"],
-        "Pooling of the head for clips larger than the training crop: global, over all positions; or fixed, over windows "
-        "of the training size, whose probabilities or logits are averaged. Defaults to that of the checkpoint's source.",
+        "Pooling of the head for clips larger than the training crop: global, over all positions; or fixed, over "
+        "windows of the training size, whose probabilities or logits are averaged. Defaults to that of the source.",
     )
     flags.DEFINE_string(
         "classes",

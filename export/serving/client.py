@@ -7,8 +7,8 @@ The model card, found in the folder of every version, defines which frames to se
 and each request sends the frames of one clip as JPEG files, compressed like those that the model was trained on: 13
 frames of 256 x 340 pixels take a few hundred kilobytes. Raw pixels would exceed the default 4 MB limit of gRPC for
 larger networks, and numbers in JSON are slow to parse. If the card states no JPEG quality, because the model was not
-trained on stored frames, frames are sent as lossless PNG files, which are four to six times larger. The prediction for a
-video is the mean over its clips (--views).
+trained on stored frames, frames are sent as lossless PNG files, which are four to six times larger. The prediction for
+a video is the mean over its clips (--views).
 
 gRPC requires `pip install 'x3d_tf[serving]'`; REST requires no further package and uses the proxies of the environment
 (http_proxy, https_proxy, no_proxy). The server is not trusted: responses are limited in time (--timeout) and to 4 MB,
