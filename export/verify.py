@@ -10,8 +10,8 @@ in evaluation. Videos are read from records, or from any files that FFmpeg can d
 - the maximum and the mean difference of the probabilities from those of the trained network, and the fraction of clips
   with the same top-1 class;
 - the size of the artefact, and the median latency of one clip on 1 and on 2 CPU threads. All artefacts are timed in
-  alternation, so that other load on the machine slows all of them equally. An artefact with a fixed batch size is called
-  with a full batch, and the time is divided by the batch size;
+  alternation, so that other load on the machine slows all of them equally. An artefact with a fixed batch size is
+  called with a full batch, and the time is divided by the batch size;
 - OK, or the reason for the failure. The operators of each graph are listed below the table.
 
 The exit status is 1 if an artefact violates its bounds or fails to run. The bounds are the maximum difference and
