@@ -19,10 +19,10 @@ from video_fixtures import (
 )
 
 from x3d_tf.build_records import summary
-from x3d_tf.data.build import builder, encoding
-from x3d_tf.data.build.builder import build_records
-from x3d_tf.data.build.encoding import Retryable, encode_all, file_state
-from x3d_tf.data.build.sources import Video, find_videos
+from x3d_tf.data.building import builder, encoding
+from x3d_tf.data.building.builder import build_records
+from x3d_tf.data.building.encoding import Retryable, encode_all, file_state
+from x3d_tf.data.building.sources import Video, find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video import image_sequences

@@ -2,7 +2,7 @@
 
 import pytest
 
-from x3d_tf.data.build.class_names import suspicious_names
+from x3d_tf.data.building.class_names import suspicious_names
 
 
 @pytest.mark.parametrize(

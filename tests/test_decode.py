@@ -247,7 +247,7 @@ def test_errors_can_be_pickled() -> None:
 
 def test_workers_load_no_tensorflow() -> None:
     code = (
-        "import sys; import x3d_tf.data.build.builder, x3d_tf.data.video.decode; "
+        "import sys; import x3d_tf.data.building.builder, x3d_tf.data.video.decode; "
         "import x3d_tf.data.records.manifest, x3d_tf.data.datasets.spec; "
         "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     )

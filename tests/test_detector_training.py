@@ -17,7 +17,7 @@ from video_fixtures import numbered_frames, write_video
 import x3d_tf
 from x3d_tf import plots
 from x3d_tf.config import Detection, Execution, Recipe, TrainConfig
-from x3d_tf.data.build.builder import build_key_frames
+from x3d_tf.data.building.builder import build_key_frames
 from x3d_tf.data.datasets.ava import KeyFrame, read_boxes
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.records.manifest import Manifest

@@ -28,8 +28,8 @@ from video_fixtures import (
     write_with_sound,
 )
 
-from x3d_tf.data.build.encoding import encode_or_error
-from x3d_tf.data.build.sources import Video
+from x3d_tf.data.building.encoding import encode_or_error
+from x3d_tf.data.building.sources import Video
 from x3d_tf.data.video import timeline
 from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames
 from x3d_tf.data.video.image_sequences import encode_folder

@@ -16,11 +16,11 @@ import tensorflow as tf
 from video_fixtures import noise_video, numbered_frames, write_manifest, write_records, write_video
 
 from x3d_tf.build_records import summary
-from x3d_tf.data.build import builder
-from x3d_tf.data.build.builder import BuildResult, build_records
-from x3d_tf.data.build.encoding import Retryable
-from x3d_tf.data.build.sources import Video, find_videos
-from x3d_tf.data.build.state import open_build
+from x3d_tf.data.building import builder
+from x3d_tf.data.building.builder import BuildResult, build_records
+from x3d_tf.data.building.encoding import Retryable
+from x3d_tf.data.building.sources import Video, find_videos
+from x3d_tf.data.building.state import open_build
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.verify import verify_records
@@ -436,7 +436,7 @@ def test_a_killed_build_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # The third video never ends, so that the process is killed during the build on any machine.
     code = (
         "import sys, time\n"
-        "from x3d_tf.data.build import builder\n"
+        "from x3d_tf.data.building import builder\n"
         "from x3d_tf.data.records import index\n"
         "real = builder.encode_all\n"
         "def encode_all(*arguments):\n"

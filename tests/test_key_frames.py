@@ -18,8 +18,8 @@ from video_fixtures import number_of, numbered_frames, write_manifest, write_vid
 import x3d_tf
 from x3d_tf import build_records
 from x3d_tf.data import boxes as box_ops
-from x3d_tf.data.build.builder import build_key_frames
-from x3d_tf.data.build.key_frames import find_key_frames
+from x3d_tf.data.building.builder import build_key_frames
+from x3d_tf.data.building.key_frames import find_key_frames
 from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
 from x3d_tf.data.detection_pipeline import evaluation_key_frames
 from x3d_tf.data.detection_pipeline import training_key_frames as train_clips

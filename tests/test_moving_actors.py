@@ -9,7 +9,7 @@ from moving_actors import ACTIONS, ACTOR, FPS, KEY_SECONDS, SIDE, actors_of, fra
 
 import x3d_tf
 from x3d_tf.config import Detection, Recipe, TrainConfig
-from x3d_tf.data.build.builder import build_key_frames
+from x3d_tf.data.building.builder import build_key_frames
 from x3d_tf.data.datasets.ava import read_boxes, read_label_map
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.evaluation.classification import evaluate_run

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from x3d_tf.data.build.sources import Sources, Video, find_videos, read_csv
+from x3d_tf.data.building.sources import Sources, Video, find_videos, read_csv
 from x3d_tf.data.class_lists import read_classes
 
 

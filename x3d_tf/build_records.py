@@ -46,11 +46,11 @@ from absl import flags
 from tqdm import tqdm
 
 from x3d_tf import commands, gin_config
-from x3d_tf.data.build.builder import BuildResult, build_key_frames, build_records
-from x3d_tf.data.build.encoding import TIMEOUT
-from x3d_tf.data.build.key_frames import AVA_START_SECONDS
-from x3d_tf.data.build.sources import find_split_folders
-from x3d_tf.data.build.state import FAILURES_NAME
+from x3d_tf.data.building.builder import BuildResult, build_key_frames, build_records
+from x3d_tf.data.building.encoding import TIMEOUT
+from x3d_tf.data.building.key_frames import AVA_START_SECONDS
+from x3d_tf.data.building.sources import find_split_folders
+from x3d_tf.data.building.state import FAILURES_NAME
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, first_few, require

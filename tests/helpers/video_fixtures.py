@@ -13,8 +13,8 @@ from typing import Any
 import av
 import numpy as np
 
-from x3d_tf.data.build.encoding import encode_or_error
-from x3d_tf.data.build.sources import Video
+from x3d_tf.data.building.encoding import encode_or_error
+from x3d_tf.data.building.sources import Video
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest, checksum
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_jpeg
 from x3d_tf.types import Storage, Task

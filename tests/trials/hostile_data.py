@@ -91,7 +91,7 @@ TEXTS: dict[str, dict[str, str | bytes]] = {
 
 def text_reader(kind: str) -> Callable[[str], tuple[str, str]]:
     """Returns a function that reads a file of this kind and returns its size; runs in the worker."""
-    from x3d_tf.data.build.sources import read_csv
+    from x3d_tf.data.building.sources import read_csv
     from x3d_tf.data.datasets.ava import read_boxes, read_label_map
 
     def read(path: str) -> str:

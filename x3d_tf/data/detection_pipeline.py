@@ -17,7 +17,7 @@ from x3d_tf.data.boxes import (
     scale_boxes,
     to_pixels,
 )
-from x3d_tf.data.build.key_frames import MARGIN
+from x3d_tf.data.building.key_frames import MARGIN
 from x3d_tf.data.input_pipeline import (
     PARALLEL_VIDEOS,
     RecordTable,

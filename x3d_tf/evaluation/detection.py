@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from x3d_tf.config import Detection, TrainConfig
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.build.key_frames import num_key_frames_setting
+from x3d_tf.data.building.key_frames import num_key_frames_setting
 from x3d_tf.data.datasets.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, one_row_per_action
 from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.data.detection_pipeline import evaluation_key_frames, require_proposals

@@ -10,13 +10,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from x3d_tf.data.class_lists import read_classes
 from x3d_tf import csv_files
-from x3d_tf.data.build import class_names
+from x3d_tf.data.building import class_names
+from x3d_tf.data.class_lists import read_classes
 from x3d_tf.data.records.index import segment_id
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.data.video.image_sequences import FOLDER_FPS, FileState
@@ -217,10 +216,6 @@ def read_csv(
     else:
         ordered = _split_by_fraction(found["train"], split, seed)
     return Sources(ordered, unusable, known.names if known else _sorted_class_names(ordered), task)
-
-
-
-
 
 
 class _Classes(NamedTuple):

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from x3d_tf.data.build.sources import Video
+from x3d_tf.data.building.sources import Video
 from x3d_tf.data.video import image_sequences
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_video, frame_at
 from x3d_tf.data.video.image_sequences import FileState

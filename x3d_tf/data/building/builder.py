@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from x3d_tf.data.build import class_names
-from x3d_tf.data.build.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_error
-from x3d_tf.data.build.key_frames import AVA_START_SECONDS, MARGIN, find_key_frames
-from x3d_tf.data.build.sources import Sources, Video, find_videos, read_csv
-from x3d_tf.data.build.state import BuildFolder, Failure, FinishedShard, open_build
+from x3d_tf.data.building import class_names
+from x3d_tf.data.building.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_error
+from x3d_tf.data.building.key_frames import AVA_START_SECONDS, MARGIN, find_key_frames
+from x3d_tf.data.building.sources import Sources, Video, find_videos, read_csv
+from x3d_tf.data.building.state import BuildFolder, Failure, FinishedShard, open_build
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, VideoError

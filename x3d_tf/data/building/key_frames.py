@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from x3d_tf.data.build.sources import Sources, Video, shuffle_by_hash
+from x3d_tf.data.building.sources import Sources, Video, shuffle_by_hash
 from x3d_tf.data.datasets.ava import (
     NO_ACTION,
     BoxTable,

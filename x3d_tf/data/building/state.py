@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from x3d_tf import csv_files
-from x3d_tf.data.build.encoding import file_state
-from x3d_tf.data.build.sources import Sources
+from x3d_tf.data.building.encoding import file_state
+from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.records.index import Record, Shard, Split, plan_shards
 from x3d_tf.data.records.manifest import MANIFEST_NAME
 from x3d_tf.data.video.image_sequences import FileState
