@@ -24,7 +24,6 @@ from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
 from x3d_tf.data.detection_pipeline import evaluation_key_frames
 from x3d_tf.data.detection_pipeline import training_key_frames as train_clips
 from x3d_tf.data.records.format import ParsedAnnotation, parse_annotation, parse_record
-from x3d_tf.data.records.index import parse_key_frame_id
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.verify import verify_records
 from x3d_tf.data.sampling import key_frame_indices
@@ -456,13 +455,6 @@ def test_only_jpeg_and_png_are_read(tmp_path: Path) -> None:
         Image.fromarray(numbered_frames(1)[0]).save(tmp_path / form / "1.jpg", form)
         with pytest.raises(VideoError, match="cannot be read as an image: cannot identify image file"):
             encode_folder(tmp_path / form)
-
-
-@pytest.mark.parametrize("second", ["", "-1", "1_0", "９", "9" * 5000, "9" * 30])
-def test_invalid_key_frame_ids(second: str) -> None:
-    with pytest.raises(UserError, match="the media_id of a key frame must be VIDEO,SECOND, got 'film,"):
-        parse_key_frame_id(f"film,{second}")
-    assert parse_key_frame_id("a,film,0902") == ("a,film", 902)
 
 
 def test_an_action_with_the_name_of_a_missing_one(folder: Path, tmp_path: Path) -> None:
