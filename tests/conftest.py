@@ -79,6 +79,16 @@ def uncompiled_module() -> Iterator[None]:
 
 
 @pytest.fixture
+def chosen(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Selects the kernels by name for one test."""
+    import x3d_tf
+
+    x3d_tf.set_kernels(request.param)
+    yield
+    x3d_tf.set_kernels("auto")
+
+
+@pytest.fixture
 def eager(uncompiled: None) -> Iterator[None]:
     """Runs functions eagerly, because tracing a step takes longer than a few steps."""
     import tensorflow as tf

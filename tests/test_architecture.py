@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from x3d_tf import VARIANTS, Expansion, ModelOptions
+from x3d_tf.errors import UserError
 from x3d_tf.modeling.architecture import plan, round_width, se_width
 
 SMALL, LARGE = (24, 24, 48, 96, 192), (32, 32, 72, 136, 280)
@@ -63,3 +64,17 @@ def test_invalid_options_are_named(option: str, value: object) -> None:
 def test_zero_inner_width_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"gamma_b must give at least 1 inner channel for a width of 24, got 0\.01"):
         plan(Expansion(gamma_b=0.01))
+
+
+LIMITS = {"gamma_t": 1024, "gamma_s": 16, "gamma_tau": 1000, "gamma_w": 85.3, "gamma_b": 85.3, "gamma_d": 90.9}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_factors_have_limits(name: str) -> None:
+    """Checks that `plan` accepts the limit, which is fast, and rejects values above it by name."""
+    smallest = {"gamma_w": 0.1, "gamma_b": 1.0, "gamma_d": 0.1}
+    plan(Expansion(**smallest | {"gamma_w": 1.0, name: LIMITS[name]}))
+    for value in (LIMITS[name] + 1, 10**18, 1e300):
+        value = int(value) if name == "gamma_t" else value
+        with pytest.raises(UserError, match=rf"Expansion\.{name} must (be at most|give at most|fit into 64 bits)"):
+            plan(Expansion(**{"gamma_w": 1.0, name: value}))

@@ -1,46 +1,25 @@
-"""Building records from class folders: layouts, determinism, failing files, and the command."""
+"""Building records from class folders: layouts, determinism, and failing files."""
 
 import csv
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from video_fixtures import (
-    DiesAtStart,
-    die_on_three,
-    hang_where_marked,
-    numbered_frames,
-    trouble_by_name,
-    write_video,
-)
+from video_fixtures import hang_where_marked, numbered_frames, write_class_folders, write_video
 
 from x3d_tf.build_records import summary
-from x3d_tf.data.building import builder, encoding
+from x3d_tf.data.building import builder
 from x3d_tf.data.building.builder import build_records
-from x3d_tf.data.building.encoding import Retryable, encode_all, file_state
 from x3d_tf.data.building.sources import Video, find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.data.video import image_sequences
-from x3d_tf.data.video.decode import EncodedVideo, VideoError
-from x3d_tf.errors import UserError
+from x3d_tf.data.video.decode import EncodedVideo
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders with 4 videos of run, 3 of jump, a broken file and a hidden file."""
-    folder = tmp_path_factory.mktemp("videos")
-    for number in range(7):
-        name = f"{'run' if number < 4 else 'jump'}/clip {number}.mp4"
-        write_video(folder / name, numbered_frames(6 + number))
-    (folder / "run" / "broken.mp4").write_text("no video")
-    (folder / "run" / ".hidden").write_text("no video")
-    (folder / "notes.txt").write_text("no video")
-    return folder
+    return write_class_folders(tmp_path_factory.mktemp("videos"))
 
 
 def names(manifest: Manifest, split: str) -> set[str]:
@@ -233,60 +212,6 @@ def test_neither_videos_nor_a_csv_file(tmp_path: Path) -> None:
         build_records(None, tmp_path / "out")
 
 
-def test_a_file_that_crashes_its_worker_is_left_out() -> None:
-    results = list(encode_all([Video(Path(str(n)), "", ()) for n in range(8)], die_on_three, workers=2))
-    for number, result in enumerate(results):
-        if number == 3:
-            assert isinstance(result, VideoError)
-            assert str(result) == "3: crashes the decoder process" and not isinstance(result, Retryable)
-        elif number == 5:
-            assert isinstance(result, Retryable) and "the system killed its decoder process" in str(result)
-        else:
-            assert isinstance(result, EncodedVideo)
-            assert result.frames == [str(number).encode()]
-    assert len(results) == 8
-
-
-def test_a_failure_affects_one_video_only(tmp_path: Path) -> None:
-    names = ["first", "hangs", "changes", "replaced", "memory", "last"]
-    videos = []
-    for path in (tmp_path / name for name in names):
-        path.write_text("video")
-        videos.append(Video(path, "", (), state=file_state(path)))
-    (tmp_path / "replaced").write_text("other")
-    os.utime(tmp_path / "replaced", ns=(0, 0))
-    results = dict(zip(names, encode_all(videos, trouble_by_name, workers=2, timeout=3), strict=True))
-    for name in ("first", "last"):
-        assert results[name] == EncodedVideo([name.encode()], 30.0)
-    failures = {name: result for name, result in results.items() if isinstance(result, VideoError)}
-    assert {name: failure.reason for name, failure in failures.items()} == {
-        "hangs": "takes longer than 3 s to decode (--timeout)",
-        "changes": "changed during the build",
-        "replaced": "changed during the build",
-        "memory": "needs more memory than is available",
-    }
-    assert [name for name, failure in failures.items() if isinstance(failure, Retryable)] == names[1:4]
-
-
-def test_a_bug_in_the_package_is_raised(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError, match="a fault") as caught:
-        list(encode_all([Video(Path("fault"), "", ())], trouble_by_name, workers=1))
-    assert "trouble_by_name" in caught.value.__notes__[0]
-
-
-def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    videos = [Video(Path(str(number)), "", ()) for number in range(3)]
-    with pytest.raises(UserError, match="a worker process cannot start: its process ended with status 3 before it was"):
-        list(encode_all(videos, DiesAtStart(), workers=2))
-
-    def no_memory(*_: object) -> None:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(encoding, "Worker", no_memory)
-    with pytest.raises(UserError, match="a worker process cannot be started: Cannot allocate memory; use fewer"):
-        list(encode_all(videos, die_on_three, workers=2))
-
-
 def test_a_video_that_hangs_is_listed_and_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/first", "a/hangs", "b/last"):
         write_video(tmp_path / "in" / f"{name}.mp4", numbered_frames(3))
@@ -311,60 +236,6 @@ def test_a_video_that_hangs_is_listed_and_retried(tmp_path: Path, monkeypatch: p
     assert build(tmp_path / "out").was_finished
 
 
-def test_changed_folders_of_frames_are_detected(tmp_path: Path) -> None:
-    for number in range(60):
-        (tmp_path / f"{number}.jpg").write_text("frame")
-    (tmp_path / "notes").touch()
-    state = file_state(tmp_path)
-    image_sequences._scan_once.cache_clear()
-    assert image_sequences.is_unchanged(tmp_path, state, 0.0, None)
-    (tmp_path / "notes").write_text("not a frame")
-    assert file_state(tmp_path) == state
-    (tmp_path / "40.jpg").write_text("another")  # in place: the folder itself does not change
-    assert file_state(tmp_path) != state
-    assert image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # frames 0 to 29
-    assert not image_sequences.is_unchanged(tmp_path, state, 1.0, 2.0)
-    image_sequences._scan_once.cache_clear()
-    assert not image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # a process that lists the folder now
-    assert not image_sequences.is_unchanged(tmp_path / "gone", state, 0.0, None)
-
-
-def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, "-m", "x3d_tf.build_records", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
-
-
-def test_the_command(
-    clips: Path, tmp_path: Path, in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    done = command(f"--videos={clips}", f"--output={output}", "--split=0.3")
-    assert done.returncode == 0, done.stderr
-    manifest = Manifest.load(output)
-    assert {split: len(part.records) for split, part in manifest.splits.items()} == {"train": 4, "test": 3}
-    last = done.stdout.splitlines()[-1]
-    assert last.strip().startswith("python -m x3d_tf.train --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin")
-    assert f"""--gin_bindings='DatasetSpec.records="{output}"'""" in last
-    again = command(f"--videos={clips}", f"--output={output}")
-    assert again.returncode == 1
-    assert (
-        again.stderr.strip()
-        .splitlines()[-1]
-        .startswith(f"error: output: {output} holds a build with split = 0.3, not None")
-    )
-    assert "Traceback" not in again.stderr
-    shard = output / manifest.splits["test"].shards[0].file
-    shard.write_bytes(shard.read_bytes()[:-1])
-    from x3d_tf import build_records as module
-
-    with pytest.raises(UserError, match=f"^{re.escape(str(output))} has 1 damaged shard;"):
-        in_process(module, "--verify", f"--output={output}")
-    train, test, damaged = capsys.readouterr().out.splitlines()
-    assert train.endswith("; none damaged")
-    assert test.endswith("; 1 damaged")
-    assert damaged.startswith(f"  {shard} has ")
-
-
 def test_real_clips(shared_data: Path, tmp_path: Path) -> None:
     for name in ("apply_eye_makeup.avi", "deadlifting.mp4"):
         (tmp_path / "in" / name[:4]).mkdir(parents=True)
@@ -372,3 +243,19 @@ def test_real_clips(shared_data: Path, tmp_path: Path) -> None:
     result = build_records(tmp_path / "in", tmp_path / "out", short_side=64, workers=2, progress=False)
     found = {record.media_id: (record.frames, record.fps) for record in result.manifest.split("train").records}
     assert found == {"appl/apply_eye_makeup.avi": (164, 25.0), "dead/deadlifting.mp4": (360, 30.0)}
+
+
+def test_the_estimate_is_in_proportion(tmp_path: Path) -> None:
+    def rest(videos: list[Video], count: int = 2) -> float:
+        estimate = builder._Estimate(videos)
+        for _ in range(count):
+            estimate.add(EncodedVideo([b"12345", b"67890"], 30.0))
+        return estimate.rest
+
+    paths = [tmp_path / str(number) for number in range(4)]
+    for path, size in zip(paths, (10, 30, 50, 70), strict=True):
+        path.write_bytes(bytes(size))
+    assert rest([Video(path, "", ()) for path in paths]) == pytest.approx(20 / 40 * 120)
+    assert rest([Video(path, "", (), start, start + 2) for start, path in enumerate(paths)]) == pytest.approx(20)
+    assert rest([Video(path, "", (), start) for start, path in enumerate(paths)]) == pytest.approx(20)
+    assert rest([Video(tmp_path / "gone", "", ())] * 4) == 0.0

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import pickle
 import subprocess
 import sys
 import wave
@@ -238,11 +237,6 @@ def test_encoded_frames_equal_the_frames(tmp_path: Path) -> None:
     for jpeg, frame in zip(encoded.frames, read_frames(path, 40), strict=True):
         decoded = np.asarray(Image.open(io.BytesIO(jpeg)))
         assert np.abs(decoded.astype(int) - frame.pixels).mean() < 2
-
-
-def test_errors_can_be_pickled() -> None:
-    error = pickle.loads(pickle.dumps(VideoError("a.mp4", "the file is empty")))
-    assert (error.path, error.reason, str(error)) == ("a.mp4", "the file is empty", "a.mp4: the file is empty")
 
 
 def test_workers_load_no_tensorflow() -> None:

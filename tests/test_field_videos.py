@@ -3,7 +3,6 @@
 In most files frame n has the grey level 16 + 4 * (n mod 50), which identifies decoded frames.
 """
 
-import io
 import re
 from bisect import bisect
 from collections.abc import Callable
@@ -15,11 +14,9 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from PIL import Image
 from video_fixtures import (
     copied,
     field_coded,
-    id3_cover,
     number_of,
     numbered_frames,
     set_display_matrix,
@@ -28,11 +25,7 @@ from video_fixtures import (
     write_with_sound,
 )
 
-from x3d_tf.data.building.encoding import encode_or_error
-from x3d_tf.data.building.sources import Video
-from x3d_tf.data.video import timeline
 from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames
-from x3d_tf.data.video.image_sequences import encode_folder
 
 REORDERED = {"bf": "2", "g": "15", "crf": "4"}
 ALL = list(range(60))
@@ -240,21 +233,6 @@ def test_truncated_video_is_an_error_with_longer_audio(tmp_path: Path, name: str
             read(path)
 
 
-def test_a_song_with_a_cover_is_not_a_video(tmp_path: Path) -> None:
-    path = tmp_path / "song.mp3"
-    with av.open(str(path), "w") as container:
-        sound = container.add_stream("mp3", rate=48000, layout="mono")
-        silence = av.AudioFrame(format=sound.format.name, layout="mono", samples=48000)
-        silence.rate = 48000
-        container.mux(sound.encode(silence))
-        container.mux(sound.encode())
-    path.write_bytes(id3_cover() + path.read_bytes())
-    with av.open(str(path)) as container:
-        assert len(container.streams.video) == 1
-    with pytest.raises(VideoError, match="has no video stream"):
-        probe(path)
-
-
 def row_difference(pixels: np.ndarray) -> float:
     """Returns the mean distance of rows from the mean of their neighbours."""
     rows = pixels[..., 0].astype(float)
@@ -317,46 +295,3 @@ def test_segments_of_old_444_files_equal_the_complete_video(tmp_path: Path) -> N
     for start, end in ((0.9, 2.1), (1.0, 1.3), (2.5, None)):
         first, stop = round(start * 30), None if end is None else round(end * 30)
         assert encode_video(path, start=start, end=end).frames == whole[first:stop]
-
-
-def test_a_few_late_pictures_do_not_make_millions_of_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeline, "MAX_FRAMES", 1000)
-    times = [number * 10 + 30_000 * (number // 20) for number in range(60)]
-    with pytest.raises(
-        VideoError, match="spread 60 pictures over 6059 frames at 100 per second; at most 1000 can be read"
-    ):
-        probe(at_times(tmp_path / "a.mkv", times))
-
-
-def test_bursts_are_ignored_in_the_rate(tmp_path: Path) -> None:
-    """Late recorders write pictures in bursts; steps of a millisecond must not give a rate of 1000."""
-    times = [100 * (number // 4) + number % 4 for number in range(60)]
-    assert probe(at_times(tmp_path / "a.mkv", times)).fps < 60
-
-
-def folder_of(folder: Path, numbers: list[int]) -> Path:
-    for number in numbers:
-        Image.fromarray(numbered_frames(50)[number % 50]).save(folder / f"img_{number:05d}.jpg", quality=95)
-    return folder
-
-
-def numbers_in(jpegs: list[bytes]) -> list[int]:
-    return [number_of(np.asarray(Image.open(io.BytesIO(jpeg)))) for jpeg in jpegs]
-
-
-def test_image_numbers_and_frame_rate_determine_times(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, [*range(1, 10), 14, 15, *range(20, 40)])
-    shown = [*range(1, 10), *[9] * 4, 14, *[15] * 5, *range(20, 40)]
-    assert numbers_in(encode_folder(folder).frames) == shown
-    for start, end in ((0.0, 0.4), (0.4, 0.8), (0.48, 0.52), (1.4, None)):
-        found = encode_folder(folder, start=start, end=end, fps=25)
-        first, stop = round(start * 25), None if end is None else round(end * 25)
-        assert (numbers_in(found.frames), found.fps, found.start) == (shown[first:stop], 25.0, start)
-        assert encode_or_error(Video(folder, "a", (), start, end, frame_rate=25.0), 256, 95) == found
-    with pytest.raises(VideoError, match=r"ends before 1\.6 s: it has 31 images at 25 per second"):
-        encode_folder(folder, start=1.6, fps=25)
-
-
-def test_image_numbers_that_are_timestamps_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match=r"img_99999\.jpg: follows a gap of more than 60 s without images"):
-        encode_folder(folder_of(tmp_path, [1, 2, 99999]))

@@ -10,7 +10,15 @@ import pytest
 from x3d_tf import plots
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.reports import read_results
-from x3d_tf.files import WriteError, atomic_path, atomic_write, os_errors_as_write_error, read_limited, read_text
+from x3d_tf.files import (
+    WriteError,
+    atomic_path,
+    atomic_write,
+    os_errors_as_write_error,
+    read_limited,
+    read_text,
+    temporary_path,
+)
 from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 
 
@@ -83,3 +91,14 @@ def test_oversized_and_endless_files_are_rejected(tmp_path: Path) -> None:
     for read in (read_results, lambda path: read_text(path, "csv")):
         with pytest.raises(UserError, match="must be a regular file"):
             read(pipe)
+
+
+def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    for name in ("a", "b"):
+        temporary_path(tmp_path / name).symlink_to(tmp_path / "precious")
+    atomic_write(tmp_path / "a", b"new")
+    with atomic_path(tmp_path / "b") as path:
+        path.write_bytes(b"new")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"new"

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_step import config_of, dataset, make
+from training_steps import config_of, dataset, make
 
 import x3d_tf
-from x3d_tf import parallel
 from x3d_tf.config import Execution
 from x3d_tf.training import forward
 from x3d_tf.training.forward import _blocks
@@ -129,24 +128,6 @@ def test_clips_in_parallel_with_recomputation(eager: None, monkeypatch: pytest.M
         assert_same(state_after(recompute, times=1), expected)
 
 
-@pytest.mark.parametrize(
-    ("cores", "clips", "group", "parts"),
-    [
-        *((2, 8, 8, 2), (2, 8, 16, 2), (2, 16, 8, 2), (2, 1, 8, 1), (2, None, 8, 1), (2, 7, 8, 1), (3, 8, 8, 2)),
-        *((8, 8, 8, 8), (6, 12, 12, 6), (4, 24, 8, 3), (16, 8, 8, 8), (1, 8, 8, 1)),
-    ],
-)
-def test_slices_divide_groups_evenly(
-    monkeypatch: pytest.MonkeyPatch, cores: int, clips: int | None, group: int, parts: int
-) -> None:
-    monkeypatch.setattr(parallel, "_num_cores", lambda: cores)
-    assert parallel.num_batch_slices(clips, group) == parts
-
-
-def test_gpus_compute_the_batch_at_once(uncompiled: None) -> None:
-    assert parallel.num_batch_slices(8, 8) == 1
-
-
 def test_every_block_is_found() -> None:
     names = dict(_blocks(x3d_tf.build_x3d("x3d_s", 2)))
     assert list(names)[:4] == ["res2_0", "res2_1", "res2_2", "res3_0"] and len(names) == 3 + 5 + 11 + 7
@@ -183,7 +164,7 @@ import sys
 sys.path[:0] = {tests!r}
 from pathlib import Path
 import numpy as np, tensorflow as tf
-from test_step import config_of
+from training_steps import config_of
 from x3d_tf import build_x3d
 from x3d_tf.config import Execution
 from x3d_tf.training.step import TrainStep

@@ -1,4 +1,4 @@
-"""Configuration files: the shipped recipes, syntax errors, hostile files and the commands that read them."""
+"""Configuration files: the shipped recipes, syntax errors, and hostile files."""
 
 import subprocess
 import sys
@@ -350,30 +350,6 @@ def test_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "gin").mkdir()
     (tmp_path / "gin" / "x3d_s.gin").write_text("# mine")
     assert gin_config.find_recipe("gin/x3d_s.gin").read_text() == "# mine"
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "x3d_tf.complexity", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_complexity_prints_every_variant_with_the_papers_figures() -> None:
-    lines = run().stdout.splitlines()
-    rows = {line.split()[0]: line for line in lines[2:]}
-    assert list(rows) == list(VARIANTS)
-    assert all(text in rows["x3d_m"] for text in ("4.7325", "4.73", "+0.05%", "3.7943", "3.7612", "3.76", "6.1806"))
-
-
-def test_complexity_follows_a_binding() -> None:
-    done = run("--gin_file=gin/x3d_s.gin", "--gin_bindings=Expansion.gamma_b=1.5", "--layers")
-    assert "x3d(tau=6,t=13,s=1.429,w=1,b=1.5,d=2.2)" in done.stdout
-    assert "1.3401" in done.stdout and "res5_6_conv_c" in done.stdout
-
-
-def test_complexity_reports_errors_in_one_line() -> None:
-    done = run("--gin_file=gin/x3d_s.gin", "--gin_bindings=Expansion.gamma_b=0")
-    assert (done.returncode, done.stderr) == (1, "error: Expansion.gamma_b must be positive, got 0\n")
-    assert "error: unexpected argument 'x'" in run("x").stderr
 
 
 @pytest.mark.parametrize("command", ["complexity", "train", "evaluate", "build_records", "predict", "preview"])

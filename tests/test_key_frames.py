@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,19 +16,14 @@ from video_fixtures import number_of, numbered_frames, write_manifest, write_vid
 
 import x3d_tf
 from x3d_tf import build_records
-from x3d_tf.data import boxes as box_ops
 from x3d_tf.data.building.builder import build_key_frames
 from x3d_tf.data.building.key_frames import find_key_frames
 from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
 from x3d_tf.data.detection_pipeline import evaluation_key_frames
 from x3d_tf.data.detection_pipeline import training_key_frames as train_clips
 from x3d_tf.data.records.format import ParsedAnnotation, parse_annotation, parse_record
-from x3d_tf.data.records.index import parse_key_frame_id
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.verify import verify_records
-from x3d_tf.data.sampling import key_frame_indices
-from x3d_tf.data.video.decode import VideoError
-from x3d_tf.data.video.image_sequences import encode_folder
 from x3d_tf.errors import UserError
 
 CLIP = x3d_tf.ClipSpec(4, 5, 32)  # 10 frames before the key frame, 5 after it
@@ -176,16 +170,6 @@ def test_errors_in_the_csv_files_are_reported(
         find_key_frames(videos, {"train": tmp_path / "train.csv"}, **settings)
 
 
-def test_the_frames_of_a_clip_lie_around_its_key_frame() -> None:
-    """PySlowFast's sequence, range(c - h, c + h, τ), clamped; XXL's stride is not whole."""
-    m, s, xxl = (x3d_tf.VARIANTS[name].expansion.clip for name in ("x3d_m", "x3d_s", "x3d_xxl"))
-    assert key_frame_indices(100, 1000, 30.0, m).tolist() == list(range(60, 140, 5))
-    assert key_frame_indices(100, 1000, 30.0, s).tolist() == list(range(61, 139, 6))
-    assert key_frame_indices(100, 1000, 30.0, xxl).tolist() == [60 + int(2.5 * i) for i in range(32)]
-    assert key_frame_indices(10, 30, 30.0, m).tolist() == [min(max(i, 0), 29) for i in range(-30, 50, 5)]
-    assert key_frame_indices(50, 1000, 15.0, m).tolist() == [50 - 20 + int(2.5 * i) for i in range(16)]
-
-
 def test_test_clips_are_the_centre_and_keep_every_box(records: Manifest) -> None:
     found = list(evaluation_key_frames(records, "train", CLIP, resize=36, crop=36, batch=2, score=0.9))
     assert [row for _, about in found for row in about.record.numpy()] == [0, 1, 2, 3]
@@ -200,60 +184,6 @@ def test_test_clips_are_the_centre_and_keep_every_box(records: Manifest) -> None
     np.testing.assert_allclose(inputs["boxes"][row, 0], expected, atol=1e-6)
     numbers = [number_of(frame) for frame in inputs["clip"][row].numpy()]
     assert numbers == [(60 - 10 + 5 * i) % 50 for i in range(4)]
-
-
-def naive_boxes(
-    box: list[float], width: int, height: int, short: int, top: int, left: int, size: int, flip: bool
-) -> Any:
-    """Implements PySlowFast's rule box by box."""
-    x1, y1, x2, y2 = box[0] * width, box[1] * height, box[2] * width, box[3] * height
-    x1, x2 = (min(max(x, 0), width - 1) for x in (x1, x2))
-    y1, y2 = (min(max(y, 0), height - 1) for y in (y1, y2))
-    long = max(width, height) * short // min(width, height)
-    ratio = long / max(width, height)
-    x1, x2, y1, y2 = x1 * ratio - left, x2 * ratio - left, y1 * ratio - top, y2 * ratio - top
-    if flip:
-        x1, x2 = size - x2 - 1, size - x1 - 1
-    return [min(max(value, 0), size - 1) for value in (x1, y1, x2, y2)]
-
-
-@pytest.mark.parametrize("graph", [False, True])
-def test_boxes_move_with_the_pixels(graph: bool) -> None:
-    draw = np.random.default_rng(0)
-    given = np.sort(draw.uniform(-0.1, 1.1, (20, 2, 2)), axis=1).reshape(20, 4).astype("float32")
-
-    def moved() -> Any:
-        before, after = tf.constant([48, 66]), tf.constant([36, 49])
-        boxes = box_ops.scale_boxes(box_ops.to_pixels(tf.constant(given), 48, 66), before, after)
-        return box_ops.flip_boxes(box_ops.crop_boxes(boxes, tf.constant(3), tf.constant(10), 32), 32)
-
-    found = (tf.function(moved) if graph else moved)()
-    expected = [naive_boxes(list(box), 66, 48, 36, 3, 10, 32, True) for box in given]
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_proposals_near_a_box_are_samples_of_it() -> None:
-    known = ParsedAnnotation(
-        tf.constant(0),
-        tf.constant([[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.5, 0.5]]),
-        tf.constant([1, 0, 2], tf.int64),
-        tf.constant([[0.0, 0.0, 0.5, 0.49], [0.0, 0.0, 0.5, 0.4], [0.51, 0.5, 1.0, 1.0]]),
-        tf.constant([0.9, 0.9, 0.9]),
-    )
-    boxes = box_ops.ground_truth_samples(known, 3)
-    np.testing.assert_array_equal(boxes.boxes, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
-    np.testing.assert_array_equal(boxes.labels, [[0, 1, 1], [1, 0, 0]])
-    matched = box_ops.add_matched_proposals(boxes, known.proposals, 0.9, negatives=False)
-    np.testing.assert_array_equal(matched.labels, [[0, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0, 0]])
-    np.testing.assert_array_equal(matched.boxes[2:], tf.gather(known.proposals, [0, 2]))
-    every = box_ops.add_matched_proposals(boxes, known.proposals, 0.9, negatives=True)
-    np.testing.assert_array_equal(every.labels[2:], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
-    none = box_ops.Samples(tf.zeros((0, 4)), tf.zeros((0, 3)))
-    assert box_ops.add_matched_proposals(none, known.proposals, 0.9, negatives=False).boxes.shape == (0, 4)
-    assert (
-        box_ops.add_matched_proposals(none, known.proposals, 0.9, negatives=True).labels.numpy().tolist()
-        == [[0] * 3] * 3
-    )
 
 
 @pytest.mark.parametrize(
@@ -437,43 +367,9 @@ def test_labels_of_proposals_are_ignored(folder: Path, tmp_path: Path) -> None:
     assert (video.annotation.proposals, video.annotation.scores) == (((0.1, 0.1, 0.2, 0.2),), (0.9,))
 
 
-def test_frame_numbers_determine_the_times_of_images(tmp_path: Path) -> None:
-    for number in (1, 2, 10):
-        Image.fromarray(numbered_frames(11)[number]).save(tmp_path / f"{number}.jpg", quality=95)
-    found = [number_of(tf.io.decode_jpeg(jpeg).numpy()) for jpeg in encode_folder(tmp_path).frames]
-    assert found == [1, *[2] * 8, 10]  # those that are left out repeat the one before
-    (tmp_path / "cover.jpg").write_bytes((tmp_path / "1.jpg").read_bytes())
-    with pytest.raises(VideoError, match="does not end with a number"):
-        encode_folder(tmp_path)
-
-
-def test_only_jpeg_and_png_are_read(tmp_path: Path) -> None:
-    """Pillow has decoders for about forty formats and ignores file extensions."""
-    Image.fromarray(numbered_frames(1)[0]).save(tmp_path / "1.png")
-    assert len(encode_folder(tmp_path).frames) == 1
-    for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "EPS"):
-        (tmp_path / form).mkdir()
-        Image.fromarray(numbered_frames(1)[0]).save(tmp_path / form / "1.jpg", form)
-        with pytest.raises(VideoError, match="cannot be read as an image: cannot identify image file"):
-            encode_folder(tmp_path / form)
-
-
-@pytest.mark.parametrize("second", ["", "-1", "1_0", "９", "9" * 5000, "9" * 30])
-def test_invalid_key_frame_ids(second: str) -> None:
-    with pytest.raises(UserError, match="the media_id of a key frame must be VIDEO,SECOND, got 'film,"):
-        parse_key_frame_id(f"film,{second}")
-    assert parse_key_frame_id("a,film,0902") == ("a,film", 902)
-
-
 def test_an_action_with_the_name_of_a_missing_one(folder: Path, tmp_path: Path) -> None:
     """Otherwise the manifest would repeat a class, which would fail only after decoding all videos."""
     (tmp_path / "map.pbtxt").write_text('item { name: "action 2" id: 1 }\nitem { name: "run" id: 12 }')
     (tmp_path / "train.csv").write_text(f"film,0902,{A},12,0\n")
     with pytest.raises(UserError, match=r"label_map must not give an action the name .*, got \['action 2'\]"):
         find_key_frames(folder / "videos", {"train": tmp_path / "train.csv"}, label_map=tmp_path / "map.pbtxt")
-
-
-def test_a_pipe_among_the_images_is_not_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "1.jpg")
-    with pytest.raises(VideoError, match=r"1\.jpg: is not a file"):
-        encode_folder(tmp_path)

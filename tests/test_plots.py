@@ -153,3 +153,27 @@ def test_axes_in_percent_stay_within_0_to_100(values: list[float], limits: tuple
 )
 def test_long_names_are_shortened_in_the_middle(name: str, length: int, expected: str) -> None:
     assert plots.shortened(name, length) == expected
+
+
+def test_the_axes_of_a_sweep_have_plain_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[list[str]] = []
+
+    def look(figure: Figure, path: Path, **_: object) -> None:
+        figure.canvas.draw()
+        path.touch()
+        drawn.extend([label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes)
+        assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
+        assert all(axes.lines[0].get_ydata().tolist() == [50, 60, 65] for axes in figure.axes)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    points = [(1.963, 0.5), (5.888, 0.6), (19.63, 0.65)]
+    plots.save_sweep(points, (1, 3, 10), tmp_path / "sweep.png", "title", "top-1")
+    assert drawn[1] == ["1.96", "5.89", "19.6"]
+    assert not any("$" in label for label in drawn[0])
+
+
+def test_class_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    plots.save_confusion(np.eye(2, dtype=int), ("a$^$", "b_{$"), tmp_path / "confusion.png", "$title^")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_transforms import naive_resize
-from video_fixtures import number_of, numbered_frames, write_records, write_video
+from video_fixtures import number_of, numbered_frames, smooth_frames, write_records, write_video
 
 import x3d_tf
 from x3d_tf import csv_files
@@ -27,10 +26,8 @@ from x3d_tf.data.video import clip_reader
 from x3d_tf.data.video.clip_reader import VideoClips, cut_clips
 from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames
 from x3d_tf.data.video.listing import list_videos
-from x3d_tf.errors import UserError
 from x3d_tf.evaluation.classification import evaluate_run
 from x3d_tf.evaluation.multiview import predict_split
-from x3d_tf.files import WriteError, temporary_path
 from x3d_tf.inference import prediction
 from x3d_tf.inference.prediction import (
     Prediction,
@@ -38,7 +35,6 @@ from x3d_tf.inference.prediction import (
     spread_frames,
     windows,
 )
-from x3d_tf.inference.writers import csv_table, json_document
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.types import Storage, ViewSpec
 
@@ -77,15 +73,6 @@ def network() -> Any:
     kernel = model.get_layer("fc2").kernel
     kernel.assign(np.random.default_rng(0).normal(0, 0.3, kernel.shape))
     return model
-
-
-def smooth_frames(count: int, height: int = 60, width: int = 80) -> np.ndarray:
-    """Frames that differ from one another and survive encoding: large blocks, slowly changing."""
-    coarse = np.random.default_rng(count).integers(0, 256, (count // 5 + 2, height // 20, width // 20, 3))
-    times = np.arange(count) / 5
-    part = (times % 1)[:, None, None, None]
-    mixed = coarse[times.astype(int)] * (1 - part) + coarse[times.astype(int) + 1] * part
-    return mixed.astype(np.uint8).repeat(20, 1).repeat(20, 2)
 
 
 @pytest.fixture(scope="module")
@@ -335,15 +322,6 @@ def test_hours_of_windows_take_no_memory() -> None:
     )  # 25,000 frames of 192 bytes would be 5 MB; the collector frees cycles at its own time
 
 
-def test_a_stream_that_ends_early_repeats_its_last_frame() -> None:
-    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(6)]
-    parts = [np.array([[0, 2], [4, 9]]), np.array([[8, 9]])]
-    cuts = [
-        (cut.part, cut.numbers, [int(pixels[0, 0, 0]) for pixels in cut.frames]) for cut in cut_clips(frames, parts)
-    ]
-    assert cuts == [(0, (0, 2), [0, 2]), (0, (4, 5), [4, 5])]
-
-
 @pytest.mark.parametrize(
     ("promised", "views", "computed", "readings"),
     [
@@ -371,20 +349,6 @@ def test_another_number_of_frames_than_promised(
         return frame_indices(view_starts(frames, fps, TINY.clip, views), frames, fps, TINY.clip)
 
     assert len(list(VideoClips(path, clips_of, 256, lambda pixels: pixels))) == computed
-
-
-def test_equal_clips_are_computed_once_and_only_their_frames_are_stored(linear: Any, clips: Path) -> None:
-    """The video has 5 frames, a clip spans 8: its frames are the first, the third and twice the last."""
-    kept = []
-
-    def clips_of(frames: int, fps: float) -> np.ndarray:
-        return frame_indices(view_starts(frames, fps, TINY.clip, 10), frames, fps, TINY.clip)
-
-    video = VideoClips(clips / "short.avi", clips_of, 256, lambda pixels: kept.append(pixels) or len(kept))
-    (cut,) = video
-    assert (cut.numbers, cut.clips, cut.frames) == ((0, 2, 4, 4), 10, [1, 2, 3, 3])
-    assert video.chosen == [cut.numbers] * 10
-    assert len(kept) == 3
 
 
 def test_a_variable_rate_is_decoded_once(linear: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,131 +407,6 @@ def test_a_network_without_classifier_is_refused() -> None:
         predict_videos(x3d_tf.build_x3d(TINY, include_top=False), [__file__])
 
 
-def test_folders_are_searched(tmp_path: Path) -> None:
-    for name in ("b/2.mp4", "b/10.mp4", "b/c/é x.avi", "a.mkv", ".hidden.mp4", "b/.thumbs/x.mp4", "z/,.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).touch()
-    (tmp_path / "b/loop").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "z/again").symlink_to(tmp_path / "b", target_is_directory=True)
-    (tmp_path / "z/gone").symlink_to(tmp_path / "nothing")
-    os.mkfifo(tmp_path / "pipe")
-    names = [path.relative_to(tmp_path).as_posix() for path in list_videos([tmp_path])]
-    assert names == ["a.mkv", "b/10.mp4", "b/2.mp4", "b/c/é x.avi", "z/,.mp4", "z/gone"]
-    named = [tmp_path / ".hidden.mp4", tmp_path / "missing.mp4"]
-    assert list_videos([*named, named[0]]) == named
-
-
-def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the videos must be files or folders with files, got"):
-        list_videos([tmp_path])
-    with pytest.raises(ValueError, match=r"^no such file or folder: a\.mp4, b$"):
-        list_videos(["a.mp4", "b"])
-
-
-NO_THUMBNAILS = np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0)
-RESULTS: list[Prediction | VideoError] = [
-    Prediction(Path("a, b/дом.mp4"), 0.0, 1.5, np.float32([0.5, 0.25, 0.25]), *NO_THUMBNAILS),
-    VideoError("x\udcff.mp4", "the file is empty"),
-    Prediction(Path("c.mp4"), 0.5, 2.0, np.float32([0.2, 0.2, 0.6]), *NO_THUMBNAILS),
-]
-
-
-def test_the_table_and_the_document_hold_everything(tmp_path: Path) -> None:
-    names = ("jump", "a,b", "дом")
-    with (
-        csv_table(tmp_path / "new" / "a.csv", names) as to_csv,
-        json_document(tmp_path / "a.json", {"model": "m"}, names) as to_json,
-    ):
-        for result in RESULTS:
-            to_csv(result)
-            to_json(result)
-        assert not (tmp_path / "a.json").exists()
-    with (tmp_path / "new" / "a.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["video"] for row in rows] == ["a, b/дом.mp4", "x\\udcff.mp4", "c.mp4"]
-    assert [row["predicted"] for row in rows] == ["jump", "", "дом"]
-    assert [row["error"] for row in rows] == ["", "the file is empty", ""]
-    assert (rows[2]["start"], rows[2]["end"], rows[2]["p(a,b)"]) == ("0.500", "2.000", "0.2")
-    content = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    assert (content["model"], content["classes"]) == ("m", list(names))
-    first, failed, last = content["predictions"]
-    assert (first["video"], first["start"], first["end"]) == ("a, b/дом.mp4", 0.0, 1.5)
-    assert [entry["class"] for entry in first["top"]] == ["jump", "a,b", "дом"]  # of equal ones the lower first
-    assert failed == {"video": "x\udcff.mp4", "error": "the file is empty"}
-    assert last["top"][0] == {"class": "дом", "probability": 0.6}
-    assert last["probabilities"] == [0.2, 0.2, 0.6]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_results_so_far_are_kept_under_another_name(tmp_path: Path, error: type[BaseException]) -> None:
-    names = ("jump", "a,b", "дом")
-    with (
-        pytest.raises(error),
-        csv_table(tmp_path / "a.csv", names) as to_csv,
-        json_document(tmp_path / "a.json", {}, names) as to_json,
-    ):
-        to_csv(RESULTS[0])
-        to_json(RESULTS[0])
-        raise error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.partial.csv", "a.partial.json"]
-    with (tmp_path / "a.partial.csv").open(newline="", encoding="utf-8") as file:
-        assert [row["predicted"] for row in csv.DictReader(file)] == ["jump"]
-    content = json.loads((tmp_path / "a.partial.json").read_text(encoding="utf-8"))
-    assert [entry["video"] for entry in content["predictions"]] == ["a, b/дом.mp4"]
-
-
-@pytest.mark.parametrize(
-    "write", [csv_table, lambda path, names, **settings: json_document(path, {}, names, **settings)]
-)
-def test_results_on_a_full_disk_name_their_file(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a"
-    real = Path.open
-    full = {temporary_path(path): (Path("/dev/full"), "w")}
-    monkeypatch.setattr(Path, "open", lambda self, mode="r", **named: real(*full.get(self, (self, mode)), **named))
-    with pytest.raises(WriteError, match=r"a cannot be written: No space left on device$"), write(path, ("a",)) as add:
-        for _ in range(10_000):  # more than a buffer holds
-            add(VideoError("b.mp4", "the file is empty"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_empty_document_is_json(tmp_path: Path) -> None:
-    with json_document(tmp_path / "a.json", {}, ("a",)):
-        pass
-    assert json.loads((tmp_path / "a.json").read_text()) == {"classes": ["a"], "predictions": []}
-
-
-def test_names_in_the_table_are_no_formulas(tmp_path: Path) -> None:
-    names = ("=run", "-jump")
-    with csv_table(tmp_path / "a.csv", names) as add:
-        add(Prediction(Path("=x.mp4"), 0.0, 1.0, np.float32([0.25, 0.75]), *NO_THUMBNAILS))
-        add(VideoError("@y.mp4", "+bad"))
-    text = (tmp_path / "a.csv").read_text()
-    assert text.splitlines()[1:] == ["'=x.mp4,0.000,1.000,'-jump,,0.25,0.75", "'@y.mp4,,,,'+bad,,"]
-    with (tmp_path / "a.csv").open(newline="") as file:
-        rows = list(csv_files.dicts(file))
-    assert [(row["video"], row["predicted"], row["error"]) for row in rows] == [
-        ("=x.mp4", "-jump", ""),
-        ("@y.mp4", "", "+bad"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "write", [csv_table, lambda path, names, **settings: json_document(path, {}, names, **settings)]
-)
-def test_files_are_whole_and_not_replaced_silently(tmp_path: Path, write: Any) -> None:
-    path = tmp_path / "a"
-    with pytest.raises(RuntimeError), write(path, ("a",)):
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    path.write_text("mine")
-    with pytest.raises(ValueError, match="exists; give another path, or overwrite=True"), write(path, "a"):
-        pass
-    assert path.read_text() == "mine"
-    with write(path, ("a",), overwrite=True):
-        pass
-    assert path.read_text() != "mine"
-
-
 def predict(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "x3d_tf.predict", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -605,57 +444,6 @@ def test_the_command(network: Any, clips: Path, tmp_path: Path) -> None:
     assert outputs["png"].read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.usefixtures("flags_of_one_command")
-def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, for each of its own would import TensorFlow anew."""
-    from absl import flags
-    from absl.testing import flagsaver
-
-    from x3d_tf import predict as command
-
-    command.define_flags()
-    flags.FLAGS(["predict", "--model=m.keras"])
-    (tmp_path / "there.csv").touch()
-    for settings, videos, message in (
-        ({}, [], "the command line must name video files or folders"),
-        ({"contact_sheet": "a.jpg"}, ["a.mp4"], "--contact_sheet must end in .png, got 'a.jpg'"),
-        ({"json": "a", "csv": "a"}, ["a.mp4"], "output files must be distinct"),
-        (
-            {"csv": str(tmp_path / "there.csv")},
-            ["a.mp4"],
-            "exists; choose another name, or pass --overwrite to replace it",
-        ),
-        ({"model": str(tmp_path)}, ["a.mp4"], "no such model file or run folder"),
-    ):
-        with flagsaver.flagsaver(**settings), pytest.raises(ValueError, match=message):
-            command.main(videos)
-
-
-def test_windows_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
-    from x3d_tf.inference.console import print_windows
-
-    def window(path: str, start: float, *probabilities: float) -> Prediction:
-        return Prediction(Path(path), start, start + 2, np.float32(probabilities), *NO_THUMBNAILS)
-
-    results = [
-        window("a", 0, 0.9, 0.1),
-        window("a", 1, 0.7, 0.3),
-        window("a", 2, 0.4, 0.6),
-        VideoError("a", "breaks off"),
-        window("b", 0, 0.2, 0.8),
-    ]
-    print_windows(results, ("jump", "run"))
-    found = capsys.readouterr()
-    assert found.out.splitlines() == [
-        "a",
-        "       0.0 -      3.0 s   80.0%  jump",
-        "       2.0 -      4.0 s   60.0%  run",
-        "b",
-        "       0.0 -      2.0 s   80.0%  run",
-    ]
-    assert found.err == "error: a: breaks off\n"
-
-
 def test_real_videos_equal_a_plain_loop(linear: Any, shared_data: Path) -> None:
     """Of other sizes, rates and codecs; the one with 25 frames a second is scaled up, the upright one down."""
     for name in ("apply_eye_makeup.avi", "deadlifting.mp4"):
@@ -663,12 +451,3 @@ def test_real_videos_equal_a_plain_loop(linear: Any, shared_data: Path) -> None:
         (result,) = predictions(linear, [path], temporal_views=2)
         expected = naive_probabilities(linear, decoded(path), probe(path).fps, 2)
         np.testing.assert_allclose(result.probabilities, expected, atol=1e-5)
-
-
-def test_one_process_writes_a_file_of_predictions(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    message = r"another process is writing .*a\.csv \(process .*\); wait for it"
-    with csv_table(path, ["one"]), pytest.raises(UserError, match=message), csv_table(path, ["other"]):
-        pass
-    assert path.read_text().startswith("video,start,end,predicted,error,p(one)")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]

@@ -1,7 +1,5 @@
-"""Run folders: resuming with the same settings, locks, and no silent restart from scratch."""
+"""Run folders: resuming with the same settings, one process at a time, and no silent restart from scratch."""
 
-import errno
-import json
 import os
 import re
 import subprocess
@@ -12,12 +10,10 @@ from typing import Any
 
 import pytest
 
-from x3d_tf import Expansion, locks
+from x3d_tf import Expansion
 from x3d_tf.config import Execution, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation.reports import locked_report_folder
-from x3d_tf.files import WriteError, atomic_path, atomic_write, temporary_path
 from x3d_tf.runs.run_folder import RunFolder
 
 CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewhere"))
@@ -108,14 +104,6 @@ def test_links_are_rejected(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_bytes() == b""
 
 
-@pytest.mark.parametrize("field", ["train_split", "eval_split", "validation_split"])
-@pytest.mark.parametrize("name", ["../../precious", "/etc", "a\\b"])
-def test_a_split_is_not_a_path(field: str, name: str) -> None:
-    """Split names are part of folder names to which reports are written, and from which --overwrite deletes."""
-    with pytest.raises(UserError, match=f"DatasetSpec.{field} must be a name, not a path"):
-        DatasetSpec("records", **{field: name})  # type: ignore[arg-type]
-
-
 HOLDER = """
 import sys
 from x3d_tf.runs.run_folder import RunFolder
@@ -141,77 +129,6 @@ def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
     assert not (root / ".lock").exists()
 
 
-def test_the_text_of_a_lock_is_not_repeated_unseen(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    with locks.locked(path, "taken", "wait"):
-        path.write_text("\x1b[2Jprocess 1 on evil")
-        with pytest.raises(UserError, match=r"^taken; wait$"), locks.locked(path, "taken", "wait"):
-            pass
-
-
-def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("precious")
-    (tmp_path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(WriteError, match="lock cannot be written"), locks.locked(tmp_path / "lock", "taken", "wait"):
-        pass
-    assert (tmp_path / "precious").read_text() == "precious"
-
-
-def test_a_file_system_without_locks_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fcntl = pytest.importorskip("fcntl")
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with locks.locked(tmp_path / "lock", "taken", "wait"):
-        assert f"the file system of {tmp_path} does not support locks (No locks available)" in capsys.readouterr().err
-
-
-def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, lock = tmp_path / "lock", locks._lock
-    removals = [path, path]
-
-    def removed_first(descriptor: int, lock_path: Path) -> bool:
-        if removals:
-            removals.pop().unlink()
-        return lock(descriptor, lock_path)
-
-    monkeypatch.setattr(locks, "_lock", removed_first)
-    with (
-        locks.locked(path, "taken", "wait"),
-        pytest.raises(UserError, match="taken"),
-        locks.locked(path, "taken", "wait"),
-    ):
-        pass
-
-
-def test_a_file_is_not_written_through_a_link_at_its_partial_name(tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("precious")
-    for name in ("a", "b"):
-        temporary_path(tmp_path / name).symlink_to(tmp_path / "precious")
-    atomic_write(tmp_path / "a", b"new")
-    with atomic_path(tmp_path / "b") as path:
-        path.write_bytes(b"new")
-    assert (tmp_path / "precious").read_text() == "precious"
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"new"
-
-
-def test_one_process_writes_a_report(tmp_path: Path) -> None:
-    folder = tmp_path / "evaluation" / "report"
-    with (
-        locked_report_folder(folder),
-        pytest.raises(UserError, match=r"another process is writing the report .*report \(process "),
-        locked_report_folder(folder),
-    ):
-        pass
-    assert list(folder.iterdir()) == []
-
-
 @pytest.mark.parametrize("cell", ["9" * 200_000, "inf", "nan", "1e300", "\ufffd"])
 def test_a_damaged_history_ends_before_the_damage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str
@@ -225,11 +142,32 @@ def test_a_damaged_history_ends_before_the_damage(
     assert "history.csv is damaged after row 1; ignoring the rest" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "setting", ["Recipe.steps", "Recipe.learning_rate", "Expansion.gamma_w", "Recipe.decay_fractions"]
-)
-def test_a_number_of_a_configuration_fits_into_64_bits(setting: str) -> None:
-    value = [10**400] if setting == "Recipe.decay_fractions" else 10**400
-    text = json.dumps(CONFIG.settings() | {setting: value})
-    with pytest.raises(UserError, match=f"{setting} must fit into 64 bits, got 1000"):
-        TrainConfig.from_json(text)
+def test_a_run_folder_has_one_configuration(tmp_path: Path) -> None:
+    config, run = replace(CONFIG, seed=3), RunFolder(tmp_path / "run")
+    run.open(config, {"config.gin": "# text"})
+    assert run.read_config() == config and (run.root / "config.gin").read_text() == "# text"
+    run.open(config, {})
+    other = TrainConfig(Expansion(gamma_t=8), dataset=config.dataset, seed=3)
+    run.open(other, {})  # nothing is lost: the run had no checkpoint
+    assert run.read_config() == other
+    run.checkpoints.mkdir()
+    (run.checkpoints / "ckpt-1.index").touch()
+    with pytest.raises(ValueError, match=r"Expansion\.gamma_t was 8, now 4.*--workdir"):
+        run.open(config, {})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not a run folder"):
+        RunFolder(tmp_path / "full").open(config, {})
+    with pytest.raises(ValueError, match="is not a run folder"):
+        RunFolder(tmp_path / "full").read_config()
+
+
+def test_history_round_trip(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read_history() == []
+    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 1.5) | {"step": 1.0}
+    run.write_history([row])
+    run.append_history(row | {"step": 2.0})
+    with run.history.open("a") as file:
+        file.write("3,1")  # killed while writing
+    assert run.read_history() == [row, row | {"step": 2.0}]

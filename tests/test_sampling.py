@@ -11,9 +11,18 @@ import pytest
 import tensorflow as tf
 import tensorflow.experimental.numpy as tnp
 
-from x3d_tf.data.sampling import crop_offsets, frame_indices, input_contract, last_start, resized_shape, view_starts
+import x3d_tf
+from x3d_tf.data.sampling import (
+    crop_offsets,
+    frame_indices,
+    input_contract,
+    key_frame_indices,
+    last_start,
+    resized_shape,
+    view_starts,
+)
 from x3d_tf.modeling.expansion import VARIANTS
-from x3d_tf.types import ClipSpec, Storage, ViewSpec
+from x3d_tf.types import ClipSpec, Storage
 
 M, XS, S, XXL = (VARIANTS[name].expansion.clip for name in ("x3d_m", "x3d_xs", "x3d_s", "x3d_xxl"))
 
@@ -150,20 +159,6 @@ def test_each_start_gives_a_row() -> None:
         assert (row == frame_indices(start, 300, 30.0, M)).all()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"temporal_views": 0}, "ViewSpec.temporal_views must be at least 1, got 0"),
-        ({"spatial_crops": 2}, "ViewSpec.spatial_crops must be 1 or 3, got 2"),
-        ({"crop": 200}, "ViewSpec.crop must be at most ViewSpec.resize = 182, got 200"),
-        ({"resize": 182.5}, "ViewSpec.resize must be int, got 182.5"),
-    ],
-)
-def test_view_spec_errors_name_the_field(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
-        ViewSpec(**({"resize": 182, "crop": 160} | change))
-
-
 def network_of(**facts: Any) -> Any:
     """Returns a network without layers, for an input contract."""
     network = VARIANTS["x3d_s"].expansion
@@ -196,3 +191,13 @@ def test_unknown_values_are_errors() -> None:
         frame_indices(0, 300, 30.0, M, "fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"clip_starts .* got 'fast'"):
         view_starts(300, 30.0, M, 10, "fast")  # type: ignore[arg-type]
+
+
+def test_the_frames_of_a_clip_lie_around_its_key_frame() -> None:
+    """PySlowFast's sequence, range(c - h, c + h, τ), clamped; XXL's stride is not whole."""
+    m, s, xxl = (x3d_tf.VARIANTS[name].expansion.clip for name in ("x3d_m", "x3d_s", "x3d_xxl"))
+    assert key_frame_indices(100, 1000, 30.0, m).tolist() == list(range(60, 140, 5))
+    assert key_frame_indices(100, 1000, 30.0, s).tolist() == list(range(61, 139, 6))
+    assert key_frame_indices(100, 1000, 30.0, xxl).tolist() == [60 + int(2.5 * i) for i in range(32)]
+    assert key_frame_indices(10, 30, 30.0, m).tolist() == [min(max(i, 0), 29) for i in range(-30, 50, 5)]
+    assert key_frame_indices(50, 1000, 15.0, m).tolist() == [50 - 20 + int(2.5 * i) for i in range(16)]

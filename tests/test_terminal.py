@@ -1,4 +1,4 @@
-"""Terminal output: escaping, progress bars, counts and write errors."""
+"""Terminal output: escaping, progress bars and write errors."""
 
 import io
 
@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from x3d_tf.files import WriteError
 from x3d_tf.terminal import OutputClosed, Terminal, one_line, printable, progress_bar
-from x3d_tf.text import counted
 
 HOSTILE = "a\x1b[2J\x07\r\x9b\x7fb\u202ec\u2066\udc80"
 ESCAPED = r"a\x1b[2J\x07\r\x9b\x7fb\u202ec\u2066\udc80"
@@ -35,23 +34,6 @@ def test_a_progress_bar_is_one_line() -> None:
     shown = stream.getvalue()
     assert shown.startswith("\ra\\nb\\x1b]0;c: ") and shown.endswith("\n")
     assert shown.count("\n") == 1 and "\x1b" not in shown
-
-
-@pytest.mark.parametrize(
-    ("count", "noun", "words"),
-    [
-        (1, "clip", "1 clip"),
-        (0, "clip", "0 clips"),
-        (2, "class", "2 classes"),
-        (1, "class", "1 class"),
-        (3, "box", "3 boxes"),
-        (2, "unusable entry", "2 unusable entries"),
-        (2, "day", "2 days"),
-        (12, "key frame", "12 key frames"),
-    ],
-)
-def test_counts_agree_with_their_nouns(count: int, noun: str, words: str) -> None:
-    assert counted(count, noun) == words
 
 
 @pytest.mark.parametrize(("total", "words"), [(1, "a{b}: 0/1 clip |"), (10, "a{b}: 0/10 clips |")])

@@ -59,11 +59,6 @@ def test_segments_of_a_file_stay_together() -> None:
     assert files["train"] | files[HELD_OUT] == {f"{i}.mp4" for i in range(8)}
 
 
-def test_segment_ids_give_their_files() -> None:
-    for start, end in ((None, None), (0.5, None), (None, 3.0), (1e-05, 1e20)):
-        assert parse_segment_file(segment_id("a#b-c/d.mp4", start, end)) == "a#b-c/d.mp4"
-
-
 def test_the_choice_depends_on_names_and_seed_alone() -> None:
     manifest = manifest_of({0: 20})
     split = manifest.splits["train"]

@@ -30,6 +30,15 @@ def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray
     return frames
 
 
+def smooth_frames(count: int, height: int = 60, width: int = 80) -> np.ndarray:
+    """Returns frames that differ from one another and survive encoding: large blocks, slowly changing."""
+    coarse = np.random.default_rng(count).integers(0, 256, (count // 5 + 2, height // 20, width // 20, 3))
+    times = np.arange(count) / 5
+    part = (times % 1)[:, None, None, None]
+    mixed = coarse[times.astype(int)] * (1 - part) + coarse[times.astype(int) + 1] * part
+    return mixed.astype(np.uint8).repeat(20, 1).repeat(20, 2)
+
+
 def number_of(pixels: np.ndarray) -> int:
     """Returns the number of one of `numbered_frames`, from its lower right quarter."""
     return round((float(pixels[pixels.shape[0] // 2 :, pixels.shape[1] // 2 :].mean()) - 16) / 4)
@@ -59,6 +68,17 @@ def write_video(
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
+
+
+def write_class_folders(folder: Path) -> Path:
+    """Writes class folders with 4 videos of run, 3 of jump, a broken file and a hidden file."""
+    for number in range(7):
+        name = f"{'run' if number < 4 else 'jump'}/clip {number}.mp4"
+        write_video(folder / name, numbered_frames(6 + number))
+    (folder / "run" / "broken.mp4").write_text("no video")
+    (folder / "run" / ".hidden").write_text("no video")
+    (folder / "notes.txt").write_text("no video")
+    return folder
 
 
 def write_with_sound(

@@ -1,0 +1,59 @@
+"""Lock files: one process at a time, links, and file systems without locks."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from x3d_tf import locks
+from x3d_tf.errors import UserError
+from x3d_tf.files import WriteError
+
+
+def test_the_text_of_a_lock_is_not_repeated_unseen(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locks.locked(path, "taken", "wait"):
+        path.write_text("\x1b[2Jprocess 1 on evil")
+        with pytest.raises(UserError, match=r"^taken; wait$"), locks.locked(path, "taken", "wait"):
+            pass
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(WriteError, match="lock cannot be written"), locks.locked(tmp_path / "lock", "taken", "wait"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locks.locked(tmp_path / "lock", "taken", "wait"):
+        assert f"the file system of {tmp_path} does not support locks (No locks available)" in capsys.readouterr().err
+
+
+def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock = tmp_path / "lock", locks._lock
+    removals = [path, path]
+
+    def removed_first(descriptor: int, lock_path: Path) -> bool:
+        if removals:
+            removals.pop().unlink()
+        return lock(descriptor, lock_path)
+
+    monkeypatch.setattr(locks, "_lock", removed_first)
+    with (
+        locks.locked(path, "taken", "wait"),
+        pytest.raises(UserError, match="taken"),
+        locks.locked(path, "taken", "wait"),
+    ):
+        pass

@@ -1,0 +1,100 @@
+"""The paper's results, and whether reports are comparable with them. No TensorFlow."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_settings import detection_settings, settings
+
+from x3d_tf import VARIANTS
+from x3d_tf.evaluation.paper import (
+    ACCURACIES,
+    PRECISIONS,
+    PublishedAccuracy,
+    PublishedPrecision,
+    differences,
+    published_for,
+)
+
+
+def test_the_published_figures_are_the_papers(shared_data: Path) -> None:
+    with (shared_data.parent / "paper" / "paper_results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "paper" and row["dataset"] == "K400"]
+    for ours in ACCURACIES:
+        for metric, value in (("top1", ours.top1), ("top5", ours.top5)):
+            printed = {
+                float(row["value"])
+                for row in rows
+                if row["model"].lower().replace("-", "_") == ours.network
+                and row["metric"] == metric
+                and row["split"] == "val"
+                and row["views"] == {"10-LeftCenterRight": "30"}.get(ours.views, ours.views)
+            }
+            assert printed == ({value} if value is not None else set()), (ours, metric)
+    assert {row.network for row in ACCURACIES} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"records": "/data/Kinetics-400_256"}, []),
+        ({"records": "data/mine"}, ["other data"]),
+        ({"classes": 10, "split": "test"}, ["other data"]),
+        ({"split": "test"}, ["other split"]),
+        ({"views": "1-Center"}, ["other views"]),
+        ({"crop": 182}, ["other crop"]),
+        ({"clip_starts": "slowfast"}, ["other clip starts"]),
+        ({"options": {"swish": False, "dropout": 0.0}}, ["other network (swish)"]),
+    ],
+)
+def test_differences_from_the_paper_are_listed(changes: dict[str, Any], expected: list[str]) -> None:
+    results = settings(**changes)
+    published = published_for(results)
+    assert isinstance(published, PublishedAccuracy) and published.top1 == 72.9
+    assert differences(results, published) == expected
+
+
+def test_the_published_precisions_are_the_papers(shared_data: Path) -> None:
+    with (shared_data.parent / "paper" / "paper_results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] == "T8" and row["model"].startswith("X3D")]
+    printed = {(row["model"], row["dataset"], row["metric"], row["note"]): float(row["value"]) for row in rows}
+    expected = {}
+    for ours in PRECISIONS:
+        name = ours.network.upper().replace("_", "-"), f"AVA v{ours.version}"
+        note = f"pretrain {ours.pretrained.replace('Kinetics-', 'K')}"
+        expected |= {(*name, "mAP", note): ours.map, (*name, "gflops", note): ours.gmacs}
+    assert {key: value for key, value in printed.items() if key[2] != "params"} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "map", "expected"),
+    [
+        ({}, 23.2, []),
+        ({"network": "x3d_xl", "records": "ava-2.1_short", "resize": 356, "crop": 356}, 26.1, []),
+        ({"network": "x3d_xl", "resize": 356, "crop": 356}, 27.4, []),
+        ({"records": "data/ava_v2.1"}, 23.2, ["other data"]),
+        ({"records": "data/mine"}, 23.2, ["other data"]),
+        ({"classes": 80}, 23.2, ["other data"]),
+        ({"split": "test"}, 23.2, ["other split"]),
+        ({"key_frames_missing": 12}, 23.2, ["12 key frames missing"]),
+        ({"eval_boxes": "annotated"}, 23.2, ["other boxes"]),
+        ({"lowest_score_of_a_box": 0.9}, 23.2, ["other boxes"]),
+        ({"crop": 224}, 23.2, ["other crop"]),
+        ({"head": "simple", "options": {"swish": False}}, 23.2, ["other network (swish, head)"]),
+    ],
+)
+def test_detectors_are_compared_with_table_8(changes: dict[str, Any], map: float, expected: list[str]) -> None:
+    results = detection_settings(**changes)
+    published = published_for(results)
+    assert isinstance(published, PublishedPrecision) and published.map == map
+    assert differences(results, published) == expected
+
+
+def test_thirty_views_are_compared_with_table_4() -> None:
+    results = settings(network="x3d_m", views="10-LeftCenterRight", resize=256, crop=256)
+    published = published_for(results)
+    assert isinstance(published, PublishedAccuracy) and (published.top1, published.source) == (76.0, "Table 4")
+    assert differences(results, published) == []
+    assert published_for(settings(network="x3d(tau=1)")) is None

@@ -1,0 +1,41 @@
+"""The command `predict`: flags that are not valid."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from video_fixtures import numbered_frames, write_video
+
+import x3d_tf
+from x3d_tf import predict
+from x3d_tf.errors import UserError
+
+TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
+NAMES = ("sit", "talk to (e.g., self, a person, a group)", "wave")
+
+
+@pytest.mark.usefixtures("flags_of_one_command")
+def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, for each of its own would import TensorFlow anew."""
+    from absl import flags
+    from absl.testing import flagsaver
+
+    predict.define_flags()
+    flags.FLAGS(["predict", "--model=m.keras"])
+    (tmp_path / "there.csv").touch()
+    for settings, videos, message in (
+        ({}, [], "the command line must name video files or folders"),
+        ({"contact_sheet": "a.jpg"}, ["a.mp4"], "--contact_sheet must end in .png, got 'a.jpg'"),
+        ({"json": "a", "csv": "a"}, ["a.mp4"], "output files must be distinct"),
+        ({"csv": str(tmp_path / "there.csv")}, ["a.mp4"], "exists; give another name, or replace it with --overwrite"),
+        ({"model": str(tmp_path)}, ["a.mp4"], "no such model file or run folder"),
+    ):
+        with flagsaver.flagsaver(**settings), pytest.raises(ValueError, match=message):
+            predict.main(videos)
+
+
+def test_a_classifier_takes_no_boxes(tmp_path: Path, in_process: Callable[..., None]) -> None:
+    film = write_video(tmp_path / "film.mp4", numbered_frames(75, 48, 97))
+    x3d_tf.save(x3d_tf.build_x3d(TINY, 3), tmp_path / "b.keras", NAMES)
+    with pytest.raises(UserError, match=r"--boxes must not be given with .*, a model that classifies videos"):
+        in_process(predict, f"--model={tmp_path / 'b.keras'}", "--boxes=x", film, positional=True)
