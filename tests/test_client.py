@@ -31,7 +31,7 @@ from exported_model import NAMES, TINY, model_file, served_folder
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from rest_service import serve
 from test_saved_model import clips, encoded, expected, picture
-from test_structure import imported_with
+from test_structure import loaded_by
 from video_fixtures import write_video
 from x3d_tf.export.serving import client
 
@@ -246,7 +246,7 @@ def test_a_server_of_another_kind(run: Any, video: Path) -> None:
 
 def test_rest_does_not_import_tensorflow() -> None:
     code = "import x3d_tf.export.serving.client, x3d_tf.export.saved_model"
-    assert imported_with(code, "tensorflow", "keras", "grpc") == []
+    assert loaded_by(code, "tensorflow", "keras", "grpc") == []
 
 
 def tensor(*sizes: int, dtype: int = 1, **values: Any) -> bytes:

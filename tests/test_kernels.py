@@ -161,5 +161,5 @@ def _reference(network: keras.Sequential, x: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["tpu", "CPU", ""])
 def test_unknown_kernels_are_rejected(name: Any) -> None:
-    with pytest.raises(ValueError, match=f"kernels must be among auto, ops, cpu, gpu, got '{name}'"):
+    with pytest.raises(ValueError, match=f"kernels must be one of auto, ops, cpu, gpu, got '{name}'"):
         x3d_tf.set_kernels(name)

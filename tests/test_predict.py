@@ -27,7 +27,11 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
         ({}, [], "the command line must name video files or folders"),
         ({"contact_sheet": "a.jpg"}, ["a.mp4"], "--contact_sheet must end in .png, got 'a.jpg'"),
         ({"json": "a", "csv": "a"}, ["a.mp4"], "output files must be distinct"),
-        ({"csv": str(tmp_path / "there.csv")}, ["a.mp4"], "exists; give another name, or replace it with --overwrite"),
+        (
+            {"csv": str(tmp_path / "there.csv")},
+            ["a.mp4"],
+            "exists; choose another name, or pass --overwrite to replace it",
+        ),
         ({"model": str(tmp_path)}, ["a.mp4"], "no such model file or run folder"),
     ):
         with flagsaver.flagsaver(**settings), pytest.raises(ValueError, match=message):
