@@ -74,7 +74,7 @@ def test_difference_input_subtracts_consecutive_frames() -> None:
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(ValueError, match=r"be among input, stem_kernel.*got 'colour'"):
+    with pytest.raises(ValueError, match=r"be one of input, stem_kernel.*got 'colour'"):
         build_x3d(TINY, colour="red")
 
 

@@ -32,7 +32,7 @@ class DatasetSpec:
             "val".
         flip: random horizontal flips in training. Disable them if left and right differ in meaning.
         stretch: resizes both sides to the same length, ignoring the aspect ratio, in training and evaluation, so that
-            crops show the full width of wide frames.
+            crops show nearly the full width of wide frames.
         frame_sampling: frame positions within a clip, in training and evaluation; see `sampling.frame_indices`.
         validation_split: name of the split for validation in training. Defaults to "val" or "validation" if the records
             have it and it is neither `train_split` nor `eval_split`, otherwise no validation.
