@@ -61,10 +61,10 @@ def test_image_numbers_and_frame_rate_determine_times(tmp_path: Path) -> None:
         first, stop = round(start * 25), None if end is None else round(end * 25)
         assert (numbers_in(found.frames), found.fps, found.start) == (shown[first:stop], 25.0, start)
         assert encode_or_error(Video(folder, "a", (), start, end, frame_rate=25.0), 256, 95) == found
-    with pytest.raises(VideoError, match=r"ends before 1\.6 s: it has 31 images, 25 a second"):
+    with pytest.raises(VideoError, match=r"ends before 1\.6 s: it has 31 images at 25 per second"):
         encode_folder(folder, start=1.6, fps=25)
 
 
 def test_image_numbers_that_are_timestamps_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match=r"img_99999\.jpg: has a number that leaves more than 60 s without an image"):
+    with pytest.raises(VideoError, match=r"img_99999\.jpg: follows a gap of more than 60 s without images"):
         encode_folder(folder_of(tmp_path, [1, 2, 99999]))
