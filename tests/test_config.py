@@ -67,9 +67,6 @@ def test_fingerprints_distinguish_settings() -> None:
     assert TrainConfig(Expansion(gamma_t=5), dataset=CONFIG.dataset, seed=3).fingerprint() != CONFIG.fingerprint()
 
 
-CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewhere"))
-
-
 @pytest.mark.parametrize(
     "setting", ["Recipe.steps", "Recipe.learning_rate", "Expansion.gamma_w", "Recipe.decay_fractions"]
 )
