@@ -16,7 +16,7 @@ NAMES = ("sit", "talk to (e.g., self, a person, a group)", "wave")
 
 @pytest.mark.usefixtures("flags_of_one_command")
 def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, for each of its own would import TensorFlow anew."""
+    """Runs in this process, because each process of its own would import TensorFlow again."""
     from absl import flags
     from absl.testing import flagsaver
 

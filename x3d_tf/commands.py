@@ -73,6 +73,21 @@ def _run(main: Callable[..., None], positional: bool) -> None:
     main(arguments) if positional else main()
 
 
+def require_free(path: str | Path, overwrite: bool, another: str) -> None:
+    """Checks that an output file may be written.
+
+    Args:
+        path: the file.
+        overwrite: whether it may be replaced.
+        another: what the user can change, such as `another --output`.
+
+    Raises:
+        UserError: the file exists and `overwrite` is false.
+    """
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} exists; choose {another}, or pass --overwrite to replace it")
+
+
 def require_path(flag: str, path: str | Path | None, kind: str = "file or folder") -> None:
     """Raises `UserError` if the path of a flag does not exist.
 

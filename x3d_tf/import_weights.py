@@ -86,8 +86,7 @@ def main(paths: list[str]) -> None:
     source, output = Path(paths[0]), Path(FLAGS.output)
     require(not output.is_dir(), "--output", f"be a file, but {output} is a folder")
     for path in (output, tensor_table_path(output)):
-        if path.exists() and not FLAGS.overwrite:
-            raise UserError(f"{path} exists; choose another --output, or pass --overwrite to replace it")
+        commands.require_free(path, FLAGS.overwrite, "another --output")
     _check_flags(output)
     if FLAGS.to:
         require_classifier(source)

@@ -154,7 +154,7 @@ def _check_detection(paths: Sequence[Path]) -> dict[Path, Path]:
     require(len(set(stems)) == len(stems), "the videos", "have distinct names, because boxes refer to names", stems)
     drawings = {path: Path(FLAGS.draw) / f"{path.stem}.mp4" for path in paths} if FLAGS.draw else {}
     for output in drawings.values():
-        _require_free(str(output))
+        commands.require_free(output, FLAGS.overwrite, "another name")
     for path in paths:
         require(path.is_file(), str(path), "be a video file: a detector does not read folders of images")
     commands.require_path("--boxes", FLAGS.boxes, "csv file")
@@ -168,12 +168,7 @@ def _check_outputs() -> None:
     if FLAGS.contact_sheet:
         require(FLAGS.contact_sheet.endswith(".png"), "--contact_sheet", "end in .png", FLAGS.contact_sheet)
     for path in outputs:
-        _require_free(path)
-
-
-def _require_free(path: str) -> None:
-    if Path(path).exists() and not FLAGS.overwrite:
-        raise UserError(f"{path} exists; choose another name, or pass --overwrite to replace it")
+        commands.require_free(path, FLAGS.overwrite, "another name")
 
 
 if __name__ == "__main__":

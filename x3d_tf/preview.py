@@ -15,7 +15,7 @@ from absl import flags
 
 from x3d_tf import commands, gin_config
 from x3d_tf.data.datasets.spec import hold_out, open_dataset, with_default_splits
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import require
 from x3d_tf.runs.advice import print_advice
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
@@ -37,8 +37,7 @@ def main() -> None:
     """Draws the clips that the flags choose."""
     output = Path(FLAGS.output)
     require(output.suffix == ".png", "--output", "end in .png", FLAGS.output)
-    if output.exists() and not FLAGS.overwrite:
-        raise UserError(f"{output} exists; choose another --output, or pass --overwrite to replace it")
+    commands.require_free(output, FLAGS.overwrite, "another --output")
     config = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or []).config
     spec = config.dataset
     if FLAGS.records:
