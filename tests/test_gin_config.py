@@ -128,8 +128,14 @@ def test_the_texts_can_be_parsed_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("Expansion.gama_b=1.5", "setting of Expansion must be one of gamma_tau, gamma_t.*, got 'gama_b'"),
-        ("Expansio.gamma_b=1.5", "group of settings must be one of Expansion, ModelOptions.*, got 'Expansio'"),
+        (
+            "Expansion.gama_b=1.5",
+            r"setting of Expansion must be one of gamma_tau, gamma_t.*, got 'gama_b'; did you mean gamma_b.*\?",
+        ),
+        (
+            "Expansio.gamma_b=1.5",
+            r"group of settings must be one of Expansion, ModelOptions.*, got 'Expansio'; did you mean Expansion\?",
+        ),
         ("DatasetSpec.records=folder", "String values need their own quotes"),
         ("typo/Expansion.gamma_b=1.5", "unused bindings: typo/Expansion.gamma_b"),
         ("macro=3", "unused bindings: %macro"),

@@ -1,6 +1,5 @@
 """Entry point of all commands: parses flags, runs `main` and reports errors in one line."""
 
-import difflib
 import faulthandler
 import os
 import re
@@ -18,6 +17,7 @@ from absl import flags, logging
 from x3d_tf import signals, startup
 from x3d_tf.errors import UserError
 from x3d_tf.terminal import OutputClosed, Terminal, one_line
+from x3d_tf.text import did_you_mean
 
 FLAGS = flags.FLAGS
 
@@ -105,8 +105,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        close = difflib.get_close_matches(error.flagname, _command_flags())
-        hint = f"did you mean {' or '.join(f'--{name}' for name in close)}?" if close else "see --help"
+        hint = did_you_mean(error.flagname, _command_flags(), prefix="--") or "see --help"
         raise UserError(f"--{error.flagname} is not a flag of this command; {hint}") from None
     except flags.Error as error:
         raise UserError(_flag_error(str(error), str(error.__context__))) from None

@@ -18,6 +18,7 @@ from gin import config_parser
 
 from x3d_tf.config import PARTS, TrainConfig
 from x3d_tf.errors import UserError, require
+from x3d_tf.text import did_you_mean
 
 flags.disclaim_key_flags()  # so that a command's --help lists --gin_file
 
@@ -315,7 +316,7 @@ def _require_part(selector: str, place: str) -> str:
         UserError: the name belongs to no configurable of this package, but to gin or another package, or is unknown.
     """
     name = selector.removeprefix("x3d_tf.")
-    require(name in _SETTINGS, f"{place}: the group of settings", f"be one of {', '.join(_SETTINGS)}", name[:200])
+    _require_known(name, _SETTINGS, f"{place}: the group of settings")
     return f"x3d_tf.{name}"
 
 
@@ -325,8 +326,17 @@ def _binding(statement: Any, place: str) -> _Binding:
         return _Binding((f"{scope}/{selector}" if scope else selector, _MACRO, "value"), value, place)
     part = _require_part(selector, place)
     known = _SETTINGS[part.removeprefix("x3d_tf.")]
-    require(setting in known, f"{place}: the setting of {selector}", f"be one of {', '.join(known)}", setting[:200])
+    _require_known(setting, known, f"{place}: the setting of {selector}")
     return _Binding((scope, part, setting), value, place)
+
+
+def _require_known(name: str, known: Iterable[str], what: str) -> None:
+    """Raises `UserError` for an unknown name, with the close known names before the list of all."""
+    names, name = list(known), name[:200]
+    if name not in names:
+        question = did_you_mean(name, names)
+        hint = f"; {question}" if question else ""
+        raise UserError(f"{what} must be one of {', '.join(names)}, got {name!r}{hint}")
 
 
 def _check_values(bindings: Sequence[_Binding]) -> None:

@@ -3,10 +3,12 @@
 Python's `int` and `float` also accept underscores and non-ASCII digits, and `int` raises above 4,300 digits.
 """
 
+import difflib
 import json
 import math
 import re
 import shlex
+from collections.abc import Iterable
 
 from x3d_tf.errors import require
 
@@ -40,6 +42,18 @@ def plural(noun: str) -> str:
 def counted(count: int, noun: str) -> str:
     """Returns a count with its noun, such as `1 clip` or `2 clips`; `noun` is in the singular."""
     return f"{count} {noun if count == 1 else plural(noun)}"
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Returns a question that suggests the known names close to a mistyped one, or "" if there are none.
+
+    Args:
+        name: the mistyped name.
+        known: the names that exist.
+        prefix: text to print before each suggestion, such as "--".
+    """
+    close = difflib.get_close_matches(name, list(known))
+    return f"did you mean {' or '.join(prefix + candidate for candidate in close)}?" if close else ""
 
 
 def check_class_name(name: object, where: str) -> None:
