@@ -163,3 +163,15 @@ def _reference(network: keras.Sequential, x: Any) -> list[Any]:
 def test_unknown_kernels_are_rejected(name: Any) -> None:
     with pytest.raises(ValueError, match=f"kernels must be one of auto, ops, cpu, gpu, got '{name}'"):
         x3d_tf.set_kernels(name)
+
+
+def test_many_shapes_cause_no_warning_about_retracing(caplog: pytest.LogCaptureFixture) -> None:
+    """A network has a channel-wise convolution of each of ten shapes, and users call it outside of a tf.function."""
+    logger = tf.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        for channels in range(1, 11):
+            kernels.channelwise_conv3d(tf.zeros((1, 2, 4, 4, channels)), tf.zeros((3, 3, 3, channels)), 1)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "retracing" not in caplog.text

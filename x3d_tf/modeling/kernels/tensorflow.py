@@ -21,10 +21,20 @@ def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.cache
-    def traced(kernels: str) -> Callable[..., Any]:  # one trace per selected kernel
-        return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+    def traced(kernels: str, signature: str) -> Callable[..., Any]:
+        # TensorFlow warns about code that it traces for many shapes; a partial has none
+        copy = functools.partial(function)
+        return tf.function(copy, autograph=False, experimental_attributes={"_noinline": True})
 
-    return lambda *arguments: traced(active_kernels())(*arguments)
+    return lambda *arguments: traced(active_kernels(), _signature(arguments))(*arguments)
+
+
+def _signature(arguments: Any) -> str:
+    """Returns the shapes and dtypes of tensors, and the values of other arguments, as text."""
+    tensors = tf.nest.map_structure(
+        lambda value: (str(value.shape), str(value.dtype)) if hasattr(value, "shape") else value, arguments
+    )
+    return repr(tensors)
 
 
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
