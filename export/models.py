@@ -110,7 +110,7 @@ class ExportableModel:
         if self.run is None:
             return None
         run, dataset, recipe = RunFolder(self.path), self.run.dataset, self.run.recipe
-        keys = ("records", "split", "videos", "views", *_METRICS)
+        keys = ("records", "split", "videos", "key_frames", "views", *_METRICS)
         reports = [read_results(path) for path in sorted(run.evaluations.glob(f"*/{RESULTS_NAME}"))]
         return {
             "run": self.path.resolve().name,

@@ -230,7 +230,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(records: Path, tmp_path: Path
     assert expected.keys() == actual.keys()
     for key in expected:
         np.testing.assert_array_equal(actual[key], expected[key])
-    columns = ("step", "epoch", "learning_rate", "loss", "accuracy")
+    columns = ("step", "epoch", "learning_rate", "loss", "top1")
     histories = [RunFolder(tmp_path / name).read_history() for name in ("whole", "killed")]
     assert [[row[c] for c in columns] for row in histories[0]] == [[row[c] for c in columns] for row in histories[1]]
     assert histories[1][:2] == before  # including times: these steps were not repeated

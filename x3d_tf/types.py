@@ -73,6 +73,25 @@ class ViewSpec:
         return self.temporal_views * self.spatial_crops
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A number that training or validation measures.
+
+    Attributes:
+        name: its name in files and messages, such as "top1" or "map".
+        kind: "share" in [0, 1], shown in percent; "loss"; or "count", which is added up instead of averaged.
+        note: what is counted, for the summary of a run.
+    """
+
+    name: str
+    kind: Literal["share", "loss", "count"]
+    note: str = ""
+
+    def text(self, value: float) -> str:
+        """Returns the name and a value for a message."""
+        return f"{self.name} {value:.1%}" if self.kind == "share" else f"{self.name} {value:.4g}"
+
+
 class Annotation(NamedTuple):
     """Annotations of a key frame: labelled boxes, and proposals from a person detector.
 

@@ -149,11 +149,11 @@ def score_split(
         The detections and their scores.
 
     Raises:
-        UserError: the split has no annotated boxes; otherwise as `detect_split`.
+        UserError: the split has no annotated boxes of these actions; otherwise as `detect_split`.
     """
+    require_boxes(manifest, split)
     truth, found = detect_split(model, manifest, split, detection, progress=progress).tables(manifest, split)
-    require(len(truth) > 0, f"split {split!r} of {manifest.folder}", "have annotated boxes")
-    return found, score_detections(truth, found, _evaluated_actions(manifest.classes))
+    return found, score_detections(truth, found, evaluated_actions(manifest.classes))
 
 
 def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: bool = False) -> Report:
@@ -200,10 +200,10 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
         "crop": side,
         "options": dataclasses.asdict(model.options),
         "views": f"centre crop of {side}²",
-        "videos": records,  # one clip per key frame
+        "key_frames": records,
         "key_frames_missing": missing,
         "gmacs_per_clip": cost.macs / 1e9,
-        "gmacs_per_video": cost.macs / 1e9,
+        "gmacs_per_key_frame": cost.macs / 1e9,
         "params": cost.params,
         **weights_of(run.root),
         "seed": config.seed,
@@ -216,7 +216,15 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
     return report
 
 
-def _evaluated_actions(classes: tuple[str, ...]) -> dict[int, str]:
+def require_boxes(manifest: Manifest, split: str) -> None:
+    """Raises `UserError` unless a split has annotated boxes of the evaluated actions: mAP is undefined without."""
+    labels = {label for record in manifest.split(split).records for label in record.labels}
+    found = any(number - 1 in labels for number in evaluated_actions(manifest.classes))
+    require(found, f"split {split!r} of {manifest.folder}", "have annotated boxes of the evaluated actions")
+
+
+def evaluated_actions(classes: tuple[str, ...]) -> dict[int, str]:
+    """Returns the numbers, from 1, and names of the actions to evaluate: AVA's 60, or else all classes."""
     if classes == tuple(ava_actions().values()):
         return {number: classes[number - 1] for number in sorted(EVALUATED)}
     return dict(enumerate(classes, 1))

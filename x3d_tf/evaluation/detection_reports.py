@@ -150,7 +150,7 @@ def write_detection_report(
         "iou": IOU,
         "classes": len(scores.actions),
         "classes_with_positives": int((scores.positives > 0).sum()),
-        "key_frames": scores.key_frames,
+        "annotated_key_frames": scores.key_frames,
         "boxes": scores.boxes,
         "boxes_left_out": scores.left_out,
     }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,8 +28,6 @@ from x3d_tf.types import Task
 
 RESULTS_NAME = "results.json"
 _STRING_FIELDS = ("network", "records", "split", "views")
-_INTEGER_FIELDS = ("videos", "classes")
-_NUMBER_FIELDS = ("gmacs_per_clip", "gmacs_per_video")
 _LARGEST = 1e15  # largest absolute value accepted in results.json
 
 
@@ -201,16 +199,23 @@ def read_results(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} must be the report of a network, not of a csv file of detections")
     for name in _STRING_FIELDS:
         check(name, "be a string", isinstance(results.get(name), str))
-    for name in _INTEGER_FIELDS:
+    sample = sample_of(results)
+    for name in (f"{sample}s", "classes"):
         check(name, "be an integer", type(results.get(name)) is int and _is_number(results[name]))
-    for name in _NUMBER_FIELDS:
+    cost = f"gmacs_per_{sample}"
+    for name in ("gmacs_per_clip", cost):
         check(name, "be a number", _is_number(results.get(name)))
-    clips = results["gmacs_per_video"] / (results["gmacs_per_clip"] or math.inf)
-    check("gmacs_per_video", "be gmacs_per_clip times 0 to 1,000,000 clips", 0 <= clips <= 1e6)
+    clips = results[cost] / (results["gmacs_per_clip"] or math.inf)
+    check(cost, "be gmacs_per_clip times 0 to 1,000,000 clips", 0 <= clips <= 1e6)
     check("params", "be a number", _is_number(results.get("params", 0)))
     for name in ("map",) if "map" in results else ("top1", "top5"):
         check(name, "be in [0, 1]", _is_number(results.get(name)) and 0 <= results[name] <= 1)
     return results
+
+
+def sample_of(results: Mapping[str, Any]) -> Literal["video", "key_frame"]:
+    """Returns the unit that a report counts, and whose cost it states, for use in the names of its fields."""
+    return "key_frame" if "key_frames" in results else "video"
 
 
 def _is_number(value: object) -> bool:

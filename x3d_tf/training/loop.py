@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from x3d_tf.data.records.index import Record
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import input_contract
 from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.detection import require_boxes
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.cost import cost
@@ -34,14 +35,16 @@ from x3d_tf.runs.advice import print_advice
 from x3d_tf.runs.checkpoints import Checkpoints, Origin
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.signals import held_back
+from x3d_tf.tasks.base import Loss, Validation
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
 from x3d_tf.training.history import History
 from x3d_tf.training.inputs import save_training_preview, training_clips
+from x3d_tf.training.losses import BoxLoss, MultiLabelLoss, SingleLabelLoss, balancing_weights
 from x3d_tf.training.precise_bn import PreciseStatistics
-from x3d_tf.training.step import TrainStep, balancing_weights, precision_scope
+from x3d_tf.training.step import TrainStep, precision_scope
 from x3d_tf.training.transfer import load_pretrained
-from x3d_tf.training.validation import DetectorValidation, Score, Validation
+from x3d_tf.training.validation import ClipValidation, DetectorValidation
 
 _LOG_STEPS = 10  # steps between two rows of history.csv
 
@@ -142,16 +145,23 @@ class Trainer:
             self.model.class_names, self.model.stored = manifest.classes, manifest.stored
             self.model.stretch, self.model.frame_sampling = config.dataset.stretch, config.dataset.frame_sampling
             self.model.test_views = config.test_views
-            self.step = TrainStep(self.model, config, strategy, self._class_weights())
+            self.step = TrainStep(self.model, config, strategy, self._build_loss())
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
         split = HELD_OUT if config.dataset.validation_fraction else config.dataset.validation_split
         self.validation = self._build_validation(split) if split else None
 
-    def _build_validation(self, split: str) -> Callable[[], Score]:
+    def _build_loss(self) -> Loss:
+        recipe, task = self.config.recipe, self.manifest.task
+        weights = self._class_weights()
+        if task == "detection":
+            return BoxLoss(self.config.execution.accumulation)
+        return MultiLabelLoss(recipe.batch) if task == "multi_label" else SingleLabelLoss(recipe.batch, weights)
+
+    def _build_validation(self, split: str) -> Validation:
         if isinstance(self.model, Detector):
             return DetectorValidation(self.model, self.manifest, split, self.config.detection)
-        return Validation(self.model, self.manifest, split, self.config.dataset, self.config.expansion.test_size)
+        return ClipValidation(self.model, self.manifest, split, self.config.dataset, self.config.expansion.test_size)
 
     def fit(self, run: RunFolder, records: str, *, allow_other_groups: bool = False) -> None:
         """Trains until the last step or early stopping, starting from the newest checkpoint if one exists.
@@ -169,7 +179,8 @@ class Trainer:
         else:
             self._load_initial_weights()
         steps_per_epoch = len(_training_records(self.manifest, self.config)) // self.batch
-        history = History(run, self.config, steps_per_epoch, first)
+        metrics = self.step.loss.metrics
+        history = History(run, self.config, steps_per_epoch, first, metrics, self.validation)
         print(self._describe(run) + (f", resuming from the checkpoint of step {first}" if first else ""))
         self._warn_about_small_groups(origin)
         tell("compiling the training step: on a slow machine the first step may take a minute or two")
@@ -183,8 +194,8 @@ class Trainer:
             self._save_interrupted(checkpoints, history)
             raise
         history.save_plots()  # the run may have been killed after its last checkpoint, before the plots were drawn
-        if left_out := history.boxes_left_out():
-            print(f"{counted(left_out, 'box')} ignored: outside the training crops")
+        for line in history.totals():
+            print(line)
 
     def _loop(self, run: RunFolder, checkpoints: Checkpoints, history: History, first: int, bar: Any) -> None:
         if first and self._is_checkpoint(first):  # the validation may have been interrupted; repeating it is harmless
@@ -226,9 +237,10 @@ class Trainer:
         if self.validation is None:
             return
         with self._eval_weights():
-            score = self.validation()
-            tqdm.write(f"step {step}: validation accuracy {score.accuracy:.1%}, loss {score.loss:.3f}")
-            if history.add_validation(step, score) and self.config.recipe.patience:
+            scores = self.validation()
+            measured = (f"validation_{metric.text(scores[metric.name])}" for metric in self.validation.metrics)
+            tqdm.write(f"step {step}: {', '.join(measured)}")
+            if history.add_validation(step, scores) and self.config.recipe.patience:
                 save(self.model, run.best, self.manifest.classes, overwrite=True)
 
     def _steps_until_pause(self, step: int) -> int:
@@ -402,6 +414,7 @@ def _check_detection(manifest: Manifest, config: TrainConfig) -> None:
     if config.detection.eval_boxes == "proposals":
         for split in filter(None, (dataset.eval_split, dataset.validation_split)):
             require_proposals(manifest, split)
+    require_boxes(manifest, dataset.eval_split)
 
 
 def _training_records(manifest: Manifest, config: TrainConfig) -> tuple[Record, ...]:

@@ -1,8 +1,5 @@
 """Validation during training, on the centre clip of each video."""
 
-import math
-from typing import NamedTuple
-
 import numpy as np
 
 from x3d_tf.config import Detection
@@ -10,32 +7,18 @@ from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.records.index import parse_key_frame_id
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation.detection import score_split
+from x3d_tf.evaluation.detection import require_boxes, score_split
 from x3d_tf.evaluation.metrics import mean_average_precision, top_k_accuracy
 from x3d_tf.evaluation.multiview import predict_split
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.types import ViewSpec
+from x3d_tf.types import Metric, ViewSpec
 
 
-class Score(NamedTuple):
-    """Result of a validation. Higher accuracy is better; of equal accuracies, the lower loss is better.
-
-    Attributes:
-        accuracy: top-1 accuracy for single-label tasks, else mean average precision (mAP), in [0, 1].
-        loss: mean cross-entropy of the probabilities; 1 - mAP for a detector.
-    """
-
-    accuracy: float
-    loss: float
-
-    def beats(self, other: "Score | None") -> bool:
-        """Returns True if this score is better than `other`, or if `other` is None."""
-        return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
-
-
-class Validation:
+class ClipValidation:
     """Evaluates a classification network on a split.
+
+    Computes top1, or for multi-label tasks the mean average precision (map), and the mean cross-entropy.
 
     Args:
         model: the network. Its weights may change between calls.
@@ -55,11 +38,12 @@ class Validation:
         records = manifest.split(split).records
         if not records:
             raise UserError(f"validation split {split!r} of {manifest.folder} must have at least one record")
+        self.metrics = (Metric("map" if model.task == "multi_label" else "top1", "share"), Metric("loss", "loss"))
         self._truth = np.zeros((len(records), len(manifest.classes)), bool)
         for row, record in zip(self._truth, records):
             row[list(record.labels)] = True
 
-    def __call__(self) -> Score:
+    def __call__(self) -> dict[str, float]:
         """Evaluates the current weights."""
         probabilities = predict_split(
             self._model,
@@ -71,15 +55,19 @@ class Validation:
         tiny = np.finfo(np.float32).tiny
         if self._model.task == "multi_label":
             likelihood = np.where(self._truth, probabilities, 1 - probabilities)
-            accuracy = mean_average_precision(probabilities, self._truth)
+            score = {"map": mean_average_precision(probabilities, self._truth)}
         else:
             likelihood = probabilities[self._truth]
-            accuracy = top_k_accuracy(probabilities, self._truth.argmax(axis=1), 1)
-        return Score(accuracy, float(-np.mean(np.log(np.maximum(likelihood, tiny)))))
+            score = {"top1": top_k_accuracy(probabilities, self._truth.argmax(axis=1), 1)}
+        return score | {"loss": float(-np.mean(np.log(np.maximum(likelihood, tiny))))}
+
+    def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
+        """Ranks by top1 or map; of equal ones, the lower loss is better."""
+        return scores[self.metrics[0].name], -scores["loss"]
 
 
 class DetectorValidation:
-    """Evaluates a detector on a split by its frame mAP, which replaces the accuracy.
+    """Evaluates a detector on a split by its frame mAP (map).
 
     Args:
         model: the detector. Its weights may change between calls.
@@ -88,8 +76,10 @@ class DetectorValidation:
         detection: the settings that select key frames and boxes.
 
     Raises:
-        UserError: the split has no key frames to validate on.
+        UserError: the split has no key frames, or no annotated boxes of the evaluated actions, to validate on.
     """
+
+    metrics = (Metric("map", "share"),)
 
     def __init__(self, model: Detector, manifest: Manifest, split: str, detection: Detection) -> None:
         every = detection.validation_every
@@ -102,9 +92,13 @@ class DetectorValidation:
             )
         self._model, self._manifest, self._split = model, manifest.with_records(split, selected), split
         self._detection = detection
+        require_boxes(self._manifest, split)
 
-    def __call__(self) -> Score:
+    def __call__(self) -> dict[str, float]:
         """Evaluates the current weights."""
         _, scores = score_split(self._model, self._manifest, self._split, self._detection)
-        mean_ap = 0.0 if math.isnan(scores.mean) else scores.mean
-        return Score(mean_ap, 1 - mean_ap)
+        return {"map": scores.mean}
+
+    def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
+        """Ranks by map."""
+        return (scores["map"],)
