@@ -103,7 +103,7 @@ def test_layers_have_the_names_that_the_graph_gives_them(head: Any) -> None:
     options = ModelOptions(drop_connect=0.5)
     recorder = walk(SMALL, options, head, "detection" if head else "single_label", 3)
     build: Any = x3d_tf.build_detector if head else x3d_tf.build_x3d
-    model = build(SMALL, 3, **({"head": head} if head else {}), drop_connect=0.5)
+    model = build(SMALL, 3, **({"head": head} if head else {}), options=options)
     layers = [layer.name for layer in model.layers if layer.name not in ("clip", "boxes")]
     assert sorted(layers) == sorted({*recorder.names} - {"probabilities"})
     weighted = [layer.name for layer in model.layers if layer.weights and "norm" not in layer.name]

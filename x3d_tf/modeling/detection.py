@@ -24,8 +24,8 @@ def build_detector(
     num_classes: int = 80,
     *,
     head: DetectionHead = "full",
+    options: ModelOptions | None = None,
     name: str | None = None,
-    **options: Any,
 ) -> "Detector":
     """Builds a detector with randomly initialized weights.
 
@@ -37,8 +37,8 @@ def build_detector(
         head: "full" has conv5 and fc1, which matches the paper's parameter count; "simple" is one linear layer on res5;
             "frame" is "full" without RoIAlign: it ignores the boxes and gives each the scores of the full frame, as a
             baseline.
+        options: what the factors do not determine; `head_pool` must be "global". Defaults to `ModelOptions()`.
         name: name of the model. Defaults to the name of the variant plus "_detector".
-        **options: the fields of `ModelOptions` except head_pool.
 
     Returns:
         A model with two inputs: `clip`, (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W; and `boxes`,
@@ -46,16 +46,13 @@ def build_detector(
         (0, 1); ignore the scores of padded boxes.
 
     Raises:
-        ValueError, TypeError: an unknown variant or option, or a value out of range.
+        ValueError, TypeError: an unknown variant, or a value of the wrong type or out of range.
 
     Example:
         >>> detector = build_detector("x3d_m", num_classes=80)
         >>> scores = detector({"clip": clips, "boxes": boxes})
     """
-    known = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "head_pool"]
-    for option in options:
-        require(option in known, "build_detector's options", f"be one of {', '.join(known)}", option)
-    return Detector(as_expansion(network), num_classes, ModelOptions(**options), head=head, name=name)
+    return Detector(as_expansion(network), num_classes, options or ModelOptions(), head=head, name=name)
 
 
 @keras.saving.register_keras_serializable("x3d_tf")

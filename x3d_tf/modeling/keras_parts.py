@@ -61,8 +61,8 @@ class KerasParts:
         return ops.add(ops.expand_dims(x, 1), ops.zeros_like(boxes[..., :1]))
 
     def dense(self, x: Any, units: int, name: str, *, function: Function | None = None, bias: bool = True) -> Any:
-        he_normal, near_zero = conv_initializer(units), keras.initializers.RandomNormal(stddev=0.01)
-        initializer = he_normal if function == "relu" else near_zero
+        is_hidden = function == "relu"
+        initializer = conv_initializer(units) if is_hidden else keras.initializers.RandomNormal(stddev=0.01)
         return layers.Dense(
             units, function, use_bias=bias, kernel_initializer=initializer, name=name, dtype=full_precision()
         )(x)

@@ -52,7 +52,10 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
         arrays = _split_by_tap(source, len(targets))
         for target, weights in zip(targets, arrays):
             target.set_weights([w.reshape(t.shape) for w, t in zip(weights, target.weights)])
-    app.metadata = Metadata.from_model(model, class_names=names, form="portable", size=size)
+    # An attribute, because a subclass of keras.Model could not be loaded without this package.
+    app.metadata = Metadata.from_model(  # type: ignore[attr-defined]
+        model, class_names=names, form="portable", size=size
+    )
     return app
 
 

@@ -26,8 +26,8 @@ def build_x3d(
     *,
     include_top: bool = True,
     task: Task = "single_label",
+    options: ModelOptions | None = None,
     name: str | None = None,
-    **options: Any,
 ) -> "X3D":
     """Builds a network with randomly initialized weights.
 
@@ -37,26 +37,21 @@ def build_x3d(
         include_top: False stops before fc1: the output is then pool5, (N, channels).
         task: "single_label" or "multi_label". Determines whether `portable` converts logits to probabilities with
             softmax or with sigmoid; the network itself returns logits.
+        options: what the factors do not determine. Defaults to `ModelOptions()`.
         name: name of the model. Defaults to the name of the variant.
-        **options: the fields of `ModelOptions`: input, stem_kernel, se, swish, swish_before, separable, shortcut_norm,
-            head_pool, bn_group, drop_connect, dropout.
 
     Returns:
         A model that maps clips (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W, to logits (N,
         num_classes). The outputs of its layers conv1, res2, ..., res5, conv5, pool5 and fc1 can be used as features.
 
     Raises:
-        ValueError, TypeError: an unknown variant or option, or a value of the wrong type or out of range.
+        ValueError, TypeError: an unknown variant, or a value of the wrong type or out of range.
 
     Example:
-        >>> model = build_x3d("x3d_m", num_classes=10, drop_connect=0.1)
+        >>> model = build_x3d("x3d_m", num_classes=10, options=ModelOptions(drop_connect=0.1))
     """
-    known = [field.name for field in dataclasses.fields(ModelOptions)]
-    for option in options:
-        require(option in known, "build_x3d's options", f"be one of {', '.join(known)}", option)
-    return X3D(
-        as_expansion(network), num_classes, ModelOptions(**options), include_top=include_top, task=task, name=name
-    )
+    options = options or ModelOptions()
+    return X3D(as_expansion(network), num_classes, options, include_top=include_top, task=task, name=name)
 
 
 class Network(keras.Model):
