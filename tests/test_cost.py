@@ -101,6 +101,8 @@ def test_rows_add_up_and_have_unique_names() -> None:
     assert rows[0].shape == (13, 80, 80, 24)
 
 
-def test_zero_classes_are_rejected() -> None:
+def test_invalid_arguments_are_rejected() -> None:
+    with pytest.raises(ValueError, match="head must be one of full, simple, frame, got 'large'"):
+        cost("x3d_s", head="large")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"num_classes must be in \[1, 100000\], got 0"):
         cost("x3d_s", num_classes=0)

@@ -31,10 +31,9 @@ POOLS = ("global", "fixed_probabilities", "fixed_logits")
 
 
 class Recorder:
-    """A set of parts whose tensors are bare objects. It records the name of each layer, or else of the method."""
+    """A set of parts whose tensors are bare objects. It records its calls and the names of the layers."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
         self.methods: set[str] = set()
         self.names: list[str] = []
 

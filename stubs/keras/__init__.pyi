@@ -1,6 +1,6 @@
-"""What mypy knows of Keras, which has no usable types: the models. All other names are `Any`.
+"""Types of Keras' models for mypy. All other names of Keras, which has no usable types, are `Any`.
 
-With an untyped `keras.Model`, mypy would accept each of its subclasses in place of any class.
+If `keras.Model` were `Any`, mypy would accept each of its subclasses in place of any class.
 """
 
 from typing import Any, Self

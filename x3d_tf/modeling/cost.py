@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from x3d_tf.modeling.architecture import REGION_BINS, ModelOptions, plan, require_classes
 from x3d_tf.modeling.expansion import Expansion, as_expansion
-from x3d_tf.modeling.graph import DetectionHead, detection_graph, graph
+from x3d_tf.modeling.graph import DetectionHead, detection_graph, graph, require_head
 from x3d_tf.modeling.parts import Function
 from x3d_tf.types import ClipSpec
 
@@ -70,9 +70,8 @@ def cost(
     Raises:
         ValueError: an unknown variant, or a value out of range.
     """
-    return sum(
-        (row.cost for row in layer_costs(network, clip, num_classes=num_classes, options=options, head=head)), Cost()
-    )
+    rows = layer_costs(network, clip, num_classes=num_classes, options=options, head=head)
+    return sum((row.cost for row in rows), Cost())
 
 
 def layer_costs(
@@ -85,6 +84,8 @@ def layer_costs(
 ) -> list[LayerCost]:
     """Returns the cost of each layer in execution order. The arguments are those of `cost`."""
     require_classes(num_classes)
+    if head is not None:
+        require_head(head)
     return _rows(as_expansion(network), clip, num_classes, options, head)
 
 

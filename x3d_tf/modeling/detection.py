@@ -5,14 +5,14 @@ both layers there are 3.106 M, without fc1 at most 2.09 M.
 """
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any
 
 import keras
 
 from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
 from x3d_tf.modeling.expansion import Expansion, as_expansion
-from x3d_tf.modeling.graph import DetectionHead, detection_graph, probabilities
+from x3d_tf.modeling.graph import DetectionHead, detection_graph, probabilities, require_head
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.parts import Parts
 from x3d_tf.modeling.x3d import Network, layer_name
@@ -78,7 +78,7 @@ class Detector(Network):
         **kwargs: Any,
     ) -> None:
         require_classes(num_classes)
-        require(head in get_args(DetectionHead), "head", f"be one of {', '.join(get_args(DetectionHead))}", head)
+        require_head(head)
         pool = options.head_pool
         require(pool == "global", "ModelOptions.head_pool", 'be "global" for a detector, which pools boxes', pool)
         inputs, parts = _inputs(keras.Input((None, None, None, 3), name="clip")), TrainableParts(options.bn_group)

@@ -3,8 +3,9 @@
 A function gets its widths from the architecture and reads no attribute of a tensor.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
+from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import FC1_WIDTH, Architecture, BlockPlan, ModelOptions, pool_window, se_width
 from x3d_tf.modeling.parts import Function, Parts, Tensor
 from x3d_tf.types import Task
@@ -91,6 +92,11 @@ def detection_graph(
 def probabilities(logits: Tensor, task: Task, parts: Parts[Tensor]) -> Tensor:
     """Converts the logits of either network to probabilities."""
     return parts.probabilities(logits, output_function(task), "scores" if task == "detection" else "probabilities")
+
+
+def require_head(head: object) -> None:
+    """Raises `UserError` unless `head` is the name of a detection head."""
+    require(head in get_args(DetectionHead), "head", f"be one of {', '.join(get_args(DetectionHead))}", head)
 
 
 def output_function(task: Task) -> Function:
