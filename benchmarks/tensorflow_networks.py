@@ -19,6 +19,7 @@ from x3d_tf.config import Execution, Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.modeling import x3d
 from x3d_tf.modeling.folded import fold
+from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.layers import ChannelwiseConv3D, GhostBatchNorm, conv_initializer
 from x3d_tf.parallel import map_clips_in_parallel
 from x3d_tf.training.losses import SingleLabelLoss
@@ -98,7 +99,7 @@ FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
 }
 
 
-class GroupedParts(x3d.TrainableParts):
+class GroupedParts(TrainableParts):
     """Layers of the trainable network, with Keras' grouped convolution as the channel-wise convolution."""
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:

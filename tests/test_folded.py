@@ -14,10 +14,10 @@ from x3d_tf.parallel import map_clips_in_parallel
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.4)  # res4 has two blocks
 
 
-def network(expansion: x3d_tf.Expansion = TINY, **options: Any) -> x3d_tf.X3D:
+def network(expansion: x3d_tf.Expansion = TINY, *, task: Any = "single_label", **options: Any) -> x3d_tf.X3D:
     """Builds a network whose batch norms all differ from their initial values."""
     keras.utils.set_random_seed(0)
-    model = x3d_tf.build_x3d(expansion, num_classes=5, **options)
+    model = x3d_tf.build_x3d(expansion, num_classes=5, task=task, options=x3d_tf.ModelOptions(**options))
     draw = np.random.default_rng(0)
     for layer in model.layers:
         if hasattr(layer, "moving_mean"):

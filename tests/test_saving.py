@@ -85,7 +85,7 @@ def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
     ids=str,
 )
 def test_portable_equals_the_trainable_network(options: dict, clips: np.ndarray) -> None:
-    network = x3d_tf.build_x3d(TINY, num_classes=3, **options)
+    network = x3d_tf.build_x3d(TINY, num_classes=3, options=x3d_tf.ModelOptions(**options))
     for layer in network.layers:
         if hasattr(layer, "moving_mean"):
             layer.moving_mean.assign(np.random.default_rng(2).standard_normal(layer.moving_mean.shape) * 0.1)
@@ -104,8 +104,8 @@ def test_portable_of_another_size(model: x3d_tf.X3D) -> None:
     ("pool", "task"),
     [("fixed_probabilities", "single_label"), ("fixed_logits", "single_label"), ("fixed_probabilities", "multi_label")],
 )
-def test_portable_pools_larger_clips_alike(pool: str, task: Any, tmp_path: Path) -> None:
-    network = x3d_tf.build_x3d(TINY, num_classes=3, head_pool=pool, task=task)
+def test_portable_pools_larger_clips_alike(pool: Any, task: Any, tmp_path: Path) -> None:
+    network = x3d_tf.build_x3d(TINY, num_classes=3, task=task, options=x3d_tf.ModelOptions(head_pool=pool))
     clips = np.random.default_rng(1).integers(0, 256, (1, 4, 96, 96, 3), dtype=np.uint8)
     x3d_tf.save(x3d_tf.portable(network, NAMES, size=96), tmp_path / "model.keras")
     app = keras.models.load_model(tmp_path / "model.keras")

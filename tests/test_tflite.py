@@ -29,10 +29,10 @@ TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=32 / 112, gamma_b=2.25, 
 NAMES = ("left", "right", "störung")
 
 
-def trained(**options: Any) -> x3d_tf.X3D:
+def trained(*, task: Any = "single_label", **options: Any) -> x3d_tf.X3D:
     """Returns a network with random batch norms that gives different probabilities for each of `clips`."""
     keras.utils.set_random_seed(0)
-    model = x3d_tf.build_x3d(TINY, num_classes=len(NAMES), **options)
+    model = x3d_tf.build_x3d(TINY, num_classes=len(NAMES), task=task, options=x3d_tf.ModelOptions(**options))
     draw = np.random.default_rng(0)
     for layer in model.layers:
         if hasattr(layer, "moving_mean"):

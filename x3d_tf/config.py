@@ -11,6 +11,7 @@ from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
+from x3d_tf.modeling.graph import DetectionHead
 from x3d_tf.types import MAX_VIEWS
 
 
@@ -165,7 +166,7 @@ class Detection:
         SettingTypeError, UserError: names the field, the rule and the value received.
     """
 
-    head: Literal["full", "simple", "frame"] = "full"
+    head: DetectionHead = "full"
     proposal_iou: float = 0.9
     negatives: bool = False
     eval_boxes: Literal["proposals", "annotated"] = "proposals"

@@ -32,7 +32,8 @@ from x3d_tf.evaluation.eval_config import detector_report_folder
 from x3d_tf.evaluation.multiview import CLIPS_A_CALL
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, locked_report_folder, refuse_to_replace
 from x3d_tf.modeling.archive import weights_of
-from x3d_tf.modeling.detection import Detector, cost_of
+from x3d_tf.modeling.cost import cost_of
+from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import load_detector
 from x3d_tf.parallel import optimize_for_device

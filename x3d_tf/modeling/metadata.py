@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, require_window
 from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion
+from x3d_tf.modeling.graph import DetectionHead
 from x3d_tf.text import check_class_name, counted
 from x3d_tf.types import MAX_VIEWS, FrameSampling, Storage, Task, stored_from_json, stored_to_json
 
@@ -56,7 +57,7 @@ class Metadata:
     size: int
     task: Task = "single_label"
     stretch: bool = False
-    detection_head: Literal["full", "simple", "frame"] | None = None
+    detection_head: DetectionHead | None = None
     stored: Storage | None = None
     frame_sampling: FrameSampling = "slowfast"
     test_views: int = 10
@@ -97,28 +98,19 @@ class Metadata:
             size or model.clip.size,
             model.task,
             model.stretch,
-            getattr(model, "head", None),
+            model.head,
             model.stored,
             model.frame_sampling,
             model.test_views,
         )
 
-    def layers(self) -> Iterator[tuple[str, int]]:
-        """Yields the name and the number of trainable parameters of each layer, counted lazily."""
-        absent = set() if self.include_top else {"fc1", "fc2"}
-        if self.detection_head == "simple":
-            absent = {"conv5", "fc1", "fc2"}
-        for name, count in parameters(self.expansion, self.num_classes, self.options):
-            if name not in absent:
-                yield name, count
-        if self.detection_head == "simple":
-            width = plan(self.expansion, self.options).stages[-1].width
-            yield "fc2", (width + 1) * self.num_classes
+    def layers(self) -> list[tuple[str, int]]:
+        """Returns the name and the number of trainable parameters of each layer."""
+        num_classes = self.num_classes if self.include_top else None
+        return parameters(self.expansion, num_classes, self.options, self.detection_head)
 
     def require_capacity(self, where: str, weights: int, arrays: int | None = None) -> None:
         """Checks, before the network is built, that a file is large enough to hold its weights.
-
-        Counting stops at the first layer that does not fit.
 
         Args:
             where: the file or member that holds the weights, for the message.

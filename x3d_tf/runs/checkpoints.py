@@ -24,7 +24,7 @@ import tensorflow as tf
 from x3d_tf.errors import UserError, first_line, require
 from x3d_tf.files import WriteError, os_errors_as_write_error
 from x3d_tf.modeling.metadata import Metadata
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.modeling.x3d import X3D, Network
 from x3d_tf.runs.run_folder import RunFolder, checkpoint_step
 from x3d_tf.text import counted
 
@@ -72,7 +72,7 @@ class Checkpoints:
         origin: the identity of this run. Checkpoints of another origin are rejected.
     """
 
-    def __init__(self, run: RunFolder, model: X3D, others: Mapping[str, list[Any]], origin: Origin) -> None:
+    def __init__(self, run: RunFolder, model: Network, others: Mapping[str, list[Any]], origin: Origin) -> None:
         self.folder, self._run, self._origin = run.checkpoints, run, origin
         weights = [weight.value for weight in model.weights]
         # Listed explicitly, because Keras' own tracking omits the states of seed generators.

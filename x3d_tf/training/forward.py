@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from x3d_tf.modeling.architecture import STAGE_NAMES, plan
+from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.layers import Dropout, GhostBatchNorm
 from x3d_tf.modeling.x3d import Network
 from x3d_tf.parallel import num_batch_slices
@@ -99,10 +99,8 @@ def _cut_at_convolutions(model: Network) -> Iterator[_Cut]:
 
 def _blocks(model: Network) -> Iterator[tuple[str, str]]:
     """Yields the names of the residual blocks in order, each with the name of its last layer."""
-    for stage_name, stage in zip(STAGE_NAMES, plan(model.expansion, model.options).stages):
-        for index in range(stage.depth):
-            block = f"{stage_name}_{index}"
-            yield block, stage_name if index == stage.depth - 1 else block
+    for block in plan(model.expansion, model.options).blocks():
+        yield block.name, block.end
 
 
 def _layers_between(producers: dict[int, Any], inputs: Iterable[Any], output: Any) -> list[Any]:
