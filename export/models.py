@@ -26,11 +26,8 @@ from x3d_tf.types import ViewSpec
 
 _LONGEST_NAME = 100  # bytes; leaves space for the format, the suffix and the mark of a temporary file
 _METRICS = ("top1", "top5", "map")  # copied from the reports to the card
-_OUTPUTS = {
-    "single_label": "probabilities that sum to 1",
-    "multi_label": "an independent probability for each class",
-    "detection": "an independent score for each box and action; boxes are x1, y1, x2, y2, relative to the clip in 0..1",
-}
+_BOX_OUTPUT = "an independent score for each box and action; boxes are x1, y1, x2, y2, relative to the clip in 0..1"
+_OUTPUTS = {"softmax": "probabilities that sum to 1", "sigmoid": "an independent probability for each class"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +93,7 @@ class ExportableModel:
                 "shape": [batch or "N", clip.frames, model.eval_size, model.eval_size, 3],
                 "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",
             },
-            "output": _OUTPUTS[model.task],
+            "output": _OUTPUTS[model.activation] if model.head is None else _BOX_OUTPUT,
             "classes": list(self.class_names),
             "expansion": dataclasses.asdict(model.expansion),
             "options": dataclasses.asdict(model.options),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from evaluating import evaluate_run
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
@@ -22,20 +23,20 @@ from x3d_tf.data.datasets.ava import KeyFrame, read_boxes
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation.classification import evaluate_run
 from x3d_tf.evaluation.detection import score_split
 from x3d_tf.evaluation.detection_reports import evaluate_files, score_detections
+from x3d_tf.evaluation.validation import KeyFrameValidation
+from x3d_tf.losses import BoxLoss
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.saving import load_detector
-from x3d_tf.training import forward, loop
-from x3d_tf.training.inputs import save_training_preview
-from x3d_tf.training.loop import Trainer, train
-from x3d_tf.training.losses import BoxLoss
+from x3d_tf.tasks.base import find
+from x3d_tf.training import forward
+from x3d_tf.training.checks import check_run
+from x3d_tf.training.loop import train
 from x3d_tf.training.schedule import build_schedule
 from x3d_tf.training.step import TrainStep
 from x3d_tf.training.transfer import load_pretrained
-from x3d_tf.training.validation import DetectorValidation
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -122,7 +123,7 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_detector_training as test
-from x3d_tf.training.losses import BoxLoss
+from x3d_tf.losses import BoxLoss
 inputs, labels = test.given(3, 2)
 inputs["boxes"][0] = 0  # different numbers of boxes per device
 logits = np.random.default_rng(1).standard_normal((4, 5, 3)).astype("float32")
@@ -270,7 +271,7 @@ def test_previews_name_the_key_frame_and_the_labels_of_its_boxes(
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "save_clips", lambda *given: drawn.extend(given))
     manifest = Manifest.load(folder / "records")
-    save_training_preview(manifest, config_of(folder), tmp_path / "a.png", 6)
+    find("detection").save_preview(config_of(folder), manifest, tmp_path / "a.png", 6)
     seconds, named = set(), set()
     for pixels, caption in zip(*drawn[:2]):
         first, *boxes = caption.splitlines()
@@ -354,11 +355,11 @@ def test_a_report_counts_key_frames_without_a_record(folder: Path, run: Any, tmp
 def test_validation_on_a_subset_of_the_key_frames(folder: Path, run: Any) -> None:
     manifest, model = Manifest.load(folder / "records"), load_detector(run.root)
     every = [Detection(eval_boxes="annotated", validation_every=number) for number in (2, 452, 1000)]
-    taken = DetectorValidation(model, manifest, "test", every[0])._manifest.splits["test"].records
+    taken = KeyFrameValidation(model, manifest, "test", every[0])._manifest.splits["test"].records
     assert [record.media_id for record in taken] == ["film,0904"]
-    assert 0 <= DetectorValidation(model, manifest, "test", every[1])()["map"] <= 1
+    assert 0 <= KeyFrameValidation(model, manifest, "test", every[1])()["map"] <= 1
     with pytest.raises(UserError, match=r"at least one key frame at a multiple of Detection\.validation_every = 1000"):
-        DetectorValidation(model, manifest, "test", every[2])
+        KeyFrameValidation(model, manifest, "test", every[2])
 
 
 def test_without_annotated_boxes_training_does_not_start(folder: Path, tmp_path: Path) -> None:
@@ -367,10 +368,10 @@ def test_without_annotated_boxes_training_does_not_start(folder: Path, tmp_path:
     unlabelled = [record._replace(labels=()) for record in manifest.splits["test"].records]
     manifest = manifest.with_records("test", unlabelled)
     message = "split 'test' of .* must have annotated boxes of the evaluated actions"
-    with pytest.raises(UserError, match=message):
-        Trainer(config_of(folder), manifest, tf.distribute.get_strategy())
-    with pytest.raises(UserError, match=message):
-        loop._check_records(manifest, config_of(folder, dataset=DatasetSpec(str(folder / "records"))))
+    for validated in (None, "test"):
+        dataset = DatasetSpec(str(folder / "records"), validation_split=validated)
+        with pytest.raises(UserError, match=message):
+            check_run(config_of(folder, dataset=dataset), manifest, find("detection"), devices=1)
 
 
 def test_views_of_a_detector_cannot_be_set(run: Any) -> None:

@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from evaluating import evaluate_run
 from sklearn.metrics import average_precision_score
 from video_fixtures import noise_video, write_records
 
 import x3d_tf
 from x3d_tf.config import Execution, Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
-from x3d_tf.evaluation.classification import evaluate_run
+from x3d_tf.evaluation.validation import ClipValidation
 from x3d_tf.modeling.metadata import Metadata
 from x3d_tf.runs.checkpoints import checkpoint_steps, load_checkpoint
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.tasks.classification import ClipTask
 from x3d_tf.training import loop
 from x3d_tf.training.loop import train
-from x3d_tf.training.validation import ClipValidation
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -203,7 +204,7 @@ def test_a_run_validates_on_an_existing_split(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "Trainer", start)
-    monkeypatch.setattr(loop, "save_training_preview", lambda *_: None)
+    monkeypatch.setattr(ClipTask, "save_preview", lambda *_: None)
     given = replace(config_of(tmp_path / "records", replace(QUICK, patience=2)), dataset=DatasetSpec("unset"))
     final, early_stopping = "the final evaluation.", "Early stopping selects the best step on val"
     for names, chosen, sentence in (
@@ -245,5 +246,5 @@ def test_multi_label_training_and_evaluation(tmp_path: Path) -> None:
     assert report.results["map"] == pytest.approx(np.mean(precisions), abs=1e-4)  # the file rounds probabilities
     assert report.results["map"] > 0.9
     assert run.read_history()[-1]["loss"] < run.read_history()[0]["loss"]
-    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" for multi-label and detection records'):
+    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" for the task multi_label, got'):
         train(replace(config, recipe=replace(recipe, class_weights="balanced")), tmp_path / "other")

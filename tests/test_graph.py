@@ -54,12 +54,19 @@ class Recorder:
         return call
 
 
-def walk(expansion: Expansion, options: ModelOptions, head: str | None, task: Any, num_classes: int | None) -> Recorder:
+def walk(
+    expansion: Expansion, options: ModelOptions, head: str | None, activation: Any, num_classes: int | None
+) -> Recorder:
     recorder, architecture = Recorder(), plan(expansion, options)
     built: Any = recorder
     if head is None:
         output = graph.graph(
-            object(), architecture, built, train_size=expansion.clip.size, num_classes=num_classes, task=task
+            object(),
+            architecture,
+            built,
+            train_size=expansion.clip.size,
+            num_classes=num_classes,
+            activation=activation,
         )
     else:
         output = graph.detection_graph(
@@ -71,27 +78,25 @@ def walk(expansion: Expansion, options: ModelOptions, head: str | None, task: An
             num_classes=num_classes,  # type: ignore[arg-type]
         )
     if num_classes:
-        graph.probabilities(output, task, built)
+        recorder.probabilities(output, activation, "scores" if head else "probabilities")
     return recorder
 
 
 def every_walk() -> list[tuple[ModelOptions, str | None, str, int | None]]:
     classifiers = [
-        (ModelOptions(**options, head_pool=pool), None, task, classes)  # type: ignore[arg-type]
-        for options, pool, task, classes in itertools.product(
-            OPTIONS, POOLS, ("single_label", "multi_label"), (5, None)
-        )
+        (ModelOptions(**options, head_pool=pool), None, activation, classes)  # type: ignore[arg-type]
+        for options, pool, activation, classes in itertools.product(OPTIONS, POOLS, ("softmax", "sigmoid"), (5, None))
     ]
     heads = get_args(graph.DetectionHead)
-    detectors = [(ModelOptions(**options), head, "detection", 3) for options in OPTIONS for head in heads]
+    detectors = [(ModelOptions(**options), head, "sigmoid", 3) for options in OPTIONS for head in heads]
     return [*classifiers, *detectors]
 
 
 def test_the_graph_reads_nothing_of_its_tensors() -> None:
     """All heads, poolings and options are walked with bare objects; together they call every method of the protocol."""
     called: set[str] = set()
-    for options, head, task, classes in every_walk():
-        recorder = walk(SMALL, options, head, task, classes)
+    for options, head, activation, classes in every_walk():
+        recorder = walk(SMALL, options, head, activation, classes)
         assert len(set(recorder.names)) == len(recorder.names)
         called |= recorder.methods
     assert called == METHODS
@@ -100,7 +105,7 @@ def test_the_graph_reads_nothing_of_its_tensors() -> None:
 @pytest.mark.parametrize("head", [None, "full", "simple", "frame"])
 def test_layers_have_the_names_that_the_graph_gives_them(head: Any) -> None:
     options = ModelOptions(drop_connect=0.5)
-    recorder = walk(SMALL, options, head, "detection" if head else "single_label", 3)
+    recorder = walk(SMALL, options, head, "sigmoid" if head else "softmax", 3)
     build: Any = x3d_tf.build_detector if head else x3d_tf.build_x3d
     model = build(SMALL, 3, **({"head": head} if head else {}), options=options)
     layers = [layer.name for layer in model.layers if layer.name not in ("clip", "boxes")]

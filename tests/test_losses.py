@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from training_steps import CLASSES, batches, config_of, make
 
-from x3d_tf.training.losses import MultiLabelLoss, SingleLabelLoss, balancing_weights
+from x3d_tf.losses import SigmoidLoss, SoftmaxLoss, balancing_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -21,7 +21,7 @@ def test_loss_and_top1_are_of_the_batch() -> None:
 
 def test_the_multi_label_loss() -> None:
     labels = np.random.default_rng(1).integers(0, 2, (24, CLASSES)).astype("float32")
-    model, step = make(config_of(), task="multi_label", loss=MultiLabelLoss(8))
+    model, step = make(config_of(), activation="sigmoid", loss=SigmoidLoss(8))
     clips, truth = (part.numpy() for part in next(batches(labels=labels)))
     logits = model(clips, training=True).numpy().astype("float64")
     probabilities = 1 / (1 + np.exp(-logits))
@@ -33,7 +33,7 @@ def test_the_multi_label_loss() -> None:
 
 def test_class_weights_weigh_the_loss() -> None:
     weights = np.array([0.5, 2.0, 0.0], np.float32)
-    model, step = make(config_of(), loss=SingleLabelLoss(8, weights))
+    model, step = make(config_of(), loss=SoftmaxLoss(8, weights))
     clips, labels = (part.numpy() for part in next(batches()))
     logits = model(clips, training=True).numpy()
     nll = np.log(np.exp(logits).sum(axis=1)) - logits[range(8), labels]

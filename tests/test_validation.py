@@ -10,7 +10,7 @@ import x3d_tf
 from x3d_tf.data.datasets.spec import HELD_OUT, DatasetSpec, hold_out
 from x3d_tf.data.records.index import Record, Shard, Split, parse_segment_file, segment_id
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.training.validation import ClipValidation
+from x3d_tf.evaluation.validation import ClipValidation
 from x3d_tf.types import Storage
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
@@ -95,7 +95,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_score_is_that_of_the_middle_clips(records: Path) -> None:
     model = x3d_tf.X3D(TINY, 2, x3d_tf.ModelOptions())
     manifest = Manifest.load(records)
-    validation = ClipValidation(model, manifest, "train", DatasetSpec(records="unused"), TINY.test_size)
+    validation = ClipValidation(model, manifest, "train", "slowfast", TINY.test_size)
     clips, labels = next(iter(x3d_tf.dataset(records, TINY.clip, split="train", training=False, batch=5)))
     for shift in (0.0, 0.3):  # different weights, the same compiled function
         model.get_layer("fc2").bias.assign([shift, 0])

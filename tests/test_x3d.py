@@ -134,21 +134,21 @@ def _naive_head(model: X3D, maps: np.ndarray, window: int, pool: str) -> np.ndar
                 logits = np.maximum(pooled @ fc1[0], 0) @ fc2[0] + fc2[1]
                 if pool == "fixed_logits":
                     outputs.append(logits)
-                elif model.task == "multi_label":
+                elif model.activation == "sigmoid":
                     outputs.append(1 / (1 + np.exp(-logits)))
                 else:
                     outputs.append(np.exp(logits) / np.exp(logits).sum())
         mean = np.mean(outputs, axis=0)
         if pool == "fixed_probabilities":
-            mean = np.log(mean / (1 - mean)) if model.task == "multi_label" else np.log(mean)
+            mean = np.log(mean / (1 - mean)) if model.activation == "sigmoid" else np.log(mean)
         rows.append(mean)
     return np.array(rows)
 
 
-@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("pool", ["fixed_probabilities", "fixed_logits"])
-def test_fixed_poolings_equal_a_loop_over_windows(pool: Any, task: Any) -> None:
-    model = build_x3d(TINY, 4, task=task, options=ModelOptions(head_pool=pool))
+def test_fixed_poolings_equal_a_loop_over_windows(pool: Any, activation: Any) -> None:
+    model = build_x3d(TINY, 4, activation=activation, options=ModelOptions(head_pool=pool))
     fc2 = model.get_layer("fc2")
     fc2.kernel.assign(np.random.default_rng(0).normal(0, 0.5, fc2.kernel.shape))  # large enough for windows to disagree
     fc2.bias.assign([20.0, 1.0, -1.0, -30.0])  # classes near probability 1 and 0
@@ -160,7 +160,7 @@ def test_fixed_poolings_equal_a_loop_over_windows(pool: Any, task: Any) -> None:
 
 
 def test_confident_multi_label_windows_keep_their_probability() -> None:
-    model = build_x3d(TINY, 4, task="multi_label", options=ModelOptions(head_pool="fixed_probabilities"))
+    model = build_x3d(TINY, 4, activation="sigmoid", options=ModelOptions(head_pool="fixed_probabilities"))
     model.get_layer("fc2").bias.assign([4.6] * 4)
     np.testing.assert_allclose(keras.ops.sigmoid(model(clips(1, 4, 96, 96))), 0.99, atol=0.01)
 

@@ -10,8 +10,8 @@ import tensorflow as tf
 import x3d_tf
 from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.losses import SoftmaxLoss
 from x3d_tf.modeling.layers import GhostBatchNorm
-from x3d_tf.training.losses import SingleLabelLoss
 from x3d_tf.training.step import TrainStep, precision_scope
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
@@ -38,15 +38,19 @@ def config_of(
 
 
 def make(
-    config: TrainConfig, *, task: Any = "single_label", strategy: tf.distribute.Strategy | None = None, loss: Any = None
+    config: TrainConfig,
+    *,
+    activation: Any = "softmax",
+    strategy: tf.distribute.Strategy | None = None,
+    loss: Any = None,
 ) -> tuple[x3d_tf.X3D, TrainStep]:
     keras.utils.set_random_seed(0)
     with precision_scope(config.execution.precision):
-        model = x3d_tf.X3D(TINY, CLASSES, config.model, task=task)
+        model = x3d_tf.X3D(TINY, CLASSES, config.model, activation=activation)
     for layer in model.layers:  # a new residual block is the identity, which would hide most of the network
         if isinstance(layer, GhostBatchNorm):
             layer.gamma.assign(np.ones(layer.gamma.shape))
-    loss = loss or SingleLabelLoss(config.recipe.batch)
+    loss = loss or SoftmaxLoss(config.recipe.batch)
     return model, TrainStep(model, config, strategy or tf.distribute.get_strategy(), loss)
 
 

@@ -24,7 +24,6 @@ from x3d_tf.evaluation.metrics import (
 )
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
-from x3d_tf.types import Task
 
 RESULTS_NAME = "results.json"
 _STRING_FIELDS = ("network", "records", "split", "views")
@@ -52,28 +51,28 @@ class Predictions:
         videos: names of the videos.
         class_names: names of the network's classes.
         probabilities: (videos, classes).
-        truth: bool (videos, classes); for "single_label", exactly one class per video.
-        task: "single_label" or "multi_label".
+        truth: bool (videos, classes).
+        exclusive: whether each video has exactly one class.
     """
 
     videos: tuple[str, ...]
     class_names: tuple[str, ...]
     probabilities: np.ndarray
     truth: np.ndarray
-    task: Task
+    exclusive: bool
 
     @property
     def labels(self) -> np.ndarray:
-        """The class of each video, (videos,), for single-label tasks."""
+        """The class of each video, (videos,), if classes are exclusive."""
         return self.truth.argmax(axis=1)
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics for results.json, in [0, 1].
 
-        For single-label tasks: top1, top5 and their mean, which the paper reports for test sets. For multi-label tasks:
+        For exclusive classes: top1, top5 and their mean, which the paper reports for test sets. Otherwise:
         map, the mean average precision over the classes that have positives, and the number of these classes.
         """
-        if self.task == "multi_label":
+        if not self.exclusive:
             positive = int(self.truth.any(axis=0).sum())
             return {
                 "map": mean_average_precision(self.probabilities, self.truth),
@@ -122,7 +121,7 @@ def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predict
     write_csv(folder / "per_class.csv", _class_rows(predictions))
     confusion = folder / "confusion.png"
     confusion.unlink(missing_ok=True)
-    if predictions.task == "single_label":
+    if predictions.exclusive:
         counts = confusion_matrix(
             predictions.probabilities.argmax(axis=1), predictions.labels, len(predictions.class_names)
         )
@@ -135,7 +134,7 @@ def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predict
 def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     """Yields the header and one row per video: its name, its labels and all probabilities."""
     names = predictions.class_names
-    single = predictions.task == "single_label"
+    single = predictions.exclusive
     yield ["video", *(["label", "predicted"] if single else ["labels"]), *(f"p({name})" for name in names)]
     for video, row, truth in zip(predictions.videos, predictions.probabilities, predictions.truth):
         labels = ";".join(names[number] for number in np.flatnonzero(truth))
@@ -145,7 +144,7 @@ def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
 def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     """Yields the header and one row per class. Cells without a measurement are empty."""
     names, truth, probabilities = predictions.class_names, predictions.truth, predictions.probabilities
-    if predictions.task == "multi_label":
+    if not predictions.exclusive:
         yield ["class", "positives", "average_precision"]
         for name, positives, precision in zip(names, truth.sum(axis=0), average_precisions(probabilities, truth)):
             yield [name, positives, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]

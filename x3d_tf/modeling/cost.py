@@ -116,7 +116,7 @@ def _rows(
     pixels = (clip.frames, clip.size, clip.size, 3)
     if head is None:
         train_size = expansion.clip.size
-        graph(pixels, architecture, parts, train_size=train_size, num_classes=num_classes, task="single_label")
+        graph(pixels, architecture, parts, train_size=train_size, num_classes=num_classes, activation="softmax")
     else:
         assert num_classes is not None  # a detector has a classifier
         detection_graph(pixels, (1, 4), architecture, parts, head=head, num_classes=num_classes)

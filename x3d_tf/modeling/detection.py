@@ -12,11 +12,11 @@ import keras
 from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
 from x3d_tf.modeling.expansion import Expansion, as_expansion
-from x3d_tf.modeling.graph import DetectionHead, detection_graph, probabilities, require_head
+from x3d_tf.modeling.graph import DetectionHead, detection_graph, require_head
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.parts import Parts
 from x3d_tf.modeling.x3d import Network, layer_name
-from x3d_tf.types import Task
+from x3d_tf.types import TASK_NAME_RULE, Activation, is_task_name
 
 
 def build_detector(
@@ -63,7 +63,7 @@ class Detector(Network):
         head: "full", "simple" or "frame".
     """
 
-    task: Task = "detection"
+    activation: Activation = "sigmoid"
     include_top = True
     head: DetectionHead
 
@@ -74,11 +74,13 @@ class Detector(Network):
         options: ModelOptions,
         *,
         head: DetectionHead = "full",
+        task: str = "detection",
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         require_classes(num_classes)
         require_head(head)
+        require(is_task_name(task), "task", TASK_NAME_RULE, task)
         pool = options.head_pool
         require(pool == "global", "ModelOptions.head_pool", 'be "global" for a detector, which pools boxes', pool)
         inputs, parts = _inputs(keras.Input((None, None, None, 3), name="clip")), TrainableParts(options.bn_group)
@@ -86,10 +88,11 @@ class Detector(Network):
         logits = detection_graph(
             inputs["clip"], inputs["boxes"], architecture, parts, head=head, num_classes=num_classes
         )
-        scores = probabilities(logits, self.task, parts)
+        scores = parts.probabilities(logits, self.activation, "scores")
         name = name or f"{layer_name(expansion)}_detector"
         super().__init__(inputs=inputs, outputs=scores, name=name, **kwargs)
         self.expansion, self.options, self.num_classes, self.head = expansion, options, num_classes, head
+        self.task = task
         self.backbone_end = "res5" if head == "simple" else "conv5"
 
     @property
@@ -105,7 +108,7 @@ class Detector(Network):
         logits = detection_graph(
             inputs["clip"], inputs["boxes"], architecture, parts, head=self.head, num_classes=self.num_classes
         )
-        return keras.Model(inputs, probabilities(logits, self.task, parts), name=self.name)
+        return keras.Model(inputs, parts.probabilities(logits, self.activation, "scores"), name=self.name)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -113,6 +116,7 @@ class Detector(Network):
             "num_classes": self.num_classes,
             "options": dataclasses.asdict(self.options),
             "head": self.head,
+            "task": self.task,
             "name": self.name,
         }
 

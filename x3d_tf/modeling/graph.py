@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import FC1_WIDTH, Architecture, BlockPlan, ModelOptions, pool_window, se_width
-from x3d_tf.modeling.parts import Function, Parts, Tensor
-from x3d_tf.types import Task
+from x3d_tf.modeling.parts import Parts, Tensor
+from x3d_tf.types import Activation
 
 DetectionHead = Literal["full", "simple", "frame"]
 
@@ -20,7 +20,7 @@ def graph(
     *,
     train_size: int,
     num_classes: int | None,
-    task: Task,
+    activation: Activation,
 ) -> Tensor:
     """Builds the complete classifier (paper, Table 1).
 
@@ -30,7 +30,7 @@ def graph(
         parts: creates the layers.
         train_size: side of the training crop in pixels, which sets the window of the head's fixed poolings.
         num_classes: number of outputs; None stops at pool5.
-        task: "single_label" or "multi_label": the probabilities that fixed pooling averages.
+        activation: turns logits into the probabilities that fixed pooling averages.
 
     Returns:
         Logits (N, num_classes), or pool5 (N, head_width).
@@ -47,7 +47,7 @@ def graph(
     if pool == "fixed_logits":
         x = parts.spatial_mean(x)
     elif pool == "fixed_probabilities":
-        x = parts.mean_probability(x, output_function(task))
+        x = parts.mean_probability(x, activation)
     return x
 
 
@@ -89,19 +89,15 @@ def detection_graph(
     return fc2(x, num_classes, architecture, parts)
 
 
-def probabilities(logits: Tensor, task: Task, parts: Parts[Tensor]) -> Tensor:
-    """Converts the logits of either network to probabilities."""
-    return parts.probabilities(logits, output_function(task), "scores" if task == "detection" else "probabilities")
+def require_activation(activation: object) -> None:
+    """Raises `UserError` unless `activation` turns logits into probabilities."""
+    names = get_args(Activation)
+    require(activation in names, "activation", f"be one of {', '.join(names)}", activation)
 
 
 def require_head(head: object) -> None:
     """Raises `UserError` unless `head` is the name of a detection head."""
     require(head in get_args(DetectionHead), "head", f"be one of {', '.join(get_args(DetectionHead))}", head)
-
-
-def output_function(task: Task) -> Function:
-    """Returns the function that converts logits to probabilities."""
-    return "softmax" if task == "single_label" else "sigmoid"
 
 
 def backbone(clips: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:

@@ -13,12 +13,21 @@ from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion
 from x3d_tf.modeling.graph import DetectionHead
 from x3d_tf.text import check_class_name, counted
-from x3d_tf.types import MAX_VIEWS, FrameSampling, Storage, Task, stored_from_json, stored_to_json
+from x3d_tf.types import (
+    MAX_VIEWS,
+    TASK_NAME_RULE,
+    Activation,
+    FrameSampling,
+    Storage,
+    is_task_name,
+    stored_from_json,
+    stored_to_json,
+)
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import Network
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 JSON_LIMIT = 16 * 1024 * 1024  # bytes
 _NAMES_LIMIT = 2_000_000  # characters of all class names, so that even their escaped JSON is below JSON_LIMIT
 _INTEGER_DIGITS = 18
@@ -36,7 +45,8 @@ class Metadata:
         class_names: class names, one per output; empty without a classifier.
         form: `trainable` (this package's layers, logits) or `portable` (stock Keras layers, probabilities).
         size: side of the input clip in pixels for the portable form; the training crop for the trainable form.
-        task: "single_label" or "multi_label" for clips, or "detection" for boxes.
+        task: name of the task.
+        activation: function from logits to probabilities; always "sigmoid" for a detector.
         stretch: whether frames are resized to squares, ignoring the aspect ratio, before they are cropped.
         detection_head: "full", "simple" or "frame" for a detector; None for a classifier.
         stored: size and JPEG quality of the stored training frames; None if the frames were not stored.
@@ -55,7 +65,8 @@ class Metadata:
     class_names: tuple[str, ...]
     form: Literal["trainable", "portable"]
     size: int
-    task: Task = "single_label"
+    task: str = "single_label"
+    activation: Activation = "softmax"
     stretch: bool = False
     detection_head: DetectionHead | None = None
     stored: Storage | None = None
@@ -75,10 +86,11 @@ class Metadata:
         require(len(self.class_names) == expected, "class_names", f"have {expected} entries", len(self.class_names))
         for number, name in enumerate(self.class_names):
             check_class_name(name, f"class_names[{number}]")
-        detects = self.task == "detection"
-        is_consistent = (self.detection_head is not None) == detects and (self.include_top or not detects)
-        rule = f"be set if and only if task is 'detection' (task is {self.task!r})"
-        require(is_consistent, "detection_head", rule, self.detection_head)
+        require(is_task_name(self.task), "task", TASK_NAME_RULE, self.task)
+        detects = self.detection_head is not None
+        require(self.include_top or not detects, "detection_head", "be None without a classifier", self.detection_head)
+        is_sigmoid = not detects or self.activation == "sigmoid"
+        require(is_sigmoid, "activation", "be 'sigmoid' for a detector", self.activation)
         is_valid_sampling = not detects or self.frame_sampling == "slowfast"
         require(is_valid_sampling, "frame_sampling", "be 'slowfast' for a detector", self.frame_sampling)
         require(1 <= self.test_views <= MAX_VIEWS, "test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
@@ -97,6 +109,7 @@ class Metadata:
             form,
             size or model.clip.size,
             model.task,
+            model.activation,
             model.stretch,
             model.head,
             model.stored,

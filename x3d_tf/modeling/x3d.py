@@ -8,16 +8,14 @@ import keras
 from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
 from x3d_tf.modeling.expansion import Expansion, as_expansion, name_of
-from x3d_tf.modeling.graph import DetectionHead, graph, probabilities
+from x3d_tf.modeling.graph import DetectionHead, graph, require_activation
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.layers import RequireWindow
 from x3d_tf.modeling.parts import Parts
-from x3d_tf.types import ClipSpec, FrameSampling, Storage, Task
+from x3d_tf.types import TASK_NAME_RULE, Activation, ClipSpec, FrameSampling, Storage, is_task_name
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
-
-_TASKS = ("single_label", "multi_label")
 
 
 def build_x3d(
@@ -25,7 +23,8 @@ def build_x3d(
     num_classes: int = 400,
     *,
     include_top: bool = True,
-    task: Task = "single_label",
+    activation: Activation = "softmax",
+    task: str | None = None,
     options: ModelOptions | None = None,
     name: str | None = None,
 ) -> "X3D":
@@ -35,8 +34,9 @@ def build_x3d(
         network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
         num_classes: number of outputs of the classifier.
         include_top: False stops before fc1: the output is then pool5, (N, channels).
-        task: "single_label" or "multi_label". Determines whether `portable` converts logits to probabilities with
-            softmax or with sigmoid; the network itself returns logits.
+        activation: "softmax" for networks that choose one class, "sigmoid" for networks that decide on each class by
+            itself. `portable` turns logits into probabilities with it; the network itself returns logits.
+        task: name of the task, for the metadata. Defaults to "single_label" for softmax and "multi_label" for sigmoid.
         options: what the factors do not determine. Defaults to `ModelOptions()`.
         name: name of the model. Defaults to the name of the variant.
 
@@ -51,15 +51,23 @@ def build_x3d(
         >>> model = build_x3d("x3d_m", num_classes=10, options=ModelOptions(drop_connect=0.1))
     """
     options = options or ModelOptions()
-    return X3D(as_expansion(network), num_classes, options, include_top=include_top, task=task, name=name)
+    return X3D(
+        as_expansion(network),
+        num_classes,
+        options,
+        include_top=include_top,
+        activation=activation,
+        task=task,
+        name=name,
+    )
 
 
 class Network(keras.Model):
     """Base class of the classifier and the detector.
 
     Attributes:
-        expansion, options, num_classes, include_top, task, head: the arguments that the network was built from. Only
-            detectors have a `head`.
+        expansion, options, num_classes, include_top, activation, task, head: the arguments that the network was built
+            from. Only detectors have a `head`.
         class_names: class names, one per output, if the network was loaded by `x3d_tf.load`; otherwise empty.
         stretch: whether training frames were resized to squares, ignoring the aspect ratio. Evaluation does the same.
         stored: size and JPEG quality of the stored training frames. Frames of videos are then resized and compressed
@@ -74,7 +82,8 @@ class Network(keras.Model):
     options: ModelOptions
     num_classes: int
     include_top: bool
-    task: Task
+    activation: Activation
+    task: str
     head: DetectionHead | None = None
     class_names: tuple[str, ...] = ()
     stretch: bool = False
@@ -129,13 +138,16 @@ class X3D(Network):
         options: ModelOptions,
         *,
         include_top: bool = True,
-        task: Task = "single_label",
+        activation: Activation = "softmax",
+        task: str | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         require_classes(num_classes)
         require(isinstance(include_top, bool), "include_top", "be True or False", include_top)
-        require(task in _TASKS, "task", f"be one of {', '.join(_TASKS)}", task)
+        require_activation(activation)
+        task = task or ("single_label" if activation == "softmax" else "multi_label")
+        require(is_task_name(task), "task", TASK_NAME_RULE, task)
         clips = keras.Input((None, None, None, 3), name="clip")
         pools_windows = include_top and options.head_pool != "global"
         outputs = graph(
@@ -144,11 +156,12 @@ class X3D(Network):
             TrainableParts(options.bn_group),
             train_size=expansion.clip.size,
             num_classes=num_classes if include_top else None,
-            task=task,
+            activation=activation,
         )
         super().__init__(inputs=clips, outputs=outputs, name=name or layer_name(expansion), **kwargs)
         self.expansion, self.options = expansion, options
-        self.num_classes, self.include_top, self.task = num_classes, include_top, task
+        self.num_classes, self.include_top = num_classes, include_top
+        self.activation, self.task = activation, task
 
     def with_parts(self, clip: Any, parts: Parts[Any], options: ModelOptions | None = None) -> keras.Model:
         logits = graph(
@@ -157,9 +170,9 @@ class X3D(Network):
             parts,
             train_size=self.clip.size,
             num_classes=self.num_classes,
-            task=self.task,
+            activation=self.activation,
         )
-        return keras.Model(clip, probabilities(logits, self.task, parts), name=self.name)
+        return keras.Model(clip, parts.probabilities(logits, self.activation, "probabilities"), name=self.name)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -167,6 +180,7 @@ class X3D(Network):
             "num_classes": self.num_classes,
             "options": dataclasses.asdict(self.options),
             "include_top": self.include_top,
+            "activation": self.activation,
             "task": self.task,
             "name": self.name,
         }

@@ -10,7 +10,7 @@ from x3d_tf.training.optimizer import SGD
 
 
 class Accumulation:
-    """Sums the gradients of a step, and updates the network once: for micro-batches, and to detect float16 overflow.
+    """Sums the gradients of a step, and updates the network once: for micro-batches, and to find float16 overflow.
 
     Create it in the strategy's scope.
 

@@ -1,5 +1,6 @@
-"""Losses and training metrics."""
+"""Losses of logits, with the metrics of a training step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ BOX_TOP1 = Metric("box_top1", "share")
 BOXES_LEFT_OUT = Metric("boxes_left_out", "count", "boxes outside the training crops, which are ignored")
 
 
-class SingleLabelLoss:
+class SoftmaxLoss:
     """Softmax cross-entropy. Its top1 is the share of clips whose top-scoring class is the label.
 
     Args:
@@ -37,7 +38,7 @@ class SingleLabelLoss:
         return {"loss": tf.reduce_sum(losses) / self._batch, "top1": top1}
 
 
-class MultiLabelLoss:
+class SigmoidLoss:
     """Sigmoid cross-entropy, averaged over classes. Its top1 is the share of clips whose top class is among the labels.
 
     Args:
@@ -101,11 +102,11 @@ def _top_class_is_right(logits: Any, labels: Any) -> Any:
     return tf.gather(labels, best, axis=-1, batch_dims=len(logits.shape) - 1)
 
 
-def balancing_weights(labels: np.ndarray, classes: int) -> np.ndarray:
+def balancing_weights(labels: Sequence[int], classes: int) -> np.ndarray:
     """Returns loss factors that give all classes equal weight, with mean 1 over the clips; float32 [classes].
 
     Args:
-        labels: the class of each training video, integers.
+        labels: the class of each training video.
         classes: number of classes. A class without videos gets the factor 0.
     """
     counts = np.bincount(labels, minlength=classes)
