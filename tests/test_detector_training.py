@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from evaluating import evaluate_run
+from evaluating import evaluate_run, watch_run
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
@@ -372,6 +372,13 @@ def test_without_annotated_boxes_training_does_not_start(folder: Path, tmp_path:
         dataset = DatasetSpec(str(folder / "records"), validation_split=validated)
         with pytest.raises(UserError, match=message):
             check_run(config_of(folder, dataset=dataset), manifest, find("detection"), devices=1)
+
+
+def test_checkpoints_of_a_detector_are_evaluated(run: Any) -> None:
+    results = watch_run(run)
+    assert sorted(results) == [3, 6]
+    assert all(0 <= of_step["map"] <= 1 and of_step["key_frames"] == 3 for of_step in results.values())
+    assert results[6]["map"] == run.read_history()[-1]["validation_map"]  # the test split is the validation split
 
 
 def test_views_of_a_detector_cannot_be_set(run: Any) -> None:

@@ -57,6 +57,17 @@ build_detector("x3d_s", options=ModelOptions(se="some"))
 """,
         'Argument "se" to "ModelOptions" has incompatible type "Literal[\'some\']"',
     ),
+    "a task without methods": (
+        """
+from x3d_tf.tasks.base import Task
+
+class Ranking:
+    name = "ranking"
+
+task: Task = Ranking()
+""",
+        'Incompatible types in assignment (expression has type "Ranking", variable has type "Task")',
+    ),
     "a graph that reads a shape": (
         """
 from x3d_tf.modeling.parts import Parts, Tensor

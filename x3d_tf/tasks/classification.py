@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import X3D, Network
     from x3d_tf.runs.run_folder import RunFolder
+    from x3d_tf.tasks.base import Task
     from x3d_tf.types import Activation
 
 
@@ -201,4 +202,4 @@ class MultiLabel(ClipTask):
     activation = "sigmoid"
 
 
-TASKS = (SingleLabel(), MultiLabel())
+TASKS: "tuple[Task, ...]" = (SingleLabel(), MultiLabel())

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
+    from x3d_tf.tasks.base import Task
 
 
 class Detection:
@@ -175,4 +176,4 @@ def _require_settings_of_the_run(settings: EvalConfig) -> None:
     require(not changed, "the evaluation of a detector", "use the settings of the run", changed)
 
 
-TASKS = (Detection(),)
+TASKS: "tuple[Task, ...]" = (Detection(),)
