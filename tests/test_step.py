@@ -14,8 +14,8 @@ from training_steps import assert_close, batches, config_of, make
 
 from x3d_tf.config import Execution, TrainConfig
 from x3d_tf.modeling.layers import GhostBatchNorm
-from x3d_tf.training.accumulation import LossScale
 from x3d_tf.training.precise_bn import PreciseStatistics
+from x3d_tf.training.update import LossScale
 
 pytestmark = pytest.mark.usefixtures("eager")  # slow tests trace the steps on two devices
 

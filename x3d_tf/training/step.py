@@ -7,15 +7,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from x3d_tf.config import Recipe, TrainConfig
+from x3d_tf.config import Execution, Recipe, TrainConfig
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.x3d import Network
 from x3d_tf.tasks.base import Loss
-from x3d_tf.training.accumulation import Accumulation, LossScale
 from x3d_tf.training.ema import MovingAverage
 from x3d_tf.training.forward import forward_of
 from x3d_tf.training.optimizer import SGD
 from x3d_tf.training.schedule import build_schedule
+from x3d_tf.training.update import AccumulatedUpdate, LossScale, Update
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -49,9 +49,7 @@ class TrainStep:
         self._forward = forward_of(model, execution.recompute)
         self.optimizer = _optimizer(model, recipe)
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
-        scale = LossScale() if execution.precision == "float16" else None
-        accumulates = execution.accumulation > 1 or scale is not None
-        self._accumulation = Accumulation(self.optimizer, model, execution.accumulation, scale) if accumulates else None
+        self._update = _update(self.optimizer, model, execution)
         self._run_steps = tf.function(self._single_step if execution.steps_per_execution == 1 else self._step_loop)
 
     def train_step(self, inputs: Any, targets: Any) -> Any:
@@ -64,15 +62,11 @@ class TrainStep:
         Returns:
             This device's share of the loss and the metrics, float32 [metrics].
         """
-        variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
             metrics = self.loss(self._forward(inputs), targets, inputs)
-            loss = metrics["loss"] if self._accumulation is None else self._accumulation.scaled(metrics["loss"])
-        gradients = tape.gradient(loss, variables)
-        if self._accumulation is None:
-            self.optimizer.apply(gradients, variables)  # sums over the devices
-        else:
-            self._accumulation.add(gradients)  # updates after the last micro-batch
+            loss = self._update.scaled(metrics["loss"])
+        gradients = tape.gradient(loss, self.model.trainable_variables)
+        self._update.add(gradients)
         return tf.stack([tf.cast(metrics[name], tf.float32) for name in self._names])
 
     @property
@@ -81,9 +75,7 @@ class TrainStep:
         roles = {"optimizer": [variable.value for variable in self.optimizer.variables]}
         if self.average is not None:
             roles["average"] = self.average.variables
-        if self._accumulation is not None and self._accumulation.scale is not None:
-            roles["loss_scale"] = self._accumulation.scale.variables
-        return roles
+        return roles | self._update.state
 
     @property
     def completed_steps(self) -> int:
@@ -126,11 +118,8 @@ class TrainStep:
 
     def _take_step(self, batches: Any) -> Any:
         """Takes one step on all devices and returns its metrics, float32 [metrics]."""
-        if self._accumulation is None:
-            metrics = self._on_all_devices(next(batches))
-        else:
-            zeros = tf.zeros(len(self._names))
-            metrics = self._accumulation.step(self._strategy, self._on_all_devices, batches, zeros)
+        zeros = tf.zeros(len(self._names))
+        metrics = self._update.step(self._strategy, self._on_all_devices, batches, zeros)
         if self.average is not None:
             self.average.update(self._strategy, self.optimizer.iterations.value)
         return metrics
@@ -151,6 +140,13 @@ def freeze(model: Network, recipe: Recipe) -> None:
 def in_backbone(layer: keras.Layer) -> bool:
     """Returns True for layers before fc1, those of a network built with `include_top=False`."""
     return layer.name not in ("fc1", "fc2")
+
+
+def _update(optimizer: SGD, model: Network, execution: Execution) -> Update:
+    scale = LossScale() if execution.precision == "float16" else None
+    if execution.accumulation == 1 and scale is None:
+        return Update(optimizer, model)
+    return AccumulatedUpdate(optimizer, model, execution.accumulation, scale)
 
 
 def _optimizer(model: Network, recipe: Recipe) -> SGD:

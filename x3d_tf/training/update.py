@@ -1,4 +1,4 @@
-"""Gradient accumulation and loss scaling, which wrap the training step."""
+"""Updates of the network: at once, or with gradients that are summed over micro-batches and unscaled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,50 @@ import tensorflow as tf
 from x3d_tf.training.optimizer import SGD
 
 
-class Accumulation:
-    """Sums the gradients of a step, and updates the network once: for micro-batches, and to find float16 overflow.
+class Update:
+    """Updates the network with the gradients of each call. Create it in the strategy's scope.
 
-    Create it in the strategy's scope.
+    Args:
+        optimizer: the optimiser, built.
+        model: the network.
+
+    Attributes:
+        state: variables to save, by role.
+    """
+
+    def __init__(self, optimizer: SGD, model: keras.Model) -> None:
+        self.optimizer, self.variables = optimizer, model.trainable_variables
+        self.state: dict[str, list[Any]] = {}
+
+    def step(
+        self, strategy: tf.distribute.Strategy, train_step: Callable[[Any], Any], batches: Any, metrics: Any
+    ) -> Any:
+        """Takes a step, in cross-replica context.
+
+        Args:
+            strategy: the distribution strategy.
+            train_step: processes a micro-batch on all devices and returns its metrics.
+            batches: iterator over the micro-batches.
+            metrics: zeros in the shape of the metrics.
+
+        Returns:
+            The metrics of the step.
+        """
+        return train_step(next(batches))
+
+    # The methods below run in replica context.
+
+    def scaled(self, loss: Any) -> Any:
+        """Returns the loss to differentiate."""
+        return loss
+
+    def add(self, gradients: list[Any]) -> None:
+        """Takes the gradients of a micro-batch on this device; the optimiser sums over the devices."""
+        self.optimizer.apply(gradients, self.variables)
+
+
+class AccumulatedUpdate(Update):
+    """Sums the gradients of a step, and updates the network once: for micro-batches, and to find float16 overflow.
 
     Args:
         optimizer: the optimiser, built.
@@ -24,51 +64,37 @@ class Accumulation:
     def __init__(
         self, optimizer: SGD, model: keras.Model, micro_batches: int, scale: "LossScale | None" = None
     ) -> None:
-        self.scale = scale
-        self._optimizer, self._micro_batches = optimizer, micro_batches
-        self._variables = model.trainable_variables
+        super().__init__(optimizer, model)
+        self._micro_batches, self._scale = micro_batches, scale
+        if scale is not None:
+            self.state["loss_scale"] = scale.variables
         # one sum per replica; the optimiser adds them up
         per_replica: dict[str, Any] = {"synchronization": tf.VariableSynchronization.ON_READ, "trainable": False}
         per_replica["aggregation"] = tf.VariableAggregation.SUM
-        zeros = (tf.zeros(variable.shape, variable.dtype) for variable in self._variables)
+        zeros = (tf.zeros(variable.shape, variable.dtype) for variable in self.variables)
         self._sums = [tf.Variable(zero, **per_replica) for zero in zeros]
 
     def step(
         self, strategy: tf.distribute.Strategy, train_step: Callable[[Any], Any], batches: Any, metrics: Any
     ) -> Any:
-        """Takes a step, in cross-replica context.
-
-        Args:
-            strategy: the distribution strategy.
-            train_step: processes a micro-batch on all devices and returns its metrics; it calls `add`.
-            batches: iterator over the micro-batches.
-            metrics: zeros in the shape of the metrics.
-
-        Returns:
-            The sums of the metrics over the micro-batches.
-        """
         strategy.run(self._clear)
         for _ in tf.range(self._micro_batches):
             metrics += train_step(next(batches))
-        if self.scale is None:
-            strategy.run(self._update)
+        if self._scale is None:
+            strategy.run(self._apply)
         else:
             overflows = strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(self._has_overflow), None)
             if overflows > 0:
-                self._optimizer.iterations.assign_add(1)  # a skipped update still counts as a step
+                self.optimizer.iterations.assign_add(1)  # a skipped update still counts as a step
             else:
-                strategy.run(self._update)
-            self.scale.update(overflows > 0)
+                strategy.run(self._apply)
+            self._scale.update(overflows > 0)
         return metrics
 
-    # The methods below run in replica context.
-
     def scaled(self, loss: Any) -> Any:
-        """Returns the loss to differentiate."""
-        return loss if self.scale is None else loss * self.scale.value
+        return loss if self._scale is None else loss * self._scale.value
 
     def add(self, gradients: list[Any]) -> None:
-        """Adds the gradients of a micro-batch."""
         for total, gradient in zip(self._sums, gradients):
             total.assign_add(gradient)
 
@@ -76,9 +102,9 @@ class Accumulation:
         for total in self._sums:
             total.assign(tf.zeros_like(total))
 
-    def _update(self) -> None:
-        factor = 1.0 if self.scale is None else 1.0 / self.scale.value
-        self._optimizer.apply([total.read_value() * factor for total in self._sums], self._variables)
+    def _apply(self) -> None:
+        factor = 1.0 if self._scale is None else 1.0 / self._scale.value
+        self.optimizer.apply([total.read_value() * factor for total in self._sums], self.variables)
 
     def _has_overflow(self) -> Any:
         finite = [tf.reduce_all(tf.math.is_finite(total.read_value())) for total in self._sums]
