@@ -8,14 +8,13 @@ import tensorflow as tf
 
 from x3d_tf import plots
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.detection_pipeline import with_labels
 from x3d_tf.data.input_pipeline import (
     SamplePosition,
     augmentation_randoms,
     record_errors_as_user_errors,
     sample_position,
 )
-from x3d_tf.data.records.index import parse_key_frame_id
+from x3d_tf.data.records.index import parse_key_frame_id, with_labels
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start
 from x3d_tf.errors import require
@@ -42,6 +41,7 @@ def save_preview(
     batch: int,
     seed: int,
     frame_sampling: FrameSampling = "slowfast",
+    timed: bool = True,
     clips: int = 8,
 ) -> Path:
     """Draws the first training clips as a PNG, with augmentation and labels.
@@ -52,6 +52,7 @@ def save_preview(
         path: output file; replaced if it exists.
         classes: names of the classes that the targets refer to.
         batch, seed, frame_sampling: settings of that dataset.
+        timed: whether to show the times of the frames; False if the clips may have other frames than the records.
         clips: number of clips, one per row.
 
     Returns:
@@ -76,7 +77,7 @@ def save_preview(
                 f"{seconds[0]:.1f} to {seconds[-1]:.1f} s of {record.frames / record.fps:.1f} s"
             )
     title = f"{manifest.folder}, {split}: first training clips, {clip.frames} frames of {clip.size}² pixels"
-    plots.save_clips(rows, captions, Path(path), title, times)
+    plots.save_clips(rows, captions, Path(path), title, times if timed else None)
     return Path(path)
 
 

@@ -118,6 +118,7 @@ class ClipTask:
             batch=config.recipe.batch,
             seed=config.seed,
             frame_sampling=config.dataset.frame_sampling,
+            timed=self.make_example() is None,
             clips=clips,
         )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from x3d_tf import commands
 from x3d_tf.data.datasets.spec import validation_split
+from x3d_tf.data.records.index import with_labels
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import EvalConfig, detector_report_folder
 
@@ -59,7 +60,7 @@ class Detection:
         return manifest.classes
 
     def training_records(self, manifest: "Manifest", split: str) -> "Sequence[Record]":
-        return tuple(record for record in manifest.split(split).records if record.labels)
+        return with_labels(manifest.split(split).records)
 
     def build_network(self, config: "TrainConfig", num_classes: int) -> "Detector":
         from x3d_tf.modeling.detection import Detector
