@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from moving_square import write_records
 from video_fixtures import write_video
 
 import x3d_tf
@@ -20,10 +22,14 @@ from x3d_tf import evaluate, predict, preview, registry, train
 from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets import moving_shapes
 from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
+from x3d_tf.data.records.index import Record
+from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 from x3d_tf.registry import load_plugin
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.tasks.base import find, task_of_model, task_of_records
+from x3d_tf.tasks.classification import SingleLabel
+from x3d_tf.training.checks import check_run
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -106,6 +112,25 @@ def test_targets_are_made_from_the_clips(records: Path, plugin: None) -> None:
     resumed = next(task.training_clips(config, manifest, start_step=4).as_numpy_iterator())
     for a, b in zip(resumed, made[4]):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_task_chooses_the_records_to_train_on(tmp_path: Path) -> None:
+    class OnlyLeft(SingleLabel):
+        def training_records(self, manifest: Manifest, split: str) -> tuple[Record, ...]:
+            return tuple(record for record in manifest.split(split).records if record.labels == (0,))
+
+    write_records(tmp_path / "records", videos=8)
+    dataset = DatasetSpec(str(tmp_path / "records"), eval_split="train", flip=False)
+    expansion = x3d_tf.Expansion(gamma_t=2, gamma_s=32 / 112)
+    config = TrainConfig(expansion, dataset=dataset, recipe=Recipe(batch=4, reference_batch=4))
+    manifest = open_dataset(dataset)
+    for task, targets in ((SingleLabel(), {0, 1}), (OnlyLeft(), {0})):
+        batches = task.training_clips(config, manifest).take(2).as_numpy_iterator()
+        assert {int(target) for _, labels in batches for target in labels} == targets
+        check_run(config, manifest, task, devices=1)
+    too_large = replace(config, recipe=Recipe(batch=5, reference_batch=5))
+    with pytest.raises(UserError, match=r"Recipe\.batch must be at most 4, the number of records"):
+        check_run(too_large, manifest, OnlyLeft(), devices=1)
 
 
 def right(path: Path, backwards: bool = False) -> Path:

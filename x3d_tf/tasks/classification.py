@@ -89,7 +89,7 @@ class ClipTask:
 
         dataset = config.dataset
         return training_dataset(
-            manifest,
+            self._with_training_records(manifest, dataset.train_split),
             dataset.train_split,
             config.expansion.clip,
             jitter=config.expansion.jitter,
@@ -109,7 +109,7 @@ class ClipTask:
 
         stream = self.training_clips(config, manifest, replica_batch=1)  # avoids decoding a complete batch
         save_preview(
-            manifest,
+            self._with_training_records(manifest, config.dataset.train_split),
             config.dataset.train_split,
             config.expansion.clip,
             stream,
@@ -121,6 +121,9 @@ class ClipTask:
             timed=self.make_example() is None,
             clips=clips,
         )
+
+    def _with_training_records(self, manifest: "Manifest", split: str) -> "Manifest":
+        return manifest.with_records(split, self.training_records(manifest, split))
 
     def loss(self, config: "TrainConfig", manifest: "Manifest") -> "SoftmaxLoss | SigmoidLoss":
         from x3d_tf.losses import SigmoidLoss, SoftmaxLoss
