@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,17 @@ def test_tasks_are_found_without_tensorflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "video, video, key frame, video\nFalse\n", done.stderr
+
+
+def test_only_tasks_know_the_kinds_of_prediction() -> None:
+    training = sorted((ROOT / "x3d_tf" / "training").glob("*.py"))
+    commands = [ROOT / "x3d_tf" / f"{name}.py" for name in ("train", "evaluate", "predict", "preview")]
+    others = [ROOT / "x3d_tf" / "runs" / "run_folder.py", *sorted((ROOT / "export").glob("*.py")), *commands]
+    assert len(training) > 10
+    for path in training:
+        assert "detect" not in path.read_text("utf-8").lower(), path
+    for path in (*training, *others):
+        assert not re.search(r"task (==|!=|in) ", path.read_text("utf-8")), path
 
 
 def test_the_task_is_that_of_the_records_by_default(records: Path, plugin: None) -> None:
