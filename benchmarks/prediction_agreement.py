@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 from command import run
 
-from x3d_tf.evaluation.classification import Evaluation, evaluation_of_run
+from x3d_tf.evaluation.classification import ClipEvaluation, clip_evaluation
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.inference import prediction
 from x3d_tf.inference.prediction import Prediction, predict_videos
@@ -33,6 +33,7 @@ from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.tasks.classification import SingleLabel
 
 
 def main() -> None:
@@ -50,7 +51,8 @@ def main() -> None:
 def compare(folder: RunFolder, videos: Path) -> None:
     """Prints the rows of one run."""
     model = load_classifier(folder.root)
-    evaluation = evaluation_of_run(folder, EvalConfig(), model, weights_of(folder.root))
+    task, config = SingleLabel(), folder.read_config()
+    evaluation = clip_evaluation(task, model, weights_of(folder.root), EvalConfig(), config)
     expected = evaluation.predict()
     report = float((expected.probabilities.argmax(axis=1) == expected.labels).mean())
     files = [videos / name for name in expected.videos]
@@ -86,7 +88,7 @@ def preprocessing(model: X3D, *, scaled: bool, compressed: bool) -> Iterator[Non
         model.stored = stored
 
 
-def predict(model: X3D, files: list[Path], evaluation: Evaluation) -> np.ndarray:
+def predict(model: X3D, files: list[Path], evaluation: ClipEvaluation) -> np.ndarray:
     """Returns the probabilities [videos, classes]."""
     rows = []
     for result in predict_videos(model, files, temporal_views=evaluation.views.temporal_views):

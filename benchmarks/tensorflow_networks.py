@@ -17,8 +17,10 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 import x3d_tf
 from x3d_tf.config import Execution, Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.losses import SoftmaxLoss
 from x3d_tf.modeling import x3d
 from x3d_tf.modeling.folded import fold
+from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.layers import ChannelwiseConv3D, GhostBatchNorm, conv_initializer
 from x3d_tf.parallel import map_clips_in_parallel
 from x3d_tf.training.step import TrainStep, precision_scope
@@ -97,7 +99,7 @@ FORWARD: dict[str, Callable[[x3d_tf.X3D, int], tuple[Any, Any]]] = {
 }
 
 
-class GroupedParts(x3d.TrainableParts):
+class GroupedParts(TrainableParts):
     """Layers of the trainable network, with Keras' grouped convolution as the channel-wise convolution."""
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
@@ -151,7 +153,7 @@ def train(
         with precision_scope(config.execution.precision):
             model = x3d_tf.X3D(config.expansion, CLASSES, config.model)
             model = with_grouped_convolutions(model) if grouped else model
-        step = TrainStep(model, config, strategy)
+        step = TrainStep(model, config, strategy, SoftmaxLoss(case.batch))
     batches = iter(strategy.distribute_datasets_from_function(lambda context: _one_batch(case, config)))
     return lambda: float(step(batches, 1)["loss"][0])  # float() waits for the device
 

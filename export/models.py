@@ -15,21 +15,19 @@ from x3d_tf.data.sampling import FrameSampling, input_contract
 from x3d_tf.errors import require
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
 from x3d_tf.modeling.archive import model_file
-from x3d_tf.modeling.detection import cost_of
+from x3d_tf.modeling.cost import cost_of
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.modeling.keras_parts import MEAN, STD
 from x3d_tf.modeling.saving import load, load_classifier
-from x3d_tf.modeling.x3d import MEAN, STD, Network
+from x3d_tf.modeling.x3d import Network
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.text import counted
 from x3d_tf.types import ViewSpec
 
 _LONGEST_NAME = 100  # bytes; leaves space for the format, the suffix and the mark of a temporary file
 _METRICS = ("top1", "top5", "map")  # copied from the reports to the card
-_OUTPUTS = {
-    "single_label": "probabilities that sum to 1",
-    "multi_label": "an independent probability for each class",
-    "detection": "an independent score for each box and action; boxes are x1, y1, x2, y2, relative to the clip in 0..1",
-}
+_BOX_OUTPUT = "an independent score for each box and action; boxes are x1, y1, x2, y2, relative to the clip in 0..1"
+_OUTPUTS = {"softmax": "probabilities that sum to 1", "sigmoid": "an independent probability for each class"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +93,7 @@ class ExportableModel:
                 "shape": [batch or "N", clip.frames, model.eval_size, model.eval_size, 3],
                 "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",
             },
-            "output": _OUTPUTS[model.task],
+            "output": _OUTPUTS[model.activation] if model.head is None else _BOX_OUTPUT,
             "classes": list(self.class_names),
             "expansion": dataclasses.asdict(model.expansion),
             "options": dataclasses.asdict(model.options),
@@ -110,7 +108,7 @@ class ExportableModel:
         if self.run is None:
             return None
         run, dataset, recipe = RunFolder(self.path), self.run.dataset, self.run.recipe
-        keys = ("records", "split", "videos", "views", *_METRICS)
+        keys = ("records", "split", "videos", "key_frames", "views", *_METRICS)
         reports = [read_results(path) for path in sorted(run.evaluations.glob(f"*/{RESULTS_NAME}"))]
         return {
             "run": self.path.resolve().name,

@@ -32,12 +32,11 @@ from x3d_tf.terminal import tell
 
 if TYPE_CHECKING:
     from .models import ExportableModel
-    from .signatures import Device
+    from .signatures import Device, ServedNetwork
 
 FLAGS = flags.FLAGS
 
 LABELS, CARD, WARMUP = "labels.txt", "model_card.json", "tf_serving_warmup_requests"
-_GREY = 114  # pixel value of warm-up clips: the mean that the network subtracts
 
 
 def define_flags() -> None:
@@ -99,14 +98,17 @@ def export_saved_model(
         UserError: see `version_folder`.
         WriteError: the version cannot be written; nothing is left behind.
     """
+    from .signatures import signatures_of
+
     folder = version_folder(output, version, overwrite=overwrite)
     with _atomic_folder(folder) as partial, tempfile.TemporaryDirectory() as scratch:
         labels = Path(scratch) / LABELS
         labels.write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
-        card = _save(source, labels, partial, device)
+        signatures = signatures_of(source, labels, device)
+        card = _save(source, signatures, partial)
         (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (partial / "assets.extra").mkdir()
-        _write_warmup(partial / "assets.extra" / WARMUP, source, output.resolve().name)
+        _write_warmup(partial / "assets.extra" / WARMUP, signatures, output.resolve().name)
     return folder
 
 
@@ -154,55 +156,29 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _save(source: "ExportableModel", labels: Path, folder: Path, device: "Device") -> dict[str, Any]:
+def _save(source: "ExportableModel", signatures: "ServedNetwork", folder: Path) -> dict[str, Any]:
     """Writes TensorFlow's files and returns the model card."""
     import tensorflow as tf
 
-    from .signatures import ClassifierSignatures, DetectorSignatures
-
-    signatures = DetectorSignatures if source.model.task == "detection" else ClassifierSignatures
-    module = signatures(source, labels, device)
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # for inference only
-    tf.saved_model.save(module, str(folder), signatures=module.by_name(), options=options)
+    tf.saved_model.save(signatures, str(folder), signatures=signatures.by_name(), options=options)
     inputs = {
         name: {
             spec.name: {"dtype": spec.dtype.name, "shape": ["N", *spec.shape[1:]]} for spec in function.input_signature
         }
-        for name, function in module.by_name().items()
+        for name, function in signatures.by_name().items()
     }
     return {**source.card(), "artefact": "SavedModel", "tensorflow": tf.__version__, "signatures": inputs}
 
 
-def _write_warmup(path: Path, source: "ExportableModel", model: str) -> None:
+def _write_warmup(path: Path, signatures: "ServedNetwork", model: str) -> None:
     """Writes one request per signature, each with one grey clip, as a TFRecord file of PredictionLog messages."""
     import tensorflow as tf
 
-    clip = source.model.clip
-    shape = (1, clip.frames, source.model.eval_size, source.model.eval_size, 3)
-    grey = tf.make_tensor_proto(_GREY, tf.uint8, shape)  # TensorProto repeats the last value
-    if source.model.task == "detection":
-        inputs = {"clips": grey, "boxes": tf.make_tensor_proto([[[0.0, 0.0, 1.0, 1.0]]], tf.float32)}
-        requests = {"serving_default": inputs, "detect": inputs}
-    else:
-        frame = _grey_frame(source.views.resize)
-        requests = {
-            "serving_default": {"clips": grey},
-            "float_clips": {"clips": tf.make_tensor_proto(_GREY, tf.float32, shape)},
-            "encoded_frames": {"frames": tf.make_tensor_proto(frame, tf.string, shape[:2])},
-        }
     with tf.io.TFRecordWriter(str(path)) as writer:
-        for signature, inputs in requests.items():
+        for signature, inputs in signatures.requests().items():
             tensors = {name: tensor.SerializeToString() for name, tensor in inputs.items()}
             writer.write(prediction_log(model, signature, tensors))
-
-
-def _grey_frame(side: int) -> bytes:
-    """Returns the bytes of a grey JPEG file."""
-    import numpy as np
-
-    from x3d_tf.data.video.decode import encode_jpeg
-
-    return encode_jpeg(np.full((side, side * 4 // 3, 3), _GREY, np.uint8))
 
 
 def prediction_log(model: str, signature: str, inputs: Mapping[str, bytes]) -> bytes:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tensorflow as tf
 
 from x3d_tf.data import transforms
 from x3d_tf.data.records.format import MAX_PIXELS
+from x3d_tf.data.video.decode import encode_jpeg
 from x3d_tf.modeling.folded import fold
 from x3d_tf.parallel import map_clips_in_parallel
 from x3d_tf.types import ViewSpec
@@ -23,6 +25,7 @@ from x3d_tf.types import ViewSpec
 from .models import ExportableModel
 
 TOP = 5
+_GREY = 114  # pixel value of warm-up clips: the mean that the network subtracts
 MAX_ASPECT_RATIO = 16  # scaling up the short side of a longer frame would take too much memory
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"  # first bytes of the files
 _PARALLEL_FRAMES = 8  # decoded at the same time
@@ -32,7 +35,7 @@ Device = Literal["cpu", "gpu"]
 Outputs = dict[str, tf.Tensor]
 
 
-class _ServedNetwork(tf.Module):
+class ServedNetwork(tf.Module):
     """Base class of the signatures: holds the network, its weights and the file of class names."""
 
     def __init__(self, source: ExportableModel, labels: Path, device: Device) -> None:
@@ -40,11 +43,25 @@ class _ServedNetwork(tf.Module):
         network = fold(source.model, batch=1 if device == "cpu" else None)
         infer = functools.partial(network, training=False)
         self.infer = map_clips_in_parallel(infer, _PARALLEL_CLIPS) if device == "cpu" else infer
+        self._shape = (None, source.model.clip.frames, source.views.crop, source.views.crop, 3)
         self.labels = tf.saved_model.Asset(str(labels))
         self.weights = [variable.value for variable in network.variables]  # a SavedModel stores the module's attributes
 
+    def by_name(self) -> dict[str, Any]:
+        """Returns the signatures by name, as expected by `tf.saved_model.save`."""
+        raise NotImplementedError
 
-class ClassifierSignatures(_ServedNetwork):
+    def requests(self) -> dict[str, dict[str, Any]]:
+        """Returns a request for each signature, by name, with one grey clip: tensors by the names of the inputs."""
+        raise NotImplementedError
+
+
+def signatures_of(source: ExportableModel, labels: Path, device: Device = "cpu") -> ServedNetwork:
+    """Returns the signatures that suit the inputs of the network. The arguments are those of `ClassifierSignatures`."""
+    return (ClassifierSignatures if source.model.head is None else DetectorSignatures)(source, labels, device)
+
+
+class ClassifierSignatures(ServedNetwork):
     """Signatures of a classifier. T and S are the frames and the side of the network's clip.
 
     Attributes:
@@ -67,7 +84,8 @@ class ClassifierSignatures(_ServedNetwork):
         super().__init__(source, labels, device)
         classify = _classify_function(self.infer, source.class_names)
         frames, views = source.model.clip.frames, source.views
-        shape = (None, frames, views.crop, views.crop, 3)
+        shape = self._shape
+        self._resize = views.resize
 
         # Servers check the types of inputs but not their shapes, so the graph checks the shapes.
         @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, name="clips")])
@@ -92,8 +110,17 @@ class ClassifierSignatures(_ServedNetwork):
         """Returns the signatures by name, as expected by `tf.saved_model.save`."""
         return {name: getattr(self, name) for name in ("serving_default", "float_clips", "encoded_frames")}
 
+    def requests(self) -> dict[str, dict[str, Any]]:
+        shape = (1, *self._shape[1:])
+        frame = encode_jpeg(np.full((self._resize, self._resize * 4 // 3, 3), _GREY, np.uint8))
+        return {  # TensorProto repeats the last value
+            "serving_default": {"clips": tf.make_tensor_proto(_GREY, tf.uint8, shape)},
+            "float_clips": {"clips": tf.make_tensor_proto(_GREY, tf.float32, shape)},
+            "encoded_frames": {"frames": tf.make_tensor_proto(frame, tf.string, shape[:2])},
+        }
 
-class DetectorSignatures(_ServedNetwork):
+
+class DetectorSignatures(ServedNetwork):
     """Signatures of a detector.
 
     Attributes:
@@ -104,8 +131,7 @@ class DetectorSignatures(_ServedNetwork):
 
     def __init__(self, source: ExportableModel, labels: Path, device: Device = "cpu") -> None:
         super().__init__(source, labels, device)
-        infer, clip = self.infer, source.model.clip
-        shape = (None, clip.frames, source.model.eval_size, source.model.eval_size, 3)
+        infer, shape = self.infer, self._shape
 
         @tf.function(
             input_signature=[
@@ -129,6 +155,11 @@ class DetectorSignatures(_ServedNetwork):
     def by_name(self) -> dict[str, Any]:
         """Returns the signatures by name, as expected by `tf.saved_model.save`."""
         return {"detect": self.detect, "serving_default": self.detect}
+
+    def requests(self) -> dict[str, dict[str, Any]]:
+        clips = tf.make_tensor_proto(_GREY, tf.uint8, (1, *self._shape[1:]))
+        inputs = {"clips": clips, "boxes": tf.make_tensor_proto([[[0.0, 0.0, 1.0, 1.0]]], tf.float32)}
+        return {"serving_default": inputs, "detect": inputs}
 
 
 def _classify_function(

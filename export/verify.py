@@ -219,7 +219,9 @@ def _reference_probabilities(source: "ExportableModel", clips: "NDArray[np.uint8
     import numpy as np
 
     from x3d_tf.evaluation.multiview import probabilities_of
+    from x3d_tf.modeling.x3d import X3D
 
+    assert isinstance(source.model, X3D)  # open_model rejects detectors
     network = probabilities_of(source.model, clips.shape[2])
     return np.concatenate(
         [network(clips[first : first + 8].astype(np.float32)).numpy() for first in range(0, len(clips), 8)]

@@ -14,7 +14,8 @@ from x3d_tf import gin_config
 from x3d_tf.data.records.index import Record, Split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.runs.advice import advice, print_advice
-from x3d_tf.types import Storage, Task
+from x3d_tf.tasks.base import find
+from x3d_tf.types import AnnotationKind, Storage
 
 X3D_S = ("gin/x3d_s.gin", "gin/data/records.gin")
 X3D_L = ("gin/x3d_l.gin", "gin/data/records.gin")
@@ -27,7 +28,7 @@ def records(
     fps: float = 30.0,
     classes: tuple[int, ...] = (1, 1),
     stored: int = 256,
-    task: Task = "single_label",
+    task: AnnotationKind = "single_label",
 ) -> Manifest:
     """Returns the manifest of videos of the given (seconds, count); `classes` are the relative class frequencies."""
     labels = [label for label, share in enumerate(classes) for _ in range(share)]
@@ -49,7 +50,7 @@ def bindings_in(text: str) -> tuple[str, ...]:
 def advice_for(
     manifest: Manifest, files: tuple[str, ...], sides: list[int], bindings: tuple[str, ...] = ()
 ) -> list[str]:
-    return advice(manifest, gin_config.parse(files, bindings).config, sides)
+    return advice(manifest, gin_config.parse(files, bindings).config, sides, find(manifest.task))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,6 @@ def test_the_frames_of_records_are_measured(tmp_path: Path, capsys: pytest.Captu
     manifest = write_records(tmp_path, {"train": [noise_video(seed, 150, *size) for seed, size in enumerate(sizes)]})
     bindings = ["Recipe.batch=3", "Recipe.reference_batch=3", f'DatasetSpec.records="{tmp_path}"']
     config: Any = gin_config.parse(FEW, bindings).config
-    print_advice(manifest, config)
+    print_advice(manifest, config, find(manifest.task))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "pixels" in line]
     assert line.startswith("warning: the training frames have a short side of 44 pixels (median of 3 records)")

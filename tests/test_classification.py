@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluating import evaluate_file, evaluate_run, sweep_file, sweep_run, watch_run
 
 import x3d_tf
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation import classification
-from x3d_tf.evaluation.classification import evaluate_file, evaluate_run
+from x3d_tf.evaluation import classification, running
+from x3d_tf.evaluation.multiview import SplitPredictions
 from x3d_tf.evaluation.reports import read_results
-from x3d_tf.evaluation.sweep import sweep_file, sweep_run
-from x3d_tf.evaluation.watch import watch_run
 from x3d_tf.runs import checkpoints as run_checkpoints
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.tasks.base import find
 from x3d_tf.types import Storage
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
@@ -156,10 +156,16 @@ def test_weights_that_are_not_finite_are_rejected(
 ) -> None:
     broken = classification.with_head_pool(network, "fixed_logits")  # a copy
     broken.get_layer("fc2").bias.assign([float("nan"), 0])
-    monkeypatch.setattr(classification, "load_classifier", lambda _: broken)
+    monkeypatch.setattr(running, "load", lambda _: broken)
     with pytest.raises(UserError, match=r"probabilities for square/0 of .*square must be finite"):
         evaluate_run(run, temporal_views=1)
     assert not list(run.evaluations.glob("*/results.json"))
+
+
+def first_are_left(count: int) -> SplitPredictions:
+    """Returns predictions that put the first videos into the class "left" and the others into "right"."""
+    first = np.arange(5) < count
+    return SplitPredictions(np.stack([first, ~first], axis=1).astype("float32"), np.array([0, 1, 0, 1, 0]))
 
 
 def test_an_interrupted_sweep_resumes(
@@ -167,12 +173,11 @@ def test_an_interrupted_sweep_resumes(
 ) -> None:
     tested: list[int] = []
 
-    def predict(model: Any, manifest: Any, split: str, views: Any, **_: Any) -> np.ndarray:
+    def predict(model: Any, manifest: Any, split: str, views: Any, **_: Any) -> SplitPredictions:
         if len(tested) == 2:
             raise KeyboardInterrupt
         tested.append(views.temporal_views)
-        first = np.arange(5) < views.temporal_views // 2
-        return np.stack([first, ~first], axis=1).astype("float32")
+        return first_are_left(views.temporal_views // 2)
 
     monkeypatch.setattr(classification, "predict_split", predict)
     with pytest.raises(KeyboardInterrupt):
@@ -220,15 +225,16 @@ def test_multi_label_models_report_map(monkeypatch: pytest.MonkeyPatch, tmp_path
     from sklearn.metrics import average_precision_score
 
     scores = np.array([[0.1, 0.9, 0.5], [0.6, 0.4, 0.5], [0.2, 0.6, 0.1], [0.6, 0.8, 0.0]], np.float32)
-    monkeypatch.setattr(classification, "predict_split", lambda *_, **__: scores)
-    model = x3d_tf.X3D(TINY, 3, x3d_tf.ModelOptions())
-    model.class_names, model.task = ("a", "b", "c"), "multi_label"
-    monkeypatch.setattr(classification, "load_classifier", lambda _: model)
+    targets = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 1, 0]], np.float32)  # in the order of the records
+    monkeypatch.setattr(classification, "predict_split", lambda *_, **__: SplitPredictions(scores, targets))
+    model = x3d_tf.X3D(TINY, 3, x3d_tf.ModelOptions(), activation="sigmoid")
+    model.class_names = ("a", "b", "c")
+    monkeypatch.setattr(running, "load", lambda _: model)
     monkeypatch.setattr(classification, "open_dataset", lambda _: Several())
     file = tmp_path / "model.keras"
     file.write_bytes(b"weights")
     settings = {"records": "several", "split": "test"}
-    report = evaluate_file(file, output=str(tmp_path / "report"), **settings)
+    report = running.evaluate_file(file, find("multi_label"), output=str(tmp_path / "report"), **settings)
 
     truth = np.array([[0, 1], [1, 1], [1, 0], [1, 1]])
     precisions = [average_precision_score(truth[:, c], scores[:, c]) for c in (0, 1)]
@@ -243,9 +249,9 @@ def test_multi_label_models_report_map(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [row["positives"] for row in rows] == ["3", "3", "0"]
     assert [row["average_precision"] for row in rows] == [*(f"{p:.6g}" for p in precisions), ""]
 
-    model.task = "single_label"
-    with pytest.raises(UserError, match=r"task of several must be that of the model, single_label, got 'multi_label'"):
-        evaluate_file(file, output=str(tmp_path / "other"), **settings)
+    message = "the task of the records in several must be single_label, got 'multi_label'"
+    with pytest.raises(UserError, match=message):
+        running.evaluate_file(file, find("single_label"), output=str(tmp_path / "other"), **settings)
 
 
 class Checkpoints:
@@ -280,10 +286,9 @@ class Checkpoints:
 @pytest.fixture
 def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def install(checkpoints: Checkpoints) -> Checkpoints:
-        def predict(*_: object, **__: object) -> np.ndarray:
+        def predict(*_: object, **__: object) -> SplitPredictions:
             """Predicts "left" for the first video at step 10, for the first two at step 20, and so on."""
-            first = np.arange(5) < checkpoints.loaded[-1] // 10
-            return np.stack([first, ~first], axis=1).astype("float32")
+            return first_are_left(checkpoints.loaded[-1] // 10)
 
         monkeypatch.setattr(classification, "predict_split", predict)
         monkeypatch.setattr(run_checkpoints, "checkpoint_steps", checkpoints.steps, raising=False)

@@ -76,6 +76,15 @@ def test_map_and_accuracy_share_a_table() -> None:
     assert as_markdown(rows).count("\n") == 4
 
 
+def test_reports_of_key_frames_count_key_frames() -> None:
+    detector = Report(Path("a"), detection_settings())
+    (row,) = table([detector])
+    assert (row["key frames"], row["GMACs a key frame"]) == ("40", "6.2 x 1") and "videos" not in row
+    assert "(40 key frames, 60 classes, centre crop of 256², 6.2 x 1 GMACs per key frame, " in describe(detector)
+    both = table([detector, Report(Path("b"), settings() | {"top1": 0.5, "top5": 0.5})])
+    assert [(row["videos"], row["key frames"]) for row in both] == [("-", "40"), ("40", "-")]
+
+
 def test_runs_without_a_report_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no report; create one with: python -m x3d_tf\.evaluate --run="):
         find_reports([str(tmp_path)])

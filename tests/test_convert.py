@@ -44,7 +44,7 @@ def fill(model: X3D) -> X3D:
 def random_state(naming: Naming, classes: int = CLASSES) -> State:
     """Creates random weights with the names and shapes of an implementation."""
     options = ModelOptions(shortcut_norm="on_width_change" if naming == "pytorchvideo" else "always")
-    model = build_x3d(SMALL, num_classes=classes, shortcut_norm=options.shortcut_norm)
+    model = build_x3d(SMALL, num_classes=classes, options=options)
     draw = np.random.default_rng(1)
     state = {}
     for name in names(plan(SMALL, options), naming):
@@ -215,7 +215,7 @@ def test_a_batch_norm_on_a_shortcut_is_folded(trained: X3D, tmp_path: Path) -> N
 
 
 def test_a_missing_batch_norm_is_written_as_an_identity(tmp_path: Path) -> None:
-    model = fill(build_x3d(SMALL, num_classes=CLASSES, shortcut_norm="on_width_change"))
+    model = fill(build_x3d(SMALL, num_classes=CLASSES, options=ModelOptions(shortcut_norm="on_width_change")))
     report = export_checkpoint(model, tmp_path / "a.pyth", "mmaction2")
     assert "res2_0_shortcut_bn does not exist in this network and is written as an identity" in str(report)
     assert report.only_in_checkpoint == tuple(f"backbone.layer1.0.downsample.bn.{name}" for name in NORM.values())
@@ -231,7 +231,7 @@ def test_a_missing_batch_norm_is_written_as_an_identity(tmp_path: Path) -> None:
     [("input", "difference"), ("stem_kernel", 3), ("se", "all"), ("swish", False), ("separable", False)],
 )
 def test_ablations_cannot_be_exported(option: str, value: object, tmp_path: Path) -> None:
-    model = build_x3d(SMALL, num_classes=2, **{option: value})
+    model = build_x3d(SMALL, num_classes=2, options=ModelOptions(**{option: value}))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"ModelOptions.{option} must be .* for export: other implementations"):
         export_checkpoint(model, tmp_path / "a.pyth", "slowfast")
     assert not (tmp_path / "a.pyth").exists()

@@ -81,6 +81,19 @@ def test_cost_of_a_stem_kernel_of_three_frames() -> None:
     assert cost("x2d").macs - three == 2 * 24 * 56 * 56
 
 
+def test_cost_of_a_detector() -> None:
+    """With one box, the full head costs what the classifier's does; the simple head has one layer, on res5."""
+    clip = ClipSpec(16, 5, 256)
+    full = cost("x3d_m", clip, num_classes=80, head="full")
+    simple = cost("x3d_m", clip, num_classes=80, head="simple")
+    assert full == cost("x3d_m", clip, num_classes=80) == cost("x3d_m", clip, num_classes=80, head="frame")
+    positions = 16 * 8 * 8
+    assert full.macs - simple.macs == 192 * 432 * positions + 432 * 2048 + (2048 - 192) * 80
+    assert full.params - simple.params == 192 * 432 + 2 * 432 + 432 * 2048 + (2048 - 192) * 80
+    assert full.params_paper - simple.params_paper == 192 * 432 + (432 + 1) * 2048 + (2048 - 192) * 80
+    assert full.activations - simple.activations == 432 * positions + 2048
+
+
 def test_rows_add_up_and_have_unique_names() -> None:
     rows = layer_costs("x3d_s")
     assert sum((row.cost for row in rows), Cost()) == cost("x3d_s")
@@ -88,6 +101,8 @@ def test_rows_add_up_and_have_unique_names() -> None:
     assert rows[0].shape == (13, 80, 80, 24)
 
 
-def test_zero_classes_are_rejected() -> None:
+def test_invalid_arguments_are_rejected() -> None:
+    with pytest.raises(ValueError, match="head must be one of full, simple, frame, got 'large'"):
+        cost("x3d_s", head="large")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"num_classes must be in \[1, 100000\], got 0"):
         cost("x3d_s", num_classes=0)

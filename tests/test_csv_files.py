@@ -9,7 +9,7 @@ import numpy as np
 from x3d_tf import csv_files
 from x3d_tf.evaluation.comparison import compare
 from x3d_tf.evaluation.reports import Predictions, write_csv, write_report
-from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 
 FORMULAS = "=+-@\t\r\n＝＋－＠"
 NASTY = ["", "'", "''", "'a", "plain", "a=b", " a", 'quo"ted', "a,b", "a;b", "p(=x)", "new\nline", "\0", "1_000", "ü跳"]
@@ -87,13 +87,12 @@ def test_reports_have_no_formulas(tmp_path: Path) -> None:
 
 def test_the_history_of_a_run_is_read_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), -1.5) | {
-        "step": 2.0
-    }
-    run.write_history([row])
-    run.append_history(row | {"step": 4.0, "validation_loss": 1e-9})
+    row = dict.fromkeys((*HISTORY_FIELDS, "top1"), -1.5) | {"step": 2.0}
+    columns = (*row, "validation_top1", "validation_loss")
+    run.write_history(columns, [row])
+    run.append_history(columns, row | {"step": 4.0, "validation_loss": 1e-9})
     assert run.read_history() == [row, row | {"step": 4.0, "validation_loss": 1e-9}]
-    assert run.history.read_text().splitlines()[1] == "2,-1.5,-1.5,-1.5,-1.5,-1.5,,,"
+    assert run.history.read_text().splitlines()[1] == "2,-1.5,-1.5,-1.5,-1.5,-1.5,,"
     with run.history.open("a") as file:
-        file.write("1e999,1,1,1,1,1,,,\n")
+        file.write("1e999,1,1,1,1,1,,\n")
     assert len(run.read_history()) == 2

@@ -25,7 +25,7 @@ NAMES = ("sit", "wave", "point")
 def detector(head: Any = "full", **options: Any) -> Any:
     """Builds a detector with no weight at its initial value, whose scores differ between boxes."""
     keras.utils.set_random_seed(0)
-    network = x3d_tf.build_detector(TINY, num_classes=3, head=head, **options)
+    network = x3d_tf.build_detector(TINY, num_classes=3, head=head, options=x3d_tf.ModelOptions(**options))
     draw = np.random.default_rng(0)
     for layer in network.layers:
         for weight in layer.weights:
@@ -70,7 +70,7 @@ def test_the_head_equals_a_naive_implementation(head: Any, size: int) -> None:
 @pytest.mark.parametrize(("name", "millions"), [("x3d_m", 3.106), ("x3d_xl", 10.3)])
 def test_parameters_are_those_of_the_classifier(name: str, millions: float) -> None:
     """Checks against the 3.1 M of X3D-M in the paper's Table 8, by the convention of `cost`, without batch norm."""
-    counted = cost(name, num_classes=80)
+    counted = cost(name, num_classes=80, head="full")
     if name == "x3d_m":
         network = x3d_tf.build_detector(name)
         assert sum(int(np.prod(weight.shape)) for weight in network.trainable_variables) == counted.params
@@ -124,7 +124,10 @@ def test_load_detector_rejects_classifiers(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"head": "large"}, "head must be one of full, simple, frame, got 'large'"),
-        ({"head_pool": "fixed_logits"}, "build_detector's options must be one of"),
+        (
+            {"options": x3d_tf.ModelOptions(head_pool="fixed_logits")},
+            "ModelOptions.head_pool must be \"global\" for a detector, which pools boxes, got 'fixed_logits'",
+        ),
         ({"num_classes": 0}, r"num_classes must be in \[1, 100000\], got 0"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from evaluating import evaluate_run, watch_run
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
@@ -22,20 +23,20 @@ from x3d_tf.data.datasets.ava import KeyFrame, read_boxes
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation.classification import evaluate_run
 from x3d_tf.evaluation.detection import score_split
 from x3d_tf.evaluation.detection_reports import evaluate_files, score_detections
+from x3d_tf.evaluation.validation import KeyFrameValidation
+from x3d_tf.losses import BoxLoss
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.saving import load_detector
+from x3d_tf.tasks.base import find
 from x3d_tf.training import forward
-from x3d_tf.training.inputs import save_training_preview
+from x3d_tf.training.checks import check_run
 from x3d_tf.training.loop import train
-from x3d_tf.training.losses import Loss
 from x3d_tf.training.schedule import build_schedule
 from x3d_tf.training.step import TrainStep
 from x3d_tf.training.transfer import load_pretrained
-from x3d_tf.training.validation import DetectorValidation
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -65,17 +66,17 @@ def test_the_loss_is_the_mean_over_boxes_and_classes() -> None:
     real[[0, 2, 3], [1, 0, 0]] = False
     p = 1 / (1 + np.exp(-logits[real]))
     expected = -np.mean(np.where(labels[real] > 0, np.log(p), np.log(1 - p)))
-    loss, accuracy, left_out = Loss("detection", 4)(tf.constant(logits), tf.constant(labels), inputs)
+    loss, top1, left_out = BoxLoss()(tf.constant(logits), tf.constant(labels), inputs).values()
     assert float(loss) == pytest.approx(expected, abs=1e-6)
     right = [row[scores.argmax()] for row, scores in zip(labels[real], logits[real])]
-    assert float(accuracy) == pytest.approx(np.mean(right), abs=1e-6)
+    assert float(top1) == pytest.approx(np.mean(right), abs=1e-6)
     assert float(left_out) == 2
 
 
 def test_a_step_without_boxes_has_no_loss() -> None:
     inputs, labels = given(0, 2)
-    loss, accuracy, left_out = Loss("detection", 4)(tf.zeros((4, 2, 3)), tf.constant(labels), inputs)
-    assert float(loss) == float(accuracy) == float(left_out) == 0
+    loss, top1, left_out = BoxLoss()(tf.zeros((4, 2, 3)), tf.constant(labels), inputs).values()
+    assert float(loss) == float(top1) == float(left_out) == 0
 
 
 def state_after(padding: int = 0, parts: int = 1, monkeypatch: Any = None, **execution: Any) -> list[np.ndarray]:
@@ -90,7 +91,7 @@ def state_after(padding: int = 0, parts: int = 1, monkeypatch: Any = None, **exe
     for layer in model.layers:
         if isinstance(layer, GhostBatchNorm):
             layer.gamma.assign(np.ones(layer.gamma.shape))
-    step = TrainStep(model, config, tf.distribute.get_strategy())
+    step = TrainStep(model, config, tf.distribute.get_strategy(), BoxLoss(config.execution.accumulation))
     inputs, labels = given(3, padding)
     share = 4 // config.execution.accumulation
     stream = iter(tf.data.Dataset.from_tensor_slices((inputs, labels)).repeat().batch(share, drop_remainder=True))
@@ -122,11 +123,11 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_detector_training as test
-from x3d_tf.training.losses import Loss
+from x3d_tf.losses import BoxLoss
 inputs, labels = test.given(3, 2)
 inputs["boxes"][0] = 0  # different numbers of boxes per device
 logits = np.random.default_rng(1).standard_normal((4, 5, 3)).astype("float32")
-loss = Loss("detection", 4)
+loss = lambda *given: list(BoxLoss()(*given).values())
 alone = loss(tf.constant(logits), tf.constant(labels), inputs)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 @tf.function
@@ -270,7 +271,7 @@ def test_previews_name_the_key_frame_and_the_labels_of_its_boxes(
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "save_clips", lambda *given: drawn.extend(given))
     manifest = Manifest.load(folder / "records")
-    save_training_preview(manifest, config_of(folder), tmp_path / "a.png", 6)
+    find("detection").save_preview(config_of(folder), manifest, tmp_path / "a.png", 6)
     seconds, named = set(), set()
     for pixels, caption in zip(*drawn[:2]):
         first, *boxes = caption.splitlines()
@@ -287,7 +288,7 @@ def test_a_run_saves_a_detector(run: Any) -> None:
     assert model.class_names == ("sit", "wave") and model.num_classes == 2
     assert run.preview.read_bytes().startswith(b"\x89PNG")
     rows = run.read_history()
-    assert rows[-1]["step"] == 6 and 0 <= rows[-1]["validation_accuracy"] <= 1
+    assert rows[-1]["step"] == 6 and 0 <= rows[-1]["validation_map"] <= 1
     assert all(row["boxes_left_out"] >= 0 for row in rows)
     contract = json.loads(run.input.read_text())
     assert (contract["resize"], contract["crop"]) == (TINY.test_size, TINY.test_size)
@@ -307,6 +308,8 @@ def test_its_report_matches_its_detections(
     found, scores = score_split(load_detector(run.root), manifest, "test", config.detection, progress=False)
     assert report.results["map"] == scores.mean and 0 < scores.mean <= 1
     assert report.results["key_frames_missing"] == 0
+    assert report.results["key_frames"] == 3 and "videos" not in report.results
+    assert report.results["gmacs_per_key_frame"] == report.results["gmacs_per_clip"] > 0
     table = capsys.readouterr().out
     assert f"{100 * scores.mean:.1f} %" in table and "3 key frames" in table and "centre crop of 36²" in table
     files = (report.folder / "detections.csv", folder / "truth.csv", folder / "actions.pbtxt", folder / "out.csv")
@@ -352,11 +355,30 @@ def test_a_report_counts_key_frames_without_a_record(folder: Path, run: Any, tmp
 def test_validation_on_a_subset_of_the_key_frames(folder: Path, run: Any) -> None:
     manifest, model = Manifest.load(folder / "records"), load_detector(run.root)
     every = [Detection(eval_boxes="annotated", validation_every=number) for number in (2, 452, 1000)]
-    taken = DetectorValidation(model, manifest, "test", every[0])._manifest.splits["test"].records
+    taken = KeyFrameValidation(model, manifest, "test", every[0])._manifest.splits["test"].records
     assert [record.media_id for record in taken] == ["film,0904"]
-    assert 0 <= DetectorValidation(model, manifest, "test", every[1])().accuracy <= 1
+    assert 0 <= KeyFrameValidation(model, manifest, "test", every[1])()["map"] <= 1
     with pytest.raises(UserError, match=r"at least one key frame at a multiple of Detection\.validation_every = 1000"):
-        DetectorValidation(model, manifest, "test", every[2])
+        KeyFrameValidation(model, manifest, "test", every[2])
+
+
+def test_without_annotated_boxes_training_does_not_start(folder: Path, tmp_path: Path) -> None:
+    """mAP would be undefined, in a validation or in the final evaluation."""
+    manifest = Manifest.load(folder / "records")
+    unlabelled = [record._replace(labels=()) for record in manifest.splits["test"].records]
+    manifest = manifest.with_records("test", unlabelled)
+    message = "split 'test' of .* must have annotated boxes of the evaluated actions"
+    for validated in (None, "test"):
+        dataset = DatasetSpec(str(folder / "records"), validation_split=validated)
+        with pytest.raises(UserError, match=message):
+            check_run(config_of(folder, dataset=dataset), manifest, find("detection"), devices=1)
+
+
+def test_checkpoints_of_a_detector_are_evaluated(run: Any) -> None:
+    results = watch_run(run)
+    assert sorted(results) == [3, 6]
+    assert all(0 <= of_step["map"] <= 1 and of_step["key_frames"] == 3 for of_step in results.values())
+    assert results[6]["map"] == run.read_history()[-1]["validation_map"]  # the test split is the validation split
 
 
 def test_views_of_a_detector_cannot_be_set(run: Any) -> None:

@@ -57,7 +57,7 @@ def test_a_failed_write_to_the_history_names_its_file(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.history.symlink_to("/dev/full")
     with pytest.raises(WriteError, match=r"history\.csv cannot be written: No space left on device$"):
-        run.append_history(dict.fromkeys(HISTORY_FIELDS, 1.0))
+        run.append_history(HISTORY_FIELDS, dict.fromkeys(HISTORY_FIELDS, 1.0))
 
 
 def test_tensorflow_errors_name_the_file() -> None:

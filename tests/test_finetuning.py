@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from evaluating import evaluate_run
 from sklearn.metrics import average_precision_score
 from video_fixtures import noise_video, write_records
 
 import x3d_tf
 from x3d_tf.config import Execution, Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
-from x3d_tf.evaluation.classification import evaluate_run
+from x3d_tf.evaluation.validation import ClipValidation
 from x3d_tf.modeling.metadata import Metadata
 from x3d_tf.runs.checkpoints import checkpoint_steps, load_checkpoint
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.tasks.classification import ClipTask
 from x3d_tf.training import loop
 from x3d_tf.training.loop import train
-from x3d_tf.training.validation import Score, Validation
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -80,9 +81,9 @@ def whole(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def stopped_in_a_validation(config: TrainConfig, workdir: Path) -> RunFolder:
     """Runs the same training, interrupted in its second validation and resumed."""
-    score, calls = Validation.__call__, 0
+    score, calls = ClipValidation.__call__, 0
 
-    def stop_at_the_second(validation: Validation) -> Any:
+    def stop_at_the_second(validation: ClipValidation) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
@@ -90,7 +91,7 @@ def stopped_in_a_validation(config: TrainConfig, workdir: Path) -> RunFolder:
         return score(validation)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Validation, "__call__", stop_at_the_second)
+        patch.setattr(ClipValidation, "__call__", stop_at_the_second)
         train(config, workdir)
     return train(config, workdir)
 
@@ -100,7 +101,7 @@ def assert_the_same(a: RunFolder, b: RunFolder) -> None:
         for x, y in zip(load_checkpoint(a, step).get_weights(), load_checkpoint(b, step).get_weights()):
             np.testing.assert_array_equal(x, y)
     scores = [
-        [(row["validation_accuracy"], row["validation_loss"]) for row in run.read_history() if "validation_loss" in row]
+        [(row["validation_top1"], row["validation_loss"]) for row in run.read_history() if "validation_loss" in row]
         for run in (a, b)
     ]
     assert scores[0] == scores[1] and len(scores[0]) == 3
@@ -113,7 +114,7 @@ def test_a_run_interrupted_in_a_validation_ends_as_an_uninterrupted_one(
     run = stopped_in_a_validation(some(records, source), tmp_path / "run")
     printed = capsys.readouterr()
     assert f"layers from {source}, " in printed.out and "newly initialised: fc2" in printed.out
-    assert "step 4: validation accuracy " in printed.out and "interrupted at step 8" in printed.err
+    assert "step 4: validation_top1 " in printed.out and "interrupted at step 8" in printed.err
     assert "from the checkpoint of step 8" in printed.out
     assert_the_same(whole, run)
     assert run.preview.read_bytes().startswith(b"\x89PNG")
@@ -128,14 +129,14 @@ def test_a_run_with_every_option_does_too(records: Path, source: Path, tmp_path:
 @pytest.fixture(scope="module")
 def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
     """Run stopped early after three steps, and its output. Only the first score is computed."""
-    measure, scores = Validation.__call__, iter([None, Score(1.0, 1.0), Score(1.0, 1.0)])
+    measure, scores = ClipValidation.__call__, iter([None, {"top1": 1.0, "loss": 1.0}, {"top1": 1.0, "loss": 1.0}])
     config = some(records, source)
     config = replace(config, recipe=replace(config.recipe, patience=1), checkpoint_steps=1)
     printed = io.StringIO()
     tf.config.run_functions_eagerly(True)  # tracing takes longer than three steps
     try:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-            patch.setattr(Validation, "__call__", lambda validation: next(scores) or measure(validation))
+            patch.setattr(ClipValidation, "__call__", lambda validation: next(scores) or measure(validation))
             run = train(config, tmp_path_factory.mktemp("runs") / "early")
     finally:
         tf.config.run_functions_eagerly(False)
@@ -146,7 +147,7 @@ def test_the_best_validation_is_kept_and_ends_the_run(early: tuple[RunFolder, st
     run, printed = early
     assert [row["step"] for row in run.read_history()] == [1, 2, 3]
     assert f"layers from {source}, " in printed and "newly initialised: fc2" in printed
-    assert "step 1: validation accuracy " in printed
+    assert "step 1: validation_top1 " in printed
     assert "early stopping at step 3: no improvement in 1 validation" in printed
     best, last = load_checkpoint(run, 2).get_weights(), load_checkpoint(run, 3).get_weights()
     for model in (x3d_tf.load(run.best), x3d_tf.load(run.root)):
@@ -203,7 +204,7 @@ def test_a_run_validates_on_an_existing_split(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "Trainer", start)
-    monkeypatch.setattr(loop, "save_training_preview", lambda *_: None)
+    monkeypatch.setattr(ClipTask, "save_preview", lambda *_: None)
     given = replace(config_of(tmp_path / "records", replace(QUICK, patience=2)), dataset=DatasetSpec("unset"))
     final, early_stopping = "the final evaluation.", "Early stopping selects the best step on val"
     for names, chosen, sentence in (
@@ -245,5 +246,5 @@ def test_multi_label_training_and_evaluation(tmp_path: Path) -> None:
     assert report.results["map"] == pytest.approx(np.mean(precisions), abs=1e-4)  # the file rounds probabilities
     assert report.results["map"] > 0.9
     assert run.read_history()[-1]["loss"] < run.read_history()[0]["loss"]
-    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" for multi-label and detection records'):
+    with pytest.raises(ValueError, match=r'Recipe.class_weights must be "none" for the task multi_label, got'):
         train(replace(config, recipe=replace(recipe, class_weights="balanced")), tmp_path / "other")

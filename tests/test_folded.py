@@ -14,10 +14,10 @@ from x3d_tf.parallel import map_clips_in_parallel
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.4)  # res4 has two blocks
 
 
-def network(expansion: x3d_tf.Expansion = TINY, **options: Any) -> x3d_tf.X3D:
+def network(expansion: x3d_tf.Expansion = TINY, *, activation: Any = "softmax", **options: Any) -> x3d_tf.X3D:
     """Builds a network whose batch norms all differ from their initial values."""
     keras.utils.set_random_seed(0)
-    model = x3d_tf.build_x3d(expansion, num_classes=5, **options)
+    model = x3d_tf.build_x3d(expansion, num_classes=5, activation=activation, options=x3d_tf.ModelOptions(**options))
     draw = np.random.default_rng(0)
     for layer in model.layers:
         if hasattr(layer, "moving_mean"):
@@ -36,7 +36,7 @@ def clips(count: int, size: int = 64, frames: int = 4) -> np.ndarray:
 
 
 def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
-    function = keras.ops.softmax if model.task == "single_label" else keras.ops.sigmoid
+    function = keras.ops.softmax if model.activation == "softmax" else keras.ops.sigmoid
     return np.asarray(function(model(clips)))
 
 
@@ -46,7 +46,7 @@ def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
         ({}, 1),
         ({}, None),
         ({"separable": False}, 2),
-        ({"se": "none", "stem_kernel": 3, "task": "multi_label"}, None),
+        ({"se": "none", "stem_kernel": 3, "activation": "sigmoid"}, None),
         ({"shortcut_norm": "on_width_change", "input": "difference"}, 1),
         ({"shortcut_norm": "on_width_change", "input": "difference"}, 2),
         ({"swish": False, "swish_before": True, "se": "all", "drop_connect": 0.5}, None),
@@ -74,17 +74,17 @@ def test_clips_in_parallel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pool", "task"),
+    ("pool", "activation"),
     [
-        ("global", "single_label"),
-        ("fixed_probabilities", "single_label"),
-        ("fixed_logits", "single_label"),
-        ("fixed_probabilities", "multi_label"),
+        ("global", "softmax"),
+        ("fixed_probabilities", "softmax"),
+        ("fixed_logits", "softmax"),
+        ("fixed_probabilities", "sigmoid"),
     ],
 )
 @pytest.mark.parametrize("size", [64, 81])
-def test_all_poolings(pool: str, task: str, size: int) -> None:
-    model = network(head_pool=pool, task=task)
+def test_all_poolings(pool: str, activation: str, size: int) -> None:
+    model = network(head_pool=pool, activation=activation)
     np.testing.assert_allclose(fold(model, size=size)(clips(2, size)), probabilities(model, clips(2, size)), atol=1e-5)
 
 

@@ -167,9 +167,11 @@ import numpy as np, tensorflow as tf
 from training_steps import config_of
 from x3d_tf import build_x3d
 from x3d_tf.config import Execution
+from x3d_tf.losses import SoftmaxLoss
 from x3d_tf.training.step import TrainStep
 model = build_x3d("x3d_xs")
-step = TrainStep(model, config_of(execution=Execution(recompute={recompute!r})), tf.distribute.get_strategy())
+config = config_of(execution=Execution(recompute={recompute!r}))
+step = TrainStep(model, config, tf.distribute.get_strategy(), SoftmaxLoss(8))
 clips = np.zeros((8, 4, 160, 160, 3), np.float32)
 stream = iter(tf.data.Dataset.from_tensors((clips, np.zeros(8, np.int32))).repeat())
 def peak():  # not getrusage, whose peak includes the parent process

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from recipe import assert_close, assert_probes, clips, give_recipe_weights, named_weights, recipe_weight
 
-from x3d_tf import X3D, Expansion, build_x3d
+from x3d_tf import X3D, Expansion, ModelOptions, build_x3d
 from x3d_tf.training.optimizer import SGD
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -27,7 +27,7 @@ def golden(shared_data: Path) -> dict[str, np.ndarray]:
 def xs(size: int, **options: Any) -> X3D:
     """Builds X3D-XS for a crop of `size` pixels, with the weights of the recipe."""
     expansion = Expansion(12, 5, size / 112, 1, 2.25, 2.2)
-    model = build_x3d(expansion, num_classes=7, dropout=0.0, **options)
+    model = build_x3d(expansion, num_classes=7, options=ModelOptions(dropout=0.0, **options))
     give_recipe_weights(model)
     return model
 

@@ -95,7 +95,8 @@ def test_the_printed_command_fine_tunes_the_network(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = x3d_tf.build_x3d("x2d", 7, shortcut_norm="on_width_change", head_pool="fixed_probabilities")
+    options = x3d_tf.ModelOptions(shortcut_norm="on_width_change", head_pool="fixed_probabilities")
+    model = x3d_tf.build_x3d("x2d", 7, options=options)
     export_checkpoint(model, "a.pyth", "pytorchvideo")
     output = 'it\'s "new" \\ прыжок.keras'
     Path("classes.txt").write_text("\n".join("abcdefg"))

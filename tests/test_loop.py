@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from evaluating import evaluate_run
 from tqdm import tqdm
 
 import x3d_tf
@@ -24,13 +25,14 @@ from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import input_contract
-from x3d_tf.evaluation.classification import evaluate_run
 from x3d_tf.files import WriteError
 from x3d_tf.runs.checkpoints import Checkpoints, checkpoint_steps, load_checkpoint
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.tasks.base import find
 from x3d_tf.training import loop
+from x3d_tf.training.checks import check_run
 from x3d_tf.training.history import History
-from x3d_tf.training.loop import Trainer, train
+from x3d_tf.training.loop import train
 from x3d_tf.training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
@@ -173,10 +175,10 @@ def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: in
     recipe = Recipe(batch=batch, reference_batch=batch, steps=2, warmup_fraction=0)
     config = config_of(records, recipe=recipe, model=x3d_tf.ModelOptions(bn_group=group))
     if message is None:
-        Trainer(config, Manifest.load(records), tf.distribute.get_strategy())
+        check_run(config, Manifest.load(records), find("single_label"), devices=1)
     else:
         with pytest.raises(ValueError, match=re.escape(message)):
-            Trainer(config, Manifest.load(records), tf.distribute.get_strategy())
+            check_run(config, Manifest.load(records), find("single_label"), devices=1)
 
 
 def test_a_damaged_record_is_reported(records: Path, tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(records: Path, tmp_path: Path
     assert expected.keys() == actual.keys()
     for key in expected:
         np.testing.assert_array_equal(actual[key], expected[key])
-    columns = ("step", "epoch", "learning_rate", "loss", "accuracy")
+    columns = ("step", "epoch", "learning_rate", "loss", "top1")
     histories = [RunFolder(tmp_path / name).read_history() for name in ("whole", "killed")]
     assert [[row[c] for c in columns] for row in histories[0]] == [[row[c] for c in columns] for row in histories[1]]
     assert histories[1][:2] == before  # including times: these steps were not repeated

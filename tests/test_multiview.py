@@ -15,7 +15,7 @@ class FixedLogits:
 
     def __init__(self, logits: list[tuple[float, float]], clip: object) -> None:
         self.logits, self.clip, self.num_classes = np.array(logits, "float32"), clip, 2
-        self.task = "single_label"
+        self.activation = "softmax"
 
     def __call__(self, clips: object, training: bool) -> object:
         import tensorflow as tf
@@ -35,7 +35,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     clips = np.ones((2, 3, 1, 8, 8, 3), "float32") * levels[:, :, None, None, None, None] * 100
 
     def dataset(*_: object, **__: object) -> tf.data.Dataset:
-        return tf.data.Dataset.from_tensor_slices((clips, [0, 0], [0, 1])).batch(1)
+        return tf.data.Dataset.from_tensor_slices((clips, [1, 0], [0, 1])).batch(1)
 
     class Video(NamedTuple):
         media_id: str
@@ -48,13 +48,13 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(module, "evaluation_dataset", dataset)
     model = FixedLogits([(6, 0), (0, 2), (0, 2)], x3d_tf.ClipSpec(1, 1, 8))
-    probabilities = module.predict_split(model, Folder(), "test", spec)  # type: ignore[arg-type]
+    probabilities = module.predict_split(model, Folder(), "test", spec).probabilities  # type: ignore[arg-type]
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities[0], [0.412, 0.588], atol=5e-4)  # mean logits would give class 0
     np.testing.assert_allclose(probabilities[1], [0.119, 0.881], atol=5e-4)
 
-    model.task = "multi_label"
-    probabilities = module.predict_split(model, Folder(), "test", spec, progress=False)  # type: ignore[arg-type]
+    model.activation = "sigmoid"
+    probabilities = module.predict_split(model, Folder(), "test", spec, progress=False).probabilities  # type: ignore[arg-type]
     expected = np.mean([[1 / (1 + np.exp(-x)) for x in row] for row in [(6, 0), (0, 2), (0, 2)]], axis=0)
     np.testing.assert_allclose(probabilities[0], expected, atol=1e-6)
 

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from recipe import FLOAT64_BOUND, clips, difference, give_recipe_weights, named_weights
 
-from x3d_tf import VARIANTS, X3D, build_x3d
+from x3d_tf import VARIANTS, X3D, ModelOptions, build_x3d
 from x3d_tf.modeling.pytorch.convert import export_checkpoint
 from x3d_tf.modeling.pytorch.weight_names import Naming, to_ours
 from x3d_tf.training.optimizer import SGD
@@ -155,10 +155,10 @@ def train(model: X3D, batch: np.ndarray, labels: np.ndarray) -> dict[str, np.nda
     [("standard", "pytorchvideo", "always"), ("mobile", "pytorchvideo_mobile", "on_width_change")],
 )
 def test_exported_weights_load_strictly(
-    pytorchvideo: ModuleType, tmp_path: Path, form: str, naming: Naming, shortcut_norm: str
+    pytorchvideo: ModuleType, tmp_path: Path, form: str, naming: Naming, shortcut_norm: Any
 ) -> None:
     """Includes networks with another batch norm on the shortcut of res2."""
-    model = build_x3d("x3d_xs", num_classes=7, shortcut_norm=shortcut_norm)
+    model = build_x3d("x3d_xs", num_classes=7, options=ModelOptions(shortcut_norm=shortcut_norm))
     give_recipe_weights(model)
     export_checkpoint(model, tmp_path / "weights.pyth", naming)
     reference = getattr(pytorchvideo, form)("x3d_xs", num_classes=7)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from x3d_tf import plots
+from x3d_tf.types import Metric
 
 NAMES = ("hug", "pushing something from left to right, " * 6, "走路 跑步", "дом", "a$^{$b", "\x1b[2J")
 TITLE = "x3d(tau=7,t=17,s=0.5714,w=1,b=1,d=1), test, 10 clips x 1 crop of 64 pixels: top-1 83.3%"
@@ -38,16 +39,17 @@ def sweep(count: int) -> Picture:
 
 def history(count: int, every: int = 0) -> list[dict[str, float]]:
     rows = [
-        {"step": 10.0 * number, "loss": 1.0983 + 1e-5 * (number % 3), "accuracy": 1.0, "learning_rate": 1e-5}
+        {"step": 10.0 * number, "loss": 1.0983 + 1e-5 * (number % 3), "top1": 1.0, "learning_rate": 1e-5}
         for number in range(1, count + 1)
     ]
     for row in rows[every - 1 :: every] if every else ():
-        row |= {"validation_loss": 0.5, "validation_accuracy": row["step"] / 10 / count}
+        row |= {"validation_loss": 0.5, "validation_map": row["step"] / 10 / count}
     return rows
 
 
 def curves(count: int, every: int = 0) -> Picture:
-    return lambda path: plots.save_curves(history(count, every), path, TITLE)
+    metrics = {"training": [Metric("top1", "share")], "validation": [Metric("map", "share"), Metric("loss", "loss")]}
+    return lambda path: plots.save_curves(history(count, every), path, TITLE, **metrics)
 
 
 def sheet(rows: int, columns: int, lines: int = 3) -> Picture:
@@ -99,16 +101,22 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_curves_show_validation_on_plain_axes(figures: list[Any], tmp_path: Path) -> None:
     curves(20, 5)(tmp_path / "a.png")
-    loss, accuracy, rate = figures[0].axes
-    assert accuracy.get_ylim() == (0, 100) and loss.get_ylim()[0] == 0 and rate.get_ylim()[0] == 0
-    for axes, trained, validated in ((loss, 1.0983, [0.5] * 4), (accuracy, 100, [25, 50, 75, 100])):
+    loss, shares, rate = figures[0].axes
+    assert shares.get_title() == "top1, map in %"
+    assert shares.get_ylim() == (0, 100) and loss.get_ylim()[0] == 0 and rate.get_ylim()[0] == 0
+    both = (("loss", "loss"), ("top1", "map"))
+    expected = ((loss, 1.0983, [0.5] * 4), (shares, 100, [25, 50, 75, 100]))
+    for (axes, trained, validated), names in zip(expected, both):
         training, validation = axes.lines
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            f"training {names[0]}",
+            f"validation {names[1]}",
+        ]
         np.testing.assert_allclose(training.get_ydata(), trained, rtol=1e-4)
         assert list(validation.get_xdata()) == [50, 100, 150, 200]
         np.testing.assert_allclose(validation.get_ydata(), validated)
     assert len(rate.lines) == 1 and rate.get_legend() is None
-    for axes in (loss, accuracy, rate):
+    for axes in (loss, shares, rate):
         assert axes.get_xlim() == (0, 200)
         assert axes.yaxis.get_offset_text().get_text() == axes.xaxis.get_offset_text().get_text() == ""
 
@@ -117,7 +125,7 @@ def test_long_curves_have_a_mean(figures: list[Any], tmp_path: Path) -> None:
     curves(1000)(tmp_path / "a.png")
     noisy, mean = figures[0].axes[0].lines
     assert len(noisy.get_xdata()) == 1000 and len(mean.get_xdata()) == 100
-    assert mean.get_xdata()[0] == pytest.approx(55) and mean.get_label() == "training, mean of 10 rows"
+    assert mean.get_xdata()[0] == pytest.approx(55) and mean.get_label() == "training loss, mean of 10 rows"
 
 
 def test_times_are_below_the_frames_and_labels_beside_them(figures: list[Any], tmp_path: Path) -> None:

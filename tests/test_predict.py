@@ -41,5 +41,5 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_classifier_takes_no_boxes(tmp_path: Path, in_process: Callable[..., None]) -> None:
     film = write_video(tmp_path / "film.mp4", numbered_frames(75, 48, 97))
     x3d_tf.save(x3d_tf.build_x3d(TINY, 3), tmp_path / "b.keras", NAMES)
-    with pytest.raises(UserError, match=r"--boxes must not be given with .*, a model that classifies videos"):
+    with pytest.raises(UserError, match=r"--boxes must not be given with .*, a model of the task single_label"):
         in_process(predict, f"--model={tmp_path / 'b.keras'}", "--boxes=x", film, positional=True)

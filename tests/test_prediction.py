@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluating import evaluate_run
 from test_transforms import naive_resize
 from video_fixtures import number_of, numbered_frames, smooth_frames, write_records, write_video
 
@@ -26,7 +27,6 @@ from x3d_tf.data.video import clip_reader
 from x3d_tf.data.video.clip_reader import VideoClips, cut_clips
 from x3d_tf.data.video.decode import VideoError, encode_video, probe, read_frames
 from x3d_tf.data.video.listing import list_videos
-from x3d_tf.evaluation.classification import evaluate_run
 from x3d_tf.evaluation.multiview import predict_split
 from x3d_tf.inference import prediction
 from x3d_tf.inference.prediction import (
@@ -123,7 +123,9 @@ def test_a_video_equals_a_plain_loop(linear: Any, clips: Path, settings: dict[st
 def of_records(model: Any, manifest: Manifest, views: int) -> np.ndarray:
     """Probabilities of the records of "test", as reports have them."""
     spec = ViewSpec(temporal_views=views, resize=54, crop=48, stretch=model.stretch)
-    return predict_split(model, manifest, "test", spec, frame_sampling=model.frame_sampling, progress=False)
+    return predict_split(
+        model, manifest, "test", spec, frame_sampling=model.frame_sampling, progress=False
+    ).probabilities
 
 
 @pytest.mark.parametrize("facts", [{}, {"stretch": True, "frame_sampling": "exact"}], ids=["", "stretched"])
@@ -363,7 +365,7 @@ def test_a_variable_rate_is_decoded_once(linear: Any, tmp_path: Path, monkeypatc
 
 def test_multi_label_probabilities_are_sigmoids(linear: Any, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = clips / "short.avi"  # all clips are one
-    monkeypatch.setattr(linear, "task", "multi_label", raising=False)
+    monkeypatch.setattr(linear, "activation", "sigmoid", raising=False)
     (result,) = predictions(linear, [path])
     logits = np.log(result.probabilities / (1 - result.probabilities))
     softmax = naive_probabilities(linear, decoded(path), 30.0, 1)

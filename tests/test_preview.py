@@ -24,12 +24,18 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_records(tmp_path_factory.mktemp("records"), {"train": [noise_video(seed, 12) for seed in range(7)]})
 
 
+def preview(manifest: Manifest, path: Path, clips: int) -> None:
+    stream = training_dataset(manifest, "train", CLIP, **SETTINGS, replica_batch=1)
+    order = {name: SETTINGS[name] for name in ("batch", "seed")}
+    save_preview(manifest, "train", CLIP, stream, path, classes=manifest.classes, clips=clips, **order)
+
+
 def test_rows_are_the_first_clips_of_training(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "save_clips", lambda *args: drawn.extend(args))
-    save_preview(manifest, "train", CLIP, tmp_path / "a.png", **SETTINGS, clips=8)
+    preview(manifest, tmp_path / "a.png", 8)
     clips, captions, path, title, times = drawn
     batches = list(training_dataset(manifest, "train", CLIP, **SETTINGS).take(3).as_numpy_iterator())
     np.testing.assert_array_equal(clips, np.concatenate([pixels for pixels, _ in batches])[:8])
@@ -48,7 +54,7 @@ def test_frames_are_shown_with_their_times(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(plots, "save_clips", lambda *args: drawn.extend(args))
     grey = [encode_jpeg(np.full((40, 52, 3), 4 * number, np.uint8)) for number in range(30)]
     manifest = write_records(tmp_path / "records", {"train": [EncodedVideo(grey, 30.0)] * 3})
-    save_preview(manifest, "train", CLIP, tmp_path / "a.png", **SETTINGS, clips=6)
+    preview(manifest, tmp_path / "a.png", 6)
     clips, _, _, _, times = drawn
     expected = [[round(float(frame.mean()) / 4) / 30 for frame in clip] for clip in clips]
     np.testing.assert_allclose(times, expected, atol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from recipe import assert_close, assert_probes, clips, give_recipe_weights, named_weights
 
-from x3d_tf import X3D, Expansion, build_x3d
+from x3d_tf import X3D, Expansion, ModelOptions, build_x3d
 
 PATH = Path(__file__).parent / "fixtures" / "pytorchvideo_xs.npz"  # documented in make_pytorchvideo_xs.py
 STAGES = ("conv1", "res2", "res3", "res4", "res5", "conv5")
@@ -26,7 +26,8 @@ def stored() -> dict[str, np.ndarray]:
 
 def build(**options: Any) -> X3D:
     """Builds X3D-XS for small clips, without dropout."""
-    return build_x3d(Expansion(12, 3, 33 / 112, 1, 2.25, 2.2), num_classes=7, dropout=0.0, **options)
+    expansion = Expansion(12, 3, 33 / 112, 1, 2.25, 2.2)
+    return build_x3d(expansion, num_classes=7, options=ModelOptions(dropout=0.0, **options))
 
 
 @functools.cache

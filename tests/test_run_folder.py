@@ -14,8 +14,9 @@ from x3d_tf import Expansion
 from x3d_tf.config import Execution, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
-from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 
+COLUMNS = (*HISTORY_FIELDS, "top1")
 CONFIG = TrainConfig(Expansion(gamma_t=4), dataset=DatasetSpec(records="somewhere"))
 
 
@@ -45,8 +46,8 @@ def content(root: Path) -> set[str]:
 )
 def test_a_run_with_missing_checkpoints_does_not_restart(tmp_path: Path, files: tuple[str, ...]) -> None:
     run = begun(tmp_path / "run", *files)
-    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 40.0)
-    run.write_history([row])
+    row = dict.fromkeys(COLUMNS, 40.0)
+    run.write_history(COLUMNS, [row])
     before = content(run.root)
     message = rf"was trained to step 40 \(it has {files[0]}\), but .*checkpoints has no complete checkpoint"
     for config in (CONFIG, replace(CONFIG, seed=1)):
@@ -106,7 +107,7 @@ def test_links_are_rejected(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys
-from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 with RunFolder({root!r}).training():
     print("held", flush=True)
     sys.stdin.read()
@@ -134,8 +135,8 @@ def test_a_damaged_history_ends_before_the_damage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str
 ) -> None:
     run = begun(tmp_path / "run")
-    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 40.0)
-    run.write_history([row, row])
+    row = dict.fromkeys(COLUMNS, 40.0)
+    run.write_history(COLUMNS, [row, row])
     text = run.history.read_text().replace("40,40.0", f"40,{cell}", 2).replace(f"40,{cell}", "40,40.0", 1)
     run.history.write_bytes(text.encode().replace("\ufffd".encode(), b"\xff"))
     assert run.read_history() == [row]
@@ -165,9 +166,21 @@ def test_a_run_folder_has_one_configuration(tmp_path: Path) -> None:
 def test_history_round_trip(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.read_history() == []
-    row = dict.fromkeys(("step", "epoch", "learning_rate", "loss", "accuracy", "clips_per_second"), 1.5) | {"step": 1.0}
-    run.write_history([row])
-    run.append_history(row | {"step": 2.0})
+    row = dict.fromkeys(COLUMNS, 1.5) | {"step": 1.0}
+    run.write_history(COLUMNS, [row])
+    run.append_history(COLUMNS, row | {"step": 2.0})
     with run.history.open("a") as file:
         file.write("3,1")  # killed while writing
     assert run.read_history() == [row, row | {"step": 2.0}]
+
+
+def test_columns_of_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Metrics that are required, optional, and unknown."""
+    run = RunFolder(tmp_path)
+    row = dict.fromkeys(COLUMNS, 1.5) | {"step": 1.0}
+    run.write_history((*COLUMNS, "validation_map", "other"), [row | {"validation_map": 0.5, "other": 2.0}, row])
+    assert run.read_history(["top1"], ["validation_map"]) == [row | {"validation_map": 0.5}, row]
+    assert run.read_history() == [row | {"validation_map": 0.5, "other": 2.0}, row]
+    assert capsys.readouterr().err == ""
+    assert run.read_history(["box_top1"], []) == []
+    assert "history.csv is damaged after row 0" in capsys.readouterr().err

@@ -162,7 +162,7 @@ def test_each_start_gives_a_row() -> None:
 def network_of(**facts: Any) -> Any:
     """Returns a network without layers, for an input contract."""
     network = VARIANTS["x3d_s"].expansion
-    known = {"expansion": network, "clip": network.clip, "task": "single_label", "eval_size": 160, "stored": None}
+    known = {"expansion": network, "clip": network.clip, "head": None, "eval_size": 160, "stored": None}
     return SimpleNamespace(**known | {"stretch": False, "frame_sampling": "slowfast", "test_views": 10} | facts)
 
 
@@ -175,13 +175,13 @@ def network_of(**facts: Any) -> Any:
         ({"stored": Storage(96, 90)}, {"stored": {"short_side": 96, "jpeg_quality": 90}, "decoded_short_side": 96}),
         ({"stretch": True, "test_views": 3}, {"resized": "both sides", "clips": 3}),
         ({"expansion": VARIANTS["x3d_xl"].expansion}, {"decoded_short_side": 356}),
-        ({"task": "detection"}, {"offsets": [*range(-39, 39, 6)], "frame_sampling": "key_frame"}),
+        ({"head": "full"}, {"offsets": [*range(-39, 39, 6)], "frame_sampling": "key_frame"}),
     ],
 )
 def test_input_contract(facts: dict[str, Any], expected: dict[str, Any]) -> None:
     contract = input_contract(network_of(**facts))
     assert {name: contract[name] for name in expected} == expected
-    assert ("clips" in contract) == ("prediction" in contract["rules"]) == (facts.get("task") != "detection")
+    assert ("clips" in contract) == ("prediction" in contract["rules"]) == ("head" not in facts)
     json.dumps(contract)
     assert set(contract["rules"]) - {"fps", "span", "prediction"} <= set(contract)
 

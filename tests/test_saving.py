@@ -69,7 +69,7 @@ def test_a_full_disk_leaves_the_existing_file_intact(
 
 
 def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
-    function = keras.ops.softmax if model.task == "single_label" else keras.ops.sigmoid
+    function = keras.ops.softmax if model.activation == "softmax" else keras.ops.sigmoid
     return np.asarray(function(model(clips)))
 
 
@@ -85,7 +85,7 @@ def probabilities(model: x3d_tf.X3D, clips: np.ndarray) -> np.ndarray:
     ids=str,
 )
 def test_portable_equals_the_trainable_network(options: dict, clips: np.ndarray) -> None:
-    network = x3d_tf.build_x3d(TINY, num_classes=3, **options)
+    network = x3d_tf.build_x3d(TINY, num_classes=3, options=x3d_tf.ModelOptions(**options))
     for layer in network.layers:
         if hasattr(layer, "moving_mean"):
             layer.moving_mean.assign(np.random.default_rng(2).standard_normal(layer.moving_mean.shape) * 0.1)
@@ -101,11 +101,11 @@ def test_portable_of_another_size(model: x3d_tf.X3D) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pool", "task"),
-    [("fixed_probabilities", "single_label"), ("fixed_logits", "single_label"), ("fixed_probabilities", "multi_label")],
+    ("pool", "activation"),
+    [("fixed_probabilities", "softmax"), ("fixed_logits", "softmax"), ("fixed_probabilities", "sigmoid")],
 )
-def test_portable_pools_larger_clips_alike(pool: str, task: Any, tmp_path: Path) -> None:
-    network = x3d_tf.build_x3d(TINY, num_classes=3, head_pool=pool, task=task)
+def test_portable_pools_larger_clips_alike(pool: Any, activation: Any, tmp_path: Path) -> None:
+    network = x3d_tf.build_x3d(TINY, num_classes=3, activation=activation, options=x3d_tf.ModelOptions(head_pool=pool))
     clips = np.random.default_rng(1).integers(0, 256, (1, 4, 96, 96, 3), dtype=np.uint8)
     x3d_tf.save(x3d_tf.portable(network, NAMES, size=96), tmp_path / "model.keras")
     app = keras.models.load_model(tmp_path / "model.keras")
@@ -283,7 +283,7 @@ def test_metadata_counts_the_parameters_of_every_network() -> None:
         (x3d_tf.build_x3d(TINY, 3, include_top=False), build(TINY, options, 3, False, (), "trainable", 64)),
     ]
     for head in ("full", "simple", "frame"):
-        described = build(TINY, options, 3, True, NAMES, "trainable", 64, "detection", detection_head=head)
+        described = build(TINY, options, 3, True, NAMES, "trainable", 64, "detection", "sigmoid", detection_head=head)
         networks.append((x3d_tf.build_detector(TINY, 3, head=head), described))
     for network, described in networks:
         counts = [(weight.path.split("/")[0], weight) for weight in network.trainable_variables]

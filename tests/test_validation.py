@@ -10,7 +10,7 @@ import x3d_tf
 from x3d_tf.data.datasets.spec import HELD_OUT, DatasetSpec, hold_out
 from x3d_tf.data.records.index import Record, Shard, Split, parse_segment_file, segment_id
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.training.validation import Score, Validation
+from x3d_tf.evaluation.validation import ClipValidation
 from x3d_tf.types import Storage
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
@@ -83,14 +83,6 @@ def test_too_few_videos_to_hold_out() -> None:
         hold_out(twice, spec(0.5), 0)
 
 
-def test_scores_are_ordered_by_accuracy_then_loss() -> None:
-    assert Score(0.5, 9.0).beats(None)
-    assert Score(0.6, 9.0).beats(Score(0.5, 1.0))
-    assert Score(0.5, 0.9).beats(Score(0.5, 1.0))
-    assert not Score(0.5, 1.0).beats(Score(0.5, 1.0))
-    assert not Score(0.4, 0.0).beats(Score(0.5, 1.0))
-
-
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from moving_square import write_records
@@ -103,12 +95,15 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_score_is_that_of_the_middle_clips(records: Path) -> None:
     model = x3d_tf.X3D(TINY, 2, x3d_tf.ModelOptions())
     manifest = Manifest.load(records)
-    validation = Validation(model, manifest, "train", DatasetSpec(records="unused"), TINY.test_size)
+    validation = ClipValidation(model, manifest, "train", "slowfast", TINY.test_size)
     clips, labels = next(iter(x3d_tf.dataset(records, TINY.clip, split="train", training=False, batch=5)))
     for shift in (0.0, 0.3):  # different weights, the same compiled function
         model.get_layer("fc2").bias.assign([shift, 0])
         logits = model(clips).numpy().astype("float64")
         log = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         score = validation()
-        assert score.accuracy == np.mean(logits.argmax(axis=1) == labels.numpy())
-        assert score.loss == pytest.approx(-np.mean(log[range(5), labels.numpy()]), rel=1e-4)
+        assert [metric.name for metric in validation.metrics] == list(score)
+        assert score["top1"] == np.mean(logits.argmax(axis=1) == labels.numpy())
+        assert score["loss"] == pytest.approx(-np.mean(log[range(5), labels.numpy()]), rel=1e-4)
+    best, worst, second = {"top1": 0.5, "loss": 0.9}, {"top1": 0.4, "loss": 0.0}, {"top1": 0.5, "loss": 1.0}
+    assert sorted((best, worst, second), key=validation.rank) == [worst, second, best]

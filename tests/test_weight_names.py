@@ -45,7 +45,7 @@ def shapes(model: X3D, naming: Naming) -> dict[str, tuple[int, ...]]:
     ids=str,
 )
 def test_the_table_names_every_weight_once(options: dict[str, Any]) -> None:
-    model = build_x3d(Expansion(gamma_t=2, gamma_b=2.25), num_classes=7, **options)
+    model = build_x3d(Expansion(gamma_t=2, gamma_b=2.25), num_classes=7, options=ModelOptions(**options))
     weights = [weight for weight in model.weights if "seed_generator" not in weight.path]
     for naming in NAMINGS:
         named = named_weights(model, naming)
@@ -205,7 +205,7 @@ def x3d_m() -> X3D:
 
 @pytest.fixture(scope="module")
 def x3d_m_of_pytorchvideo() -> X3D:
-    return build_x3d("x3d_m", shortcut_norm="on_width_change")
+    return build_x3d("x3d_m", options=ModelOptions(shortcut_norm="on_width_change"))
 
 
 @pytest.mark.parametrize("naming", ["slowfast", "pytorchvideo_mobile", "mmaction2"])
@@ -227,7 +227,8 @@ def test_blocks_with_squeeze_excitation(x3d_m: X3D) -> None:
 
 
 def test_shapes_of_the_dense_ablation() -> None:
-    table = shapes(build_x3d(Expansion(gamma_w=0.3, gamma_b=1.5), num_classes=7, separable=False), "slowfast")
+    model = build_x3d(Expansion(gamma_w=0.3, gamma_b=1.5), num_classes=7, options=ModelOptions(separable=False))
+    table = shapes(model, "slowfast")
     assert table["s2.pathway0_res0.branch2.a.weight"] == (12, 8, 3, 1, 1)
     assert table["s2.pathway0_res0.branch2.b.weight"] == (12, 12, 1, 3, 3)
     assert table["s2.pathway0_res0.branch2.c.weight"] == (8, 12, 1, 1, 1)

@@ -56,6 +56,7 @@ from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.runs.advice import advice
 from x3d_tf.startup import starting_tensorflow
+from x3d_tf.tasks.base import find
 from x3d_tf.terminal import one_line
 from x3d_tf.text import binding_flag, counted
 
@@ -282,7 +283,8 @@ def _advice(manifest: Manifest, recipes: list[str], split: str) -> list[str]:
 
     config = gin_config.parse(recipes).config
     config = replace(config, dataset=replace(config.dataset, train_split=split))
-    return [f"  warning: {text}" for text in advice(manifest, config, short_sides(manifest, split))]
+    task = find(manifest.task)
+    return [f"  warning: {text}" for text in advice(manifest, config, short_sides(manifest, split), task)]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from x3d_tf import signals, startup
+from x3d_tf import registry, signals, startup
 from x3d_tf.errors import UserError
 from x3d_tf.terminal import OutputClosed, Terminal, one_line
 from x3d_tf.text import did_you_mean
@@ -23,6 +23,7 @@ FLAGS = flags.FLAGS
 
 _BROKEN_PIPE_STATUS = 141  # exit status of programs that SIGPIPE ends
 _HELP_WIDTH = 110  # characters
+_COMMON_FLAGS = ("plugin", "verbose")
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:
@@ -59,6 +60,12 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
 
 def _run(main: Callable[..., None], positional: bool) -> None:
     flags.DEFINE_bool("verbose", False, "Show all messages that TensorFlow prints while it starts.")
+    flags.DEFINE_multi_string(
+        "plugin",
+        None,
+        "Python module with your own tasks or data sets, such as my_task for my_task.py in the working folder; repeat "
+        "the flag for each module. A plugin is a program: only load code that you trust.",
+    )
     if _asks_for_help(sys.argv[1:]):
         print(_help())
         return
@@ -70,6 +77,8 @@ def _run(main: Callable[..., None], positional: bool) -> None:
     logging.set_verbosity(logging.WARNING)  # TensorFlow's Python logger is verbose at INFO
     startup.set_mode("verbose" if FLAGS.verbose else "quiet")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    for module in FLAGS.plugin or ():
+        registry.load_plugin(module)
     main(arguments) if positional else main()
 
 
@@ -150,7 +159,7 @@ def _asks_for_help(arguments: list[str]) -> bool:
 def _command_flags() -> dict[str, Any]:
     """Returns the command's flags sorted by name, without those that libraries define."""
     key_flags = {flag.name: flag for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
-    return {name: key_flags.get(name, FLAGS[name]) for name in sorted({*key_flags, "verbose"})}
+    return {name: key_flags.get(name, FLAGS[name]) for name in sorted({*key_flags, *_COMMON_FLAGS})}
 
 
 def _help() -> str:

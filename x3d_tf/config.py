@@ -11,7 +11,8 @@ from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
-from x3d_tf.types import MAX_VIEWS
+from x3d_tf.modeling.graph import DetectionHead
+from x3d_tf.types import MAX_VIEWS, TASK_NAME_RULE, is_task_name
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Detection:
         SettingTypeError, UserError: names the field, the rule and the value received.
     """
 
-    head: Literal["full", "simple", "frame"] = "full"
+    head: DetectionHead = "full"
     proposal_iou: float = 0.9
     negatives: bool = False
     eval_boxes: Literal["proposals", "annotated"] = "proposals"
@@ -191,6 +192,7 @@ class TrainConfig:
         recipe: training recipe.
         execution: precision, gradient accumulation and gradient checkpointing.
         detection: settings for action detection.
+        task: name of the task. Defaults to that of the records; see `x3d_tf.tasks.base`.
         init: run folder or `.keras` file of this package with the initial weights; None initialises them randomly. If
             its classes differ from those of the records, the classifier is initialised randomly.
         test_views: number of clips per test video whose probabilities are averaged (K of K-Center), 1..1000.
@@ -207,6 +209,7 @@ class TrainConfig:
     recipe: Recipe = field(default_factory=Recipe)
     execution: Execution = field(default_factory=Execution)
     detection: Detection = field(default_factory=Detection)
+    task: str | None = None
     init: str | None = None
     test_views: int = 10
     checkpoint_steps: int = 1000
@@ -215,6 +218,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_field_types(self)
         plan(self.expansion, self.model)  # checks the bounds of the network before records are read
+        require(self.task is None or is_task_name(self.task), "TrainConfig.task", TASK_NAME_RULE, self.task)
         inside = 1 <= self.test_views <= MAX_VIEWS
         require(inside, "TrainConfig.test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
         require(self.checkpoint_steps >= 1, "TrainConfig.checkpoint_steps", "be at least 1", self.checkpoint_steps)

@@ -1,4 +1,4 @@
-"""Evaluates a trained network on records: accuracy, cost, predictions, per-class results, a confusion matrix.
+"""Evaluates a trained network on records: top-1 or mAP, cost, predictions, per-class results, a confusion matrix.
 
 Evaluate a run as it was evaluated after training, with more views per video, or on other records:
   python -m x3d_tf.evaluate --run=runs/x3d_s
@@ -8,7 +8,7 @@ Evaluate a run as it was evaluated after training, with more views per video, or
 Evaluate a model file:
   python -m x3d_tf.evaluate --model=model.keras --records=data/mine --split=test --output=reports/mine
 
-Plot accuracy against cost for 1, 3, 5, 7 and 10 clips per video; resumes an interrupted sweep:
+Plot top-1 or mAP against cost for 1, 3, 5, 7 and 10 clips per video; resumes an interrupted sweep:
   python -m x3d_tf.evaluate --run=runs/x3d_s --sweep
 
 Evaluate each new checkpoint of a run that is training in another process:
@@ -38,11 +38,11 @@ from absl import flags
 from x3d_tf import commands
 from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation.eval_config import EvalConfig, detector_report_folder, folder_of
+from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
-from x3d_tf.modeling.archive import describe
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
+from x3d_tf.tasks.base import Task, task_of_model, task_of_run
 from x3d_tf.terminal import tell
 
 FLAGS = flags.FLAGS
@@ -67,7 +67,7 @@ def define_flags() -> None:
         "A .pbtxt file of the actions to score with --detections. Defaults to the 60 actions that AVA evaluates.",
     )
     flags.DEFINE_string("exclusions", None, "A csv of key frames to ignore with --detections: video_id,timestamp.")
-    flags.DEFINE_bool("sweep", False, "Evaluate 1, 3, 5, 7 and 10 clips per video and plot accuracy against cost.")
+    flags.DEFINE_bool("sweep", False, "Evaluate 1, 3, 5, 7 and 10 clips per video and plot top-1 or mAP against cost.")
     flags.DEFINE_bool("watch", False, "Evaluate each new checkpoint of the run until training has finished.")
     flags.DEFINE_float("poll_seconds", 30.0, "Polling interval of --watch in seconds.", lower_bound=0.1)
     flags.DEFINE_string("records", None, "Records folder. Defaults to the run's records.")
@@ -117,44 +117,49 @@ def main() -> None:
     if FLAGS.detections:
         _score_detections()
         return
-    _check_paths()
+    task = _check_paths()
     with starting_tensorflow():
-        from x3d_tf.evaluation.classification import evaluate_file, evaluate_run
         from x3d_tf.evaluation.multiview import CLIPS_A_CALL
+        from x3d_tf.evaluation.running import evaluate_file, evaluate_run
         from x3d_tf.evaluation.sweep import sweep_file, sweep_run
         from x3d_tf.evaluation.watch import watch_run
         from x3d_tf.parallel import use_single_threaded_ops
 
         use_single_threaded_ops(CLIPS_A_CALL)
     if FLAGS.watch:
-        watch_run(RunFolder(FLAGS.run), poll_seconds=FLAGS.poll_seconds, overwrite=FLAGS.overwrite, **_eval_settings())
+        options = {"poll_seconds": FLAGS.poll_seconds, "overwrite": FLAGS.overwrite, **_eval_settings()}
+        watch_run(RunFolder(FLAGS.run), task, **options)
         return
     tell(f"loading and compiling {FLAGS.run or FLAGS.model}: the first clips take longer")
+    run, options = (
+        RunFolder(FLAGS.run or ""),
+        {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_eval_settings()},
+    )
     if FLAGS.sweep:
-        options = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_eval_settings()}
-        sweep = sweep_run(RunFolder(FLAGS.run), **options) if FLAGS.run else sweep_file(FLAGS.model, **options)
+        sweep = sweep_run(run, task, **options) if FLAGS.run else sweep_file(FLAGS.model, task, **options)
         print(f"results: {sweep.folder}/: sweep.csv, sweep.png")
     else:
-        options = {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_eval_settings()}
-        report = evaluate_run(RunFolder(FLAGS.run), **options) if FLAGS.run else evaluate_file(FLAGS.model, **options)
+        report = evaluate_run(run, task, **options) if FLAGS.run else evaluate_file(FLAGS.model, task, **options)
         print(f"results: {report.folder}/: {', '.join(sorted(path.name for path in report.folder.glob('[!.]*')))}")
 
 
-def _check_paths() -> None:
-    """Checks the paths that an evaluation reads before importing TensorFlow, which takes seconds."""
+def _check_paths() -> Task:
+    """Checks the paths that an evaluation reads before importing TensorFlow, which takes seconds. Returns the task."""
     eval_config, report = EvalConfig(**_eval_settings()), Path(FLAGS.output or "")
-    detects = not FLAGS.watch and describe(FLAGS.run or FLAGS.model).task == "detection"  # --watch needs no model yet
     if FLAGS.run:
         run = RunFolder(FLAGS.run)
         dataset = eval_config.dataset_of(run.read_config())
+        task = task_of_run(run) if FLAGS.watch else task_of_model(run.root)  # --watch needs no model yet
         if not FLAGS.output:
-            report = detector_report_folder(run) if detects else folder_of(run, eval_config)
+            report = task.report_folder(run, eval_config)
     else:
+        task = task_of_model(FLAGS.model)
         dataset = DatasetSpec(FLAGS.records, train_split=FLAGS.split, eval_split=FLAGS.split)
     if dataset.name == "records":
         open_dataset(dataset)
     if not (FLAGS.watch or FLAGS.sweep):  # they keep existing reports
         refuse_to_replace(report / RESULTS_NAME, FLAGS.overwrite)
+    return task
 
 
 def _score_detections() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from x3d_tf.files import atomic_path, os_errors_as_write_error
 from x3d_tf.terminal import one_line
+from x3d_tf.types import Metric
 
 _DPI = 110  # pixels per inch
 _NAME_LENGTH = 32  # characters of a class name at an axis
@@ -48,43 +49,66 @@ def _figure(path: Path, width: float, height: float, **kwargs: Any) -> Iterator[
             figure.savefig(partial, dpi=_DPI, format="png", bbox_inches="tight", pad_inches=0.1)
 
 
-def save_curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
-    """Saves training and validation loss, accuracy, and the learning rate over the steps as a PNG file.
+def save_curves(
+    rows: Sequence[dict[str, float]],
+    path: Path,
+    title: str,
+    *,
+    training: Sequence[Metric],
+    validation: Sequence[Metric],
+) -> None:
+    """Saves the losses, the metrics in [0, 1], and the learning rate over the steps as a PNG file.
 
     Args:
-        rows: rows with step, loss, accuracy in [0, 1] and learning_rate; some also with validation_loss and
-            validation_accuracy.
+        rows: rows with step, loss, learning_rate and the metrics of training; some also with those of validation, whose
+            columns begin with `validation_`.
         path: file to write; an existing file is replaced.
         title: title of the figure.
+        training: the metrics of a training step besides the loss.
+        validation: the metrics of a validation.
     """
+    shares = [[metric.name for metric in part if metric.kind == "share"] for part in (training, validation)]
+    losses = [metric.name for metric in validation if metric.kind == "loss"]
     with _figure(path, 11, 3.2, layout="constrained") as figure:
         figure.suptitle(_wrap_title(title, 11))
-        loss, accuracy, rate = figure.subplots(1, 3)
-        _draw_metric(loss, rows, "loss", 1)
-        _draw_metric(accuracy, rows, "accuracy", 100)
-        accuracy.set(ylim=(0, 100), title="accuracy in %")
-        _draw_metric(rate, rows, "learning_rate", 1)
-        rate.set(title="learning rate")
+        left, middle, right = figure.subplots(1, 3)
+        _draw_metrics(left, rows, ["loss"], losses)
+        left.set(title="loss")
+        _draw_metrics(middle, rows, shares[0], shares[1], scale=100)
+        middle.set(ylim=(0, 100), title=f"{', '.join(dict.fromkeys((*shares[0], *shares[1])))} in %")
+        _draw_metrics(right, rows, ["learning_rate"], [], smooth=False)
+        right.set(title="learning rate")
 
 
-def _draw_metric(axes: Any, rows: Sequence[dict[str, float]], name: str, scale: float) -> None:
-    """Draws a column of the history, and its validation values if it has any, over the steps."""
-    steps, values = (np.array([row[column] for row in rows]) for column in ("step", name))
+def _draw_metrics(
+    axes: Any,
+    rows: Sequence[dict[str, float]],
+    training: Sequence[str],
+    validation: Sequence[str],
+    scale: float = 1,
+    smooth: bool = True,
+) -> None:
+    """Draws columns of the history, and validation metrics, over the steps."""
+    steps = np.array([row["step"] for row in rows])
+    many = len(rows) > 300 and smooth  # noise would hide the trend
     marker = "o" if len(rows) == 1 else None
-    many = len(rows) > 300 and name != "learning_rate"  # noise would hide the trend
-    axes.plot(steps, scale * values, "C0", marker=marker, alpha=0.3 if many else 1, label="training", clip_on=False)
-    if many:
-        bins = 100
-        means = [[part.mean() for part in np.array_split(column, bins)] for column in (steps, scale * values)]
-        axes.plot(*means, "C0", label=f"training, mean of {len(rows) // bins} rows", clip_on=False)
-    validated = [row for row in rows if f"validation_{name}" in row]
-    if validated:
-        x, y = [row["step"] for row in validated], [scale * row[f"validation_{name}"] for row in validated]
-        marker = "o" if len(validated) <= 50 else None
-        axes.plot(x, y, "C1", marker=marker, ms=4, label="validation", clip_on=False)
-    if many or validated:
+    for number, name in enumerate(training):
+        values, colour, label = scale * np.array([row[name] for row in rows]), f"C{2 * number}", f"training {name}"
+        axes.plot(steps, values, colour, marker=marker, alpha=0.3 if many else 1, label=label, clip_on=False)
+        if many:
+            bins = 100
+            means = [[part.mean() for part in np.array_split(column, bins)] for column in (steps, values)]
+            axes.plot(*means, colour, label=f"{label}, mean of {len(rows) // bins} rows", clip_on=False)
+    for number, name in enumerate(validation):
+        validated = [row for row in rows if f"validation_{name}" in row]
+        if validated:
+            x, y = [row["step"] for row in validated], [scale * row[f"validation_{name}"] for row in validated]
+            marker = "o" if len(validated) <= 50 else None
+            label = f"validation {name}"
+            axes.plot(x, y, f"C{2 * number + 1}", marker=marker, ms=4, label=label, clip_on=False)
+    if len(axes.lines) > 1:
         axes.legend(fontsize=8)
-    axes.set(title=name, xlabel="step", xlim=(0, max([1, *steps])), ylim=(0, None))
+    axes.set(xlabel="step", xlim=(0, max([1, *steps])), ylim=(0, None))
     axes.locator_params("x", nbins=5, integer=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default formatter may use a factor or an offset

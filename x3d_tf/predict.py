@@ -28,23 +28,24 @@ far are kept in out.partial.csv beside out.csv, and in out.partial.json.
 """
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 from x3d_tf import commands
-from x3d_tf.data.sampling import require_windows
 from x3d_tf.data.video.listing import list_videos
 from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.archive import describe
 from x3d_tf.startup import starting_tensorflow
+from x3d_tf.tasks.base import find
 from x3d_tf.text import counted
 
 FLAGS = flags.FLAGS
 
-_FOR_CLASSIFIERS = ("views", "window", "hop", "json", "contact_sheet")
-_FOR_DETECTORS = ("boxes", "person_detector", "box_score", "action_score", "draw", "starts_at")
+_OF_ALL_TASKS = ("model", "csv", "overwrite")
+_OF_A_TASK = (  # each task lists those that apply to it
+    *("views", "window", "hop", "json", "contact_sheet"),
+    *("boxes", "person_detector", "box_score", "action_score", "draw", "starts_at"),
+)
 
 
 def define_flags() -> None:
@@ -88,78 +89,18 @@ def main(videos: list[str]) -> None:
     """Predicts classes, or detects actions."""
     require(bool(videos), "the command line", "name video files or folders")
     _check_outputs()
-    task = _check_model()
-    paths = list_videos(videos)
-    failures = _detect(paths) if task == "detection" else _classify(paths)
-    if failures:
-        sys.exit(f"{failures} of {counted(len(paths), 'file')} could not be predicted")
-
-
-def _classify(paths: Sequence[Path]) -> int:
-    with starting_tensorflow():
-        from x3d_tf.evaluation.multiview import CLIPS_A_CALL
-        from x3d_tf.inference.jobs import ClassifyJob
-        from x3d_tf.parallel import use_single_threaded_ops
-
-        if FLAGS.views != 1 and FLAGS.window is None:  # a single clip is faster with all threads
-            use_single_threaded_ops(CLIPS_A_CALL)
-    job = ClassifyJob(
-        model=FLAGS.model,
-        temporal_views=FLAGS.views,
-        window=FLAGS.window,
-        hop=FLAGS.hop,
-        csv=FLAGS.csv,
-        json=FLAGS.json,
-        contact_sheet=FLAGS.contact_sheet,
-        overwrite=FLAGS.overwrite,
-    )
-    return job.run(paths)
-
-
-def _detect(paths: Sequence[Path]) -> int:
-    drawings = _check_detection(paths)
-    with starting_tensorflow():
-        from x3d_tf.inference.jobs import DetectJob
-
-    job = DetectJob(
-        model=FLAGS.model,
-        boxes=FLAGS.boxes,
-        person_detector=FLAGS.person_detector,
-        box_score=FLAGS.box_score,
-        action_score=FLAGS.action_score,
-        starts_at=FLAGS.starts_at,
-        csv=FLAGS.csv,
-        drawings=drawings,
-    )
-    return job.run(paths)
-
-
-def _check_model() -> str:
-    """Checks that the flags fit the model. Returns the model's task."""
     metadata = describe(FLAGS.model)
-    detects = metadata.task == "detection"
-    unfit = [f"--{name}" for name in (_FOR_CLASSIFIERS if detects else _FOR_DETECTORS) if FLAGS[name].present]
+    task = find(metadata.task)
+    unfit = [f"--{name}" for name in _OF_A_TASK if FLAGS[name].present and name not in task.prediction_flags]
     if unfit:
-        what = "a model for action detection" if detects else "a model that classifies videos"
-        raise UserError(f"{', '.join(unfit)} must not be given with {FLAGS.model}, {what}")
-    if detects and (FLAGS.boxes is None) == (FLAGS.person_detector is None):
-        raise UserError(f"{FLAGS.model} detects actions in boxes: give one of --boxes and --person_detector")
-    require_windows(metadata.expansion.clip, FLAGS.window, FLAGS.hop)
-    return metadata.task
-
-
-def _check_detection(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Checks the inputs and outputs of a detector. Returns the file to draw for each video."""
-    stems = [path.stem for path in paths]
-    require(len(set(stems)) == len(stems), "the videos", "have distinct names, because boxes refer to names", stems)
-    drawings = {path: Path(FLAGS.draw) / f"{path.stem}.mp4" for path in paths} if FLAGS.draw else {}
-    for output in drawings.values():
-        commands.require_free(output, FLAGS.overwrite, "another name")
-    for path in paths:
-        require(path.is_file(), str(path), "be a video file: a detector does not read folders of images")
-    commands.require_path("--boxes", FLAGS.boxes, "csv file")
-    commands.require_path("--person_detector", FLAGS.person_detector, "SavedModel")
-    return drawings
+        raise UserError(f"{', '.join(unfit)} must not be given with {FLAGS.model}, a model of the task {task.name}")
+    paths = list_videos(videos)
+    options = {name: FLAGS[name].value for name in (*_OF_ALL_TASKS, *_OF_A_TASK)}
+    task.check_prediction(metadata, options, paths)
+    with starting_tensorflow():
+        job = task.prediction_job(options, paths)
+    if failures := job.run(paths):
+        sys.exit(f"{failures} of {counted(len(paths), 'file')} could not be predicted")
 
 
 def _check_outputs() -> None:

@@ -18,6 +18,7 @@ from x3d_tf.data.datasets.spec import hold_out, open_dataset, with_default_split
 from x3d_tf.errors import require
 from x3d_tf.runs.advice import print_advice
 from x3d_tf.startup import starting_tensorflow
+from x3d_tf.tasks.base import task_of_records
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
 
@@ -45,14 +46,15 @@ def main() -> None:
     manifest = open_dataset(replace(spec, eval_split=spec.train_split))  # the records may have no test split yet
     spec = with_default_splits(spec, manifest.splits)
     manifest = hold_out(manifest, spec, config.seed)
+    task = task_of_records(config, manifest)
     with starting_tensorflow():
-        from x3d_tf.training.inputs import save_training_preview
+        import tensorflow  # noqa: F401  the task imports it
 
     tell(f"drawing {counted(FLAGS.clips, 'clip')} of {manifest.folder}")
     output.parent.mkdir(parents=True, exist_ok=True)
     config = replace(config, dataset=spec)
-    print_advice(manifest, config)
-    save_training_preview(manifest, config, output, FLAGS.clips)
+    print_advice(manifest, config, task)
+    task.save_preview(config, manifest, output, FLAGS.clips)
     print(f"written: {output}")
 
 

@@ -19,10 +19,11 @@ from absl import flags
 from x3d_tf import commands, gin_config
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import open_dataset
-from x3d_tf.evaluation.eval_config import detector_report_folder, report_folder
+from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.modeling.archive import describe
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
+from x3d_tf.tasks.base import find, task_of_model, task_of_records
 
 FLAGS = flags.FLAGS
 
@@ -45,7 +46,7 @@ def main() -> None:
     config, workdir = parsed.config, FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}"
     _check_paths(config, RunFolder(workdir))
     with starting_tensorflow():
-        from x3d_tf.evaluation.classification import evaluate_run
+        from x3d_tf.evaluation.running import evaluate_run
         from x3d_tf.parallel import num_batch_slices, use_single_threaded_ops
         from x3d_tf.training.loop import train
 
@@ -53,11 +54,10 @@ def main() -> None:
         use_single_threaded_ops(num_batch_slices(clips, config.model.bn_group))
     texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
     run = train(config, workdir, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
-    config = run.read_config()  # a finished run keeps the path of the records that it was trained on
-    detects = describe(run.root).task == "detection"
-    report = detector_report_folder(run) if detects else report_folder(run, config.dataset, config.test_views)
+    task = task_of_model(run.root)
+    report = task.report_folder(run, EvalConfig())
     if not (report / "results.json").is_file():
-        evaluate_run(run)
+        evaluate_run(run, task)
     files = ", ".join(sorted(path.name for path in report.glob("[!.]*")))
     print(
         f"model:   {run.model} (input format: {run.input.name})\n"
@@ -70,8 +70,10 @@ def _check_paths(config: TrainConfig, run: RunFolder) -> None:
     run.check(config)
     if config.init is not None and not run.has_checkpoint:
         describe(config.init)
+    if config.task is not None:
+        find(config.task)
     if config.dataset.name == "records":
-        open_dataset(config.dataset)
+        task_of_records(config, open_dataset(config.dataset))
 
 
 if __name__ == "__main__":

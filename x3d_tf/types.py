@@ -4,17 +4,22 @@ Imports no TensorFlow.
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from x3d_tf.errors import check_field_types, require
 
-# One class per clip; any number of classes per clip; any number of classes per box on the clip's middle frame.
-Task = Literal["single_label", "multi_label", "detection"]
+# Annotation of records: one class per clip; any number of classes per clip; boxes on the clip's middle frame, each with
+# any number of classes.
+AnnotationKind = Literal["single_label", "multi_label", "detection"]
+Activation = Literal["softmax", "sigmoid"]  # from logits to probabilities: of one class, or of each class by itself
 Box = tuple[float, float, float, float]
 FrameSampling = Literal["slowfast", "exact"]
 ClipStarts = Literal["offset", "slowfast"]
 
+TASK_NAME_RULE = "be a name of at most 64 lower-case letters, digits and _, and start with a letter"
+_TASK_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 MAX_VIEWS = 1000  # limit for the clips that a prediction averages; the number may come from an untrusted file
 _MAX_SHORT_SIDE = 65535  # pixels: the limit of the JPEG format
 
@@ -71,6 +76,25 @@ class ViewSpec:
     def views(self) -> int:
         """Number of views per video. View v is crop v % spatial_crops of clip v // spatial_crops."""
         return self.temporal_views * self.spatial_crops
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that training or validation measures.
+
+    Attributes:
+        name: its name in files and messages, such as "top1" or "map".
+        kind: "share" in [0, 1], shown in percent; "loss"; or "count", which is added up instead of averaged.
+        note: what is counted, for the summary of a run.
+    """
+
+    name: str
+    kind: Literal["share", "loss", "count"]
+    note: str = ""
+
+    def text(self, value: float) -> str:
+        """Returns the name and a value for a message."""
+        return f"{self.name} {value:.1%}" if self.kind == "share" else f"{self.name} {value:.4g}"
 
 
 class Annotation(NamedTuple):
@@ -133,3 +157,8 @@ def stored_from_json(value: Any) -> Storage | None:
     valid = isinstance(value, dict) and set(value) == {"short_side", "jpeg_quality"}
     require(valid, "stored", 'be "none" or have short_side and jpeg_quality', value)
     return Storage(**value)
+
+
+def is_task_name(name: str) -> bool:
+    """Returns True if a text can be the name of a task; the rule is `TASK_NAME_RULE`."""
+    return _TASK_NAME.fullmatch(name) is not None

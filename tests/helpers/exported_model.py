@@ -3,7 +3,7 @@
 import functools
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +17,9 @@ TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gam
 NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
 
 
-def random_network(classes: int = len(NAMES), **options: Any) -> x3d_tf.X3D:
+def random_network(classes: int = len(NAMES)) -> x3d_tf.X3D:
     """Returns a network with random batch norms and classifier, so that every weight affects the probabilities."""
-    network = x3d_tf.build_x3d(TINY, num_classes=classes, **options)
+    network = x3d_tf.build_x3d(TINY, num_classes=classes)
     draw = np.random.default_rng(0)
     for layer in network.layers:
         if hasattr(layer, "moving_variance"):

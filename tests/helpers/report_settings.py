@@ -49,7 +49,9 @@ def detection_settings(**changes: Any) -> dict[str, Any]:
         "classes": 60,
         "key_frames_missing": 0,
         "gmacs_per_clip": 6.2,
-        "gmacs_per_video": 6.2,
+        "gmacs_per_key_frame": 6.2,
+        "key_frames": 40,
         "map": 0.25,
     }
-    return settings(**(of_a_detector | changes))
+    of_videos = ("videos", "gmacs_per_video")
+    return {name: value for name, value in settings(**(of_a_detector | changes)).items() if name not in of_videos}

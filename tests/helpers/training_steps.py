@@ -10,6 +10,7 @@ import tensorflow as tf
 import x3d_tf
 from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.losses import SoftmaxLoss
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.training.step import TrainStep, precision_scope
 
@@ -37,15 +38,20 @@ def config_of(
 
 
 def make(
-    config: TrainConfig, *, task: Any = "single_label", strategy: tf.distribute.Strategy | None = None, **kwargs: Any
+    config: TrainConfig,
+    *,
+    activation: Any = "softmax",
+    strategy: tf.distribute.Strategy | None = None,
+    loss: Any = None,
 ) -> tuple[x3d_tf.X3D, TrainStep]:
     keras.utils.set_random_seed(0)
     with precision_scope(config.execution.precision):
-        model = x3d_tf.X3D(TINY, CLASSES, config.model, task=task)
+        model = x3d_tf.X3D(TINY, CLASSES, config.model, activation=activation)
     for layer in model.layers:  # a new residual block is the identity, which would hide most of the network
         if isinstance(layer, GhostBatchNorm):
             layer.gamma.assign(np.ones(layer.gamma.shape))
-    return model, TrainStep(model, config, strategy or tf.distribute.get_strategy(), **kwargs)
+    loss = loss or SoftmaxLoss(config.recipe.batch)
+    return model, TrainStep(model, config, strategy or tf.distribute.get_strategy(), loss)
 
 
 def dataset(part: int = 8, labels: Any = None) -> tf.data.Dataset:

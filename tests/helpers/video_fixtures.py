@@ -17,7 +17,7 @@ from x3d_tf.data.building.encoding import encode_or_error
 from x3d_tf.data.building.sources import Video
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest, checksum
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_jpeg
-from x3d_tf.types import Storage, Task
+from x3d_tf.types import AnnotationKind, Storage
 
 BY_DEFAULT = Storage(256, 95)  # default of build_records
 
@@ -272,7 +272,7 @@ def write_records(
         chosen = labels or [(index % count,) for index in range(len(members))]
         sources = [RecordSource(f"{split}/{index}", chosen[index]) for index in range(len(members))]
         splits[split] = write_split(folder, split, sources, iter(members), names, lambda _: None)
-    task: Task = "multi_label" if labels else "single_label"
+    task: AnnotationKind = "multi_label" if labels else "single_label"
     manifest = Manifest(folder, tuple(names), splits, {"source": "test"}, stored, task)
     manifest.save()
     return manifest

@@ -1,6 +1,5 @@
 """tf.data pipelines from records of key frames to clips with boxes, with the clip order of `input_pipeline`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from x3d_tf.data.input_pipeline import (
     training_positions,
 )
 from x3d_tf.data.records.format import NO_LABEL, ParsedAnnotation, ParsedRecord, parse_annotation
-from x3d_tf.data.records.index import Record
+from x3d_tf.data.records.index import with_labels
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import STRIDE_FPS, key_frame_indices
 from x3d_tf.errors import UserError, require
@@ -223,11 +222,6 @@ def require_proposals(manifest: Manifest, split: str) -> None:
     splits = str(manifest.settings.get("proposals", split)).split(",")
     rule = 'be "annotated" for records that were built without --proposals for that split'
     require(split in splits, f"Detection.eval_boxes for split {split!r} of {manifest.folder}", rule, "proposals")
-
-
-def with_labels(records: Sequence[Record]) -> tuple[Record, ...]:
-    """Returns the key frames with labels, on which detectors are trained."""
-    return tuple(record for record in records if record.labels)
 
 
 def _check_length(clip: ClipSpec) -> None:

@@ -34,6 +34,10 @@ from x3d_tf.types import ClipSpec, ClipStarts, ViewSpec
 
 PARALLEL_VIDEOS = 4  # in evaluation
 
+# Makes the clip and the target of a task from a clip [T, S, S, 3], its serialized record, and a seed for the stateless
+# random functions of TensorFlow, int64 [2]. Runs in the graph of the input pipeline.
+MakeExample = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
 
 class SamplePosition(NamedTuple):
     """Position of a training clip: epoch, slot in the epoch's permutation, and index of the record; int64 scalars."""
@@ -57,6 +61,7 @@ def training_dataset(
     replica_batch: int | None = None,
     frame_sampling: FrameSampling = "slowfast",
     stretch: bool = False,
+    make_example: MakeExample | None = None,
 ) -> tf.data.Dataset:
     """Returns an infinite dataset of training clips: one randomly augmented clip per video and epoch.
 
@@ -75,9 +80,11 @@ def training_dataset(
         replica_batch: clips per element. Defaults to the worker's complete slice.
         frame_sampling: see `sampling.frame_indices`.
         stretch: see `transforms.resize`.
+        make_example: makes the targets, after augmentation. Its seed follows from `seed`, the epoch and the clip.
+            Defaults to the labels of the records.
 
     Returns:
-        Dataset of (clips, labels): float32 [replica_batch, T, S, S, 3], RGB in 0..255, and int32 [replica_batch], or
+        Dataset of (clips, targets): float32 [replica_batch, T, S, S, 3], RGB in 0..255, and int32 [replica_batch], or
         for multi-label records float32 [replica_batch, classes], 1 for the classes of the video and 0 for others.
 
     Raises:
@@ -94,18 +101,22 @@ def training_dataset(
     def load(position: SamplePosition) -> tuple[tf.Tensor, tf.Tensor]:
         randoms = augmentation_randoms(seed, position)  # [5]
 
-        def decode(parsed: ParsedRecord) -> tf.Tensor:
+        def decode(parsed: ParsedRecord) -> tuple[tf.Tensor, ...]:
             frames = tf.shape(parsed.frames, tf.int64)[0]
             start = randoms[0] * last_start(frames, parsed.fps, clip, xp=tnp)
             chosen = frame_indices(start, frames, parsed.fps, clip, frame_sampling, xp=tnp)
-            return decode_frames(tf.gather(parsed.frames, chosen))
+            pixels = decode_frames(tf.gather(parsed.frames, chosen))
+            return (pixels,) if make_example is None else (pixels, parsed.serialized)
 
-        pixels = tf.ensure_shape(table.read(position.record, decode), (clip.frames, None, None, 3))
+        pixels, *serialized = table.read(position.record, decode)
+        pixels = tf.ensure_shape(pixels, (clip.frames, None, None, 3))
         pixels = transforms.resize(pixels, jittered_short_side(jitter, randoms[1]), stretch)
         pixels = transforms.random_crop(pixels, clip.size, randoms[2:4])
         if flip:
             pixels = transforms.flip(pixels, randoms[4] < 0.5)
-        return pixels, table.target(position.record)
+        if make_example is None:
+            return pixels, table.target(position.record)
+        return make_example(pixels, serialized[0], tf.random.fold_in(clip_key(seed, position), 1))
 
     clips = positions.map(load, num_parallel_calls=tf.data.AUTOTUNE)
     return clips.batch(size, drop_remainder=True).prefetch(2).with_options(deterministic())
@@ -178,6 +189,7 @@ def evaluation_dataset(
     batch_videos: int = 1,
     clip_starts: ClipStarts = "offset",
     frame_sampling: FrameSampling = "slowfast",
+    make_example: MakeExample | None = None,
 ) -> tf.data.Dataset:
     """Returns a dataset of all views of every video, once and in the order of the records.
 
@@ -191,9 +203,11 @@ def evaluation_dataset(
         batch_videos: videos per element; the last element may have fewer.
         clip_starts: see `sampling.view_starts`.
         frame_sampling: see `sampling.frame_indices`.
+        make_example: makes the targets. All clips of a video get the same seed, which follows from the index of its
+            record. Defaults to the labels of the records.
 
     Returns:
-        Dataset of (clips, labels, indices): float32 [videos, views, T, crop, crop, 3], RGB in 0..255; int32 [videos],
+        Dataset of (clips, targets, indices): float32 [videos, views, T, crop, crop, 3], RGB in 0..255; int32 [videos],
         or for multi-label records float32 [videos, classes] of 0 and 1; int64 [videos], the indices
         into `Manifest.splits[split].records`. View v is clip v // spatial_crops, crop v % spatial_crops.
 
@@ -207,21 +221,26 @@ def evaluation_dataset(
 
     @tf.autograph.experimental.do_not_convert  # plain graph code, whose errors should reach the caller as they are
     def load(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        def decode(parsed: ParsedRecord) -> tuple[tf.Tensor, tf.Tensor]:
+        def decode(parsed: ParsedRecord) -> tuple[tf.Tensor, ...]:
             frames = tf.shape(parsed.frames, tf.int64)[0]
             starts = view_starts(frames, parsed.fps, clip, views.temporal_views, clip_starts, xp=tnp)
             chosen = frame_indices(starts, frames, parsed.fps, clip, frame_sampling, xp=tnp)  # [clips, T]
             unique, positions = tf.unique(tf.reshape(chosen, [-1]))
             pixels = decode_frames(tf.gather(parsed.frames, unique))
-            return pixels, tf.reshape(positions, [views.temporal_views, clip.frames])
+            positions = tf.reshape(positions, [views.temporal_views, clip.frames])
+            return (pixels, positions) if make_example is None else (pixels, positions, parsed.serialized)
 
-        pixels, positions = table.read(record, decode)
+        pixels, positions, *serialized = table.read(record, decode)
         pixels = transforms.resize(pixels, views.resize, views.stretch)
         pixels = transforms.crops(pixels, views.crop, views.spatial_crops)  # [crops, unique frames, crop, crop, 3]
         pixels = tf.gather(pixels, positions, axis=1)  # [crops, clips, T, crop, crop, 3]
         pixels = tf.transpose(pixels, [1, 0, 2, 3, 4, 5])
         pixels = tf.reshape(pixels, [views.views, clip.frames, views.crop, views.crop, 3])
-        return pixels, table.target(record), record
+        if make_example is None:
+            return pixels, table.target(record), record
+        seed = tf.random.fold_in(tf.zeros([2], tf.int64), record)
+        made = [make_example(view, serialized[0], seed) for view in tf.unstack(pixels)]
+        return tf.stack([view for view, _ in made]), made[0][1], record
 
     # 30 views of 16 frames at 356² pixels are 730 MB, so only a few videos are loaded in parallel.
     videos = tf.data.Dataset.range(len(table)).map(load, num_parallel_calls=PARALLEL_VIDEOS)
@@ -357,8 +376,12 @@ def _first_shape(parsed: ParsedRecord) -> tf.Tensor:
 
 def augmentation_randoms(seed: int, position: SamplePosition) -> tf.Tensor:
     """Returns five uniform random numbers in [0, 1) for start, scale, top, left and flip, float64."""
-    key = tf.random.fold_in(tf.stack([tf.constant(seed, tf.int64), position.epoch]), position.slot)
-    return tf.random.stateless_uniform([5], key, dtype=tf.float64, alg="philox")
+    return tf.random.stateless_uniform([5], clip_key(seed, position), dtype=tf.float64, alg="philox")
+
+
+def clip_key(seed: int, position: SamplePosition) -> tf.Tensor:
+    """Returns the key of a training clip's random numbers, int64 [2]."""
+    return tf.random.fold_in(tf.stack([tf.constant(seed, tf.int64), position.epoch]), position.slot)
 
 
 def as_manifest(records: Manifest | str | Path) -> Manifest:

@@ -8,15 +8,13 @@ import tensorflow as tf
 
 from x3d_tf import plots
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.detection_pipeline import with_labels
 from x3d_tf.data.input_pipeline import (
     SamplePosition,
     augmentation_randoms,
     record_errors_as_user_errors,
     sample_position,
-    training_dataset,
 )
-from x3d_tf.data.records.index import parse_key_frame_id
+from x3d_tf.data.records.index import parse_key_frame_id, with_labels
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start
 from x3d_tf.errors import require
@@ -36,22 +34,25 @@ def save_preview(
     manifest: Manifest,
     split: str,
     clip: ClipSpec,
+    stream: tf.data.Dataset,
     path: str | Path,
     *,
-    jitter: tuple[int, int],
-    flip: bool,
+    classes: tuple[str, ...],
     batch: int,
     seed: int,
     frame_sampling: FrameSampling = "slowfast",
-    stretch: bool = False,
+    timed: bool = True,
     clips: int = 8,
 ) -> Path:
     """Draws the first training clips as a PNG, with augmentation and labels.
 
     Args:
-        manifest, split, clip, jitter, flip, batch, seed, frame_sampling, stretch: see `training_dataset`. The settings
-            of a run give the clips of its first steps in their order.
+        manifest, split, clip: manifest of the records, name of the split, and the network's clip.
+        stream: dataset from `training_dataset` with one clip per element.
         path: output file; replaced if it exists.
+        classes: names of the classes that the targets refer to.
+        batch, seed, frame_sampling: settings of that dataset.
+        timed: whether to show the times of the frames; False if the clips may have other frames than the records.
         clips: number of clips, one per row.
 
     Returns:
@@ -62,18 +63,6 @@ def save_preview(
     """
     require(clips >= 1, "clips", "be at least 1", clips)
     records = manifest.split(split).records
-    stream = training_dataset(
-        manifest,
-        split,
-        clip,
-        jitter=jitter,
-        flip=flip,
-        batch=batch,
-        seed=seed,
-        frame_sampling=frame_sampling,
-        stretch=stretch,
-        replica_batch=1,  # avoids decoding a complete batch
-    )
     rows, captions, times = [], [], []
     with record_errors_as_user_errors():
         for number, (pixels, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
@@ -84,11 +73,11 @@ def save_preview(
             rows.append(pixels[0])
             times.append(seconds.tolist())
             captions.append(
-                f"{label_text(labels[0], manifest.classes)}\n{record.media_id}\n"
+                f"{label_text(labels[0], classes)}\n{record.media_id}\n"
                 f"{seconds[0]:.1f} to {seconds[-1]:.1f} s of {record.frames / record.fps:.1f} s"
             )
     title = f"{manifest.folder}, {split}: first training clips, {clip.frames} frames of {clip.size}² pixels"
-    plots.save_clips(rows, captions, Path(path), title, times)
+    plots.save_clips(rows, captions, Path(path), title, times if timed else None)
     return Path(path)
 
 

@@ -42,7 +42,7 @@ def input_contract(model: "Network") -> dict[str, Any]:
 
     The entries of `rules` are in the order of the steps and are named after the other entries.
     """
-    clip, detects = model.clip, model.task == "detection"
+    clip, detects = model.clip, model.head is not None
     far = 10 * round(clip_length(clip, STRIDE_FPS))  # a frame far from both ends of the video
     if detects:
         offsets = key_frame_indices(far, 2 * far, STRIDE_FPS, clip) - far

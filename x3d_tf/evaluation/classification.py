@@ -1,44 +1,41 @@
-"""Multi-view evaluation of a run or a model file."""
+"""Multi-view evaluation of classifiers."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
+from x3d_tf.config import TrainConfig
+from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset, require_annotations
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
-from x3d_tf.errors import UserError, first_few, require
-from x3d_tf.evaluation.comparison import describe
-from x3d_tf.evaluation.detection import evaluate_detector
-from x3d_tf.evaluation.eval_config import EvalConfig, HeadPool, folder_of
-from x3d_tf.evaluation.multiview import predict_split
+from x3d_tf.errors import UserError, first_few
+from x3d_tf.evaluation.eval_config import EvalConfig, HeadPool
+from x3d_tf.evaluation.multiview import SplitPredictions, predict_split
 from x3d_tf.evaluation.reports import (
-    RESULTS_NAME,
     Predictions,
     Report,
     locked_report_folder,
-    refuse_to_replace,
     write_report,
 )
-from x3d_tf.modeling.archive import describe as describe_file
-from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
 from x3d_tf.types import ClipStarts, ViewSpec, stored_to_json
 
+if TYPE_CHECKING:
+    from x3d_tf.tasks.classification import ClipTask
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation:
-    """A network, the records to evaluate it on, and the settings: everything that determines the results.
+class ClipEvaluation:
+    """A classifier, the records to evaluate it on, and the settings: everything that determines the results.
 
     Attributes:
+        task: the task of the network.
         model: the network.
         weights: origin of the weights, for the report.
         manifest: the manifest of the records.
@@ -49,9 +46,10 @@ class Evaluation:
         seed: seed of the run; None for a model file.
 
     Raises:
-        UserError: the records have classes that the model does not have, or another task.
+        UserError: the records have classes that the model does not have.
     """
 
+    task: "ClipTask"
     model: X3D
     weights: dict[str, Any]
     manifest: Manifest
@@ -64,18 +62,14 @@ class Evaluation:
     def __post_init__(self) -> None:
         known, folder = self.model.class_names, self.manifest.folder
         known_set = set(known)
-        unknown = [name for name in self.manifest.classes if name not in known_set]
+        unknown = [name for name in self.task.classes(self.manifest) if name not in known_set]
         if unknown:
             raise UserError(
                 f"{folder} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}. The model "
                 f"has {len(known)}: {first_few(known)}. Fine-tune it on the new classes (TrainConfig.init)"
             )
-        task = self.model.task
-        require(
-            self.manifest.task == task, f"the task of {folder}", f"be that of the model, {task}", self.manifest.task
-        )
 
-    def with_views(self, temporal_views: int) -> "Evaluation":
+    def with_views(self, temporal_views: int) -> "ClipEvaluation":
         """Returns a copy with another number of clips per video."""
         return replace(self, views=replace(self.views, temporal_views=temporal_views))
 
@@ -117,29 +111,30 @@ class Evaluation:
 
     def predict(self) -> Predictions:
         """Runs the network on all views of all videos."""
-        probabilities = predict_split(
+        found = predict_split(
             self.model,
             self.manifest,
             self.split,
             self.views,
             clip_starts=self.clip_starts,
             frame_sampling=self.frame_sampling,
+            make_example=self.task.make_example(),
         )
-        records = self.manifest.split(self.split).records
+        videos = tuple(record.media_id for record in self.manifest.split(self.split).records)
         names = self.model.class_names
-        return Predictions(
-            tuple(record.media_id for record in records), names, probabilities, self._truth(), self.model.task
-        )
+        return Predictions(videos, names, found.probabilities, self._truth(found), self.model.activation == "softmax")
 
-    def _truth(self) -> np.ndarray:
-        """Returns the labels of each record as the model's classes, bool (videos, classes)."""
+    def metrics(self) -> dict[str, float]:
+        """Runs the network on all views of all videos and returns its metrics."""
+        return self.predict().metrics()
+
+    def _truth(self, found: SplitPredictions) -> np.ndarray:
+        """Returns the targets as the model's classes, bool (videos, classes)."""
         # reversed, so that the first of several classes with the same name is used
         model_classes = {name: index for index, name in reversed([*enumerate(self.model.class_names)])}
-        model_labels = [model_classes[name] for name in self.manifest.classes]
-        records = self.manifest.split(self.split).records
-        truth = np.zeros((len(records), self.model.num_classes), bool)
-        for row, record in zip(truth, records):
-            row[[model_labels[label] for label in record.labels]] = True
+        classes = [model_classes[name] for name in self.task.classes(self.manifest)]
+        truth = np.zeros((len(found.targets), self.model.num_classes), bool)
+        truth[:, classes] = found.truth(len(classes))
         return truth
 
     def report(self, folder: Path) -> Report:
@@ -161,98 +156,45 @@ def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
     if head_pool is None or head_pool == model.options.head_pool:
         return model
     options = replace(model.options, head_pool=head_pool)
-    changed = X3D(model.expansion, model.num_classes, options, task=model.task)
+    changed = X3D(model.expansion, model.num_classes, options, activation=model.activation, task=model.task)
     changed.set_weights(model.get_weights())  # pooling has no weights
     changed.copy_metadata(model)
     return changed
 
 
-def evaluation_of_run(run: RunFolder, eval_config: EvalConfig, model: X3D, weights: dict[str, Any]) -> Evaluation:
-    """Returns the evaluation of a network of a run. Settings that are None are those of the run.
+def clip_evaluation(
+    task: "ClipTask", model: X3D, weights: dict[str, Any], settings: EvalConfig, config: TrainConfig | None
+) -> ClipEvaluation:
+    """Returns the evaluation of a network. Settings that are None are those of the run, or of the model file.
 
     Args:
-        run: the run folder.
-        eval_config: the evaluation settings.
-        model: the network of the run, from model.keras or from a checkpoint.
+        task: the task of the network.
+        model: the network of a run, from model.keras or from a checkpoint, or of a model file.
         weights: origin of the weights, for the report.
+        settings: the evaluation settings.
+        config: the configuration of the run; None for a model file.
+
+    Raises:
+        UserError: the settings lack records or split for a model file; the records do not suit the network.
     """
-    config = run.read_config()
-    dataset = eval_config.dataset_of(config)
-    return Evaluation(
-        model=with_head_pool(model, eval_config.head_pool),
+    if config is not None:
+        dataset, test_views = settings.dataset_of(config), config.test_views
+        frame_sampling = dataset.frame_sampling
+    elif settings.records is None or settings.split is None:
+        raise UserError(f"evaluating the model file {weights['weights']} requires --records and --split")
+    else:
+        dataset = DatasetSpec(settings.records, train_split=settings.split, eval_split=settings.split)
+        test_views, frame_sampling = model.test_views, model.frame_sampling
+    manifest = open_dataset(dataset)
+    require_annotations(manifest, task.annotations)
+    return ClipEvaluation(
+        task=task,
+        model=with_head_pool(model, settings.head_pool),
         weights=weights,
-        manifest=open_dataset(dataset),
+        manifest=manifest,
         split=dataset.eval_split,
-        views=eval_config.views_for(model, config.test_views),
-        clip_starts=eval_config.clip_starts,
-        frame_sampling=eval_config.frame_sampling or dataset.frame_sampling,
-        seed=config.seed,
+        views=settings.views_for(model, test_views),
+        clip_starts=settings.clip_starts,
+        frame_sampling=settings.frame_sampling or frame_sampling,
+        seed=config.seed if config else None,
     )
-
-
-def evaluation_of_file(file: Path, eval_config: EvalConfig) -> Evaluation:
-    """Returns the evaluation of a model file.
-
-    Raises:
-        UserError: the file does not exist or was not saved by this package; the settings lack records or split.
-    """
-    if eval_config.records is None or eval_config.split is None:
-        raise UserError(f"evaluating the model file {file} requires --records and --split")
-    dataset = DatasetSpec(eval_config.records, train_split=eval_config.split, eval_split=eval_config.split)
-    model = load_classifier(file)
-    return Evaluation(
-        model=with_head_pool(model, eval_config.head_pool),
-        weights=weights_of(file),
-        manifest=open_dataset(dataset),
-        split=dataset.eval_split,
-        views=eval_config.views_for(model, model.test_views),
-        clip_starts=eval_config.clip_starts,
-        frame_sampling=eval_config.frame_sampling or model.frame_sampling,
-        seed=None,
-    )
-
-
-def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **settings: Any) -> Report:
-    """Evaluates the model of a finished run and writes a report; for a detector, calls `evaluate_detector`.
-
-    Args:
-        run: the run folder.
-        output: folder of the report. Defaults to `evaluation/RECORDS_SPLIT_Kcenter` in the run folder.
-        overwrite: whether to replace an existing report.
-        **settings: the fields of `EvalConfig`: records, split, temporal_views, spatial_crops, clip_starts,
-            frame_sampling, head_pool.
-
-    Raises:
-        UserError: the run has no model yet; the records are missing, damaged or have other classes; a report exists; a
-            setting is out of range.
-    """
-    if describe_file(run.root).task == "detection":
-        changed = sorted(name for name, value in settings.items() if value != getattr(EvalConfig(), name))
-        require(not changed, f"the evaluation of the detector {run.root}", "use the settings of the run", changed)
-        return evaluate_detector(run, output=output, overwrite=overwrite)
-    eval_config = EvalConfig(**settings)
-    folder = Path(output) if output else folder_of(run, eval_config)
-    refuse_to_replace(folder / RESULTS_NAME, overwrite)
-    report = evaluation_of_run(run, eval_config, load_classifier(run.root), weights_of(run.root)).report(folder)
-    print(describe(report))
-    return report
-
-
-def evaluate_file(file: str | Path, *, output: str, overwrite: bool = False, **settings: Any) -> Report:
-    """Evaluates a `.keras` file of this package and writes a report.
-
-    Args:
-        file: the model file.
-        output: folder of the report.
-        overwrite: whether to replace an existing report.
-        **settings: the fields of `EvalConfig`, including records and split. The others default to those stored in the
-            file.
-
-    Raises:
-        UserError: the file does not exist or was not saved by this package; otherwise as `evaluate_run`.
-    """
-    folder = Path(output)
-    refuse_to_replace(folder / RESULTS_NAME, overwrite)
-    report = evaluation_of_file(Path(file), EvalConfig(**settings)).report(folder)
-    print(describe(report))
-    return report

@@ -7,12 +7,13 @@ from typing import Any
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.metrics import wilson_interval
 from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, differences, published_for
-from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, write_csv
+from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, sample_of, write_csv
 from x3d_tf.files import atomic_write
 from x3d_tf.text import counted
 
 _PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
-_NUMERIC = ("videos", "top-1", "top-5", "mAP", "GMACs a video", "M parameters", _PAPERS_TOP1, _PAPERS_MAP)
+_COUNTS, _COSTS = ("videos", "key frames"), ("GMACs a video", "GMACs a key frame")
+_NUMERIC = (*_COUNTS, "top-1", "top-5", "mAP", *_COSTS, "M parameters", _PAPERS_TOP1, _PAPERS_MAP)
 _EMPTY = "-"
 FEW_VIDEOS = 400  # with fewer, the confidence interval of a top-1 of 50 % is 10 points wide or more
 
@@ -39,7 +40,7 @@ def find_reports(paths: Sequence[str]) -> list[Report]:
 def table(reports: Sequence[Report]) -> list[dict[str, str]]:
     """Returns one row per report, as a dict from column to text. Columns that are empty in all rows are omitted.
 
-    Accuracies are in percent. "GMACs a video" is the cost of a clip times the number of clips per video. "paper" states
+    Metrics are in percent. "GMACs a video" is the cost of a clip times the number of clips per video. "paper" states
     whether the measured result is comparable to the paper's.
     """
     rows = [_row(report) for report in reports]
@@ -49,19 +50,23 @@ def table(reports: Sequence[Report]) -> list[dict[str, str]]:
 
 def _row(report: Report) -> dict[str, str]:
     r = report.results
-    views = round(r["gmacs_per_video"] / r["gmacs_per_clip"]) if r["gmacs_per_clip"] else 0
+    sample = sample_of(r)
+    noun = sample.replace("_", " ")
+    views = round(r[f"gmacs_per_{sample}"] / r["gmacs_per_clip"]) if r["gmacs_per_clip"] else 0
+    counts = dict.fromkeys(_COUNTS, _EMPTY) | {f"{noun}s": str(r[f"{sample}s"])}
+    costs = dict.fromkeys(_COSTS, _EMPTY) | {f"GMACs a {noun}": f"{r['gmacs_per_clip']:.4g} x {views}"}
     published = published_for(r)
     return {
         "report": str(report.folder),
         "network": r["network"],
         "records": r["records"],
         "split": r["split"],
-        "videos": str(r["videos"]),
+        **counts,
         "views": r["views"],
         "top-1": _percent(r, "top1"),
         "top-5": _percent(r, "top5") if r["classes"] > 5 else _EMPTY,  # always 100 % with five classes
         "mAP": _percent(r, "map"),
-        "GMACs a video": f"{r['gmacs_per_clip']:.4g} x {views}",
+        **costs,
         "M parameters": f"{r['params'] / 1e6:.3f}" if "params" in r else _EMPTY,
         _PAPERS_TOP1: f"{published.top1:.4g}" if isinstance(published, PublishedAccuracy) else _EMPTY,
         _PAPERS_MAP: f"{published.map:.4g}" if isinstance(published, PublishedPrecision) else _EMPTY,
@@ -94,14 +99,15 @@ def describe(report: Report) -> str:
     """
     r, row = report.results, _row(report)
     metrics = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
-    sample = "key frame" if "eval_boxes" in r else "video"
+    sample = sample_of(r)
+    noun, count = sample.replace("_", " "), r[f"{sample}s"]
     line = (
-        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(metrics)} ({counted(r['videos'], sample)}, "
-        f"{counted(r['classes'], 'class')}, {r['views']}, {row['GMACs a video']} GMACs per {sample}, "
+        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(metrics)} ({counted(count, noun)}, "
+        f"{counted(r['classes'], 'class')}, {r['views']}, {row[f'GMACs a {noun}']} GMACs per {noun}, "
         f"{row['M parameters']} M parameters)"
     )
-    if "top1" in r and r["videos"] < FEW_VIDEOS:
-        low, high = wilson_interval(r["top1"], r["videos"])
+    if "top1" in r and count < FEW_VIDEOS:
+        low, high = wilson_interval(r["top1"], count)
         line += f"\n95 % confidence interval of top-1 on so few videos: {100 * low:.0f} % to {100 * high:.0f} %"
     if (published := published_for(r)) is None or "other data" in differences(r, published):
         return line

@@ -21,22 +21,19 @@ from x3d_tf.data.input_pipeline import record_errors_as_user_errors
 from x3d_tf.data.records.index import parse_key_frame_id
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.detection_reports import (
     DetectionScores,
+    metrics_of,
     score_detections,
     summary,
     write_detection_report,
 )
-from x3d_tf.evaluation.eval_config import detector_report_folder
 from x3d_tf.evaluation.multiview import CLIPS_A_CALL
-from x3d_tf.evaluation.reports import RESULTS_NAME, Report, locked_report_folder, refuse_to_replace
-from x3d_tf.modeling.archive import weights_of
-from x3d_tf.modeling.detection import Detector, cost_of
+from x3d_tf.evaluation.reports import Report, locked_report_folder
+from x3d_tf.modeling.cost import cost_of
+from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
-from x3d_tf.modeling.saving import load_detector
 from x3d_tf.parallel import optimize_for_device
-from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.terminal import progress_bar
 from x3d_tf.text import counted
 
@@ -149,74 +146,112 @@ def score_split(
         The detections and their scores.
 
     Raises:
-        UserError: the split has no annotated boxes; otherwise as `detect_split`.
+        UserError: the split has no annotated boxes of these actions; otherwise as `detect_split`.
     """
+    require_boxes(manifest, split)
     truth, found = detect_split(model, manifest, split, detection, progress=progress).tables(manifest, split)
-    require(len(truth) > 0, f"split {split!r} of {manifest.folder}", "have annotated boxes")
-    return found, score_detections(truth, found, _evaluated_actions(manifest.classes))
+    return found, score_detections(truth, found, evaluated_actions(manifest.classes))
 
 
-def evaluate_detector(run: RunFolder, *, output: str | None = None, overwrite: bool = False) -> Report:
-    """Evaluates the detector of a finished run and writes a report, including all detections in AVA's format.
+class DetectorEvaluation:
+    """A detector of a run, and the key frames and boxes to evaluate it on: those of the run.
 
     Args:
-        run: the run folder.
-        output: folder of the report. Defaults to `evaluation/RECORDS_SPLIT_BOXES` in the run folder.
-        overwrite: whether to replace an existing report.
+        model: the detector.
+        weights: origin of the weights, for the report.
+        config: the configuration of the run.
 
     Raises:
-        UserError: the run has no model yet, the records are missing or damaged, a report exists, or another process
-            writes it.
+        UserError: the records are missing, or were built without the boxes to evaluate.
     """
-    config = run.read_config()
-    folder = Path(output) if output else detector_report_folder(run)
-    refuse_to_replace(folder / RESULTS_NAME, overwrite)
-    manifest = open_dataset(config.dataset)
-    with locked_report_folder(folder):
-        return _report(run, config, manifest, folder)
+
+    def __init__(self, model: Detector, weights: dict[str, Any], config: TrainConfig) -> None:
+        self.model, self.weights, self.config = model, weights, config
+        self.manifest, self.split = open_dataset(config.dataset), config.dataset.eval_split
+        if config.detection.eval_boxes == "proposals":
+            require_proposals(self.manifest, self.split)
+        records = len(self.manifest.split(self.split).records)
+        listed = self.manifest.settings.get(num_key_frames_setting(self.split))
+        self.missing = max(listed - records, 0) if isinstance(listed, int) else 0
+
+    def with_views(self, temporal_views: int) -> "DetectorEvaluation":
+        raise UserError("a detector is evaluated on one clip around each key frame, not on several clips per video")
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings as results.json states them."""
+        model, detection = self.model, self.config.detection
+        side, cost = model.eval_size, cost_of(model)
+        return {
+            "network": name_of(model.expansion),
+            "head": model.head,
+            "records": str(self.manifest.folder),
+            "records_sha256": self.manifest.fingerprint(),
+            "split": self.split,
+            "task": model.task,
+            "eval_boxes": detection.eval_boxes,
+            "lowest_score_of_a_box": detection.score,
+            "frames": model.clip.frames,
+            "stride": model.clip.stride,
+            "resize": side,
+            "crop": side,
+            "options": dataclasses.asdict(model.options),
+            "views": f"centre crop of {side}²",
+            "key_frames": len(self.manifest.split(self.split).records),
+            "key_frames_missing": self.missing,
+            "gmacs_per_clip": cost.macs / 1e9,
+            "gmacs_per_key_frame": cost.macs / 1e9,
+            "params": cost.params,
+            **self.weights,
+            "seed": self.config.seed,
+        }
+
+    def metrics(self) -> dict[str, Any]:
+        """Runs the detector on all key frames and returns its metrics."""
+        _, scores = self._score()
+        return metrics_of(scores)
+
+    def report(self, folder: Path) -> Report:
+        """Runs the evaluation and writes its report, including all detections in AVA's format.
+
+        Raises:
+            UserError: the records are damaged, or another process writes the same report.
+        """
+        with locked_report_folder(folder):
+            found, scores = self._score()
+            report = write_detection_report(folder, self.settings(), scores, found)
+        print("\n".join(summary(scores)))
+        if self.missing:
+            print(f"not evaluated: {counted(self.missing, 'key frame')} of the annotation lists without a record")
+        return report
+
+    def _score(self) -> tuple[BoxTable, DetectionScores]:
+        return score_split(self.model, self.manifest, self.split, self.config.detection)
 
 
-def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Path) -> Report:
-    split = config.dataset.eval_split
-    if config.detection.eval_boxes == "proposals":
-        require_proposals(manifest, split)
-    model = load_detector(run.root)
-    found, scores = score_split(model, manifest, split, config.detection)
-    side, cost = model.eval_size, cost_of(model)
-    records = len(manifest.split(split).records)
-    listed = manifest.settings.get(num_key_frames_setting(split))
-    missing = max(listed - records, 0) if isinstance(listed, int) else 0
-    settings = {
-        "network": name_of(model.expansion),
-        "head": model.head,
-        "records": str(manifest.folder),
-        "records_sha256": manifest.fingerprint(),
-        "split": split,
-        "eval_boxes": config.detection.eval_boxes,
-        "lowest_score_of_a_box": config.detection.score,
-        "frames": model.clip.frames,
-        "stride": model.clip.stride,
-        "resize": side,
-        "crop": side,
-        "options": dataclasses.asdict(model.options),
-        "views": f"centre crop of {side}²",
-        "videos": records,  # one clip per key frame
-        "key_frames_missing": missing,
-        "gmacs_per_clip": cost.macs / 1e9,
-        "gmacs_per_video": cost.macs / 1e9,
-        "params": cost.params,
-        **weights_of(run.root),
-        "seed": config.seed,
-    }
-    report = write_detection_report(folder, settings, scores, found)
-    print("\n".join(summary(scores)))
-    if missing:
-        print(f"not evaluated: {counted(missing, 'key frame')} of the annotation lists without a record")
-    print(describe(report))
-    return report
+def validation_key_frames(manifest: Manifest, split: str, detection: Detection) -> Manifest:
+    """Returns the manifest with only those key frames of a split that validations during training use.
+
+    Raises:
+        UserError: the split has no such key frames.
+    """
+    every = detection.validation_every
+    records = manifest.split(split).records
+    selected = [record for record in records if parse_key_frame_id(record.media_id)[1] % every == 0]
+    if not selected:
+        seconds = f" at a multiple of Detection.validation_every = {every} seconds" if every > 1 else ""
+        raise UserError(f"validation split {split!r} of {manifest.folder} must have at least one key frame{seconds}")
+    return manifest.with_records(split, selected)
 
 
-def _evaluated_actions(classes: tuple[str, ...]) -> dict[int, str]:
+def require_boxes(manifest: Manifest, split: str) -> None:
+    """Raises `UserError` unless a split has annotated boxes of the evaluated actions: mAP is undefined without."""
+    labels = {label for record in manifest.split(split).records for label in record.labels}
+    found = any(number - 1 in labels for number in evaluated_actions(manifest.classes))
+    require(found, f"split {split!r} of {manifest.folder}", "have annotated boxes of the evaluated actions")
+
+
+def evaluated_actions(classes: tuple[str, ...]) -> dict[int, str]:
+    """Returns the numbers, from 1, and names of the actions to evaluate: AVA's 60, or else all classes."""
     if classes == tuple(ava_actions().values()):
         return {number: classes[number - 1] for number in sorted(EVALUATED)}
     return dict(enumerate(classes, 1))

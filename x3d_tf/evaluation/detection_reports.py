@@ -133,6 +133,19 @@ def evaluate_files(
     return settings, score_detections(truth, found, actions, excluded)
 
 
+def metrics_of(scores: DetectionScores) -> dict[str, Any]:
+    """Returns the metrics for results.json."""
+    return {
+        "map": scores.mean,
+        "iou": IOU,
+        "classes": len(scores.actions),
+        "classes_with_positives": int((scores.positives > 0).sum()),
+        "annotated_key_frames": scores.key_frames,
+        "boxes": scores.boxes,
+        "boxes_left_out": scores.left_out,
+    }
+
+
 def write_detection_report(
     folder: Path, settings: Mapping[str, Any], scores: DetectionScores, found: BoxTable | None = None
 ) -> Report:
@@ -144,16 +157,7 @@ def write_detection_report(
         scores: the scores to report.
         found: the detections, to be written to detections.csv.
     """
-    results = {
-        **settings,
-        "map": scores.mean,
-        "iou": IOU,
-        "classes": len(scores.actions),
-        "classes_with_positives": int((scores.positives > 0).sum()),
-        "key_frames": scores.key_frames,
-        "boxes": scores.boxes,
-        "boxes_left_out": scores.left_out,
-    }
+    results = {**settings, **metrics_of(scores)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the report is complete
     if found is not None:

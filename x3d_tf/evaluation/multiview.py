@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from x3d_tf.data.input_pipeline import evaluation_dataset, record_errors_as_user_errors
+from x3d_tf.data.input_pipeline import MakeExample, evaluation_dataset, record_errors_as_user_errors
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError
@@ -19,6 +19,22 @@ from x3d_tf.types import ClipStarts, ViewSpec
 CLIPS_A_CALL = 8  # batch size of the network
 
 
+class SplitPredictions(NamedTuple):
+    """Predictions for the videos of a split, in the order of the manifest.
+
+    Attributes:
+        probabilities: float32 (videos, classes) in [0, 1].
+        targets: int (videos,), or for multi-label records (videos, classes of the records) of 0 and 1.
+    """
+
+    probabilities: np.ndarray
+    targets: np.ndarray
+
+    def truth(self, classes: int) -> np.ndarray:
+        """Returns the targets as bool (videos, classes)."""
+        return np.eye(classes, dtype=bool)[self.targets] if self.targets.ndim == 1 else self.targets > 0
+
+
 def predict_split(
     model: X3D,
     manifest: Manifest,
@@ -27,21 +43,23 @@ def predict_split(
     *,
     clip_starts: ClipStarts = "offset",
     frame_sampling: FrameSampling = "slowfast",
+    make_example: MakeExample | None = None,
     progress: bool = True,
-) -> np.ndarray:
+) -> SplitPredictions:
     """Computes the class probabilities of each video, averaged over its views in float32.
 
     Args:
-        model: a network that returns logits. Its `task` selects softmax ("single_label") or sigmoid ("multi_label").
+        model: a network that returns logits. Its `activation` turns them into probabilities.
         manifest: the manifest of the records.
         split: name of the split.
         views: the clips and crops of each video.
         clip_starts: the positions of the clips in a video; see `sampling.view_starts`.
         frame_sampling: the choice of the frames of a clip; see `sampling.frame_indices`.
+        make_example: makes the targets; see `input_pipeline.evaluation_dataset`.
         progress: whether to show a progress bar on stderr.
 
     Returns:
-        float32 (videos, classes) in [0, 1], in the order of the manifest.
+        The probabilities, and the targets that they are compared with.
 
     Raises:
         UserError: a setting is out of range, the split does not exist, the records are missing or damaged, or the
@@ -50,13 +68,23 @@ def predict_split(
     network = probabilities_of(model, views.crop)
     records = manifest.split(split).records
     sums = np.zeros((len(records), model.num_classes), np.float32)
-    batches = _clips(manifest, split, model, views, clip_starts, frame_sampling)
+    targets: list[Any] = [None] * len(records)
+    dataset = evaluation_dataset(
+        manifest,
+        split,
+        model.clip,
+        views,
+        clip_starts=clip_starts,
+        frame_sampling=frame_sampling,
+        make_example=make_example,
+    )
+    batches = _clips(dataset, views)
     total = len(records) * views.views
     with (
         record_errors_as_user_errors(),
         progress_bar(total, "clip", "evaluating", leave=None, disable=not progress) as bar,
     ):
-        for clips, video in batches:
+        for clips, target, video in batches:
             probabilities = network(clips).numpy()
             finite = np.isfinite(probabilities).all(axis=1)
             if not finite.all():
@@ -66,21 +94,23 @@ def predict_split(
                     "NaN, infinite or too large"
                 )
             np.add.at(sums, video.numpy(), probabilities)
+            for index, value in zip(video.numpy(), target.numpy()):
+                targets[index] = value
             bar.update(len(probabilities))
-    return sums / np.float32(views.views)
+    return SplitPredictions(sums / np.float32(views.views), np.array(targets))
 
 
 def probabilities_of(model: X3D, crop: int) -> Callable[[Any], Any]:
     """Returns a compiled function from clips to float32 probabilities, for any precision of the network.
 
     Args:
-        model: a network that returns logits. Its `task` selects softmax or sigmoid.
+        model: a network that returns logits. Its `activation` turns them into probabilities.
         crop: height and width of the clips in pixels.
 
     Returns:
         The function from float32 (N, T, crop, crop, 3), RGB in 0..255, to float32 (N, classes), for any N.
     """
-    return _compiled(model, tf.nn.sigmoid if model.task == "multi_label" else tf.nn.softmax, crop)
+    return _compiled(model, getattr(tf.nn, model.activation), crop)
 
 
 @functools.lru_cache(maxsize=1)  # compilation takes seconds, and one network is often evaluated several times
@@ -89,15 +119,11 @@ def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Callab
     return tf.function(network, input_signature=[tf.TensorSpec((None, model.clip.frames, crop, crop, 3), tf.float32)])
 
 
-def _clips(
-    manifest: Manifest, split: str, model: X3D, views: ViewSpec, clip_starts: ClipStarts, frame_sampling: FrameSampling
-) -> tf.data.Dataset:
-    """Returns batches of clips with the index of each clip's video. Each video is decoded once."""
+def _clips(dataset: tf.data.Dataset, views: ViewSpec) -> tf.data.Dataset:
+    """Returns batches of clips with the target and the index of each clip's video. Each video is decoded once."""
 
-    def split_views(clips: Any, labels: Any, records: Any) -> tf.data.Dataset:
-        return tf.data.Dataset.from_tensor_slices((clips[0], tf.repeat(records, views.views)))
+    def split_views(clips: Any, targets: Any, records: Any) -> tf.data.Dataset:
+        repeated = (tf.repeat(part, views.views, axis=0) for part in (targets, records))
+        return tf.data.Dataset.from_tensor_slices((clips[0], *repeated))
 
-    dataset = evaluation_dataset(
-        manifest, split, model.clip, views, clip_starts=clip_starts, frame_sampling=frame_sampling
-    )
     return dataset.flat_map(split_views).batch(CLIPS_A_CALL).prefetch(2)

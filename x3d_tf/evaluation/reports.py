@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,12 +24,9 @@ from x3d_tf.evaluation.metrics import (
 )
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
-from x3d_tf.types import Task
 
 RESULTS_NAME = "results.json"
 _STRING_FIELDS = ("network", "records", "split", "views")
-_INTEGER_FIELDS = ("videos", "classes")
-_NUMBER_FIELDS = ("gmacs_per_clip", "gmacs_per_video")
 _LARGEST = 1e15  # largest absolute value accepted in results.json
 
 
@@ -54,28 +51,28 @@ class Predictions:
         videos: names of the videos.
         class_names: names of the network's classes.
         probabilities: (videos, classes).
-        truth: bool (videos, classes); for "single_label", exactly one class per video.
-        task: "single_label" or "multi_label".
+        truth: bool (videos, classes).
+        exclusive: whether each video has exactly one class.
     """
 
     videos: tuple[str, ...]
     class_names: tuple[str, ...]
     probabilities: np.ndarray
     truth: np.ndarray
-    task: Task
+    exclusive: bool
 
     @property
     def labels(self) -> np.ndarray:
-        """The class of each video, (videos,), for single-label tasks."""
+        """The class of each video, (videos,), if classes are exclusive."""
         return self.truth.argmax(axis=1)
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics for results.json, in [0, 1].
 
-        For single-label tasks: top1, top5 and their mean, which the paper reports for test sets. For multi-label tasks:
+        For exclusive classes: top1, top5 and their mean, which the paper reports for test sets. Otherwise:
         map, the mean average precision over the classes that have positives, and the number of these classes.
         """
-        if self.task == "multi_label":
+        if not self.exclusive:
             positive = int(self.truth.any(axis=0).sum())
             return {
                 "map": mean_average_precision(self.probabilities, self.truth),
@@ -124,7 +121,7 @@ def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predict
     write_csv(folder / "per_class.csv", _class_rows(predictions))
     confusion = folder / "confusion.png"
     confusion.unlink(missing_ok=True)
-    if predictions.task == "single_label":
+    if predictions.exclusive:
         counts = confusion_matrix(
             predictions.probabilities.argmax(axis=1), predictions.labels, len(predictions.class_names)
         )
@@ -137,7 +134,7 @@ def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predict
 def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     """Yields the header and one row per video: its name, its labels and all probabilities."""
     names = predictions.class_names
-    single = predictions.task == "single_label"
+    single = predictions.exclusive
     yield ["video", *(["label", "predicted"] if single else ["labels"]), *(f"p({name})" for name in names)]
     for video, row, truth in zip(predictions.videos, predictions.probabilities, predictions.truth):
         labels = ";".join(names[number] for number in np.flatnonzero(truth))
@@ -147,7 +144,7 @@ def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
 def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
     """Yields the header and one row per class. Cells without a measurement are empty."""
     names, truth, probabilities = predictions.class_names, predictions.truth, predictions.probabilities
-    if predictions.task == "multi_label":
+    if not predictions.exclusive:
         yield ["class", "positives", "average_precision"]
         for name, positives, precision in zip(names, truth.sum(axis=0), average_precisions(probabilities, truth)):
             yield [name, positives, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]
@@ -201,16 +198,23 @@ def read_results(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} must be the report of a network, not of a csv file of detections")
     for name in _STRING_FIELDS:
         check(name, "be a string", isinstance(results.get(name), str))
-    for name in _INTEGER_FIELDS:
+    sample = sample_of(results)
+    for name in (f"{sample}s", "classes"):
         check(name, "be an integer", type(results.get(name)) is int and _is_number(results[name]))
-    for name in _NUMBER_FIELDS:
+    cost = f"gmacs_per_{sample}"
+    for name in ("gmacs_per_clip", cost):
         check(name, "be a number", _is_number(results.get(name)))
-    clips = results["gmacs_per_video"] / (results["gmacs_per_clip"] or math.inf)
-    check("gmacs_per_video", "be gmacs_per_clip times 0 to 1,000,000 clips", 0 <= clips <= 1e6)
+    clips = results[cost] / (results["gmacs_per_clip"] or math.inf)
+    check(cost, "be gmacs_per_clip times 0 to 1,000,000 clips", 0 <= clips <= 1e6)
     check("params", "be a number", _is_number(results.get("params", 0)))
     for name in ("map",) if "map" in results else ("top1", "top5"):
         check(name, "be in [0, 1]", _is_number(results.get(name)) and 0 <= results[name] <= 1)
     return results
+
+
+def sample_of(results: Mapping[str, Any]) -> Literal["video", "key_frame"]:
+    """Returns the unit that a report counts, and whose cost it states, for use in the names of its fields."""
+    return "key_frame" if "key_frames" in results else "video"
 
 
 def _is_number(value: object) -> bool:

@@ -1,14 +1,13 @@
-"""Accuracy as a function of the number of clips per video, K, and therefore of the cost (paper, Figure 3)."""
+"""Top-1 or mAP as a function of the number of clips per video, K, and therefore of the cost (paper, Figure 3)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from x3d_tf import plots
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.classification import Evaluation, evaluation_of_file, evaluation_of_run
 from x3d_tf.evaluation.comparison import describe
-from x3d_tf.evaluation.eval_config import EvalConfig, folder_of
+from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.reports import (
     RESULTS_NAME,
     Report,
@@ -17,9 +16,12 @@ from x3d_tf.evaluation.reports import (
     write_csv,
 )
 from x3d_tf.modeling.archive import weights_of
-from x3d_tf.modeling.saving import load_classifier
+from x3d_tf.modeling.saving import load
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.text import counted
+
+if TYPE_CHECKING:
+    from x3d_tf.tasks.base import Evaluation, Task
 
 CLIPS = (1, 3, 5, 7, 10)
 
@@ -37,7 +39,9 @@ class Sweep:
     reports: tuple[Report, ...]
 
 
-def sweep_run(run: RunFolder, *, output: str | None = None, overwrite: bool = False, **settings: Any) -> Sweep:
+def sweep_run(
+    run: RunFolder, task: "Task", *, output: str | None = None, overwrite: bool = False, **settings: Any
+) -> Sweep:
     """Evaluates the model of a finished run with 1, 3, 5, 7 and 10 clips per video.
 
     The clips start at other times for each number of clips, so each is a separate evaluation with the same report as
@@ -45,6 +49,7 @@ def sweep_run(run: RunFolder, *, output: str | None = None, overwrite: bool = Fa
 
     Args:
         run: the run folder.
+        task: the task of the run.
         output: folder of the reports, sweep.csv and sweep.png. Defaults to folders in the run folder.
         overwrite: whether to repeat evaluations that have a report.
         **settings: the fields of `EvalConfig` except temporal_views.
@@ -53,15 +58,15 @@ def sweep_run(run: RunFolder, *, output: str | None = None, overwrite: bool = Fa
         UserError: as `evaluate_run`; a report folder has a report with other settings.
     """
     eval_config = _without_views(settings)
-    folders = {k: Path(output) / f"{k}clips" if output else folder_of(run, eval_config, k) for k in CLIPS}
-    folder = Path(output) if output else folder_of(run, eval_config, "sweep_")
-    evaluation = evaluation_of_run(run, eval_config, load_classifier(run.root), weights_of(run.root))
+    evaluation = task.evaluation(load(run.root), weights_of(run.root), eval_config, run)
+    folders = {k: Path(output) / f"{k}clips" if output else task.report_folder(run, eval_config, k) for k in CLIPS}
+    folder = Path(output) if output else task.report_folder(run, eval_config, "sweep_")
     return _sweep(evaluation, folder, folders, overwrite)
 
 
-def sweep_file(file: str | Path, *, output: str, overwrite: bool = False, **settings: Any) -> Sweep:
+def sweep_file(file: str | Path, task: "Task", *, output: str, overwrite: bool = False, **settings: Any) -> Sweep:
     """Evaluates a `.keras` file as `sweep_run` does a run. Requires `records` and `split`."""
-    evaluation = evaluation_of_file(Path(file), _without_views(settings))
+    evaluation = task.evaluation(load(file), weights_of(Path(file)), _without_views(settings), None)
     return _sweep(evaluation, Path(output), {k: Path(output) / f"{k}clips" for k in CLIPS}, overwrite)
 
 
@@ -72,7 +77,7 @@ def _without_views(settings: dict[str, Any]) -> EvalConfig:
     return replace(eval_config, temporal_views=1)
 
 
-def _sweep(evaluation: Evaluation, folder: Path, folders: dict[int, Path], overwrite: bool) -> Sweep:
+def _sweep(evaluation: "Evaluation", folder: Path, folders: dict[int, Path], overwrite: bool) -> Sweep:
     evaluations = {k: evaluation.with_views(k) for k in CLIPS}
     # all read first: a report with other settings should be found before hours of work
     existing = {} if overwrite else {k: _existing_report(evaluations[k], folders[k]) for k in CLIPS}
@@ -88,7 +93,7 @@ def _sweep(evaluation: Evaluation, folder: Path, folders: dict[int, Path], overw
     return sweep
 
 
-def _existing_report(evaluation: Evaluation, folder: Path) -> Report | None:
+def _existing_report(evaluation: "Evaluation", folder: Path) -> Report | None:
     """Returns the report in a folder if one exists. Raises `UserError` if its settings differ."""
     if not (folder / RESULTS_NAME).is_file():
         return None

@@ -3,25 +3,33 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.classification import evaluation_of_run
-from x3d_tf.evaluation.eval_config import EvalConfig, folder_of
-from x3d_tf.evaluation.reports import differing_settings, locked_report_folder, read_results, write_csv, write_json
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.evaluation.eval_config import EvalConfig
+from x3d_tf.evaluation.reports import (
+    differing_settings,
+    locked_report_folder,
+    read_results,
+    sample_of,
+    write_csv,
+    write_json,
+)
+from x3d_tf.modeling.x3d import Network
 from x3d_tf.runs import checkpoints
 from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted, whole
 
+if TYPE_CHECKING:
+    from x3d_tf.tasks.base import Task
+
 _METRICS = ("top1", "top5", "map")
 
 
 def watch_run(
-    run: RunFolder, *, poll_seconds: float = 30.0, overwrite: bool = False, **settings: Any
+    run: RunFolder, task: "Task", *, poll_seconds: float = 30.0, overwrite: bool = False, **settings: Any
 ) -> dict[int, dict[str, Any]]:
     """Evaluates all existing and new checkpoints of a run, and returns once the run is finished.
 
@@ -32,6 +40,7 @@ def watch_run(
 
     Args:
         run: the run folder. It need not have a checkpoint yet.
+        task: the task of the run.
         poll_seconds: interval between two checks for new checkpoints, in seconds.
         overwrite: whether to delete the results of earlier evaluations first.
         **settings: the fields of `EvalConfig`.
@@ -41,19 +50,14 @@ def watch_run(
 
     Raises:
         UserError: as `evaluate_run`; the folder has steps that were evaluated with other settings; another process
-            watches the run with the same settings; the run trains a detector.
+            watches the run with the same settings.
     """
     require(poll_seconds > 0, "poll_seconds", "be positive", poll_seconds)
     eval_config = EvalConfig(**settings)
-    if open_dataset(run.read_config().dataset).task == "detection":
-        raise UserError(
-            f"{run.root} trains a detector, which --watch does not support; set DatasetSpec.validation_split to "
-            "evaluate it during training"
-        )
-    report_folder = folder_of(run, eval_config)
+    report_folder = task.report_folder(run, eval_config)
     folder = report_folder.with_name(f"{report_folder.name}_steps")
     with locked_report_folder(folder):
-        watch = _Watch(run, eval_config, folder, overwrite)
+        watch = _Watch(run, task, eval_config, folder, overwrite)
         print(f"watching {run.checkpoints} until {run.model} exists; Ctrl-C stops, the same command resumes")
         while True:
             finished = run.model.is_file()  # checked first: the last checkpoint is written before the model
@@ -68,8 +72,8 @@ def watch_run(
 class _Watch:
     """Results of the evaluated steps, and failures of the others."""
 
-    def __init__(self, run: RunFolder, eval_config: EvalConfig, folder: Path, overwrite: bool) -> None:
-        self.run, self.eval_config, self.folder = run, eval_config, folder
+    def __init__(self, run: RunFolder, task: "Task", eval_config: EvalConfig, folder: Path, overwrite: bool) -> None:
+        self.run, self.task, self.eval_config, self.folder = run, task, eval_config, folder
         if overwrite:
             for file in _step_files(self.folder):
                 file.unlink()
@@ -96,9 +100,9 @@ class _Watch:
             self.failures.pop(new[0], None)
             self._evaluate(new[0], model)
 
-    def _evaluate(self, step: int, model: X3D) -> None:
+    def _evaluate(self, step: int, model: Network) -> None:
         weights = {"weights": str(self.run.checkpoints / f"ckpt-{step}"), "step": step}
-        evaluation = evaluation_of_run(self.run, self.eval_config, model, weights)
+        evaluation = self.task.evaluation(model, weights, self.eval_config, self.run)
         settings = evaluation.settings()
         for earlier, results in self.results.items():
             differing = set(differing_settings(results, settings)) - {"step"}
@@ -107,7 +111,7 @@ class _Watch:
                     f"{_path(self.folder, earlier)} was evaluated with other settings "
                     f"({', '.join(sorted(differing))}); evaluate all steps again with --overwrite"
                 )
-        results = settings | evaluation.predict().metrics()
+        results = settings | evaluation.metrics()
         write_json(_path(self.folder, step), results)
         self.results[step] = results
         self._write_csv()
@@ -116,7 +120,9 @@ class _Watch:
         self.writer.flush()
         shown = [name for name in metrics if name != "top5" or results["classes"] > 5]  # always 100 % with five classes
         text = ", ".join(f"{name} {metrics[name]:.1%}" for name in shown)
-        print(f"step {step}: {text} ({counted(results['videos'], 'video')}, {results['views']})", flush=True)
+        sample = sample_of(results)
+        count = counted(results[f"{sample}s"], sample.replace("_", " "))
+        print(f"step {step}: {text} ({count}, {results['views']})", flush=True)
 
     def _write_csv(self) -> None:
         metrics = [name for name in _METRICS if any(name in row for row in self.results.values())]

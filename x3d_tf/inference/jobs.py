@@ -67,7 +67,7 @@ class ClassifyJob:
         """
         tell(f"loading {self.model}")
         model = load_classifier(self.model)
-        if model.task == "multi_label":
+        if model.activation == "sigmoid":
             tqdm.write("Each class has a probability of its own: they do not add up to 1.")
         tell("compiling the network: the first clips take longer")
         results = predict_videos(

@@ -4,6 +4,7 @@ This module does all rounding of the package.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -14,6 +15,7 @@ from x3d_tf.modeling.expansion import Expansion
 BASE_WIDTHS = (24, 48, 96, 192)  # res2..res5 of X2D, paper Table 1; conv1 has the width of res2
 BASE_DEPTHS = (1, 2, 5, 3)
 FC1_WIDTH = 2048
+REGION_BINS = 7  # bins along each axis of a box (PySlowFast `DETECTION.ROI_XFORM_RESOLUTION`)
 STAGE_NAMES = ("res2", "res3", "res4", "res5")
 
 # Settings may come from an untrusted file, so they have limits, far above the published networks.
@@ -90,6 +92,43 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class BlockPlan:
+    """A residual block.
+
+    Attributes:
+        stage, index: number of its stage, and its number in the stage, counted from 0.
+        width, inner_width: outer and inner channels.
+        stride: spatial stride.
+        projects: whether the shortcut is a projection, because the block changes the width or the size.
+        shortcut_norm: whether that projection has a batch norm.
+        se: whether the block has squeeze-excitation.
+        drop_rate: rate at which training drops the residual branch.
+        is_last: whether it is the last block of its stage.
+    """
+
+    stage: int
+    index: int
+    width: int
+    inner_width: int
+    stride: int
+    projects: bool
+    shortcut_norm: bool
+    se: bool
+    drop_rate: float
+    is_last: bool
+
+    @property
+    def name(self) -> str:
+        """Prefix of the names of its layers, such as res2_0."""
+        return f"{STAGE_NAMES[self.stage]}_{self.index}"
+
+    @property
+    def end(self) -> str:
+        """Name of its last layer. The output of a stage has the name of the stage."""
+        return STAGE_NAMES[self.stage] if self.is_last else self.name
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Integer widths and depths of a network, from which it is built and its cost is counted.
 
@@ -104,6 +143,26 @@ class Architecture:
     stages: tuple[StagePlan, ...]
     head_width: int
     options: ModelOptions
+
+    def blocks(self) -> Iterator[BlockPlan]:
+        """Yields the residual blocks in execution order."""
+        inputs = self.stem_width
+        for number, stage in enumerate(self.stages):
+            for index in range(stage.depth):
+                stride, widens = stage.stride if index == 0 else 1, inputs != stage.width
+                yield BlockPlan(
+                    number,
+                    index,
+                    stage.width,
+                    stage.inner_width,
+                    stride,
+                    projects=stride > 1 or widens,
+                    shortcut_norm=self.has_shortcut_norm(widens),
+                    se=self.has_se(index),
+                    drop_rate=self.drop_connect(number),
+                    is_last=index == stage.depth - 1,
+                )
+                inputs = stage.width
 
     def has_se(self, block: int) -> bool:
         """Returns whether block number `block` of a stage, counted from 0, has squeeze-excitation."""

@@ -72,7 +72,7 @@ def describe(path: str | Path) -> Metadata:
 def require_classifier(path: str | Path) -> None:
     """Raises `UserError` unless a run folder or `.keras` file holds a classifier; see also `describe`."""
     file = model_file(path)
-    if read_metadata(file).task == "detection":
+    if read_metadata(file).detection_head is not None:
         raise UserError(f"{file} is a detector, which scores boxes; a network that classifies clips is required")
 
 

@@ -1,22 +1,19 @@
-"""Counts the multiply-adds, parameters and activations of a network. Imports no TensorFlow."""
+"""Counts the multiply-adds, parameters and activations of a network: a set of parts. Imports no TensorFlow."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from x3d_tf.modeling.architecture import (
-    FC1_WIDTH,
-    STAGE_NAMES,
-    Architecture,
-    ModelOptions,
-    StagePlan,
-    plan,
-    pool_window,
-    require_classes,
-    se_width,
-)
+from x3d_tf.modeling.architecture import REGION_BINS, ModelOptions, plan, require_classes
 from x3d_tf.modeling.expansion import Expansion, as_expansion
+from x3d_tf.modeling.graph import DetectionHead, detection_graph, graph, require_head
+from x3d_tf.modeling.parts import Function
 from x3d_tf.types import ClipSpec
+
+if TYPE_CHECKING:
+    from x3d_tf.modeling.x3d import Network
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A row of the per-layer table: name, output shape (T, H, W, C) and cost of a layer."""
+    """A row of the per-layer table: name, output shape (T, H, W, C) and cost of a layer.
+
+    The row of a convolution includes its batch norm.
+    """
 
     name: str
     shape: tuple[int, int, int, int]
@@ -56,19 +56,22 @@ def cost(
     *,
     num_classes: int = 400,
     options: ModelOptions | None = None,
+    head: DetectionHead | None = None,
 ) -> Cost:
     """Returns the cost of a network for one clip.
 
     Args:
         network: name of a variant, or an expansion.
         clip: input clip, of which only frames and size matter. Defaults to the training clip.
-        num_classes: number of outputs of the classifier.
+        num_classes: number of outputs of the classifier or the detector.
         options: options of the network. Defaults to `ModelOptions()`.
+        head: head of a detector, see `build_detector`, whose cost is that of one box. Defaults to a classifier.
 
     Raises:
         ValueError: an unknown variant, or a value out of range.
     """
-    return sum((layer.cost for layer in layer_costs(network, clip, num_classes=num_classes, options=options)), Cost())
+    rows = layer_costs(network, clip, num_classes=num_classes, options=options, head=head)
+    return sum((row.cost for row in rows), Cost())
 
 
 def layer_costs(
@@ -77,76 +80,146 @@ def layer_costs(
     *,
     num_classes: int = 400,
     options: ModelOptions | None = None,
+    head: DetectionHead | None = None,
 ) -> list[LayerCost]:
     """Returns the cost of each layer in execution order. The arguments are those of `cost`."""
     require_classes(num_classes)
-    expansion = as_expansion(network)
-    return list(_layers(plan(expansion, options), clip or expansion.clip, expansion.clip.size, num_classes))
+    if head is not None:
+        require_head(head)
+    return _rows(as_expansion(network), clip, num_classes, options, head)
 
 
-def parameters(expansion: Expansion, num_classes: int, options: ModelOptions) -> Iterator[tuple[str, int]]:
-    """Yields the name and the number of trainable parameters of each layer, counted lazily."""
-    for layer in _layers(plan(expansion, options), expansion.clip, expansion.clip.size, num_classes):
-        yield layer.name, layer.cost.params
+def parameters(
+    expansion: Expansion, num_classes: int | None, options: ModelOptions, head: DetectionHead | None = None
+) -> list[tuple[str, int]]:
+    """Returns the name and the number of trainable parameters of each layer; `num_classes` is None without classifier.
+
+    Counting is cheap even if the settings are untrusted, because `plan` limits the number of blocks.
+    """
+    return [(row.name, row.cost.params) for row in _rows(expansion, None, num_classes, options, head)]
 
 
-def _layers(architecture: Architecture, clip: ClipSpec, train_size: int, num_classes: int) -> Iterator[LayerCost]:
-    *stem, last = _stem(architecture, clip)
-    yield from (*stem, last)
-    shape, width = last.shape, architecture.stem_width
-    for name, stage_plan in zip(STAGE_NAMES, architecture.stages):
-        for block in range(stage_plan.depth):
-            stride, se = stage_plan.stride if block == 0 else 1, architecture.has_se(block)
-            rows = list(_block(f"{name}_{block}", architecture, stage_plan, shape, width, stride, se))
-            yield from rows
-            shape, width = rows[-1].shape, stage_plan.width
-    yield from _head(architecture, shape, train_size, num_classes)
+def cost_of(model: "Network") -> Cost:
+    """Returns the cost of a network on one evaluation clip; for a detector, with one box."""
+    clip = ClipSpec(model.clip.frames, model.clip.stride, model.eval_size)
+    return cost(model.expansion, clip, num_classes=model.num_classes, options=model.options, head=model.head)
 
 
-def _stem(architecture: Architecture, clip: ClipSpec) -> Iterator[LayerCost]:
-    side, width = math.ceil(clip.size / 2), architecture.stem_width
-    frames = clip.frames - (architecture.options.input == "difference")
-    shape = (frames, side, side, width)
-    yield _conv("conv1_xy", shape, 3 * 9, norm=False)
-    yield _conv("conv1_t", shape, architecture.options.stem_kernel)
+def _rows(
+    expansion: Expansion,
+    clip: ClipSpec | None,
+    num_classes: int | None,
+    options: ModelOptions | None,
+    head: DetectionHead | None,
+) -> list[LayerCost]:
+    architecture, parts, clip = plan(expansion, options), CountingParts(), clip or expansion.clip
+    pixels = (clip.frames, clip.size, clip.size, 3)
+    if head is None:
+        train_size = expansion.clip.size
+        graph(pixels, architecture, parts, train_size=train_size, num_classes=num_classes, activation="softmax")
+    else:
+        assert num_classes is not None  # a detector has a classifier
+        detection_graph(pixels, (1, 4), architecture, parts, head=head, num_classes=num_classes)
+    return parts.rows
 
 
-def _block(
-    name: str, architecture: Architecture, stage: StagePlan, shape: tuple[int, ...], width: int, stride: int, se: bool
-) -> Iterator[LayerCost]:
-    frames, inner, separable = shape[0], stage.inner_width, architecture.options.separable
-    side = math.ceil(shape[1] / stride)
-    if stride > 1 or width != stage.width:
-        norm = architecture.has_shortcut_norm(width != stage.width)
-        yield _conv(f"{name}_shortcut", (frames, side, side, stage.width), width, norm=norm)
-    yield _conv(f"{name}_conv_a", (frames, shape[1], shape[2], inner), width * (1 if separable else 3))
-    yield _conv(f"{name}_conv_b", (frames, side, side, inner), 27 if separable else inner * 9)
-    if se:
-        yield fully_connected(f"{name}_se_reduce", inner, se_width(inner), bias=True, paper_bias=False)
-        yield fully_connected(f"{name}_se_expand", se_width(inner), inner, bias=True, paper_bias=False)
-    yield _conv(f"{name}_conv_c", (frames, side, side, stage.width), inner)
+class CountingParts:
+    """Counts the cost of each layer.
+
+    Its tensors are shapes without the axis of the clips, such as (T, H, W, C) for feature maps.
+
+    Attributes:
+        rows: the layers so far, in execution order.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[LayerCost] = []
+
+    def _count(self, name: str, shape: Shape, inputs: int, *, bias: bool = False, paper_bias: bool = False) -> Shape:
+        """Counts a convolution or dense layer with `inputs` weights per output channel, and returns its shape."""
+        outputs, channels = math.prod(shape), shape[-1]
+        weights = inputs * channels
+        params, params_paper = weights + bias * channels, weights + paper_bias * channels
+        frames, height, width = (1, 1, 1, *shape[:-1])[-3:]
+        row = LayerCost(name, (frames, height, width, channels), Cost(outputs * inputs, params, params_paper, outputs))
+        self.rows.append(row)
+        return shape
+
+    def normalize(self, x: Shape, name: str) -> Shape:
+        return x
+
+    def difference(self, x: Shape, name: str) -> Shape:
+        return (x[0] - 1, *x[1:])
+
+    def conv(self, x: Shape, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Shape:
+        return self._count(name, _strided(x, stride, filters), math.prod(kernel) * x[-1])
+
+    def pointwise(self, x: Shape, filters: int, name: str, stride: int = 1) -> Shape:
+        return self._count(name, _strided(x, stride, filters), x[-1])
+
+    def channelwise(self, x: Shape, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Shape:
+        return self._count(name, _strided(x, stride, x[-1]), math.prod(kernel))
+
+    def norm(self, x: Shape, name: str, *, ends_branch: bool = False) -> Shape:
+        convolution = self.rows[-1]  # the paper does not count batch norm
+        self.rows[-1] = replace(convolution, cost=convolution.cost + Cost(params=2 * x[-1]))
+        return x
+
+    def activation(self, x: Shape, function: Function, name: str) -> Shape:
+        return x
+
+    def add(self, x: Shape, y: Shape, name: str) -> Shape:
+        return x
+
+    def drop_branch(self, x: Shape, rate: float, name: str) -> Shape:
+        return x
+
+    def mean(self, x: Shape, name: str) -> Shape:
+        return (1, 1, 1, x[-1])
+
+    def excitation(self, x: Shape, units: int, function: Function, name: str) -> Shape:
+        return self._count(name, (*x[:-1], units), x[-1], bias=True)
+
+    def scale(self, x: Shape, factors: Shape, name: str) -> Shape:
+        return x
+
+    def head_input(self, x: Shape) -> Shape:
+        return x
+
+    def global_pool(self, x: Shape, name: str) -> Shape:
+        return x[-1:]
+
+    def time_mean(self, x: Shape) -> Shape:
+        return x[1:]
+
+    def window_pool(self, x: Shape, window: int, name: str) -> Shape:
+        return (*(max(1, side - window + 1) for side in x[:2]), x[-1])
+
+    def spatial_mean(self, x: Shape) -> Shape:
+        return x[-1:]
+
+    def spatial_max(self, x: Shape) -> Shape:
+        return (*x[:-3], x[-1])
+
+    def regions(self, x: Shape, boxes: Shape, clips: Shape, name: str) -> Shape:
+        return (boxes[0], REGION_BINS, REGION_BINS, x[-1])
+
+    def per_box(self, x: Shape, boxes: Shape) -> Shape:
+        return (boxes[0], x[-1])
+
+    def dense(self, x: Shape, units: int, name: str, *, function: Function | None = None, bias: bool = True) -> Shape:
+        return self._count(name, (*x[:-1], units), x[-1], bias=bias, paper_bias=True)
+
+    def dropout(self, x: Shape, rate: float, name: str) -> Shape:
+        return x
+
+    def mean_probability(self, x: Shape, function: Function) -> Shape:
+        return x[-1:]
+
+    def probabilities(self, x: Shape, function: Function, name: str) -> Shape:
+        return x
 
 
-def _head(architecture: Architecture, shape: tuple[int, ...], train_size: int, num_classes: int) -> Iterator[LayerCost]:
-    frames, side, width = shape[0], shape[1], architecture.head_width
-    yield _conv("conv5", (frames, side, side, width), architecture.stages[-1].width)
-    positions = 1
-    if architecture.options.head_pool != "global":
-        positions = max(1, side - pool_window(train_size) + 1)  # windows of the training size along one axis
-    yield fully_connected("fc1", width, FC1_WIDTH, bias=False, paper_bias=True, side=positions)
-    yield fully_connected("fc2", FC1_WIDTH, num_classes, bias=True, paper_bias=True, side=positions)
-
-
-def _conv(name: str, shape: tuple[int, int, int, int], inputs: int, *, norm: bool = True) -> LayerCost:
-    """Counts a convolution without bias and its batch norm. `inputs`: number of weights per output channel."""
-    outputs, weights = math.prod(shape), inputs * shape[-1]
-    return LayerCost(name, shape, Cost(outputs * inputs, weights + 2 * shape[-1] * norm, weights, outputs))
-
-
-def fully_connected(name: str, inputs: int, outputs: int, *, bias: bool, paper_bias: bool, side: int = 1) -> LayerCost:
-    """Counts a dense layer at `side` x `side` positions."""
-    positions, weights = side * side, inputs * outputs
-    params, params_paper = weights + outputs * bias, weights + outputs * paper_bias
-    return LayerCost(
-        name, (1, side, side, outputs), Cost(positions * weights, params, params_paper, positions * outputs)
-    )
+def _strided(shape: Shape, stride: int, channels: int) -> Shape:
+    frames, height, width, _ = shape
+    return (frames, math.ceil(height / stride), math.ceil(width / stride), channels)

@@ -1,25 +1,22 @@
-"""Action detection (paper, section 5): classifies the actions in each box on a clip's middle frame.
+"""The trainable detector (paper, section 5): classifies the actions in each box on a clip's middle frame.
 
-The network consists of the classifier's backbone, RoIAlign, the maximum over each box, and the classifier's two dense
-layers. The last feature maps are averaged over time, because a box does not move within a clip. The paper does not
-state whether the detector has conv5 and fc1. It prints 3.1 M parameters for X3D-M (Table 8): with both layers there are
-3.106 M, without fc1 at most 2.09 M.
+The paper does not state whether its detector has conv5 and fc1. It prints 3.1 M parameters for X3D-M (Table 8): with
+both layers there are 3.106 M, without fc1 at most 2.09 M.
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any
 
 import keras
-from keras import layers, ops
 
 from x3d_tf.errors import require
-from x3d_tf.modeling.architecture import Architecture, ModelOptions, plan, require_classes
-from x3d_tf.modeling.cost import Cost, fully_connected, layer_costs
+from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
 from x3d_tf.modeling.expansion import Expansion, as_expansion
-from x3d_tf.modeling.x3d import Network, TrainableParts, backbone, conv5, fc1, fc2, full_precision, layer_name
-from x3d_tf.types import ClipSpec, Task
-
-DetectionHead = Literal["full", "simple", "frame"]
+from x3d_tf.modeling.graph import DetectionHead, detection_graph, require_head
+from x3d_tf.modeling.keras_parts import TrainableParts
+from x3d_tf.modeling.parts import Parts
+from x3d_tf.modeling.x3d import Network, layer_name
+from x3d_tf.types import TASK_NAME_RULE, Activation, is_task_name
 
 
 def build_detector(
@@ -27,8 +24,8 @@ def build_detector(
     num_classes: int = 80,
     *,
     head: DetectionHead = "full",
+    options: ModelOptions | None = None,
     name: str | None = None,
-    **options: Any,
 ) -> "Detector":
     """Builds a detector with randomly initialized weights.
 
@@ -40,8 +37,8 @@ def build_detector(
         head: "full" has conv5 and fc1, which matches the paper's parameter count; "simple" is one linear layer on res5;
             "frame" is "full" without RoIAlign: it ignores the boxes and gives each the scores of the full frame, as a
             baseline.
+        options: what the factors do not determine; `head_pool` must be "global". Defaults to `ModelOptions()`.
         name: name of the model. Defaults to the name of the variant plus "_detector".
-        **options: the fields of `ModelOptions` except head_pool.
 
     Returns:
         A model with two inputs: `clip`, (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W; and `boxes`,
@@ -49,16 +46,13 @@ def build_detector(
         (0, 1); ignore the scores of padded boxes.
 
     Raises:
-        ValueError, TypeError: an unknown variant or option, or a value out of range.
+        ValueError, TypeError: an unknown variant, or a value of the wrong type or out of range.
 
     Example:
         >>> detector = build_detector("x3d_m", num_classes=80)
         >>> scores = detector({"clip": clips, "boxes": boxes})
     """
-    known = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "head_pool"]
-    for option in options:
-        require(option in known, "build_detector's options", f"be one of {', '.join(known)}", option)
-    return Detector(as_expansion(network), num_classes, ModelOptions(**options), head=head, name=name)
+    return Detector(as_expansion(network), num_classes, options or ModelOptions(), head=head, name=name)
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
@@ -69,8 +63,9 @@ class Detector(Network):
         head: "full", "simple" or "frame".
     """
 
-    task: Task = "detection"
+    activation: Activation = "sigmoid"
     include_top = True
+    head: DetectionHead
 
     def __init__(
         self,
@@ -79,27 +74,25 @@ class Detector(Network):
         options: ModelOptions,
         *,
         head: DetectionHead = "full",
+        task: str = "detection",
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         require_classes(num_classes)
-        require(head in get_args(DetectionHead), "head", f"be one of {', '.join(get_args(DetectionHead))}", head)
+        require_head(head)
+        require(is_task_name(task), "task", TASK_NAME_RULE, task)
         pool = options.head_pool
         require(pool == "global", "ModelOptions.head_pool", 'be "global" for a detector, which pools boxes', pool)
-        inputs = {
-            "clip": keras.Input((None, None, None, 3), name="clip"),
-            "boxes": keras.Input((None, 4), name="boxes"),
-        }
-        logits = graph(
-            **inputs,
-            architecture=plan(expansion, options),
-            parts=TrainableParts(options),
-            head=head,
-            num_classes=num_classes,
+        inputs, parts = _inputs(keras.Input((None, None, None, 3), name="clip")), TrainableParts(options.bn_group)
+        architecture = plan(expansion, options)
+        logits = detection_graph(
+            inputs["clip"], inputs["boxes"], architecture, parts, head=head, num_classes=num_classes
         )
+        scores = parts.probabilities(logits, self.activation, "scores")
         name = name or f"{layer_name(expansion)}_detector"
-        super().__init__(inputs=inputs, outputs=scores(logits), name=name, **kwargs)
+        super().__init__(inputs=inputs, outputs=scores, name=name, **kwargs)
         self.expansion, self.options, self.num_classes, self.head = expansion, options, num_classes, head
+        self.task = task
         self.backbone_end = "res5" if head == "simple" else "conv5"
 
     @property
@@ -110,56 +103,24 @@ class Detector(Network):
     def logits(self) -> Any:
         return self.get_layer("fc2").output
 
+    def with_parts(self, clip: Any, parts: Parts[Any], options: ModelOptions | None = None) -> keras.Model:
+        inputs, architecture = _inputs(clip), plan(self.expansion, options or self.options)
+        logits = detection_graph(
+            inputs["clip"], inputs["boxes"], architecture, parts, head=self.head, num_classes=self.num_classes
+        )
+        return keras.Model(inputs, parts.probabilities(logits, self.activation, "scores"), name=self.name)
+
     def get_config(self) -> dict[str, Any]:
         return {
             "expansion": dataclasses.asdict(self.expansion),
             "num_classes": self.num_classes,
             "options": dataclasses.asdict(self.options),
             "head": self.head,
+            "task": self.task,
             "name": self.name,
         }
 
 
-def graph(
-    clip: Any, boxes: Any, *, architecture: Architecture, parts: Any, head: DetectionHead, num_classes: int
-) -> Any:
-    """Builds the complete detector, in execution order.
-
-    Args:
-        clip: (N, T, H, W, 3), RGB in 0..255.
-        boxes: (N, B, 4), x1, y1, x2, y2 in [0, 1] of the clip.
-        architecture: widths, depths and options of the network.
-        parts: creates the layers; see `x3d.TrainableParts`.
-        head: "full", "simple" or "frame".
-        num_classes: number of outputs per box.
-
-    Returns:
-        Logits (N, B, num_classes).
-    """
-    x = backbone(clip, architecture, parts)
-    if head != "simple":
-        x = conv5(x, architecture, parts)
-    x = ops.mean(ops.cast(parts.as_clips(x), full_precision()), axis=1)  # [N, H, W, C]
-    if head == "frame":
-        x = ops.max(x, axis=(1, 2), keepdims=True)[:, 0]  # [N, 1, C]
-        x = ops.add(x, ops.zeros_like(boxes[..., :1]))
-    else:
-        x = ops.max(parts.regions(x, boxes, clip, "regions"), axis=(2, 3))  # [N, B, C]
-    if head != "simple":
-        x = fc1(x)
-    return fc2(parts.dropout(x, "dropout"), num_classes)
-
-
-def scores(logits: Any) -> Any:
-    """Converts logits to scores, float32 in (0, 1)."""
-    return layers.Activation("sigmoid", name="scores", dtype="float32")(logits)
-
-
-def cost_of(model: Network) -> Cost:
-    """Returns the cost of a network on one evaluation clip; for a detector, with one box."""
-    clip = ClipSpec(model.clip.frames, model.clip.stride, model.eval_size)
-    rows = layer_costs(model.expansion, clip, num_classes=model.num_classes, options=model.options)
-    if getattr(model, "head", None) == "simple":
-        inputs = plan(model.expansion, model.options).stages[-1].width
-        rows = [*rows[:-3], fully_connected("fc2", inputs, model.num_classes, bias=True, paper_bias=True)]
-    return sum((row.cost for row in rows), Cost())
+def _inputs(clip: Any) -> dict[str, Any]:
+    """Returns the inputs of a detector for the Keras input of its clips."""
+    return {"clip": clip, "boxes": keras.Input((None, 4), batch_size=clip.shape[0], name="boxes")}

@@ -18,12 +18,10 @@ import numpy as np
 from keras import layers, ops
 
 from x3d_tf.errors import require
-from x3d_tf.modeling import detection
-from x3d_tf.modeling.architecture import plan, pool_window, require_window
-from x3d_tf.modeling.detection import Detector
-from x3d_tf.modeling.layers import GhostBatchNorm
-from x3d_tf.modeling.roi_align import regions
-from x3d_tf.modeling.x3d import MEAN, STD, Network, graph
+from x3d_tf.modeling.architecture import ModelOptions, pool_window, require_window
+from x3d_tf.modeling.keras_parts import MEAN, STD, KerasParts
+from x3d_tf.modeling.layers import ChannelwiseConv3D, Conv3D, GhostBatchNorm, PointwiseConv3D
+from x3d_tf.modeling.x3d import Network
 
 
 def fold(model: Network, *, size: int | None = None, batch: int | None = None) -> keras.Model:
@@ -55,78 +53,82 @@ def fold(model: Network, *, size: int | None = None, batch: int | None = None) -
     options = model.options
     if pool_window(size) == pool_window(model.clip.size):  # with one window all poolings agree
         options = dataclasses.replace(options, head_pool="global")
-    architecture, parts = plan(model.expansion, options), FoldedParts(model, batch)
-    if isinstance(model, Detector):
-        boxes = keras.Input((None, 4), batch_size=batch, name="boxes")
-        logits = detection.graph(
-            _to_time_major(clip),
-            boxes,
-            architecture=architecture,
-            parts=parts,
-            head=model.head,
-            num_classes=model.num_classes,
-        )
-        app = keras.Model({"clip": clip, "boxes": boxes}, detection.scores(logits), name=model.name)
-    else:
-        logits = graph(
-            _to_time_major(clip),
-            architecture,
-            parts,
-            train_size=model.clip.size,
-            num_classes=model.num_classes,
-            task=model.task,
-        )
-        function = {"single_label": "softmax", "multi_label": "sigmoid"}[model.task]
-        probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)
-        app = keras.Model(clip, probabilities, name=model.name)
+    weights = folded_weights(model)
+    parts = FoldedParts(weights, zero_pixel(model.options), model.clip.frames, batch)
+    app = model.with_parts(clip, parts, options)
     for layer in app.layers:
-        if isinstance(layer, layers.Dense):  # squeeze-excitation and head; the parts sets the others
-            layer.set_weights(model.get_layer(layer.name).get_weights())
+        if isinstance(layer, layers.Dense):  # squeeze-excitation and head; the parts set the others
+            layer.set_weights(weights[layer.name][: len(layer.weights)])
     return app
 
 
-class FoldedParts:
-    """Creates stock Keras layers with folded weights, for tensors (T N, H, W, C); see `x3d.TrainableParts`.
+def folded_weights(model: Network) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns kernel and bias, in double precision, of each convolution and dense layer of a network, by layer name.
+
+    The batch norm after a convolution is folded into it. The normalization of the pixels is folded into conv1_xy, which
+    must then pad with `zero_pixel`. Layers without bias get zeros.
+    """
+    norms = {id(layer.input): layer for layer in model.layers if isinstance(layer, GhostBatchNorm)}
+    weights = {}
+    for layer in model.layers:
+        if isinstance(layer, PointwiseConv3D | Conv3D | ChannelwiseConv3D | layers.Dense):
+            kernel, *rest = (np.asarray(array, np.float64) for array in layer.get_weights())
+            bias = rest[0] if rest else np.zeros(kernel.shape[-1])
+            if norm := norms.get(id(layer.output)):
+                gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in norm.get_weights())
+                scale = gamma / np.sqrt(variance + norm.epsilon)
+                kernel, bias = kernel * scale, beta - mean * scale
+            weights[layer.name] = kernel, bias
+    kernel, bias = weights["conv1_xy"]
+    kernel = kernel / STD
+    weights["conv1_xy"] = kernel, bias - zero_pixel(model.options) * kernel.sum((0, 1, 2, 3))
+    return weights
+
+
+def zero_pixel(options: ModelOptions) -> float:
+    """Returns the value of conv1_xy's folded input that stands for zero in the trainable network."""
+    return 0.0 if options.input == "difference" else MEAN
+
+
+class FoldedParts(KerasParts):
+    """Creates stock Keras layers with folded weights, for feature maps (T N, H, W, C); see `parts.Parts`.
 
     Args:
-        model: the trainable network, whose weights the layers get.
+        weights: see `folded_weights`.
+        zero_pixel: see `zero_pixel`.
+        frames: number of frames of the clips, T.
         batch: batch size N; None for any.
     """
 
-    def __init__(self, model: Network, batch: int | None) -> None:
-        self.model, self.batch, self.frames = model, batch, model.clip.frames
-        self.norms = {id(layer.input): layer for layer in model.layers if isinstance(layer, GhostBatchNorm)}
-        self.zero_pixel = 0.0  # the pixel value that the trainable network's normalization maps to zero
+    def __init__(
+        self, weights: dict[str, tuple[np.ndarray, np.ndarray]], zero_pixel: float, frames: int, batch: int | None
+    ) -> None:
+        self.weights, self.zero_pixel, self.frames, self.batch = weights, zero_pixel, frames, batch
 
     def normalize(self, x: Any, name: str) -> Any:
-        self.zero_pixel = MEAN  # folded into the first convolution
-        return x
+        return _to_time_major(x)  # the normalization is folded into the first convolution
 
     def difference(self, x: Any, name: str) -> Any:
         rows = self._to_rows(x)
-        self.frames, self.zero_pixel = self.frames - 1, 0.0
+        self.frames -= 1
         return self._to_images(layers.Subtract(name=name)([rows[1:, :], rows[:-1, :]]), x)
 
     def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:
-        kernel, bias = self._folded_weights(name)
+        kernel, bias = self.weights[name]
         return _apply_with_weights(layers.Conv2D(filters, 1, strides=stride, name=name), x, kernel[None, None], bias)
 
     def conv(self, x: Any, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
-        weights, bias = self._folded_weights(name)
+        weights, bias = self.weights[name]
         if kernel[0] > 1:
             layer = layers.Conv2D(filters, (kernel[0], 1), padding="same", name=name)
             return self._to_images(
                 _apply_with_weights(layer, self._to_time_rows(x), weights[:, :, 0], bias), x, filters
             )
-        zero = 0.0
-        if name == "conv1_xy":
-            zero, weights = self.zero_pixel, weights / STD
-            bias = bias - zero * weights.sum((0, 1, 2, 3))
-        x = _pad(x, kernel[1:], zero)
+        x = _pad(x, kernel[1:], self.zero_pixel if name == "conv1_xy" else 0.0)
         return _apply_with_weights(layers.Conv2D(filters, kernel[1:], strides=stride, name=name), x, weights[0], bias)
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
-        weights, bias = self._folded_weights(name)
+        weights, bias = self.weights[name]
         if kernel[1:] == (1, 1):
             layer = layers.DepthwiseConv2D((kernel[0], 1), padding="same", name=name)
             return self._to_images(
@@ -145,48 +147,24 @@ class FoldedParts:
             terms.append(self._shift_frames(y, shift))
         return layers.Add(name=f"{name}_sum")(terms) if len(terms) > 1 else terms[0]
 
-    def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
+    def norm(self, x: Any, name: str, *, ends_branch: bool = False) -> Any:
         return x  # folded into the convolution before it
-
-    def activation(self, x: Any, function: str, name: str) -> Any:
-        return layers.Activation(function, name=name)(x)
 
     def mean(self, x: Any, name: str) -> Any:
         frames = layers.GlobalAveragePooling2D(name=name)(x)
         return ops.mean(ops.reshape(frames, (self.frames, self._batch_times(), x.shape[-1])), axis=0)
 
-    def scale(self, x: Any, scale: Any, name: str) -> Any:
+    def scale(self, x: Any, factors: Any, name: str) -> Any:
         _, h, w, c = x.shape
         if self.batch == 1:
-            return ops.multiply(x, ops.reshape(scale, (1, 1, 1, c)))
+            return ops.multiply(x, ops.reshape(factors, (1, 1, 1, c)))
         rows = ops.reshape(x, (self.frames, self._batch_times(), h * w, c))
-        scale = ops.reshape(scale, (1, self._batch_times(), 1, c))
-        return self._to_images(ops.multiply(rows, scale), x)
+        factors = ops.reshape(factors, (1, self._batch_times(), 1, c))
+        return self._to_images(ops.multiply(rows, factors), x)
 
-    def as_clips(self, x: Any) -> Any:
-        """Returns the tensor as (N, T, H, W, C)."""
+    def head_input(self, x: Any) -> Any:
         x = ops.reshape(x, (self.frames, self._batch_times(), *x.shape[1:]))
-        return ops.transpose(x, (1, 0, 2, 3, 4))
-
-    def regions(self, x: Any, boxes: Any, clips: Any, name: str) -> Any:
-        return regions(x, boxes, *clips.shape[1:3])
-
-    def drop_branch(self, x: Any, rate: float, name: str) -> Any:
-        return x
-
-    def dropout(self, x: Any, name: str) -> Any:
-        return x
-
-    def _folded_weights(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns kernel and bias of a convolution with the following batch norm, if any, folded in; float64."""
-        layer = self.model.get_layer(name)
-        kernel = layer.get_weights()[0].astype(np.float64)
-        norm = self.norms.get(id(layer.output))
-        if norm is None:
-            return kernel, np.zeros(kernel.shape[-1])
-        gamma, beta, mean, variance = (weight.astype(np.float64) for weight in norm.get_weights())
-        scale = gamma / np.sqrt(variance + norm.epsilon)
-        return kernel * scale, beta - mean * scale
+        return super().head_input(ops.transpose(x, (1, 0, 2, 3, 4)))
 
     def _to_rows(self, x: Any) -> Any:
         """Reshapes (T N, H, W, C) to (T, N H W C)."""

@@ -14,9 +14,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from x3d_tf.modeling.architecture import ModelOptions, require_window, window_rule
+from x3d_tf.modeling.architecture import REGION_BINS, ModelOptions, require_window, window_rule
 from x3d_tf.modeling.kernels import active_kernels
-from x3d_tf.modeling.roi_align import REGION_BINS, regions
+from x3d_tf.modeling.roi_align import regions
 
 
 def conv_initializer(filters: int, kernel: Sequence[int] = (1, 1, 1)) -> keras.initializers.Initializer:

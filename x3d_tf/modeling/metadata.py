@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,13 +11,23 @@ from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, require_window
 from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion
+from x3d_tf.modeling.graph import DetectionHead
 from x3d_tf.text import check_class_name, counted
-from x3d_tf.types import MAX_VIEWS, FrameSampling, Storage, Task, stored_from_json, stored_to_json
+from x3d_tf.types import (
+    MAX_VIEWS,
+    TASK_NAME_RULE,
+    Activation,
+    FrameSampling,
+    Storage,
+    is_task_name,
+    stored_from_json,
+    stored_to_json,
+)
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import Network
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 JSON_LIMIT = 16 * 1024 * 1024  # bytes
 _NAMES_LIMIT = 2_000_000  # characters of all class names, so that even their escaped JSON is below JSON_LIMIT
 _INTEGER_DIGITS = 18
@@ -35,7 +45,8 @@ class Metadata:
         class_names: class names, one per output; empty without a classifier.
         form: `trainable` (this package's layers, logits) or `portable` (stock Keras layers, probabilities).
         size: side of the input clip in pixels for the portable form; the training crop for the trainable form.
-        task: "single_label" or "multi_label" for clips, or "detection" for boxes.
+        task: name of the task.
+        activation: function from logits to probabilities; always "sigmoid" for a detector.
         stretch: whether frames are resized to squares, ignoring the aspect ratio, before they are cropped.
         detection_head: "full", "simple" or "frame" for a detector; None for a classifier.
         stored: size and JPEG quality of the stored training frames; None if the frames were not stored.
@@ -54,9 +65,10 @@ class Metadata:
     class_names: tuple[str, ...]
     form: Literal["trainable", "portable"]
     size: int
-    task: Task = "single_label"
+    task: str = "single_label"
+    activation: Activation = "softmax"
     stretch: bool = False
-    detection_head: Literal["full", "simple", "frame"] | None = None
+    detection_head: DetectionHead | None = None
     stored: Storage | None = None
     frame_sampling: FrameSampling = "slowfast"
     test_views: int = 10
@@ -74,10 +86,11 @@ class Metadata:
         require(len(self.class_names) == expected, "class_names", f"have {expected} entries", len(self.class_names))
         for number, name in enumerate(self.class_names):
             check_class_name(name, f"class_names[{number}]")
-        detects = self.task == "detection"
-        is_consistent = (self.detection_head is not None) == detects and (self.include_top or not detects)
-        rule = f"be set if and only if task is 'detection' (task is {self.task!r})"
-        require(is_consistent, "detection_head", rule, self.detection_head)
+        require(is_task_name(self.task), "task", TASK_NAME_RULE, self.task)
+        detects = self.detection_head is not None
+        require(self.include_top or not detects, "detection_head", "be None without a classifier", self.detection_head)
+        is_sigmoid = not detects or self.activation == "sigmoid"
+        require(is_sigmoid, "activation", "be 'sigmoid' for a detector", self.activation)
         is_valid_sampling = not detects or self.frame_sampling == "slowfast"
         require(is_valid_sampling, "frame_sampling", "be 'slowfast' for a detector", self.frame_sampling)
         require(1 <= self.test_views <= MAX_VIEWS, "test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
@@ -96,29 +109,21 @@ class Metadata:
             form,
             size or model.clip.size,
             model.task,
+            model.activation,
             model.stretch,
-            getattr(model, "head", None),
+            model.head,
             model.stored,
             model.frame_sampling,
             model.test_views,
         )
 
-    def layers(self) -> Iterator[tuple[str, int]]:
-        """Yields the name and the number of trainable parameters of each layer, counted lazily."""
-        absent = set() if self.include_top else {"fc1", "fc2"}
-        if self.detection_head == "simple":
-            absent = {"conv5", "fc1", "fc2"}
-        for name, count in parameters(self.expansion, self.num_classes, self.options):
-            if name not in absent:
-                yield name, count
-        if self.detection_head == "simple":
-            width = plan(self.expansion, self.options).stages[-1].width
-            yield "fc2", (width + 1) * self.num_classes
+    def layers(self) -> list[tuple[str, int]]:
+        """Returns the name and the number of trainable parameters of each layer."""
+        num_classes = self.num_classes if self.include_top else None
+        return parameters(self.expansion, num_classes, self.options, self.detection_head)
 
     def require_capacity(self, where: str, weights: int, arrays: int | None = None) -> None:
         """Checks, before the network is built, that a file is large enough to hold its weights.
-
-        Counting stops at the first layer that does not fit.
 
         Args:
             where: the file or member that holds the weights, for the message.

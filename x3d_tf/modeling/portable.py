@@ -13,12 +13,11 @@ import numpy as np
 from keras import layers, ops
 
 from x3d_tf.errors import require
-from x3d_tf.modeling import detection
-from x3d_tf.modeling.architecture import plan, require_window
-from x3d_tf.modeling.detection import Detector
+from x3d_tf.modeling.architecture import require_window
+from x3d_tf.modeling.keras_parts import ClipParts
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
-from x3d_tf.modeling.x3d import ClipParts, Network, graph
+from x3d_tf.modeling.x3d import Network
 
 
 def portable(model: Network, class_names: Sequence[str] | None = None, *, size: int | None = None) -> keras.Model:
@@ -53,32 +52,17 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
         arrays = _split_by_tap(source, len(targets))
         for target, weights in zip(targets, arrays):
             target.set_weights([w.reshape(t.shape) for w, t in zip(weights, target.weights)])
-    app.metadata = Metadata.from_model(model, class_names=names, form="portable", size=size)
+    # An attribute, because a subclass of keras.Model could not be loaded without this package.
+    app.metadata = Metadata.from_model(  # type: ignore[attr-defined]
+        model, class_names=names, form="portable", size=size
+    )
     return app
 
 
 def build_portable(model: Network, size: int) -> keras.Model:
     """Builds the portable form with randomly initialized weights."""
     require_window(model.options, size, model.clip.size)
-    clip = keras.Input((model.clip.frames, size, size, 3), name="clip")
-    architecture, parts = plan(model.expansion, model.options), PortableParts()
-    if isinstance(model, Detector):
-        inputs = {"clip": clip, "boxes": keras.Input((None, 4), name="boxes")}
-        logits = detection.graph(
-            **inputs, architecture=architecture, parts=parts, head=model.head, num_classes=model.num_classes
-        )
-        return keras.Model(inputs, detection.scores(logits), name=model.name)
-    logits = graph(
-        clip,
-        architecture,
-        parts,
-        train_size=model.clip.size,
-        num_classes=model.num_classes,
-        task=model.task,
-    )
-    function = {"single_label": "softmax", "multi_label": "sigmoid"}[model.task]
-    probabilities = layers.Activation(function, name="probabilities", dtype="float32")(logits)
-    return keras.Model(clip, probabilities, name=model.name)
+    return model.with_parts(keras.Input((model.clip.frames, size, size, 3), name="clip"), PortableParts())
 
 
 def copy_portable_weights(model: Network, app: keras.Model) -> None:
@@ -104,7 +88,7 @@ def _split_by_tap(layer: keras.Layer, count: int) -> list[list[np.ndarray]]:
 
 
 class PortableParts(ClipParts):
-    """Creates stock Keras layers, for static sizes and any batch size; see `x3d.TrainableParts`."""
+    """Creates stock Keras layers, for static sizes and any batch size; see `parts.Parts`."""
 
     def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:
         if stride == 1:
@@ -145,14 +129,9 @@ class PortableParts(ClipParts):
         earlier = layers.Cropping1D((0, 1), name=f"{name}_earlier")(rows)
         return ops.reshape(layers.Subtract(name=name)([later, earlier]), (-1, t - 1, *shape))
 
-    def norm(self, x: Any, name: str, gamma: str = "ones") -> Any:
+    def norm(self, x: Any, name: str, *, ends_branch: bool = False) -> Any:
+        gamma = "zeros" if ends_branch else "ones"
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=name)(x)
-
-    def drop_branch(self, x: Any, rate: float, name: str) -> Any:
-        return x
-
-    def dropout(self, x: Any, name: str) -> Any:
-        return x
 
 
 def _merge_frames(x: Any) -> Any:

@@ -4,7 +4,8 @@ from typing import Any
 
 from keras import ops
 
-REGION_BINS = 7  # bins along each axis (PySlowFast `DETECTION.ROI_XFORM_RESOLUTION`)
+from x3d_tf.modeling.architecture import REGION_BINS
+
 _STRIDE = 32  # pixels of a clip per cell of res5, even if the last cell extends beyond the clip
 
 

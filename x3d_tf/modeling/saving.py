@@ -16,7 +16,7 @@ from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
 from x3d_tf.modeling.portable import build_portable, copy_portable_weights
 from x3d_tf.modeling.x3d import X3D, Network
 
-_Model = TypeVar("_Model", X3D, Detector)
+_Model = TypeVar("_Model", X3D, Detector, X3D | Detector)
 
 
 def save(
@@ -77,9 +77,12 @@ def load(path: str | Path) -> X3D | Detector:
             metadata.
     """
     path, metadata = _read_checked_metadata(path)
-    if metadata.task == "detection":
-        return _load_into(_build_detector(metadata), metadata, path)
-    return _load_into(_build_classifier(metadata), metadata, path)
+    return _load_into(build_network(metadata), metadata, path)
+
+
+def build_network(metadata: Metadata) -> X3D | Detector:
+    """Builds the network that the metadata describe, with randomly initialized weights."""
+    return _build_classifier(metadata) if metadata.detection_head is None else _build_detector(metadata)
 
 
 def load_classifier(path: str | Path) -> X3D:
@@ -100,7 +103,7 @@ def load_detector(path: str | Path) -> Detector:
         UserError: as for `load`, or the file holds a classifier.
     """
     path, metadata = _read_checked_metadata(path)
-    if metadata.task != "detection":
+    if metadata.detection_head is None:
         raise UserError(f"{path} is not a detector: it classifies clips (task {metadata.task!r})")
     return _load_into(_build_detector(metadata), metadata, path)
 
@@ -119,13 +122,16 @@ def _build_classifier(metadata: Metadata) -> X3D:
         metadata.num_classes,
         metadata.options,
         include_top=metadata.include_top,
+        activation=metadata.activation,
         task=metadata.task,
     )
 
 
 def _build_detector(metadata: Metadata) -> Detector:
     assert metadata.detection_head is not None  # checked by Metadata
-    return Detector(metadata.expansion, metadata.num_classes, metadata.options, head=metadata.detection_head)
+    return Detector(
+        metadata.expansion, metadata.num_classes, metadata.options, head=metadata.detection_head, task=metadata.task
+    )
 
 
 def _load_into(model: _Model, metadata: Metadata, path: Path) -> _Model:

@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.records.index import Record
@@ -17,12 +18,15 @@ from x3d_tf.data.sampling import STRIDE_FPS
 from x3d_tf.modeling.expansion import BASE_SCALE
 from x3d_tf.text import binding_flag, counted
 
+if TYPE_CHECKING:
+    from x3d_tf.tasks.base import Task
+
 MIN_CLIP_COVERAGE = 0.8  # of the clip's duration, for most videos; gin/few_videos.gin was measured at 0.87
 MAX_EPOCHS = 300  # the paper's recipe trains for 256 epochs of Kinetics-400
 MAX_IMBALANCE = 5  # ratio of the most frequent to the rarest class
 
 
-def print_advice(manifest: Manifest, config: TrainConfig) -> None:
+def print_advice(manifest: Manifest, config: TrainConfig, task: "Task") -> None:
     """Measures the frames of a sample of the records and prints `advice` to stderr.
 
     Raises:
@@ -30,11 +34,11 @@ def print_advice(manifest: Manifest, config: TrainConfig) -> None:
     """
     from x3d_tf.data.input_pipeline import short_sides  # imports TensorFlow
 
-    for text in advice(manifest, config, short_sides(manifest, config.dataset.train_split)):
+    for text in advice(manifest, config, short_sides(manifest, config.dataset.train_split), task):
         print(f"warning: {text}", file=sys.stderr)
 
 
-def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int]) -> list[str]:
+def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: "Task") -> list[str]:
     """Returns warnings about training records that do not fit the configuration.
 
     The synthetic dataset moving_shapes is exempt: its recipes are part of the package.
@@ -43,33 +47,30 @@ def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int]) -> lis
         manifest: the manifest of the records, without those held out for validation.
         config: the configuration of the run.
         sides: short side in pixels of the frames of a sample of the training records.
+        task: the task of the run, which adds its own warnings.
 
     Returns:
         Messages of one line each. They end with the suggested binding.
     """
-    records = [record for record in manifest.split(config.dataset.train_split).records if record.labels]
+    records = task.training_records(manifest, config.dataset.train_split)
     if config.dataset.name == "moving_shapes" or not records:
         return []
     found = [
         _check_frame_size(manifest, config, sides),
-        _check_epochs(manifest, config, len(records)),
-        _check_flip(manifest, config),
+        _check_epochs(config, len(records), f"{task.sample}s"),
+        _check_flip(task.classes(manifest), config),
     ]
-    if manifest.task != "detection":  # records of key frames always cover a clip
-        found.append(_check_clip_length(config, records))
-    if manifest.task == "single_label":
-        found.append(_check_class_balance(manifest, config, records))
-    return [text for text in found if text]
+    return [*(text for text in found if text), *task.advice(config, manifest)]
 
 
-def _check_clip_length(config: TrainConfig, records: Sequence[Record]) -> str | None:
-    """Returns a warning if clips are longer than most videos, else None."""
+def check_clip_length(config: TrainConfig, records: Sequence[Record]) -> list[str]:
+    """Returns a warning if clips are longer than most videos."""
     clip = config.expansion.clip
     span = clip.frames * clip.stride / STRIDE_FPS
     seconds = sorted(record.frames / record.fps for record in records)
     median = statistics.median(seconds)
     if clip.frames == 1 or median >= MIN_CLIP_COVERAGE * span:
-        return None
+        return []
     shorter = sum(duration < span for duration in seconds)
     text = (
         f"a clip of this network spans {span:.2f} s, but {shorter} of the {len(seconds)} training videos are shorter "
@@ -80,12 +81,12 @@ def _check_clip_length(config: TrainConfig, records: Sequence[Record]) -> str | 
     every_frame = round(STRIDE_FPS / statistics.median(record.fps for record in records) + 5e-4, 3)  # as gamma_tau
     tau = math.floor(100 * target * STRIDE_FPS / clip.frames) / 100
     if tau >= every_frame:
-        return text + f"Use shorter clips: {binding_flag('Expansion.gamma_tau', tau)}"
+        return [text + f"Use shorter clips: {binding_flag('Expansion.gamma_tau', tau)}"]
     frames = math.floor(target * STRIDE_FPS / every_frame)
     if frames < 2:
-        return text + "The videos have too few frames for a clip of more than one: use longer videos"
+        return [text + "The videos have too few frames for a clip of more than one: use longer videos"]
     bindings = f"{binding_flag('Expansion.gamma_tau', every_frame)} {binding_flag('Expansion.gamma_t', frames)}"
-    return text + f"Use shorter clips of consecutive frames: {bindings}"
+    return [text + f"Use shorter clips of consecutive frames: {bindings}"]
 
 
 def _check_frame_size(manifest: Manifest, config: TrainConfig, sides: Sequence[int]) -> str | None:
@@ -104,13 +105,12 @@ def _check_frame_size(manifest: Manifest, config: TrainConfig, sides: Sequence[i
     return f"{text}: {binding_flag('Expansion.gamma_s', side / BASE_SCALE[0])}"
 
 
-def _check_epochs(manifest: Manifest, config: TrainConfig, records: int) -> str | None:
+def _check_epochs(config: TrainConfig, records: int, things: str) -> str | None:
     """Returns a warning if the run has so many epochs that it overfits and no early stopping, else None."""
     recipe = config.recipe
     epochs = recipe.scaled_steps * recipe.batch / records
     if recipe.patience or epochs < MAX_EPOCHS + 1:
         return None
-    things = "key frames" if manifest.task == "detection" else "videos"
     steps = max(1, math.floor(MAX_EPOCHS * records / recipe.reference_batch))
     return (
         f"{recipe.scaled_steps} steps with a batch of {recipe.batch} clips are {epochs:.0f} epochs of the {records} "
@@ -119,12 +119,12 @@ def _check_epochs(manifest: Manifest, config: TrainConfig, records: int) -> str 
     )
 
 
-def _check_flip(manifest: Manifest, config: TrainConfig) -> str | None:
+def _check_flip(classes: Sequence[str], config: TrainConfig) -> str | None:
     """Returns a warning if training flips clips and two class names are mirror images, else None."""
     if not config.dataset.flip:
         return None
-    names = set(manifest.classes)
-    pairs = ((name, _mirrored(name)) for name in manifest.classes)
+    names = set(classes)
+    pairs = ((name, _mirrored(name)) for name in classes)
     pair = next(((name, other) for name, other in pairs if other != name and other in names), None)
     if pair is None:
         return None
@@ -141,14 +141,14 @@ def _mirrored(name: str) -> str:
     return re.sub("|".join(other), lambda match: other[match.group()], name)
 
 
-def _check_class_balance(manifest: Manifest, config: TrainConfig, records: Sequence[Record]) -> str | None:
-    """Returns a warning if the classes are imbalanced and not weighted, else None."""
+def check_class_balance(config: TrainConfig, manifest: Manifest, records: Sequence[Record]) -> list[str]:
+    """Returns a warning if the classes are imbalanced and not weighted."""
     counts = Counter(record.labels[0] for record in records).most_common()
     (most, many), (least, few) = counts[0], counts[-1]
     if config.recipe.class_weights != "none" or many < MAX_IMBALANCE * few:
-        return None
-    return (
+        return []
+    return [
         f"class {manifest.classes[least]!r} has {counted(few, 'training video')} and class "
         f"{manifest.classes[most]!r} has {many}; at a ratio of {MAX_IMBALANCE} or more, the rare class hardly "
         f"contributes to the loss. Use class weights: {binding_flag('Recipe.class_weights', 'balanced')}"
-    )
+    ]

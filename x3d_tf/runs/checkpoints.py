@@ -23,8 +23,10 @@ import tensorflow as tf
 
 from x3d_tf.errors import UserError, first_line, require
 from x3d_tf.files import WriteError, os_errors_as_write_error
+from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.metadata import Metadata
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.modeling.saving import build_network
+from x3d_tf.modeling.x3d import X3D, Network
 from x3d_tf.runs.run_folder import RunFolder, checkpoint_step
 from x3d_tf.text import counted
 
@@ -72,7 +74,7 @@ class Checkpoints:
         origin: the identity of this run. Checkpoints of another origin are rejected.
     """
 
-    def __init__(self, run: RunFolder, model: X3D, others: Mapping[str, list[Any]], origin: Origin) -> None:
+    def __init__(self, run: RunFolder, model: Network, others: Mapping[str, list[Any]], origin: Origin) -> None:
         self.folder, self._run, self._origin = run.checkpoints, run, origin
         weights = [weight.value for weight in model.weights]
         # Listed explicitly, because Keras' own tracking omits the states of seed generators.
@@ -210,7 +212,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
-def load_checkpoint(run: RunFolder, step: int) -> X3D:
+def load_checkpoint(run: RunFolder, step: int) -> X3D | Detector:
     """Loads the network of a run at a step, with the weights to evaluate: their EMA if the run has one.
 
     Raises:
@@ -223,7 +225,7 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D:
         description = Metadata.from_json(reader.get_tensor(f"description{_SUFFIX}"))
         role = "average" if reader.has_tensor(f"average/0{_SUFFIX}") else "weights"
         description.require_capacity("its data", size // _WEIGHT_BYTES)
-        model = X3D(description.expansion, description.num_classes, description.options, task=description.task)
+        model = build_network(description)
         model.set_weights([reader.get_tensor(f"{role}/{i}{_SUFFIX}") for i in range(len(model.weights))])
     except Exception as error:  # a damaged file makes TensorFlow raise almost anything
         raise UserError(f"{prefix}.index cannot be read ({first_line(error)})") from error

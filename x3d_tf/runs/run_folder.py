@@ -3,7 +3,7 @@
 import csv
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,19 +13,7 @@ from x3d_tf.errors import UserError
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited, temporary_path
 from x3d_tf.locks import locked
 
-# Columns of history.csv. The last three are empty in rows without a validation, or without boxes.
-HISTORY_FIELDS = (
-    "step",
-    "epoch",
-    "learning_rate",
-    "loss",
-    "accuracy",
-    "clips_per_second",
-    "validation_accuracy",
-    "validation_loss",
-    "boxes_left_out",
-)
-_OPTIONAL_FIELDS = HISTORY_FIELDS[-3:]
+HISTORY_FIELDS = ("step", "epoch", "learning_rate", "loss", "clips_per_second")  # in every row of history.csv
 _LARGEST = 1e100  # largest absolute value accepted in history.csv
 _INDEX = re.compile(r"ckpt-(0|[1-9][0-9]{0,17})\.index", re.ASCII)
 _TRAINED = (
@@ -193,38 +181,47 @@ class RunFolder:
                 )
             raise UserError(f"{self.root} belongs to a run with other settings: {'; '.join(changed)}. {advice}")
 
-    def read_history(self) -> list[dict[str, float]]:
-        """Reads `history.csv` up to the first damaged row, with a warning. Returns [] if the file does not exist."""
+    def read_history(
+        self, required: Collection[str] = (), optional: Collection[str] | None = None
+    ) -> list[dict[str, float]]:
+        """Reads `history.csv` up to the first damaged row, with a warning. Returns [] if the file does not exist.
+
+        Args:
+            required: names of the metrics that every row must have, besides `HISTORY_FIELDS`.
+            optional: names of the metrics that rows may have. Defaults to all other columns.
+        """
         rows: list[dict[str, float]] = []
         if not self.history.is_file():
             return rows
         with self.history.open(newline="", encoding="utf-8", errors="replace") as file:
             try:
-                for row in csv_files.dicts(file):
-                    rows.append(_history_row(row))
+                for cells in csv_files.dicts(file):
+                    others = cells if optional is None else optional
+                    rows.append(_history_row(cells, {*HISTORY_FIELDS, *required}, others))
             except (KeyError, ValueError, csv.Error):  # truncated when the run was killed, or edited
                 print(f"warning: {self.history} is damaged after row {len(rows)}; ignoring the rest", file=sys.stderr)
         return rows
 
-    def write_history(self, rows: list[dict[str, float]]) -> None:
-        """Writes all rows of `history.csv`, atomically."""
-        atomic_write(self.history, csv_files.encoded([HISTORY_FIELDS, *map(_history_cells, rows)]))
+    def write_history(self, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:
+        """Writes all rows of `history.csv`, atomically. Cells of columns that a row lacks are empty."""
+        cells = ([_history_cell(row, name) for name in columns] for row in rows)
+        atomic_write(self.history, csv_files.encoded([columns, *cells]))
 
-    def append_history(self, row: dict[str, float]) -> None:
-        """Appends a row to an existing `history.csv`."""
+    def append_history(self, columns: Sequence[str], row: Mapping[str, float]) -> None:
+        """Appends a row to an existing `history.csv`, whose header is `columns`."""
         with os_errors_as_write_error(self.history), self.history.open("a", newline="", encoding="utf-8") as file:
-            csv_files.Writer(file).row(_history_cells(row))
+            csv_files.Writer(file).row(_history_cell(row, name) for name in columns)
 
 
-def _history_row(cells: Mapping[str, str]) -> dict[str, float]:
+def _history_row(cells: Mapping[str, str], required: Collection[str], optional: Iterable[str]) -> dict[str, float]:
     """Parses a row. Raises KeyError or ValueError if a value is missing, not a number, or too large to plot."""
-    names = [name for name in HISTORY_FIELDS if name not in _OPTIONAL_FIELDS or cells.get(name)]
+    names = {*required, *(name for name in optional if cells.get(name))}
     row = {name: float(cells[name]) for name in names}
     if not all(abs(value) <= _LARGEST for value in row.values()):  # false for NaN too
         raise ValueError
     return row
 
 
-def _history_cells(row: dict[str, float]) -> list[float | str]:
-    counts = {name: int(row[name]) for name in ("step", "boxes_left_out") if name in row}
-    return [(row | counts).get(name, "") for name in HISTORY_FIELDS]
+def _history_cell(row: Mapping[str, float], name: str) -> float | str:
+    value = row.get(name, "")
+    return int(value) if name == "step" and value != "" else value

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from x3d_tf.modeling.architecture import STAGE_NAMES, plan
+from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.layers import Dropout, GhostBatchNorm
 from x3d_tf.modeling.x3d import Network
 from x3d_tf.parallel import num_batch_slices
@@ -41,14 +41,14 @@ def forward_of(model: Network, recompute: str = "nothing") -> Callable[..., Any]
         _Segment(_layers_between(producers, inputs, output), inputs, output, recomputed)
         for inputs, output, recomputed in cuts
     ]
-    is_detector = isinstance(model.input, dict)
-    head_inputs = model.input if is_detector else {}  # the head of a detector also takes the boxes
-    head = keras.Model([last, *head_inputs.values()] if is_detector else last, model.logits)
+    is_named = isinstance(model.input, dict)  # the head then also takes the inputs besides the clip, such as boxes
+    head_inputs = model.input if is_named else {}
+    head = keras.Model([last, *head_inputs.values()] if is_named else last, model.logits)
     network = keras.Model(model.input, model.logits)
 
     @tf.autograph.experimental.do_not_convert
     def forward(inputs: Any, observe: _Observer | None = None) -> Any:
-        clips = inputs["clip"] if is_detector else inputs
+        clips = inputs["clip"] if is_named else inputs
         slices = num_batch_slices(clips.shape[0], model.options.bn_group)
         if slices == 1 and recompute == "nothing" and observe is None:
             return network(inputs, training=True)
@@ -56,7 +56,7 @@ def forward_of(model: Network, recompute: str = "nothing") -> Callable[..., Any]
         for segment in segments:
             values[id(segment.output)] = segment([values[id(tensor)] for tensor in segment.inputs], observe)
         backbone = tf.concat(values[id(last)], 0)
-        return head([backbone, *(inputs[name] for name in head_inputs)] if is_detector else backbone, training=True)
+        return head([backbone, *(inputs[name] for name in head_inputs)] if is_named else backbone, training=True)
 
     return forward
 
@@ -99,10 +99,8 @@ def _cut_at_convolutions(model: Network) -> Iterator[_Cut]:
 
 def _blocks(model: Network) -> Iterator[tuple[str, str]]:
     """Yields the names of the residual blocks in order, each with the name of its last layer."""
-    for stage_name, stage in zip(STAGE_NAMES, plan(model.expansion, model.options).stages):
-        for index in range(stage.depth):
-            block = f"{stage_name}_{index}"
-            yield block, stage_name if index == stage.depth - 1 else block
+    for block in plan(model.expansion, model.options).blocks():
+        yield block.name, block.end
 
 
 def _layers_between(producers: dict[int, Any], inputs: Iterable[Any], output: Any) -> list[Any]:

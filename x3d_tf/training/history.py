@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ from x3d_tf.config import TrainConfig
 from x3d_tf.errors import UserError
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runs.event_files import EventFile
-from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
+from x3d_tf.tasks.base import Validation
 from x3d_tf.training.schedule import build_schedule
-from x3d_tf.training.validation import Score
+from x3d_tf.types import Metric
+
+_VALIDATION = "validation_"  # prefix of the columns with the metrics of validations
 
 
 class History:
@@ -24,13 +28,27 @@ class History:
         config: the configuration of the run.
         steps_per_epoch: number of steps per epoch.
         first: number of steps already taken, 0 for a new run.
+        metrics: the metrics of a training step besides the loss.
+        validation: the validation of the run, if any.
     """
 
-    def __init__(self, run: RunFolder, config: TrainConfig, steps_per_epoch: int, first: int) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        config: TrainConfig,
+        steps_per_epoch: int,
+        first: int,
+        metrics: Sequence[Metric],
+        validation: Validation | None = None,
+    ) -> None:
         self.run, self.config, self.steps_per_epoch = run, config, steps_per_epoch
+        self.metrics, self.validation = metrics, validation
         self.schedule = build_schedule(config.recipe)
-        self.rows: list[dict[str, float]] = [row for row in run.read_history() if row["step"] <= first]
-        run.write_history(self.rows)
+        trained = [metric.name for metric in metrics]
+        validated = [_VALIDATION + metric.name for metric in validation.metrics] if validation else []
+        self.columns = (*HISTORY_FIELDS, *trained, *validated)
+        self.rows = [row for row in run.read_history(trained, validated) if row["step"] <= first]
+        run.write_history(self.columns, self.rows)
         self.writer = EventFile(run.tensorboard)
         self.pending: list[dict[str, Any]] = []
         self.started = time.perf_counter()
@@ -40,13 +58,13 @@ class History:
         self.pending.append(metrics)
 
     def end_row(self, step: int) -> str:
-        """Writes a row for `step` with the averages since the last row, and returns a summary for the progress bar.
+        """Writes a row for `step` with the metrics since the last row, and returns a summary for the progress bar.
 
         Raises:
             UserError: a loss is not finite.
         """
-        metrics = {name: np.concatenate([call[name].numpy() for call in self.pending]) for name in self.pending[0]}
-        losses = metrics["loss"]
+        values = {name: np.concatenate([call[name].numpy() for call in self.pending]) for name in self.pending[0]}
+        losses = values["loss"]
         for offset, loss in enumerate(losses, start=step - len(losses) + 1):
             if not math.isfinite(loss):
                 raise UserError(
@@ -60,49 +78,64 @@ class History:
             "epoch": step / self.steps_per_epoch,
             "learning_rate": float(self.schedule(step - 1)),
             "loss": float(np.mean(losses)),
-            "accuracy": float(np.mean(metrics["accuracy"])),
             "clips_per_second": len(losses) * self.config.recipe.batch / elapsed,
         }
-        if "boxes_left_out" in metrics:
-            row["boxes_left_out"] = int(np.sum(metrics["boxes_left_out"]))
+        for metric in self.metrics:
+            measured = values[metric.name]
+            row[metric.name] = int(np.sum(measured)) if metric.kind == "count" else float(np.mean(measured))
         self.pending.clear()
         self.rows.append(row)
-        self.run.append_history(row)
-        shown = ("learning_rate", "loss", "accuracy", "clips_per_second")
-        self.writer.add(step, {f"train/{name}": row[name] for name in shown})
-        return f"{row['clips_per_second']:.1f} clips/s, loss {row['loss']:.3f}, accuracy {row['accuracy']:.0%}"
+        self.run.append_history(self.columns, row)
+        self.writer.add(step, {f"train/{name}": row[name] for name in row if name not in ("step", "epoch")})
+        shares = [f", {metric.name} {row[metric.name]:.0%}" for metric in self.metrics if metric.kind == "share"]
+        return f"{row['clips_per_second']:.1f} clips/s, loss {row['loss']:.3f}{''.join(shares)}"
 
-    def add_validation(self, step: int, score: Score) -> bool:
-        """Adds a validation score to the row of `step`, the last one. Returns True if it is the best so far."""
-        if not self.rows or self.rows[-1]["step"] != step:  # history.csv was truncated
-            return score.beats(self.best()[0])
-        row = self.rows.pop()
-        best, _ = self.best()
-        self.rows.append(row | {"validation_accuracy": score.accuracy, "validation_loss": score.loss})
-        self.run.write_history(self.rows)
-        self.writer.add(step, {"validation/accuracy": score.accuracy, "validation/loss": score.loss})
-        return score.beats(best)
+    def add_validation(self, step: int, scores: dict[str, float]) -> bool:
+        """Adds the metrics of a validation to the last row, that of `step`. Returns True if they are the best so far.
+
+        Raises:
+            UserError: a metric is not finite.
+        """
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise UserError(f"{_VALIDATION}{name} must be finite, got {value} at step {step}")
+        best, _ = self.best(before=step)
+        if self.rows and self.rows[-1]["step"] == step:  # otherwise history.csv was truncated
+            self.rows[-1] |= {_VALIDATION + name: value for name, value in scores.items()}
+            self.run.write_history(self.columns, self.rows)
+            self.writer.add(step, {f"validation/{name}": value for name, value in scores.items()})
+        return best is None or self._rank(scores) > self._rank(best)
 
     def restart_clock(self) -> None:
         """Excludes the time since the last row, such as a validation, from the throughput of the next row."""
         self.started = time.perf_counter()
 
-    def best(self) -> tuple[Score | None, int]:
-        """Returns the best validation score so far and the number of validations since."""
+    def best(self, before: float = math.inf) -> tuple[dict[str, float] | None, int]:
+        """Returns the best validation before a step, and the number of validations since."""
         best, since = None, 0
+        names = [metric.name for metric in self.validation.metrics] if self.validation else []
         for row in self.rows:
-            if "validation_accuracy" not in row:
+            scores = {name: row[_VALIDATION + name] for name in names if _VALIDATION + name in row}
+            if row["step"] >= before or not names or len(scores) < len(names):
                 continue
-            score, since = Score(row["validation_accuracy"], row["validation_loss"]), since + 1
-            if score.beats(best):
-                best, since = score, 0
+            since += 1
+            if best is None or self._rank(scores) > self._rank(best):
+                best, since = scores, 0
         return best, since
 
-    def boxes_left_out(self) -> int:
-        """Returns the number of training boxes that their crops left out; 0 for classification."""
-        return int(sum(row.get("boxes_left_out", 0) for row in self.rows))
+    def _rank(self, scores: dict[str, float]) -> tuple[float, ...]:
+        assert self.validation is not None
+        return self.validation.rank(scores)
+
+    def totals(self) -> list[str]:
+        """Returns a line for each metric that counts something, unless the count is 0."""
+        counts = [metric for metric in self.metrics if metric.kind == "count"]
+        totals = [(metric, sum(row[metric.name] for row in self.rows)) for metric in counts]
+        return [f"{metric.name}: {total:.0f} ({metric.note})" for metric, total in totals if total]
 
     def save_plots(self) -> None:
         """Draws the learning curves and flushes the TensorBoard file."""
         self.writer.flush()
-        plots.save_curves(self.rows, self.run.curves, name_of(self.config.expansion))
+        validated = self.validation.metrics if self.validation else ()
+        title = name_of(self.config.expansion)
+        plots.save_curves(self.rows, self.run.curves, title, training=self.metrics, validation=validated)

@@ -2,46 +2,41 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import HELD_OUT, hold_out, open_for_training, with_default_splits
-from x3d_tf.data.detection_pipeline import require_proposals, with_labels
+from x3d_tf.data.datasets.spec import hold_out, open_for_training, validation_split, with_default_splits
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
-from x3d_tf.data.records.index import Record
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import input_contract
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import UserError
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.cost import cost
-from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.portable import portable
 from x3d_tf.modeling.saving import load, save
-from x3d_tf.modeling.x3d import X3D
 from x3d_tf.parallel import num_batch_slices
 from x3d_tf.runs.advice import print_advice
 from x3d_tf.runs.checkpoints import Checkpoints, Origin
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.signals import held_back
+from x3d_tf.tasks.base import Task, task_of_records
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
+from x3d_tf.training.checks import check_run
 from x3d_tf.training.history import History
-from x3d_tf.training.inputs import save_training_preview, training_clips
 from x3d_tf.training.precise_bn import PreciseStatistics
-from x3d_tf.training.step import TrainStep, balancing_weights, precision_scope
+from x3d_tf.training.step import TrainStep, precision_scope
 from x3d_tf.training.transfer import load_pretrained
-from x3d_tf.training.validation import DetectorValidation, Score, Validation
 
 _LOG_STEPS = 10  # steps between two rows of history.csv
 
@@ -100,19 +95,19 @@ def _train(
     strategy: tf.distribute.Strategy,
     allow_other_groups: bool,
 ) -> None:
-    records = hold_out(manifest, config.dataset, config.seed)
-    _check_records(records, config)
+    records, task = hold_out(manifest, config.dataset, config.seed), task_of_records(config, manifest)
+    check_run(config, records, task, strategy.num_replicas_in_sync)
     print(_describe_splits(records, config))
     if not run.has_checkpoint:  # settings can no longer be changed after the first checkpoint
-        print_advice(records, config)
+        print_advice(records, config, task)
     if not run.preview.is_file():
         tell(f"saving a preview of the first training clips: {run.preview}")
-        save_training_preview(records, config, run.preview)
+        task.save_preview(config, records, run.preview)
     tell("building the network")
-    trainer = Trainer(config, records, strategy)
+    trainer = Trainer(config, records, strategy, task)
     trainer.fit(run, manifest.fingerprint(), allow_other_groups=allow_other_groups)
     print("Saving the model.")
-    atomic_write(run.labels, "".join(f"{name}\n" for name in manifest.classes).encode())
+    atomic_write(run.labels, "".join(f"{name}\n" for name in trainer.classes).encode())
     atomic_write(run.input, json.dumps(input_contract(trainer.model), indent=1).encode())
     trainer.save_result(run)
 
@@ -123,35 +118,28 @@ class Trainer:
     Sets Keras' global seed to that of the configuration.
 
     Args:
-        config: the configuration of the run.
+        config: the configuration of the run, checked with `check_run`.
         manifest: the manifest of the records, including the split held out for validation.
         strategy: the distribution strategy.
-
-    Raises:
-        UserError: the batch cannot be divided evenly among devices, micro-batches and batch-norm groups.
+        task: the task of the run.
     """
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, strategy: tf.distribute.Strategy) -> None:
-        self.config, self.manifest, self.strategy = config, manifest, strategy
+    def __init__(self, config: TrainConfig, manifest: Manifest, strategy: tf.distribute.Strategy, task: Task) -> None:
+        self.config, self.manifest, self.strategy, self.task = config, manifest, strategy, task
         self.steps, self.batch = config.recipe.scaled_steps, config.recipe.batch
-        _check_batch(config, strategy.num_replicas_in_sync)
+        self.classes = task.classes(manifest)
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
             with precision_scope(config.execution.precision):
-                self.model = _build_network(config, manifest)
-            self.model.class_names, self.model.stored = manifest.classes, manifest.stored
+                self.model = task.build_network(config, len(self.classes))
+            self.model.class_names, self.model.stored = self.classes, manifest.stored
             self.model.stretch, self.model.frame_sampling = config.dataset.stretch, config.dataset.frame_sampling
             self.model.test_views = config.test_views
-            self.step = TrainStep(self.model, config, strategy, self._class_weights())
+            self.step = TrainStep(self.model, config, strategy, task.loss(config, manifest))
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
-        split = HELD_OUT if config.dataset.validation_fraction else config.dataset.validation_split
-        self.validation = self._build_validation(split) if split else None
-
-    def _build_validation(self, split: str) -> Callable[[], Score]:
-        if isinstance(self.model, Detector):
-            return DetectorValidation(self.model, self.manifest, split, self.config.detection)
-        return Validation(self.model, self.manifest, split, self.config.dataset, self.config.expansion.test_size)
+        split = validation_split(config.dataset)
+        self.validation = task.validation(self.model, config, manifest, split) if split else None
 
     def fit(self, run: RunFolder, records: str, *, allow_other_groups: bool = False) -> None:
         """Trains until the last step or early stopping, starting from the newest checkpoint if one exists.
@@ -168,8 +156,9 @@ class Trainer:
             run.update_config(self.config)
         else:
             self._load_initial_weights()
-        steps_per_epoch = len(_training_records(self.manifest, self.config)) // self.batch
-        history = History(run, self.config, steps_per_epoch, first)
+        steps_per_epoch = len(self.task.training_records(self.manifest, self.config.dataset.train_split)) // self.batch
+        metrics = self.step.loss.metrics
+        history = History(run, self.config, steps_per_epoch, first, metrics, self.validation)
         print(self._describe(run) + (f", resuming from the checkpoint of step {first}" if first else ""))
         self._warn_about_small_groups(origin)
         tell("compiling the training step: on a slow machine the first step may take a minute or two")
@@ -183,8 +172,8 @@ class Trainer:
             self._save_interrupted(checkpoints, history)
             raise
         history.save_plots()  # the run may have been killed after its last checkpoint, before the plots were drawn
-        if left_out := history.boxes_left_out():
-            print(f"{counted(left_out, 'box')} ignored: outside the training crops")
+        for line in history.totals():
+            print(line)
 
     def _loop(self, run: RunFolder, checkpoints: Checkpoints, history: History, first: int, bar: Any) -> None:
         if first and self._is_checkpoint(first):  # the validation may have been interrupted; repeating it is harmless
@@ -226,10 +215,11 @@ class Trainer:
         if self.validation is None:
             return
         with self._eval_weights():
-            score = self.validation()
-            tqdm.write(f"step {step}: validation accuracy {score.accuracy:.1%}, loss {score.loss:.3f}")
-            if history.add_validation(step, score) and self.config.recipe.patience:
-                save(self.model, run.best, self.manifest.classes, overwrite=True)
+            scores = self.validation()
+            measured = (f"validation_{metric.text(scores[metric.name])}" for metric in self.validation.metrics)
+            tqdm.write(f"step {step}: {', '.join(measured)}")
+            if history.add_validation(step, scores) and self.config.recipe.patience:
+                save(self.model, run.best, self.classes, overwrite=True)
 
     def _steps_until_pause(self, step: int) -> int:
         """Returns the number of steps of the next call, at most up to the next checkpoint or, if near, log row."""
@@ -251,10 +241,10 @@ class Trainer:
     def save_result(self, run: RunFolder) -> None:
         """Saves the portable form of the network; with early stopping, the network with the best validation score."""
         if self.config.recipe.patience:
-            save(portable(load(run.best), self.manifest.classes), run.model)
+            save(portable(load(run.best), self.classes), run.model)
             return
         with self._eval_weights():
-            save(portable(self.model, self.manifest.classes), run.model)
+            save(portable(self.model, self.classes), run.model)
 
     def _load_initial_weights(self) -> None:
         """Loads the weights that `TrainConfig.init` names, if any."""
@@ -277,23 +267,15 @@ class Trainer:
         config = self.config
 
         def for_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
-            return training_clips(
-                self.manifest,
+            return self.task.training_clips(
                 config,
+                self.manifest,
                 start_step=first,
                 worker=(context.input_pipeline_id, context.num_input_pipelines),
                 replica_batch=context.get_per_replica_batch_size(self.batch) // config.execution.accumulation,
             )
 
         return self.strategy.distribute_datasets_from_function(for_worker)
-
-    def _class_weights(self) -> np.ndarray | None:
-        if self.config.recipe.class_weights == "none":
-            return None
-        if self.manifest.task != "single_label":
-            raise UserError('Recipe.class_weights must be "none" for multi-label and detection records')
-        records = self.manifest.split(self.config.dataset.train_split).records
-        return balancing_weights(np.array([record.labels[0] for record in records]), len(self.manifest.classes))
 
     def _describe(self, run: RunFolder) -> str:
         devices, config = self.strategy.num_replicas_in_sync, self.config
@@ -362,7 +344,7 @@ _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
 def _describe_splits(manifest: Manifest, config: TrainConfig) -> str:
     """Returns a sentence that states the purpose of each split, including splits chosen by default."""
     dataset = config.dataset
-    validation = HELD_OUT if dataset.validation_fraction else dataset.validation_split
+    validation = validation_split(dataset)
     uses = {dataset.train_split: ["training"]}
     uses.setdefault(validation or "", []).append("validation")
     uses.setdefault(dataset.eval_split, []).append("the final evaluation")
@@ -375,54 +357,3 @@ def _describe_splits(manifest: Manifest, config: TrainConfig) -> str:
     if validation == dataset.eval_split and config.recipe.patience:
         text += f" Early stopping selects the best step on {validation}, so its results are optimistically biased."
     return text
-
-
-def _check_records(manifest: Manifest, config: TrainConfig) -> None:
-    split = config.dataset.train_split
-    if manifest.task == "detection":
-        _check_detection(manifest, config)
-    validated = config.dataset.validation_split is not None or config.dataset.validation_fraction > 0
-    rule = 'be 0 without validation: a "val" split, DatasetSpec.validation_split or DatasetSpec.validation_fraction'
-    require(validated or not config.recipe.patience, "Recipe.patience", rule, config.recipe.patience)
-    available = len(_training_records(manifest, config))
-    fits = config.recipe.batch <= available
-    rest = " that are not held out for validation" if config.dataset.validation_fraction else ""
-    rule = f"be at most {available}, the number of records in split {split!r}{rest}"
-    require(fits, "Recipe.batch", rule, config.recipe.batch)
-
-
-def _check_detection(manifest: Manifest, config: TrainConfig) -> None:
-    dataset = config.dataset
-    for name, required in (("stretch", False), ("frame_sampling", "slowfast")):
-        value, rule = (
-            getattr(dataset, name),
-            f"be {required!r} for detection, because clips are sampled around key frames",
-        )
-        require(value == required, f"DatasetSpec.{name}", rule, value)
-    if config.detection.eval_boxes == "proposals":
-        for split in filter(None, (dataset.eval_split, dataset.validation_split)):
-            require_proposals(manifest, split)
-
-
-def _training_records(manifest: Manifest, config: TrainConfig) -> tuple[Record, ...]:
-    records = manifest.split(config.dataset.train_split).records
-    return with_labels(records) if manifest.task == "detection" else records
-
-
-def _build_network(config: TrainConfig, manifest: Manifest) -> X3D | Detector:
-    classes = len(manifest.classes)
-    if manifest.task == "detection":
-        return Detector(config.expansion, classes, config.model, head=config.detection.head)
-    return X3D(config.expansion, classes, config.model, task=manifest.task)
-
-
-def _check_batch(config: TrainConfig, replicas: int) -> None:
-    batch, micro_batches, group = config.recipe.batch, config.execution.accumulation, config.model.bn_group
-    require(batch % replicas == 0, "Recipe.batch", f"be a multiple of the number of devices, {replicas}", batch)
-    clips = batch // replicas
-    rule = f"divide the {counted(clips, 'clip')} per device"
-    require(clips % micro_batches == 0, "Execution.accumulation", rule, micro_batches)
-    clips //= micro_batches
-    unit = "device and micro-batch" if micro_batches > 1 else "device"
-    rule = f"give a multiple of ModelOptions.bn_group = {group} clips per {unit}, or fewer than that"
-    require(clips <= group or clips % group == 0, "Recipe.batch", rule, clips)

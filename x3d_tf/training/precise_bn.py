@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from x3d_tf.modeling.layers import GhostBatchNorm
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.modeling.x3d import Network
 from x3d_tf.terminal import progress_bar
 from x3d_tf.training.forward import forward_of
 
@@ -23,7 +23,7 @@ class PreciseStatistics:
         strategy: the distribution strategy.
     """
 
-    def __init__(self, model: X3D, strategy: tf.distribute.Strategy) -> None:
+    def __init__(self, model: Network, strategy: tf.distribute.Strategy) -> None:
         self._strategy = strategy
         self._seeds = [variable for variable in model.variables if "seed_generator" in variable.path]
         self._norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]

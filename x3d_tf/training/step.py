@@ -5,17 +5,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from x3d_tf.config import Recipe, TrainConfig
+from x3d_tf.config import Execution, Recipe, TrainConfig
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.x3d import Network
+from x3d_tf.tasks.base import Loss
 from x3d_tf.training.ema import MovingAverage
 from x3d_tf.training.forward import forward_of
-from x3d_tf.training.losses import Loss
 from x3d_tf.training.optimizer import SGD
 from x3d_tf.training.schedule import build_schedule
+from x3d_tf.training.update import AccumulatedUpdate, LossScale, Update
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -39,33 +39,35 @@ class TrainStep:
         model: the network, built in the precision of the configuration.
         config: the configuration of the run.
         strategy: the distribution strategy.
-        class_weights: loss factor of each class, float32 [classes], for single-label tasks only.
+        loss: the loss and the metrics of the run's task.
     """
 
-    def __init__(
-        self,
-        model: Network,
-        config: TrainConfig,
-        strategy: tf.distribute.Strategy,
-        class_weights: np.ndarray | None = None,
-    ) -> None:
+    def __init__(self, model: Network, config: TrainConfig, strategy: tf.distribute.Strategy, loss: Loss) -> None:
         recipe, execution = config.recipe, config.execution
-        self.model, self._strategy = model, strategy
+        self.model, self._strategy, self.loss = model, strategy, loss
         freeze(model, recipe)
         self._forward = forward_of(model, execution.recompute)
         self.optimizer = _optimizer(model, recipe)
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
-        self._scale = LossScale() if execution.precision == "float16" else None
-        self._micro_batches = execution.accumulation
-        self._loss = Loss(model.task, recipe.batch, self._micro_batches, class_weights)
-        self._gradient_sums: list[tf.Variable] = []
-        if self._micro_batches > 1 or self._scale is not None:
-            # one sum per replica; the optimiser adds them up
-            per_replica: dict[str, Any] = {"synchronization": tf.VariableSynchronization.ON_READ, "trainable": False}
-            per_replica["aggregation"] = tf.VariableAggregation.SUM
-            zeros = (tf.zeros(variable.shape, variable.dtype) for variable in model.trainable_variables)
-            self._gradient_sums = [tf.Variable(zero, **per_replica) for zero in zeros]
+        self._update = _update(self.optimizer, model, execution)
         self._run_steps = tf.function(self._single_step if execution.steps_per_execution == 1 else self._step_loop)
+
+    def train_step(self, inputs: Any, targets: Any) -> Any:
+        """Processes a micro-batch on one device: forward pass, loss, gradients, update.
+
+        Args:
+            inputs: the input of the network.
+            targets: the targets of the loss.
+
+        Returns:
+            This device's share of the loss and the metrics, float32 [metrics].
+        """
+        with tf.GradientTape() as tape:
+            metrics = self.loss(self._forward(inputs), targets, inputs)
+            loss = self._update.scaled(metrics["loss"])
+        gradients = tape.gradient(loss, self.model.trainable_variables)
+        self._update.add(gradients)
+        return tf.stack([tf.cast(metrics[name], tf.float32) for name in self._names])
 
     @property
     def variables(self) -> dict[str, list[Any]]:
@@ -73,9 +75,7 @@ class TrainStep:
         roles = {"optimizer": [variable.value for variable in self.optimizer.variables]}
         if self.average is not None:
             roles["average"] = self.average.variables
-        if self._scale is not None:
-            roles["loss_scale"] = self._scale.variables
-        return roles
+        return roles | self._update.state
 
     @property
     def completed_steps(self) -> int:
@@ -86,14 +86,12 @@ class TrainStep:
         """Takes one or several training steps.
 
         Args:
-            batches: iterator of the strategy over (clips, labels), or ({"clip": clips, "boxes": boxes}, labels) for a
-                detector. Each element is one micro-batch.
+            batches: iterator of the strategy over (inputs of the network, targets of the loss). Each element is one
+                micro-batch.
             steps: number of steps to take; must be 1 if `Execution.steps_per_execution` is 1.
 
         Returns:
-            "loss" and "accuracy" of each step, float32 [steps]. The accuracy is the share of clips, or of boxes, whose
-            top-scoring class is among their labels. For a detector also "boxes_left_out", the number of boxes outside
-            their crops.
+            The loss and the metrics of each step by name, float32 [steps].
         """
         return self._run_steps(batches, tf.constant(steps))
 
@@ -101,105 +99,34 @@ class TrainStep:
         """Traces the step into a graph ahead of the first call, without taking a step. Takes the same `batches`."""
         self._run_steps.get_concrete_function(batches, tf.constant(1))
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return ("loss", *(metric.name for metric in self.loss.metrics))
+
     def _step_loop(self, batches: Any, steps: Any) -> dict[str, Any]:
         rows = tf.TensorArray(tf.float32, steps)
         for index in tf.range(steps):
-            rows = rows.write(index, self._train_step(batches))
+            rows = rows.write(index, self._take_step(batches))
         return self._by_name(rows.stack())
 
     def _single_step(self, batches: Any, steps: Any) -> dict[str, Any]:
-        return self._by_name(self._train_step(batches)[None])
+        return self._by_name(self._take_step(batches)[None])
 
     def _by_name(self, rows: Any) -> dict[str, Any]:
         """Splits the metrics of several steps, [steps, metrics], into one tensor per metric."""
-        names = self._loss.metric_names
-        return dict(zip(names, tf.unstack(rows, num=len(names), axis=1)))
+        return dict(zip(self._names, tf.unstack(rows, num=len(self._names), axis=1)))
 
-    def _train_step(self, batches: Any) -> Any:
-        """Takes one step and returns its metrics, float32 [metrics]."""
-        if self._gradient_sums:
-            metrics = self._accumulation_step(batches)
-        else:
-            metrics = self._run_on_replicas(self._replica_step, next(batches))
+    def _take_step(self, batches: Any) -> Any:
+        """Takes one step on all devices and returns its metrics, float32 [metrics]."""
+        zeros = tf.zeros(len(self._names))
+        metrics = self._update.step(self._strategy, self._on_all_devices, batches, zeros)
         if self.average is not None:
             self.average.update(self._strategy, self.optimizer.iterations.value)
         return metrics
 
-    def _accumulation_step(self, batches: Any) -> Any:
-        """Takes one step with summed gradients: for micro-batches, and to detect float16 overflow before the update."""
-        self._strategy.run(self._clear_gradients)
-        metrics = tf.zeros(len(self._loss.metric_names))
-        for _ in tf.range(self._micro_batches):
-            metrics += self._run_on_replicas(self._add_gradients, next(batches))
-        if self._scale is None:
-            self._strategy.run(self._apply_gradients)
-        else:
-            overflows = self._strategy.reduce(tf.distribute.ReduceOp.SUM, self._strategy.run(self._has_overflow), None)
-            if overflows > 0:
-                self.optimizer.iterations.assign_add(1)  # a skipped update still counts as a step
-            else:
-                self._strategy.run(self._apply_gradients)
-            self._scale.update(overflows > 0)
-        return metrics
-
-    def _run_on_replicas(self, function: Any, batch: Any) -> Any:
-        return self._strategy.reduce(tf.distribute.ReduceOp.SUM, self._strategy.run(function, args=batch), axis=None)
-
-    # The methods below run in replica context.
-
-    def _replica_step(self, inputs: Any, labels: Any) -> Any:
-        metrics, gradients = self._gradients(inputs, labels)
-        self.optimizer.apply(gradients, self.model.trainable_variables)
-        return metrics
-
-    def _clear_gradients(self) -> None:
-        for total in self._gradient_sums:
-            total.assign(tf.zeros_like(total))
-
-    def _add_gradients(self, inputs: Any, labels: Any) -> Any:
-        metrics, gradients = self._gradients(inputs, labels)
-        for total, gradient in zip(self._gradient_sums, gradients):
-            total.assign_add(gradient)
-        return metrics
-
-    def _apply_gradients(self) -> None:
-        factor = 1.0 if self._scale is None else 1.0 / self._scale.value
-        gradients = [total.read_value() * factor for total in self._gradient_sums]
-        self.optimizer.apply(gradients, self.model.trainable_variables)
-
-    def _has_overflow(self) -> Any:
-        finite = [tf.reduce_all(tf.math.is_finite(total.read_value())) for total in self._gradient_sums]
-        return 1.0 - tf.cast(tf.reduce_all(finite), tf.float32)
-
-    def _gradients(self, inputs: Any, labels: Any) -> tuple[Any, list[Any]]:
-        with tf.GradientTape() as tape:
-            metrics = self._loss(self._forward(inputs), labels, inputs)
-            loss = metrics[0]
-            scaled = loss if self._scale is None else loss * self._scale.value
-        gradients = tape.gradient(scaled, self.model.trainable_variables)  # the optimiser sums over replicas
-        return tf.stack([tf.cast(metric, tf.float32) for metric in metrics]), gradients
-
-
-class LossScale:
-    """Dynamic loss scale, which keeps small float16 gradients from underflowing.
-
-    Halved when gradients overflow, in which case the update is skipped; doubled after 2000 steps without overflow.
-    """
-
-    _GROWTH_INTERVAL = 2000
-
-    def __init__(self) -> None:
-        self.value = tf.Variable(2.0**15, trainable=False)
-        self._good_steps = tf.Variable(0, trainable=False, dtype=tf.int64)
-        self.variables = [self.value, self._good_steps]
-
-    def update(self, overflowed: Any) -> None:
-        """Updates the scale after a step, in cross-replica context; `overflowed` is a bool scalar."""
-        good = tf.where(overflowed, tf.constant(0, tf.int64), self._good_steps.read_value() + 1)
-        grown = good >= self._GROWTH_INTERVAL
-        value = self.value.read_value()
-        self.value.assign(tf.where(overflowed, tf.maximum(value / 2, 1.0), tf.where(grown, value * 2, value)))
-        self._good_steps.assign(tf.where(grown, tf.zeros_like(good), good))
+    def _on_all_devices(self, batch: Any) -> Any:
+        metrics = self._strategy.run(self.train_step, args=batch)
+        return self._strategy.reduce(tf.distribute.ReduceOp.SUM, metrics, axis=None)
 
 
 def freeze(model: Network, recipe: Recipe) -> None:
@@ -215,6 +142,13 @@ def in_backbone(layer: keras.Layer) -> bool:
     return layer.name not in ("fc1", "fc2")
 
 
+def _update(optimizer: SGD, model: Network, execution: Execution) -> Update:
+    scale = LossScale() if execution.precision == "float16" else None
+    if execution.accumulation == 1 and scale is None:
+        return Update(optimizer, model)
+    return AccumulatedUpdate(optimizer, model, execution.accumulation, scale)
+
+
 def _optimizer(model: Network, recipe: Recipe) -> SGD:
     optimizer = SGD(build_schedule(recipe), recipe.momentum, l2=recipe.weight_decay)
     norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]
@@ -226,16 +160,3 @@ def _optimizer(model: Network, recipe: Recipe) -> SGD:
         )
     optimizer.build(model.trainable_variables)
     return optimizer
-
-
-def balancing_weights(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Returns loss factors that give all classes equal weight, with mean 1 over the clips; float32 [classes].
-
-    Args:
-        labels: the class of each training video, integers.
-        classes: number of classes. A class without videos gets the factor 0.
-    """
-    counts = np.bincount(labels, minlength=classes)
-    present = int(np.count_nonzero(counts))
-    weights = np.divide(len(labels), counts * present, out=np.zeros(classes), where=counts > 0)
-    return weights.astype(np.float32)

@@ -45,7 +45,7 @@ def load_pretrained(model: Network, source: str | Path) -> Transfer:
     """Copies the weights of a run or a model file into a network.
 
     Clip size, frames and stride may differ, because no weight depends on them. The classifier fc2 is copied only if the
-    class names are equal. A detector can be initialised from a classifier or from a detector with any head.
+    class names are equal. A network with another head can be the source too.
 
     Args:
         model: the target network, with its `class_names` set.
@@ -56,8 +56,7 @@ def load_pretrained(model: Network, source: str | Path) -> Transfer:
     """
     other = load(source)
     source_layers = {layer.name: layer for layer in other.layers if layer.weights}
-    same_head = getattr(other, "head", None) == getattr(model, "head", None)  # only detectors have the attribute
-    if not model.class_names or other.class_names != model.class_names or not same_head:
+    if not model.class_names or other.class_names != model.class_names or other.head != model.head:
         source_layers.pop("fc2", None)
     target_layers = {layer.name: layer for layer in model.layers if layer.weights}
     new = [name for name in target_layers if name not in source_layers and name.startswith(_HEAD)]

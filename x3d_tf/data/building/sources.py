@@ -22,7 +22,7 @@ from x3d_tf.data.video.image_sequences import FOLDER_FPS, FileState
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
 from x3d_tf.text import check_class_name, counted, decimal, whole
-from x3d_tf.types import Annotation, Task
+from x3d_tf.types import Annotation, AnnotationKind
 
 COLUMNS = ("path", "label", "split", "start", "end")  # of a csv file; the first two are required
 LABEL_SEPARATOR = ";"
@@ -71,7 +71,7 @@ class Sources:
     splits: dict[str, list[Video]]
     unusable: list[VideoError]
     classes: tuple[str, ...]
-    task: Task
+    task: AnnotationKind
     extra_settings: Mapping[str, int | float | str] = field(default_factory=dict)
 
 
@@ -210,7 +210,7 @@ def read_csv(
             f"no file listed in {table} exists ({len(lines)} listed); the first is {unusable[0].path}. Paths are "
             f"relative to {'--videos' if videos else 'the folder of the csv file; set --videos to use another folder'}"
         )
-    task: Task = "multi_label" if multi_label else "single_label"
+    task: AnnotationKind = "multi_label" if multi_label else "single_label"
     if "split" in header:
         ordered = {name: shuffle_by_hash(found[name], seed) for name in allowed if name in found}
     else:

@@ -5,7 +5,7 @@ Imports no TensorFlow, so that configurations can be read without it.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -84,6 +84,11 @@ def with_default_splits(spec: DatasetSpec, names: Collection[str]) -> DatasetSpe
     return spec
 
 
+def validation_split(spec: DatasetSpec) -> str | None:
+    """Returns the split for validation in training: `HELD_OUT`, or `validation_split`; None for no validation."""
+    return HELD_OUT if spec.validation_fraction else spec.validation_split
+
+
 def open_for_training(spec: DatasetSpec) -> tuple[Manifest, DatasetSpec]:
     """Opens a dataset like `open_dataset`, and returns its settings with the default splits for training."""
     manifest = _open_manifest(spec)
@@ -117,6 +122,16 @@ def _require_records(manifest: Manifest, *splits: str) -> None:
     for name in splits:
         count = len(manifest.split(name).records)
         require(count > 0, f"split {name!r} of {manifest.folder}", "contain records")
+
+
+def require_annotations(manifest: Manifest, kinds: Sequence[str]) -> None:
+    """Raises `UserError` unless records have one of these kinds of annotation; see `Manifest.task`."""
+    require(
+        manifest.task in kinds,
+        f"the task of the records in {manifest.folder}",
+        f"be {' or '.join(kinds)}",
+        manifest.task,
+    )
 
 
 def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:

@@ -1,6 +1,7 @@
 """Index of the records: shards, and the position of each record in them. Imports no TensorFlow."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,3 +94,8 @@ def plan_shards(split: str, videos: int) -> list[tuple[str, slice]]:
     count = -(-videos // VIDEOS_PER_SHARD)
     starts = range(0, videos, VIDEOS_PER_SHARD)
     return [(shard_name(split, i, count), slice(start, start + VIDEOS_PER_SHARD)) for i, start in enumerate(starts)]
+
+
+def with_labels(records: Sequence[Record]) -> tuple[Record, ...]:
+    """Returns the key frames with labels, on which detectors are trained."""
+    return tuple(record for record in records if record.labels)

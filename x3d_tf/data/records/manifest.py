@@ -16,13 +16,13 @@ from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard,
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import LARGE, atomic_write, read_limited
 from x3d_tf.text import check_class_name
-from x3d_tf.types import Storage, Task, stored_from_json, stored_to_json
+from x3d_tf.types import AnnotationKind, Storage, stored_from_json, stored_to_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 4
 _CHECKSUM = "sha256"  # entry with the checksum of all other entries
 
-_LABELS: dict[Task, tuple[int, float, str]] = {  # labels per record: minimum, maximum, and the rule
+_LABELS: dict[AnnotationKind, tuple[int, float, str]] = {  # labels per record: minimum, maximum, and the rule
     "single_label": (1, 1, "be exactly one"),
     "multi_label": (1, math.inf, "be one or more, ascending"),
     "detection": (0, math.inf, "be ascending"),
@@ -49,7 +49,7 @@ class Manifest:
     splits: dict[str, Split]
     settings: dict[str, int | float | str]
     stored: Storage
-    task: Task = "single_label"
+    task: AnnotationKind = "single_label"
 
     def split(self, name: str) -> Split:
         """Returns a split after checking that its shards exist with the sizes in the manifest.
@@ -115,8 +115,8 @@ class Manifest:
             )
         content = _checked_content(path)
         reader = _Reader(str(path))
-        task = cast(Task, content.get("task"))
-        reader.check(task in get_args(Task), "task", f"be one of {', '.join(get_args(Task))}", task)
+        task = cast(AnnotationKind, content.get("task"))
+        reader.check(task in get_args(AnnotationKind), "task", f"be one of {', '.join(get_args(AnnotationKind))}", task)
         settings = reader.of_type(content.get("settings"), dict, "settings")
         stored = _stored_from_json(reader, content.get("stored"))
         classes = tuple(reader.items(content.get("classes"), str, "classes"))
@@ -179,7 +179,7 @@ def _split_to_json(split: Split) -> dict[str, Any]:
     }
 
 
-def _split_from_json(reader: "_Reader", name: str, content: Any, classes: int, task: Task) -> Split:
+def _split_from_json(reader: "_Reader", name: str, content: Any, classes: int, task: AnnotationKind) -> Split:
     where = f"splits.{name}"
     content = reader.of_type(content, dict, where)
     entries = reader.of_type(content.get("shards"), list, f"{where}.shards")
@@ -223,7 +223,7 @@ def _labels_from_json(reader: "_Reader", where: str, column: Any) -> list[tuple[
 
 
 def _check_record(
-    reader: "_Reader", where: str, record: Record, shards: tuple[Shard, ...], classes: int, task: Task
+    reader: "_Reader", where: str, record: Record, shards: tuple[Shard, ...], classes: int, task: AnnotationKind
 ) -> None:
     reader.check(0 <= record.shard < len(shards), f"{where}.shard", f"be in 0..{len(shards) - 1}", record.shard)
     last = shards[record.shard].bytes - FOOTER_BYTES

@@ -158,15 +158,11 @@ def names(architecture: Architecture, naming: Naming) -> Iterator[WeightName]:
     The options of the architecture determine whether res2 has a batch norm on its shortcut; pytorchvideo has none.
     """
     yield from _expand(_STEM, naming)
-    width = architecture.stem_width
-    for number, stage in enumerate(architecture.stages, start=1):
-        for block in range(stage.depth):
-            indices = {"stage": number + 1, "number": number, "block": block}
-            norm = architecture.has_shortcut_norm(width != stage.width)
-            shortcut = ((_SHORTCUT, _SHORTCUT_NORM) if norm else (_SHORTCUT,)) if block == 0 else ()
-            rows = (*shortcut, *_CONV_A, *_CONV_B, *(_SE if architecture.has_se(block) else ()), *_CONV_C)
-            yield from _expand(rows, naming, architecture.options.separable, _PREFIXES, indices)
-        width = stage.width
+    for block in architecture.blocks():
+        indices = {"stage": block.stage + 2, "number": block.stage + 1, "block": block.index}
+        shortcut = (_SHORTCUT, *((_SHORTCUT_NORM,) if block.shortcut_norm else ())) if block.projects else ()
+        rows = (*shortcut, *_CONV_A, *_CONV_B, *(_SE if block.se else ()), *_CONV_C)
+        yield from _expand(rows, naming, architecture.options.separable, _PREFIXES, indices)
     yield from _expand(_HEAD, naming)
 
 
@@ -205,7 +201,7 @@ def source_shapes(expansion: Expansion, naming: Naming, num_classes: int) -> dic
     layers = {layer.name: layer for layer in layer_costs(expansion, num_classes=num_classes, options=options)}
     shapes = {}
     for name in names(plan(expansion, options), naming):
-        layer = layers[_NAMES_IN_COST.get(name.layer, name.layer.removesuffix("_bn"))]
+        layer = layers[_NORMED_LAYERS.get(name.layer, name.layer.removesuffix("_bn"))]
         outputs, inputs = layer.shape[-1], layer.cost.macs // layer.cost.activations
         taps = (inputs, 1, 1) if name.layer == "conv1_t" else (3, 3, 3)
         shapes[name.source] = {
@@ -218,7 +214,10 @@ def source_shapes(expansion: Expansion, naming: Naming, num_classes: int) -> dic
     return shapes
 
 
-_NAMES_IN_COST = {"conv1_bn": "conv1_t", "conv5_conv": "conv5"}  # layers with other names in `layer_costs`
+_NORMED_LAYERS = {
+    "conv1_bn": "conv1_t",
+    "conv5_bn": "conv5_conv",
+}  # others have the name of their batch norm without _bn
 
 
 def to_ours(array: np.ndarray, kind: Kind) -> np.ndarray:

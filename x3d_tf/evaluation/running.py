@@ -1,0 +1,63 @@
+"""Evaluation of a run or a model file, and its report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from x3d_tf.evaluation.comparison import describe
+from x3d_tf.evaluation.eval_config import EvalConfig
+from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace
+from x3d_tf.modeling.archive import weights_of
+from x3d_tf.modeling.saving import load
+from x3d_tf.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from x3d_tf.tasks.base import Task
+
+
+def evaluate_run(
+    run: RunFolder, task: "Task", *, output: str | None = None, overwrite: bool = False, **settings: Any
+) -> Report:
+    """Evaluates the model of a finished run and writes a report.
+
+    Args:
+        run: the run folder.
+        task: the task of the run.
+        output: folder of the report. Defaults to a folder in the run folder, such as
+            `evaluation/RECORDS_SPLIT_Kcenter`.
+        overwrite: whether to replace an existing report.
+        **settings: the fields of `EvalConfig`: records, split, temporal_views, spatial_crops, clip_starts,
+            frame_sampling, head_pool.
+
+    Raises:
+        UserError: the run has no model yet; the records are missing, damaged or have other classes; a report exists; a
+            setting is out of range or does not fit the task.
+    """
+    eval_config = EvalConfig(**settings)
+    folder = task.report_folder(run, eval_config)
+    return _evaluate(run.root, task, Path(output) if output else folder, eval_config, run, overwrite)
+
+
+def evaluate_file(file: str | Path, task: "Task", *, output: str, overwrite: bool = False, **settings: Any) -> Report:
+    """Evaluates a `.keras` file of this package and writes a report.
+
+    Args:
+        file: the model file.
+        task: the task of the model.
+        output: folder of the report.
+        overwrite: whether to replace an existing report.
+        **settings: the fields of `EvalConfig`, including records and split. The others default to those stored in the
+            file.
+
+    Raises:
+        UserError: the file does not exist or was not saved by this package; otherwise as `evaluate_run`.
+    """
+    return _evaluate(Path(file), task, Path(output), EvalConfig(**settings), None, overwrite)
+
+
+def _evaluate(
+    path: Path, task: "Task", folder: Path, settings: EvalConfig, run: RunFolder | None, overwrite: bool
+) -> Report:
+    refuse_to_replace(folder / RESULTS_NAME, overwrite)
+    report = task.evaluation(load(path), weights_of(path), settings, run).report(folder)
+    print(describe(report))
+    return report

@@ -1,0 +1,165 @@
+"""X3D as calls of `Parts`, in execution order: the only definition of the network. Imports no TensorFlow.
+
+A function gets its widths from the architecture and reads no attribute of a tensor.
+"""
+
+from typing import Literal, get_args
+
+from x3d_tf.errors import require
+from x3d_tf.modeling.architecture import FC1_WIDTH, Architecture, BlockPlan, ModelOptions, pool_window, se_width
+from x3d_tf.modeling.parts import Parts, Tensor
+from x3d_tf.types import Activation
+
+DetectionHead = Literal["full", "simple", "frame"]
+
+
+def graph(
+    clips: Tensor,
+    architecture: Architecture,
+    parts: Parts[Tensor],
+    *,
+    train_size: int,
+    num_classes: int | None,
+    activation: Activation,
+) -> Tensor:
+    """Builds the complete classifier (paper, Table 1).
+
+    Args:
+        clips: (N, T, H, W, 3), RGB in 0..255.
+        architecture: widths, depths and options of the network.
+        parts: creates the layers.
+        train_size: side of the training crop in pixels, which sets the window of the head's fixed poolings.
+        num_classes: number of outputs; None stops at pool5.
+        activation: turns logits into the probabilities that fixed pooling averages.
+
+    Returns:
+        Logits (N, num_classes), or pool5 (N, head_width).
+    """
+    x = parts.head_input(conv5(backbone(clips, architecture, parts), architecture, parts))
+    pool = architecture.options.head_pool
+    if pool == "global" or num_classes is None:
+        x = parts.global_pool(x, "pool5")
+    else:
+        x = parts.window_pool(parts.time_mean(x), pool_window(train_size), "pool5")
+    if num_classes is None:
+        return x
+    x = fc2(fc1(x, parts), num_classes, architecture, parts)
+    if pool == "fixed_logits":
+        x = parts.spatial_mean(x)
+    elif pool == "fixed_probabilities":
+        x = parts.mean_probability(x, activation)
+    return x
+
+
+def detection_graph(
+    clips: Tensor,
+    boxes: Tensor,
+    architecture: Architecture,
+    parts: Parts[Tensor],
+    *,
+    head: DetectionHead,
+    num_classes: int,
+) -> Tensor:
+    """Builds the complete detector (paper, section 5).
+
+    The backbone of the classifier is followed by RoIAlign, the maximum over each box, and the two dense layers of the
+    classifier. The last feature maps are averaged over time, because a box does not move within a clip.
+
+    Args:
+        clips: (N, T, H, W, 3), RGB in 0..255.
+        boxes: (N, B, 4), x1, y1, x2, y2 in [0, 1] of the clip.
+        architecture: widths, depths and options of the network.
+        parts: creates the layers.
+        head: "full", "simple" or "frame"; see `detection.build_detector`.
+        num_classes: number of outputs per box.
+
+    Returns:
+        Logits (N, B, num_classes).
+    """
+    x = backbone(clips, architecture, parts)
+    if head != "simple":
+        x = conv5(x, architecture, parts)
+    x = parts.time_mean(parts.head_input(x))
+    if head == "frame":
+        x = parts.per_box(parts.spatial_max(x), boxes)
+    else:
+        x = parts.spatial_max(parts.regions(x, boxes, clips, "regions"))
+    if head != "simple":
+        x = fc1(x, parts)
+    return fc2(x, num_classes, architecture, parts)
+
+
+def require_activation(activation: object) -> None:
+    """Raises `UserError` unless `activation` turns logits into probabilities."""
+    names = get_args(Activation)
+    require(activation in names, "activation", f"be one of {', '.join(names)}", activation)
+
+
+def require_head(head: object) -> None:
+    """Raises `UserError` unless `head` is the name of a detection head."""
+    require(head in get_args(DetectionHead), "head", f"be one of {', '.join(get_args(DetectionHead))}", head)
+
+
+def backbone(clips: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
+    """Builds the network up to res5. The arguments are those of `graph`."""
+    options = architecture.options
+    x = parts.normalize(clips, "normalize")
+    if options.input == "difference":
+        x = parts.difference(x, "difference")
+    x = parts.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
+    x = parts.channelwise(x, (options.stem_kernel, 1, 1), "conv1_t")
+    x = parts.activation(parts.norm(x, "conv1_bn"), "relu", "conv1")
+    for plan in architecture.blocks():
+        x = block(x, plan, options, parts)
+    return x
+
+
+def block(x: Tensor, plan: BlockPlan, options: ModelOptions, parts: Parts[Tensor]) -> Tensor:
+    """Builds a residual block (paper, appendix A.3)."""
+    name, shortcut = plan.name, x
+    if plan.projects:
+        shortcut = parts.pointwise(x, plan.width, f"{name}_shortcut", plan.stride)
+        if plan.shortcut_norm:
+            shortcut = parts.norm(shortcut, f"{name}_shortcut_bn")
+    if options.separable:
+        x = parts.pointwise(x, plan.inner_width, f"{name}_conv_a")
+    else:
+        x = parts.conv(x, plan.inner_width, (3, 1, 1), f"{name}_conv_a")
+    x = parts.norm(x, f"{name}_conv_a_bn")
+    x = parts.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
+    if options.separable:
+        x = parts.channelwise(x, (3, 3, 3), f"{name}_conv_b", plan.stride)
+    else:
+        x = parts.conv(x, plan.inner_width, (1, 3, 3), f"{name}_conv_b", plan.stride)
+    x = parts.norm(x, f"{name}_conv_b_bn")
+    if plan.se:
+        x = squeeze_excitation(x, plan.inner_width, f"{name}_se", parts)
+    x = parts.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
+    x = parts.pointwise(x, plan.width, f"{name}_conv_c")
+    x = parts.norm(x, f"{name}_conv_c_bn", ends_branch=True)
+    x = parts.drop_branch(x, plan.drop_rate, f"{name}_drop")
+    return parts.activation(parts.add(shortcut, x, f"{name}_add"), "relu", plan.end)
+
+
+def squeeze_excitation(x: Tensor, width: int, name: str, parts: Parts[Tensor]) -> Tensor:
+    """Scales each of the `width` channels by a factor in (0, 1) computed from the means of all channels."""
+    factors = parts.mean(x, f"{name}_pool")
+    factors = parts.excitation(factors, se_width(width), "relu", f"{name}_reduce")
+    factors = parts.excitation(factors, width, "sigmoid", f"{name}_expand")
+    return parts.scale(x, factors, f"{name}_scale")
+
+
+def conv5(x: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
+    """Builds the last convolution, 1x1x1, to the width of the head."""
+    x = parts.pointwise(x, architecture.head_width, "conv5_conv")
+    return parts.activation(parts.norm(x, "conv5_bn"), "relu", "conv5")
+
+
+def fc1(x: Tensor, parts: Parts[Tensor]) -> Tensor:
+    """Builds the hidden layer of the head."""
+    return parts.dense(x, FC1_WIDTH, "fc1", function="relu", bias=False)
+
+
+def fc2(x: Tensor, num_classes: int, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
+    """Builds dropout and the last layer of the head, which returns logits."""
+    return parts.dense(parts.dropout(x, architecture.options.dropout, "dropout"), num_classes, "fc2")

@@ -1,0 +1,209 @@
+"""Classification of clips: exactly one class per clip, or any number of classes. Imports no TensorFlow."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from x3d_tf.data.datasets.spec import validation_split
+from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.eval_config import folder_of
+from x3d_tf.runs.advice import check_class_balance, check_clip_length
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    from x3d_tf.config import TrainConfig
+    from x3d_tf.data.input_pipeline import MakeExample
+    from x3d_tf.data.records.index import Record
+    from x3d_tf.data.records.manifest import Manifest
+    from x3d_tf.evaluation.classification import ClipEvaluation
+    from x3d_tf.evaluation.eval_config import EvalConfig
+    from x3d_tf.evaluation.validation import ClipValidation
+    from x3d_tf.inference.jobs import ClassifyJob
+    from x3d_tf.losses import SigmoidLoss, SoftmaxLoss
+    from x3d_tf.modeling.metadata import Metadata
+    from x3d_tf.modeling.x3d import X3D, Network
+    from x3d_tf.runs.run_folder import RunFolder
+    from x3d_tf.tasks.base import Task
+    from x3d_tf.types import Activation
+
+
+class ClipTask:
+    """Base class of tasks that predict classes of clips with an X3D network; see `base.Task`.
+
+    A task of your own sets `name` and overrides what differs, such as `classes` and `make_example`.
+
+    Attributes:
+        activation: "softmax" for exactly one class per clip, "sigmoid" for any number of classes.
+    """
+
+    name: str
+    annotations: tuple[str, ...] = ("single_label", "multi_label")
+    activation: "Activation" = "softmax"
+    sample = "video"
+    prediction_flags: tuple[str, ...] = ("views", "window", "hop", "json", "contact_sheet")
+
+    def make_example(self) -> "MakeExample | None":
+        """Returns the function that makes the clip and the target; None for the labels of the records."""
+        return None
+
+    def class_weights(self, config: "TrainConfig", manifest: "Manifest") -> Any:
+        """Returns the loss factor of each class, float32 [classes], or None.
+
+        Raises:
+            UserError: the task does not support Recipe.class_weights.
+        """
+        weights = config.recipe.class_weights
+        require(weights == "none", "Recipe.class_weights", f'be "none" for the task {self.name}', weights)
+
+    def check(self, config: "TrainConfig", manifest: "Manifest") -> None:
+        self.class_weights(config, manifest)
+        split = validation_split(config.dataset)
+        if split and not manifest.split(split).records:
+            raise UserError(f"validation split {split!r} of {manifest.folder} must have at least one record")
+
+    def advice(self, config: "TrainConfig", manifest: "Manifest") -> list[str]:
+        return check_clip_length(config, self.training_records(manifest, config.dataset.train_split))
+
+    def classes(self, manifest: "Manifest") -> tuple[str, ...]:
+        return manifest.classes
+
+    def training_records(self, manifest: "Manifest", split: str) -> "Sequence[Record]":
+        return manifest.split(split).records
+
+    def build_network(self, config: "TrainConfig", num_classes: int) -> "X3D":
+        from x3d_tf.modeling.x3d import X3D
+
+        return X3D(config.expansion, num_classes, config.model, activation=self.activation, task=self.name)
+
+    def training_clips(
+        self,
+        config: "TrainConfig",
+        manifest: "Manifest",
+        *,
+        start_step: int = 0,
+        worker: tuple[int, int] = (0, 1),
+        replica_batch: int | None = None,
+    ) -> "tf.data.Dataset":
+        from x3d_tf.data.input_pipeline import training_dataset
+
+        dataset = config.dataset
+        return training_dataset(
+            self._with_training_records(manifest, dataset.train_split),
+            dataset.train_split,
+            config.expansion.clip,
+            jitter=config.expansion.jitter,
+            flip=dataset.flip,
+            batch=config.recipe.batch,
+            seed=config.seed,
+            start_step=start_step,
+            worker=worker,
+            replica_batch=replica_batch,
+            frame_sampling=dataset.frame_sampling,
+            stretch=dataset.stretch,
+            make_example=self.make_example(),
+        )
+
+    def save_preview(self, config: "TrainConfig", manifest: "Manifest", path: Path, clips: int = 8) -> None:
+        from x3d_tf.data.preview import save_preview
+
+        stream = self.training_clips(config, manifest, replica_batch=1)  # avoids decoding a complete batch
+        save_preview(
+            self._with_training_records(manifest, config.dataset.train_split),
+            config.dataset.train_split,
+            config.expansion.clip,
+            stream,
+            path,
+            classes=self.classes(manifest),
+            batch=config.recipe.batch,
+            seed=config.seed,
+            frame_sampling=config.dataset.frame_sampling,
+            timed=self.make_example() is None,
+            clips=clips,
+        )
+
+    def _with_training_records(self, manifest: "Manifest", split: str) -> "Manifest":
+        return manifest.with_records(split, self.training_records(manifest, split))
+
+    def loss(self, config: "TrainConfig", manifest: "Manifest") -> "SoftmaxLoss | SigmoidLoss":
+        from x3d_tf.losses import SigmoidLoss, SoftmaxLoss
+
+        if self.activation == "sigmoid":
+            return SigmoidLoss(config.recipe.batch)
+        return SoftmaxLoss(config.recipe.batch, self.class_weights(config, manifest))
+
+    def validation(self, model: "Network", config: "TrainConfig", manifest: "Manifest", split: str) -> "ClipValidation":
+        from x3d_tf.evaluation.validation import ClipValidation
+
+        sampling, resize = config.dataset.frame_sampling, config.expansion.test_size
+        return ClipValidation(self._classifier(model), manifest, split, sampling, resize, self.make_example())
+
+    def report_folder(self, run: "RunFolder", settings: "EvalConfig", views: int | str | None = None) -> Path:
+        return folder_of(run, settings, views)
+
+    def evaluation(
+        self, model: "Network", weights: dict[str, Any], settings: "EvalConfig", run: "RunFolder | None"
+    ) -> "ClipEvaluation":
+        from x3d_tf.evaluation.classification import clip_evaluation
+
+        return clip_evaluation(self, self._classifier(model), weights, settings, run.read_config() if run else None)
+
+    def _classifier(self, model: "Network") -> "X3D":
+        from x3d_tf.modeling.x3d import X3D
+
+        if not isinstance(model, X3D):
+            raise UserError(f"the task {self.name} requires a network that classifies clips, got a detector")
+        return model
+
+    def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:
+        from x3d_tf.data.sampling import require_windows
+
+        require_windows(metadata.expansion.clip, options["window"], options["hop"])
+
+    def prediction_job(self, options: Mapping[str, Any], paths: Sequence[Path]) -> "ClassifyJob":
+        from x3d_tf.evaluation.multiview import CLIPS_A_CALL
+        from x3d_tf.inference.jobs import ClassifyJob
+        from x3d_tf.parallel import use_single_threaded_ops
+
+        if options["views"] != 1 and options["window"] is None:  # a single clip is faster with all threads
+            use_single_threaded_ops(CLIPS_A_CALL)
+        return ClassifyJob(
+            model=options["model"],
+            temporal_views=options["views"],
+            window=options["window"],
+            hop=options["hop"],
+            csv=options["csv"],
+            json=options["json"],
+            contact_sheet=options["contact_sheet"],
+            overwrite=options["overwrite"],
+        )
+
+
+class SingleLabel(ClipTask):
+    """Exactly one class per clip, the label of its record."""
+
+    name = "single_label"
+    annotations = ("single_label",)
+
+    def class_weights(self, config: "TrainConfig", manifest: "Manifest") -> Any:
+        if config.recipe.class_weights == "none":
+            return None
+        from x3d_tf.losses import balancing_weights
+
+        records = self.training_records(manifest, config.dataset.train_split)
+        return balancing_weights([record.labels[0] for record in records], len(manifest.classes))
+
+    def advice(self, config: "TrainConfig", manifest: "Manifest") -> list[str]:
+        records = self.training_records(manifest, config.dataset.train_split)
+        return super().advice(config, manifest) + check_class_balance(config, manifest, records)
+
+
+class MultiLabel(ClipTask):
+    """Any number of classes per clip, the labels of its record."""
+
+    name = "multi_label"
+    annotations = ("multi_label",)
+    activation = "sigmoid"
+
+
+TASKS: "tuple[Task, ...]" = (SingleLabel(), MultiLabel())

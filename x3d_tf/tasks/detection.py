@@ -1,0 +1,180 @@
+"""Detection of actions: any number of classes per box on the key frame of a clip. Imports no TensorFlow."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from x3d_tf import commands
+from x3d_tf.data.datasets.spec import validation_split
+from x3d_tf.data.records.index import with_labels
+from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.eval_config import EvalConfig, detector_report_folder
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    from x3d_tf.config import TrainConfig
+    from x3d_tf.data.records.index import Record
+    from x3d_tf.data.records.manifest import Manifest
+    from x3d_tf.evaluation.detection import DetectorEvaluation
+    from x3d_tf.evaluation.validation import KeyFrameValidation
+    from x3d_tf.inference.jobs import DetectJob
+    from x3d_tf.losses import BoxLoss
+    from x3d_tf.modeling.detection import Detector
+    from x3d_tf.modeling.metadata import Metadata
+    from x3d_tf.modeling.x3d import Network
+    from x3d_tf.runs.run_folder import RunFolder
+    from x3d_tf.tasks.base import Task
+
+
+class Detection:
+    """Action detection with a `Detector`; see `base.Task`."""
+
+    name = "detection"
+    annotations = ("detection",)
+    sample = "key frame"
+    prediction_flags = ("boxes", "person_detector", "box_score", "action_score", "draw", "starts_at")
+
+    def check(self, config: "TrainConfig", manifest: "Manifest") -> None:
+        from x3d_tf.evaluation.detection import require_boxes, require_proposals, validation_key_frames
+
+        dataset, weights = config.dataset, config.recipe.class_weights
+        reason = f"for the task {self.name}, because clips are sampled around key frames"
+        require(not dataset.stretch, "DatasetSpec.stretch", f"be False {reason}", dataset.stretch)
+        sampling = dataset.frame_sampling
+        require(sampling == "slowfast", "DatasetSpec.frame_sampling", f"be 'slowfast' {reason}", sampling)
+        require(weights == "none", "Recipe.class_weights", f'be "none" for the task {self.name}', weights)
+        require_boxes(manifest, dataset.eval_split)
+        validated = validation_split(dataset)
+        if validated:
+            require_boxes(validation_key_frames(manifest, validated, config.detection), validated)
+        if config.detection.eval_boxes == "proposals":
+            for split in filter(None, (dataset.eval_split, dataset.validation_split)):
+                require_proposals(manifest, split)
+
+    def advice(self, config: "TrainConfig", manifest: "Manifest") -> list[str]:
+        return []  # records of key frames always cover a clip
+
+    def classes(self, manifest: "Manifest") -> tuple[str, ...]:
+        return manifest.classes
+
+    def training_records(self, manifest: "Manifest", split: str) -> "Sequence[Record]":
+        return with_labels(manifest.split(split).records)
+
+    def build_network(self, config: "TrainConfig", num_classes: int) -> "Detector":
+        from x3d_tf.modeling.detection import Detector
+
+        return Detector(config.expansion, num_classes, config.model, head=config.detection.head)
+
+    def training_clips(
+        self,
+        config: "TrainConfig",
+        manifest: "Manifest",
+        *,
+        start_step: int = 0,
+        worker: tuple[int, int] = (0, 1),
+        replica_batch: int | None = None,
+    ) -> "tf.data.Dataset":
+        from x3d_tf.data.detection_pipeline import training_key_frames
+
+        return training_key_frames(
+            manifest,
+            config.dataset.train_split,
+            config.expansion.clip,
+            jitter=config.expansion.jitter,
+            flip=config.dataset.flip,
+            batch=config.recipe.batch,
+            seed=config.seed,
+            start_step=start_step,
+            worker=worker,
+            replica_batch=replica_batch,
+            proposal_iou=config.detection.proposal_iou,
+            negatives=config.detection.negatives,
+            score=config.detection.score,
+        )
+
+    def save_preview(self, config: "TrainConfig", manifest: "Manifest", path: Path, clips: int = 8) -> None:
+        from x3d_tf.data.preview import save_box_preview
+
+        split, stream = config.dataset.train_split, self.training_clips(config, manifest, replica_batch=1)
+        save_box_preview(manifest, split, stream, path, batch=config.recipe.batch, seed=config.seed, clips=clips)
+
+    def loss(self, config: "TrainConfig", manifest: "Manifest") -> "BoxLoss":
+        from x3d_tf.losses import BoxLoss
+
+        return BoxLoss(config.execution.accumulation)
+
+    def validation(
+        self, model: "Network", config: "TrainConfig", manifest: "Manifest", split: str
+    ) -> "KeyFrameValidation":
+        from x3d_tf.evaluation.validation import KeyFrameValidation
+
+        return KeyFrameValidation(_detector(model), manifest, split, config.detection)
+
+    def report_folder(self, run: "RunFolder", settings: "EvalConfig", views: int | str | None = None) -> Path:
+        _require_settings_of_the_run(settings)
+        return detector_report_folder(run)
+
+    def evaluation(
+        self, model: "Network", weights: dict[str, Any], settings: "EvalConfig", run: "RunFolder | None"
+    ) -> "DetectorEvaluation":
+        from x3d_tf.evaluation.detection import DetectorEvaluation
+
+        if run is None:
+            raise UserError(
+                f"{weights['weights']} is a detector, which is evaluated with the settings of its run: --run"
+            )
+        _require_settings_of_the_run(settings)
+        return DetectorEvaluation(_detector(model), weights, run.read_config())
+
+    def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:
+        if (options["boxes"] is None) == (options["person_detector"] is None):
+            raise UserError(f"{options['model']} detects actions in boxes: give one of --boxes and --person_detector")
+        stems = [path.stem for path in paths]
+        require(len(set(stems)) == len(stems), "the videos", "have distinct names, because boxes refer to names", stems)
+        for output in _drawings(options, paths).values():
+            commands.require_free(output, options["overwrite"], "another name")
+        for path in paths:
+            require(path.is_file(), str(path), "be a video file: a detector does not read folders of images")
+        commands.require_path("--boxes", options["boxes"], "csv file")
+        commands.require_path("--person_detector", options["person_detector"], "SavedModel")
+
+    def prediction_job(self, options: Mapping[str, Any], paths: Sequence[Path]) -> "DetectJob":
+        from x3d_tf.inference.jobs import DetectJob
+
+        return DetectJob(
+            model=options["model"],
+            boxes=options["boxes"],
+            person_detector=options["person_detector"],
+            box_score=options["box_score"],
+            action_score=options["action_score"],
+            starts_at=options["starts_at"],
+            csv=options["csv"],
+            drawings=_drawings(options, paths),
+        )
+
+
+def _drawings(options: Mapping[str, Any], paths: Sequence[Path]) -> dict[Path, Path]:
+    """Returns the file to draw for each video."""
+    folder = options["draw"]
+    return {path: Path(folder) / f"{path.stem}.mp4" for path in paths} if folder else {}
+
+
+def _detector(model: "Network") -> "Detector":
+    from x3d_tf.modeling.detection import Detector
+
+    if not isinstance(model, Detector):
+        raise UserError("the task detection requires a detector, got a network that classifies clips")
+    return model
+
+
+def _require_settings_of_the_run(settings: EvalConfig) -> None:
+    default = EvalConfig()
+    changed = sorted(
+        item.name for item in fields(settings) if getattr(settings, item.name) != getattr(default, item.name)
+    )
+    require(not changed, "the evaluation of a detector", "use the settings of the run", changed)
+
+
+TASKS: "tuple[Task, ...]" = (Detection(),)
