@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from exported_model import random_network
 from test_docs import blocks
-from video_fixtures import write_video
+from video_fixtures import with_cover, write_video
 
 import x3d_tf
 from x3d_tf.data.sampling import input_contract
@@ -31,13 +31,14 @@ def moving_blocks(count: int, height: int, width: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Videos in landscape and portrait format at three frame rates; one is shorter than a clip."""
+    """Videos in landscape and portrait format at three frame rates; one is short, one has a cover picture."""
     folder = tmp_path_factory.mktemp("videos")
     return [
         write_video(folder / "wide.mp4", moving_blocks(50, 64, 112)),
         write_video(folder / "upright.mkv", moving_blocks(41, 120, 72), 25),
         write_video(folder / "small.avi", moving_blocks(60, 40, 56), 60),
         write_video(folder / "short.mp4", moving_blocks(6, 64, 80)),
+        with_cover(write_video(folder / "cover.mp4", moving_blocks(45, 64, 96))),
     ]
 
 
