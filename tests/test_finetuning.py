@@ -114,7 +114,7 @@ def test_a_run_interrupted_in_a_validation_ends_as_an_uninterrupted_one(
     run = stopped_in_a_validation(some(records, source), tmp_path / "run")
     printed = capsys.readouterr()
     assert f"layers from {source}, " in printed.out and "newly initialised: fc2" in printed.out
-    assert "step 4: validation_top1 " in printed.out and "interrupted at step 8" in printed.err
+    assert "step 4: validation_top1 " in printed.out and "stopped after step 8;" in printed.err
     assert "from the checkpoint of step 8" in printed.out
     assert_the_same(whole, run)
     assert run.preview.read_bytes().startswith(b"\x89PNG")

@@ -257,7 +257,7 @@ def test_ctrl_c_loses_no_step(
         train(config_of(records), tmp_path / "run")
     first, error = capsys.readouterr()
     assert (
-        "interrupted at step 27; run the same command again to resume" in error and "warning: batch-norm" not in error
+        "stopped after step 27; run the same command again to resume" in error and "warning: batch-norm" not in error
     )
     run = train(config_of(records), tmp_path / "run")
     assert "resuming from the checkpoint of step 27" in capsys.readouterr().out

@@ -261,7 +261,7 @@ class Trainer:
         if step:
             checkpoints.save(step)
         history.writer.flush()  # last, because flushing may fail
-        print(f"\ninterrupted at step {step}; run the same command again to resume", file=sys.stderr)
+        print(f"\nstopped after step {step}; run the same command again to resume", file=sys.stderr)
 
     def _batches(self, first: int) -> tf.distribute.DistributedDataset:
         config = self.config
