@@ -232,8 +232,6 @@ def task_of_model(path: str | Path) -> Task:
 
 
 def task_of_run(run: "RunFolder") -> Task:
-    """Returns the task of a run, which need not have a model yet."""
-    if run.model.is_file():
-        return task_of_model(run.root)
+    """Returns the task of a run, which need not have a model yet, from its configuration and its records."""
     config = run.read_config()
     return task_of_records(config, open_dataset(config.dataset))
