@@ -52,7 +52,7 @@ def test_segments_of_a_video_have_distinct_names(tmp_path: Path) -> None:
     videos = read_csv(write_csv(tmp_path, lines)).splits["train"]
     assert {video.media_id: (video.start, video.end) for video in videos} == {
         "a.mp4#12.5-15.0": (12.5, 15.0),
-        "a.mp4#-3.0": (0.0, 3.0),
+        "a.mp4#0.0-3.0": (0.0, 3.0),
         "a.mp4#20.0-": (20.0, None),
         "a.mp4": (0.0, None),
         "a.mp4#0.0-1.0": (0.0, 1.0),

@@ -173,7 +173,7 @@ def manifest_edits(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "a record dropped", edit(lambda copy: rows(copy, lambda column: column.pop()))
     yield "a record doubled", edit(lambda copy: rows(copy, lambda column: column.append(column[0])))
     yield "two records of a class swapped", edit(lambda copy: rows(copy, swap))
-    yield "the names of two records swapped", edit(lambda copy: swap(copy["splits"]["train"]["records"]["media_id"]))
+    yield "the names of two records swapped", edit(lambda copy: swap(copy["splits"]["train"]["records"]["video"]))
     yield (
         "splits swapped",
         edit(lambda copy: copy.update(splits=dict(zip(copy["splits"], [*copy["splits"].values()][::-1])))),

@@ -13,12 +13,10 @@ from tqdm import tqdm
 
 from x3d_tf.config import Detection, TrainConfig
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.building.key_frames import num_key_frames_setting
 from x3d_tf.data.datasets.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, one_row_per_action
 from x3d_tf.data.datasets.spec import open_dataset
-from x3d_tf.data.detection_pipeline import evaluation_key_frames, require_proposals
+from x3d_tf.data.detection_pipeline import evaluation_key_frames, key_frames_of, require_proposals
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
-from x3d_tf.data.records.index import parse_key_frame_id
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.comparison import describe
@@ -65,7 +63,7 @@ class SplitDetections:
 
     def tables(self, manifest: Manifest, split: str) -> tuple[BoxTable, BoxTable]:
         """Returns ground truth and detections in AVA's format, where each detected box has one row per action."""
-        frames = tuple(KeyFrame(*parse_key_frame_id(record.media_id)) for record in manifest.split(split).records)
+        frames = tuple(KeyFrame(record.video, record.key_frame or 0) for record in manifest.split(split).records)
         count = len(self.truth_labels)
         truth = BoxTable(
             frames,
@@ -184,8 +182,7 @@ def _report(run: RunFolder, config: TrainConfig, manifest: Manifest, folder: Pat
     found, scores = score_split(model, manifest, split, config.detection)
     side, cost = model.eval_size, cost_of(model)
     records = len(manifest.split(split).records)
-    listed = manifest.settings.get(num_key_frames_setting(split))
-    missing = max(listed - records, 0) if isinstance(listed, int) else 0
+    missing = max(key_frames_of(manifest).listed.get(split, records) - records, 0)
     settings = {
         "network": name_of(model.expansion),
         "head": model.head,

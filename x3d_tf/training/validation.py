@@ -7,7 +7,6 @@ import numpy as np
 
 from x3d_tf.config import Detection
 from x3d_tf.data.datasets.spec import DatasetSpec
-from x3d_tf.data.records.index import parse_key_frame_id
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.detection import score_split
@@ -94,7 +93,7 @@ class DetectorValidation:
     def __init__(self, model: Detector, manifest: Manifest, split: str, detection: Detection) -> None:
         every = detection.validation_every
         records = manifest.split(split).records
-        selected = [record for record in records if parse_key_frame_id(record.media_id)[1] % every == 0]
+        selected = [record for record in records if (record.key_frame or 0) % every == 0]
         if not selected:
             seconds = f" at a multiple of Detection.validation_every = {every} seconds" if every > 1 else ""
             raise UserError(

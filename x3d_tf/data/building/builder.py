@@ -8,16 +8,16 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
 from x3d_tf.data.building import class_names
 from x3d_tf.data.building.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_error
-from x3d_tf.data.building.key_frames import AVA_START_SECONDS, MARGIN, find_key_frames
+from x3d_tf.data.building.key_frames import AVA_START_SECONDS, find_key_frames
 from x3d_tf.data.building.sources import Sources, Video, find_videos, read_csv
 from x3d_tf.data.building.state import BuildFolder, Failure, FinishedShard, open_build
 from x3d_tf.data.records import index
@@ -30,6 +30,9 @@ from x3d_tf.processes import available_cpus
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.text import counted
 from x3d_tf.types import Storage
+
+if TYPE_CHECKING:
+    from x3d_tf.data.records.format import RecordSource
 
 _FASTEST = 1000.0  # highest frame rate of a folder of frames
 ESTIMATE_AFTER = 16  # number of videos after which the total size is estimated
@@ -136,7 +139,7 @@ def build_records(
     else:
         raise UserError("videos or csv must be set")
     split_settings = {"splits": list(splits) if splits else None, "split": split}  # identify a build, like its videos
-    return _build(sources, Path(output), "videos" if csv is None else "csv", encoding, seed, split_settings, progress)
+    return _build(sources, Path(output), "folder" if csv is None else "csv", encoding, seed, split_settings, progress)
 
 
 def build_key_frames(
@@ -195,29 +198,35 @@ def build_key_frames(
         frame_rate=frame_rate,
         seed=seed,
     )
-    margin = {"margin": MARGIN, "starts_at": starts_at}
-    return _build(sources, Path(output), "key frames", encoding, seed, margin, progress)
+    return _build(sources, Path(output), "ava", encoding, seed, {}, progress)
 
 
 def _build(
     sources: Sources,
     output: Path,
-    source: str,
+    dataset: str,
     encoding: _EncodingSettings,
     seed: int,
     extra: dict[str, Any],
     progress: bool,
 ) -> BuildResult:
-    settings: dict[str, int | float | str] = {"source": source, "seed": seed, **sources.extra_settings}
-    build = {"short_side": encoding.short_side, "quality": encoding.quality, "videos_per_shard": index.VIDEOS_PER_SHARD}
+    settings: dict[str, int | float | str] = {"seed": seed}
+    build: dict[str, Any] = {"dataset": dataset, **settings, **extra}
+    if sources.key_frames is not None:
+        build |= asdict(sources.key_frames) | {"proposals": list(sources.key_frames.proposals)}
+    build |= {
+        "short_side": encoding.short_side,
+        "quality": encoding.quality,
+        "videos_per_shard": index.VIDEOS_PER_SHARD,
+    }
     for warning in class_names.suspicious_names(sources.classes):
         warnings.warn(warning, stacklevel=3)
     _check_splits(sources)
-    with open_build(output, settings | extra | build, sources) as folder:
+    with open_build(output, build, sources) as folder:
         if folder.is_finished:
             result = BuildResult(_load_manifest(folder), folder.count_failures(), was_finished=True)
         else:
-            result = _Build(folder, sources, encoding, progress).run(settings)
+            result = _Build(folder, sources, encoding, progress).run(dataset, settings)
         folder.clean()
     return result
 
@@ -257,7 +266,7 @@ class _Build:
         self.encoded = encode_all(self.pending, encode, encoding.workers or available_cpus(), encoding.timeout)
         self.estimate = _Estimate(self.pending)
 
-    def run(self, settings: dict[str, int | float | str]) -> BuildResult:
+    def run(self, dataset: str, settings: dict[str, int | float | str]) -> BuildResult:
         """Writes the missing shards, then the manifest."""
         with starting_tensorflow(devices=False):
             from x3d_tf.data.records.format import join_shards
@@ -293,19 +302,20 @@ class _Build:
                     f"no video of split {name} can be read ({count} tried); see {self.folder.failures} for the "
                     "reasons. Repair or replace them and run the same command again"
                 )
-        stored, task = self.encoding.storage(), self.sources.task
-        manifest = Manifest(self.folder.root, self.sources.classes, splits, settings, stored, task)
+        sources, stored = self.sources, self.encoding.storage()
+        splits = {name: replace(part, expected=sources.expected.get(name)) for name, part in splits.items()}
+        root, task, key_frames = self.folder.root, sources.task, sources.key_frames
+        manifest = Manifest(root, dataset, sources.classes, splits, settings, stored, task, key_frames)
         manifest.save()
         to_retry = sum(failure.retry for shard in self.finished.values() for failure in shard.failures)
         return BuildResult(manifest, failures, to_retry=to_retry)
 
     def _write_shard(self, shard: _Shard, bar: "tqdm[Any]") -> FinishedShard:
-        from x3d_tf.data.records.format import RecordSource, write_shard
+        from x3d_tf.data.records.format import write_shard
 
         labels = {name: label for label, name in enumerate(self.sources.classes)}
         sources = [
-            RecordSource(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.annotation)
-            for v in shard.videos
+            _record_source(video, tuple(sorted(labels[name] for name in video.classes))) for video in shard.videos
         ]
         failed: list[Failure] = []
 
@@ -340,6 +350,14 @@ class _Build:
         unusable = [Failure(error.path, error.reason) for error in self.sources.unusable]
         finished = [self.finished[shard.file] for shard in self.shards if shard.file in self.finished]
         return self.folder.write_failures([*unusable, *(failure for shard in finished for failure in shard.failures)])
+
+
+def _record_source(video: Video, labels: tuple[int, ...]) -> "RecordSource":
+    from x3d_tf.data.records.format import RecordSource
+
+    if video.key_frame is not None:  # names the record alone, because its segment follows from it
+        return RecordSource(video.name, labels, key_frame=video.key_frame, annotation=video.annotation)
+    return RecordSource(video.name, labels, video.start, video.end)
 
 
 class _Estimate:

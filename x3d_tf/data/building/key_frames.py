@@ -18,7 +18,7 @@ from x3d_tf.data.datasets.ava import (
     read_exclusions,
     read_label_map,
 )
-from x3d_tf.data.records.index import key_frame_id, parse_key_frame_id
+from x3d_tf.data.records.index import KeyFrameInfo
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, require
@@ -53,9 +53,7 @@ def find_key_frames(
         seed: random seed for the order.
 
     Returns:
-        Sources for the task "detection", where class k is action k + 1. Missing videos are unusable. The extra settings
-        are `proposals` (the splits that have them), `key_frames_SPLIT` (the number of key frames listed for each
-        split), and, with folders of frames, `frame_rate`.
+        Sources for the task "detection", where class k is action k + 1. Missing videos are unusable.
 
     Raises:
         UserError: a file is malformed (the message names its line), a timestamp is before `starts_at`, or no video
@@ -70,7 +68,7 @@ def find_key_frames(
     names, files = _class_names(actions), _files_by_name(videos)
     splits: dict[str, list[Video]] = {}
     unusable: dict[str, VideoError] = {}
-    settings: dict[str, int | float | str] = {"proposals": ",".join(sorted(proposals or {}))}
+    frames: dict[str, list[KeyFrame]] = {}
     for split, path in boxes.items():
         truth, proposal_path = read_boxes(path, "ground truth", actions), (proposals or {}).get(split)
         # Proposals are boxes of people whatever their action column holds.
@@ -78,38 +76,34 @@ def find_key_frames(
         excluded = read_exclusions(exclusions[split]) if exclusions and split in exclusions else set()
         members = splits.setdefault(split, [])
         annotations = _annotations(truth, found, starts_at, (path, proposal_path))
-        listed = [frame for frame in annotations if frame not in excluded]
-        settings[num_key_frames_setting(split)] = len(listed)
-        for frame in listed:
+        frames[split] = [frame for frame in annotations if frame not in excluded]
+        for frame in frames[split]:
             if frame.video not in files:
                 unusable.setdefault(frame.video, VideoError(videos / frame.video, f"does not exist (listed in {path})"))
                 continue
             members.append(_video(files[frame.video], frame, annotations[frame], names, frame_rate))
     for split, path in boxes.items():
         rule = f"list key frames that are not excluded for split {split}"
-        require(bool(settings[num_key_frames_setting(split)]), str(path), rule)
+        require(bool(frames[split]), str(path), rule)
     if not any(splits.values()):
         lists = ", ".join(map(str, boxes.values()))
         raise UserError(f"no video listed in {lists} exists in {videos} ({len(unusable)} listed)")
     for split, members in splits.items():
         require(bool(members), f"{boxes[split]}", f"list key frames of videos in {videos} for split {split}")
-    if any(path.is_dir() for path in {video.path for members in splits.values() for video in members}):
-        settings["frame_rate"] = frame_rate
+    in_folders = any(path.is_dir() for path in {video.path for members in splits.values() for video in members})
+    listed = {split: len(members) for split, members in frames.items()}
+    splits_with_proposals = tuple(sorted(proposals or {}))
+    info = KeyFrameInfo(MARGIN, starts_at, frame_rate if in_folders else None, splits_with_proposals, listed)
     ordered = {split: _shuffle_films(members, seed) for split, members in splits.items()}
-    return Sources(ordered, list(unusable.values()), names, "detection", settings)
-
-
-def num_key_frames_setting(split: str) -> str:
-    """Returns the manifest setting with the number of key frames listed for a split, including missing videos."""
-    return f"key_frames_{split}"
+    expected = {split: len({frame.video for frame in members}) for split, members in frames.items()}
+    return Sources(ordered, list(unusable.values()), names, "detection", expected, info)
 
 
 def _shuffle_films(members: list[Video], seed: int) -> list[Video]:
     """Shuffles films by a hash of their names; a film's key frames stay together, so that its file stays cached."""
-    names = {parse_key_frame_id(video.media_id)[0]: video for video in members}
-    films = shuffle_by_hash([video._replace(media_id=name) for name, video in names.items()], seed)
-    ranks = {film.media_id: rank for rank, film in enumerate(films)}
-    return sorted(members, key=lambda video: (ranks[parse_key_frame_id(video.media_id)[0]], video.start))
+    films = {video.name: Video(video.path, video.name, ()) for video in members}
+    ranks = {film.name: rank for rank, film in enumerate(shuffle_by_hash([*films.values()], seed))}
+    return sorted(members, key=lambda video: (ranks[video.name], video.start))
 
 
 def _files_by_name(videos: Path) -> dict[str, Path]:
@@ -180,10 +174,11 @@ def _video(file: Path, frame: KeyFrame, annotation: Annotation, names: tuple[str
     present = sorted({label for box_labels in annotation.labels for label in box_labels})
     return Video(
         file,
-        key_frame_id(*frame),
+        frame.video,
         tuple(names[label] for label in present),
         max(annotation.second - MARGIN, 0.0),
         annotation.second + MARGIN,
+        frame.second,
         annotation,
         frame_rate=frame_rate,
     )

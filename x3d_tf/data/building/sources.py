@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from x3d_tf import csv_files
 from x3d_tf.data.building import class_names
 from x3d_tf.data.class_lists import read_classes
-from x3d_tf.data.records.index import segment_id
+from x3d_tf.data.records.index import KeyFrameInfo, media_id
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.data.video.image_sequences import FOLDER_FPS, FileState
 from x3d_tf.errors import UserError, require
@@ -37,23 +37,30 @@ class Video(NamedTuple):
 
     Attributes:
         path: path of the video file, or of the folder of frames.
-        media_id: name of the record.
+        name: name of the video in the records.
         classes: distinct names of its classes.
         start: second of the file at which the record starts.
         end: second of the file at which the record stops; None means the end of the file.
+        key_frame: second of the key frame, as annotated; None except for action detection.
         annotation: annotation of the key frame; None except for action detection.
         state: size and time of the file when the build began, to detect changes; None disables the check.
         frame_rate: images per second, for a folder of frames.
     """
 
     path: Path
-    media_id: str
+    name: str
     classes: tuple[str, ...]
     start: float = 0.0
     end: float | None = None
+    key_frame: int | None = None
     annotation: Annotation | None = None
     state: FileState | None = None
     frame_rate: float = FOLDER_FPS
+
+    @property
+    def media_id(self) -> str:
+        """Name of the record."""
+        return media_id(self.name, self.start, self.end, self.key_frame)
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,17 @@ class Sources:
         splits: videos by split name, in the order in which the shards store them.
         unusable: files and folders that cannot become records, with reasons.
         classes: class names in the order of their labels.
-        task: kind of prediction that the records are for.
-        extra_settings: further entries for the manifest's settings.
+        task: kind of annotation of the records.
+        expected: number of videos that the data set lists for each split, including missing ones; empty without a list.
+        key_frames: common properties of key frames; None except for action detection.
     """
 
     splits: dict[str, list[Video]]
     unusable: list[VideoError]
     classes: tuple[str, ...]
     task: Task
-    extra_settings: Mapping[str, int | float | str] = field(default_factory=dict)
+    expected: Mapping[str, int] = field(default_factory=dict)
+    key_frames: KeyFrameInfo | None = None
 
 
 def find_videos(
@@ -184,6 +193,7 @@ def read_csv(
     require(split is None or "split" not in header, "split", f"be omitted, because {table} has a column split", split)
     allowed = tuple(splits or SPLIT_NAMES)
     found: dict[str, list[Video]] = {}
+    listed: dict[str, set[str]] = {}
     lines: dict[tuple[Path, float, float | None], int] = {}
     unusable = []
     multi_label = False
@@ -198,6 +208,7 @@ def read_csv(
         name = name if splits else parse_split_name(name) or name
         row.check(name in allowed, "split", f"be one of {', '.join(allowed)}; use --splits for other names")
         members = found.setdefault(name, [])
+        listed.setdefault(name, set()).add(video.name)
         if _is_file(video.path):
             members.append(video)
         else:
@@ -215,7 +226,8 @@ def read_csv(
         ordered = {name: shuffle_by_hash(found[name], seed) for name in allowed if name in found}
     else:
         ordered = _split_by_fraction(found["train"], split, seed)
-    return Sources(ordered, unusable, known.names if known else _sorted_class_names(ordered), task)
+    expected = {} if split else {name: len(names) for name, names in listed.items()}  # a missing file has no split
+    return Sources(ordered, unusable, known.names if known else _sorted_class_names(ordered), task, expected)
 
 
 class _Classes(NamedTuple):
@@ -301,10 +313,10 @@ def _parse_video(row: _Row, base: Path, classes: "_Classes | None") -> Video:
     text = row.values["path"]
     row.check(bool(text.strip()) and "\0" not in text, "path", "be a file path")
     path = base / os.path.normpath(text)
-    start, end = _parse_seconds(row, "start"), _parse_seconds(row, "end")
-    row.check(end is None or end > (start or 0.0), "end", f"be greater than the start, {start or 0.0} s")
+    start, end = _parse_seconds(row, "start") or 0.0, _parse_seconds(row, "end")
+    row.check(end is None or end > start, "end", f"be greater than the start, {start} s")
     relative = path.relative_to(base) if path.is_relative_to(base) else path
-    return Video(path, segment_id(relative.as_posix(), start, end), _parse_labels(row, classes), start or 0.0, end)
+    return Video(path, relative.as_posix(), _parse_labels(row, classes), start, end)
 
 
 def _parse_seconds(row: _Row, column: str) -> float | None:

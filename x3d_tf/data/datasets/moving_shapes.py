@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ SHAPES = (3, 5)  # range of shapes per video
 RADII = (10, 20)  # pixels
 QUALITY = 95  # JPEG quality
 
-SETTINGS: dict[str, int | float | str] = {"source": "moving_shapes", "version": 1}
+NAME = "moving_shapes"
+SETTINGS: dict[str, int | float | str] = {"version": 1}
 ABANDONED_AFTER = 600.0  # seconds without a write; rendering all videos is much faster
 
 Picture = NDArray[np.uint8]  # [SIDE, SIDE, 3], RGB
@@ -82,7 +84,7 @@ def open_moving_shapes(folder: Path) -> Manifest:
     if not (folder / MANIFEST_NAME).is_file():
         _create(folder)
     manifest = Manifest.load(folder)
-    if manifest.settings.get("source") != SETTINGS["source"]:
+    if manifest.dataset != NAME:
         raise UserError(
             f"{folder} holds records other than moving_shapes. To train on them, add --gin_file=gin/data/records.gin "
             "after the network's --gin_file"
@@ -135,7 +137,8 @@ def _write(folder: Path) -> None:
             videos = _encode([(seed, classes[source.labels[0]]) for seed, source in zip(seeds, sources, strict=True)])
             splits[split] = write_split(folder, split, sources, videos, classes, lambda _: bar.update())
             first_seed += count
-    Manifest(folder, tuple(classes), splits, SETTINGS, Storage(SIDE, QUALITY)).save()
+    splits = {split: replace(part, expected=VIDEOS[split]) for split, part in splits.items()}
+    Manifest(folder, NAME, tuple(classes), splits, SETTINGS, Storage(SIDE, QUALITY)).save()
 
 
 def _encode(videos: list[tuple[int, str]]) -> Iterator[EncodedVideo | VideoError]:

@@ -5,12 +5,12 @@ Imports no TensorFlow, so that configurations can be read without it.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from x3d_tf.data.records.index import Record, Split, parse_key_frame_id, parse_segment_file
+from x3d_tf.data.records.index import Record, Split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError, check_field_types, require
@@ -122,9 +122,9 @@ def _require_records(manifest: Manifest, *splits: str) -> None:
 def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
     """Moves a fraction of the training videos to the split "validation", if `validation_fraction` is set.
 
-    Videos are chosen by a hash of their names, independent of their order. All segments of a file, and all key frames
-    of a video, stay together. The fraction applies to each class; files with several classes form one more group, as do
-    all videos with key frames.
+    Videos are chosen by a hash of their names, independent of their order. All segments and all key frames of a video
+    stay together. The fraction applies to each class; videos with several classes form one more group, as do all videos
+    with key frames.
 
     Raises:
         UserError: the training split has too few videos, or a split "validation" already exists.
@@ -137,34 +137,30 @@ def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
             "DatasetSpec.validation_fraction"
         )
     split = manifest.split(spec.train_split)
-    file = _parse_video if manifest.task == "detection" else parse_segment_file
-    held_out = _choose_files(split.records, file, spec.validation_fraction, seed)
+    held_out = _choose_videos(split.records, spec.validation_fraction, seed)
     if not held_out:
         raise UserError(
             f"DatasetSpec.validation_fraction requires at least two videos of a class in split {spec.train_split!r} of "
             f"{manifest.folder}"
         )
     parts = {
-        spec.train_split: Split(split.shards, tuple(r for r in split.records if file(r.media_id) not in held_out)),
-        HELD_OUT: Split(split.shards, tuple(r for r in split.records if file(r.media_id) in held_out)),
+        spec.train_split: replace(split, records=tuple(r for r in split.records if r.video not in held_out)),
+        HELD_OUT: Split(split.shards, tuple(r for r in split.records if r.video in held_out)),
     }
     return replace(manifest, splits=manifest.splits | parts)
 
 
-def _parse_video(media_id: str) -> str:
-    return parse_key_frame_id(media_id)[0]
-
-
-def _choose_files(records: tuple[Record, ...], file: Callable[[str], str], fraction: float, seed: int) -> set[str]:
+def _choose_videos(records: tuple[Record, ...], fraction: float, seed: int) -> set[str]:
     labels: dict[str, set[int]] = defaultdict(set)
+    has_key_frames = any(record.key_frame is not None for record in records)
     for record in records:
-        labels[file(record.media_id)] |= set(record.labels)
+        labels[record.video] |= set(record.labels)
     groups: dict[int | None, list[str]] = defaultdict(list)
-    for name, file_labels in labels.items():
-        single = len(file_labels) == 1 and file is parse_segment_file
-        groups[next(iter(file_labels)) if single else None].append(name)
+    for name, video_labels in labels.items():
+        single = len(video_labels) == 1 and not has_key_frames
+        groups[next(iter(video_labels)) if single else None].append(name)
     chosen: set[str] = set()
-    for files in groups.values():
-        files.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-        chosen |= set(files[: min(max(round(fraction * len(files)), 1), len(files) - 1)])
+    for videos in groups.values():
+        videos.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+        chosen |= set(videos[: min(max(round(fraction * len(videos)), 1), len(videos) - 1)])
     return chosen

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, plan_shards
+from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, media_id, plan_shards
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, Pixels, VideoError, encode_jpeg, frame_at
 from x3d_tf.errors import UserError
@@ -48,14 +48,21 @@ class RecordSource(NamedTuple):
     """Metadata of a record to write.
 
     Attributes:
-        media_id: name of the record.
-        labels: class indices, ascending.
+        video, labels, start, end, key_frame: see `index.Record`.
         annotation: annotation of the key frame, for action detection.
     """
 
-    media_id: str
+    video: str
     labels: tuple[int, ...]
+    start: float = 0.0
+    end: float | None = None
+    key_frame: int | None = None
     annotation: Annotation | None = None
+
+    @property
+    def media_id(self) -> str:
+        """Name of the record."""
+        return media_id(self.video, self.start, self.end, self.key_frame)
 
 
 class ParsedRecord(NamedTuple):
@@ -403,9 +410,9 @@ def write_shard(
         for source in sources:
             video = next(encoded)
             if isinstance(video, EncodedVideo):
-                position = writer.write(encode_record(video, source, classes))
-                frames = len(video.frames)
-                written.append(Record(0, *position, frames, video.fps, source.labels, source.media_id))
+                offset, length = writer.write(encode_record(video, source, classes))
+                identity = source.video, source.start, source.end, source.key_frame
+                written.append(Record(0, offset, length, len(video.frames), video.fps, source.labels, *identity))
             on_result(video)
     if written:
         return Split((writer.shard,), tuple(written))
