@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from key_frames import build_key_frames
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
 from x3d_tf import plots
 from x3d_tf.config import Detection, Execution, Recipe, TrainConfig
-from x3d_tf.data.building.builder import build_key_frames
-from x3d_tf.data.datasets.ava import KeyFrame, read_boxes
+from x3d_tf.data.ava_files import KeyFrame, read_boxes
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.detection_pipeline import key_frames_of
 from x3d_tf.data.records.manifest import Manifest

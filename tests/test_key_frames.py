@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from key_frames import build_key_frames
 from PIL import Image
 from video_fixtures import number_of, numbered_frames, write_manifest, write_video
 
 import x3d_tf
 from x3d_tf import build_records
-from x3d_tf.data.building.builder import build_key_frames
-from x3d_tf.data.building.key_frames import find_key_frames
+from x3d_tf.data.datasets.ava import find_key_frames
 from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
 from x3d_tf.data.detection_pipeline import evaluation_key_frames, key_frames_of
 from x3d_tf.data.detection_pipeline import training_key_frames as train_clips
@@ -291,8 +291,8 @@ def test_the_command(
     [
         (("--boxes=a.csv",), "--boxes must be SPLIT=FILE, once for each split, got 'a.csv'"),
         (("--boxes=a=1.csv", "--boxes=a=2.csv"), "--boxes must be SPLIT=FILE, once for each split, got 'a=2.csv'"),
-        (("--boxes=a=1.csv", "--split=0.2"), "--split must not be given with --boxes"),
-        (("--label_map=a",), "--label_map must not be given without --boxes"),
+        (("--boxes=a=1.csv", "--split=0.2"), "--split must not be given for the data set ava, which reads --videos"),
+        (("--label_map=a",), "--label_map must not be given for the data set folder, which reads --videos"),
         (("--boxes=a=none.csv",), "none.csv cannot be read: No such file or directory"),
     ],
 )

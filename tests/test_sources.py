@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from x3d_tf.data.building.sources import Sources, Video, find_videos, read_csv
+from x3d_tf.data.building.sources import Sources, Video
 from x3d_tf.data.class_lists import read_classes
+from x3d_tf.data.datasets.csv import read_csv
+from x3d_tf.data.datasets.folder import find_videos
 
 
 def touch(folder: Path, *files: str) -> Path:

@@ -18,8 +18,10 @@ from x3d_tf.build_records import summary
 from x3d_tf.data.building import builder
 from x3d_tf.data.building.builder import BuildResult, build_records
 from x3d_tf.data.building.encoding import Retryable
-from x3d_tf.data.building.sources import Video, find_videos
+from x3d_tf.data.building.sources import Video
 from x3d_tf.data.building.state import open_build
+from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.datasets.folder import find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, VideoError
@@ -61,7 +63,8 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def build(videos: Path, output: Path, **settings: Any) -> BuildResult:
-    return build_records(videos, output, progress=False, **settings)
+    inputs = {name: settings.pop(name) for name in [*settings] if name in Inputs.__dataclass_fields__}
+    return build_records(Inputs(videos=videos, **inputs), output, progress=False, **settings)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -402,7 +405,7 @@ def test_size_is_estimated_before_the_bulk(
     monkeypatch.setattr(builder, "ESTIMATE_AFTER", 3)
     monkeypatch.setattr(builder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": room}))
     if room > 1000:
-        build_records(videos, tmp_path / "out")
+        build_records(Inputs(videos=videos), tmp_path / "out")
         assert "MB (1000.0 GB free on the disk)" in capsys.readouterr().out
         return
     message = r"out needs about 0\.\d MB more, estimated from the first 3 videos, but its disk has 0\.0 MB .* --quality"
@@ -418,6 +421,7 @@ def test_a_killed_build_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # The third video never ends, so that the process is killed during the build on any machine.
     code = (
         "import sys, time\n"
+        "from pathlib import Path\n"
         "from x3d_tf.data.building import builder\n"
         "from x3d_tf.data.records import index\n"
         "real = builder.encode_all\n"
@@ -428,7 +432,8 @@ def test_a_killed_build_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "        yield result\n"
         "if __name__ == '__main__':\n"
         "    builder.encode_all, index.VIDEOS_PER_SHARD = encode_all, 1\n"
-        "    builder.build_records(sys.argv[1], sys.argv[2], workers=1, progress=False)\n"
+        "    inputs = builder.Inputs(videos=Path(sys.argv[1]))\n"
+        "    builder.build_records(inputs, sys.argv[2], workers=1, progress=False)\n"
     )
     script = tmp_path / "build.py"
     script.write_text(code)

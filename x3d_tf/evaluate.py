@@ -151,7 +151,7 @@ def _check_paths() -> None:
             report = detector_report_folder(run) if detects else folder_of(run, eval_config)
     else:
         dataset = DatasetSpec(FLAGS.records, train_split=FLAGS.split, eval_split=FLAGS.split)
-    if dataset.name == "records":
+    if dataset.synthetic is None:
         open_dataset(dataset)
     if not (FLAGS.watch or FLAGS.sweep):  # they keep existing reports
         refuse_to_replace(report / RESULTS_NAME, FLAGS.overwrite)

@@ -70,7 +70,7 @@ def _check_paths(config: TrainConfig, run: RunFolder) -> None:
     run.check(config)
     if config.init is not None and not run.has_checkpoint:
         describe(config.init)
-    if config.dataset.name == "records":
+    if config.dataset.synthetic is None:
         open_dataset(config.dataset)
 
 

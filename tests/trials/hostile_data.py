@@ -91,8 +91,8 @@ TEXTS: dict[str, dict[str, str | bytes]] = {
 
 def text_reader(kind: str) -> Callable[[str], tuple[str, str]]:
     """Returns a function that reads a file of this kind and returns its size; runs in the worker."""
-    from x3d_tf.data.building.sources import read_csv
-    from x3d_tf.data.datasets.ava import read_boxes, read_label_map
+    from x3d_tf.data.ava_files import read_boxes, read_label_map
+    from x3d_tf.data.datasets.csv import read_csv
 
     def read(path: str) -> str:
         if kind == "csv":

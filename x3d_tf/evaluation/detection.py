@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf.config import Detection, TrainConfig
+from x3d_tf.data.ava_files import EVALUATED, BoxTable, KeyFrame, ava_actions, one_row_per_action
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.datasets.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, one_row_per_action
 from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.data.detection_pipeline import evaluation_key_frames, key_frames_of, require_proposals
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors

@@ -8,14 +8,14 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from x3d_tf.data.datasets.base import DATA_SETS, SyntheticDataSet
 from x3d_tf.data.records.index import Record, Split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError, check_field_types, require
-from x3d_tf.startup import starting_tensorflow
 
+ANY = "records"  # name that stands for the records of any data set
 HELD_OUT = "validation"  # split for the videos held out of training
 _VALIDATION_SPLITS = ("val", "validation")  # default splits to validate on in training
 _DEFAULT_EVAL_SPLIT = "test"
@@ -38,8 +38,8 @@ class DatasetSpec:
             have it and it is neither `train_split` nor `eval_split`, otherwise no validation.
         validation_fraction: fraction of each class's training videos, in (0, 1), held out for validation if the records
             have no validation split.
-        name: "records" for records from `build_records`; "moving_shapes" for the synthetic dataset, which is created in
-            the folder on first use.
+        name: "records" for the records of any data set; otherwise the name of the data set that the records must be of.
+            A synthetic data set such as "moving_shapes" is created in the folder on first use.
 
     Raises:
         SettingTypeError, UserError: a field breaks its rule; the message names the field, the rule and the value.
@@ -53,7 +53,7 @@ class DatasetSpec:
     frame_sampling: FrameSampling = "slowfast"
     validation_split: str | None = None
     validation_fraction: float = 0.0
-    name: Literal["records", "moving_shapes"] = "records"
+    name: str = ANY
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -67,9 +67,19 @@ class DatasetSpec:
         require(0 <= fraction < 1, "DatasetSpec.validation_fraction", "be in [0, 1)", fraction)
         exclusive = not (fraction and self.validation_split)
         require(exclusive, "DatasetSpec.validation_fraction", "be 0 if validation_split is set", fraction)
-        swaps_classes = self.name == "moving_shapes" and self.flip
-        rule = "be False for moving_shapes: flipping would swap the classes left and right"
-        require(not swaps_classes, "DatasetSpec.flip", rule, self.flip)
+        synthetic = self.synthetic
+        if synthetic is not None and not synthetic.flips:
+            rule = f"be False for {self.name}: flipping would change the classes of its videos"
+            require(not self.flip, "DatasetSpec.flip", rule, self.flip)
+
+    @property
+    def synthetic(self) -> SyntheticDataSet | None:
+        """The data set if it is synthetic, else None; raises `UserError` if no data set has the name."""
+        try:
+            data_set = None if self.name == ANY else DATA_SETS.get(self.name)
+        except UserError as error:
+            raise UserError(f"DatasetSpec.name: {error}") from error
+        return data_set if isinstance(data_set, SyntheticDataSet) else None
 
 
 def with_default_splits(spec: DatasetSpec, names: Collection[str]) -> DatasetSpec:
@@ -105,12 +115,12 @@ def open_dataset(spec: DatasetSpec) -> Manifest:
 
 
 def _open_manifest(spec: DatasetSpec) -> Manifest:
-    if spec.name == "moving_shapes":
-        with starting_tensorflow():
-            from x3d_tf.data.datasets.moving_shapes import open_moving_shapes
-
-        return open_moving_shapes(Path(spec.records))
-    return Manifest.load(spec.records)
+    if spec.synthetic is not None:
+        return spec.synthetic.open(Path(spec.records))
+    manifest = Manifest.load(spec.records)
+    same = spec.name in (ANY, manifest.dataset)
+    require(same, f"the data set of {spec.records}", f"be {spec.name} (DatasetSpec.name)", manifest.dataset)
+    return manifest
 
 
 def _require_records(manifest: Manifest, *splits: str) -> None:
