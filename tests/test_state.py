@@ -95,9 +95,9 @@ def test_a_build_interrupted_anywhere_gives_the_same_result(
     expected_result = build(videos, tmp_path / "complete")
     expected = content(tmp_path / "complete")
     assert len([name for name in expected if name.endswith(".tfrecord")]) == 4
-    assert set(expected) - {"build.json", "failures.csv", "manifest.json"} == {
-        shard.file for split in expected_result.manifest.splits.values() for shard in split.shards
-    }
+    shards = {shard.file for split in expected_result.manifest.splits.values() for shard in split.shards}
+    frames = {f"{name}.frames" for name in shards}
+    assert set(expected) - {"build.json", "failures.csv", "manifest.json"} == shards | frames
     assert expected_result.failures == 2
     sizes = {f"train-0000{number}-of-00003.tfrecord": 2 - number // 2 for number in range(3)}
     sizes["test-00000-of-00001.tfrecord"] = 1
@@ -122,7 +122,8 @@ def test_a_build_interrupted_anywhere_gives_the_same_result(
         assert {path.stem for path in output.glob(".build/*.json")} == set(sizes)  # one video failed
         assert (result.manifest.splits, result.failures) == (expected_result.manifest.splits, expected_result.failures)
         assert len(decoding) == (0 if finished else sum(count for name, count in sizes.items() if name not in noted))
-    assert stops >= 2 * (2 + 2 * 4 + 1)  # build.json, failures.csv; each shard and its note; manifest.json
+    # build.json, failures.csv; each shard, its frames and its note; manifest.json
+    assert stops >= 2 * (2 + 3 * 4 + 1)
 
 
 def test_finished_shards_are_not_decoded_again(

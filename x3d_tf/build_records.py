@@ -25,8 +25,9 @@ their actions.
 Other data sets by name, from an installed package or a module of your own:
   python -m x3d_tf.build_records --plugin=my_data --dataset=my_data --videos=my_videos --output=data/my_records
 
-Verify that existing records are intact:
+Verify that existing records are intact, or add the files SHARD.frames, which locate single frames, to existing records:
   python -m x3d_tf.build_records --verify --output=data/my_records
+  python -m x3d_tf.build_records --index --output=data/my_records
 
 All formats that FFmpeg decodes are supported. Files that cannot be decoded are listed in failures.csv in the output
 folder. To resume an interrupted build (Ctrl-C, SIGTERM or a crash), run the same command again. It also retries videos
@@ -54,6 +55,7 @@ from x3d_tf.data.building.builder import BuildResult, build_records
 from x3d_tf.data.building.encoding import TIMEOUT
 from x3d_tf.data.building.state import FAILURES_NAME
 from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.records.frames import index_records
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.runs.advice import advice
@@ -146,6 +148,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("workers", None, "Number of decoder processes. Defaults to the number of CPUs.")
     flags.DEFINE_float("timeout", TIMEOUT, "Time limit for decoding one video, in seconds. Defaults to 600.")
     flags.DEFINE_bool(
+        "index",
+        False,
+        "Write the missing or damaged files SHARD.frames of the records in --output; nothing else is built.",
+    )
+    flags.DEFINE_bool(
         "verify",
         False,
         "Verify the records in --output by reading every byte, and report damaged shards; nothing is built.",
@@ -154,8 +161,8 @@ def define_flags() -> None:
 
 def main() -> None:
     """Builds the records and prints what was written and what to run next, or verifies existing records."""
-    if FLAGS.verify:
-        _verify()
+    if FLAGS.verify or FLAGS.index:
+        _check_records()
         return
     settings = {name: FLAGS[name].value for name in ("dataset", "short_side", "quality", "workers", "timeout")}
     try:
@@ -185,22 +192,38 @@ def _by_split(name: str) -> dict[str, Path]:
     return files
 
 
-def _verify() -> None:
+def _check_records() -> None:
+    """Verifies or indexes existing records."""
     given = [f"--{name}" for name in ("dataset", *_inputs().given()) if FLAGS[name].present]
     if given:
-        raise UserError(f"{', '.join(given)} must not be given with --verify; it only needs --output")
+        raise UserError(f"{', '.join(given)} must not be given with --verify or --index; they only need --output")
+    if FLAGS.index:
+        result = index_records(FLAGS.output)
+        print(f"{FLAGS.output}: wrote {counted(result.written, 'file')} of frames; {result.kept} existed")
+    if FLAGS.verify:
+        _verify()
+
+
+def _verify() -> None:
     Manifest.load(FLAGS.output)  # before importing TensorFlow, which takes seconds
     with starting_tensorflow():
         from x3d_tf.data.records.verify import verify_records
 
     problems: list[str] = []
+    frame_problems: list[str] = []
     for report in verify_records(FLAGS.output):
         tqdm.write(str(report))
         problems += report.problems
+        frame_problems += report.frame_problems
     if problems:
         raise UserError(
             f"{FLAGS.output} has {counted(len(problems), 'damaged shard')}; delete the folder and build the records "
             "again"
+        )
+    if frame_problems:
+        raise UserError(
+            f"{FLAGS.output} has no damaged shard, but {counted(len(frame_problems), 'file')} of frames must be made "
+            f"again: python -m x3d_tf.build_records --index --output={shlex.quote(FLAGS.output)}"
         )
 
 

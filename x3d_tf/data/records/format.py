@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from x3d_tf.data.records.frames import FrameTable, frames_of, frames_path, join, write_frames
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, media_id, plan_shards
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, Pixels, VideoError, encode_jpeg, frame_at
@@ -397,7 +398,7 @@ def write_shard(
     classes: Sequence[str],
     on_result: Callable[[EncodedVideo | VideoError], object],
 ) -> Split:
-    """Writes a shard; the arguments are those of `write_split`.
+    """Writes a shard and then the file of its frames, see `frames`; the arguments are those of `write_split`.
 
     Returns:
         A split with this shard only, empty if all videos failed.
@@ -406,18 +407,23 @@ def write_shard(
         WriteError: the file cannot be written; no file is left.
     """
     written: list[Record] = []
+    frames: list[FrameTable] = []
     with ShardWriter(path) as writer:
         for source in sources:
             video = next(encoded)
             if isinstance(video, EncodedVideo):
-                offset, length = writer.write(encode_record(video, source, classes))
+                content = encode_record(video, source, classes)
+                offset, length = writer.write(content)
+                frames.append(frames_of(content, offset))
                 identity = source.video, source.start, source.end, source.key_frame
                 written.append(Record(0, offset, length, len(video.frames), video.fps, source.labels, *identity))
             on_result(video)
     if written:
+        write_frames(path, writer.shard, join(frames))
         return Split((writer.shard,), tuple(written))
     with os_errors_as_write_error(path):
         path.unlink()
+        frames_path(path).unlink(missing_ok=True)  # of an earlier build, in which a video could be read
     return Split((), ())
 
 
