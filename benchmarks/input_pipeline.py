@@ -134,7 +134,7 @@ def write_full_shard(folder: Path) -> None:
     classes = ("even", "odd")
     split = write_split(folder, "train", sources, map(video, range(VIDEOS_PER_SHARD)), classes, lambda _: None)
     build_settings: dict[str, int | float | str] = {"source": "benchmarks/input_pipeline.py"}
-    Manifest(folder, classes, {"train": split}, build_settings, Storage(256, 95)).save()
+    Manifest(folder, "noise", classes, {"train": split}, build_settings, Storage(256, 95)).save()
     mean = split.shards[0].bytes / len(split.records) / 1e6
     print(f"{folder}: one shard of {len(split.records)} records, {mean:.2f} MB per record")
 

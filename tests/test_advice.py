@@ -38,7 +38,7 @@ def records(
         for number, length in enumerate(seconds)
     ]
     names = tuple(f"class {label}" for label in range(len(classes)))
-    return Manifest(Path("data"), names, {"train": Split((), tuple(videos))}, {}, Storage(stored, 95), task)
+    return Manifest(Path("data"), "mine", names, {"train": Split((), tuple(videos))}, {}, Storage(stored, 95), task)
 
 
 def bindings_in(text: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from x3d_tf.data.datasets.ava import (
+from x3d_tf.data.ava_files import (
     NO_ACTION,
     BoxTable,
     KeyFrame,

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from video_fixtures import hang_where_marked, numbered_frames, write_class_folders, write_video
@@ -11,7 +12,9 @@ from video_fixtures import hang_where_marked, numbered_frames, write_class_folde
 from x3d_tf.build_records import summary
 from x3d_tf.data.building import builder
 from x3d_tf.data.building.builder import build_records
-from x3d_tf.data.building.sources import Video, find_videos
+from x3d_tf.data.building.sources import Video
+from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.datasets.folder import find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo
@@ -27,7 +30,7 @@ def names(manifest: Manifest, split: str) -> set[str]:
 
 
 def test_a_folder_per_class(clips: Path, tmp_path: Path) -> None:
-    result = build_records(clips, tmp_path / "out", workers=2, progress=False)
+    result = build_records(Inputs(videos=clips), tmp_path / "out", workers=2, progress=False)
     manifest = Manifest.load(tmp_path / "out")
     assert manifest == result.manifest
     assert manifest.classes == ("jump", "run")
@@ -52,7 +55,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
 ) -> None:
     monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
     for workers in (1, 3):
-        build_records(clips, tmp_path / str(workers), split=0.4, workers=workers, progress=False)
+        build_records(Inputs(videos=clips, split=0.4), tmp_path / str(workers), workers=workers, progress=False)
     files = sorted(path.name for path in (tmp_path / "1").iterdir() if path.is_file())
     assert len([name for name in files if name.endswith(".tfrecord")]) > 2
     assert files == sorted(path.name for path in (tmp_path / "3").iterdir() if path.is_file())
@@ -96,7 +99,7 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     (tmp_path / "one" / "run" / "clip 0.mp4").symlink_to(clips / "run" / "clip 0.mp4")
     (tmp_path / "two" / "jump").symlink_to(clips / "jump")
-    result = build_records(tmp_path, tmp_path / "out", splits=["one", "two"], workers=1, progress=False)
+    result = build_records(Inputs(videos=tmp_path, splits=("one", "two")), tmp_path / "out", workers=1, progress=False)
     assert result.manifest.classes == ("jump", "run")
     assert names(result.manifest, "one") == {"one/run/clip 0.mp4"}
     assert {record.labels for record in result.manifest.split("two").records} == {(0,)}
@@ -121,9 +124,11 @@ def test_split_bindings_are_printed_for_unusual_names(
         for name in ("RUN", "run"):
             (tmp_path / "in" / split / name).mkdir(parents=True)
             (tmp_path / "in" / split / name / "0.mp4").symlink_to(clips / "run" / f"clip {number}.mp4")
-    named = None if splits[0].lower() == "train" and "dev" not in splits else list(splits)
+    named = None if splits[0].lower() == "train" and "dev" not in splits else splits
     with pytest.warns(UserWarning, match="the classes 'RUN', 'run' differ only in case"):
-        result = build_records(tmp_path / "in", tmp_path / "out", splits=named, workers=1, progress=False)
+        result = build_records(
+            Inputs(videos=tmp_path / "in", splits=named), tmp_path / "out", workers=1, progress=False
+        )
     assert [len(split.records) for split in result.manifest.splits.values()] == [2] * len(splits)
     printed = re.findall(r"DatasetSpec\.(\w*_split=[^']*)", "\n".join(summary(result)))
     assert printed == [binding.replace("=", '="') + '"' for binding in bindings]
@@ -132,11 +137,11 @@ def test_split_bindings_are_printed_for_unusual_names(
 @pytest.mark.parametrize(
     ("files", "settings", "message"),
     [
-        (["a/1"], {"splits": ["a"], "split": 0.2}, "splits and split must not be set together"),
+        (["a/1"], {"splits": ("a",), "split": 0.2}, "splits and split must not be set together"),
         (["a/1"], {"split": 1.0}, "split must be between 0 and 1, got 1.0"),
-        (["a/1"], {"splits": ["a", "a"]}, "splits must be distinct names of folders"),
-        (["a/1"], {"splits": ["../a"]}, "splits must be distinct names of folders"),
-        (["a/b/1"], {"splits": ["a", "b"]}, "b is not a folder"),
+        (["a/1"], {"splits": ("a", "a")}, "splits must be distinct names of folders"),
+        (["a/1"], {"splits": ("../a",)}, "splits must be distinct names of folders"),
+        (["a/b/1"], {"splits": ("a", "b")}, "b is not a folder"),
         (["one/a/1", "two/a/1"], {}, "is a folder, but class folders must hold video files.*--splits=one,two"),
         (["notes"], {}, "has no class folders with videos in them; ignored 1 other entry"),
         (["a/1"], {}, "no video can be read \\(1 tried\\); see .* for the reasons"),
@@ -144,7 +149,7 @@ def test_split_bindings_are_printed_for_unusual_names(
         (["a/1"], {"split": 0.2}, "split test has no videos. Add videos to it, or leave it out of --splits"),
         (
             ["one/a/1", "two/notes"],
-            {"splits": ["one", "two"]},
+            {"splits": ("one", "two")},
             "split two has no videos \\(1 unusable entry; the first: .*two/notes: is not in a class folder\\)",
         ),
         (["a/1"], {"timeout": 0.0}, "timeout must be above 0 and at most 1,000,000 seconds, got 0"),
@@ -155,11 +160,12 @@ def test_split_bindings_are_printed_for_unusual_names(
     ],
 )
 def test_invalid_settings_are_reported(
-    tmp_path: Path, files: list[str], settings: dict[str, object], message: str
+    tmp_path: Path, files: list[str], settings: dict[str, Any], message: str
 ) -> None:
     touch(tmp_path, *files)
     with pytest.raises(ValueError, match=message):
-        build_records(tmp_path, tmp_path / "out", progress=False, **settings)  # type: ignore[arg-type]
+        inputs = {name: settings.pop(name) for name in [*settings] if name in Inputs.__dataclass_fields__}
+        build_records(Inputs(videos=tmp_path, **inputs), tmp_path / "out", progress=False, **settings)
     left = {path.name for path in (tmp_path / "out").glob("*")} if (tmp_path / "out").exists() else set()
     assert left <= {"failures.csv", "build.json", "1"}
 
@@ -174,7 +180,7 @@ def test_file_names_of_all_kinds(tmp_path: Path) -> None:
         (folder / os.fsdecode(name)).write_bytes(video)
     for name in (b"bad \xff.mp4", b'bad ",\n.mp4'):
         (folder / os.fsdecode(name)).write_text("no video")
-    result = build_records(tmp_path / "in", tmp_path / "out", workers=1, progress=False)
+    result = build_records(Inputs(videos=tmp_path / "in"), tmp_path / "out", workers=1, progress=False)
     assert Manifest.load(tmp_path / "out") == result.manifest
     assert result.manifest.classes == ("прыжок, „hoch“",)
     expected = {f"прыжок, „hoch“/{name.decode('utf-8', 'replace')}" for name in names}
@@ -184,14 +190,14 @@ def test_file_names_of_all_kinds(tmp_path: Path) -> None:
     assert {path.rpartition("/")[2] for path in paths} == {r"bad \udcff.mp4", 'bad ",\n.mp4'}
     assert [len(path) > 30 for path in paths] == [True, True]
     assert any("Only one class" in line for line in summary(result))
-    assert build_records(tmp_path / "in", tmp_path / "out", progress=False).was_finished
+    assert build_records(Inputs(videos=tmp_path / "in"), tmp_path / "out", progress=False).was_finished
 
 
 def test_a_csv_file_of_segments_with_several_classes(clips: Path, tmp_path: Path) -> None:
     table = tmp_path / "list.csv"
     rows = ["run/clip 3.mp4,run,0,0.1", "run/clip 3.mp4,run;turn,0.1,", "jump/clip 4.mp4,jump,5,", "jump/x,jump,,"]
     table.write_text("path,label,start,end\n" + "\n".join([*rows, "run/broken.mp4,run,0,1", "run/broken.mp4,run,1,2"]))
-    result = build_records(clips, tmp_path / "out", csv=table, workers=1, progress=False)
+    result = build_records(Inputs(videos=clips, csv=table), tmp_path / "out", workers=1, progress=False)
     manifest = Manifest.load(tmp_path / "out")
     assert manifest == result.manifest
     assert (manifest.task, manifest.classes) == ("multi_label", ("jump", "run", "turn"))
@@ -208,8 +214,8 @@ def test_a_csv_file_of_segments_with_several_classes(clips: Path, tmp_path: Path
 
 
 def test_neither_videos_nor_a_csv_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="videos or csv must be set"):
-        build_records(None, tmp_path / "out")
+    with pytest.raises(ValueError, match="the data set folder requires --videos"):
+        build_records(Inputs(), tmp_path / "out")
 
 
 def test_a_video_that_hangs_is_listed_and_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +225,7 @@ def test_a_video_that_hangs_is_listed_and_retried(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(builder, "encode_or_error", hang_where_marked)
 
     def build(output: Path) -> builder.BuildResult:
-        return build_records(tmp_path / "in", output, workers=1, timeout=3, progress=False)
+        return build_records(Inputs(videos=tmp_path / "in"), output, workers=1, timeout=3, progress=False)
 
     result = build(tmp_path / "out")
     assert names(result.manifest, "train") == {"a/first.mp4", "b/last.mp4"}
@@ -240,7 +246,7 @@ def test_real_clips(shared_data: Path, tmp_path: Path) -> None:
     for name in ("apply_eye_makeup.avi", "deadlifting.mp4"):
         (tmp_path / "in" / name[:4]).mkdir(parents=True)
         (tmp_path / "in" / name[:4] / name).symlink_to(shared_data / "clips" / name)
-    result = build_records(tmp_path / "in", tmp_path / "out", short_side=64, workers=2, progress=False)
+    result = build_records(Inputs(videos=tmp_path / "in"), tmp_path / "out", short_side=64, workers=2, progress=False)
     found = {record.media_id: (record.frames, record.fps) for record in result.manifest.split("train").records}
     assert found == {"appl/apply_eye_makeup.avi": (164, 25.0), "dead/deadlifting.mp4": (360, 30.0)}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from x3d_tf.data.datasets.ava import BoxTable, read_boxes, read_label_map
+from x3d_tf.data.ava_files import BoxTable, read_boxes, read_label_map
 from x3d_tf.evaluation.detection_metrics import (
     LabeledBoxes,
     detection_average_precisions,

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from evaluating import evaluate_run, watch_run
+from key_frames import build_key_frames
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
 from x3d_tf import plots
 from x3d_tf.config import Detection, Execution, Recipe, TrainConfig
-from x3d_tf.data.building.builder import build_key_frames
-from x3d_tf.data.datasets.ava import KeyFrame, read_boxes
+from x3d_tf.data.ava_files import KeyFrame, read_boxes
 from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.data.detection_pipeline import key_frames_of
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.detection import score_split
@@ -343,7 +344,7 @@ def test_a_report_counts_key_frames_without_a_record(folder: Path, run: Any, tmp
         label_map=folder / "actions.pbtxt",
         progress=False,
     )
-    assert built.manifest.settings["key_frames_test"] == 5 and len(built.manifest.splits["test"].records) == 4
+    assert key_frames_of(built.manifest).listed["test"] == 5 and len(built.manifest.splits["test"].records) == 4
     run.config.write_text(config_of(tmp_path).to_json())
     try:
         report = evaluate_run(run, output=str(tmp_path / "report"))

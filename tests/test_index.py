@@ -1,18 +1,17 @@
-"""Names in the index of the records: segments of files, and key frames."""
+"""Names of records, and the plan of the shards."""
 
-import pytest
-
-from x3d_tf.data.records.index import parse_key_frame_id, parse_segment_file, segment_id
-from x3d_tf.errors import UserError
+from x3d_tf.data.records.index import media_id, plan_shards
 
 
-def test_segment_ids_give_their_files() -> None:
-    for start, end in ((None, None), (0.5, None), (None, 3.0), (1e-05, 1e20)):
-        assert parse_segment_file(segment_id("a#b-c/d.mp4", start, end)) == "a#b-c/d.mp4"
+def test_names_state_the_segment_or_the_key_frame() -> None:
+    assert media_id("a#b-c/d.mp4") == "a#b-c/d.mp4"
+    assert media_id("a.mp4", 0.5) == "a.mp4#0.5-"
+    assert media_id("a.mp4", 0.0, 3.0) == "a.mp4#0.0-3.0"
+    assert media_id("a.mp4", 1e-05, 1e20) == "a.mp4#1e-05-1e+20"
+    assert media_id("a,film", key_frame=902) == "a,film,0902"
 
 
-@pytest.mark.parametrize("second", ["", "-1", "1_0", "９", "9" * 5000, "9" * 30])
-def test_invalid_key_frame_ids(second: str) -> None:
-    with pytest.raises(UserError, match="the media_id of a key frame must be VIDEO,SECOND, got 'film,"):
-        parse_key_frame_id(f"film,{second}")
-    assert parse_key_frame_id("a,film,0902") == ("a,film", 902)
+def test_shards_cover_all_videos_once() -> None:
+    plan = plan_shards("train", 130)
+    assert [name for name, _ in plan] == [f"train-0000{i}-of-00003.tfrecord" for i in range(3)]
+    assert [[*range(130)][part] for _, part in plan] == [[*range(64)], [*range(64, 128)], [128, 129]]

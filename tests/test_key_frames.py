@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from key_frames import build_key_frames
 from PIL import Image
 from video_fixtures import number_of, numbered_frames, write_manifest, write_video
 
 import x3d_tf
 from x3d_tf import build_records
-from x3d_tf.data.building.builder import build_key_frames
-from x3d_tf.data.building.key_frames import find_key_frames
+from x3d_tf.data.datasets.ava import find_key_frames
 from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
-from x3d_tf.data.detection_pipeline import evaluation_key_frames
+from x3d_tf.data.detection_pipeline import evaluation_key_frames, key_frames_of
 from x3d_tf.data.detection_pipeline import training_key_frames as train_clips
 from x3d_tf.data.records.format import ParsedAnnotation, parse_annotation, parse_record
 from x3d_tf.data.records.manifest import Manifest
@@ -99,7 +99,7 @@ def test_folders_of_frames_make_the_same_records(folder: Path, records: Manifest
     given = {"train": tmp_path / "train.csv"}
     given["train"].write_text("".join(line for line in TRUTH.splitlines(True) if line.startswith("film")))
     made = build_key_frames(tmp_path / "videos", tmp_path / "records", given, label_map=folder / "actions.pbtxt")
-    assert (made.manifest.settings["frame_rate"], "frame_rate" in records.settings) == (30.0, False)
+    assert (key_frames_of(made.manifest).frame_rate, key_frames_of(records).frame_rate) == (30.0, None)
     for media_id in ("film,0902", "film,0904"):
         (ours, known), (theirs, same) = content(made.manifest, media_id), content(records, media_id)
         assert len(ours.frames) == len(theirs.frames) and int(known.key_frame) == int(same.key_frame)
@@ -143,6 +143,8 @@ def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_p
     failures = (tmp_path / "records" / "failures.csv").read_text()
     assert f"does not exist (listed in {tmp_path / 'more.csv'})" in failures
     assert made.failures == 2 and "clip.mkv" in failures
+    split = made.manifest.splits["train"]
+    assert (split.present, split.expected, key_frames_of(made.manifest).listed) == (2, 3, {"train": 5})
 
 
 @pytest.mark.parametrize(
@@ -289,8 +291,8 @@ def test_the_command(
     [
         (("--boxes=a.csv",), "--boxes must be SPLIT=FILE, once for each split, got 'a.csv'"),
         (("--boxes=a=1.csv", "--boxes=a=2.csv"), "--boxes must be SPLIT=FILE, once for each split, got 'a=2.csv'"),
-        (("--boxes=a=1.csv", "--split=0.2"), "--split must not be given with --boxes"),
-        (("--label_map=a",), "--label_map must not be given without --boxes"),
+        (("--boxes=a=1.csv", "--split=0.2"), "--split must not be given for the data set ava, which reads --videos"),
+        (("--label_map=a",), "--label_map must not be given for the data set folder, which reads --videos"),
         (("--boxes=a=none.csv",), "none.csv cannot be read: No such file or directory"),
     ],
 )
@@ -317,7 +319,7 @@ def test_key_frames_of_a_video_are_held_out_together(records: Manifest) -> None:
     spec = DatasetSpec(str(records.folder), eval_split="train", validation_fraction=0.5)
     for seed in range(4):
         parts = hold_out(records, spec, seed).splits
-        videos = [{record.media_id.split(",")[0] for record in parts[name].records} for name in ("train", "validation")]
+        videos = [{record.video for record in parts[name].records} for name in ("train", "validation")]
         assert sorted(map(sorted, videos)) == [["clip"], ["film"]]
 
 

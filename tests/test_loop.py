@@ -256,9 +256,7 @@ def test_ctrl_c_loses_no_step(
         patch.setattr(History, "add", stop_at_27)
         train(config_of(records), tmp_path / "run")
     first, error = capsys.readouterr()
-    assert (
-        "stopped after step 27; run the same command again to resume" in error and "warning: batch-norm" not in error
-    )
+    assert "stopped after step 27; run the same command again to resume" in error and "warning: batch-norm" not in error
     run = train(config_of(records), tmp_path / "run")
     assert "resuming from the checkpoint of step 27" in capsys.readouterr().out
     assert "batch norm over groups of 8 clips (1 per step)" in first

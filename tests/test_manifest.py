@@ -1,6 +1,7 @@
 """The manifest: loaded as saved, its fingerprint, and damaged or edited files."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 from video_fixtures import noise_video, write_manifest, write_records
 
+from x3d_tf.data.records.index import KeyFrameInfo
 from x3d_tf.data.records.manifest import Manifest
+
+RECORDS = ("splits", "train", "records")
 
 
 @pytest.fixture
@@ -40,7 +44,68 @@ def edited(manifest: Manifest, *path: Any, value: Any) -> Path:
     return manifest.folder
 
 
-RECORDS = ("splits", "train", "records")
+def test_segments_and_missing_videos_are_loaded_as_saved(manifest: Manifest) -> None:
+    """Two of the three records are segments of one video; the list of the data set has four videos."""
+    first, second, third = manifest.splits["train"].records
+    records = (first, second._replace(start=1.5), third._replace(video=second.video, start=1.5, end=2.0))
+    split = replace(manifest.splits["train"], records=records, expected=4)
+    replace(manifest, splits=manifest.splits | {"train": split}).save()
+    loaded = Manifest.load(manifest.folder).splits["train"]
+    assert loaded == split
+    assert (loaded.present, loaded.expected) == (2, 4)
+    assert [record.media_id for record in loaded.records] == ["train/0", "train/1#1.5-", "train/1#1.5-2.0"]
+
+
+def test_columns_that_no_record_needs_are_omitted(manifest: Manifest) -> None:
+    content = json.loads((manifest.folder / "manifest.json").read_text())
+    assert [*content["splits"]["test"]["records"]] == ["shard", "offset", "length", "frames", "fps", "labels", "video"]
+
+
+KEY_FRAMES = KeyFrameInfo(1.5, 900.0, None, ("train",), {"train": 5, "test": 2})
+
+
+@pytest.fixture
+def detection(manifest: Manifest) -> Manifest:
+    splits = {
+        name: replace(
+            split, records=tuple(record._replace(key_frame=902 + i) for i, record in enumerate(split.records))
+        )
+        for name, split in manifest.splits.items()
+    }
+    changed = replace(manifest, splits=splits, task="detection", key_frames=KEY_FRAMES)
+    changed.save()
+    return changed
+
+
+def test_key_frames_are_loaded_as_saved(detection: Manifest) -> None:
+    assert Manifest.load(detection.folder) == detection
+    assert [record.media_id for record in detection.splits["test"].records] == ["test/0,0902", "test/1,0903"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("key_frames",), None, "key_frames must be an object if the task is detection"),
+        (("key_frames", "margin"), None, "key_frames must have the entries of key frames"),
+        (("key_frames", "margin"), math.nan, "key_frames.margin must be a number of at least 0, got nan"),
+        (("key_frames", "starts_at"), -1, "key_frames.starts_at must be a number of at least 0, got -1"),
+        (("key_frames", "frame_rate"), "30", "key_frames.frame_rate must be a number of at least 0, got '30'"),
+        (("key_frames", "proposals"), 5, "key_frames must have the entries of key frames"),
+        (("key_frames", "proposals"), [5], r"key_frames.proposals must be names of splits, got \(5,\)"),
+        (("key_frames", "listed"), {"train": -1}, "key_frames.listed must be numbers of at least 0 by split"),
+        (("key_frames", "listed"), [], "key_frames.listed must be numbers of at least 0 by split"),
+        (("key_frames", "more"), 1, "key_frames must have the entries of key frames"),
+        ((*RECORDS, "key_frame"), None, "key_frame must be a list, got None"),
+        ((*RECORDS, "key_frame", 1), -1, r"records\[1\].key_frame must be at least 0 and at most"),
+        ((*RECORDS, "key_frame", 1), "902", r"key_frame\[1\] must be a int, got '902'"),
+    ],
+)
+def test_key_frames_are_not_trusted(detection: Manifest, path: tuple[Any, ...], value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Manifest.load(edited(detection, *path, value=value))
+    assert "manifest.json: " in str(caught.value)
+
+
 LABELS = [(0,), (0, 2), (1, 2, 3)]
 
 
@@ -81,7 +146,7 @@ def test_the_fingerprint_depends_on_the_content(manifest: Manifest, tmp_path: Pa
         replace(same, classes=same.classes[::-1]),
         same.with_records("train", [first, second]),
         same.with_records("train", [first._replace(labels=second.labels), second._replace(labels=first.labels), third]),
-        same.with_records("train", [first._replace(media_id="x"), second, third]),
+        same.with_records("train", [first._replace(video="x"), second, third]),
     ]
     assert len({manifest.fingerprint(), *(other.fingerprint() for other in others)}) == 5
 
@@ -103,7 +168,7 @@ def double_record(content: dict[str, Any]) -> None:
 
 
 def swap_names(content: dict[str, Any]) -> None:
-    names = content["splits"]["train"]["records"]["media_id"]
+    names = content["splits"]["train"]["records"]["video"]
     names[0], names[1] = names[1], names[0]
 
 
@@ -147,8 +212,8 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format_version",), 3, r"format_version must be 4, got 3\. .* build them again"),
-        (("format_version",), None, "format_version must be 4, got None"),
+        (("format_version",), 3, r"format_version must be 5, got 3\. .* build them again"),
+        (("format_version",), None, "format_version must be 5, got None"),
         (RECORDS, None, "records must be a dict, got None"),
         ((*RECORDS, "offset", 1), 12, r"records\[1\] must start after the end of the previous record, got \(0, 12\)"),
         (("classes",), ["a", "a"], "classes must be distinct names"),
@@ -170,7 +235,16 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
         (("splits", "train", "shards", 0, "file"), "../a", "file must be a file name without a path, got '../a'"),
         (("splits", "train", "shards", 0, "file"), "..", "file must be a file name without a path"),
         (("splits", "train", "shards", 0, "bytes"), "9", "bytes must be a int, got '9'"),
-        (("splits", "train", "count"), 4, "count must be 3, got 4"),
+        (("splits", "train", "count"), 4, "shard must have 4 values, the count, got 3"),
+        (("splits", "train", "count"), -1, "count must be a number of records, got -1"),
+        (("splits", "train", "expected"), -1, "expected must be a number of videos or null, got -1"),
+        (("splits", "train", "expected"), True, "expected must be a number of videos or null, got True"),
+        (("dataset",), None, "dataset must be a name of letters, digits, '_', '-' and '.', got None"),
+        (("dataset",), "../a", "dataset must be a name of letters, .*got '../a'"),
+        (("settings",), {str(i): i for i in range(1001)}, "settings must have at most 1000 entries, got 1001"),
+        (("settings", "seed"), [0], r"settings.seed must be a number or a short text, got \[0\]"),
+        (("settings", "seed"), "x" * 5000, "settings.seed must be a number or a short text"),
+        (("key_frames",), {}, "key_frames must be an object if the task is detection, and null otherwise"),
         ((*RECORDS, "labels", 0), [True], r"labels\[0\]\[0\] must be a int, got True"),
         ((*RECORDS, "labels", 0), [3], r"records\[0\].labels must be in 0..2, got \(3,\)"),
         ((*RECORDS, "labels", 0), [0, 1], r"records\[0\].labels must be exactly one, got \(0, 1\)"),
@@ -180,14 +254,27 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
         ((*RECORDS, "shard", 2), 1, r"records\[2\].shard must be in 0..0, got 1"),
         ((*RECORDS, "shard", 2), -1, r"records\[2\].shard must be in 0..0, got -1"),
         ((*RECORDS, "offset", 0), 0, r"records\[0\] must lie inside train-"),
-        ((*RECORDS, "length", 1), 10**30, r"records\[1\] must lie inside train-"),
-        ((*RECORDS, "length", 1), -1, r"records\[1\] must lie inside train-"),
-        ((*RECORDS, "frames", 1), 0, "frames must be at least 1, got 0"),
-        ((*RECORDS, "frames", 1), 10**4000, "frames must fit into the record, got 1000"),
+        ((*RECORDS, "length", 1), 10**6, r"records\[1\] must lie inside train-"),
+        ((*RECORDS, "length", 1), 10**30, r"records\[1\].length must be at least 0 and at most"),
+        ((*RECORDS, "length", 1), -1, r"records\[1\].length must be at least 0"),
+        ((*RECORDS, "frames", 1), 0, "frames must be at least 1 and at most .*, got 0"),
+        ((*RECORDS, "frames", 1), 10**6, r"records\[1\].frames must fit into the record, got 1000000"),
+        ((*RECORDS, "frames", 1), 10**4000, "frames must be at least 1 and at most .*got 1000"),
         ((*RECORDS, "fps", 1), float("nan"), "fps must be positive, got nan"),
         ((*RECORDS, "fps", 1), 0.0, "fps must be positive, got 0.0"),
-        ((*RECORDS, "fps"), [30.0], "must have columns of equal length"),
-        ((*RECORDS, "media_id"), None, "media_id must be a list, got None"),
+        ((*RECORDS, "fps", 1), math.inf, "fps must be positive, got inf"),
+        ((*RECORDS, "fps", 1), 30, r"fps\[1\] must be a float, got 30"),
+        ((*RECORDS, "fps"), [30.0], "fps must have 3 values, the count, got 1"),
+        ((*RECORDS, "video"), None, "video must be a list, got None"),
+        ((*RECORDS, "video", 1), "", r"records\[1\].video must be a name of 1 to 4096 characters of valid Unicode"),
+        ((*RECORDS, "video", 1), "a\ud800", r"records\[1\].video must be a name of 1 to 4096 characters"),
+        ((*RECORDS, "start"), [0.0, 1.0, -1.0], r"records\[2\].start must be at least 0 seconds, got -1.0"),
+        ((*RECORDS, "start"), [0.0, math.nan, 1.0], r"records\[1\].start must be at least 0 seconds, got nan"),
+        ((*RECORDS, "start"), [0.0, None, 1.0], r"start\[1\] must be a float, got None"),
+        ((*RECORDS, "end"), [None, 0.0, 1.0], r"records\[1\].end must be after the start, got 0.0"),
+        ((*RECORDS, "end"), [None, math.inf, 1.0], r"records\[1\].end must be after the start, got inf"),
+        ((*RECORDS, "key_frame"), [1, 2, 3], "key_frame must be absent unless the task is detection"),
+        ((*RECORDS, "media_id"), ["a", "b", "c"], r"records must have only the columns shard, .*got \['media_id'\]"),
     ],
 )
 def test_a_manifest_is_not_trusted(manifest: Manifest, path: tuple[Any, ...], value: Any, message: str) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluating import evaluate_run
+from key_frames import build_key_frames
 from moving_actors import ACTIONS, ACTOR, FPS, KEY_SECONDS, SIDE, actors_of, frames_of, write_films
 
 import x3d_tf
 from x3d_tf.config import Detection, Recipe, TrainConfig
-from x3d_tf.data.building.builder import build_key_frames
-from x3d_tf.data.datasets.ava import read_boxes, read_label_map
+from x3d_tf.data.ava_files import read_boxes, read_label_map
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.training.loop import train
 

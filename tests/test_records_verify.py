@@ -39,7 +39,7 @@ def edit_manifest(records: Manifest, how: str) -> None:
     elif how == "classes":
         content["classes"] = content["classes"][1:] + content["classes"][:1]
     elif how == "names":
-        columns["media_id"][:2] = columns["media_id"][1::-1]
+        columns["video"][:2] = columns["video"][1::-1]
     else:
         for column in columns.values():
             del column[1 if how == "last dropped" else 0]

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from x3d_tf.data.building.sources import Sources, Video, find_videos, read_csv
+from x3d_tf.data.building.sources import Sources, Video
 from x3d_tf.data.class_lists import read_classes
+from x3d_tf.data.datasets.csv import read_csv
+from x3d_tf.data.datasets.folder import find_videos
 
 
 def touch(folder: Path, *files: str) -> Path:
@@ -52,7 +54,7 @@ def test_segments_of_a_video_have_distinct_names(tmp_path: Path) -> None:
     videos = read_csv(write_csv(tmp_path, lines)).splits["train"]
     assert {video.media_id: (video.start, video.end) for video in videos} == {
         "a.mp4#12.5-15.0": (12.5, 15.0),
-        "a.mp4#-3.0": (0.0, 3.0),
+        "a.mp4#0.0-3.0": (0.0, 3.0),
         "a.mp4#20.0-": (20.0, None),
         "a.mp4": (0.0, None),
         "a.mp4#0.0-1.0": (0.0, 1.0),

@@ -18,8 +18,10 @@ from x3d_tf.build_records import summary
 from x3d_tf.data.building import builder
 from x3d_tf.data.building.builder import BuildResult, build_records
 from x3d_tf.data.building.encoding import Retryable
-from x3d_tf.data.building.sources import Video, find_videos
+from x3d_tf.data.building.sources import Video
 from x3d_tf.data.building.state import open_build
+from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.datasets.folder import find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, VideoError
@@ -61,7 +63,8 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def build(videos: Path, output: Path, **settings: Any) -> BuildResult:
-    return build_records(videos, output, progress=False, **settings)
+    inputs = {name: settings.pop(name) for name in [*settings] if name in Inputs.__dataclass_fields__}
+    return build_records(Inputs(videos=videos, **inputs), output, progress=False, **settings)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -92,9 +95,9 @@ def test_a_build_interrupted_anywhere_gives_the_same_result(
     expected_result = build(videos, tmp_path / "complete")
     expected = content(tmp_path / "complete")
     assert len([name for name in expected if name.endswith(".tfrecord")]) == 4
-    assert set(expected) - {"build.json", "failures.csv", "manifest.json"} == {
-        shard.file for split in expected_result.manifest.splits.values() for shard in split.shards
-    }
+    shards = {shard.file for split in expected_result.manifest.splits.values() for shard in split.shards}
+    frames = {f"{name}.frames" for name in shards}
+    assert set(expected) - {"build.json", "failures.csv", "manifest.json"} == shards | frames
     assert expected_result.failures == 2
     sizes = {f"train-0000{number}-of-00003.tfrecord": 2 - number // 2 for number in range(3)}
     sizes["test-00000-of-00001.tfrecord"] = 1
@@ -119,7 +122,8 @@ def test_a_build_interrupted_anywhere_gives_the_same_result(
         assert {path.stem for path in output.glob(".build/*.json")} == set(sizes)  # one video failed
         assert (result.manifest.splits, result.failures) == (expected_result.manifest.splits, expected_result.failures)
         assert len(decoding) == (0 if finished else sum(count for name, count in sizes.items() if name not in noted))
-    assert stops >= 2 * (2 + 2 * 4 + 1)  # build.json, failures.csv; each shard and its note; manifest.json
+    # build.json, failures.csv; each shard, its frames and its note; manifest.json
+    assert stops >= 2 * (2 + 3 * 4 + 1)
 
 
 def test_finished_shards_are_not_decoded_again(
@@ -402,7 +406,7 @@ def test_size_is_estimated_before_the_bulk(
     monkeypatch.setattr(builder, "ESTIMATE_AFTER", 3)
     monkeypatch.setattr(builder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": room}))
     if room > 1000:
-        build_records(videos, tmp_path / "out")
+        build_records(Inputs(videos=videos), tmp_path / "out")
         assert "MB (1000.0 GB free on the disk)" in capsys.readouterr().out
         return
     message = r"out needs about 0\.\d MB more, estimated from the first 3 videos, but its disk has 0\.0 MB .* --quality"
@@ -418,6 +422,7 @@ def test_a_killed_build_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # The third video never ends, so that the process is killed during the build on any machine.
     code = (
         "import sys, time\n"
+        "from pathlib import Path\n"
         "from x3d_tf.data.building import builder\n"
         "from x3d_tf.data.records import index\n"
         "real = builder.encode_all\n"
@@ -428,7 +433,8 @@ def test_a_killed_build_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "        yield result\n"
         "if __name__ == '__main__':\n"
         "    builder.encode_all, index.VIDEOS_PER_SHARD = encode_all, 1\n"
-        "    builder.build_records(sys.argv[1], sys.argv[2], workers=1, progress=False)\n"
+        "    inputs = builder.Inputs(videos=Path(sys.argv[1]))\n"
+        "    builder.build_records(inputs, sys.argv[2], workers=1, progress=False)\n"
     )
     script = tmp_path / "build.py"
     script.write_text(code)

@@ -8,7 +8,7 @@ import pytest
 
 import x3d_tf
 from x3d_tf.data.datasets.spec import HELD_OUT, DatasetSpec, hold_out
-from x3d_tf.data.records.index import Record, Shard, Split, parse_segment_file, segment_id
+from x3d_tf.data.records.index import Record, Shard, Split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.evaluation.validation import ClipValidation
 from x3d_tf.types import Storage
@@ -21,7 +21,7 @@ def manifest_of(counts: dict[int, int], task: str = "single_label") -> Manifest:
     records = tuple(Record(0, 12, 100, 10, 30.0, (label,), f"{label}/{i}") for i, label in enumerate(labels))
     split = Split((Shard("train-0", 1000, ""),), records)
     names = tuple(str(label) for label in counts)
-    return Manifest(Path("unused"), names, {"train": split}, {}, Storage(256, 95), task)  # type: ignore[arg-type]
+    return Manifest(Path("unused"), "mine", names, {"train": split}, {}, Storage(256, 95), task)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +49,12 @@ def test_segments_of_a_file_stay_together() -> None:
     """Some files have segments of two classes; segments are named as those of a csv with start and end."""
     whole = manifest_of({0: 12, 1: 12})
     pieces = tuple(
-        record._replace(media_id=segment_id(f"{i // 3}.mp4", float(i), None if i % 2 else i + 1.5))
+        record._replace(video=f"{i // 3}.mp4", start=float(i), end=None if i % 2 else i + 1.5)
         for i, record in enumerate(whole.splits["train"].records[2:])
     )
     manifest = dataclasses.replace(whole, splits={"train": Split(whole.splits["train"].shards, pieces)})
     splits = hold_out(manifest, spec(0.3), seed=0).splits
-    files = {name: {parse_segment_file(record.media_id) for record in split.records} for name, split in splits.items()}
+    files = {name: {record.video for record in split.records} for name, split in splits.items()}
     assert not files["train"] & files[HELD_OUT]
     assert files["train"] | files[HELD_OUT] == {f"{i}.mp4" for i in range(8)}
 

@@ -15,14 +15,19 @@ for two labels and makes the task multi-label. The columns may also be separated
 that contain a semicolon are quoted.
 
 Action detection from AVA's videos, or from folders of their frames, and AVA's csv files of boxes, one per split:
-  python -m x3d_tf.build_records --videos=ava/videos_15min --output=data/ava \\
+  python -m x3d_tf.build_records --dataset=ava_v2.2 --videos=ava/videos_15min --output=data/ava_v2.2 \\
       --boxes=train=ava/ava_train_v2.2.csv --boxes=val=ava/ava_val_v2.2.csv --proposals=val=ava/person_boxes_val.csv \\
       --exclusions=val=ava/ava_val_excluded_timestamps_v2.2.csv
 A record then holds the 2.7 seconds around a key frame. Proposals are the boxes of a person detector, in the same format
-with a score in the last column. --label_map names the actions of other label sets than AVA's.
+with a score in the last column. Without --dataset, any csv files in AVA's format are accepted, and --label_map names
+their actions.
 
-Verify that existing records are intact:
+Other data sets by name, from an installed package or a module of your own:
+  python -m x3d_tf.build_records --plugin=my_data --dataset=my_data --videos=my_videos --output=data/my_records
+
+Verify that existing records are intact, or add the files SHARD.frames, which locate single frames, to existing records:
   python -m x3d_tf.build_records --verify --output=data/my_records
+  python -m x3d_tf.build_records --index --output=data/my_records
 
 All formats that FFmpeg decodes are supported. Files that cannot be decoded are listed in failures.csv in the output
 folder. To resume an interrupted build (Ctrl-C, SIGTERM or a crash), run the same command again. It also retries videos
@@ -46,13 +51,12 @@ from absl import flags
 from tqdm import tqdm
 
 from x3d_tf import commands, gin_config
-from x3d_tf.data.building.builder import BuildResult, build_key_frames, build_records
+from x3d_tf.data.building.builder import BuildResult, build_records
 from x3d_tf.data.building.encoding import TIMEOUT
-from x3d_tf.data.building.key_frames import AVA_START_SECONDS
-from x3d_tf.data.building.sources import find_split_folders
 from x3d_tf.data.building.state import FAILURES_NAME
+from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.records.frames import index_records
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.runs.advice import advice
 from x3d_tf.startup import starting_tensorflow
@@ -62,7 +66,9 @@ from x3d_tf.text import binding_flag, counted
 
 FLAGS = flags.FLAGS
 
-_BOX_FLAGS = ("proposals", "exclusions", "label_map", "starts_at", "frame_rate")
+_PATHS = ("videos", "csv", "label_map", "classes")
+_FILES_BY_SPLIT = ("lists", "boxes", "proposals", "exclusions")
+_NUMBERS = ("starts_at", "frame_rate", "split", "seed")
 _X3D_S_MIN_SHORT_SIDE = 182  # pixels: X3D-S upscales smaller frames, which adds nothing
 
 
@@ -73,7 +79,19 @@ def define_flags() -> None:
         None,
         "Folder with one folder of videos per class; with --csv or --boxes, the folder of the listed videos.",
     )
+    flags.DEFINE_string(
+        "dataset",
+        None,
+        "Name of the data set, such as ava_v2.2; a --plugin can add data sets. Defaults to ava with --boxes, csv with "
+        "--csv, else folder.",
+    )
     flags.DEFINE_string("csv", None, "A csv file that lists the videos.")
+    flags.DEFINE_multi_string(
+        "lists",
+        None,
+        "SPLIT=FILE: list of a split's videos in the format of the data set, for data sets with such lists; repeat the "
+        "flag for each split.",
+    )
     flags.DEFINE_multi_string(
         "boxes",
         None,
@@ -94,7 +112,9 @@ def define_flags() -> None:
         None,
         "A .pbtxt file that names the actions of --boxes. Defaults to AVA's 80 actions.",
     )
-    flags.DEFINE_float("starts_at", AVA_START_SECONDS, "Timestamp of the first frame in seconds, for --boxes.")
+    flags.DEFINE_float(
+        "starts_at", None, "Timestamp of the first frame in seconds, for --boxes. Defaults to 900, as in AVA."
+    )
     flags.DEFINE_float("frame_rate", None, "Frame rate of folders of frames, for --boxes. Defaults to 30.")
     flags.DEFINE_string(
         "output",
@@ -129,6 +149,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("workers", None, "Number of decoder processes. Defaults to the number of CPUs.")
     flags.DEFINE_float("timeout", TIMEOUT, "Time limit for decoding one video, in seconds. Defaults to 600.")
     flags.DEFINE_bool(
+        "index",
+        False,
+        "Write the missing or damaged files SHARD.frames of the records in --output; nothing else is built.",
+    )
+    flags.DEFINE_bool(
         "verify",
         False,
         "Verify the records in --output by reading every byte, and report damaged shards; nothing is built.",
@@ -137,87 +162,69 @@ def define_flags() -> None:
 
 def main() -> None:
     """Builds the records and prints what was written and what to run next, or verifies existing records."""
-    if FLAGS.verify:
-        _verify()
+    if FLAGS.verify or FLAGS.index:
+        _check_records()
         return
-    if FLAGS.videos is None and FLAGS.csv is None:
-        raise UserError("--videos=FOLDER or --csv=FILE is required")
-    _check_boxes()
-    named = FLAGS.boxes or FLAGS.csv or FLAGS.splits or FLAGS.split is not None
-    if not named and not find_split_folders(Path(FLAGS.videos)):
-        print('All videos get the split "train". Training also requires a test split: give --split=0.2 or --splits.')
+    settings = {name: FLAGS[name].value for name in ("dataset", "short_side", "quality", "workers", "timeout")}
     try:
-        result = _build_key_frames() if FLAGS.boxes else _build_videos()
+        result = build_records(_inputs(), FLAGS.output, **settings)
     except KeyboardInterrupt:
         print("\nRun the same command again to resume after the last finished shard.", file=sys.stderr)
         raise
     print("\n".join(summary(result)))
 
 
-def _encoding_settings() -> dict[str, Any]:
-    return {name: FLAGS[name].value for name in ("short_side", "quality", "seed", "workers", "timeout")}
+def _inputs() -> Inputs:
+    """Returns the inputs of data sets from the flags."""
+    values: dict[str, Any] = {name: FLAGS[name].value for name in _NUMBERS}
+    values |= {name: Path(FLAGS[name].value) for name in _PATHS if FLAGS[name].value is not None}
+    values |= {name: _by_split(name) for name in _FILES_BY_SPLIT}
+    return Inputs(splits=tuple(FLAGS.splits) if FLAGS.splits else None, **values)
 
 
-def _build_videos() -> BuildResult:
-    sources = {name: FLAGS[name].value for name in ("csv", "splits", "split", "classes")}
-    return build_records(FLAGS.videos, FLAGS.output, **sources, **_encoding_settings())
-
-
-def _build_key_frames() -> BuildResult:
-    videos = Path(FLAGS.videos)
-    if FLAGS.frame_rate is None and videos.is_dir() and any(entry.is_dir() for entry in videos.iterdir()):
-        print(f"Folders of frames are read at {FOLDER_FPS:g} frames per second; use --frame_rate to change it.")
-    return build_key_frames(
-        FLAGS.videos,
-        FLAGS.output,
-        _by_split("boxes"),
-        proposals=_by_split("proposals"),
-        exclusions=_by_split("exclusions"),
-        label_map=FLAGS.label_map,
-        starts_at=FLAGS.starts_at,
-        frame_rate=FOLDER_FPS if FLAGS.frame_rate is None else FLAGS.frame_rate,
-        **_encoding_settings(),
-    )
-
-
-def _by_split(name: str) -> dict[str, str]:
+def _by_split(name: str) -> dict[str, Path]:
     """Returns the files by split from a flag with values SPLIT=FILE."""
-    files: dict[str, str] = {}
+    files: dict[str, Path] = {}
     for value in FLAGS[name].value or ():
         split, _, file = value.partition("=")
         good = bool(re.fullmatch(r"\w+", split)) and bool(file) and split not in files
         require(good, f"--{name}", "be SPLIT=FILE, once for each split", value)
-        files[split] = file
+        files[split] = Path(file)
     return files
 
 
-def _check_boxes() -> None:
-    """Raises `UserError` for flags that conflict."""
-    others = ("csv", "splits", "split", "classes") if FLAGS.boxes else _BOX_FLAGS
-    given = [f"--{name}" for name in others if FLAGS[name].present]
-    if given and FLAGS.boxes:
-        raise UserError(f"{', '.join(given)} must not be given with --boxes; it reads the videos from --videos")
+def _check_records() -> None:
+    """Verifies or indexes existing records."""
+    given = [f"--{name}" for name in ("dataset", *_inputs().given()) if FLAGS[name].present]
     if given:
-        raise UserError(f"{', '.join(given)} must not be given without --boxes")
+        raise UserError(f"{', '.join(given)} must not be given with --verify or --index; they only need --output")
+    if FLAGS.index:
+        result = index_records(FLAGS.output)
+        print(f"{FLAGS.output}: wrote {counted(result.written, 'file')} of frames; {result.kept} existed")
+    if FLAGS.verify:
+        _verify()
 
 
 def _verify() -> None:
-    sources = ("videos", "csv", "splits", "split", "classes", "boxes", *_BOX_FLAGS)
-    given = [f"--{name}" for name in sources if FLAGS[name].present]
-    if given:
-        raise UserError(f"{', '.join(given)} must not be given with --verify; it only needs --output")
     Manifest.load(FLAGS.output)  # before importing TensorFlow, which takes seconds
     with starting_tensorflow():
         from x3d_tf.data.records.verify import verify_records
 
     problems: list[str] = []
+    frame_problems: list[str] = []
     for report in verify_records(FLAGS.output):
         tqdm.write(str(report))
         problems += report.problems
+        frame_problems += report.frame_problems
     if problems:
         raise UserError(
             f"{FLAGS.output} has {counted(len(problems), 'damaged shard')}; delete the folder and build the records "
             "again"
+        )
+    if frame_problems:
+        raise UserError(
+            f"{FLAGS.output} has no damaged shard, but {counted(len(frame_problems), 'file')} of frames must be made "
+            f"again: python -m x3d_tf.build_records --index --output={shlex.quote(FLAGS.output)}"
         )
 
 

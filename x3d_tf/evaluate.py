@@ -155,7 +155,7 @@ def _check_paths() -> Task:
     else:
         task = task_of_model(FLAGS.model)
         dataset = DatasetSpec(FLAGS.records, train_split=FLAGS.split, eval_split=FLAGS.split)
-    if dataset.name == "records":
+    if dataset.synthetic is None:
         open_dataset(dataset)
     if not (FLAGS.watch or FLAGS.sweep):  # they keep existing reports
         refuse_to_replace(report / RESULTS_NAME, FLAGS.overwrite)

@@ -72,7 +72,7 @@ def _check_paths(config: TrainConfig, run: RunFolder) -> None:
         describe(config.init)
     if config.task is not None:
         find(config.task)
-    if config.dataset.name == "records":
+    if config.dataset.synthetic is None:
         task_of_records(config, open_dataset(config.dataset))
 
 

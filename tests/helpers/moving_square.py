@@ -36,7 +36,7 @@ def write_records(
     )
     split = write_split(folder, "train", sources, encoded, names, lambda _: None)
     task: Any = "multi_label" if also else "single_label"
-    Manifest(folder, names, {"train": split}, {"source": "test"}, Storage(256, 95), task).save()
+    Manifest(folder, "square", names, {"train": split}, {"source": "test"}, Storage(256, 95), task).save()
 
 
 def _frames(seed: int, direction: int) -> list[bytes]:

@@ -273,7 +273,7 @@ def write_records(
         sources = [RecordSource(f"{split}/{index}", chosen[index]) for index in range(len(members))]
         splits[split] = write_split(folder, split, sources, iter(members), names, lambda _: None)
     task: AnnotationKind = "multi_label" if labels else "single_label"
-    manifest = Manifest(folder, tuple(names), splits, {"source": "test"}, stored, task)
+    manifest = Manifest(folder, "noise", tuple(names), splits, {"source": "test"}, stored, task)
     manifest.save()
     return manifest
 

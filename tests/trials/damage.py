@@ -1,4 +1,6 @@
-"""Flips bits in shards, manifests and checkpoints, and truncates them; damage must be reported or have no effect.
+"""Flips bits in shards, manifests, files of frames and checkpoints, and truncates them.
+
+Damage must be reported or have no effect.
 
 Each kind of file is damaged --count times by one flipped bit and --count times by truncation at a random byte. Reading
 must then fail within seconds with a one-line error that names the file. For a damaged checkpoint, a warning and a
@@ -9,7 +11,7 @@ Shards are damaged while a reader has them open and, in one of ten trials, befor
 all damage. Readers run in a worker process with time and memory limits.
 
   python tests/trials/damage.py --count=200 --seed=0
-  python tests/trials/damage.py --only=checkpoint        # or shard, or manifest
+  python tests/trials/damage.py --only=checkpoint        # or shard, manifest, or frames
 """
 
 import contextlib
@@ -54,7 +56,8 @@ def shard_reader(folder: str) -> Callable[..., dict[str, Answer]]:
         return digest.hexdigest()
 
     def verify() -> str:
-        problems = [problem for report in verify_records(folder, progress=False) for problem in report.problems]
+        reports = verify_records(folder, progress=False)
+        problems = [problem for report in reports for problem in (*report.problems, *report.frame_problems)]
         if problems:
             raise OSError(problems[0])
         return "intact"
@@ -174,6 +177,23 @@ def _check_shard(reader: Worker, intact: dict[str, Answer], name: str, fresh: bo
     return problem_of(answers[reading], intact[reading], (name,))
 
 
+def frames(report: Report, folder: Path, kind: str) -> None:
+    """Damages the files that locate the frames of shards; reading records does not need them."""
+    records = make_records(folder / f"frames_{kind}")
+    reader = Worker(shard_reader, str(records), seconds=_REQUEST_SECONDS)
+    files = sorted(records.glob("*.frames"))
+    for number in range(report.chosen.count):
+        rng = random.Random(f"{report.chosen.seed}/frames/{kind}/{number}")
+        file = rng.choice(files)
+
+        def check(name: str) -> str | None:
+            kind, text = reader.ask(False)["verify"]
+            return None if kind == "refuses" and name in text else f"--verify reports {kind}: {text[:200]}"
+
+        _try(report, f"frames {kind} {number}", file, kind, rng, partial(check, file.name))
+    reader.close()
+
+
 def manifests(report: Report, folder: Path, kind: str) -> None:
     """Damages manifests."""
     records = make_records(folder / f"manifest_{kind}")
@@ -255,7 +275,7 @@ def _try(report: Report, name: str, file: Path, kind: str, rng: random.Random, c
 def main() -> None:
     """Runs the trials."""
     report = Report("damage", arguments(__doc__ or "", count=200))
-    parts = {"manifest": manifests, "shard": shards, "checkpoint": checkpoints}
+    parts = {"manifest": manifests, "shard": shards, "frames": frames, "checkpoint": checkpoints}
     chosen = [(part, kind) for part in parts for kind in ("flip", "cut") if report.chosen.only in f"{part} {kind}"]
     with scratch() as folder:
         for part, kind in chosen:

@@ -91,8 +91,8 @@ TEXTS: dict[str, dict[str, str | bytes]] = {
 
 def text_reader(kind: str) -> Callable[[str], tuple[str, str]]:
     """Returns a function that reads a file of this kind and returns its size; runs in the worker."""
-    from x3d_tf.data.building.sources import read_csv
-    from x3d_tf.data.datasets.ava import read_boxes, read_label_map
+    from x3d_tf.data.ava_files import read_boxes, read_label_map
+    from x3d_tf.data.datasets.csv import read_csv
 
     def read(path: str) -> str:
         if kind == "csv":
@@ -173,7 +173,7 @@ def manifest_edits(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "a record dropped", edit(lambda copy: rows(copy, lambda column: column.pop()))
     yield "a record doubled", edit(lambda copy: rows(copy, lambda column: column.append(column[0])))
     yield "two records of a class swapped", edit(lambda copy: rows(copy, swap))
-    yield "the names of two records swapped", edit(lambda copy: swap(copy["splits"]["train"]["records"]["media_id"]))
+    yield "the names of two records swapped", edit(lambda copy: swap(copy["splits"]["train"]["records"]["video"]))
     yield (
         "splits swapped",
         edit(lambda copy: copy.update(splits=dict(zip(copy["splits"], [*copy["splits"].values()][::-1])))),

@@ -16,7 +16,6 @@ from x3d_tf.data.boxes import (
     scale_boxes,
     to_pixels,
 )
-from x3d_tf.data.building.key_frames import MARGIN
 from x3d_tf.data.input_pipeline import (
     PARALLEL_VIDEOS,
     RecordTable,
@@ -31,7 +30,7 @@ from x3d_tf.data.input_pipeline import (
     training_positions,
 )
 from x3d_tf.data.records.format import NO_LABEL, ParsedAnnotation, ParsedRecord, parse_annotation
-from x3d_tf.data.records.index import with_labels
+from x3d_tf.data.records.index import KeyFrameInfo, with_labels
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import STRIDE_FPS, key_frame_indices
 from x3d_tf.errors import UserError, require
@@ -94,14 +93,15 @@ def training_key_frames(
     Raises:
         UserError: see `input_pipeline.training_dataset`; also if the clip is longer than the records of key frames.
     """
-    manifest = _require_key_frames(as_manifest(records))
+    manifest = as_manifest(records)
+    key_frames = key_frames_of(manifest)
     labelled = with_labels(manifest.split(split).records)
     if not labelled:
         raise UserError(f"split {split!r} of {manifest.folder} has no key frame with labels to train on")
     manifest = manifest.with_records(split, labelled)
     classes = len(manifest.classes)
     table = RecordTable(manifest, split)
-    _check_length(clip)
+    _check_length(clip, key_frames.margin)
     check_jitter(jitter, clip)
     positions = training_positions(table, batch=batch, seed=seed, start_step=start_step, worker=worker)
     size = replica_share(batch, worker, replica_batch)
@@ -161,8 +161,9 @@ def evaluation_key_frames(
         UserError: a setting is out of range, the manifest is damaged, or the clip is longer than the records of key
             frames.
     """
-    table = RecordTable(_require_key_frames(as_manifest(records)), split)
-    _check_length(clip)
+    manifest = as_manifest(records)
+    _check_length(clip, key_frames_of(manifest).margin)
+    table = RecordTable(manifest, split)
     require(1 <= crop <= resize, "crop", f"be in 1..{resize}, the short side of the frames", crop)
 
     @tf.autograph.experimental.do_not_convert
@@ -209,22 +210,23 @@ def _resize(pixels: tf.Tensor, boxes: tf.Tensor, short_side: tf.Tensor) -> tuple
     return resized, scale_boxes(to_pixels(boxes, before[0], before[1]), before, tf.shape(resized)[1:3])
 
 
-def _require_key_frames(manifest: Manifest) -> Manifest:
-    if manifest.task != "detection":
+def key_frames_of(manifest: Manifest) -> KeyFrameInfo:
+    """Returns the properties of a manifest's key frames; raises `UserError` if its records have none."""
+    if manifest.key_frames is None:
         raise UserError(
             f"{manifest.folder} holds videos without key frames: build records of key frames with build_records --boxes"
         )
-    return manifest
+    return manifest.key_frames
 
 
 def require_proposals(manifest: Manifest, split: str) -> None:
     """Raises `UserError` if the records of a split were built without the boxes of a person detector."""
-    splits = str(manifest.settings.get("proposals", split)).split(",")
+    known = split in key_frames_of(manifest).proposals
     rule = 'be "annotated" for records that were built without --proposals for that split'
-    require(split in splits, f"Detection.eval_boxes for split {split!r} of {manifest.folder}", rule, "proposals")
+    require(known, f"Detection.eval_boxes for split {split!r} of {manifest.folder}", rule, "proposals")
 
 
-def _check_length(clip: ClipSpec) -> None:
+def _check_length(clip: ClipSpec, margin: float) -> None:
     span = clip.frames * clip.stride / STRIDE_FPS
-    rule = f"span at most {2 * MARGIN:.2f} s, the length of the records of key frames"
-    require(span <= 2 * MARGIN, "the network's clip", rule, f"{span:.2f} s")
+    rule = f"span at most {2 * margin:.2f} s, the length of the records of key frames"
+    require(span <= 2 * margin, "the network's clip", rule, f"{span:.2f} s")

@@ -14,7 +14,7 @@ from x3d_tf.data.input_pipeline import (
     record_errors_as_user_errors,
     sample_position,
 )
-from x3d_tf.data.records.index import parse_key_frame_id, with_labels
+from x3d_tf.data.records.index import with_labels
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start
 from x3d_tf.errors import require
@@ -114,10 +114,9 @@ def save_box_preview(
     with record_errors_as_user_errors():
         for number, (inputs, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
             record = records[int(_position(number, len(records), batch, seed).record)]
-            video, second = parse_key_frame_id(record.media_id)
             pixels, boxes = np.clip(np.round(inputs["clip"][0]), 0, 255), inputs["boxes"][0]
             shown = is_nonempty(boxes).numpy()
-            lines = [f"{video}, second {second}"]
+            lines = [f"{record.video}, second {record.key_frame}"]
             for index, (box, label) in enumerate(zip(boxes[shown], labels[0][shown])):
                 name, colour = COLOURS[index % len(COLOURS)]
                 draw_box(pixels, box, colour)

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf.config import Detection, TrainConfig
+from x3d_tf.data.ava_files import EVALUATED, BoxTable, KeyFrame, ava_actions, one_row_per_action
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.building.key_frames import num_key_frames_setting
-from x3d_tf.data.datasets.ava import EVALUATED, BoxTable, KeyFrame, ava_actions, one_row_per_action
 from x3d_tf.data.datasets.spec import open_dataset
-from x3d_tf.data.detection_pipeline import evaluation_key_frames, require_proposals
+from x3d_tf.data.detection_pipeline import evaluation_key_frames, key_frames_of, require_proposals
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
-from x3d_tf.data.records.index import parse_key_frame_id
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.detection_reports import (
@@ -62,7 +60,7 @@ class SplitDetections:
 
     def tables(self, manifest: Manifest, split: str) -> tuple[BoxTable, BoxTable]:
         """Returns ground truth and detections in AVA's format, where each detected box has one row per action."""
-        frames = tuple(KeyFrame(*parse_key_frame_id(record.media_id)) for record in manifest.split(split).records)
+        frames = tuple(KeyFrame(record.video, record.key_frame or 0) for record in manifest.split(split).records)
         count = len(self.truth_labels)
         truth = BoxTable(
             frames,
@@ -171,8 +169,7 @@ class DetectorEvaluation:
         if config.detection.eval_boxes == "proposals":
             require_proposals(self.manifest, self.split)
         records = len(self.manifest.split(self.split).records)
-        listed = self.manifest.settings.get(num_key_frames_setting(self.split))
-        self.missing = max(listed - records, 0) if isinstance(listed, int) else 0
+        self.missing = max(key_frames_of(self.manifest).listed.get(self.split, records) - records, 0)
 
     def with_views(self, temporal_views: int) -> "DetectorEvaluation":
         raise UserError("a detector is evaluated on one clip around each key frame, not on several clips per video")
@@ -236,7 +233,7 @@ def validation_key_frames(manifest: Manifest, split: str, detection: Detection) 
     """
     every = detection.validation_every
     records = manifest.split(split).records
-    selected = [record for record in records if parse_key_frame_id(record.media_id)[1] % every == 0]
+    selected = [record for record in records if (record.key_frame or 0) % every == 0]
     if not selected:
         seconds = f" at a multiple of Detection.validation_every = {every} seconds" if every > 1 else ""
         raise UserError(f"validation split {split!r} of {manifest.folder} must have at least one key frame{seconds}")

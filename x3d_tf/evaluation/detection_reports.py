@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x3d_tf import csv_files, plots
-from x3d_tf.data.datasets.ava import (
+from x3d_tf.data.ava_files import (
     BoxTable,
     KeyFrame,
     LabelMap,
@@ -100,7 +100,7 @@ def evaluate_files(
     """Evaluates a csv file of detections.
 
     Args:
-        detections: csv file of detections; see `x3d_tf.data.datasets.ava.read_boxes`.
+        detections: csv file of detections; see `x3d_tf.data.ava_files.read_boxes`.
         groundtruth: csv file of annotated boxes, in the same format.
         label_map: file of the actions to evaluate. Defaults to the 60 actions of AVA's evaluation.
         exclusions: csv file of key frames to ignore.

@@ -14,8 +14,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from x3d_tf.data import transforms
+from x3d_tf.data.ava_files import BoxTable, KeyFrame, one_row_per_action, read_boxes
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.datasets.ava import BoxTable, KeyFrame, one_row_per_action, read_boxes
 from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.sampling import decoded_short_side, key_frame_indices
 from x3d_tf.data.video.clip_reader import cut_clips

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from x3d_tf import plots
-from x3d_tf.data.datasets.ava import write_detections
+from x3d_tf.data.ava_files import write_detections
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.errors import require
 from x3d_tf.inference.actions import (

@@ -41,7 +41,7 @@ def print_advice(manifest: Manifest, config: TrainConfig, task: "Task") -> None:
 def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: "Task") -> list[str]:
     """Returns warnings about training records that do not fit the configuration.
 
-    The synthetic dataset moving_shapes is exempt: its recipes are part of the package.
+    Synthetic data sets are exempt: they have recipes of their own.
 
     Args:
         manifest: the manifest of the records, without those held out for validation.
@@ -53,7 +53,7 @@ def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: 
         Messages of one line each. They end with the suggested binding.
     """
     records = task.training_records(manifest, config.dataset.train_split)
-    if config.dataset.name == "moving_shapes" or not records:
+    if config.dataset.synthetic is not None or not records:
         return []
     found = [
         _check_frame_size(manifest, config, sides),

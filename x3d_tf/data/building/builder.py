@@ -6,24 +6,23 @@ Imports no TensorFlow at the top: commands that only read settings import this m
 import math
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
 from x3d_tf.data.building import class_names
 from x3d_tf.data.building.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_error
-from x3d_tf.data.building.key_frames import AVA_START_SECONDS, MARGIN, find_key_frames
-from x3d_tf.data.building.sources import Sources, Video, find_videos, read_csv
+from x3d_tf.data.building.sources import Sources, Video
 from x3d_tf.data.building.state import BuildFolder, Failure, FinishedShard, open_build
+from x3d_tf.data.datasets.base import Inputs, choose
 from x3d_tf.data.records import index
-from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.manifest import Manifest, check_dataset_name
 from x3d_tf.data.video.decode import EncodedVideo, VideoError
-from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import WriteError
 from x3d_tf.processes import available_cpus
@@ -31,7 +30,9 @@ from x3d_tf.startup import starting_tensorflow
 from x3d_tf.text import counted
 from x3d_tf.types import Storage
 
-_FASTEST = 1000.0  # highest frame rate of a folder of frames
+if TYPE_CHECKING:
+    from x3d_tf.data.records.format import RecordSource
+
 ESTIMATE_AFTER = 16  # number of videos after which the total size is estimated
 
 
@@ -74,152 +75,75 @@ class BuildResult:
 
 
 def build_records(
-    videos: str | Path | None,
+    inputs: Inputs,
     output: str | Path,
     *,
-    csv: str | Path | None = None,
-    splits: Sequence[str] | None = None,
-    split: float | None = None,
-    classes: str | Path | None = None,
+    dataset: str | None = None,
     short_side: int = 256,
     quality: int = 95,
-    seed: int = 0,
     workers: int | None = None,
     timeout: float = TIMEOUT,
     progress: bool = True,
 ) -> BuildResult:
-    """Builds records from videos.
+    """Builds the records of a data set.
 
     The same videos and settings always give the same bytes, for any number of workers. An interrupted build resumes
-    after the last finished shard when it is started again. Hidden files are ignored. Files that cannot be decoded are
-    listed in `failures.csv` with their reasons, and the build continues without them. The next run retries videos that
+    after the last finished shard when it is started again. Files that cannot be decoded are listed in `failures.csv`
+    with their reasons, and the build continues without them; so are missing videos. The next run retries videos that
     took too long or changed during the build; it retries other failures once their files have changed. After the
-    first videos, the total size is estimated and compared with the free disk space. Worker processes are spawned, so
-    a script that calls this function must guard its entry with `if __name__ == "__main__":`.
+    first videos, the total size is estimated and compared with the free disk space. Suspicious class names ("hug" next
+    to "Hug ", "nan") cause a warning. Worker processes are spawned, so a script that calls this function must guard its
+    entry with `if __name__ == "__main__":`.
 
     Args:
-        videos: folder with one folder of videos per class, or with one folder per split that holds such class folders.
-            With `csv`, the folder that its paths are relative to; defaults to the folder of the csv file.
+        inputs: what the data set is read from.
         output: folder for the records: new, empty, or from the same build.
-        csv: csv file that lists the videos, in place of class folders. UTF-8, delimited by commas, ";" or tabs.
-            Required columns: `path` and `label`. Optional columns: `split` ("train", "val", "test", or the names in
-            `splits`), `start` and `end` (seconds of the video to keep; default to the complete video). A file may be
-            listed several times with different times. Several labels in any row, separated by ";" (in quotes if ";" is
-            the delimiter), make the records multi-label.
-        splits: names of the split folders, or of the splits in the csv file. By default the folders "train", "val" and
-            "test" are used if "train" and another one exist (the spellings "training", "valid", "validate",
-            "validation" and "testing" count too, in any case); otherwise all videos go to "train".
-        split: fraction of each class's videos for the split "test", in (0, 1), the rest going to "train"; excludes
-            `splits`. For multi-label videos, the fraction of all videos.
-        classes: text file with one class name per line, in the order of their labels; a label may then also be a line
-            number, counted from 0. Defaults to the names found, sorted by value if all are digits, else
-            alphabetically. Suspicious names ("hug" next to "Hug ", "nan") cause a warning.
+        dataset: name of the data set; see `datasets.base.choose`.
         short_side: short side of the stored frames in pixels; smaller videos are not upscaled.
         quality: JPEG quality of the stored frames, 1..95.
-        seed: random seed for the order of the videos and for the choice of test videos.
         workers: number of decoder processes. Defaults to the number of CPUs.
         timeout: seconds that decoding a video may take.
         progress: shows a progress bar and the estimated size.
 
     Raises:
-        UserError: a setting is out of range; folders, files or rows differ from the description above; `output` holds
-            another build or other files; a split has no readable video; workers cannot start; or the disk is too
-            small, full or not writable, in which case finished shards stay.
+        UserError: a setting is out of range; there is no such data set, or its files differ from their description;
+            `output` holds another build or other files; a split has no readable video; workers cannot start; or the
+            disk is too small, full or not writable, in which case finished shards stay.
     """
     encoding = _EncodingSettings(short_side, quality, workers, timeout)
-    root = None if videos is None else Path(videos)
-    names = None if classes is None else Path(classes)
-    if csv is not None:
-        sources = read_csv(Path(csv), videos=root, splits=splits, split=split, seed=seed, classes=names)
-    elif root is not None:
-        sources = find_videos(root, splits=splits, split=split, seed=seed, classes=names)
-    else:
-        raise UserError("videos or csv must be set")
-    split_settings = {"splits": list(splits) if splits else None, "split": split}  # identify a build, like its videos
-    return _build(sources, Path(output), "videos" if csv is None else "csv", encoding, seed, split_settings, progress)
-
-
-def build_key_frames(
-    videos: str | Path,
-    output: str | Path,
-    boxes: Mapping[str, str | Path],
-    *,
-    proposals: Mapping[str, str | Path] | None = None,
-    exclusions: Mapping[str, str | Path] | None = None,
-    label_map: str | Path | None = None,
-    starts_at: float = AVA_START_SECONDS,
-    frame_rate: float = FOLDER_FPS,
-    short_side: int = 256,
-    quality: int = 95,
-    seed: int = 0,
-    workers: int | None = None,
-    timeout: float = TIMEOUT,
-    progress: bool = True,
-) -> BuildResult:
-    """Builds records for action detection, one per key frame in AVA's csv files, each with the frames around it.
-
-    Works like `build_records` in all other respects.
-
-    Args:
-        videos: folder with a file `NAME.*` for each video, or a folder `NAME` with its frames as images, whose names
-            end with their frame numbers. A missing number repeats the image before it.
-        output: folder for the records: new, empty, or from the same build.
-        boxes: csv file of labelled boxes for each split; see `x3d_tf.data.datasets.ava.read_boxes`.
-        proposals: csv file of a person detector's boxes and scores for each split.
-        exclusions: csv file of the key frames to leave out, for each split.
-        label_map: .pbtxt file of the actions. Defaults to AVA's 80 actions.
-        starts_at: timestamp of the first frame of the video files in seconds; AVA's files begin at minute 15.
-        frame_rate: images per second, for folders of frames.
-        short_side, quality, seed, workers, timeout, progress: see `build_records`.
-
-    Raises:
-        UserError: see `build_records` and `key_frames.find_key_frames`. Videos that are missing or end before a key
-            frame raise no error; they are listed in `failures.csv`.
-    """
-    encoding = _EncodingSettings(short_side, quality, workers, timeout)
-    require(0 <= starts_at < math.inf, "starts_at", "be at least 0 seconds", starts_at)
-    require(
-        0 < frame_rate <= _FASTEST, "frame_rate", f"be above 0 and at most {_FASTEST:g} images per second", frame_rate
-    )
-
-    def paths(files: Mapping[str, str | Path] | None) -> dict[str, Path]:
-        return {split: Path(path) for split, path in (files or {}).items()}
-
-    sources = find_key_frames(
-        Path(videos),
-        paths(boxes),
-        proposals=paths(proposals),
-        exclusions=paths(exclusions),
-        label_map=None if label_map is None else Path(label_map),
-        starts_at=starts_at,
-        frame_rate=frame_rate,
-        seed=seed,
-    )
-    margin = {"margin": MARGIN, "starts_at": starts_at}
-    return _build(sources, Path(output), "key frames", encoding, seed, margin, progress)
-
-
-def _build(
-    sources: Sources,
-    output: Path,
-    source: str,
-    encoding: _EncodingSettings,
-    seed: int,
-    extra: dict[str, Any],
-    progress: bool,
-) -> BuildResult:
-    settings: dict[str, int | float | str] = {"source": source, "seed": seed, **sources.extra_settings}
-    build = {"short_side": encoding.short_side, "quality": encoding.quality, "videos_per_shard": index.VIDEOS_PER_SHARD}
+    data_set = choose(dataset, inputs)
+    check_dataset_name(data_set.name, "the name of a data set")
+    sources = data_set.sources(inputs)
     for warning in class_names.suspicious_names(sources.classes):
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=2)
     _check_splits(sources)
-    with open_build(output, settings | extra | build, sources) as folder:
+    if progress and [*sources.splits] == ["train"]:
+        print('All videos get the split "train". Training also requires a test split.')
+    identity = _identity(data_set.name, inputs, encoding, sources)
+    with open_build(Path(output), identity, sources) as folder:
         if folder.is_finished:
             result = BuildResult(_load_manifest(folder), folder.count_failures(), was_finished=True)
         else:
-            result = _Build(folder, sources, encoding, progress).run(settings)
+            result = _Build(folder, sources, encoding, progress).run(data_set.name, {"seed": inputs.seed})
         folder.clean()
     return result
+
+
+def _identity(dataset: str, inputs: Inputs, encoding: _EncodingSettings, sources: Sources) -> dict[str, Any]:
+    """Returns the settings that identify a build, besides its videos and classes."""
+    key_frames = {} if sources.key_frames is None else asdict(sources.key_frames)
+    settings = {
+        "dataset": dataset,
+        "seed": inputs.seed,
+        "splits": inputs.splits,
+        "split": inputs.split,
+        "expected": dict(sources.expected),
+        **key_frames,
+        "short_side": encoding.short_side,
+        "quality": encoding.quality,
+        "videos_per_shard": index.VIDEOS_PER_SHARD,
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}  # as in JSON
 
 
 def _check_splits(sources: Sources) -> None:
@@ -257,7 +181,7 @@ class _Build:
         self.encoded = encode_all(self.pending, encode, encoding.workers or available_cpus(), encoding.timeout)
         self.estimate = _Estimate(self.pending)
 
-    def run(self, settings: dict[str, int | float | str]) -> BuildResult:
+    def run(self, dataset: str, settings: dict[str, int | float | str]) -> BuildResult:
         """Writes the missing shards, then the manifest."""
         with starting_tensorflow(devices=False):
             from x3d_tf.data.records.format import join_shards
@@ -293,19 +217,20 @@ class _Build:
                     f"no video of split {name} can be read ({count} tried); see {self.folder.failures} for the "
                     "reasons. Repair or replace them and run the same command again"
                 )
-        stored, task = self.encoding.storage(), self.sources.task
-        manifest = Manifest(self.folder.root, self.sources.classes, splits, settings, stored, task)
+        sources, stored = self.sources, self.encoding.storage()
+        splits = {name: replace(part, expected=sources.expected.get(name)) for name, part in splits.items()}
+        root, task, key_frames = self.folder.root, sources.task, sources.key_frames
+        manifest = Manifest(root, dataset, sources.classes, splits, settings, stored, task, key_frames)
         manifest.save()
         to_retry = sum(failure.retry for shard in self.finished.values() for failure in shard.failures)
         return BuildResult(manifest, failures, to_retry=to_retry)
 
     def _write_shard(self, shard: _Shard, bar: "tqdm[Any]") -> FinishedShard:
-        from x3d_tf.data.records.format import RecordSource, write_shard
+        from x3d_tf.data.records.format import write_shard
 
         labels = {name: label for label, name in enumerate(self.sources.classes)}
         sources = [
-            RecordSource(v.media_id, tuple(sorted(labels[name] for name in v.classes)), v.annotation)
-            for v in shard.videos
+            _record_source(video, tuple(sorted(labels[name] for name in video.classes))) for video in shard.videos
         ]
         failed: list[Failure] = []
 
@@ -340,6 +265,14 @@ class _Build:
         unusable = [Failure(error.path, error.reason) for error in self.sources.unusable]
         finished = [self.finished[shard.file] for shard in self.shards if shard.file in self.finished]
         return self.folder.write_failures([*unusable, *(failure for shard in finished for failure in shard.failures)])
+
+
+def _record_source(video: Video, labels: tuple[int, ...]) -> "RecordSource":
+    from x3d_tf.data.records.format import RecordSource
+
+    if video.key_frame is not None:  # names the record alone, because its segment follows from it
+        return RecordSource(video.name, labels, key_frame=video.key_frame, annotation=video.annotation)
+    return RecordSource(video.name, labels, video.start, video.end)
 
 
 class _Estimate:

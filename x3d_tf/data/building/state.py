@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from x3d_tf import csv_files
 from x3d_tf.data.building.encoding import file_state
 from x3d_tf.data.building.sources import Sources
+from x3d_tf.data.records.frames import frames_path
 from x3d_tf.data.records.index import Record, Shard, Split, plan_shards
 from x3d_tf.data.records.manifest import MANIFEST_NAME
 from x3d_tf.data.video.image_sequences import FileState
@@ -69,7 +70,7 @@ class BuildFolder:
         return (self.root / MANIFEST_NAME).is_file()
 
     def load_finished(self, shard: str) -> FinishedShard | None:
-        """Returns the note of an earlier run on a shard; None if it is unfinished or its file is missing or resized."""
+        """Returns the note of an earlier run on a shard; None if it is unfinished or a file is missing or resized."""
         try:
             content = json.loads(read_limited(self._state(shard), LARGE))
             shards = tuple(Shard(**entry) for entry in content["shards"])
@@ -79,7 +80,10 @@ class BuildFolder:
                 Failure(str(path), str(reason), bool(retry)) for path, reason, retry in content["failures"]
             )
             is_complete = all(
-                entry.file == shard and (self.root / shard).stat().st_size == entry.bytes for entry in shards
+                entry.file == shard
+                and (self.root / shard).stat().st_size == entry.bytes
+                and frames_path(self.root / shard).is_file()
+                for entry in shards
             )
         except (OSError, ValueError, TypeError, KeyError):
             return None

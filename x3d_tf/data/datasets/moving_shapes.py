@@ -3,7 +3,7 @@
 A video shifts a picture by integer pixels from frame to frame, on a torus: what leaves at one edge enters at the
 opposite one. Frame t is therefore a shifted copy of frame t of the same video in any other direction. The shift of the
 middle frame is uniform over the torus, so that single frames have the same distribution in all classes: a network that
-sees no motion stays at chance.
+sees no motion stays at chance. The module imports no TensorFlow until records are created.
 """
 
 import glob
@@ -11,18 +11,22 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow as tf
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf.data.records.format import RecordSource, write_split
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.video.decode import EncodedVideo, VideoError
 from x3d_tf.errors import UserError, require
+from x3d_tf.startup import starting_tensorflow
 from x3d_tf.types import Storage
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  # rows and columns per step
 VIDEOS = {"train": 800, "test": 100}
@@ -35,8 +39,23 @@ SHAPES = (3, 5)  # range of shapes per video
 RADII = (10, 20)  # pixels
 QUALITY = 95  # JPEG quality
 
-SETTINGS: dict[str, int | float | str] = {"source": "moving_shapes", "version": 1}
+NAME = "moving_shapes"
+SETTINGS: dict[str, int | float | str] = {"version": 1}
 ABANDONED_AFTER = 600.0  # seconds without a write; rendering all videos is much faster
+
+
+class MovingShapes:
+    """The synthetic data set, created on first use."""
+
+    name = NAME
+    flips = False  # left and right are classes
+
+    def open(self, folder: Path) -> Manifest:
+        """Opens the records, and creates them first if they do not exist; see `open_moving_shapes`."""
+        return open_moving_shapes(folder)
+
+
+DATASETS = (MovingShapes(),)
 
 Picture = NDArray[np.uint8]  # [SIDE, SIDE, 3], RGB
 
@@ -82,7 +101,7 @@ def open_moving_shapes(folder: Path) -> Manifest:
     if not (folder / MANIFEST_NAME).is_file():
         _create(folder)
     manifest = Manifest.load(folder)
-    if manifest.settings.get("source") != SETTINGS["source"]:
+    if manifest.dataset != NAME:
         raise UserError(
             f"{folder} holds records other than moving_shapes. To train on them, add --gin_file=gin/data/records.gin "
             "after the network's --gin_file"
@@ -125,6 +144,9 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _write(folder: Path) -> None:
+    with starting_tensorflow():
+        from x3d_tf.data.records.format import RecordSource, write_split
+
     classes = sorted(DIRECTIONS)
     splits = {}
     first_seed = 0
@@ -135,18 +157,20 @@ def _write(folder: Path) -> None:
             videos = _encode([(seed, classes[source.labels[0]]) for seed, source in zip(seeds, sources, strict=True)])
             splits[split] = write_split(folder, split, sources, videos, classes, lambda _: bar.update())
             first_seed += count
-    Manifest(folder, tuple(classes), splits, SETTINGS, Storage(SIDE, QUALITY)).save()
+    splits = {split: replace(part, expected=VIDEOS[split]) for split, part in splits.items()}
+    Manifest(folder, NAME, tuple(classes), splits, SETTINGS, Storage(SIDE, QUALITY)).save()
 
 
 def _encode(videos: list[tuple[int, str]]) -> Iterator[EncodedVideo | VideoError]:
     """Encodes the videos for these seeds and directions, in parallel in TensorFlow's threads."""
+    import tensorflow as tf
 
     def pictures() -> Iterator[tuple[Picture, NDArray[np.int64]]]:
         for seed, direction in videos:
             yield draw_picture(seed), shifts(seed, direction)
 
-    def encode(picture: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
-        def frame(step: tf.Tensor) -> tf.Tensor:
+    def encode(picture: "tf.Tensor", steps: "tf.Tensor") -> "tf.Tensor":
+        def frame(step: "tf.Tensor") -> "tf.Tensor":
             return tf.io.encode_jpeg(tf.roll(picture, step, (0, 1)), quality=QUALITY)
 
         return tf.map_fn(frame, steps, fn_output_signature=tf.string)  # [FRAMES]

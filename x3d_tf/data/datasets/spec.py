@@ -5,17 +5,17 @@ Imports no TensorFlow, so that configurations can be read without it.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from x3d_tf.data.records.index import Record, Split, parse_key_frame_id, parse_segment_file
+from x3d_tf.data.datasets.base import DATA_SETS, SyntheticDataSet
+from x3d_tf.data.records.index import Record, Split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError, check_field_types, require
-from x3d_tf.startup import starting_tensorflow
 
+ANY = "records"  # name that stands for the records of any data set
 HELD_OUT = "validation"  # split for the videos held out of training
 _VALIDATION_SPLITS = ("val", "validation")  # default splits to validate on in training
 _DEFAULT_EVAL_SPLIT = "test"
@@ -38,8 +38,8 @@ class DatasetSpec:
             have it and it is neither `train_split` nor `eval_split`, otherwise no validation.
         validation_fraction: fraction of each class's training videos, in (0, 1), held out for validation if the records
             have no validation split.
-        name: "records" for records from `build_records`; "moving_shapes" for the synthetic dataset, which is created in
-            the folder on first use.
+        name: "records" for the records of any data set; otherwise the name of the data set that the records must be of.
+            A synthetic data set such as "moving_shapes" is created in the folder on first use.
 
     Raises:
         SettingTypeError, UserError: a field breaks its rule; the message names the field, the rule and the value.
@@ -53,7 +53,7 @@ class DatasetSpec:
     frame_sampling: FrameSampling = "slowfast"
     validation_split: str | None = None
     validation_fraction: float = 0.0
-    name: Literal["records", "moving_shapes"] = "records"
+    name: str = ANY
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -67,9 +67,19 @@ class DatasetSpec:
         require(0 <= fraction < 1, "DatasetSpec.validation_fraction", "be in [0, 1)", fraction)
         exclusive = not (fraction and self.validation_split)
         require(exclusive, "DatasetSpec.validation_fraction", "be 0 if validation_split is set", fraction)
-        swaps_classes = self.name == "moving_shapes" and self.flip
-        rule = "be False for moving_shapes: flipping would swap the classes left and right"
-        require(not swaps_classes, "DatasetSpec.flip", rule, self.flip)
+        synthetic = self.synthetic
+        if synthetic is not None and not synthetic.flips:
+            rule = f"be False for {self.name}: flipping would change the classes of its videos"
+            require(not self.flip, "DatasetSpec.flip", rule, self.flip)
+
+    @property
+    def synthetic(self) -> SyntheticDataSet | None:
+        """The data set if it is synthetic, else None; raises `UserError` if no data set has the name."""
+        try:
+            data_set = None if self.name == ANY else DATA_SETS.get(self.name)
+        except UserError as error:
+            raise UserError(f"DatasetSpec.name: {error}") from error
+        return data_set if isinstance(data_set, SyntheticDataSet) else None
 
 
 def with_default_splits(spec: DatasetSpec, names: Collection[str]) -> DatasetSpec:
@@ -110,12 +120,12 @@ def open_dataset(spec: DatasetSpec) -> Manifest:
 
 
 def _open_manifest(spec: DatasetSpec) -> Manifest:
-    if spec.name == "moving_shapes":
-        with starting_tensorflow():
-            from x3d_tf.data.datasets.moving_shapes import open_moving_shapes
-
-        return open_moving_shapes(Path(spec.records))
-    return Manifest.load(spec.records)
+    if spec.synthetic is not None:
+        return spec.synthetic.open(Path(spec.records))
+    manifest = Manifest.load(spec.records)
+    same = spec.name in (ANY, manifest.dataset)
+    require(same, f"the data set of {spec.records}", f"be {spec.name} (DatasetSpec.name)", manifest.dataset)
+    return manifest
 
 
 def _require_records(manifest: Manifest, *splits: str) -> None:
@@ -137,9 +147,9 @@ def require_annotations(manifest: Manifest, kinds: Sequence[str]) -> None:
 def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
     """Moves a fraction of the training videos to the split "validation", if `validation_fraction` is set.
 
-    Videos are chosen by a hash of their names, independent of their order. All segments of a file, and all key frames
-    of a video, stay together. The fraction applies to each class; files with several classes form one more group, as do
-    all videos with key frames.
+    Videos are chosen by a hash of their names, independent of their order. All segments and all key frames of a video
+    stay together. The fraction applies to each class; videos with several classes form one more group, as do all videos
+    with key frames.
 
     Raises:
         UserError: the training split has too few videos, or a split "validation" already exists.
@@ -152,34 +162,30 @@ def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
             "DatasetSpec.validation_fraction"
         )
     split = manifest.split(spec.train_split)
-    file = _parse_video if manifest.task == "detection" else parse_segment_file
-    held_out = _choose_files(split.records, file, spec.validation_fraction, seed)
+    held_out = _choose_videos(split.records, spec.validation_fraction, seed)
     if not held_out:
         raise UserError(
             f"DatasetSpec.validation_fraction requires at least two videos of a class in split {spec.train_split!r} of "
             f"{manifest.folder}"
         )
     parts = {
-        spec.train_split: Split(split.shards, tuple(r for r in split.records if file(r.media_id) not in held_out)),
-        HELD_OUT: Split(split.shards, tuple(r for r in split.records if file(r.media_id) in held_out)),
+        spec.train_split: replace(split, records=tuple(r for r in split.records if r.video not in held_out)),
+        HELD_OUT: Split(split.shards, tuple(r for r in split.records if r.video in held_out)),
     }
     return replace(manifest, splits=manifest.splits | parts)
 
 
-def _parse_video(media_id: str) -> str:
-    return parse_key_frame_id(media_id)[0]
-
-
-def _choose_files(records: tuple[Record, ...], file: Callable[[str], str], fraction: float, seed: int) -> set[str]:
+def _choose_videos(records: tuple[Record, ...], fraction: float, seed: int) -> set[str]:
     labels: dict[str, set[int]] = defaultdict(set)
+    has_key_frames = any(record.key_frame is not None for record in records)
     for record in records:
-        labels[file(record.media_id)] |= set(record.labels)
+        labels[record.video] |= set(record.labels)
     groups: dict[int | None, list[str]] = defaultdict(list)
-    for name, file_labels in labels.items():
-        single = len(file_labels) == 1 and file is parse_segment_file
-        groups[next(iter(file_labels)) if single else None].append(name)
+    for name, video_labels in labels.items():
+        single = len(video_labels) == 1 and not has_key_frames
+        groups[next(iter(video_labels)) if single else None].append(name)
     chosen: set[str] = set()
-    for files in groups.values():
-        files.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-        chosen |= set(files[: min(max(round(fraction * len(files)), 1), len(files) - 1)])
+    for videos in groups.values():
+        videos.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+        chosen |= set(videos[: min(max(round(fraction * len(videos)), 1), len(videos) - 1)])
     return chosen

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, plan_shards
+from x3d_tf.data.records.frames import FrameTable, frames_of, frames_path, join, write_frames
+from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, media_id, plan_shards
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, Pixels, VideoError, encode_jpeg, frame_at
 from x3d_tf.errors import UserError
@@ -48,14 +49,21 @@ class RecordSource(NamedTuple):
     """Metadata of a record to write.
 
     Attributes:
-        media_id: name of the record.
-        labels: class indices, ascending.
+        video, labels, start, end, key_frame: see `index.Record`.
         annotation: annotation of the key frame, for action detection.
     """
 
-    media_id: str
+    video: str
     labels: tuple[int, ...]
+    start: float = 0.0
+    end: float | None = None
+    key_frame: int | None = None
     annotation: Annotation | None = None
+
+    @property
+    def media_id(self) -> str:
+        """Name of the record."""
+        return media_id(self.video, self.start, self.end, self.key_frame)
 
 
 class ParsedRecord(NamedTuple):
@@ -390,7 +398,7 @@ def write_shard(
     classes: Sequence[str],
     on_result: Callable[[EncodedVideo | VideoError], object],
 ) -> Split:
-    """Writes a shard; the arguments are those of `write_split`.
+    """Writes a shard and then the file of its frames, see `frames`; the arguments are those of `write_split`.
 
     Returns:
         A split with this shard only, empty if all videos failed.
@@ -399,18 +407,23 @@ def write_shard(
         WriteError: the file cannot be written; no file is left.
     """
     written: list[Record] = []
+    frames: list[FrameTable] = []
     with ShardWriter(path) as writer:
         for source in sources:
             video = next(encoded)
             if isinstance(video, EncodedVideo):
-                position = writer.write(encode_record(video, source, classes))
-                frames = len(video.frames)
-                written.append(Record(0, *position, frames, video.fps, source.labels, source.media_id))
+                content = encode_record(video, source, classes)
+                offset, length = writer.write(content)
+                frames.append(frames_of(content, offset))
+                identity = source.video, source.start, source.end, source.key_frame
+                written.append(Record(0, offset, length, len(video.frames), video.fps, source.labels, *identity))
             on_result(video)
     if written:
+        write_frames(path, writer.shard, join(frames))
         return Split((writer.shard,), tuple(written))
     with os_errors_as_write_error(path):
         path.unlink()
+        frames_path(path).unlink(missing_ok=True)  # of an earlier build, in which a video could be read
     return Split((), ())
 
 

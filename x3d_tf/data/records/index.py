@@ -1,46 +1,33 @@
 """Index of the records: shards, and the position of each record in them. Imports no TensorFlow."""
 
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from x3d_tf.errors import UserError
-from x3d_tf.text import whole
+from x3d_tf.errors import require
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # of a TFRecord: length and its checksum; checksum of the data
 
 VIDEOS_PER_SHARD = 64  # a few hundred megabytes, at 4 to 10 MB per ten-second video
 
 
-def segment_id(file: str, start: float | None, end: float | None) -> str:
-    """Returns the ID of a file's segment, from `start` to `end` in seconds: `file#2.5-4.0`, or `file` if complete."""
-    if start is None and end is None:
-        return file
-    return f"{file}#{'' if start is None else start}-{'' if end is None else end}"
+def media_id(video: str, start: float = 0.0, end: float | None = None, key_frame: int | None = None) -> str:
+    """Returns the name of a record, which its file stores; nothing parses it.
 
+    Args:
+        video: name of the video.
+        start, end: the stored segment in seconds of the video; an end of None is the end of the video.
+        key_frame: second of the key frame, which replaces the segment.
 
-def parse_segment_file(media_id: str) -> str:
-    """Returns the file of a segment, from an ID made by `segment_id`."""
-    return re.sub(r"#[\d.e+-]*-[\d.e+-]*$", "", media_id)
-
-
-def key_frame_id(video: str, second: int) -> str:
-    """Returns the ID of a key frame's record: `video,0902`."""
-    return f"{video},{second:04d}"
-
-
-def parse_key_frame_id(media_id: str) -> tuple[str, int]:
-    """Returns the video and the second of a key frame, from an ID made by `key_frame_id`.
-
-    Raises:
-        UserError: the ID has another form.
+    Returns:
+        `video,0902` for a key frame, `video#2.5-4.0` for a segment, and `video` for a complete video.
     """
-    video, _, text = media_id.rpartition(",")
-    second = whole(text)
-    if second is None:
-        raise UserError(f"the media_id of a key frame must be VIDEO,SECOND, got {media_id[:100]!r}")
-    return video, second
+    if key_frame is not None:
+        return f"{video},{key_frame:04d}"
+    if start == 0 and end is None:
+        return video
+    return f"{video}#{start}-{'' if end is None else end}"
 
 
 class Record(NamedTuple):
@@ -54,8 +41,10 @@ class Record(NamedTuple):
         fps: frames per second.
         labels: ascending indices into `Manifest.classes`; exactly one for single-label tasks. For a key frame, the
             labels of all its boxes.
-        media_id: name of the record: the video's path in its source folder, or an ID from `segment_id` or
-            `key_frame_id`.
+        video: name of the video, such as its path in the source folder. A video may have several records.
+        start: second of the video at which the record starts; 0 for key frames.
+        end: second of the video at which the record ends; None for the end of the video, and for key frames.
+        key_frame: second of the key frame, as annotated; None except for action detection.
     """
 
     shard: int
@@ -64,7 +53,15 @@ class Record(NamedTuple):
     frames: int
     fps: float
     labels: tuple[int, ...]
-    media_id: str
+    video: str
+    start: float = 0.0
+    end: float | None = None
+    key_frame: int | None = None
+
+    @property
+    def media_id(self) -> str:
+        """Name of the record, unique in its split."""
+        return media_id(self.video, self.start, self.end, self.key_frame)
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,56 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """A split of the data, such as "train": its shards, and its records in shard order."""
+    """A split of the data, such as "train".
+
+    Attributes:
+        shards: the shards.
+        records: the records, in shard order.
+        expected: number of videos that the data set lists for the split, including missing ones; None if it has no
+            list.
+    """
 
     shards: tuple[Shard, ...]
     records: tuple[Record, ...]
+    expected: int | None = None
+
+    @property
+    def present(self) -> int:
+        """Number of videos with at least one record."""
+        return len({record.video for record in self.records})
+
+
+@dataclass(frozen=True)
+class KeyFrameInfo:
+    """Common properties of records that hold key frames, for action detection.
+
+    Attributes:
+        margin: seconds stored before and after a key frame.
+        starts_at: timestamp of the first frame of the videos, in seconds.
+        frame_rate: images per second of folders of frames; None if all videos are files.
+        proposals: splits with boxes from a person detector.
+        listed: number of key frames that the data set lists for each split, including those of missing videos.
+
+    Raises:
+        UserError: names the field, the rule and the value received.
+    """
+
+    margin: float
+    starts_at: float
+    frame_rate: float | None
+    proposals: tuple[str, ...]
+    listed: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "starts_at", "frame_rate"):
+            value = getattr(self, name)
+            valid = type(value) in (int, float) and 0 <= value < math.inf
+            valid = valid or (name == "frame_rate" and value is None)
+            require(valid, f"key_frames.{name}", "be a number of at least 0", value)
+        names = isinstance(self.proposals, tuple) and all(isinstance(name, str) for name in self.proposals)
+        require(names, "key_frames.proposals", "be names of splits", self.proposals)
+        counts = isinstance(self.listed, dict) and all(type(n) is int and n >= 0 for n in self.listed.values())
+        require(counts, "key_frames.listed", "be numbers of at least 0 by split", self.listed)
 
 
 def shard_name(split: str, index: int, count: int) -> str:

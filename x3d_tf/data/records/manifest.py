@@ -1,26 +1,37 @@
-"""Manifest of a folder of records: classes, shards, and the position of each record. Imports no TensorFlow.
+"""Manifest of a folder of records: data set, classes, shards, and the position of each record. Imports no TensorFlow.
 
 `manifest.json` is written last, so a folder that has one is complete. A checksum over its own content detects edits and
-damage. The manifest is untrusted input: every value is checked before it is used.
+damage. The manifest is untrusted input: every value is checked before it is used. Records are stored as columns, which
+are checked as arrays, because a data set may have millions of records. A column that no record needs is omitted.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
-from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split
+import numpy as np
+from numpy.typing import NDArray
+
+from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, KeyFrameInfo, Record, Shard, Split
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import LARGE, atomic_write, read_limited
 from x3d_tf.text import check_class_name
 from x3d_tf.types import AnnotationKind, Storage, stored_from_json, stored_to_json
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _CHECKSUM = "sha256"  # entry with the checksum of all other entries
+_DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+_MAX_SETTINGS = 1000  # entries
+_MAX_TEXT = 4096  # characters of a setting or a video's name
+_MAX_SECONDS = 1e9  # of a time in a video
+_LARGEST = 2**62  # of positions, lengths and counts
 
 _LABELS: dict[AnnotationKind, tuple[int, float, str]] = {  # labels per record: minimum, maximum, and the rule
     "single_label": (1, 1, "be exactly one"),
@@ -36,20 +47,24 @@ class Manifest:
 
     Attributes:
         folder: folder of the shards.
+        dataset: name of the data set.
         classes: class names in the order of their labels, shared by all splits.
         splits: splits by name.
         settings: settings of the build, numbers or strings, for information and comparison.
         stored: storage format of the frames.
-        task: "single_label" if every record has exactly one label, "multi_label" if one or more, "detection" if records
-            hold a key frame, each of whose boxes has any number of labels.
+        task: kind of annotation: "single_label" if every record has exactly one label, "multi_label" if one or more,
+            "detection" if records hold a key frame, each of whose boxes has any number of labels.
+        key_frames: common properties of key frames; None unless the task is "detection".
     """
 
     folder: Path
+    dataset: str
     classes: tuple[str, ...]
     splits: dict[str, Split]
     settings: dict[str, int | float | str]
     stored: Storage
     task: AnnotationKind = "single_label"
+    key_frames: KeyFrameInfo | None = None
 
     def split(self, name: str) -> Split:
         """Returns a split after checking that its shards exist with the sizes in the manifest.
@@ -70,10 +85,10 @@ class Manifest:
 
     def with_records(self, name: str, records: Sequence[Record]) -> "Manifest":
         """Returns a copy in which the named split has only these records."""
-        return replace(self, splits=self.splits | {name: Split(self.splits[name].shards, tuple(records))})
+        return replace(self, splits=self.splits | {name: replace(self.splits[name], records=tuple(records))})
 
     def fingerprint(self) -> str:
-        """Returns a hash of the task, classes, storage format, shards and records.
+        """Returns a hash of the data set's name, task, classes, storage format, shards and records.
 
         The hash does not depend on the folder's path or on the settings.
         """
@@ -92,7 +107,9 @@ class Manifest:
         """Returns all entries of the file except the checksum."""
         return {
             "format_version": FORMAT_VERSION,
+            "dataset": self.dataset,
             "task": self.task,
+            "key_frames": None if self.key_frames is None else asdict(self.key_frames),
             "settings": self.settings,
             "stored": stored_to_json(self.stored),
             "classes": self.classes,
@@ -115,9 +132,10 @@ class Manifest:
             )
         content = _checked_content(path)
         reader = _Reader(str(path))
+        dataset = check_dataset_name(content.get("dataset"), f"{path}: dataset")
         task = cast(AnnotationKind, content.get("task"))
         reader.check(task in get_args(AnnotationKind), "task", f"be one of {', '.join(get_args(AnnotationKind))}", task)
-        settings = reader.of_type(content.get("settings"), dict, "settings")
+        settings = _settings_from_json(reader, content.get("settings"))
         stored = _stored_from_json(reader, content.get("stored"))
         classes = tuple(reader.items(content.get("classes"), str, "classes"))
         reader.check(len(set(classes)) == len(classes) > 0, "classes", "be distinct names", classes)
@@ -125,7 +143,15 @@ class Manifest:
             check_class_name(name, f"{path}: classes[{i}]")
         parts = reader.of_type(content.get("splits"), dict, "splits")
         splits = {name: _split_from_json(reader, name, part, len(classes), task) for name, part in parts.items()}
-        return cls(Path(folder), classes, splits, settings, stored, task)
+        key_frames = _key_frames_from_json(reader, content.get("key_frames"), task)
+        return cls(Path(folder), dataset, classes, splits, settings, stored, task, key_frames)
+
+
+def check_dataset_name(name: Any, where: str) -> str:
+    """Returns the name of a data set; raises `UserError` unless it is short and plain."""
+    valid = isinstance(name, str) and bool(_DATASET_NAME.fullmatch(name))
+    require(valid, where, "be a name of letters, digits, '_', '-' and '.'", name)
+    return cast(str, name)
 
 
 def checksum(content: dict[str, Any]) -> str:
@@ -170,29 +196,56 @@ def _stored_from_json(reader: "_Reader", value: Any) -> Storage:
     return stored
 
 
+def _settings_from_json(reader: "_Reader", value: Any) -> dict[str, int | float | str]:
+    settings = reader.of_type(value, dict, "settings")
+    reader.check(len(settings) <= _MAX_SETTINGS, "settings", f"have at most {_MAX_SETTINGS} entries", len(settings))
+    for name, entry in settings.items():
+        plain = type(entry) in (bool, int, float) or (type(entry) is str and len(entry) <= _MAX_TEXT)
+        reader.check(plain and len(name) <= _MAX_TEXT, f"settings.{name[:100]}", "be a number or a short text", entry)
+    return settings
+
+
+def _key_frames_from_json(reader: "_Reader", value: Any, task: AnnotationKind) -> KeyFrameInfo | None:
+    rule = "be an object if the task is detection, and null otherwise"
+    reader.check(isinstance(value, dict) if task == "detection" else value is None, "key_frames", rule, value)
+    if value is None:
+        return None
+    try:
+        return KeyFrameInfo(**value | {"proposals": tuple(value["proposals"])})
+    except UserError as error:
+        raise UserError(f"{reader.path}: {error}") from error
+    except (TypeError, KeyError) as error:  # other entries, or no list
+        raise UserError(f"{reader.path}: key_frames must have the entries of key frames: {error}") from error
+
+
 def _split_to_json(split: Split) -> dict[str, Any]:
-    columns = list(zip(*split.records, strict=True)) or [()] * len(Record._fields)
+    columns = dict(zip(Record._fields, zip(*split.records, strict=True))) if split.records else {}
+    needed = {
+        name: column
+        for name, column in columns.items()
+        if name not in Record._field_defaults or any(value != Record._field_defaults[name] for value in column)
+    }
     return {
+        "expected": split.expected,
         "count": len(split.records),
         "shards": [asdict(shard) for shard in split.shards],
-        "records": dict(zip(Record._fields, columns, strict=True)),
+        "records": needed,
     }
 
 
 def _split_from_json(reader: "_Reader", name: str, content: Any, classes: int, task: AnnotationKind) -> Split:
     where = f"splits.{name}"
     content = reader.of_type(content, dict, where)
+    expected = content.get("expected")
+    valid = expected is None or (type(expected) is int and 0 <= expected <= _LARGEST)
+    reader.check(valid, f"{where}.expected", "be a number of videos or null", expected)
     entries = reader.of_type(content.get("shards"), list, f"{where}.shards")
     shards = tuple(_shard_from_json(reader, f"{where}.shards[{i}]", entry) for i, entry in enumerate(entries))
-    records = _records_from_json(reader, f"{where}.records", content.get("records"))
-    reader.check(content.get("count") == len(records), f"{where}.count", f"be {len(records)}", content.get("count"))
-    end = (0, 0)  # shard and byte at which the previous record ends
-    for i, record in enumerate(records):
-        _check_record(reader, f"{where}.records[{i}]", record, shards, classes, task)
-        start = (record.shard, record.offset)
-        reader.check(start >= end, f"{where}.records[{i}]", "start after the end of the previous record", start)
-        end = (record.shard, record.offset + record.length + HEADER_BYTES + FOOTER_BYTES)
-    return Split(shards, records)
+    count = content.get("count")
+    reader.check(type(count) is int and count >= 0, f"{where}.count", "be a number of records", count)
+    columns = _Columns(reader, f"{where}.records", content.get("records"), cast(int, count))
+    columns.check_positions(shards)
+    return Split(shards, columns.records(classes, task), expected)
 
 
 def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
@@ -204,39 +257,109 @@ def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
     return Shard(file, size, reader.of_type(entry.get("sha256"), str, f"{where}.sha256"))
 
 
-def _records_from_json(reader: "_Reader", where: str, columns: Any) -> tuple[Record, ...]:
-    columns = reader.of_type(columns, dict, where)
-    checked = [
-        _labels_from_json(reader, f"{where}.labels", columns.get(field))
-        if field == "labels"
-        else reader.items(columns.get(field), kind, f"{where}.{field}")
-        for field, kind in Record.__annotations__.items()
-    ]
-    lengths = sorted({len(column) for column in checked})
-    reader.check(len(lengths) == 1, where, "have columns of equal length", lengths)
-    return tuple(Record(*row) for row in zip(*checked, strict=True))
+class _Columns:
+    """The columns of a split's records, checked as arrays. Errors name the first record that breaks a rule."""
 
+    def __init__(self, reader: "_Reader", where: str, columns: Any, count: int) -> None:
+        self._reader, self._where, self._count = reader, where, count
+        self._columns = reader.of_type(columns, dict, where)
+        unknown = sorted(set(self._columns) - set(Record._fields))
+        reader.check(not unknown, where, f"have only the columns {', '.join(Record._fields)}", unknown)
 
-def _labels_from_json(reader: "_Reader", where: str, column: Any) -> list[tuple[int, ...]]:
-    rows = reader.items(column, list, where)
-    return [tuple(reader.items(row, int, f"{where}[{i}]")) for i, row in enumerate(rows)]
+    def check_positions(self, shards: tuple[Shard, ...]) -> None:
+        """Checks that each record lies inside its shard, after the previous record."""
+        shard = self._integers("shard", 0, len(shards) - 1)
+        offset, length = self._integers("offset", 0, _LARGEST), self._integers("length", 0, _LARGEST)
+        sizes = np.array([entry.bytes for entry in shards], np.int64)[shard]
+        inside = (offset >= HEADER_BYTES) & (length > 0) & (length <= sizes - FOOTER_BYTES - offset)
+        self._check(inside, "", lambda i: f"lie inside {shards[shard[i]].file}", offset, length)
+        ends = offset + length + HEADER_BYTES + FOOTER_BYTES
+        after = (shard[1:] > shard[:-1]) | ((shard[1:] == shard[:-1]) & (offset[1:] >= ends[:-1]))
+        rule = "start after the end of the previous record"
+        self._check(np.insert(after, 0, True), "", lambda _: rule, shard, offset)
 
+    def records(self, classes: int, task: AnnotationKind) -> tuple[Record, ...]:
+        """Checks the other columns and returns the records."""
+        lengths = np.array(self._columns["length"], np.int64)
+        frames = self._integers("frames", 1, _LARGEST)
+        self._check(frames <= lengths, ".frames", lambda _: "fit into the record", frames)
+        fps = self._floats("fps")
+        self._check((fps > 0) & (fps < math.inf), ".fps", lambda _: "be positive", fps)
+        labels = self._labels(classes, task)
+        self._check_videos()
+        start, end = self._floats("start"), self._floats("end", missing=_MAX_SECONDS)
+        self._check((start >= 0) & (start < _MAX_SECONDS), ".start", lambda _: "be at least 0 seconds", start)
+        self._check((end > start) & (end <= _MAX_SECONDS), ".end", lambda _: "be after the start", end)
+        if task == "detection":
+            self._integers("key_frame", 0, _LARGEST)
+        else:
+            is_absent = "key_frame" not in self._columns
+            self._reader.check(is_absent, f"{self._where}.key_frame", "be absent unless the task is detection", task)
+        given = self._columns | {"labels": labels}
+        rows = zip(*(given.get(name) or repeat(Record._field_defaults.get(name)) for name in Record._fields))
+        return tuple(map(Record._make, rows)) if self._count else ()
 
-def _check_record(
-    reader: "_Reader", where: str, record: Record, shards: tuple[Shard, ...], classes: int, task: AnnotationKind
-) -> None:
-    reader.check(0 <= record.shard < len(shards), f"{where}.shard", f"be in 0..{len(shards) - 1}", record.shard)
-    last = shards[record.shard].bytes - FOOTER_BYTES
-    inside = record.offset >= HEADER_BYTES and 0 < record.length <= last - record.offset
-    reader.check(inside, where, f"lie inside {shards[record.shard].file}", (record.offset, record.length))
-    reader.check(record.frames >= 1, f"{where}.frames", "be at least 1", record.frames)
-    reader.check(record.frames <= record.length, f"{where}.frames", "fit into the record", record.frames)
-    reader.check(0 < record.fps < math.inf, f"{where}.fps", "be positive", record.fps)
-    labels = record.labels
-    reader.check(all(0 <= label < classes for label in labels), f"{where}.labels", f"be in 0..{classes - 1}", labels)
-    least, most, rule = _LABELS[task]
-    valid = least <= len(labels) <= most and list(labels) == sorted(set(labels))
-    reader.check(valid, f"{where}.labels", rule, labels)
+    def _column(self, name: str, kinds: tuple[type, ...]) -> list[Any]:
+        """Returns a column after checking the types of its values; a column with a default may be absent."""
+        where = f"{self._where}.{name}"
+        if name not in self._columns and name in Record._field_defaults and name != "key_frame":
+            return [Record._field_defaults[name]] * self._count
+        column = self._reader.of_type(self._columns.get(name), list, where)
+        self._reader.check(len(column) == self._count, where, f"have {self._count} values, the count", len(column))
+        if not set(map(type, column)) <= set(kinds):
+            i = next(i for i, value in enumerate(column) if type(value) not in kinds)
+            self._reader.check(False, f"{where}[{i}]", f"be a {kinds[0].__name__}", column[i])
+        return column
+
+    def _integers(self, name: str, least: int, most: int) -> NDArray[np.int64]:
+        column = self._column(name, (int,))
+        if column and not (least <= min(column) and max(column) <= most):
+            i = next(i for i, value in enumerate(column) if not least <= value <= most)
+            rule = f"be in {least}..{most}" if most < _LARGEST else f"be at least {least} and at most {most}"
+            self._reader.check(False, f"{self._where}[{i}].{name}", rule, column[i])
+        return np.array(column, np.int64)
+
+    def _floats(self, name: str, missing: float | None = None) -> NDArray[np.float64]:
+        """Returns a column of floats; `missing` stands for null, if null is valid."""
+        column = self._column(name, (float,) if missing is None else (float, type(None)))
+        return np.array([missing if value is None else value for value in column], np.float64)
+
+    def _labels(self, classes: int, task: AnnotationKind) -> list[tuple[int, ...]]:
+        column = list(map(tuple, self._column("labels", (list,))))
+        counts = np.array(list(map(len, column)), np.int64)
+        flat = list(chain.from_iterable(column))
+        if not set(map(type, flat)) <= {int}:
+            i, j = next((i, j) for i, row in enumerate(column) for j, value in enumerate(row) if type(value) is not int)
+            self._reader.check(False, f"{self._where}.labels[{i}][{j}]", "be a int", column[i][j])
+        owner = np.repeat(np.arange(len(column)), counts)
+        if flat and not (min(flat) >= 0 and max(flat) < classes):
+            i = next(i for i, row in enumerate(column) if any(not 0 <= label < classes for label in row))
+            self._reader.check(False, f"{self._where}[{i}].labels", f"be in 0..{classes - 1}", column[i])
+        least, most, rule = _LABELS[task]
+        values = np.array(flat, np.int64)
+        descends = (values[1:] <= values[:-1]) & (owner[1:] == owner[:-1])
+        valid = (counts >= least) & (counts <= most)
+        valid[owner[1:][descends]] = False
+        self._check(valid, ".labels", lambda _: rule, column)
+        return column
+
+    def _check_videos(self) -> None:
+        column = self._column("video", (str,))
+        rule = f"be a name of 1 to {_MAX_TEXT} characters of valid Unicode"
+        lengths = np.array(list(map(len, column)), np.int64)
+        self._check((lengths >= 1) & (lengths <= _MAX_TEXT), ".video", lambda _: rule, column)
+        try:
+            "".join(column).encode()
+        except UnicodeEncodeError:
+            valid = np.array([name.encode(errors="replace").decode() == name for name in column], bool)
+            self._check(valid, ".video", lambda _: rule, column)
+
+    def _check(self, valid: NDArray[np.bool_], field: str, rule: Callable[[int], str], *values: Any) -> None:
+        """Raises `UserError` with the first record that is not valid, and its value in each sequence of `values`."""
+        if not valid.all():
+            i = int(valid.argmin())
+            found = tuple(column[i].item() if isinstance(column, np.ndarray) else column[i] for column in values)
+            self._reader.check(False, f"{self._where}[{i}]{field}", rule(i), found if len(found) > 1 else found[0])
 
 
 class _Reader:

@@ -25,6 +25,7 @@ from x3d_tf.data.records.format import (
     read_record,
     read_record_length,
 )
+from x3d_tf.data.records.frames import FrameTable, frames_of, frames_path, join, read_frames_file
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.errors import UserError
@@ -39,6 +40,7 @@ class SplitReport:
         split: name of the split.
         shards, videos, frames: numbers of these in the manifest.
         problems: one line for each shard that is damaged or not listed in the manifest.
+        frame_problems: one line for each intact shard whose file of frames is missing or damaged.
     """
 
     split: str
@@ -46,11 +48,13 @@ class SplitReport:
     videos: int
     frames: int
     problems: tuple[str, ...]
+    frame_problems: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         shards = counted(self.shards, "shard")
         counts = f"{self.split}: {counted(self.videos, 'video')}, {counted(self.frames, 'frame')} in {shards}"
-        return "\n  ".join([f"{counts}; {len(self.problems) or 'none'} damaged", *self.problems])
+        lines = [f"{counts}; {len(self.problems) or 'none'} damaged", *self.problems, *self.frame_problems]
+        return "\n  ".join(lines)
 
 
 def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[SplitReport]:
@@ -59,7 +63,8 @@ def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[Spl
     Checks that the sizes and SHA-256 of all shards and the checksums of all records are correct; that each record
     parses, agrees with the manifest in position, labels, class names, frame rate, name and number of frames, and that
     its first frame decodes; and that the manifest lists every shard and every record once. For key frames, also checks
-    that boxes lie within the frame and have the classes that the manifest lists.
+    that boxes lie within the frame and have the classes that the manifest lists. The file of frames of each intact
+    shard is compared with the shard.
 
     Raises:
         UserError: the manifest does not exist or is damaged.
@@ -70,22 +75,24 @@ def verify_records(folder: str | Path, *, progress: bool = True) -> Iterator[Spl
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress)
     with bar:
         for name, split in manifest.splits.items():
-            problems = []
+            problems, frame_problems = [], []
             records: dict[int, list[Record]] = {}
             for record in split.records:
                 records.setdefault(record.shard, []).append(record)
             for number, shard in enumerate(split.shards):
                 path = manifest.folder / shard.file
                 try:
-                    _verify_shard(path, shard, records.get(number, []), manifest)
+                    frames = _verify_shard(path, shard, records.get(number, []), manifest)
+                    frame_problems += _verify_frames(path, shard, records.get(number, []), frames)
                 except UserError as error:
                     problems.append(str(error))
                 except (OSError, tf.errors.OpError) as error:
                     problems.append(f"{path} cannot be read: {error}")
                 bar.update(shard.bytes)
             problems += unlisted.pop(name, [])
-            frames = sum(record.frames for record in split.records)
-            yield SplitReport(name, len(split.shards), len(split.records), frames, tuple(problems))
+            count = sum(record.frames for record in split.records)
+            counts = len(split.shards), len(split.records), count
+            yield SplitReport(name, *counts, tuple(problems), tuple(frame_problems))
     for name, missing in unlisted.items():
         yield SplitReport(name, 0, 0, 0, tuple(missing))
 
@@ -101,12 +108,23 @@ def _unlisted(manifest: Manifest) -> dict[str, list[str]]:
     return problems
 
 
-def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Manifest) -> None:
+def _verify_frames(path: Path, shard: Shard, records: list[Record], expected: FrameTable) -> list[str]:
+    """Returns a line if the file of a shard's frames does not exist, is damaged, or differs from the shard."""
+    try:
+        same = read_frames_file(path, shard, records).equals(expected)
+    except UserError as error:
+        return [str(error)]
+    return [] if same else [f"{frames_path(path)} has other positions or checksums than the frames of its shard"]
+
+
+def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Manifest) -> FrameTable:
+    """Returns the frames of an intact shard; raises `UserError` or an error of TensorFlow otherwise."""
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     size = path.stat().st_size
     if size != shard.bytes:
         raise UserError(f"{path} has {size} bytes, but {MANIFEST_NAME} lists {shard.bytes}")
+    tables = []
     end = 0  # of the previous record
     for number, record in enumerate(records):
         where = f"{path}, record {number} at byte {record.offset} ({record.media_id})"
@@ -114,10 +132,12 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
         if start != end:
             raise UserError(f"{path} has bytes {end} to {start} that no record listed in {MANIFEST_NAME} covers")
         try:
-            _verify_record(where, path, record, manifest)
+            tables.append(_verify_record(where, path, record, manifest))
+        except UserError:
+            raise
         except tf.errors.DataLossError as error:
             raise UserError(f"{where} has a wrong checksum") from error
-        except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
+        except (tf.errors.InvalidArgumentError, ValueError) as error:  # ValueError covers text that is not UTF-8
             raise UserError(f"{where} cannot be parsed or decoded") from error
         end = record.offset + record.length + FOOTER_BYTES
     if end != size:
@@ -126,9 +146,10 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
         raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} lists")
+    return join(tables)
 
 
-def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> None:
+def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> FrameTable:
     length = read_record_length(path, record.offset)
     if length != record.length:
         raise UserError(f"{where} has length {length}, but {MANIFEST_NAME} lists {record.length}")
@@ -151,6 +172,7 @@ def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -
     decode_frame(parsed.frames[0])
     if manifest.task == "detection":
         _verify_annotation(where, parse_annotation(serialized), record)
+    return frames_of(serialized.numpy(), record.offset)
 
 
 def _verify_annotation(where: str, annotation: ParsedAnnotation, record: Record) -> None:
