@@ -1,7 +1,9 @@
 """Shared fixtures: quiet TensorFlow, kernels, eager mode, commands, and the folder of optional real data."""
 
+import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first, in the order of `LONG_FILES`; the other files keep their order."""
     ranks = {name: rank for rank, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """Excludes what is imported from garbage collection: TensorFlow's objects stay, and searching them takes long."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +103,26 @@ def eager(uncompiled: None) -> Iterator[None]:
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def without_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Returns a function that makes packages impossible to import for the rest of a test, as if not installed."""
+
+    class Blocked:
+        def __init__(self, packages: tuple[str, ...]) -> None:
+            self.packages = packages
+
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name.split(".")[0] in self.packages:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    def block(*packages: str) -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] in packages]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "meta_path", [Blocked(packages), *sys.meta_path])
+
+    return block
 
 
 @pytest.fixture

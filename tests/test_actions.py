@@ -28,6 +28,8 @@ from x3d_tf.inference.actions import (
 from x3d_tf.inference.drawing import draw_video
 from x3d_tf.types import Storage
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 TINY = x3d_tf.Expansion(gamma_tau=5, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 NAMES = ("sit", "talk to (e.g., self, a person, a group)", "wave")
 ROWS = (
@@ -212,7 +214,7 @@ def test_what_cannot_be_read_leaves_nothing(tmp_path: Path, model: Any) -> None:
 def test_the_command_writes_and_draws(
     model: Any, film: Path, listed: Path, tmp_path: Path, in_process: Callable[..., None], capsys: Any
 ) -> None:
-    x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "model.keras")
+    x3d_tf.save(model, tmp_path / "model.keras", NAMES)
     (tmp_path / "words.mp4").write_text("no video\n" * 100)
     common = (f"--model={tmp_path / 'model.keras'}", f"--boxes={listed}", f"--draw={tmp_path / 'drawn'}")
     arguments = (*common, f"--csv={tmp_path / 'out.csv'}", "--action_score=0", film, tmp_path / "words.mp4")
@@ -229,6 +231,6 @@ def test_the_command_writes_and_draws(
 
 
 def test_a_detector_takes_boxes(model: Any, film: Path, tmp_path: Path, in_process: Callable[..., None]) -> None:
-    x3d_tf.save(x3d_tf.portable(model, NAMES), tmp_path / "a.keras")
+    x3d_tf.save(model, tmp_path / "a.keras", NAMES)
     with pytest.raises(UserError, match="give one of --boxes and --person_detector"):
         in_process(predict, f"--model={tmp_path / 'a.keras'}", film, positional=True)

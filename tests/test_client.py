@@ -27,7 +27,7 @@ import pytest
 import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
-from exported_model import NAMES, TINY, model_file, served_folder
+from exported_model import NAMES, TINY, model_file, opened_model, served_folder
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from rest_service import serve
 from test_saved_model import clips, encoded, expected, picture
@@ -35,12 +35,11 @@ from test_structure import loaded_by
 from video_fixtures import write_video
 from x3d_tf.export.serving import client
 
-import x3d_tf
 from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.sampling import frame_indices, view_starts
 from x3d_tf.data.video import clip_reader
 from x3d_tf.data.video.decode import read_frames
-from x3d_tf.inference.prediction import predict_videos
+from x3d_tf.inference.prediction import Prediction, predict_videos
 from x3d_tf.types import Storage
 
 FOLDER = Path(client.__file__).parent
@@ -135,16 +134,27 @@ def run(flags_of_one_command: None) -> Iterator[Any]:
 # ---- The client
 
 
+@pytest.fixture(scope="module")
+def prediction(video: Path) -> Prediction:
+    (predicted,) = predict_videos(model_file(), [video], progress=False)
+    assert isinstance(predicted, Prediction)
+    return predicted
+
+
 @pytest.mark.parametrize("kind", ["grpc", "rest", "kserve"])
 def test_predictions_equal_those_of_predict_videos(
-    kind: str, run: Any, video: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    run: Any,
+    video: Path,
+    prediction: Prediction,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     address = request.getfixturevalue(f"{kind}_address")
     run(video, **{"grpc" if kind == "grpc" else "rest": address})
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == str(video)
     shown = {line[10:]: float(line[:8].rstrip("% ")) / 100 for line in lines}
-    (prediction,) = predict_videos(model_file(), [video], progress=False)
     assert list(shown) == [NAMES[index] for index in prediction.top(5)]
     expected_values = prediction.probabilities[prediction.top(5)]
     np.testing.assert_allclose(list(shown.values()), expected_values, atol=0.0006)  # printed to 0.1 %
@@ -404,7 +414,7 @@ def test_clips_by_grpc(grpc_address: str) -> None:
     request.model_spec.name = "tiny"
     request.inputs["clips"].CopyFrom(tf.make_tensor_proto(clips(2)))
     outputs = stub.Predict(request, 60).outputs
-    probabilities = expected(x3d_tf.load(model_file()), clips(2))
+    probabilities = expected(opened_model().model, clips(2))
     np.testing.assert_allclose(tf.make_ndarray(outputs["probabilities"]), probabilities, atol=1e-5)
     names = [name.decode() for name in outputs["top_classes"].string_val]
     assert names == np.array(NAMES)[np.argsort(-probabilities, axis=1)[:, :5]].ravel().tolist()

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from x3d_tf import VARIANTS
+import pytest
+
+from x3d_tf import VARIANTS, complexity
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,8 +17,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_complexity_prints_every_variant_with_the_papers_figures() -> None:
-    lines = run().stdout.splitlines()
+def test_complexity_prints_every_variant_with_the_papers_figures(
+    in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(complexity)
+    lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines[2:]}
     assert list(rows) == list(VARIANTS)
     assert all(text in rows["x3d_m"] for text in ("4.7325", "4.73", "+0.05%", "3.7943", "3.7612", "3.76", "6.1806"))

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from x3d_tf import gin_config
 from x3d_tf import import_weights as command
 from x3d_tf.data.class_lists import kinetics_classes
 from x3d_tf.modeling.archive import describe
+from x3d_tf.modeling.expansion import VARIANTS
 from x3d_tf.modeling.pytorch.convert import export_checkpoint, import_checkpoint
 from x3d_tf.training.transfer import load_pretrained
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
+DEPTH = 0.2  # gamma_d of networks with one block a stage
 
 
 @pytest.fixture
@@ -36,8 +40,17 @@ def run(flags_of_one_command: None) -> Iterator[Any]:
     yield call
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_x2d() -> Iterator[None]:
+    """Replaces X2D by a network with one block a stage to save time."""
+    x2d = VARIANTS["x2d"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "x2d", replace(x2d, expansion=replace(x2d.expansion, gamma_d=DEPTH)))
+        yield
+
+
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(small_x2d: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the path of an X2D checkpoint for Kinetics' classes with PySlowFast's names."""
     path = tmp_path_factory.mktemp("slowfast") / "x2d.pyth"
     export_checkpoint(x3d_tf.build_x3d("x2d"), path, "slowfast")
@@ -54,7 +67,8 @@ def test_a_checkpoint_is_imported_and_exported_again(
     assert "head.projection.weight" not in printed
     table = (tmp_path / "new" / "x2d.tensors.txt").read_text()
     assert re.search(r"^head\.projection\.weight +400x2048 +fc2/kernel +2048x400$", table, re.MULTILINE)
-    assert len(table.splitlines()) > len(import_checkpoint(checkpoint, "x2d")[1].rows)
+    imported, report = import_checkpoint(checkpoint, "x2d")
+    assert len(table.splitlines()) > len(report.rows)
     assert "only in the checkpoint: none; only in x3d_tf: none" in printed
     assert "only in the checkpoint: none; only in x3d_tf: none" in table
     assert "input clips: 1 frames of 112 x 112 pixels, stride 1 at 30 fps\n" in printed
@@ -65,10 +79,9 @@ def test_a_checkpoint_is_imported_and_exported_again(
     assert description.options.head_pool == "fixed_probabilities"
 
     run(model, to="slowfast", output=tmp_path / "back.pyth")
-    first, second = (import_checkpoint(path, "x2d")[1] for path in (checkpoint, tmp_path / "back.pyth"))
-    assert second.weights_sha256 == first.weights_sha256
+    assert import_checkpoint(tmp_path / "back.pyth", "x2d")[1].weights_sha256 == report.weights_sha256
     clips = np.random.default_rng(0).integers(0, 256, (1, 1, 112, 112, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(x3d_tf.load(model)(clips), import_checkpoint(checkpoint, "x2d")[0](clips))
+    np.testing.assert_array_equal(x3d_tf.load(model)(clips), imported(clips))
 
 
 def test_a_new_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Path) -> None:
@@ -108,7 +121,7 @@ def test_the_printed_command_fine_tunes_the_network(
     bindings = [value for name, value in given if name == "--gin_bindings"]
     assert files == ["gin/x2d.gin", "gin/data/records.gin", "gin/finetune.gin"]
     assert ["--workdir", "runs/mine"] in given
-    config = gin_config.parse(files, bindings).config
+    config = gin_config.parse(files, [*bindings, f"Expansion.gamma_d = {model.expansion.gamma_d}"]).config
     assert (config.init, config.expansion) == (output, model.expansion)
     network = x3d_tf.X3D(config.expansion, 3, config.model)
     network.class_names = ("a", "b", "c")
@@ -119,8 +132,11 @@ def test_the_printed_command_fine_tunes_the_network(
 def test_a_wrong_variant_is_reported_before_tensorflow_starts(checkpoint: Path, tmp_path: Path) -> None:
     """TensorFlow cannot be imported here, in a separate process."""
     code = (
-        "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
+        "import dataclasses, sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
         "from x3d_tf import commands, import_weights\n"
+        "from x3d_tf.modeling.expansion import VARIANTS\n"
+        "x2d = VARIANTS['x2d']\n"
+        f"VARIANTS['x2d'] = dataclasses.replace(x2d, expansion=dataclasses.replace(x2d.expansion, gamma_d={DEPTH}))\n"
         "import_weights.define_flags(); commands.run(import_weights.main, positional=True)"
     )
     arguments = [str(checkpoint), "--variant=x3d_l", f"--output={tmp_path}/a.keras"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from x3d_tf.export import models
 from x3d_tf.export.models import ExportableModel, open_model
 
 import x3d_tf
@@ -27,14 +28,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     model = x3d_tf.build_x3d(TINY, num_classes=3)
     model.stretch, model.frame_sampling, model.stored = True, "exact", Storage(96, 90)
-    x3d_tf.save(x3d_tf.portable(model, NAMES), folder / "model.keras")
+    x3d_tf.save(model, folder / "model.keras", NAMES)
     dataset = DatasetSpec("data/mine", stretch=True, frame_sampling="exact")
     (folder / "config.json").write_text(replace(TrainConfig(), expansion=TINY, dataset=dataset, seed=5).to_json())
     return folder
 
 
-def test_the_card_of_a_run_describes_its_training(run: Path) -> None:
-    source = open_model(run)
+@pytest.fixture(scope="module")
+def source(run: Path) -> ExportableModel:
+    return open_model(run)
+
+
+def test_the_card_of_a_run_describes_its_training(run: Path, source: ExportableModel) -> None:
     assert source.class_names == NAMES
     assert (source.frame_sampling, source.views.stretch, source.views.crop) == ("exact", True, 64)
     card = json.loads(json.dumps(source.card()))
@@ -44,8 +49,7 @@ def test_the_card_of_a_run_describes_its_training(run: Path) -> None:
     assert str(run.parent) not in json.dumps(card)  # paths stay private
 
 
-def test_the_card_describes_input_and_cost(run: Path) -> None:
-    source = open_model(run)
+def test_the_card_describes_input_and_cost(source: ExportableModel) -> None:
     card = source.card()
     rules = card["input"].pop("rules")
     assert rules["stored"] == (
@@ -107,7 +111,10 @@ def test_an_export_is_named_after_the_run_or_the_file(given: str, expected: str,
     atomic_write(tmp_path / f"{source.name}_float32.tflite", b"")  # writes a temporary file with a longer name
 
 
-def test_the_name_of_a_folder_is_resolved(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_folder_is_resolved(
+    run: Path, source: ExportableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_classifier", lambda path: source.model)  # saves loading it three times
     (tmp_path / "latest").symlink_to(run)
     assert open_model(tmp_path / "latest").name == "mine"
     monkeypatch.chdir(run)

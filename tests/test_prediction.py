@@ -2,11 +2,9 @@
 
 import csv
 import json
-import subprocess
-import sys
 import tracemalloc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from test_transforms import naive_resize
 from video_fixtures import number_of, numbered_frames, smooth_frames, write_records, write_video
 
 import x3d_tf
-from x3d_tf import csv_files
+from x3d_tf import csv_files, predict
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.records.manifest import Manifest
@@ -38,7 +36,7 @@ from x3d_tf.inference.prediction import (
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.types import Storage, ViewSpec
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
 NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
 
@@ -169,17 +167,18 @@ def test_a_window_gets_the_probabilities_of_the_segment(
         np.testing.assert_allclose([r.probabilities for r in found], of_records(network, manifest, views), atol=1e-6)
 
 
-def test_a_run_predicts_what_its_report_says(network: Any, clips: Path, tmp_path: Path) -> None:
+def test_a_run_predicts_what_its_report_says(
+    network: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = Storage(40, 60)
     paths = [clips / name for name in ("a b, c.mp4", "short.avi")]
     encoded = [encode_video(path, 40, 60) for path in paths]
     manifest = write_records(tmp_path / "records", {"test": encoded}, 6, stored=stored)
     run = RunFolder(tmp_path / "run")
     run.open(TrainConfig(expansion=TINY, dataset=DatasetSpec(str(manifest.folder), "test"), test_views=3), {})
-    saved = x3d_tf.build_x3d(TINY, num_classes=len(NAMES))
-    saved.set_weights(network.get_weights())
-    saved.stored, saved.test_views = stored, 3
-    x3d_tf.save(x3d_tf.portable(saved, manifest.classes), run.model)
+    monkeypatch.setattr(network, "stored", stored)
+    monkeypatch.setattr(network, "test_views", 3)
+    x3d_tf.save(network, run.model, manifest.classes)
     report = evaluate_run(run)
     with (report.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
         expected = [[float(row[f"p({name})"]) for name in manifest.classes] for row in csv_files.dicts(file)]
@@ -409,12 +408,13 @@ def test_a_network_without_classifier_is_refused() -> None:
         predict_videos(x3d_tf.build_x3d(TINY, include_top=False), [__file__])
 
 
-def predict(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "x3d_tf.predict", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_the_command(network: Any, clips: Path, tmp_path: Path) -> None:
+def test_the_command(
+    network: Any,
+    clips: Path,
+    tmp_path: Path,
+    in_process: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     x3d_tf.save(network, tmp_path / "m.keras", NAMES)
     videos = tmp_path / "my videos"
     videos.mkdir()
@@ -423,12 +423,11 @@ def test_the_command(network: Any, clips: Path, tmp_path: Path) -> None:
     (videos / "bad.mp4").touch()
     outputs = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")}
     flags = [f"--json={outputs['json']}", f"--csv={outputs['csv']}", f"--contact_sheet={outputs['png']}"]
-    done = predict(videos, f"--model={tmp_path / 'm.keras'}", *flags)
-    assert done.returncode == 1
-    assert f"error: {videos / 'bad.mp4'}: the file is empty" in done.stderr
-    assert "1 of 4 files could not be predicted" in done.stderr
-    assert "Traceback" not in done.stderr
-    lines = done.stdout.splitlines()
+    with pytest.raises(SystemExit, match="1 of 4 files could not be predicted"):
+        in_process(predict, videos, f"--model={tmp_path / 'm.keras'}", *flags, positional=True)
+    printed = capsys.readouterr()
+    assert f"error: {videos / 'bad.mp4'}: the file is empty" in printed.err
+    lines = printed.out.splitlines()
     assert lines[0] == f"{videos / 'a b, c.mp4'} (1.4 s)"
     content = json.loads(outputs["json"].read_text(encoding="utf-8"))
     top = content["predictions"][0]["top"]

@@ -15,10 +15,11 @@ import pytest
 import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
-from exported_model import NAMES, TINY, model_file, random_network, served_folder
+from exported_model import NAMES, TINY, model_file, opened_model, random_network, served_folder
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from test_transforms import naive_resize
+from x3d_tf.export import models
 from x3d_tf.export import saved_model as command
 from x3d_tf.export.models import ExportableModel, open_model
 from x3d_tf.export.signatures import MAX_PIXELS, decode_clips
@@ -27,14 +28,21 @@ import x3d_tf
 from x3d_tf.files import WriteError
 from x3d_tf.types import ViewSpec
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 ROOT = Path(__file__).parents[1]
 SIZE, FRAMES = TINY.clip.size, TINY.clip.frames
 VIEWS = ViewSpec(resize=TINY.test_size, crop=SIZE)
 
 
 @pytest.fixture(scope="module")
-def network() -> x3d_tf.X3D:
-    return x3d_tf.load(model_file())
+def source() -> ExportableModel:
+    return opened_model()
+
+
+@pytest.fixture(scope="module")
+def network(source: ExportableModel) -> x3d_tf.X3D:
+    return source.model
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +87,9 @@ def test_clips_of_both_types(loaded: Any, network: x3d_tf.X3D, count: int) -> No
         np.testing.assert_allclose(answer["top_probabilities"], np.take_along_axis(probabilities, order, 1), atol=1e-5)
 
 
-def test_gpus_compute_a_request_as_one_batch(network: x3d_tf.X3D, tmp_path: Path) -> None:
+def test_gpus_compute_a_request_as_one_batch(source: ExportableModel, network: x3d_tf.X3D, tmp_path: Path) -> None:
     loops = {"While", "StatelessWhile"}
-    folder = command.export_saved_model(open_model(model_file()), tmp_path / "mine", device="gpu")
+    folder = command.export_saved_model(source, tmp_path / "mine", device="gpu")
     given = clips(3)
     answer = tf.saved_model.load(str(folder)).signatures["serving_default"](clips=tf.constant(given))
     np.testing.assert_allclose(answer["probabilities"], expected(network, given), atol=1e-5)
@@ -274,19 +282,13 @@ def test_encoded_frames_from_c(c_program: Any, network: x3d_tf.X3D, tmp_path: Pa
     assert "clip 0, frame 3" in done.stderr
 
 
-def test_loads_without_this_package_and_keras(network: x3d_tf.X3D, tmp_path: Path) -> None:
+def test_loads_without_this_package_and_keras(network: x3d_tf.X3D, without_modules: Callable[..., None]) -> None:
     given = clips(2)
-    np.save(tmp_path / "clips.npy", given)
-    code = f"""
-import sys
-sys.modules["x3d_tf"] = sys.modules["keras"] = None  # imports of them fail
-import numpy as np, tensorflow as tf
-answer = tf.saved_model.load({str(served_folder())!r}).signatures["serving_default"](clips=np.load("clips.npy"))
-np.save("probabilities.npy", answer["probabilities"])
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-    found = np.load(tmp_path / "probabilities.npy")
-    np.testing.assert_allclose(found, expected(network, given), atol=1e-5)
+    folder, probabilities = served_folder(), expected(network, given)
+    without_modules("x3d_tf", "keras")
+    answer = tf.saved_model.load(str(folder)).signatures["serving_default"](clips=tf.constant(given))
+    np.testing.assert_allclose(answer["probabilities"], probabilities, atol=1e-5)
+    assert not {"x3d_tf", "keras"} & set(sys.modules)
 
 
 # ---- The folder
@@ -356,7 +358,15 @@ def test_long_fields_of_a_message() -> None:
     np.testing.assert_array_equal(tf.make_ndarray(request.inputs["clips"]), tf.make_ndarray(tensor))
 
 
-def test_versions(run: Any, without_network: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_versions(
+    run: Any,
+    source: ExportableModel,
+    without_network: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(models, "open_model", lambda path, detectors: {str(model_file()): source}[path])
     output = tmp_path / "serving" / "hugs"
     run(model=model_file(), output=output)
     assert f"written: {output / '1'}" in capsys.readouterr().out
@@ -401,9 +411,12 @@ def test_bad_settings(
     "error", [OSError(28, "No space left on device"), tf.errors.ResourceExhaustedError(None, None, "full")]
 )
 def test_a_failed_export_keeps_the_existing_version(
-    error: Exception, without_network: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: Exception,
+    source: ExportableModel,
+    without_network: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    source = open_model(model_file())
     folder = command.export_saved_model(source, tmp_path / "mine")
 
     def fail(*arguments: Any) -> None:

@@ -23,6 +23,8 @@ from x3d_tf.data.video.decode import encode_video
 from x3d_tf.modeling.folded import fold
 from x3d_tf.types import Storage
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 NAMES = ("hug", "kick", "wave")
 
 

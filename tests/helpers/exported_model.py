@@ -42,6 +42,14 @@ def model_file() -> Path:
     return path
 
 
+@functools.cache
+def opened_model() -> "ExportableModel":
+    """Returns the model of `model_file`."""
+    from x3d_tf.export.models import open_model
+
+    return open_model(model_file())
+
+
 def three_classes(folder: Path) -> "ExportableModel":
     """Saves a network with random batch norms and classifier in `folder` and opens it; clips are 4 x 64 x 64."""
     from x3d_tf.export.models import open_model
@@ -53,17 +61,16 @@ def three_classes(folder: Path) -> "ExportableModel":
             shape = layer.gamma.shape
             layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
     network.get_layer("fc2").kernel.assign(draw.normal(0, 0.3, network.get_layer("fc2").kernel.shape))
-    x3d_tf.save(x3d_tf.portable(network, ("hug", "kick", "wave")), folder / "model.keras")
+    x3d_tf.save(network, folder / "model.keras", ("hug", "kick", "wave"))
     return open_model(folder / "model.keras")
 
 
 @functools.cache
 def served_folder() -> Path:
     """Returns the folder of the SavedModel of `model_file`, .../tiny/1."""
-    from x3d_tf.export.models import open_model
     from x3d_tf.export.saved_model import export_saved_model
 
-    return export_saved_model(open_model(model_file()), Path(_scratch().name) / "serving" / "tiny")
+    return export_saved_model(opened_model(), Path(_scratch().name) / "serving" / "tiny")
 
 
 @functools.cache
