@@ -39,7 +39,7 @@ def test_the_command(
     assert (
         again.stderr.strip()
         .splitlines()[-1]
-        .startswith(f"error: output: {output} holds a build with split = 0.3, not None")
+        .startswith(f"error: --output: {output} holds a build with split = 0.3, not None")
     )
     assert "Traceback" not in again.stderr
     shard = output / manifest.splits["test"].shards[0].file
