@@ -1,6 +1,7 @@
 """The command `build_records`."""
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,15 @@ def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
+def without_tensorflow(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    code = (
+        "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
+        f"from x3d_tf import commands, {name}\n"
+        f"{name}.define_flags(); commands.run({name}.main)"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
 def test_the_command(
     clips: Path, tmp_path: Path, in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -34,12 +44,20 @@ def test_the_command(
     last = done.stdout.splitlines()[-1]
     assert last.strip().startswith("python -m x3d_tf.train --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin")
     assert f"""--gin_bindings='DatasetSpec.records="{output}"'""" in last
+    arguments = shlex.split(last)[3:]
+    assert "--gin_bindings=Recipe.batch=4" in arguments  # the recipe's batch is 8
+    refused = without_tensorflow("train", *arguments, "--gin_bindings=Recipe.batch=5")
+    assert refused.stderr == (
+        "error: Recipe.batch must be at most 4, the number of records in split 'train' "
+        "(--gin_bindings=Recipe.batch=4), got 5\n"
+    )
+    assert "import of tensorflow halted" in without_tensorflow("train", *arguments).stderr  # all checks passed
     again = command(f"--videos={clips}", f"--output={output}")
     assert again.returncode == 1
     assert (
         again.stderr.strip()
         .splitlines()[-1]
-        .startswith(f"error: output: {output} holds a build with split = 0.3, not None")
+        .startswith(f"error: --output: {output} holds a build with split = 0.3, not None")
     )
     assert "Traceback" not in again.stderr
     shard = output / manifest.splits["test"].shards[0].file

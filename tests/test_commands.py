@@ -80,6 +80,28 @@ def test_an_invalid_flag_is_reported_in_one_line(arguments: tuple[str, ...], mes
     assert (done.returncode, done.stderr, done.stdout) == (1, f"error: {message}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("views must be at least 1", "--views must be at least 1"),
+        ("model: a.keras is not a file", "--model: a.keras is not a file"),
+        ("Config.number must be at least 1, got 0", "--crops must be at least 1, got 0"),
+        ("Recipe.views must be at least 1", "Recipe.views must be at least 1"),
+        ("model a must be a file", "model a must be a file"),
+        ("views.csv must be a file", "views.csv must be a file"),
+        ("steps must be at least 1", "steps must be at least 1"),
+        ("must be 3", "must be 3"),
+    ],
+)
+def test_errors_of_the_library_name_the_flag(message: str, printed: str) -> None:
+    code = (
+        f"{FLAGS}from x3d_tf import commands, errors\ndef main(): raise errors.UserError({message!r})\n"
+        "commands.run(main, settings={'Config.number': 'crops'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *REQUIRED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"error: {printed}\n")
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("--model=a", "-h"), ("--viws=3", "--help")])
 def test_help_lists_the_flags_of_the_command(arguments: tuple[str, ...]) -> None:
     done = run_with_flags(*arguments)

@@ -61,6 +61,20 @@ def test_a_damaged_configuration_is_reported(text: str, message: str) -> None:
         TrainConfig.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "rule"),
+    [
+        ("Execution.precision", "float17", "one of float32, bfloat16, float16, got 'float17'"),
+        ("Detection.eval_boxes", 3, "one of proposals, annotated, got 3"),
+        ("TrainConfig.init", 3, "str or None, got 3"),
+        ("Recipe.steps", "many", "int, got 'many'"),
+    ],
+)
+def test_the_valid_values_of_a_setting_are_listed(setting: str, value: object, rule: str) -> None:
+    with pytest.raises(UserError, match=f"^{setting} must be {rule}$"):
+        TrainConfig.from_json(json.dumps(CONFIG.settings() | {setting: value}))
+
+
 def test_fingerprints_distinguish_settings() -> None:
     same = TrainConfig(Expansion(gamma_t=4, gamma_b=1), dataset=DatasetSpec(records="somewhere"), seed=3)
     assert same.fingerprint() == CONFIG.fingerprint()  # 1 and 1.0 are one setting

@@ -19,8 +19,11 @@ from x3d_tf import gin_config
 from x3d_tf import import_weights as command
 from x3d_tf.data.class_lists import kinetics_classes
 from x3d_tf.modeling.archive import describe
-from x3d_tf.modeling.expansion import VARIANTS
+from x3d_tf.modeling.expansion import VARIANTS, Expansion
+from x3d_tf.modeling.pytorch.checkpoint_files import write_checkpoint
 from x3d_tf.modeling.pytorch.convert import export_checkpoint, import_checkpoint
+from x3d_tf.modeling.pytorch.state_dicts import MismatchError, read_state_dict
+from x3d_tf.modeling.pytorch.weight_names import source_shapes
 from x3d_tf.training.transfer import load_pretrained
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
@@ -169,6 +172,22 @@ def test_invalid_arguments_are_rejected(
     with pytest.raises(ValueError, match=message):
         run("missing.pyth", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_mismatches_are_written_beside_the_output(run: Any, tmp_path: Path) -> None:
+    shapes = source_shapes(Expansion(gamma_w=3), "slowfast", 5)
+    write_checkpoint(tmp_path / "a.pyth", {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    output, table = tmp_path / "new" / "b.keras", tmp_path / "new" / "b.mismatches.txt"
+    for _ in range(2):  # the second attempt replaces the table of the first
+        with pytest.raises(
+            ValueError, match=r"must match x2d or .*; \.\.\.\. .*b\.mismatches\.txt lists all"
+        ) as caught:
+            run(tmp_path / "a.pyth", variant="x2d", output=output)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(MismatchError) as direct:
+        read_state_dict(tmp_path / "a.pyth", "x2d")
+    assert table.read_text().splitlines() == list(direct.value.mismatches) and len(direct.value.mismatches) > 50
+    assert list(table.parent.iterdir()) == [table]
 
 
 def test_exactly_one_file_is_required(run: Any) -> None:

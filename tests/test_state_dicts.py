@@ -1,5 +1,6 @@
 """Tests of the search for the weights of a network in a checkpoint, and of its error messages."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from x3d_tf.errors import UserError
 from x3d_tf.modeling.expansion import VARIANTS, Expansion
 from x3d_tf.modeling.pytorch import state_dicts
 from x3d_tf.modeling.pytorch.checkpoint_files import Tensor, read_checkpoint, write_checkpoint
-from x3d_tf.modeling.pytorch.state_dicts import StateDict, read_state_dict
+from x3d_tf.modeling.pytorch.state_dicts import MismatchError, StateDict, read_state_dict
 from x3d_tf.modeling.pytorch.weight_names import NAMINGS, Naming, source_shapes
 
 SMALL = Expansion(gamma_tau=1, gamma_t=2, gamma_s=64 / 112, gamma_w=1 / 3, gamma_b=2.25, gamma_d=0.4)
@@ -161,24 +162,51 @@ def test_the_closest_variant_is_named(tensors: Any, read: Any) -> None:
     del state["s1.pathway0_stem.bn.bias"]
     with pytest.raises(UserError) as caught:
         read(state, "x3d_m")
-    first, *rest = str(caught.value).splitlines()
-    assert first == (
+    assert str(caught.value) == (
         "network (--variant) must be x3d_l, the closest match for a.pyth (PySlowFast), got 'x3d_m'; "
-        "mismatches with x3d_l: 1"
+        "1 mismatch with x3d_l: missing: s1.pathway0_stem.bn.bias 24"
     )
-    assert rest == ["missing: s1.pathway0_stem.bn.bias 24"]
-    with pytest.raises(UserError, match=r"a\.pyth \(PySlowFast\) must match x3d_l, but has 1 mismatch:\nmissing"):
+    with pytest.raises(
+        UserError, match=r"a\.pyth \(PySlowFast\) must match x3d_l, but has 1 mismatch: missing: s1\.\S+ 24$"
+    ):
         read(state, "x3d_l")
-    with pytest.raises(UserError, match=r"must match x3d\(.* or any of x2d, .*x3d_xxl, but has \d+ mismatches:\n"):
+    variants = r"another variant \(x2d, .*, x3d_xxl\)"
+    with pytest.raises(UserError, match=rf"must match x3d\(.* or {variants}, but has \d+ mismatches: missing"):
         read(tensors(network=WIDER), DEEPER)
 
 
+def test_a_message_has_ten_mismatches_and_each_variant_once(tensors: Any, read: Any) -> None:
+    with pytest.raises(MismatchError) as caught:
+        read(tensors(network=WIDER), "x3d_s")
+    message, mismatches = str(caught.value), caught.value.mismatches
+    assert message.count("x3d_s") == 1 and message.startswith("a.pyth (PySlowFast) must match x3d_s or another variant")
+    assert "\n" not in message and message.endswith(f": {'; '.join(mismatches[:10])}; ...")
+    assert len(mismatches) > 200 and f"but has {len(mismatches)} mismatches: " in message
+
+
+def test_a_message_has_ten_values_that_are_not_finite(tensors: Any, read: Any) -> None:
+    state = tensors(value=np.nan)
+    with pytest.raises(MismatchError) as caught:
+        read(state)
+    names = [name for name in state if "num_batches" not in name]
+    assert caught.value.mismatches == tuple(f"values that are not finite: {name}" for name in names)
+    assert str(caught.value).endswith(f"; values that are not finite: {names[9]}; ...") and len(names) > 10
+
+
 @pytest.mark.parametrize(
-    "content",
-    [{}, [], 3, {"epoch": 3, "cfg": "x"}, {"model_state": {"a": 1}}, {"state_dict": {}}, {"model": {"model": {}}}],
+    ("content", "found"),
+    [
+        ({}, "it is empty"),
+        ([], "it holds a value of type list"),
+        (3, "it holds a value of type int"),
+        ({"epoch": 3, "cfg\n": "x"}, r"no key of it holds one; its keys are: epoch, 'cfg\n'"),
+        ({"model_state": {"a": 1}}, "no key of it holds one; its keys are: model_state"),
+        ({"state_dict": {}}, "no key of it holds one; its keys are: state_dict"),
+        (dict.fromkeys("abcdefghijk"), "its keys are: a, b, c, d, e, f, g, h, i, j, ..."),
+    ],
 )
-def test_files_without_a_state_dict(read: Any, content: object) -> None:
-    with pytest.raises(UserError, match=r"a\.pyth must contain a state dict"):
+def test_files_without_a_state_dict(read: Any, content: object, found: str) -> None:
+    with pytest.raises(UserError, match=r"a\.pyth must contain a state dict, .*, but .*" + re.escape(found) + "$"):
         read(content)
 
 

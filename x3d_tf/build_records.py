@@ -51,6 +51,7 @@ from absl import flags
 from tqdm import tqdm
 
 from x3d_tf import commands, gin_config
+from x3d_tf.config import TrainConfig
 from x3d_tf.data.building.builder import BuildResult, build_records
 from x3d_tf.data.building.encoding import TIMEOUT
 from x3d_tf.data.building.state import FAILURES_NAME
@@ -63,12 +64,14 @@ from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import find
 from x3d_tf.terminal import one_line
 from x3d_tf.text import binding_flag, counted
+from x3d_tf.training.checks import fitting_batch
 
 FLAGS = flags.FLAGS
 
 _PATHS = ("videos", "csv", "label_map", "classes")
 _FILES_BY_SPLIT = ("lists", "boxes", "proposals", "exclusions")
 _NUMBERS = ("starts_at", "frame_rate", "split", "seed")
+_DETECTOR_BATCH = 64  # clips at most: the recipe's batch is for several GPUs
 _X3D_S_MIN_SHORT_SIDE = 182  # pixels: X3D-S upscales smaller frames, which adds nothing
 
 
@@ -274,24 +277,29 @@ def _training_command(manifest: Manifest, detects: bool) -> list[str]:
     if detects:
         recipes = ["gin/ava/x3d_m_v2.2.gin"]
         intro = "Train on them from Kinetics weights (TrainConfig.init; without it from random weights) with:"
-        trained = sum(bool(record.labels) for record in manifest.splits[names[0]].records)
-        bindings |= {"TrainConfig.init": "runs/x3d_m_kinetics", "Recipe.batch": min(64, trained // 8 * 8 or trained)}
+        bindings["TrainConfig.init"] = "runs/x3d_m_kinetics"
     elif manifest.stored.short_side < _X3D_S_MIN_SHORT_SIDE:
         recipes = ["gin/few_videos.gin"]
+    config = gin_config.parse(recipes).config
+    config = replace(config, dataset=replace(config.dataset, train_split=names[0]))
+    records = len(find(manifest.task).training_records(manifest, names[0]))
+    wanted = min(config.recipe.batch, _DETECTOR_BATCH) if detects else config.recipe.batch
+    batch = fitting_batch(config, min(wanted, records))
+    if batch not in (0, config.recipe.batch):
+        bindings["Recipe.batch"] = batch
+        config = replace(config, recipe=replace(config.recipe, batch=batch))
     flags_ = [f"--gin_file={file}" for file in recipes] + [binding_flag(*binding) for binding in bindings.items()]
     run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
-    return [*_advice(manifest, recipes, names[0]), intro, f"  python -m x3d_tf.train {' '.join(flags_)} {run}"]
+    return [*_advice(manifest, config), intro, f"  python -m x3d_tf.train {' '.join(flags_)} {run}"]
 
 
-def _advice(manifest: Manifest, recipes: list[str], split: str) -> list[str]:
-    """Returns warnings about settings of the recipes that do not suit the records."""
+def _advice(manifest: Manifest, config: TrainConfig) -> list[str]:
+    """Returns warnings about settings that do not suit the records."""
     with starting_tensorflow():
         from x3d_tf.data.input_pipeline import short_sides
 
-    config = gin_config.parse(recipes).config
-    config = replace(config, dataset=replace(config.dataset, train_split=split))
-    task = find(manifest.task)
-    return [f"  warning: {text}" for text in advice(manifest, config, short_sides(manifest, split), task)]
+    sides = short_sides(manifest, config.dataset.train_split)
+    return [f"  warning: {text}" for text in advice(manifest, config, sides, find(manifest.task))]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +26,7 @@ _HELP_WIDTH = 110  # characters
 _COMMON_FLAGS = ("plugin", "verbose")
 
 
-def run(main: Callable[..., None], *, positional: bool = False) -> None:
+def run(main: Callable[..., None], *, positional: bool = False, settings: Mapping[str, str] | None = None) -> None:
     """Parses the flags and calls `main`.
 
     `--help` prints the command's docstring and flags and exits with status 0.
@@ -38,6 +38,8 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     Args:
         main: the command. With `positional` it receives the list of positional arguments.
         positional: whether the command accepts positional arguments, which may be mixed with flags.
+        settings: settings of the library that flags of another name set, with the names of the flags. Error messages
+            that begin with a setting name its flag instead.
     """
     _escape_output()
     _enable_crash_traceback()
@@ -50,7 +52,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
         traceback.clear_frames(error.__traceback__)  # closes progress bars before the message is printed
         _discard_unwritable_output()
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {one_line(_with_flag(str(error), settings or {}))}")
     except KeyboardInterrupt as error:
         print("\nterminated" if isinstance(error, signals.Terminated) else "\ninterrupted", file=sys.stderr)
         _exit_now(signals.exit_status(error))
@@ -107,6 +109,16 @@ def require_path(flag: str, path: str | Path | None, kind: str = "file or folder
     """
     if path is not None and not Path(path).exists():
         raise UserError(f"{flag}={path}: no such {kind}")
+
+
+def _with_flag(message: str, settings: Mapping[str, str]) -> str:
+    """Returns an error message with the flag instead of the setting or argument of the library that it begins with.
+
+    Arguments of library functions have the names of the flags that set them.
+    """
+    begin = re.match(r"([\w.]+)(?=: | must )", message)
+    flag = settings.get(begin[1], begin[1]) if begin else ""
+    return f"--{flag}{message[len(begin[1]) :]}" if begin and flag in _command_flags() else message
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -58,10 +58,9 @@ def check_field_types(instance: Any) -> None:
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if not _matches(value, hints[field.name]):
-            hint = hints[field.name]
-            expected = str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
             raise SettingTypeError(
-                f"{type(instance).__name__}.{field.name} must be {expected}, got {_format_value(value)}"
+                f"{type(instance).__name__}.{field.name} must be {_expected(hints[field.name])}, got "
+                f"{_format_value(value)}"
             )
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int):
@@ -74,9 +73,21 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def first_few(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str], separator: str = ", ") -> str:
     """Returns the first ten names as text, followed by "..." if there are more."""
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return separator.join([*names[:10], *(["..."] if len(names) > 10 else [])])
+
+
+def _expected(hint: Any) -> str:
+    """Returns the rule for values of a type, which follows "must be"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_expected, arguments))
+    if origin is not None:
+        return str(hint).replace("typing.", "")
+    return "None" if hint is types.NoneType else hint.__name__
 
 
 def _matches(value: object, hint: Any) -> bool:

@@ -221,4 +221,12 @@ def _check_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    commands.run(main)
+    commands.run(
+        main,
+        settings={
+            "EvalConfig.spatial_crops": "crops",
+            "EvalConfig.temporal_views": "views",
+            "EvalConfig.records": "records",
+            "EvalConfig.split": "split",
+        },
+    )

@@ -32,7 +32,7 @@ from x3d_tf.files import atomic_write
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.archive import require_classifier
 from x3d_tf.modeling.expansion import VARIANTS
-from x3d_tf.modeling.pytorch.state_dicts import read_state_dict
+from x3d_tf.modeling.pytorch.state_dicts import MismatchError, StateDict, read_state_dict
 from x3d_tf.modeling.pytorch.weight_names import NAMINGS
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
@@ -124,7 +124,7 @@ def _check_flags(output: Path) -> None:
 def _from_pytorch(checkpoint: Path, output: Path) -> None:
     names = read_classes(Path(FLAGS.classes)) if FLAGS.classes else None
     tell(f"reading {checkpoint}")
-    state = read_state_dict(checkpoint, FLAGS.variant, keep_head=FLAGS.keep_head)
+    state = _read(checkpoint, output)
     with starting_tensorflow():
         from x3d_tf.modeling.portable import portable
         from x3d_tf.modeling.pytorch.convert import import_state_dict
@@ -154,6 +154,17 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
     _write_table(report, output)
     print("To fine-tune it on your own records (python -m x3d_tf.build_records):")
     print(_training_command(output, FLAGS.variant, model.options))
+
+
+def _read(checkpoint: Path, output: Path) -> StateDict:
+    """Reads the weights of a checkpoint, or writes all its mismatches to a file beside the output."""
+    try:
+        return read_state_dict(checkpoint, FLAGS.variant, keep_head=FLAGS.keep_head)
+    except MismatchError as error:
+        table = output.with_suffix(".mismatches.txt")  # not that of the tensors, which would block the next attempt
+        table.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(table, "".join(f"{line}\n" for line in error.mismatches).encode("utf-8", "backslashreplace"))
+        raise UserError(f"{error}. {table} lists all of them") from None
 
 
 def _write_table(report: "Report", output: Path) -> None:

@@ -114,4 +114,4 @@ def _check_outputs() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    commands.run(main, positional=True)
+    commands.run(main, positional=True, settings={"temporal_views": "views"})

@@ -12,18 +12,20 @@ history.csv, curves.png and TensorBoard logs and, once training has finished, mo
 Run the same command again to resume a run from its last checkpoint.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
 
 from x3d_tf import commands, gin_config
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import open_dataset
+from x3d_tf.data.datasets.spec import hold_out, open_for_training
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.modeling.archive import describe
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import find, task_of_model, task_of_records
+from x3d_tf.training.checks import check_records
 
 FLAGS = flags.FLAGS
 
@@ -66,14 +68,16 @@ def main() -> None:
 
 
 def _check_paths(config: TrainConfig, run: RunFolder) -> None:
-    """Checks the paths that `train` reads before importing TensorFlow, which takes seconds."""
+    """Checks the paths and records that `train` reads before importing TensorFlow, which takes seconds."""
     run.check(config)
     if config.init is not None and not run.has_checkpoint:
         describe(config.init)
     if config.task is not None:
         find(config.task)
     if config.dataset.synthetic is None:
-        task_of_records(config, open_dataset(config.dataset))
+        manifest, dataset = open_for_training(config.dataset)
+        config = replace(config, dataset=dataset)
+        check_records(config, hold_out(manifest, dataset, config.seed), task_of_records(config, manifest))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ accepts the candidate whose names and shapes match the network, provided that th
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.expansion import VARIANTS, Expansion, as_expansion, name_of
 from x3d_tf.modeling.pytorch.checkpoint_files import Tensor, read_checkpoint
@@ -25,6 +25,18 @@ from x3d_tf.text import counted
 _MAX_CANDIDATES = 32  # compared per file; each scans all names of the file
 _MAX_DEPTH = 8  # nesting depth of a state dict
 _MAX_MISMATCH = 0.1  # maximum fraction of mismatched tensors for a variant to be suggested
+
+
+class MismatchError(UserError):
+    """A checkpoint without the weights of the requested network.
+
+    Attributes:
+        mismatches: a line for each tensor that is missing, unexpected or invalid. The message has the first ten.
+    """
+
+    def __init__(self, message: str, mismatches: Sequence[str]) -> None:
+        super().__init__(f"{message}: {first_few(mismatches, '; ')}")
+        self.mismatches = tuple(mismatches)
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,8 @@ def read_state_dict(path: str | Path, network: str | Expansion, *, keep_head: bo
 
     Raises:
         UserError: the file is not a checkpoint; it has no names of a known X3D implementation; it holds another
-            variant, which the message names; several networks match; or tensors are missing, unexpected, not finite, or
-            of another shape or type, all of which the message lists.
+            variant, which the message names; or several networks match.
+        MismatchError: tensors are missing, unexpected, not finite, or of another shape or type.
     """
     path, expansion = Path(path), as_expansion(network)
     candidates = list(_candidates(path, read_checkpoint(path), expansion))
@@ -110,7 +122,7 @@ def read_state_dict(path: str | Path, network: str | Expansion, *, keep_head: bo
     found = matches[0]
     errors = found.invalid_values(head=keep_head)
     if errors:
-        raise UserError(_mismatch_message(found, name_of(expansion), errors))
+        raise _mismatch_error(found, name_of(expansion), errors)
     return found
 
 
@@ -118,10 +130,9 @@ def _candidates(path: Path, content: Any, expansion: Expansion) -> Iterator[Stat
     """Yields the networks that a file may hold, in descending order of the number of tensors with known names."""
     mappings = list(_mappings(content))
     if not mappings:
-        kinds = ", ".join(map(printable, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise UserError(
-            f"{path} must contain a state dict, a mapping from names to tensors, at the top level or under a key"
-            + (f", got {kinds[:200]}" if kinds else "")
+            f"{path} must contain a state dict, a mapping from names to tensors, at the top level or under a key, but "
+            f"{_describe_content(content)}"
         )
     sources = _namings_by_source(expansion)
     votes = Counter(
@@ -145,6 +156,14 @@ def _candidates(path: Path, content: Any, expansion: Expansion) -> Iterator[Stat
             if mapping == number and longer != prefix and longer.startswith(prefix) and 10 * other_count >= count
         )
         yield _candidate(path, *mappings[number], prefix, naming, nested)
+
+
+def _describe_content(content: Any) -> str:
+    """Returns what a file without a state dict holds, which follows "but" in a message."""
+    if not isinstance(content, dict):
+        return f"it holds a value of type {type(content).__name__}"
+    keys = first_few([printable(key) for key in content])
+    return f"no key of it holds one; its keys are: {keys}" if keys else "it is empty"
 
 
 def _candidate(
@@ -228,19 +247,19 @@ def _raise_mismatch(candidates: list[StateDict], expansion: Expansion, keep_head
         closest = VARIANTS[variants[0]].expansion
         best = min(candidates, key=lambda candidate: count(candidate, closest))
         errors = best.mismatches(closest, head=keep_head)
-        raise UserError(
+        raise MismatchError(
             f"network (--variant) must {rule}, the closest match for {source}, got {requested!r}; "
-            f"mismatches with {variants[0]}: {len(errors)}\n" + "\n".join(errors)
+            f"{counted(len(errors), 'mismatch')} with {variants[0]}",
+            errors,
         )
     if fewest > _MAX_MISMATCH * len(candidate.tensors):
-        requested += f" or any of {', '.join(VARIANTS)}"
-    raise UserError(_mismatch_message(candidate, requested, errors + candidate.invalid_values(head=keep_head)))
+        requested = f"{requested} or another variant ({', '.join(name for name in VARIANTS if name != requested)})"
+    raise _mismatch_error(candidate, requested, errors + candidate.invalid_values(head=keep_head))
 
 
-def _mismatch_message(candidate: StateDict, network: str, errors: list[str]) -> str:
-    title = TITLES[candidate.naming]
-    first = f"{candidate.path} ({title}) must match {network}, but has {counted(len(errors), 'mismatch')}:"
-    return "\n".join([first, *errors])
+def _mismatch_error(candidate: StateDict, network: str, errors: list[str]) -> MismatchError:
+    source = f"{candidate.path} ({TITLES[candidate.naming]})"
+    return MismatchError(f"{source} must match {network}, but has {counted(len(errors), 'mismatch')}", errors)
 
 
 def _equal(one: StateDict, other: StateDict) -> bool:
