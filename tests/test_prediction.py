@@ -45,7 +45,7 @@ class Linear:
     """Stands for a network, so that none is compiled: its logits are weighted sums of all values of a clip."""
 
     expansion, clip, num_classes, include_top, task = TINY, TINY.clip, len(NAMES), True, "single_label"
-    stretch, stored, frame_sampling, test_views = False, None, "slowfast", 10
+    stretch, stored, frame_sampling, test_views, combine = False, None, "slowfast", 10, "mean"
 
     def __init__(self) -> None:
         self.weights = np.random.default_rng(0).normal(0, 0.02 / 255, (4 * 48 * 48 * 3, len(NAMES))).astype(np.float32)
@@ -121,12 +121,13 @@ def test_a_video_equals_a_plain_loop(linear: Any, clips: Path, settings: dict[st
 def of_records(model: Any, manifest: Manifest, views: int) -> np.ndarray:
     """Probabilities of the records of "test", as reports have them."""
     spec = ViewSpec(temporal_views=views, resize=54, crop=48, stretch=model.stretch)
-    return predict_split(
-        model, manifest, "test", spec, frame_sampling=model.frame_sampling, progress=False
-    ).probabilities
+    settings: dict[str, Any] = {"frame_sampling": model.frame_sampling, "combine": model.combine}
+    return predict_split(model, manifest, "test", spec, **settings, progress=False).probabilities
 
 
-@pytest.mark.parametrize("facts", [{}, {"stretch": True, "frame_sampling": "exact"}], ids=["", "stretched"])
+@pytest.mark.parametrize(
+    "facts", [{}, {"stretch": True, "frame_sampling": "exact", "combine": "max"}], ids=["", "stretched"]
+)
 @pytest.mark.parametrize("stored", [Storage(256, 95), Storage(40, 60)], ids=["smaller", "scaled"])
 def test_a_video_gets_the_probabilities_of_its_record(
     network: Any, clips: Path, stored: Storage, facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,7 +163,8 @@ def test_a_window_gets_the_probabilities_of_the_segment(
     segments = [encode_video(path, 40, 60, start, start + 0.48) for start in (0.0, 0.36, 0.72)]
     manifest = write_records(tmp_path, {"test": segments}, stored=stored)
     assert [record.frames for record in manifest.splits["test"].records] == [12, 12, 12]
-    for views in (1, 2):
+    for views, combine in ((1, "mean"), (2, "mean"), (2, "max")):
+        monkeypatch.setattr(network, "combine", combine)
         found = predictions(network, [path], window=0.48, hop=0.36, temporal_views=views)
         np.testing.assert_allclose([r.probabilities for r in found], of_records(network, manifest, views), atol=1e-6)
 
@@ -286,7 +288,9 @@ def frames_alive(
     count: int, window: float | None, hop: float | None, views: int, *, check: bool = True
 ) -> tuple[int, int]:
     """Most frames alive at once while a stream of `count` is cut, and the number of clips; contents are checked."""
-    sampler = prediction._Sampler(CLIP, ViewSpec(temporal_views=views, resize=8, crop=8), window, hop, "slowfast", None)
+    sampler = prediction._Sampler(
+        CLIP, ViewSpec(temporal_views=views, resize=8, crop=8), window, hop, "slowfast", None, "mean"
+    )
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     peak, cuts = [0], 0
     expected = (clip for part in sampler.clips(count, 30.0) for clip in part)

@@ -1,8 +1,8 @@
-"""CRC-32C (Castagnoli) of many pieces of a buffer at once, in NumPy. Imports no TensorFlow.
+"""CRC-32C (Castagnoli) of many spans of a buffer at once, in NumPy. Imports no TensorFlow.
 
-A CRC without its initial value is linear over XOR, and leading zeros do not change it. Each piece is therefore padded
+A CRC without its initial value is linear over XOR, and leading zeros do not change it. Each span is therefore padded
 with leading zeros to a whole number of chunks, the CRCs of all chunks are computed in parallel, two bytes per step, and
-those of a piece are joined: CRC(a + b) = shift(CRC(a)) ^ CRC(b), where `shift` appends the zeros that b is long.
+those of a span are joined: CRC(a + b) = shift(CRC(a)) ^ CRC(b), where `shift` appends the zeros that b is long.
 """
 
 import functools
@@ -16,11 +16,11 @@ _INITIAL = 0xFFFFFFFF
 
 
 def crc32c(data: bytes, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """Returns the CRC-32C of each piece of `data`, uint32 [n].
+    """Returns the CRC-32C of each span of `data`, uint32 [n].
 
     Args:
         data: the buffer.
-        offsets, lengths: positions and numbers of bytes of the pieces, which must lie inside the buffer, [n].
+        offsets, lengths: positions and numbers of bytes of the spans, which must lie inside the buffer, [n].
     """
     chunks = -(-lengths // _CHUNK)
     ends = np.cumsum(chunks) * _CHUNK
@@ -31,7 +31,7 @@ def crc32c(data: bytes, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) 
         padded[end - length : end][:4] ^= 0xFF  # equals the initial value of all ones, from 4 bytes on
     crcs = _of_chunks(padded)
     most = int(chunks.max(initial=0))
-    rows = np.zeros((len(chunks), most), np.uint32)  # the chunks of each piece, after leading zeros
+    rows = np.zeros((len(chunks), most), np.uint32)  # the chunks of each span, after leading zeros
     rows[np.arange(most) >= most - chunks[:, None]] = crcs
     total = np.zeros(len(chunks), np.uint32)
     for column in range(most):
@@ -76,8 +76,8 @@ def _shift(crcs: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return shifted
 
 
-def _of_few_bytes(piece: bytes) -> np.uint32:
+def _of_few_bytes(span: bytes) -> np.uint32:
     crc = np.uint32(_INITIAL)
-    for byte in piece:
+    for byte in span:
         crc = (crc >> np.uint32(8)) ^ _table(8)[int(crc ^ np.uint32(byte)) & 0xFF]
     return crc

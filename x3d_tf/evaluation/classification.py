@@ -24,7 +24,7 @@ from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
-from x3d_tf.types import ClipStarts, ViewSpec, stored_to_json
+from x3d_tf.types import ClipStarts, Combine, ViewSpec, stored_to_json
 
 if TYPE_CHECKING:
     from x3d_tf.tasks.classification import ClipTask
@@ -43,6 +43,7 @@ class ClipEvaluation:
         views: the views of each video.
         clip_starts: see `EvalConfig`.
         frame_sampling: see `EvalConfig`.
+        combine: see `EvalConfig`.
         seed: seed of the run; None for a model file.
 
     Raises:
@@ -57,6 +58,7 @@ class ClipEvaluation:
     views: ViewSpec
     clip_starts: ClipStarts
     frame_sampling: FrameSampling
+    combine: Combine
     seed: int | None
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class ClipEvaluation:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings as results.json states them."""
-        model, views = self.model, self.views
+        model, views, split = self.model, self.views, self.manifest.split(self.split)
         count = cost(
             model.expansion,
             replace(model.clip, size=views.crop),
@@ -87,9 +89,12 @@ class ClipEvaluation:
             **self.weights,
             "records": str(self.manifest.folder),
             "records_sha256": self.manifest.fingerprint(),
+            "dataset": self.manifest.dataset,
             "split": self.split,
             "task": model.task,
-            "videos": len(self.manifest.split(self.split).records),
+            "videos": len(split.records),
+            "videos_expected": split.expected,
+            "videos_present": split.present,
             "classes": model.num_classes,
             "views": f"{views.temporal_views}-{'Center' if views.spatial_crops == 1 else 'LeftCenterRight'}",
             "gmacs_per_clip": count.macs / 1e9,
@@ -102,6 +107,7 @@ class ClipEvaluation:
             "stretch": views.stretch,
             "clip_starts": self.clip_starts,
             "frame_sampling": self.frame_sampling,
+            "combine": self.combine,
             "stored": stored_to_json(self.manifest.stored),
             "head_pool": model.options.head_pool,
             "stem_kernel": model.options.stem_kernel,
@@ -119,6 +125,7 @@ class ClipEvaluation:
             clip_starts=self.clip_starts,
             frame_sampling=self.frame_sampling,
             make_example=self.task.make_example(),
+            combine=self.combine,
         )
         videos = tuple(record.media_id for record in self.manifest.split(self.split).records)
         names = self.model.class_names
@@ -179,12 +186,12 @@ def clip_evaluation(
     """
     if config is not None:
         dataset, test_views = settings.dataset_of(config), config.test_views
-        frame_sampling = dataset.frame_sampling
+        frame_sampling, combine = dataset.frame_sampling, config.combine
     elif settings.records is None or settings.split is None:
         raise UserError(f"evaluating the model file {weights['weights']} requires --records and --split")
     else:
         dataset = DatasetSpec(settings.records, train_split=settings.split, eval_split=settings.split)
-        test_views, frame_sampling = model.test_views, model.frame_sampling
+        test_views, frame_sampling, combine = model.test_views, model.frame_sampling, model.combine
     manifest = open_dataset(dataset)
     require_annotations(manifest, task.annotations)
     return ClipEvaluation(
@@ -196,5 +203,6 @@ def clip_evaluation(
         views=settings.views_for(model, test_views),
         clip_starts=settings.clip_starts,
         frame_sampling=settings.frame_sampling or frame_sampling,
+        combine=settings.combine or combine,
         seed=config.seed if config else None,
     )

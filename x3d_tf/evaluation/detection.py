@@ -177,12 +177,15 @@ class DetectorEvaluation:
     def settings(self) -> dict[str, Any]:
         """Returns the settings as results.json states them."""
         model, detection = self.model, self.config.detection
-        side, cost = model.eval_size, cost_of(model)
+        side, cost, split = model.eval_size, cost_of(model), self.manifest.split(self.split)
         return {
             "network": name_of(model.expansion),
             "head": model.head,
             "records": str(self.manifest.folder),
             "records_sha256": self.manifest.fingerprint(),
+            "dataset": self.manifest.dataset,
+            "videos_expected": split.expected,
+            "videos_present": split.present,
             "split": self.split,
             "task": model.task,
             "eval_boxes": detection.eval_boxes,
@@ -193,7 +196,7 @@ class DetectorEvaluation:
             "crop": side,
             "options": dataclasses.asdict(model.options),
             "views": f"centre crop of {side}²",
-            "key_frames": len(self.manifest.split(self.split).records),
+            "key_frames": len(split.records),
             "key_frames_missing": self.missing,
             "gmacs_per_clip": cost.macs / 1e9,
             "gmacs_per_key_frame": cost.macs / 1e9,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,9 +24,17 @@ from x3d_tf.evaluation.metrics import (
 )
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
+from x3d_tf.types import ClipStarts, Combine, FrameSampling
 
 RESULTS_NAME = "results.json"
 _STRING_FIELDS = ("network", "records", "split", "views")
+_CHOICES: dict[str, tuple[str, ...]] = {  # settings that the comparison with the paper reads; they may be absent
+    "clip_starts": get_args(ClipStarts),
+    "frame_sampling": get_args(FrameSampling),
+    "combine": get_args(Combine),
+}
+_COUNTS = ("videos_expected", "videos_present", "key_frames_missing")
+_LONGEST = 100  # characters of the data set's name
 _LARGEST = 1e15  # largest absolute value accepted in results.json
 
 
@@ -204,6 +212,12 @@ def read_results(path: Path) -> dict[str, Any]:
     cost = f"gmacs_per_{sample}"
     for name in ("gmacs_per_clip", cost):
         check(name, "be a number", _is_number(results.get(name)))
+    for name, values in _CHOICES.items():
+        check(name, f"be one of {', '.join(values)}", results.get(name, values[0]) in values)
+    dataset = results.get("dataset", "")
+    check("dataset", "be a short string", isinstance(dataset, str) and len(dataset) <= _LONGEST)
+    for name in _COUNTS:
+        check(name, "be a number of at least 0, or null", results.get(name) is None or _is_count(results[name]))
     clips = results[cost] / (results["gmacs_per_clip"] or math.inf)
     check(cost, "be gmacs_per_clip times 0 to 1,000,000 clips", 0 <= clips <= 1e6)
     check("params", "be a number", _is_number(results.get("params", 0)))
@@ -215,6 +229,10 @@ def read_results(path: Path) -> dict[str, Any]:
 def sample_of(results: Mapping[str, Any]) -> Literal["video", "key_frame"]:
     """Returns the unit that a report counts, and whose cost it states, for use in the names of its fields."""
     return "key_frame" if "key_frames" in results else "video"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
 
 
 def _is_number(value: object) -> bool:

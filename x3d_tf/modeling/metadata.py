@@ -17,6 +17,7 @@ from x3d_tf.types import (
     MAX_VIEWS,
     TASK_NAME_RULE,
     Activation,
+    Combine,
     FrameSampling,
     Storage,
     is_task_name,
@@ -52,7 +53,8 @@ class Metadata:
         stored: size and JPEG quality of the stored training frames; None if the frames were not stored.
         frame_sampling: rule that chooses the frames of a clip. Always "slowfast" for a detector, which uses another
             rule.
-        test_views: number of clips per video whose predictions are averaged, 1 to 1000.
+        test_views: number of clips per video whose predictions are combined, 1 to 1000.
+        combine: how they are combined: "mean", or "max" for each class.
 
     Raises:
         UserError: a field is invalid. Names the field, the rule and the value received.
@@ -72,6 +74,7 @@ class Metadata:
     stored: Storage | None = None
     frame_sampling: FrameSampling = "slowfast"
     test_views: int = 10
+    combine: Combine = "mean"
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -115,6 +118,7 @@ class Metadata:
             model.stored,
             model.frame_sampling,
             model.test_views,
+            model.combine,
         )
 
     def layers(self) -> list[tuple[str, int]]:

@@ -12,7 +12,7 @@ from x3d_tf.modeling.graph import DetectionHead, graph, require_activation
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.layers import RequireWindow
 from x3d_tf.modeling.parts import Parts
-from x3d_tf.types import TASK_NAME_RULE, Activation, ClipSpec, FrameSampling, Storage, is_task_name
+from x3d_tf.types import TASK_NAME_RULE, Activation, ClipSpec, Combine, FrameSampling, Storage, is_task_name
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
@@ -73,7 +73,8 @@ class Network(keras.Model):
         stored: size and JPEG quality of the stored training frames. Frames of videos are then resized and compressed
             alike. None if the training frames were not stored, or if this is unknown.
         frame_sampling: rule that chose the frames of the training clips; see `data.sampling.frame_indices`.
-        test_views: default number of clips per video whose probabilities are averaged.
+        test_views: default number of clips per video whose probabilities are combined.
+        combine: how they are combined: "mean", or "max" for each class.
         backbone_end: name of the layer whose output is the input of the head.
         logits: logits tensor in the network's graph, the input of the loss.
     """
@@ -90,6 +91,7 @@ class Network(keras.Model):
     stored: Storage | None = None
     frame_sampling: FrameSampling = "slowfast"
     test_views: int = 10
+    combine: Combine = "mean"
     backbone_end: str = "conv5"
 
     @property
@@ -104,7 +106,7 @@ class Network(keras.Model):
 
     def copy_metadata(self, source: "Network | Metadata") -> None:
         """Copies the metadata that is not stored in the weights: the class names and how clips are made from videos."""
-        for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views"):
+        for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views", "combine"):
             setattr(self, name, getattr(source, name))
 
     @property
