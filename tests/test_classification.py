@@ -209,13 +209,12 @@ class Several(SimpleNamespace):
     """Stands in for a manifest of multi-label records."""
 
     folder, classes, task = Path("several"), ("b", "a", "c"), "multi_label"  # not in the order of the model
-    stored = Storage(256, 95)
+    dataset, stored = "several", Storage(256, 95)
 
     def split(self, _: str) -> Any:
         labels = [(0,), (0, 1), (1,), (0, 1)]
-        return SimpleNamespace(
-            records=[SimpleNamespace(media_id=f"v{n}", labels=classes) for n, classes in enumerate(labels)]
-        )
+        records = [SimpleNamespace(media_id=f"v{n}", labels=classes) for n, classes in enumerate(labels)]
+        return SimpleNamespace(records=records, expected=None, present=len(records))
 
     def fingerprint(self) -> str:
         return "0" * 64

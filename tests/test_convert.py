@@ -168,9 +168,7 @@ def test_a_backbone_without_classifier(tmp_path: Path) -> None:
     state = {name: value for name, value in random_state("slowfast").items() if "projection" not in name}
     path = written(tmp_path / "a.pyth", state)
     assert import_checkpoint(path, SMALL, num_classes=4, keep_head=False)[0].num_classes == 4
-    with pytest.raises(
-        UserError, match=r"missing: head\.projection\.weight 1x2048\nmissing: head\.projection\.bias 1$"
-    ):
+    with pytest.raises(UserError, match=r"2 mismatches: missing: head\.projection\.weight 1x2048; missing: .*bias 1$"):
         import_checkpoint(path, SMALL)
 
 
@@ -194,10 +192,9 @@ def test_all_mismatches_are_listed(tmp_path: Path) -> None:
         "values of type int64: blocks.0.conv.conv_t.weight",
         "values that are not finite: blocks.0.norm.running_mean",
     )
-    lines = str(caught.value).splitlines()
-    assert len(lines) == len(expected)
-    for line in expected:
-        assert any(found.startswith(line) for found in lines), line
+    start, mismatches = str(caught.value).split(" mismatches: ")
+    assert start.startswith(expected[0]) and start.endswith(" 7")
+    assert sorted(mismatches.split("; ")) == sorted(expected[1:])
 
 
 def outputs(model: X3D) -> Iterable[np.ndarray]:
