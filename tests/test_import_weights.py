@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from no_tensorflow import without_tensorflow
 
 import x3d_tf
 from x3d_tf import gin_config
@@ -75,7 +74,9 @@ def test_a_checkpoint_is_imported_and_exported_again(
     np.testing.assert_array_equal(x3d_tf.load(model)(clips), import_checkpoint(checkpoint, "x2d")[0](clips))
 
 
-def test_a_new_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_new_classifier_with_names(
+    run: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "classes.txt").write_text("hug\nkick\n")
     settings = {"variant": "x2d", "keep_head": False, "num_classes": 2, "output": tmp_path / "a.keras"}
     run(checkpoint, **settings, classes=tmp_path / "classes.txt", head_pool="global")
@@ -88,6 +89,7 @@ def test_a_new_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Path)
             run(checkpoint, **settings)
         (tmp_path / name).rename(tmp_path / f"{name}.before")
     run(checkpoint, **settings, overwrite=True)
+    assert "classes: 2, numbered from 0; use --classes to name them\n" in capsys.readouterr().out
     assert (tmp_path / "a.tensors.txt").read_text().count("only in x3d_tf: fc2/") == 3
     assert describe(tmp_path / "a.keras").class_names == ("0", "1")
     (tmp_path / "classes.txt").write_text("hug\nkick\nrun\n")
@@ -121,17 +123,25 @@ def test_the_printed_command_fine_tunes_the_network(
 
 
 def test_a_wrong_variant_is_reported_before_tensorflow_starts(checkpoint: Path, tmp_path: Path) -> None:
-    """TensorFlow cannot be imported here, in a separate process."""
-    code = (
-        "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
-        "from x3d_tf import commands, import_weights\n"
-        "import_weights.define_flags(); commands.run(import_weights.main, positional=True)"
-    )
-    arguments = [str(checkpoint), "--variant=x3d_l", f"--output={tmp_path}/a.keras"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    done = without_tensorflow("import_weights", checkpoint, "--variant=x3d_l", "--output=a.keras", cwd=tmp_path)
     assert done.returncode == 1
     assert "error: network (--variant) must be x2d to match" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--num_classes=10", "--num_classes must be 400, the number of outputs of the classifier in "),
+        ("--classes=names.txt", "--classes=names.txt must name 400 classes, got 2"),
+    ],
+)
+def test_another_number_of_classes_is_reported_before_tensorflow_starts(
+    flag: str, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "names.txt").write_text("hug\nkick\n")
+    done = without_tensorflow("import_weights", checkpoint, "--variant=x2d", "--output=a.keras", flag, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(
