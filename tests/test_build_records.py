@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from no_tensorflow import without_tensorflow
 from video_fixtures import write_class_folders
 
 from x3d_tf.data.records.manifest import Manifest
@@ -22,15 +23,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
     line = [sys.executable, "-m", "x3d_tf.build_records", *arguments]
     return subprocess.run(line, capture_output=True, text=True, check=False)
-
-
-def without_tensorflow(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    code = (
-        "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
-        f"from x3d_tf import commands, {name}\n"
-        f"{name}.define_flags(); commands.run({name}.main)"
-    )
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_the_command(

@@ -157,7 +157,7 @@ def test_a_new_classifier(tmp_path: Path) -> None:
     assert not np.asarray(model.get_layer("fc2").bias).any()
     with pytest.raises(
         UserError,
-        match=r"num_classes must be 5, the number of outputs of the classifier in .*keep_head is false, got 9",
+        match=r"num_classes must be 5, the number of outputs of the classifier in .*keep_head=false\), got 9",
     ):
         import_checkpoint(path, SMALL, num_classes=9)
     with pytest.raises(UserError, match="num_classes must be set if keep_head is false"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from no_tensorflow import without_tensorflow
 
 import x3d_tf
 from x3d_tf import gin_config
@@ -87,7 +88,9 @@ def test_a_checkpoint_is_imported_and_exported_again(
     np.testing.assert_array_equal(x3d_tf.load(model)(clips), imported(clips))
 
 
-def test_a_new_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_new_classifier_with_names(
+    run: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "classes.txt").write_text("hug\nkick\n")
     settings = {"variant": "x2d", "keep_head": False, "num_classes": 2, "output": tmp_path / "a.keras"}
     run(checkpoint, **settings, classes=tmp_path / "classes.txt", head_pool="global")
@@ -100,6 +103,7 @@ def test_a_new_classifier_with_names(run: Any, checkpoint: Path, tmp_path: Path)
             run(checkpoint, **settings)
         (tmp_path / name).rename(tmp_path / f"{name}.before")
     run(checkpoint, **settings, overwrite=True)
+    assert "classes: 2, numbered from 0; use --classes to name them\n" in capsys.readouterr().out
     assert (tmp_path / "a.tensors.txt").read_text().count("only in x3d_tf: fc2/") == 3
     assert describe(tmp_path / "a.keras").class_names == ("0", "1")
     (tmp_path / "classes.txt").write_text("hug\nkick\nrun\n")
@@ -147,6 +151,21 @@ def test_a_wrong_variant_is_reported_before_tensorflow_starts(checkpoint: Path, 
     assert done.returncode == 1
     assert "error: network (--variant) must be x2d to match" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--num_classes=10", "--num_classes must be 400, the number of outputs of the classifier in "),
+        ("--classes=names.txt", "--classes=names.txt must name 400 classes, got 2"),
+    ],
+)
+def test_another_number_of_classes_is_reported_before_tensorflow_starts(
+    flag: str, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "names.txt").write_text("hug\nkick\n")
+    done = without_tensorflow("import_weights", checkpoint, "--variant=x2d", "--output=a.keras", flag, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(

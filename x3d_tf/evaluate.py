@@ -40,6 +40,7 @@ from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
+from x3d_tf.modeling.archive import describe
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import Task, task_of_model, task_of_run
@@ -151,7 +152,7 @@ def main() -> None:
 
 
 def _check_paths() -> Task:
-    """Checks the paths that an evaluation reads before importing TensorFlow, which takes seconds. Returns the task."""
+    """Checks paths, records and settings before importing TensorFlow, which takes seconds. Returns the task."""
     eval_config, report = EvalConfig(**_eval_settings()), Path(FLAGS.output or "")
     if FLAGS.run:
         run = RunFolder(FLAGS.run)
@@ -163,7 +164,9 @@ def _check_paths() -> Task:
         task = task_of_model(FLAGS.model)
         dataset = DatasetSpec(FLAGS.records, train_split=FLAGS.split, eval_split=FLAGS.split)
     if dataset.synthetic is None:
-        open_dataset(dataset)
+        manifest, model = open_dataset(dataset), FLAGS.run or FLAGS.model
+        if not FLAGS.watch:
+            task.check_evaluation(describe(model), eval_config, manifest)
     if not (FLAGS.watch or FLAGS.sweep):  # they keep existing reports
         refuse_to_replace(report / RESULTS_NAME, FLAGS.overwrite)
     return task

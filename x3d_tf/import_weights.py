@@ -125,6 +125,9 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
     names = read_classes(Path(FLAGS.classes)) if FLAGS.classes else None
     tell(f"reading {checkpoint}")
     state = _read(checkpoint, output)
+    count = state.outputs(FLAGS.num_classes) if FLAGS.keep_head else FLAGS.num_classes
+    if names:
+        require(len(names) == count, f"--classes={FLAGS.classes}", f"name {counted(count, 'class')}", len(names))
     with starting_tensorflow():
         from x3d_tf.modeling.portable import portable
         from x3d_tf.modeling.pytorch.convert import import_state_dict
@@ -138,16 +141,9 @@ def _from_pytorch(checkpoint: Path, output: Path) -> None:
         keep_head=FLAGS.keep_head,
         head_pool=FLAGS.head_pool,
     )
-    if names:
-        require(
-            len(names) == model.num_classes, FLAGS.classes, f"name {counted(model.num_classes, 'class')}", len(names)
-        )
     print(report.summary())
-    if names is None and not FLAGS.keep_head:
-        names = tuple(map(str, range(model.num_classes)))  # the new classifier has no class names yet
-    elif names is None and model.num_classes == len(kinetics_classes()):
-        names = kinetics_classes()
-        print("classes: 400, assumed to be those of Kinetics-400; use --classes for other names")
+    if names is None:
+        names = _default_names(count)
     tell(f"writing {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     save(portable(model, names), output, overwrite=True)
@@ -165,6 +161,15 @@ def _read(checkpoint: Path, output: Path) -> StateDict:
         table.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(table, "".join(f"{line}\n" for line in error.mismatches).encode("utf-8", "backslashreplace"))
         raise UserError(f"{error}. {table} lists all of them") from None
+
+
+def _default_names(count: int) -> tuple[str, ...]:
+    """Returns the class names of Kinetics-400 or, for another number of outputs or a new classifier, numbers."""
+    if FLAGS.keep_head and count == len(kinetics_classes()):
+        print("classes: 400, assumed to be those of Kinetics-400; use --classes for other names")
+        return kinetics_classes()
+    print(f"classes: {count}, numbered from 0; use --classes to name them")
+    return tuple(map(str, range(count)))
 
 
 def _write_table(report: "Report", output: Path) -> None:

@@ -21,11 +21,10 @@ from x3d_tf import commands, gin_config
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import hold_out, open_for_training
 from x3d_tf.evaluation.eval_config import EvalConfig
-from x3d_tf.modeling.archive import describe
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import find, task_of_model, task_of_records
-from x3d_tf.training.checks import check_records
+from x3d_tf.training.checks import check_initial_weights, check_records
 
 FLAGS = flags.FLAGS
 
@@ -68,10 +67,10 @@ def main() -> None:
 
 
 def _check_paths(config: TrainConfig, run: RunFolder) -> None:
-    """Checks the paths and records that `train` reads before importing TensorFlow, which takes seconds."""
+    """Checks paths, records and initial weights before importing TensorFlow, which takes seconds."""
     run.check(config)
-    if config.init is not None and not run.has_checkpoint:
-        describe(config.init)
+    if not run.has_checkpoint:
+        check_initial_weights(config)
     if config.task is not None:
         find(config.task)
     if config.dataset.synthetic is None:

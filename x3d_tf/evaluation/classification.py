@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset, require_annotations
+from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
-from x3d_tf.errors import UserError, first_few
+from x3d_tf.errors import UserError
 from x3d_tf.evaluation.eval_config import EvalConfig, HeadPool
 from x3d_tf.evaluation.multiview import SplitPredictions, predict_split
 from x3d_tf.evaluation.reports import (
@@ -23,7 +23,6 @@ from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.terminal import tell
-from x3d_tf.text import counted
 from x3d_tf.types import ClipStarts, Combine, ViewSpec, stored_to_json
 
 if TYPE_CHECKING:
@@ -45,9 +44,6 @@ class ClipEvaluation:
         frame_sampling: see `EvalConfig`.
         combine: see `EvalConfig`.
         seed: seed of the run; None for a model file.
-
-    Raises:
-        UserError: the records have classes that the model does not have.
     """
 
     task: "ClipTask"
@@ -60,16 +56,6 @@ class ClipEvaluation:
     frame_sampling: FrameSampling
     combine: Combine
     seed: int | None
-
-    def __post_init__(self) -> None:
-        known, folder = self.model.class_names, self.manifest.folder
-        known_set = set(known)
-        unknown = [name for name in self.task.classes(self.manifest) if name not in known_set]
-        if unknown:
-            raise UserError(
-                f"{folder} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}. The model "
-                f"has {len(known)}: {first_few(known)}. Fine-tune it on the new classes (TrainConfig.init)"
-            )
 
     def with_views(self, temporal_views: int) -> "ClipEvaluation":
         """Returns a copy with another number of clips per video."""
@@ -193,7 +179,7 @@ def clip_evaluation(
         dataset = DatasetSpec(settings.records, train_split=settings.split, eval_split=settings.split)
         test_views, frame_sampling, combine = model.test_views, model.frame_sampling, model.combine
     manifest = open_dataset(dataset)
-    require_annotations(manifest, task.annotations)
+    task.check_evaluation(model, settings, manifest)
     return ClipEvaluation(
         task=task,
         model=with_head_pool(model, settings.head_pool),

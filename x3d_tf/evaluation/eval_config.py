@@ -54,11 +54,15 @@ class EvalConfig:
         at_least_one = self.temporal_views is None or self.temporal_views >= 1
         require(at_least_one, "EvalConfig.temporal_views", "be at least 1", self.temporal_views)
 
-    def views_for(self, model: "X3D", temporal_views: int) -> ViewSpec:
-        """Returns the views of each video; `temporal_views` is used if the setting is None."""
-        distinct = self.spatial_crops == 1 or not model.stretch
+    def check_crops(self, stretch: bool) -> None:
+        """Raises `UserError` for several crops of stretched frames."""
+        distinct = self.spatial_crops == 1 or not stretch
         rule = "be 1 for a network trained on stretched frames, because square frames have a single crop"
         require(distinct, "EvalConfig.spatial_crops", rule, self.spatial_crops)
+
+    def views_for(self, model: "X3D", temporal_views: int) -> ViewSpec:
+        """Returns the views of each video; `temporal_views` is used if the setting is None."""
+        self.check_crops(model.stretch)
         test_size = model.expansion.test_size
         return ViewSpec(
             temporal_views=self.temporal_views or temporal_views,

@@ -188,6 +188,18 @@ class Task(Protocol):
             UserError: the records do not exist or do not suit the network; a setting does not fit the task.
         """
 
+    def check_evaluation(self, network: "Metadata | Network", settings: "EvalConfig", manifest: "Manifest") -> None:
+        """Checks the settings and the records of an evaluation before TensorFlow starts.
+
+        Args:
+            network: the network or its metadata.
+            settings: the settings.
+            manifest: the manifest of the records.
+
+        Raises:
+            UserError: the records do not suit the network; a setting does not fit the task or the network.
+        """
+
     def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:
         """Checks the flags of the predict command, by name, before TensorFlow starts.
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from x3d_tf.data.datasets.spec import validation_split
-from x3d_tf.errors import UserError, require
+from x3d_tf.data.datasets.spec import require_annotations, validation_split
+from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.evaluation.eval_config import folder_of
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
+from x3d_tf.text import counted
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -154,6 +155,18 @@ class ClipTask:
         if not isinstance(model, X3D):
             raise UserError(f"the task {self.name} requires a network that classifies clips, got a detector")
         return model
+
+    def check_evaluation(self, network: "Metadata | Network", settings: "EvalConfig", manifest: "Manifest") -> None:
+        require_annotations(manifest, self.annotations)
+        settings.check_crops(network.stretch)
+        known = set(network.class_names)
+        unknown = [name for name in self.classes(manifest) if name not in known]
+        if unknown:
+            raise UserError(
+                f"{manifest.folder} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}. "
+                f"The model has {len(network.class_names)}: {first_few(network.class_names)}. Fine-tune it on the new "
+                "classes (TrainConfig.init)"
+            )
 
     def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:
         from x3d_tf.data.sampling import require_windows

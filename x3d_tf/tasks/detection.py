@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from x3d_tf import commands
-from x3d_tf.data.datasets.spec import validation_split
+from x3d_tf.data.datasets.spec import require_annotations, validation_split
 from x3d_tf.data.records.index import with_labels
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import EvalConfig, detector_report_folder
@@ -127,6 +127,10 @@ class Detection:
             )
         _require_settings_of_the_run(settings)
         return DetectorEvaluation(_detector(model), weights, run.read_config())
+
+    def check_evaluation(self, network: "Metadata | Network", settings: EvalConfig, manifest: "Manifest") -> None:
+        require_annotations(manifest, self.annotations)
+        _require_settings_of_the_run(settings)
 
     def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:
         if (options["boxes"] is None) == (options["person_detector"] is None):

@@ -1,9 +1,15 @@
-"""Checks of a configuration against the records and the devices, before training starts. Imports no TensorFlow."""
+"""Checks of a configuration before training starts: records, devices, initial weights. Imports no TensorFlow."""
+
+from pathlib import Path
 
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import validation_split
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.errors import require
+from x3d_tf.errors import UserError, require
+from x3d_tf.modeling.architecture import ModelOptions, plan
+from x3d_tf.modeling.archive import describe
+from x3d_tf.modeling.cost import parameters
+from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.tasks.base import Task
 from x3d_tf.text import binding_flag, counted
 
@@ -20,8 +26,8 @@ def check_run(config: TrainConfig, manifest: Manifest, task: Task, devices: int)
     Raises:
         UserError: a setting does not suit the records, the task or the devices. Names the setting and the rule.
     """
-    check_records(config, manifest, task, devices)
     _check_batch(config, devices)
+    check_records(config, manifest, task, devices)
     task.check(config, manifest)
 
 
@@ -37,6 +43,53 @@ def check_records(config: TrainConfig, manifest: Manifest, task: Task, devices: 
     rest = " that are not held out for validation" if dataset.validation_fraction else ""
     rule = f"be at most {available}, the number of records in split {dataset.train_split!r}{rest}"
     require(recipe.batch <= available, "Recipe.batch", rule + _suggestion(config, available, devices), recipe.batch)
+
+
+def check_initial_weights(config: TrainConfig) -> None:
+    """Checks that the network of `TrainConfig.init`, if any, has the architecture of the run, from its metadata alone.
+
+    Raises:
+        UserError: the file does not exist, was not saved by this package, or see `require_compatible`.
+    """
+    if config.init is not None:
+        metadata = describe(config.init)
+        require_compatible(config.init, (metadata.expansion, metadata.options), (config.expansion, config.model))
+
+
+def require_compatible(
+    source: str | Path, theirs: tuple[Expansion, ModelOptions], ours: tuple[Expansion, ModelOptions]
+) -> None:
+    """Checks that weights of one network suit another one. Classes, heads and clips may differ.
+
+    Args:
+        source: path of the source network, for the message.
+        theirs, ours: expansion and options of the source network and of the target network.
+
+    Raises:
+        UserError: the networks have another width, depth, input or activation.
+    """
+    for name in ("input", "swish", "swish_before", "shortcut_norm"):  # weight shapes do not reveal these
+        their_value, our_value = getattr(theirs[1], name), getattr(ours[1], name)
+        if their_value != our_value:
+            value = f'"{their_value}"' if isinstance(their_value, str) else their_value
+            raise UserError(
+                f"TrainConfig.init: {source} was trained with ModelOptions.{name} = {their_value!r}, but this run has "
+                f"{our_value!r}; set it with --gin_bindings='ModelOptions.{name}={value}'"
+            )
+    their_layers, our_layers = (dict(parameters(expansion, None, options)) for expansion, options in (theirs, ours))
+    mismatches = [name for name, count in our_layers.items() if their_layers.get(name) != count]
+    mismatches += [name for name in their_layers if name not in our_layers]
+    if mismatches:
+        raise UserError(
+            f"TrainConfig.init: {source} has another architecture: {len(mismatches)} layers do not match, the first "
+            f"is {mismatches[0]}. Blocks x channels per stage: {_stages(*theirs)} in the source, {_stages(*ours)} in "
+            "this run; set Expansion.gamma_w, gamma_b, gamma_d and ModelOptions to those of the source"
+        )
+
+
+def _stages(expansion: Expansion, options: ModelOptions) -> str:
+    stages = plan(expansion, options).stages
+    return ", ".join(f"{stage.depth}x{stage.width} ({stage.inner_width} inside)" for stage in stages)
 
 
 def fitting_batch(config: TrainConfig, largest: int, devices: int = 1) -> int:

@@ -19,7 +19,6 @@ from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import input_contract
 from x3d_tf.errors import UserError
 from x3d_tf.files import atomic_write
-from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.portable import portable
@@ -32,7 +31,7 @@ from x3d_tf.signals import held_back
 from x3d_tf.tasks.base import Task, task_of_records
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
-from x3d_tf.training.checks import check_run
+from x3d_tf.training.checks import check_initial_weights, check_run
 from x3d_tf.training.history import History
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.step import TrainStep, precision_scope
@@ -71,8 +70,8 @@ def train(
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise UserError("strategy must use the devices of a single machine, got a MultiWorkerMirroredStrategy")
     run = RunFolder(workdir)
-    if config.init is not None and not run.has_checkpoint:
-        describe(config.init)  # fail on a wrong path before the records are built
+    if not run.has_checkpoint:
+        check_initial_weights(config)  # before the records are built
     if run.config.is_file() and run.model.is_file():  # nothing is written, so no lock is needed
         used = run.read_config().dataset  # not from the manifest: the records may have been deleted
         names = {used.train_split, used.eval_split, used.validation_split or used.train_split}

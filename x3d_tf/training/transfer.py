@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from x3d_tf.errors import UserError
-from x3d_tf.modeling.architecture import plan
 from x3d_tf.modeling.saving import load
 from x3d_tf.modeling.x3d import Network
+from x3d_tf.training.checks import require_compatible
 
 _HEAD = ("conv5", "fc")  # name prefixes of the layers that some heads lack
 
@@ -55,44 +54,15 @@ def load_pretrained(model: Network, source: str | Path) -> Transfer:
         UserError: the file does not exist, or its network has another width, depth, input or activation.
     """
     other = load(source)
+    require_compatible(source, (other.expansion, other.options), (model.expansion, model.options))
     source_layers = {layer.name: layer for layer in other.layers if layer.weights}
     if not model.class_names or other.class_names != model.class_names or other.head != model.head:
         source_layers.pop("fc2", None)
     target_layers = {layer.name: layer for layer in model.layers if layer.weights}
     new = [name for name in target_layers if name not in source_layers and name.startswith(_HEAD)]
     loaded = [name for name in target_layers if name not in new]
-    _require_compatible(model, other, str(source), loaded)
     for name in loaded:
         for target, weight in zip(target_layers[name].weights, source_layers[name].weights):
             target.assign(weight)
     pools = (other.options.head_pool, model.options.head_pool)
     return Transfer(str(source), tuple(loaded), tuple(new), pools if pools[0] != pools[1] else None)
-
-
-def _require_compatible(model: Network, other: Network, source: str, loaded: list[str]) -> None:
-    for name in ("input", "swish", "swish_before", "shortcut_norm"):  # weight shapes do not reveal these
-        theirs, ours = getattr(other.options, name), getattr(model.options, name)
-        if theirs != ours:
-            value = f'"{theirs}"' if isinstance(theirs, str) else theirs
-            raise UserError(
-                f"TrainConfig.init: {source} was trained with ModelOptions.{name} = {theirs!r}, but this run has "
-                f"{ours!r}; set it with --gin_bindings='ModelOptions.{name}={value}'"
-            )
-    target_shapes, source_shapes = _shapes(model), _shapes(other)
-    mismatches = [name for name in loaded if target_shapes[name] != source_shapes.get(name)]
-    mismatches += [name for name in source_shapes if name not in target_shapes and not name.startswith(_HEAD)]
-    if mismatches:
-        raise UserError(
-            f"TrainConfig.init: {source} has another architecture: {len(mismatches)} layers do not match, the first "
-            f"is {mismatches[0]}. Blocks x channels per stage: {_stages(other)} in the source, {_stages(model)} in "
-            "this run; set Expansion.gamma_w, gamma_b, gamma_d and ModelOptions to those of the source"
-        )
-
-
-def _shapes(network: Network) -> dict[str, list[tuple[int, ...]]]:
-    return {layer.name: [tuple(w.shape) for w in layer.weights] for layer in network.layers if layer.weights}
-
-
-def _stages(network: Network) -> str:
-    stages = plan(network.expansion, network.options).stages
-    return ", ".join(f"{stage.depth}x{stage.width} ({stage.inner_width} inside)" for stage in stages)

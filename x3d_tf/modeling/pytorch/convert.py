@@ -152,7 +152,9 @@ def import_state_dict(
         shortcut_norm=SHORTCUT_NORM[naming],
         head_pool=head_pool or _HEAD_POOL[naming],  # type: ignore[arg-type]
     )
-    model = X3D(expansion, _num_classes(state, num_classes, keep_head), options)
+    outputs = state.outputs(num_classes) if keep_head else num_classes
+    assert outputs is not None  # required without the classifier of the checkpoint
+    model = X3D(expansion, outputs, options)
     pairs = [(name, weight) for name, weight in _named_weights(model, naming) if keep_head or name.layer != HEAD]
     for name, weight in pairs:
         weight.assign(to_ours(tensors[name.source].array(), name.kind))
@@ -209,17 +211,6 @@ def export_checkpoint(model: X3D, path: str | Path, naming: Naming) -> Report:
     only_in_checkpoint = tuple(name.source for name, _ in pairs if name.target not in set(targets))
     only_in_network = tuple(target for target in targets if target not in values)
     return _make_report(path, naming, common, only_in_checkpoint, only_in_network, len(state) - len(pairs), notes)
-
-
-def _num_classes(state: StateDict, num_classes: int | None, keep_head: bool) -> int:
-    if not keep_head:
-        assert num_classes is not None
-        return num_classes
-    count = state.num_classes()
-    assert count is not None  # `read_state_dict` found a classifier
-    rule = f"be {count}, the number of outputs of the classifier in {state.path}, unless keep_head is false"
-    require(num_classes in (None, count), "num_classes", rule, num_classes)
-    return count
 
 
 def _iter_weights(model: X3D) -> Iterator[tuple[str, keras.Variable]]:

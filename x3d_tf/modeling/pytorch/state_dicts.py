@@ -64,6 +64,19 @@ class StateDict:
         shapes = [self.tensors[name].shape for name in sorted(_head_names(self.naming)) if name in self.tensors]
         return next((shape[0] for shape in shapes if shape and shape[0]), None)
 
+    def outputs(self, requested: int | None) -> int:
+        """Returns the number of outputs of a network that keeps the classifier.
+
+        Raises:
+            UserError: another number is requested.
+        """
+        count = self.num_classes()
+        assert count is not None  # `read_state_dict` found a classifier
+        source = f"the number of outputs of the classifier in {self.path}"
+        rule = f"be {count}, {source}, unless the classifier is replaced (keep_head=false)"
+        require(requested in (None, count), "num_classes", rule, requested)
+        return count
+
     def mismatches(self, expansion: Expansion, *, head: bool) -> list[str]:
         """Returns a line for each missing tensor, unexpected tensor and tensor of another shape.
 
