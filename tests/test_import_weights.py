@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +28,10 @@ from x3d_tf.training.transfer import load_pretrained
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
 DEPTH = 0.2  # gamma_d of networks with one block a stage
+SHALLOW = (  # gives x2d that depth in another process
+    "import dataclasses; from x3d_tf.modeling.expansion import VARIANTS; x2d = VARIANTS['x2d']; "
+    f"VARIANTS['x2d'] = dataclasses.replace(x2d, expansion=dataclasses.replace(x2d.expansion, gamma_d={DEPTH}))"
+)
 
 
 @pytest.fixture
@@ -137,17 +139,9 @@ def test_the_printed_command_fine_tunes_the_network(
 
 
 def test_a_wrong_variant_is_reported_before_tensorflow_starts(checkpoint: Path, tmp_path: Path) -> None:
-    """TensorFlow cannot be imported here, in a separate process."""
-    code = (
-        "import dataclasses, sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
-        "from x3d_tf import commands, import_weights\n"
-        "from x3d_tf.modeling.expansion import VARIANTS\n"
-        "x2d = VARIANTS['x2d']\n"
-        f"VARIANTS['x2d'] = dataclasses.replace(x2d, expansion=dataclasses.replace(x2d.expansion, gamma_d={DEPTH}))\n"
-        "import_weights.define_flags(); commands.run(import_weights.main, positional=True)"
+    done = without_tensorflow(
+        "import_weights", checkpoint, "--variant=x3d_l", "--output=a.keras", cwd=tmp_path, before=SHALLOW
     )
-    arguments = [str(checkpoint), "--variant=x3d_l", f"--output={tmp_path}/a.keras"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 1
     assert "error: network (--variant) must be x2d to match" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -164,7 +158,9 @@ def test_another_number_of_classes_is_reported_before_tensorflow_starts(
     flag: str, message: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "names.txt").write_text("hug\nkick\n")
-    done = without_tensorflow("import_weights", checkpoint, "--variant=x2d", "--output=a.keras", flag, cwd=tmp_path)
+    done = without_tensorflow(
+        "import_weights", checkpoint, "--variant=x2d", "--output=a.keras", flag, cwd=tmp_path, before=SHALLOW
+    )
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {message}")
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 
 def without_tensorflow(
-    name: str, *arguments: Path | str, cwd: Path | None = None
+    name: str, *arguments: Path | str, cwd: Path | None = None, before: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs a command by its name. Importing TensorFlow or Keras in it raises ImportError."""
+    """Runs a command by its name. Importing TensorFlow or Keras in it raises ImportError; `before` is run first."""
     code = (
         "import sys, runpy\n"
         "sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
+        f"{before}\n"
         f"runpy.run_module('x3d_tf.{name}', run_name='__main__', alter_sys=True)"
     )
     command = [sys.executable, "-c", code, *map(str, arguments)]
