@@ -154,8 +154,9 @@ def test_thumbnails_are_frames_that_the_network_saw(network: Any, clips: Path) -
     assert np.abs(result.thumbnails.astype(float) - expected).max() <= 1
 
 
+@pytest.mark.parametrize(("views", "combine"), [(1, "mean"), (2, "mean"), (2, "max")])
 def test_a_window_gets_the_probabilities_of_the_segment(
-    network: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: Any, clips: Path, views: int, combine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 25 frames a second, where 0.48 s are 12 frames, and 0.36 s 9."""
     path, stored = clips / "дом.mkv", Storage(40, 60)
@@ -163,10 +164,10 @@ def test_a_window_gets_the_probabilities_of_the_segment(
     segments = [encode_video(path, 40, 60, start, start + 0.48) for start in (0.0, 0.36, 0.72)]
     manifest = write_records(tmp_path, {"test": segments}, stored=stored)
     assert [record.frames for record in manifest.splits["test"].records] == [12, 12, 12]
-    for views, combine in ((1, "mean"), (2, "mean"), (2, "max")):
+    if network.combine != combine:  # Keras ignores the assignment of an equal value, which could not be undone
         monkeypatch.setattr(network, "combine", combine)
-        found = predictions(network, [path], window=0.48, hop=0.36, temporal_views=views)
-        np.testing.assert_allclose([r.probabilities for r in found], of_records(network, manifest, views), atol=1e-6)
+    found = predictions(network, [path], window=0.48, hop=0.36, temporal_views=views)
+    np.testing.assert_allclose([r.probabilities for r in found], of_records(network, manifest, views), atol=1e-6)
 
 
 def test_a_run_predicts_what_its_report_says(

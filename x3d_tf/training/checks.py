@@ -80,9 +80,12 @@ def require_compatible(
     mismatches = [name for name, count in our_layers.items() if their_layers.get(name) != count]
     mismatches += [name for name in their_layers if name not in our_layers]
     if mismatches:
+        first = (
+            f"s do not match, the first is {mismatches[0]}" if mismatches[1:] else f" does not match: {mismatches[0]}"
+        )
+        differing = f"{len(mismatches)} layer{first}"
         raise UserError(
-            f"TrainConfig.init: {source} has another architecture: {len(mismatches)} layers do not match, the first "
-            f"is {mismatches[0]}. Blocks x channels per stage: {_stages(*theirs)} in the source, {_stages(*ours)} in "
+            f"TrainConfig.init: {source} has another architecture: {differing}. Blocks x channels per stage: {_stages(*theirs)} in the source, {_stages(*ours)} in "
             "this run; set Expansion.gamma_w, gamma_b, gamma_d and ModelOptions to those of the source"
         )
 
