@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["ModelOptions.swish=False"], "with ModelOptions.swish = True, but this run has False; set it with --gin_bi"),
         (['ModelOptions.input="difference"'], "with ModelOptions.input = 'rgb', but this run has 'difference'"),
         (["Expansion.gamma_d=1"], "has another architecture: 61 layers do not match, the first is res2_1_conv_a."),
-        (["ModelOptions.stem_kernel=3"], "has another architecture: 1 layer does not match: conv1_t."),
+        (["ModelOptions.stem_kernel=3"], "has another architecture: layer conv1_t does not match."),
     ],
 )
 def test_initial_weights_of_another_network(
