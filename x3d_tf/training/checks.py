@@ -80,13 +80,12 @@ def require_compatible(
     mismatches = [name for name, count in our_layers.items() if their_layers.get(name) != count]
     mismatches += [name for name in their_layers if name not in our_layers]
     if mismatches:
-        first = (
-            f"s do not match, the first is {mismatches[0]}" if mismatches[1:] else f" does not match: {mismatches[0]}"
-        )
-        differing = f"{len(mismatches)} layer{first}"
+        count, first = len(mismatches), mismatches[0]
+        layers = f"layer {first} does not match" if count == 1 else f"{count} layers do not match, the first is {first}"
         raise UserError(
-            f"TrainConfig.init: {source} has another architecture: {differing}. Blocks x channels per stage: {_stages(*theirs)} in the source, {_stages(*ours)} in "
-            "this run; set Expansion.gamma_w, gamma_b, gamma_d and ModelOptions to those of the source"
+            f"TrainConfig.init: {source} has another architecture: {layers}. Blocks x channels per stage: "
+            f"{_stages(*theirs)} in the source, {_stages(*ours)} in this run; set Expansion.gamma_w, gamma_b, gamma_d "
+            "and ModelOptions to those of the source"
         )
 
 
