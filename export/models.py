@@ -15,11 +15,10 @@ from x3d_tf.data.sampling import FrameSampling, input_contract
 from x3d_tf.errors import require
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
 from x3d_tf.modeling.archive import model_file
-from x3d_tf.modeling.cost import cost_of
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.keras_parts import MEAN, STD
 from x3d_tf.modeling.saving import load, load_classifier
-from x3d_tf.modeling.x3d import Network
+from x3d_tf.modeling.x3d import Network, cost_of
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.text import counted
 from x3d_tf.types import ViewSpec

@@ -21,6 +21,7 @@ from x3d_tf.evaluation.multiview import SplitPredictions
 from x3d_tf.evaluation.reports import read_results
 from x3d_tf.runs import checkpoints as run_checkpoints
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.tasks import classification as task_module
 from x3d_tf.tasks.base import find
 from x3d_tf.types import Storage
 
@@ -229,7 +230,7 @@ def test_multi_label_models_report_map(monkeypatch: pytest.MonkeyPatch, tmp_path
     model = x3d_tf.X3D(TINY, 3, x3d_tf.ModelOptions(), activation="sigmoid")
     model.class_names = ("a", "b", "c")
     monkeypatch.setattr(running, "load", lambda _: model)
-    monkeypatch.setattr(classification, "open_dataset", lambda _: Several())
+    monkeypatch.setattr(task_module, "open_dataset", lambda _: Several())
     file = tmp_path / "model.keras"
     file.write_bytes(b"weights")
     settings = {"records": "several", "split": "test"}

@@ -2,16 +2,14 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
+from x3d_tf.data.input_pipeline import MakeExample
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
-from x3d_tf.errors import UserError
-from x3d_tf.evaluation.eval_config import EvalConfig, HeadPool
+from x3d_tf.evaluation.eval_config import HeadPool
 from x3d_tf.evaluation.multiview import SplitPredictions, predict_split
 from x3d_tf.evaluation.reports import (
     Predictions,
@@ -21,12 +19,10 @@ from x3d_tf.evaluation.reports import (
 )
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.modeling.metadata import copy_metadata
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.terminal import tell
 from x3d_tf.types import ClipStarts, Combine, ViewSpec, stored_to_json
-
-if TYPE_CHECKING:
-    from x3d_tf.tasks.classification import ClipTask
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,10 +30,11 @@ class ClipEvaluation:
     """A classifier, the records to evaluate it on, and the settings: everything that determines the results.
 
     Attributes:
-        task: the task of the network.
         model: the network.
         weights: origin of the weights, for the report.
         manifest: the manifest of the records.
+        classes: names of the classes of the targets; they are among the network's.
+        make_example: makes the targets; see `input_pipeline.evaluation_dataset`.
         split: name of the split to evaluate.
         views: the views of each video.
         clip_starts: see `EvalConfig`.
@@ -46,10 +43,11 @@ class ClipEvaluation:
         seed: seed of the run; None for a model file.
     """
 
-    task: "ClipTask"
     model: X3D
     weights: dict[str, Any]
     manifest: Manifest
+    classes: tuple[str, ...]
+    make_example: MakeExample | None
     split: str
     views: ViewSpec
     clip_starts: ClipStarts
@@ -110,7 +108,7 @@ class ClipEvaluation:
             self.views,
             clip_starts=self.clip_starts,
             frame_sampling=self.frame_sampling,
-            make_example=self.task.make_example(),
+            make_example=self.make_example,
             combine=self.combine,
         )
         videos = tuple(record.media_id for record in self.manifest.split(self.split).records)
@@ -125,7 +123,7 @@ class ClipEvaluation:
         """Returns the targets as the model's classes, bool (videos, classes)."""
         # reversed, so that the first of several classes with the same name is used
         model_classes = {name: index for index, name in reversed([*enumerate(self.model.class_names)])}
-        classes = [model_classes[name] for name in self.task.classes(self.manifest)]
+        classes = [model_classes[name] for name in self.classes]
         truth = np.zeros((len(found.targets), self.model.num_classes), bool)
         truth[:, classes] = found.truth(len(classes))
         return truth
@@ -151,44 +149,5 @@ def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
     options = replace(model.options, head_pool=head_pool)
     changed = X3D(model.expansion, model.num_classes, options, activation=model.activation, task=model.task)
     changed.set_weights(model.get_weights())  # pooling has no weights
-    changed.copy_metadata(model)
+    copy_metadata(model, changed)
     return changed
-
-
-def clip_evaluation(
-    task: "ClipTask", model: X3D, weights: dict[str, Any], settings: EvalConfig, config: TrainConfig | None
-) -> ClipEvaluation:
-    """Returns the evaluation of a network. Settings that are None are those of the run, or of the model file.
-
-    Args:
-        task: the task of the network.
-        model: the network of a run, from model.keras or from a checkpoint, or of a model file.
-        weights: origin of the weights, for the report.
-        settings: the evaluation settings.
-        config: the configuration of the run; None for a model file.
-
-    Raises:
-        UserError: the settings lack records or split for a model file; the records do not suit the network.
-    """
-    if config is not None:
-        dataset, test_views = settings.dataset_of(config), config.test_views
-        frame_sampling, combine = dataset.frame_sampling, config.combine
-    elif settings.records is None or settings.split is None:
-        raise UserError(f"evaluating the model file {weights['weights']} requires --records and --split")
-    else:
-        dataset = DatasetSpec(settings.records, train_split=settings.split, eval_split=settings.split)
-        test_views, frame_sampling, combine = model.test_views, model.frame_sampling, model.combine
-    manifest = open_dataset(dataset)
-    task.check_evaluation(model, settings, manifest)
-    return ClipEvaluation(
-        task=task,
-        model=with_head_pool(model, settings.head_pool),
-        weights=weights,
-        manifest=manifest,
-        split=dataset.eval_split,
-        views=settings.views_for(model, test_views),
-        clip_starts=settings.clip_starts,
-        frame_sampling=settings.frame_sampling or frame_sampling,
-        combine=settings.combine or combine,
-        seed=config.seed if config else None,
-    )

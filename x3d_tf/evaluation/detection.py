@@ -28,9 +28,9 @@ from x3d_tf.evaluation.detection_reports import (
 )
 from x3d_tf.evaluation.multiview import CLIPS_A_CALL
 from x3d_tf.evaluation.reports import Report, locked_report_folder
-from x3d_tf.modeling.cost import cost_of
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.modeling.x3d import cost_of
 from x3d_tf.parallel import optimize_for_device
 from x3d_tf.terminal import progress_bar
 from x3d_tf.text import counted

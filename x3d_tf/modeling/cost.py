@@ -2,16 +2,12 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from x3d_tf.modeling.architecture import REGION_BINS, ModelOptions, plan, require_classes
 from x3d_tf.modeling.expansion import Expansion, as_expansion
 from x3d_tf.modeling.graph import DetectionHead, detection_graph, graph, require_head
 from x3d_tf.modeling.parts import Function
 from x3d_tf.types import ClipSpec
-
-if TYPE_CHECKING:
-    from x3d_tf.modeling.x3d import Network
 
 Shape = tuple[int, ...]
 
@@ -97,12 +93,6 @@ def parameters(
     Counting is cheap even if the settings are untrusted, because `plan` limits the number of blocks.
     """
     return [(row.name, row.cost.params) for row in _rows(expansion, None, num_classes, options, head)]
-
-
-def cost_of(model: "Network") -> Cost:
-    """Returns the cost of a network on one evaluation clip; for a detector, with one box."""
-    clip = ClipSpec(model.clip.frames, model.clip.stride, model.eval_size)
-    return cost(model.expansion, clip, num_classes=model.num_classes, options=model.options, head=model.head)
 
 
 def _rows(

@@ -187,3 +187,9 @@ def class_names_or_numbers(class_names: Sequence[str] | None, count: int) -> tup
         return tuple(class_names)
     warnings.warn(f"class_names is missing: {counted(count, 'class')} numbered from 0", stacklevel=3)
     return tuple(str(number) for number in range(count))
+
+
+def copy_metadata(source: "Network | Metadata", model: "Network") -> None:
+    """Copies what the weights do not hold into a network: its class names, and how clips are made from videos."""
+    for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views", "combine"):
+        setattr(model, name, getattr(source, name))

@@ -12,7 +12,7 @@ from x3d_tf.errors import UserError, require
 from x3d_tf.files import atomic_path, os_errors_as_write_error
 from x3d_tf.modeling.archive import MEMBER, UNREADABLE, check_weights, model_file, read_metadata, require_classifier
 from x3d_tf.modeling.detection import Detector
-from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
+from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers, copy_metadata
 from x3d_tf.modeling.portable import build_portable, copy_portable_weights
 from x3d_tf.modeling.x3d import X3D, Network
 
@@ -145,7 +145,7 @@ def _load_into(model: _Model, metadata: Metadata, path: Path) -> _Model:
             _load_weights(model, path)
     except (*UNREADABLE, UserWarning) as error:
         raise UserError(f"the weights of {path} do not match its metadata: {error}") from error
-    model.copy_metadata(metadata)
+    copy_metadata(metadata, model)
     return model
 
 

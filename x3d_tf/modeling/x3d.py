@@ -1,21 +1,19 @@
 """The trainable classifier, one flat Keras graph, and the base class of all networks."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
+from x3d_tf.modeling.cost import Cost, cost
 from x3d_tf.modeling.expansion import Expansion, as_expansion, name_of
 from x3d_tf.modeling.graph import DetectionHead, graph, require_activation
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.layers import RequireWindow
 from x3d_tf.modeling.parts import Parts
 from x3d_tf.types import TASK_NAME_RULE, Activation, ClipSpec, Combine, FrameSampling, Storage, is_task_name
-
-if TYPE_CHECKING:
-    from x3d_tf.modeling.metadata import Metadata
 
 
 def build_x3d(
@@ -104,11 +102,6 @@ class Network(keras.Model):
         """Side in pixels of the single centre crop used in evaluation, and by default in inference."""
         return self.clip.size
 
-    def copy_metadata(self, source: "Network | Metadata") -> None:
-        """Copies the metadata that is not stored in the weights: the class names and how clips are made from videos."""
-        for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views", "combine"):
-            setattr(self, name, getattr(source, name))
-
     @property
     def logits(self) -> Any:
         return self.output
@@ -186,6 +179,12 @@ class X3D(Network):
             "task": self.task,
             "name": self.name,
         }
+
+
+def cost_of(model: Network) -> Cost:
+    """Returns the cost of a network on one evaluation clip; for a detector, with one box."""
+    clip = ClipSpec(model.clip.frames, model.clip.stride, model.eval_size)
+    return cost(model.expansion, clip, num_classes=model.num_classes, options=model.options, head=model.head)
 
 
 def layer_name(expansion: Expansion) -> str:

@@ -24,7 +24,7 @@ import tensorflow as tf
 from x3d_tf.errors import UserError, first_line, require
 from x3d_tf.files import WriteError, os_errors_as_write_error
 from x3d_tf.modeling.detection import Detector
-from x3d_tf.modeling.metadata import Metadata
+from x3d_tf.modeling.metadata import Metadata, copy_metadata
 from x3d_tf.modeling.saving import build_network
 from x3d_tf.modeling.x3d import X3D, Network
 from x3d_tf.runs.run_folder import RunFolder, checkpoint_step
@@ -229,7 +229,7 @@ def load_checkpoint(run: RunFolder, step: int) -> X3D | Detector:
         model.set_weights([reader.get_tensor(f"{role}/{i}{_SUFFIX}") for i in range(len(model.weights))])
     except Exception as error:  # a damaged file makes TensorFlow raise almost anything
         raise UserError(f"{prefix}.index cannot be read ({first_line(error)})") from error
-    model.copy_metadata(description)
+    copy_metadata(description, model)
     return model
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from x3d_tf.data.datasets.spec import require_annotations, validation_split
+from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset, require_annotations, validation_split
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.evaluation.eval_config import folder_of
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
@@ -145,9 +145,33 @@ class ClipTask:
     def evaluation(
         self, model: "Network", weights: dict[str, Any], settings: "EvalConfig", run: "RunFolder | None"
     ) -> "ClipEvaluation":
-        from x3d_tf.evaluation.classification import clip_evaluation
+        from x3d_tf.evaluation.classification import ClipEvaluation, with_head_pool
 
-        return clip_evaluation(self, self._classifier(model), weights, settings, run.read_config() if run else None)
+        config = run.read_config() if run else None
+        if config is not None:
+            dataset, test_views = settings.dataset_of(config), config.test_views
+            frame_sampling, combine = dataset.frame_sampling, config.combine
+        elif settings.records is None or settings.split is None:
+            raise UserError(f"evaluating the model file {weights['weights']} requires --records and --split")
+        else:
+            dataset = DatasetSpec(settings.records, train_split=settings.split, eval_split=settings.split)
+            test_views, frame_sampling, combine = model.test_views, model.frame_sampling, model.combine
+        manifest = open_dataset(dataset)
+        self.check_evaluation(model, settings, manifest)
+        classifier = with_head_pool(self._classifier(model), settings.head_pool)
+        return ClipEvaluation(
+            model=classifier,
+            weights=weights,
+            manifest=manifest,
+            classes=self.classes(manifest),
+            make_example=self.make_example(),
+            split=dataset.eval_split,
+            views=settings.views_for(classifier, test_views),
+            clip_starts=settings.clip_starts,
+            frame_sampling=settings.frame_sampling or frame_sampling,
+            combine=settings.combine or combine,
+            seed=config.seed if config else None,
+        )
 
     def _classifier(self, model: "Network") -> "X3D":
         from x3d_tf.modeling.x3d import X3D
