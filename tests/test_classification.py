@@ -203,13 +203,16 @@ def test_an_interrupted_sweep_resumes(
 class Several(SimpleNamespace):
     """Stands in for a manifest of multi-label records."""
 
-    folder, classes, task = Path("several"), ("b", "a", "c"), "multi_label"  # not in the order of the model
+    folder, dataset, task = Path("several"), "several", "multi_label"
+    classes = ("b", "a", "c")  # not in the order of the model
     stored = Storage(256, 95)
 
     def split(self, _: str) -> Any:
         labels = [(0,), (0, 1), (1,), (0, 1)]
         return SimpleNamespace(
-            records=[SimpleNamespace(media_id=f"v{n}", labels=classes) for n, classes in enumerate(labels)]
+            records=[SimpleNamespace(media_id=f"v{n}", labels=classes) for n, classes in enumerate(labels)],
+            expected=None,
+            present=len(labels),
         )
 
     def fingerprint(self) -> str:

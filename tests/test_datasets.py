@@ -1,5 +1,6 @@
 """Data sets by name: the choice from the inputs, a data set in one module of a user, and AVA's own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def test_a_data_set_in_one_module_is_built_and_trained_on(tmp_path: Path, in_pro
     environment = os.environ | {"PYTHONPATH": f"{FIXTURES}:{FIXTURES.parents[1]}"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "train has records of 2 of the 3 videos that the data set lists" in done.stdout
     manifest = Manifest.load(records)
     assert (manifest.dataset, manifest.classes, manifest.task) == ("toy", ("jump", "run"), "single_label")
     counts = {name: (len(part.records), part.present, part.expected) for name, part in manifest.splits.items()}
@@ -128,4 +130,6 @@ def test_a_data_set_in_one_module_is_built_and_trained_on(tmp_path: Path, in_pro
 
     (tmp_path / "run.gin").write_text(f'{TRAIN}DatasetSpec.records = "{records}"\n')
     in_process(train, f"--gin_file={tmp_path / 'run.gin'}", f"--workdir={tmp_path / 'run'}")
-    assert (tmp_path / "run" / "evaluation" / "records_test_1center" / "results.json").is_file()
+    results = json.loads((tmp_path / "run" / "evaluation" / "records_test_1center" / "results.json").read_text())
+    stated = {name: results[name] for name in ("dataset", "videos", "videos_expected", "videos_present", "combine")}
+    assert stated == {"dataset": "toy", "videos": 1, "videos_expected": 2, "videos_present": 1, "combine": "mean"}

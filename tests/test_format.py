@@ -91,7 +91,7 @@ def test_videos_are_distributed_to_shards_in_order(tmp_path: Path, monkeypatch: 
     assert taken == results
     assert [(r.shard, r.media_id) for r in split.records] == [(0, "0"), (1, "4"), (1, "5"), (2, "6")]
     names = [shard_name("train", index, 4) for index in (0, 2, 3)]  # both videos of shard 1 failed
-    assert [shard.file for shard in split.shards] == sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [shard.file for shard in split.shards] == sorted(path.name for path in tmp_path.glob("*.tfrecord")) == names
     assert names[0] == "train-00000-of-00004.tfrecord"
     for record in split.records:
         shard = split.shards[record.shard]

@@ -58,6 +58,7 @@ def test_the_card_describes_input_and_cost(run: Path) -> None:
         "frame_sampling": "exact",
         "offsets": [0, 2, 4, 6],
         "clips": 10,
+        "combine": "mean",
         "stored": {"short_side": 96, "jpeg_quality": 90},
         "decoded_short_side": 96,
         "resize": 73,

@@ -1,4 +1,4 @@
-"""Probabilities of several views are averaged."""
+"""Probabilities of several views are averaged, or combined by their maximum."""
 
 from typing import NamedTuple
 
@@ -57,6 +57,10 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     probabilities = module.predict_split(model, Folder(), "test", spec, progress=False)  # type: ignore[arg-type]
     expected = np.mean([[1 / (1 + np.exp(-x)) for x in row] for row in [(6, 0), (0, 2), (0, 2)]], axis=0)
     np.testing.assert_allclose(probabilities[0], expected, atol=1e-6)
+
+    largest = np.max([[1 / (1 + np.exp(-x)) for x in row] for row in [(6, 0), (0, 2), (0, 2)]], axis=0)
+    probabilities = module.predict_split(model, Folder(), "test", spec, combine="max", progress=False)  # type: ignore[arg-type]
+    np.testing.assert_allclose(probabilities[0], largest, atol=1e-6)
 
     broken = FixedLogits([(6, 0), (0, 2), (float("nan"), 2)], x3d_tf.ClipSpec(1, 1, 8))
     with pytest.raises(ValueError, match="probabilities for a of somewhere must be finite"):

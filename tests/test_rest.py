@@ -291,7 +291,7 @@ def test_the_model_name_is_quoted() -> None:
 @pytest.mark.parametrize("stride", [1001, 10**400])
 def test_a_card_with_an_extreme_stride_is_refused(tmp_path: Path, stride: int) -> None:
     entries = {"frames": 4, "stride": stride, "crop": 32, "frame_sampling": "slowfast", "resize": 32}
-    entries |= {"stored": "none", "clips": 1}
+    entries |= {"stored": "none", "clips": 1, "combine": "mean"}
     (tmp_path / "card").write_text(json.dumps({"input": entries, "classes": ["a"]}))
     with pytest.raises(UserError, match="stride must"):
         client.Contract.read(tmp_path / "card")

@@ -163,7 +163,9 @@ def network_of(**facts: Any) -> Any:
     """Returns a network without layers, for an input contract."""
     network = VARIANTS["x3d_s"].expansion
     known = {"expansion": network, "clip": network.clip, "task": "single_label", "eval_size": 160, "stored": None}
-    return SimpleNamespace(**known | {"stretch": False, "frame_sampling": "slowfast", "test_views": 10} | facts)
+    return SimpleNamespace(
+        **known | {"stretch": False, "frame_sampling": "slowfast", "test_views": 10, "combine": "mean"} | facts
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,7 @@ def network_of(**facts: Any) -> Any:
         ({"frame_sampling": "exact"}, {"offsets": [*range(0, 78, 6)], "frame_sampling": "exact"}),
         ({"stored": Storage(96, 90)}, {"stored": {"short_side": 96, "jpeg_quality": 90}, "decoded_short_side": 96}),
         ({"stretch": True, "test_views": 3}, {"resized": "both sides", "clips": 3}),
+        ({"combine": "max"}, {"combine": "max"}),
         ({"expansion": VARIANTS["x3d_xl"].expansion}, {"decoded_short_side": 356}),
         ({"task": "detection"}, {"offsets": [*range(-39, 39, 6)], "frame_sampling": "key_frame"}),
     ],

@@ -215,6 +215,7 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
         ({"stored": {"short_side": 65536, "jpeg_quality": 95}}, r"Storage.short_side must be in 1\.\.65535"),
         ({"stored": {"short_side": 96, "jpeg_quality": 0}}, r"Storage.jpeg_quality must be in 1\.\.95"),
         ({"frame_sampling": "every"}, "frame_sampling must be"),
+        ({"combine": "sum"}, r"Metadata.combine must be .*got 'sum'"),
         ({"test_views": 0}, r"test_views must be in 1\.\.1000, got 0"),
         ({"test_views": 10**9}, r"test_views must be in 1\.\.1000, got 1000000000"),
         ({"num_classes": 10**9}, "num_classes must be"),

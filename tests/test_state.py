@@ -126,6 +126,17 @@ def test_a_build_interrupted_anywhere_gives_the_same_result(
     assert stops >= 2 * (2 + 3 * 4 + 1)
 
 
+def test_a_shard_without_its_frames_is_built_again(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    build(videos, tmp_path / "out")
+    expected = content(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / "train-00000-of-00003.tfrecord.frames").unlink()
+    decoding.clear()
+    build(videos, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+    assert len(decoding) == 2  # the videos of one shard
+
+
 def test_finished_shards_are_not_decoded_again(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,9 @@ def summary(result: BuildResult) -> list[str]:
         size = sum(shard.bytes for shard in split.shards)
         records, shards = counted(len(split.records), kind), counted(len(split.shards), "shard")
         lines.append(f"  {name}: {records}, {size / 1e6:.1f} MB in {shards}")
+        if split.expected is not None and split.present != split.expected:
+            listed = counted(split.expected, "video")
+            lines.append(f"  {name} has records of {split.present} of the {listed} that the data set lists")
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:

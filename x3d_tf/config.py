@@ -11,7 +11,7 @@ from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
-from x3d_tf.types import MAX_VIEWS
+from x3d_tf.types import MAX_VIEWS, Combine
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,9 @@ class TrainConfig:
         detection: settings for action detection.
         init: run folder or `.keras` file of this package with the initial weights; None initialises them randomly. If
             its classes differ from those of the records, the classifier is initialised randomly.
-        test_views: number of clips per test video whose probabilities are averaged (K of K-Center), 1..1000.
+        test_views: number of clips per test video whose probabilities are combined (K of K-Center), 1..1000.
+        combine: "mean" averages the probabilities of a video's clips, "max" takes the maximum for each class, as for
+            Charades.
         checkpoint_steps: number of steps between checkpoints.
         seed: random seed for the initial weights, the order of the data and the augmentation.
 
@@ -209,6 +211,7 @@ class TrainConfig:
     detection: Detection = field(default_factory=Detection)
     init: str | None = None
     test_views: int = 10
+    combine: Combine = "mean"
     checkpoint_steps: int = 1000
     seed: int = 0
 

@@ -23,8 +23,8 @@ Compare the reports of several runs with each other and with the paper:
 
 K-Center evaluation (paper, section 4) samples K clips evenly over each video, scales the short side to 128γ pixels,
 where γ is Expansion.gamma_s, and takes a centre crop of 112γ. K-LeftCenterRight evaluation (--crops=3) takes three
-crops of 128γ instead. The probabilities of all views are averaged. The metric for multi-label models is mAP, the mean
-of the average precision over the classes with positive examples.
+crops of 128γ instead. The probabilities of all views are averaged (--combine). The metric for multi-label models is
+mAP, the mean of the average precision over the classes with positive examples.
 
 A detector is evaluated on one centre crop around each key frame of its test split, with frame mAP at IoU 0.5.
 --records, --split, --views and --crops do not apply to detectors.
@@ -47,7 +47,7 @@ from x3d_tf.terminal import tell
 
 FLAGS = flags.FLAGS
 
-_EVAL_FLAGS = ("records", "split", "views", "crops", "clip_starts", "frame_sampling", "head_pool")
+_EVAL_FLAGS = ("records", "split", "views", "crops", "clip_starts", "frame_sampling", "combine", "head_pool")
 
 
 def define_flags() -> None:
@@ -92,6 +92,13 @@ def define_flags() -> None:
         ["slowfast", "exact"],
         "Frames of a clip. slowfast: spread over the clip's duration. exact: exactly Expansion.gamma_tau apart. "
         "Defaults to the run's setting.",
+    )
+    flags.DEFINE_enum(
+        "combine",
+        None,
+        ["mean", "max"],
+        "How the probabilities of a video's views are combined: their mean, or their maximum for each class, as for "
+        "Charades. Defaults to the run's setting.",
     )
     flags.DEFINE_enum(
         "head_pool",
@@ -179,6 +186,7 @@ def _eval_settings() -> dict[str, Any]:
         "spatial_crops": int(FLAGS.crops),
         "clip_starts": FLAGS.clip_starts,
         "frame_sampling": FLAGS.frame_sampling,
+        "combine": FLAGS.combine,
         "head_pool": FLAGS.head_pool,
     }
 

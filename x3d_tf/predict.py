@@ -17,7 +17,8 @@ AVA's format and the video, without audio, with boxes and actions drawn on its f
   python -m x3d_tf.predict --model=runs/ava party.mp4 --boxes=people.csv --csv=out.csv --draw=drawn/
   python -m x3d_tf.predict --model=runs/ava party.mp4 --person_detector=efficientdet/ --draw=drawn/
 
-A prediction for a video is the mean over 10 clips spread evenly in time (--views), as in evaluation. A prediction for a
+A prediction for a video is the mean over 10 clips spread evenly in time (--views), as in evaluation; the maximum if the
+run has TrainConfig.combine="max". A prediction for a
 window uses one clip, from its middle. Frames are first scaled and compressed in memory like the frames of the training
 records, so a video gets the same probabilities as in the run's report. Any format that FFmpeg decodes and any length
 works. If files cannot be read, they are reported on stderr and in the output files, the others are predicted, and the

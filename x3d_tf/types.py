@@ -14,6 +14,7 @@ Task = Literal["single_label", "multi_label", "detection"]
 Box = tuple[float, float, float, float]
 FrameSampling = Literal["slowfast", "exact"]
 ClipStarts = Literal["offset", "slowfast"]
+Combine = Literal["mean", "max"]  # how the probabilities of a video's views are combined
 
 MAX_VIEWS = 1000  # limit for the clips that a prediction averages; the number may come from an untrusted file
 _MAX_SHORT_SIDE = 65535  # pixels: the limit of the JPEG format

@@ -8,7 +8,7 @@ and each request sends the frames of one clip as JPEG files, compressed like tho
 frames of 256 x 340 pixels take a few hundred kilobytes. Raw pixels would exceed the default 4 MB limit of gRPC for
 larger networks, and numbers in JSON are slow to parse. If the card states no JPEG quality, because the model was not
 trained on stored frames, frames are sent as lossless PNG files, which are four to six times larger. The prediction for
-a video is the mean over its clips (--views).
+a video is the mean over its clips (--views), or the maximum for each class if the card says so.
 
 gRPC requires `pip install 'x3d_tf[serving]'`; REST requires no further package and uses the proxies of the environment
 (http_proxy, https_proxy, no_proxy). The server is not trusted: responses are limited in time (--timeout) and to 4 MB,
@@ -42,7 +42,7 @@ from x3d_tf.modeling.expansion import MAX_FRAMES, MAX_STRIDE
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import one_line
 from x3d_tf.text import counted
-from x3d_tf.types import MAX_VIEWS, ClipSpec, FrameSampling, Storage, stored_from_json
+from x3d_tf.types import MAX_VIEWS, ClipSpec, Combine, FrameSampling, Storage, stored_from_json
 
 from . import rest
 
@@ -69,6 +69,7 @@ class Contract:
         stored: storage format of the training frames; None if they were not stored.
         views: number of clips per video.
         classes: names of the outputs.
+        combine: how the probabilities of the clips are combined, "mean" or "max".
     """
 
     clip: ClipSpec
@@ -77,6 +78,7 @@ class Contract:
     stored: Storage | None
     views: int
     classes: tuple[str, ...]
+    combine: Combine = "mean"
 
     @classmethod
     def read(cls, path: Path) -> "Contract":
@@ -89,7 +91,7 @@ class Contract:
             card = json.loads(read_limited(path, SMALL))
             entries = card["input"]
             sampling, resize, classes = entries["frame_sampling"], entries["resize"], card["classes"]
-            stored, views = stored_from_json(entries["stored"]), entries["clips"]
+            stored, views, combine = stored_from_json(entries["stored"]), entries["clips"], entries["combine"]
             clip = ClipSpec(entries["frames"], entries["stride"], entries["crop"])
             require(clip.frames <= MAX_FRAMES, "frames", f"be at most {MAX_FRAMES}", clip.frames)
             require(clip.stride <= MAX_STRIDE, "stride", f"be at most {MAX_STRIDE} source frames", clip.stride)
@@ -103,9 +105,10 @@ class Contract:
             )
             ok = type(views) is int and 1 <= views <= MAX_VIEWS
             require(ok, "clips", f"be a whole number from 1 to {MAX_VIEWS}", views)
+            require(combine in get_args(Combine), "combine", f"be one of {', '.join(get_args(Combine))}", combine)
             ok = isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes)
             require(ok, "classes", "be a list of names", classes)
-            return cls(clip, sampling, resize, stored, views, tuple(classes))
+            return cls(clip, sampling, resize, stored, views, tuple(classes), combine)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -186,7 +189,7 @@ def _png(pixels: Pixels) -> bytes:
 
 
 def predict(clips: Sequence[Sequence[bytes]], classify: Classifier, contract: Contract) -> NDArray[np.float32]:
-    """Returns the mean probabilities of a video's clips, sent in parallel requests that the server can batch.
+    """Returns the combined probabilities of a video's clips, sent in parallel requests that the server can batch.
 
     Args:
         clips: encoded frames of each clip, from `encoded_clips`.
@@ -202,7 +205,7 @@ def predict(clips: Sequence[Sequence[bytes]], classify: Classifier, contract: Co
     count = len(contract.classes)
     for prediction in predictions:
         require(prediction.shape == (count,), "the server's model", f"have the card's {count} classes", len(prediction))
-    return np.mean(predictions, axis=0)
+    return np.max(predictions, axis=0) if contract.combine == "max" else np.mean(predictions, axis=0)
 
 
 def grpc_classifier(address: str, model: str, timeout: float) -> Classifier:

@@ -13,9 +13,12 @@ def settings(**changes: Any) -> dict[str, Any]:
     """Returns the settings of X3D-S on Kinetics-400, evaluated as in the paper."""
     return {
         "network": "x3d_s",
-        "records": "data/kinetics400",
+        "records": "data/mine",
+        "dataset": "kinetics400",
         "split": "val",
         "videos": 40,
+        "videos_expected": 40,
+        "videos_present": 40,
         "classes": 400,
         "views": "10-Center",
         "gmacs_per_clip": 1.963,
@@ -24,6 +27,9 @@ def settings(**changes: Any) -> dict[str, Any]:
         "resize": 182,
         "crop": 160,
         "clip_starts": "offset",
+        "frame_sampling": "slowfast",
+        "combine": "mean",
+        "head_pool": "global",
         "options": {"swish": True, "dropout": 0.3},
     } | changes
 
@@ -40,7 +46,7 @@ def detection_settings(**changes: Any) -> dict[str, Any]:
     of_a_detector = {
         "network": "x3d_m",
         "head": "full",
-        "records": "data/ava_v2.2",
+        "dataset": "ava_v2.2",
         "eval_boxes": "proposals",
         "lowest_score_of_a_box": 0.8,
         "resize": 256,

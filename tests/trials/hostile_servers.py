@@ -35,6 +35,7 @@ def write_card(path: Path, **changes: Any) -> Path:
         "resize": 36,
         "frame_sampling": "slowfast",
         "clips": 1,
+        "combine": "mean",
         "stored": "none",
     }
     card = {"input": {**fed, **changes.pop("input", {})}, "classes": CLASSES, **changes}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x3d_tf.errors import require
-from x3d_tf.types import ClipSpec, ClipStarts, FrameSampling, Storage, stored_to_json
+from x3d_tf.types import ClipSpec, ClipStarts, Combine, FrameSampling, Storage, stored_to_json
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import Network
@@ -54,7 +54,7 @@ def input_contract(model: "Network") -> dict[str, Any]:
         "frames_per_second": STRIDE_FPS,  # frame rate at which the stride is counted
         "frame_sampling": "key_frame" if detects else model.frame_sampling,
         "offsets": offsets.tolist(),  # frames of a clip relative to its start, at that rate
-        **({} if detects else {"clips": model.test_views}),
+        **({} if detects else {"clips": model.test_views, "combine": model.combine}),
         "stored": stored_to_json(model.stored),
         "decoded_short_side": decoded_short_side(model.stored, model.expansion.test_size),
         "resize": model.expansion.test_size,
@@ -64,6 +64,9 @@ def input_contract(model: "Network") -> dict[str, Any]:
         "range": [0, 255],
         "rules": _key_frame_rules(model) if detects else _rules(model),
     }
+
+
+_COMBINED: dict[Combine, str] = {"mean": "mean", "max": "maximum for each class"}
 
 
 def _rules(model: "Network") -> dict[str, str]:
@@ -76,7 +79,7 @@ def _rules(model: "Network") -> dict[str, str]:
         "offsets": f"frame i = 0 ... frames - 1 of a clip is frame floor(start + i * {step}) of the video, or the last "
         "frame if that is past the end",
         **_picture_rules(model),
-        "prediction": "mean of the probabilities over the clips",
+        "prediction": f"{_COMBINED[model.combine]} of the probabilities over the clips",
     }
 
 

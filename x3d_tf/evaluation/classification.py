@@ -31,7 +31,7 @@ from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
-from x3d_tf.types import ClipStarts, ViewSpec, stored_to_json
+from x3d_tf.types import ClipStarts, Combine, ViewSpec, stored_to_json
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +46,7 @@ class Evaluation:
         views: the views of each video.
         clip_starts: see `EvalConfig`.
         frame_sampling: see `EvalConfig`.
+        combine: see `EvalConfig`.
         seed: seed of the run; None for a model file.
 
     Raises:
@@ -59,6 +60,7 @@ class Evaluation:
     views: ViewSpec
     clip_starts: ClipStarts
     frame_sampling: FrameSampling
+    combine: Combine
     seed: int | None
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class Evaluation:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings as results.json states them."""
-        model, views = self.model, self.views
+        model, views, split = self.model, self.views, self.manifest.split(self.split)
         count = cost(
             model.expansion,
             replace(model.clip, size=views.crop),
@@ -93,9 +95,12 @@ class Evaluation:
             **self.weights,
             "records": str(self.manifest.folder),
             "records_sha256": self.manifest.fingerprint(),
+            "dataset": self.manifest.dataset,
             "split": self.split,
             "task": model.task,
-            "videos": len(self.manifest.split(self.split).records),
+            "videos": len(split.records),
+            "videos_expected": split.expected,
+            "videos_present": split.present,
             "classes": model.num_classes,
             "views": f"{views.temporal_views}-{'Center' if views.spatial_crops == 1 else 'LeftCenterRight'}",
             "gmacs_per_clip": count.macs / 1e9,
@@ -108,6 +113,7 @@ class Evaluation:
             "stretch": views.stretch,
             "clip_starts": self.clip_starts,
             "frame_sampling": self.frame_sampling,
+            "combine": self.combine,
             "stored": stored_to_json(self.manifest.stored),
             "head_pool": model.options.head_pool,
             "stem_kernel": model.options.stem_kernel,
@@ -124,6 +130,7 @@ class Evaluation:
             self.views,
             clip_starts=self.clip_starts,
             frame_sampling=self.frame_sampling,
+            combine=self.combine,
         )
         records = self.manifest.split(self.split).records
         names = self.model.class_names
@@ -186,6 +193,7 @@ def evaluation_of_run(run: RunFolder, eval_config: EvalConfig, model: X3D, weigh
         views=eval_config.views_for(model, config.test_views),
         clip_starts=eval_config.clip_starts,
         frame_sampling=eval_config.frame_sampling or dataset.frame_sampling,
+        combine=eval_config.combine or config.combine,
         seed=config.seed,
     )
 
@@ -208,6 +216,7 @@ def evaluation_of_file(file: Path, eval_config: EvalConfig) -> Evaluation:
         views=eval_config.views_for(model, model.test_views),
         clip_starts=eval_config.clip_starts,
         frame_sampling=eval_config.frame_sampling or model.frame_sampling,
+        combine=eval_config.combine or model.combine,
         seed=None,
     )
 
@@ -220,7 +229,7 @@ def evaluate_run(run: RunFolder, *, output: str | None = None, overwrite: bool =
         output: folder of the report. Defaults to `evaluation/RECORDS_SPLIT_Kcenter` in the run folder.
         overwrite: whether to replace an existing report.
         **settings: the fields of `EvalConfig`: records, split, temporal_views, spatial_crops, clip_starts,
-            frame_sampling, head_pool.
+            frame_sampling, combine, head_pool.
 
     Raises:
         UserError: the run has no model yet; the records are missing, damaged or have other classes; a report exists; a

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.data.datasets.spec import ANY, DatasetSpec
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import check_field_types, require
 from x3d_tf.runs.run_folder import RunFolder
-from x3d_tf.types import ClipStarts, ViewSpec
+from x3d_tf.types import ClipStarts, Combine, ViewSpec
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import X3D
@@ -29,6 +29,7 @@ class EvalConfig:
             K-LeftCenterRight (same resize, three crops of 128γs along the longer side).
         clip_starts: the positions of the clips in a video; see `sampling.view_starts`.
         frame_sampling: the choice of the frames of a clip; see `sampling.frame_indices`.
+        combine: how the probabilities of a video's views are combined: "mean", or "max" for each class.
         head_pool: pooling of crops larger than the training crop; see `ModelOptions.head_pool`. Only has an effect with
             three crops.
 
@@ -42,6 +43,7 @@ class EvalConfig:
     spatial_crops: int = 1
     clip_starts: ClipStarts = "offset"
     frame_sampling: FrameSampling | None = None
+    combine: Combine | None = None
     head_pool: HeadPool | None = None
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class EvalConfig:
         dataset = replace(config.dataset, eval_split=self.split or config.dataset.eval_split)
         if self.records is None:
             return dataset
-        return replace(dataset, name="records", records=self.records, train_split=dataset.eval_split)
+        return replace(dataset, name=ANY, records=self.records, train_split=dataset.eval_split)
 
     def suffix(self, config: TrainConfig) -> str:
         """Returns the suffix of the report's folder name for settings that differ from the run's."""
@@ -80,6 +82,7 @@ class EvalConfig:
             f"_{self.frame_sampling}_frames"
             if self.frame_sampling not in (None, config.dataset.frame_sampling)
             else "",
+            f"_{self.combine}" if self.combine not in (None, config.combine) else "",
             f"_{self.head_pool}" if self.head_pool not in (None, config.model.head_pool) else "",
         ]
         return "".join(parts)

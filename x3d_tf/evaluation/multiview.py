@@ -1,4 +1,4 @@
-"""Multi-view prediction: averages the probabilities of several clips per video (paper, section 4)."""
+"""Multi-view prediction: combines the probabilities of several clips per video (paper, section 4)."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from x3d_tf.data.input_pipeline import evaluation_dataset, record_errors_as_user
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError
+from x3d_tf.evaluation.views import CombinedViews
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.parallel import optimize_for_device
 from x3d_tf.terminal import progress_bar
-from x3d_tf.types import ClipStarts, ViewSpec
+from x3d_tf.types import ClipStarts, Combine, ViewSpec
 
 CLIPS_A_CALL = 8  # batch size of the network
 
@@ -27,9 +28,10 @@ def predict_split(
     *,
     clip_starts: ClipStarts = "offset",
     frame_sampling: FrameSampling = "slowfast",
+    combine: Combine = "mean",
     progress: bool = True,
 ) -> np.ndarray:
-    """Computes the class probabilities of each video, averaged over its views in float32.
+    """Computes the class probabilities of each video, combined over its views in float32.
 
     Args:
         model: a network that returns logits. Its `task` selects softmax ("single_label") or sigmoid ("multi_label").
@@ -38,6 +40,7 @@ def predict_split(
         views: the clips and crops of each video.
         clip_starts: the positions of the clips in a video; see `sampling.view_starts`.
         frame_sampling: the choice of the frames of a clip; see `sampling.frame_indices`.
+        combine: how the views of a video are combined; see `views.CombinedViews`.
         progress: whether to show a progress bar on stderr.
 
     Returns:
@@ -49,7 +52,7 @@ def predict_split(
     """
     network = probabilities_of(model, views.crop)
     records = manifest.split(split).records
-    sums = np.zeros((len(records), model.num_classes), np.float32)
+    combined = CombinedViews(combine, len(records), model.num_classes)
     batches = _clips(manifest, split, model, views, clip_starts, frame_sampling)
     total = len(records) * views.views
     with (
@@ -65,9 +68,9 @@ def predict_split(
                     f"the network's probabilities for {first} of {manifest.folder} must be finite: its weights are "
                     "NaN, infinite or too large"
                 )
-            np.add.at(sums, video.numpy(), probabilities)
+            combined.add(video.numpy(), probabilities)
             bar.update(len(probabilities))
-    return sums / np.float32(views.views)
+    return combined.result()
 
 
 def probabilities_of(model: X3D, crop: int) -> Callable[[Any], Any]:

@@ -1,18 +1,21 @@
 """Results published in the paper for Kinetics-400 and AVA, and what makes a result not comparable to them.
 
-Imports no TensorFlow.
+The comparison follows from the data set and the numbers of videos in the manifest and from the settings of the
+evaluation, never from names of folders. Imports no TensorFlow.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import VARIANTS
+from x3d_tf.text import counted
 
 _NETWORK_OPTIONS = ("input", "stem_kernel", "se", "swish", "swish_before", "separable", "shortcut_norm")
+_KINETICS = "kinetics400"  # name of the data set
+_AVA = {"ava_v2.1": "2.1", "ava_v2.2": "2.2"}  # versions by the name of the data set
+_VALIDATION = ("val", "validate", "validation")  # names of the official validation split
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,19 @@ def differences(results: Mapping[str, Any], published: PublishedAccuracy | Publi
     size = expansion.clip.size if published.views.endswith("-Center") else expansion.test_size
     changed = _changed_options(results)
     kinetics = is_kinetics400(results)
+    missing = _missing_videos(results)
+    larger = size > expansion.clip.size  # otherwise all poolings agree
     found = {
         "other data": not kinetics,
-        "other split": kinetics and results["split"] not in ("val", "validate", "validation"),
+        "other split": kinetics and results["split"] not in _VALIDATION,
+        str(missing): kinetics and missing is not None,
         "other views": results["views"] != published.views,
         "other clip starts": results.get("clip_starts", "offset") != "offset",
+        "other frame sampling": results.get("frame_sampling", "slowfast") != "slowfast",
         "other crop": (results.get("resize"), results.get("crop")) != (expansion.test_size, size)
         or bool(results.get("stretch")),
+        "other head pooling": larger and results.get("head_pool") != "fixed_probabilities",
+        "views not averaged": results.get("combine", "mean") != "mean",
         f"other network ({', '.join(changed)})": bool(changed),
     }
     return [name for name, holds in found.items() if holds]
@@ -124,12 +133,13 @@ def _detection_differences(results: Mapping[str, Any], published: PublishedPreci
     size = VARIANTS[published.network].expansion.test_size
     changed = _changed_options(results) + (["head"] if results.get("head") != "full" else [])
     ava = ava_version(results) == published.version
-    missing = results.get("key_frames_missing", 0)
+    videos, frames = _missing_videos(results), results.get("key_frames_missing", 0)
     boxes = (results["eval_boxes"], results.get("lowest_score_of_a_box"))
     found = {
         "other data": not ava,
-        "other split": ava and results["split"] not in ("val", "validate", "validation"),
-        f"{missing} key frames missing": missing != 0,
+        "other split": ava and results["split"] not in _VALIDATION,
+        str(videos): ava and videos is not None,
+        f"{frames} key frames missing": ava and frames != 0,
         "other boxes": boxes != ("proposals", 0.8),
         "other crop": (results.get("resize"), results.get("crop")) != (size, size),
         f"other network ({', '.join(changed)})": bool(changed),
@@ -137,19 +147,29 @@ def _detection_differences(results: Mapping[str, Any], published: PublishedPreci
     return [name for name, holds in found.items() if holds]
 
 
-def ava_version(results: Mapping[str, Any]) -> str | None:
-    """Returns the version of AVA in the name of the records folder, "2.1" or "2.2".
+def _missing_videos(results: Mapping[str, Any]) -> str | None:
+    """Returns how the evaluated videos differ from the data set's list; None if they are complete."""
+    expected, present = results.get("videos_expected"), results.get("videos_present")
+    if expected is None or present is None:
+        return "unknown number of videos"
+    if expected == present:
+        return None
+    count = counted(abs(expected - present), "video")
+    return f"{count} missing" if expected > present else f"{count} too many"
 
-    Returns None if the name has no version, or if the evaluated actions are not AVA's 60.
+
+def ava_version(results: Mapping[str, Any]) -> str | None:
+    """Returns the version of AVA that the records are of, "2.1" or "2.2".
+
+    Returns None for other data sets, or if the evaluated actions are not AVA's 60.
     """
-    name = re.fullmatch(r"ava[^0-9]*(2)[^0-9]?([12])([^0-9].*)?", Path(results["records"]).name.lower())
-    return f"{name[1]}.{name[2]}" if name and results["classes"] == 60 else None
+    version = _AVA.get(results.get("dataset", ""))
+    return version if results["classes"] == 60 else None
 
 
 def is_kinetics400(results: Mapping[str, Any]) -> bool:
-    """Returns True if the records folder is named after Kinetics-400 and the records have 400 classes."""
-    name = re.sub(r"[^a-z0-9]", "", Path(results["records"]).name.lower())
-    return results["classes"] == 400 and name.startswith(("kinetics400", "k400"))
+    """Returns True if the records are of the data set Kinetics-400 and have its 400 classes."""
+    return results.get("dataset") == _KINETICS and results["classes"] == 400
 
 
 def _changed_options(results: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -24,12 +24,19 @@ from x3d_tf.evaluation.metrics import (
 )
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
-from x3d_tf.types import Task
+from x3d_tf.types import ClipStarts, Combine, FrameSampling, Task
 
 RESULTS_NAME = "results.json"
 _STRING_FIELDS = ("network", "records", "split", "views")
 _INTEGER_FIELDS = ("videos", "classes")
 _NUMBER_FIELDS = ("gmacs_per_clip", "gmacs_per_video")
+_CHOICES: dict[str, tuple[str, ...]] = {  # settings that the comparison with the paper reads; they may be absent
+    "clip_starts": get_args(ClipStarts),
+    "frame_sampling": get_args(FrameSampling),
+    "combine": get_args(Combine),
+}
+_COUNTS = ("videos_expected", "videos_present", "key_frames_missing")
+_LONGEST = 100  # characters of the data set's name
 _LARGEST = 1e15  # largest absolute value accepted in results.json
 
 
@@ -205,12 +212,22 @@ def read_results(path: Path) -> dict[str, Any]:
         check(name, "be an integer", type(results.get(name)) is int and _is_number(results[name]))
     for name in _NUMBER_FIELDS:
         check(name, "be a number", _is_number(results.get(name)))
+    for name, values in _CHOICES.items():
+        check(name, f"be one of {', '.join(values)}", results.get(name, values[0]) in values)
+    dataset = results.get("dataset", "")
+    check("dataset", "be a short string", isinstance(dataset, str) and len(dataset) <= _LONGEST)
+    for name in _COUNTS:
+        check(name, "be a number of at least 0, or null", results.get(name) is None or _is_count(results[name]))
     clips = results["gmacs_per_video"] / (results["gmacs_per_clip"] or math.inf)
     check("gmacs_per_video", "be gmacs_per_clip times 0 to 1,000,000 clips", 0 <= clips <= 1e6)
     check("params", "be a number", _is_number(results.get("params", 0)))
     for name in ("map",) if "map" in results else ("top1", "top5"):
         check(name, "be in [0, 1]", _is_number(results.get(name)) and 0 <= results[name] <= 1)
     return results
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
 
 
 def _is_number(value: object) -> bool:

@@ -23,11 +23,13 @@ from x3d_tf.data.video.decode import Pixels, VideoError, first_from, probe, read
 from x3d_tf.data.video.listing import list_videos
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.multiview import CLIPS_A_CALL, probabilities_of
+from x3d_tf.evaluation.views import CombinedViews
 from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.text import counted
-from x3d_tf.types import MAX_VIEWS, ClipSpec, Storage, ViewSpec
+from x3d_tf.types import MAX_VIEWS, ClipSpec, Combine, Storage, ViewSpec
 
+_ONLY = np.zeros(1, np.int64)  # index of the only video
 _BAR = "{percentage:3.0f}% |{bar:20}| {whole} of {videos}, {remaining} left{postfix}"
 
 
@@ -67,6 +69,8 @@ def predict_videos(
     progress: bool = True,
 ) -> Iterator[Prediction | VideoError]:
     """Predicts the classes of video files by K-Center evaluation: the mean over clips spread evenly in time.
+
+    A network trained with `TrainConfig.combine="max"` gives the maximum for each class instead.
 
     Frames are first scaled and compressed as JPEG in memory, like the frames that the network was trained on.
 
@@ -112,6 +116,7 @@ def predict_videos(
         hop or window,
         model.frame_sampling,
         model.stored,
+        model.combine,
     )
     return _predict(_Network(model, sampler.views), sampler, paths, thumbnails, progress)
 
@@ -165,6 +170,7 @@ class _Sampler:
     hop: float | None
     frame_sampling: FrameSampling
     stored: Storage | None
+    combine: Combine
 
     @property
     def short_side(self) -> int:
@@ -246,12 +252,12 @@ def _predict_whole(
     for cut, probabilities in network(video, path):
         found[cut.numbers] = probabilities
         shown.take(cut)
-    total = np.zeros(network.classes, np.float32)
+    combined = CombinedViews(sampler.combine, 1, network.classes)
     for numbers in video.chosen:
-        total += found[numbers]
-    mean = total / np.float32(len(video.chosen))
+        combined.add(_ONLY, found[numbers][None])
+    probabilities = combined.result()[0]
     end = video.start + video.frames / video.fps
-    yield Prediction(path, video.start, end, mean, *shown.taken(network.crop, video.fps, video.start))
+    yield Prediction(path, video.start, end, probabilities, *shown.taken(network.crop, video.fps, video.start))
 
 
 def _predict_windows(
@@ -278,29 +284,28 @@ def _predict_windows(
     for cut, probabilities in network(cuts, path):
         if cut.part not in open_windows:
             (first, end), clips = next(pending)
-            total = np.zeros(network.classes, np.float32)
+            combined = CombinedViews(sampler.combine, 1, network.classes)
             open_windows[cut.part] = _Window(
-                info.start + first / fps, info.start + end / fps, _Thumbnails(clips, thumbnails), total
+                info.start + first / fps, info.start + end / fps, _Thumbnails(clips, thumbnails), combined
             )
         window = open_windows[cut.part]
-        window.total += cut.clips * probabilities
-        window.clips += cut.clips
+        window.combined.add(_ONLY, probabilities[None], cut.clips)
         window.shown.take(cut)
-        if window.clips == sampler.views.temporal_views:
+        if window.combined.views[0] == sampler.views.temporal_views:
             del open_windows[cut.part]
-            mean = window.total / np.float32(window.clips)
-            yield Prediction(path, window.start, window.end, mean, *window.shown.taken(network.crop, fps, info.start))
+            shown = window.shown
+            found = window.combined.result()[0]
+            yield Prediction(path, window.start, window.end, found, *shown.taken(network.crop, fps, info.start))
 
 
 @dataclass(eq=False)
 class _Window:
-    """Sums over the clips of a window that were predicted so far."""
+    """The clips of a window that were predicted so far."""
 
     start: float
     end: float
     shown: "_Thumbnails"
-    total: NDArray[np.float32]
-    clips: int = 0
+    combined: CombinedViews
 
 
 class _Thumbnails:

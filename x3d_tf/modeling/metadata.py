@@ -12,7 +12,7 @@ from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, re
 from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion
 from x3d_tf.text import check_class_name, counted
-from x3d_tf.types import MAX_VIEWS, FrameSampling, Storage, Task, stored_from_json, stored_to_json
+from x3d_tf.types import MAX_VIEWS, Combine, FrameSampling, Storage, Task, stored_from_json, stored_to_json
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import Network
@@ -41,7 +41,8 @@ class Metadata:
         stored: size and JPEG quality of the stored training frames; None if the frames were not stored.
         frame_sampling: rule that chooses the frames of a clip. Always "slowfast" for a detector, which uses another
             rule.
-        test_views: number of clips per video whose predictions are averaged, 1 to 1000.
+        test_views: number of clips per video whose predictions are combined, 1 to 1000.
+        combine: how they are combined: "mean", or "max" for each class.
 
     Raises:
         UserError: a field is invalid. Names the field, the rule and the value received.
@@ -60,6 +61,7 @@ class Metadata:
     stored: Storage | None = None
     frame_sampling: FrameSampling = "slowfast"
     test_views: int = 10
+    combine: Combine = "mean"
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -101,6 +103,7 @@ class Metadata:
             model.stored,
             model.frame_sampling,
             model.test_views,
+            model.combine,
         )
 
     def layers(self) -> Iterator[tuple[str, int]]:

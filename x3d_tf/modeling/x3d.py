@@ -31,7 +31,7 @@ from x3d_tf.modeling.layers import (
     conv_initializer,
 )
 from x3d_tf.modeling.roi_align import regions
-from x3d_tf.types import ClipSpec, FrameSampling, Storage, Task
+from x3d_tf.types import ClipSpec, Combine, FrameSampling, Storage, Task
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
@@ -89,7 +89,8 @@ class Network(keras.Model):
         stored: size and JPEG quality of the stored training frames. Frames of videos are then resized and compressed
             alike. None if the training frames were not stored, or if this is unknown.
         frame_sampling: rule that chose the frames of the training clips; see `data.sampling.frame_indices`.
-        test_views: default number of clips per video whose probabilities are averaged.
+        test_views: default number of clips per video whose probabilities are combined.
+        combine: how they are combined: "mean", or "max" for each class.
         backbone_end: name of the layer whose output is the input of the head.
         logits: logits tensor in the network's graph, the input of the loss.
     """
@@ -104,6 +105,7 @@ class Network(keras.Model):
     stored: Storage | None = None
     frame_sampling: FrameSampling = "slowfast"
     test_views: int = 10
+    combine: Combine = "mean"
     backbone_end: str = "conv5"
 
     @property
@@ -118,7 +120,7 @@ class Network(keras.Model):
 
     def copy_metadata(self, source: "Network | Metadata") -> None:
         """Copies the metadata that is not stored in the weights: the class names and how clips are made from videos."""
-        for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views"):
+        for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views", "combine"):
             setattr(self, name, getattr(source, name))
 
     @property

@@ -141,7 +141,7 @@ class Trainer:
                 self.model = _build_network(config, manifest)
             self.model.class_names, self.model.stored = manifest.classes, manifest.stored
             self.model.stretch, self.model.frame_sampling = config.dataset.stretch, config.dataset.frame_sampling
-            self.model.test_views = config.test_views
+            self.model.test_views, self.model.combine = config.test_views, config.combine
             self.step = TrainStep(self.model, config, strategy, self._class_weights())
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
