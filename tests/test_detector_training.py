@@ -383,7 +383,7 @@ def test_checkpoints_of_a_detector_are_evaluated(run: Any) -> None:
 
 
 def test_views_of_a_detector_cannot_be_set(run: Any) -> None:
-    with pytest.raises(UserError, match=r"use the settings of the run, got \['temporal_views'\]"):
+    with pytest.raises(UserError, match=r"use --run and the settings of the run, got \['temporal_views'\]"):
         evaluate_run(run, temporal_views=3)
 
 

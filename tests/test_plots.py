@@ -130,12 +130,20 @@ def test_long_curves_have_a_mean(figures: list[Any], tmp_path: Path) -> None:
 
 def test_times_are_below_the_frames_and_labels_beside_them(figures: list[Any], tmp_path: Path) -> None:
     clips = [np.zeros((3, 32, 32, 3)), np.zeros((2, 32, 32, 3))]
-    plots.save_clips(clips, ["hug\na.mp4", "kick"], tmp_path / "a.png", "title", [[0, 2.5, 61], [0, 0.04]])
+    plots.save_clips(clips, ["hug\na.mp4", "kick"], tmp_path / "a.png", "title", [[0, 2.5, 61], [0.01, 0.05]])
     texts = {text.get_text(): text.get_window_extent() for text in figures[0].axes[0].texts}
-    assert set(texts) == {"hug\na.mp4", "kick", "title", "0.0 s", "2.5 s", "61.0 s", "0.00 s", "0.04 s"}
-    assert texts["0.0 s"].x1 < texts["2.5 s"].x0 and texts["0.00 s"].y1 < texts["0.0 s"].y0
-    assert texts["hug\na.mp4"].x1 < texts["0.0 s"].x0 and texts["kick"].y1 < texts["hug\na.mp4"].y0
+    assert set(texts) == {"hug\na.mp4", "kick", "title", "0.00 s", "2.50 s", "61.00 s", "0.01 s", "0.05 s"}
+    assert texts["0.00 s"].x1 < texts["2.50 s"].x0 and texts["0.01 s"].y1 < texts["0.00 s"].y0
+    assert texts["hug\na.mp4"].x1 < texts["0.00 s"].x0 and texts["kick"].y1 < texts["hug\na.mp4"].y0
     assert texts["title"].y0 > texts["hug\na.mp4"].y1
+
+
+@pytest.mark.parametrize(
+    ("times", "decimals"),
+    [([], 1), ([[0, 0.1, 0.2]], 1), ([[0, 0.5], [3, 3, 3]], 1), ([[0, 0.5], [3, 3.09]], 2), ([[0.5], [0.53]], 1)],
+)
+def test_a_sheet_has_one_number_of_decimals(times: list[list[float]], decimals: int) -> None:
+    assert plots.decimals(times) == decimals
 
 
 @pytest.mark.parametrize(

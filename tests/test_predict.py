@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from absl.flags import IllegalFlagValueError
 from video_fixtures import numbered_frames, write_video
 
 import x3d_tf
@@ -36,6 +37,11 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         with flagsaver.flagsaver(**settings), pytest.raises(ValueError, match=message):
             predict.main(videos)
+
+
+def test_the_number_of_views_is_limited(in_process: Callable[..., None]) -> None:
+    with pytest.raises(IllegalFlagValueError, match="--views=1001"):
+        in_process(predict, "--model=m.keras", "--views=1001", "film.mp4", positional=True)
 
 
 def test_a_classifier_takes_no_boxes(tmp_path: Path, in_process: Callable[..., None]) -> None:

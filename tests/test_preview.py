@@ -41,7 +41,7 @@ def test_rows_are_the_first_clips_of_training(
     np.testing.assert_array_equal(clips, np.concatenate([pixels for pixels, _ in batches])[:8])
     labels = np.concatenate([labels for _, labels in batches])[:8].tolist()
     assert captions == [
-        f"class {label:03d}\ntrain/{label}\n{own[0]:.1f} to {own[-1]:.1f} s of 0.4 s"
+        f"class {label:03d}\ntrain/{label}\n{own[0]:.2f} to {own[-1]:.2f} s of 0.40 s"
         for label, own in zip(labels, times)
     ]
     assert path == tmp_path / "a.png"

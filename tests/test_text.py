@@ -1,8 +1,10 @@
-"""Counts with their nouns."""
+"""Counts with their nouns, and ends of paths."""
+
+from pathlib import Path
 
 import pytest
 
-from x3d_tf.text import counted
+from x3d_tf.text import counted, distinct_ends
 
 
 @pytest.mark.parametrize(
@@ -20,3 +22,19 @@ from x3d_tf.text import counted
 )
 def test_counts_agree_with_their_nouns(count: int, noun: str, words: str) -> None:
     assert counted(count, noun) == words
+
+
+def test_paths_are_shortened_to_what_distinguishes_them() -> None:
+    ends = {
+        "/data/hug/a.mp4": "hug/a.mp4",
+        "/data/kick/a.mp4": "kick/a.mp4",
+        "/data/kick/b.mp4": "b.mp4",
+        "x/1/c.mp4": "x/1/c.mp4",
+        "y/1/c.mp4": "y/1/c.mp4",
+        "1/c.mp4": "1/c.mp4",
+        "d.mp4": "d.mp4",
+        "/d.mp4": "/d.mp4",
+    }
+    paths = [Path(path) for path in ends]
+    assert distinct_ends([*paths, paths[0]]) == {Path(path): end for path, end in ends.items()}
+    assert distinct_ends([]) == {}

@@ -227,10 +227,11 @@ def save_clips(
         widest = max(text.get_window_extent().width for text in label_texts) / _DPI  # inches
         for text in label_texts:
             text.set_x(-(widest + 0.15) * inch)
+        places = decimals(times or ())
         for row, seconds in enumerate(times or ()):
-            for column, caption in enumerate(_format_seconds(seconds)):
+            for column, second in enumerate(seconds):
                 position = (column * (side + right) + side / 2, row * (side + below) + side + 0.02 * inch)
-                axes.text(*position, caption, ha="center", va="top", fontsize=7)
+                axes.text(*position, f"{second:.{places}f} s", ha="center", va="top", fontsize=7)
         heading = _wrap_title(title, max(width + widest, 4))
         axes.text(-(widest + 0.15) * inch, -0.1 * inch, heading, va="bottom", fontsize=11)
 
@@ -241,10 +242,9 @@ def _wrap_label(text: str) -> str:
     return "\n".join(lines if len(lines) <= 10 else [*lines[:9], f"and {len(lines) - 9} more lines"])
 
 
-def _format_seconds(times: Sequence[float]) -> list[str]:
-    """Returns times as text, in hundredths of a second if frames are less than a tenth apart, else in tenths."""
-    close = any(0 < after - before < 0.1 for before, after in pairwise(times))
-    return [f"{time:.{2 if close else 1}f} s" for time in times]
+def decimals(times: Sequence[Sequence[float]]) -> int:
+    """Returns the decimals of all times on a contact sheet: 2 if frames are less than 0.1 seconds apart, else 1."""
+    return 2 if any(0 < after - before < 0.1 for row in times for before, after in pairwise(row)) else 1
 
 
 def _wrap_title(title: str, inches: float) -> str:

@@ -39,6 +39,7 @@ from x3d_tf.modeling.archive import describe
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import find
 from x3d_tf.text import counted
+from x3d_tf.types import MAX_VIEWS
 
 FLAGS = flags.FLAGS
 
@@ -57,6 +58,7 @@ def define_flags() -> None:
         None,
         "Number of clips per video (K). Defaults to the run's evaluation setting, or to 1 with --window.",
         lower_bound=1,
+        upper_bound=MAX_VIEWS,
     )
     flags.DEFINE_float("window", None, "Window length in seconds. Defaults to one prediction per video.")
     flags.DEFINE_float("hop", None, "Seconds between the starts of two windows. Defaults to the window length.")
@@ -115,4 +117,4 @@ def _check_outputs() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    commands.run(main, positional=True, settings={"temporal_views": "views"})
+    commands.run(main, positional=True)

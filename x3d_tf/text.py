@@ -1,4 +1,4 @@
-"""Strict parsing of numbers and class names, and formatting of counts and flags. Imports no TensorFlow.
+"""Strict parsing of numbers and class names, and formatting of counts, flags and paths. Imports no TensorFlow.
 
 Python's `int` and `float` also accept underscores and non-ASCII digits, and `int` raises above 4,300 digits.
 """
@@ -8,7 +8,9 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from x3d_tf.errors import require
 
@@ -54,6 +56,19 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """
     close = difflib.get_close_matches(name, list(known))
     return f"did you mean {' or '.join(prefix + candidate for candidate in close)}?" if close else ""
+
+
+def distinct_ends(paths: Iterable[Path]) -> dict[Path, str]:
+    """Returns the end of each path: its name, with as many folders as distinguish it from the other paths."""
+    ends, rest, length = dict[Path, str](), [*dict.fromkeys(paths)], 0
+    while rest:
+        length += 1
+        candidates = {path: path.parts[-length:] for path in rest}
+        counts = Counter(candidates.values())
+        found = {path for path, end in candidates.items() if counts[end] == 1 or end == path.parts}
+        ends |= {path: str(Path(*candidates[path])) for path in found}
+        rest = [path for path in rest if path not in found]
+    return ends
 
 
 def check_class_name(name: object, where: str) -> None:

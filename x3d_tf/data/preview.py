@@ -14,7 +14,7 @@ from x3d_tf.data.input_pipeline import (
     record_errors_as_user_errors,
     sample_position,
 )
-from x3d_tf.data.records.index import with_labels
+from x3d_tf.data.records.index import Record, with_labels
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start
 from x3d_tf.errors import require
@@ -63,7 +63,7 @@ def save_preview(
     """
     require(clips >= 1, "clips", "be at least 1", clips)
     records = manifest.split(split).records
-    rows, captions, times = [], [], []
+    rows, labelled, times = list[Any](), list[tuple[str, Record]](), list[list[float]]()
     with record_errors_as_user_errors():
         for number, (pixels, labels) in enumerate(stream.take(clips).as_numpy_iterator()):
             position = _position(number, len(records), batch, seed)
@@ -72,10 +72,13 @@ def save_preview(
             seconds = frame_indices(start, record.frames, record.fps, clip, frame_sampling) / record.fps
             rows.append(pixels[0])
             times.append(seconds.tolist())
-            captions.append(
-                f"{label_text(labels[0], classes)}\n{record.media_id}\n"
-                f"{seconds[0]:.1f} to {seconds[-1]:.1f} s of {record.frames / record.fps:.1f} s"
-            )
+            labelled.append((label_text(labels[0], classes), record))
+    places = plots.decimals(times) if timed else 1
+    captions = [
+        f"{text}\n{record.media_id}\n{shown[0]:.{places}f} to {shown[-1]:.{places}f} s of "
+        f"{record.frames / record.fps:.{places}f} s"
+        for (text, record), shown in zip(labelled, times)
+    ]
     title = f"{manifest.folder}, {split}: first training clips, {clip.frames} frames of {clip.size}² pixels"
     plots.save_clips(rows, captions, Path(path), title, times if timed else None)
     return Path(path)

@@ -30,7 +30,7 @@ from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.saving import load_classifier, load_detector
 from x3d_tf.terminal import one_line, tell
-from x3d_tf.text import counted
+from x3d_tf.text import counted, distinct_ends
 
 SHEET_ROWS = 30  # rows of a contact sheet at most
 _SHEET_FRAMES = 6  # frames of a row
@@ -146,14 +146,17 @@ class _Tally:
 def save_contact_sheet(path: Path, tally: _Tally, names: Sequence[str], title: str) -> None:
     """Draws the frames of predictions beside their most probable classes, as PNG."""
 
-    def label(row: Prediction) -> str:
-        return "\n".join([one_line(row.path.name), f"{row.start:.1f} - {row.end:.1f} s", *top_lines(row, names, 3)])
+    rows, ends = tally.rows, distinct_ends(map(Path, tally.videos))
+    clips, times = [row.thumbnails for row in rows], [row.times.tolist() for row in rows]
+    decimals = plots.decimals(times)
 
-    rows = tally.rows
+    def label(row: Prediction) -> str:
+        seconds = f"{row.start:.{decimals}f} - {row.end:.{decimals}f} s"
+        return "\n".join([one_line(ends[row.path]), seconds, *top_lines(row, names, 3)])
+
     if len(rows) < tally.predictions:
         title += f", the first {len(rows)} of {tally.predictions}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    clips, times = [row.thumbnails for row in rows], [row.times.tolist() for row in rows]
     plots.save_clips(clips, [label(row) for row in rows], path, title, times)
 
 

@@ -26,7 +26,7 @@ from x3d_tf.evaluation.multiview import CLIPS_A_CALL, probabilities_of
 from x3d_tf.evaluation.views import CombinedViews
 from x3d_tf.modeling.saving import load_classifier
 from x3d_tf.modeling.x3d import X3D
-from x3d_tf.text import counted
+from x3d_tf.text import counted, distinct_ends
 from x3d_tf.types import MAX_VIEWS, ClipSpec, Combine, Storage, ViewSpec
 
 _ONLY = np.zeros(1, np.int64)  # index of the only video
@@ -229,9 +229,10 @@ def _predict(
     network: _Network, sampler: _Sampler, paths: Sequence[Path], thumbnails: int, progress: bool
 ) -> Iterator[Prediction | VideoError]:
     predict_video = _predict_whole if sampler.window is None else _predict_windows
+    ends = distinct_ends(paths)
     with _VideoBar(total=len(paths), bar_format=_BAR, disable=not progress, mininterval=1.0) as bar:
         for done, path in enumerate(paths):
-            bar.set_postfix_str(path.name.encode("utf-8", "replace").decode())
+            bar.set_postfix_str(ends[path].encode("utf-8", "replace").decode())
             try:
                 # rounding must not move the bar past the end of this video
                 advance = lambda part, end=done + 1: bar.update(min(part, end - bar.n))  # noqa: E731

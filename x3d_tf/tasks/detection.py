@@ -178,7 +178,7 @@ def _require_settings_of_the_run(settings: EvalConfig) -> None:
     changed = sorted(
         item.name for item in fields(settings) if getattr(settings, item.name) != getattr(default, item.name)
     )
-    require(not changed, "the evaluation of a detector", "use the settings of the run", changed)
+    require(not changed, "the evaluation of a detector", "use --run and the settings of the run", changed)
 
 
 TASKS: "tuple[Task, ...]" = (Detection(),)
