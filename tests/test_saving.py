@@ -206,7 +206,7 @@ def rewritten(file: Path, change: dict | bytes | None) -> Path:
         (None, r"copy\.keras has no x3d_tf\.json.*Save it again with"),
         (b"{", "invalid X3D metadata"),
         (b"[" * 100_000, "invalid X3D metadata"),
-        ({"format_version": 1}, "format_version must be 2, got 1"),
+        ({"format_version": 1}, "format_version must be 3, got 1"),
         ({"stored": None}, 'stored must be "none" or have short_side and jpeg_quality, got None'),
         ({"stored": {"short_side": 96}}, 'stored must be "none" or have short_side and jpeg_quality'),
         ({"stored": {"short_side": 96.5, "jpeg_quality": 95}}, "Storage.short_side must be int, got 96.5"),
