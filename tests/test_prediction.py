@@ -44,7 +44,8 @@ NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
 class Linear:
     """Stands for a network, so that none is compiled: its logits are weighted sums of all values of a clip."""
 
-    expansion, clip, num_classes, include_top, task = TINY, TINY.clip, len(NAMES), True, "single_label"
+    expansion, clip, num_classes, include_top = TINY, TINY.clip, len(NAMES), True
+    task, activation = "single_label", "softmax"
     stretch, stored, frame_sampling, test_views, combine = False, None, "slowfast", 10, "mean"
 
     def __init__(self) -> None:
