@@ -43,7 +43,7 @@ def test_the_command(
         "error: Recipe.batch must be at most 4, the number of records in split 'train' "
         "(--gin_bindings=Recipe.batch=4), got 5\n"
     )
-    assert "import of tensorflow halted" in without_tensorflow("train", *arguments).stderr  # all checks passed
+    assert "import of keras halted" in without_tensorflow("train", *arguments).stderr  # all checks passed
     again = command(f"--videos={clips}", f"--output={output}")
     assert again.returncode == 1
     assert (
