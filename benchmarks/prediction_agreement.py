@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 from command import run
 
-from x3d_tf.evaluation.classification import ClipEvaluation, clip_evaluation
+from x3d_tf.evaluation.classification import ClipEvaluation
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.inference import prediction
 from x3d_tf.inference.prediction import Prediction, predict_videos
@@ -51,8 +51,7 @@ def main() -> None:
 def compare(folder: RunFolder, videos: Path) -> None:
     """Prints the rows of one run."""
     model = load_classifier(folder.root)
-    task, config = SingleLabel(), folder.read_config()
-    evaluation = clip_evaluation(task, model, weights_of(folder.root), EvalConfig(), config)
+    evaluation = SingleLabel().evaluation(model, weights_of(folder.root), EvalConfig(), folder)
     expected = evaluation.predict()
     report = float((expected.probabilities.argmax(axis=1) == expected.labels).mean())
     files = [videos / name for name in expected.videos]

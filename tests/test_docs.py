@@ -62,5 +62,5 @@ def test_your_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.asarray(names["encoder"](names["clips"])).shape == (8, names["encoder"].output.shape[-1])
     assert names["macs"] == 4732468736
     assert names["maps"].shape[:4] == (8, 6, 3, 3)
-    assert names["outputs"].shape == (None, 3)
+    assert names["outputs"].shape == (None, len(names["manifest"].classes))
     np.testing.assert_allclose(np.asarray(names["probabilities"]).sum(axis=1), 1, atol=1e-5)

@@ -129,7 +129,7 @@ def test_every_step_of_the_example_is_needed(
         ("* (last // (clips - 1))", "* 0"),
         ("side - crop + 1", "side - crop - 5"),
         ("numbers.ravel()], shape)", "numbers.ravel()], shape, antialias=True)"),
-        (".mean(axis=0)", "[0]"),
+        ('getattr(found, spec["combine"])(axis=0)', "found[0]"),
     ):
         probabilities = run_example(replacement)["probabilities_of"](str(synthetic[0]))
         assert np.abs(probabilities - expected.probabilities).max() > 3e-3, replacement

@@ -298,7 +298,7 @@ def test_loads_without_this_package_and_keras(network: x3d_tf.X3D, without_modul
 def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces TensorFlow's files by a text file."""
 
-    def save(source: ExportableModel, labels: Path, folder: Path, device: str) -> dict[str, Any]:
+    def save(source: ExportableModel, signatures: Any, folder: Path) -> dict[str, Any]:
         (folder / "saved_model.pb").write_text("new")
         return source.card() | {"signatures": {}}
 

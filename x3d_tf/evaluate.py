@@ -156,8 +156,8 @@ def _check_paths() -> Task:
     eval_config, report = EvalConfig(**_eval_settings()), Path(FLAGS.output or "")
     if FLAGS.run:
         run = RunFolder(FLAGS.run)
-        dataset = eval_config.dataset_of(run.read_config())
         task = task_of_run(run) if FLAGS.watch else task_of_model(run.root)  # --watch needs no model yet
+        dataset = eval_config.dataset_of(run.read_config())
         if not FLAGS.output:
             report = task.report_folder(run, eval_config)
     else:
