@@ -32,7 +32,7 @@ def model() -> x3d_tf.X3D:
 
 @pytest.fixture
 def counter() -> tf.Variable:
-    """Stands in for the state of the optimiser."""
+    """Stands in for the state of the optimizer."""
     return tf.Variable(0.0)
 
 

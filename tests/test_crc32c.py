@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from x3d_tf import crc32c as crc32c_module
 from x3d_tf.crc32c import crc32c
 
 
@@ -38,6 +39,17 @@ def test_pieces_of_all_lengths() -> None:
     data = np.random.default_rng(0).integers(0, 256, 3000, np.uint8).tobytes()
     pieces = [(3 * i % 97, length) for i, length in enumerate([*range(10), 255, 256, 257, 511, 512, 513, 1025, 2600])]
     assert of(data, *pieces) == [naive(data[offset : offset + length]) for offset, length in pieces]
+
+
+def test_work_and_memory_follow_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long piece among many short ones: each chunk is folded once, whatever the number of pieces."""
+    folded, real = [], crc32c_module._shift
+    monkeypatch.setattr(crc32c_module, "_shift", lambda crcs: (folded.append(len(crcs)), real(crcs))[1])
+    data = np.random.default_rng(2).integers(0, 256, 20_000, np.uint8).tobytes()
+    pieces = [(i, 5) for i in range(3000)]
+    pieces[1500] = (0, len(data))
+    assert of(data, *pieces) == [naive(data[offset : offset + length]) for offset, length in pieces]
+    assert sum(folded) == sum(-(-length // 256) for _, length in pieces)
 
 
 def test_no_pieces() -> None:

@@ -53,7 +53,7 @@ def test_frames_beside_boxes_are_found() -> None:
     video = noise_video(0, 5)
     annotation = Annotation(0.1, ((0.1, 0.1, 0.2, 0.2),), ((0,),), ((0.0, 0.0, 1.0, 1.0),), (0.5,))
     record = encode_record(video, RecordSource("film", (0,), key_frame=902, annotation=annotation), ["sit"])
-    table = frames_of(record, offset=100)
+    table = frames_of(record, 5, offset=100)
     spans = zip((table.offsets - 100).tolist(), table.lengths.tolist(), strict=True)
     assert [record[begin : begin + length] for begin, length in spans] == video.frames
     joined = b"".join(video.frames)
@@ -64,7 +64,17 @@ def test_frames_beside_boxes_are_found() -> None:
 @pytest.mark.parametrize("record", [b"\xff", b"\x12\xff\xff\xff\xff\x0f", b"\x0b", b"\x12" + b"\xff" * 20])
 def test_bytes_that_are_not_a_record(record: bytes) -> None:
     with pytest.raises(ValueError, match="not a protocol buffer"):
-        frames_of(record)
+        frames_of(record, 1)
+
+
+def test_the_search_stops_after_the_listed_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = encode_record(noise_video(0, 9), RecordSource("film", (0,)), ["sit"])
+    taken, real = [], frames._frame_spans
+    monkeypatch.setattr(frames, "_frame_spans", lambda data: (taken.append(span) or span for span in real(data)))
+    with pytest.raises(ValueError, match="it has more than 4 frames"):
+        frames_of(record, 4)
+    assert len(taken) == 5
+    assert len(frames_of(record, 9).offsets) == 9
 
 
 def test_a_damaged_frame_is_an_error(records: Manifest) -> None:
@@ -176,6 +186,13 @@ def test_an_interrupted_run_resumes(records: Manifest, monkeypatch: pytest.Monke
     assert index_records(records.folder, progress=False) == IndexResult(written=2, kept=1)
 
 
+def test_a_record_with_more_frames_than_listed_is_not_indexed(records: Manifest) -> None:
+    path, shard, members = next(shards_of(records))
+    members = [members[0]._replace(frames=2), *members[1:]]
+    with pytest.raises(UserError, match=r"record 0 does not have the 2 frames that .*: it has more than 2 frames"):
+        frames.frames_of_shard(path, shard, members)
+
+
 @pytest.mark.parametrize("damage", ["byte", "record", "gone"])
 def test_damaged_shards_are_not_indexed(records: Manifest, damage: str) -> None:
     path, _, members = next(shards_of(records))
@@ -186,7 +203,7 @@ def test_damaged_shards_are_not_indexed(records: Manifest, damage: str) -> None:
         message = "has another SHA-256 than manifest.json lists. List all damaged records with: .*--verify"
     elif damage == "record":
         content[members[0].offset : members[0].offset + 4] = b"\xff" * 4
-        message = "record 0 has no frames that can be found: not a protocol buffer"
+        message = "record 0 does not have the 3 frames that manifest.json lists: it is not a protocol buffer"
     else:
         message = "does not exist, but manifest.json lists it"
     path.unlink() if damage == "gone" else path.write_bytes(content)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from video_fixtures import noise_video, write_manifest, write_records
 
-from x3d_tf.data.records.index import KeyFrameInfo
+from x3d_tf.data.records.index import KeyFrameInfo, Split
 from x3d_tf.data.records.manifest import Manifest
 
 RECORDS = ("splits", "train", "records")
@@ -56,6 +56,13 @@ def test_segments_and_missing_videos_are_loaded_as_saved(manifest: Manifest) -> 
     assert [record.media_id for record in loaded.records] == ["train/0", "train/1#1.5-", "train/1#1.5-2.0"]
 
 
+def test_an_empty_split_is_loaded_as_saved(manifest: Manifest) -> None:
+    splits = {"train": manifest.splits["train"], "test": Split((), (), expected=2), "val": Split((), ())}
+    changed = replace(manifest, splits=splits)
+    changed.save()
+    assert Manifest.load(manifest.folder) == changed
+
+
 def test_columns_that_no_record_needs_are_omitted(manifest: Manifest) -> None:
     content = json.loads((manifest.folder / "manifest.json").read_text())
     assert [*content["splits"]["test"]["records"]] == ["shard", "offset", "length", "frames", "fps", "labels", "video"]
@@ -87,17 +94,25 @@ def test_key_frames_are_loaded_as_saved(detection: Manifest) -> None:
     [
         (("key_frames",), None, "key_frames must be an object if the task is detection"),
         (("key_frames", "margin"), None, "key_frames must have the entries of key frames"),
-        (("key_frames", "margin"), math.nan, "key_frames.margin must be a number of at least 0, got nan"),
-        (("key_frames", "starts_at"), -1, "key_frames.starts_at must be a number of at least 0, got -1"),
-        (("key_frames", "frame_rate"), "30", "key_frames.frame_rate must be a number of at least 0, got '30'"),
-        (("key_frames", "proposals"), 5, "key_frames must have the entries of key frames"),
-        (("key_frames", "proposals"), [5], r"key_frames.proposals must be names of splits, got \(5,\)"),
-        (("key_frames", "listed"), {"train": -1}, "key_frames.listed must be numbers of at least 0 by split"),
-        (("key_frames", "listed"), [], "key_frames.listed must be numbers of at least 0 by split"),
+        (("key_frames", "margin"), math.nan, "margin must be a number of at least 0 and at most 60, got nan"),
+        (("key_frames", "margin"), 10**400, "margin must be a number of at least 0 and at most 60, got 1000"),
+        (("key_frames", "margin"), 1e9, "margin must be a number of at least 0 and at most 60, got 1000000"),
+        (("key_frames", "starts_at"), 1e10, "key_frames.starts_at must be a number .* at most 1000000000, got 1000000"),
+        (("key_frames", "starts_at"), -1, "starts_at must be a number of at least 0 and at most 1000000000, got -1"),
+        (("key_frames", "frame_rate"), "30", "frame_rate must be a number of at least 0 and at most .*, got '30'"),
+        (("key_frames", "proposals"), "abc", "key_frames.proposals must be a list, got 'abc'"),
+        (("key_frames", "proposals"), None, "key_frames.proposals must be a list, got None"),
+        (("key_frames", "proposals"), [5], r"key_frames.proposals\[0\] must be a str, got 5"),
+        (("key_frames", "proposals"), ["val"], r"proposals must name splits of the records .* once, got \('val',\)"),
+        (("key_frames", "proposals"), ["train", "train"], "key_frames.proposals must name splits .* once, got"),
+        (("key_frames", "listed"), {"train": -1}, "listed must be numbers of at least 0 and at most .* by split"),
+        (("key_frames", "listed"), {"train": 10**30}, "key_frames.listed must be numbers of at least 0 and at most"),
+        (("key_frames", "listed"), {"val": 1}, r"listed must name splits of the records \(train, test\) once, got"),
+        (("key_frames", "listed"), [], "key_frames.listed must be numbers of at least 0 and at most .* by split"),
         (("key_frames", "more"), 1, "key_frames must have the entries of key frames"),
         ((*RECORDS, "key_frame"), None, "key_frame must be a list, got None"),
         ((*RECORDS, "key_frame", 1), -1, r"records\[1\].key_frame must be at least 0 and at most"),
-        ((*RECORDS, "key_frame", 1), "902", r"key_frame\[1\] must be a int, got '902'"),
+        ((*RECORDS, "key_frame", 1), "902", r"key_frame\[1\] must be an int, got '902'"),
     ],
 )
 def test_key_frames_are_not_trusted(detection: Manifest, path: tuple[Any, ...], value: Any, message: str) -> None:
@@ -213,6 +228,7 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
     ("path", "value", "message"),
     [
         (("format_version",), 3, r"format_version must be 5, got 3\. .* build them again"),
+        (("format_version",), 5.0, r"format_version must be 5, got 5\.0\. .* build them again"),
         (("format_version",), None, "format_version must be 5, got None"),
         (RECORDS, None, "records must be a dict, got None"),
         ((*RECORDS, "offset", 1), 12, r"records\[1\] must start after the end of the previous record, got \(0, 12\)"),
@@ -234,8 +250,12 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
         (("splits",), [], "splits must be a dict"),
         (("splits", "train", "shards", 0, "file"), "../a", "file must be a file name without a path, got '../a'"),
         (("splits", "train", "shards", 0, "file"), "..", "file must be a file name without a path"),
-        (("splits", "train", "shards", 0, "bytes"), "9", "bytes must be a int, got '9'"),
+        (("splits", "train", "shards", 0, "bytes"), "9", "bytes must be an int, got '9'"),
+        (("splits", "train", "shards", 0, "bytes"), 10**30, r"bytes must be at least 0 and at most \d+, got 1000"),
+        (("splits", "train", "shards", 0, "bytes"), -1, r"bytes must be at least 0 and at most \d+, got -1"),
         (("splits", "train", "count"), 4, "shard must have 4 values, the count, got 3"),
+        (("splits", "train", "records"), {}, "shard must be a list, got None"),
+        (("splits", "train", "count"), 0, "shard must have 0 values, the count, got 3"),
         (("splits", "train", "count"), -1, "count must be a number of records, got -1"),
         (("splits", "train", "expected"), -1, "expected must be a number of videos or null, got -1"),
         (("splits", "train", "expected"), True, "expected must be a number of videos or null, got True"),
@@ -245,7 +265,7 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
         (("settings", "seed"), [0], r"settings.seed must be a number or a short text, got \[0\]"),
         (("settings", "seed"), "x" * 5000, "settings.seed must be a number or a short text"),
         (("key_frames",), {}, "key_frames must be an object if the task is detection, and null otherwise"),
-        ((*RECORDS, "labels", 0), [True], r"labels\[0\]\[0\] must be a int, got True"),
+        ((*RECORDS, "labels", 0), [True], r"labels\[0\]\[0\] must be an int, got True"),
         ((*RECORDS, "labels", 0), [3], r"records\[0\].labels must be in 0..2, got \(3,\)"),
         ((*RECORDS, "labels", 0), [0, 1], r"records\[0\].labels must be exactly one, got \(0, 1\)"),
         ((*RECORDS, "labels", 0), 1, r"labels\[0\] must be a list, got 1"),

@@ -31,7 +31,7 @@ SIZES = {  # side of the training crop, and of the crops in 30-view evaluation
     "x3d_xl": (312, 356),
 }
 FORMS = [*(("standard", name) for name in SIZES), ("mobile", "x3d_xs"), ("mobile", "x3d_l")]
-LEARNING_RATES, L2 = (0.05, 0.02), 5e-3  # PyTorch's optimiser and Keras' differ with two rates and L2
+LEARNING_RATES, L2 = (0.05, 0.02), 5e-3  # PyTorch's optimizer and Keras' differ with two rates and L2
 
 pytestmark = pytest.mark.parity
 
@@ -134,7 +134,7 @@ def test_two_training_steps(
 
 
 def train(model: X3D, batch: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Runs steps of our optimiser without dropout. Returns the gradients of the first step by path."""
+    """Runs steps of our optimizer without dropout. Returns the gradients of the first step by path."""
     model.get_layer("dropout").rate = 0.0
     optimizer = SGD(LEARNING_RATES[0], momentum=0.9, l2=L2)
     optimizer.exclude(w for w in model.trainable_weights if w.name in ("gamma", "beta"))

@@ -68,6 +68,16 @@ def test_an_entry_point_is_imported_only_when_it_is_used(folder: Path) -> None:
     assert fruits().get("plum").name == "plum"
 
 
+def test_an_entry_point_has_the_name_of_its_object(folder: Path) -> None:
+    (folder / "basket.py").write_text(FRUIT.format(name="plum") + "PLUM = FRUITS[0]\n")
+    install(folder, "pear = basket:PLUM", "list = basket:FRUITS")
+    rule = "of an installed package must have the name of its entry point"
+    with pytest.raises(UserError, match=f"the fruit basket:PLUM {rule}, 'pear', got 'plum'"):
+        fruits().get("pear")
+    with pytest.raises(UserError, match=f"the fruit basket:FRUITS {rule}, 'list', got None"):
+        fruits().get("list")
+
+
 def test_an_unknown_name_lists_the_names_and_how_to_add_one() -> None:
     with pytest.raises(UserError, match=r"no fruit 'fig': the names are apple\. .*--plugin=MODULE"):
         fruits().get("fig")

@@ -30,15 +30,23 @@ def crc32c(data: bytes, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) 
         padded[end - length : end] = source[offset : offset + length]
         padded[end - length : end][:4] ^= 0xFF  # equals the initial value of all ones, from 4 bytes on
     crcs = _of_chunks(padded)
-    most = int(chunks.max(initial=0))
-    rows = np.zeros((len(chunks), most), np.uint32)  # the chunks of each span, after leading zeros
-    rows[np.arange(most) >= most - chunks[:, None]] = crcs
-    total = np.zeros(len(chunks), np.uint32)
-    for column in range(most):
-        total = _shift(total) ^ rows[:, column]
+    total = _joined(crcs, chunks)
     for i in np.flatnonzero(lengths < 4).tolist():
         total[i] = _of_few_bytes(data[int(offsets[i]) : int(offsets[i] + lengths[i])])
     return total ^ np.uint32(_INITIAL)
+
+
+def _joined(crcs: NDArray[np.uint32], chunks: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Returns the CRC without initial value of each span, from those of its chunks, which follow one another."""
+    order = np.argsort(-chunks, kind="stable")  # longest first: the spans that have a chunk left are always the first
+    firsts, descending = (np.cumsum(chunks) - chunks)[order], chunks[order]
+    folded = np.zeros(len(chunks), np.uint32)
+    for number in range(int(chunks.max(initial=0))):
+        active = int(np.searchsorted(-descending, -number))
+        folded[:active] = _shift(folded[:active]) ^ crcs[firsts[:active] + number]
+    total = np.zeros_like(folded)
+    total[order] = folded
+    return total
 
 
 @functools.cache

@@ -7,9 +7,9 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 from x3d_tf.errors import UserError, first_line, require
 
@@ -51,7 +51,8 @@ class Registry(Generic[_T]):
         """Returns an object.
 
         Raises:
-            UserError: no object has the name (the message lists the names), or two objects have the same name.
+            UserError: no object has the name (the message lists the names), two objects have the same name, or the
+                object of an entry point has another name than the entry point.
         """
         loaders = self._loaders()
         if name not in loaders:
@@ -76,7 +77,15 @@ class Registry(Generic[_T]):
             for item in getattr(module, self._attribute, ()):
                 yield item.name, lambda item=item: item  # type: ignore[misc]
         for point in entry_points(group=self._package):
-            yield point.name, point.load
+            yield point.name, lambda point=point: self._load(point)  # type: ignore[misc]
+
+    def _load(self, point: EntryPoint) -> _T:
+        """Returns the object of an entry point after checking that both have the same name."""
+        item = point.load()
+        where = f"the {self._kind} {point.value} of an installed package"
+        name = getattr(item, "name", None)
+        require(name == point.name, where, f"have the name of its entry point, {point.name!r}", name)
+        return cast(_T, item)
 
 
 def load_plugin(name: str) -> None:

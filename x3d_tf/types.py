@@ -21,7 +21,7 @@ Combine = Literal["mean", "max"]  # how the probabilities of a video's views are
 
 TASK_NAME_RULE = "be a name of at most 64 lower-case letters, digits and _, and start with a letter"
 _TASK_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
-MAX_VIEWS = 1000  # limit for the clips that a prediction averages; the number may come from an untrusted file
+MAX_VIEWS = 1000  # limit for the clips that a prediction combines; the number may come from an untrusted file
 _MAX_SHORT_SIDE = 65535  # pixels: the limit of the JPEG format
 
 
@@ -48,7 +48,7 @@ class ClipSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """Views of a video that an evaluation averages over (paper section 4, "K-Center" and "K-LeftCenterRight").
+    """Views of a video that an evaluation combines (paper section 4, "K-Center" and "K-LeftCenterRight").
 
     Attributes:
         temporal_views: number of clips spread over the video, K.

@@ -26,7 +26,7 @@ def evaluate_run(
             `evaluation/RECORDS_SPLIT_Kcenter`.
         overwrite: whether to replace an existing report.
         **settings: the fields of `EvalConfig`: records, split, temporal_views, spatial_crops, clip_starts,
-            frame_sampling, head_pool.
+            frame_sampling, combine, head_pool.
 
     Raises:
         UserError: the run has no model yet; the records are missing, damaged or have other classes; a report exists; a

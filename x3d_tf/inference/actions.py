@@ -49,7 +49,8 @@ class CsvBoxes:
     """Boxes from a csv file.
 
     Args:
-        path: csv in the format of `ava.read_boxes`, with a score in the last column. Its actions are ignored.
+        path: csv in the format of `x3d_tf.data.ava_files.read_boxes`, with a score in the last column. Its actions are
+            ignored.
         threshold: lowest score of a box; boxes below it are ignored.
         starts_at: timestamp of the videos' first frame, seconds.
 

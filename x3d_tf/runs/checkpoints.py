@@ -65,7 +65,7 @@ class Origin:
 
 
 class Checkpoints:
-    """Saves and restores the complete training state: weights, statistics, optimiser, random state and step.
+    """Saves and restores the complete training state: weights, statistics, optimizer, random state and step.
 
     Args:
         run: the run folder.

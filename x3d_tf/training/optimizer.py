@@ -18,7 +18,7 @@ class SGD(keras.optimizers.Optimizer):
         learning_rate: a number or a schedule.
         momentum: decay of the velocity per step.
         l2: L2 coefficient: `l2 * variable` is added to the gradient, except for variables passed to `exclude`.
-        name: name of the optimiser.
+        name: name of the optimizer.
         **kwargs: further arguments of `keras.optimizers.Optimizer`.
     """
 

@@ -33,7 +33,7 @@ def precision_scope(precision: str) -> Iterator[None]:
 
 
 class TrainStep:
-    """The training step of a run, with its optimiser, EMA and loss scale. Create it in the strategy's scope.
+    """The training step of a run, with its optimizer, EMA and loss scale. Create it in the strategy's scope.
 
     Args:
         model: the network, built in the precision of the configuration.
@@ -71,7 +71,7 @@ class TrainStep:
 
     @property
     def variables(self) -> dict[str, list[Any]]:
-        """The variables to save besides the network's, by role: optimiser, EMA and loss scale."""
+        """The variables to save besides the network's, by role: optimizer, EMA and loss scale."""
         roles = {"optimizer": [variable.value for variable in self.optimizer.variables]}
         if self.average is not None:
             roles["average"] = self.average.variables

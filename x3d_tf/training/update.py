@@ -13,7 +13,7 @@ class Update:
     """Updates the network with the gradients of each call. Create it in the strategy's scope.
 
     Args:
-        optimizer: the optimiser, built.
+        optimizer: the optimizer, built.
         model: the network.
 
     Attributes:
@@ -47,7 +47,7 @@ class Update:
         return loss
 
     def add(self, gradients: list[Any]) -> None:
-        """Takes the gradients of a micro-batch on this device; the optimiser sums over the devices."""
+        """Takes the gradients of a micro-batch on this device; the optimizer sums over the devices."""
         self.optimizer.apply(gradients, self.variables)
 
 
@@ -55,7 +55,7 @@ class AccumulatedUpdate(Update):
     """Sums the gradients of a step, and updates the network once: for micro-batches, and to find float16 overflow.
 
     Args:
-        optimizer: the optimiser, built.
+        optimizer: the optimizer, built.
         model: the network.
         micro_batches: number of micro-batches per step.
         scale: the loss scale, if any.
@@ -68,7 +68,7 @@ class AccumulatedUpdate(Update):
         self._micro_batches, self._scale = micro_batches, scale
         if scale is not None:
             self.state["loss_scale"] = scale.variables
-        # one sum per replica; the optimiser adds them up
+        # one sum per replica; the optimizer adds them up
         per_replica: dict[str, Any] = {"synchronization": tf.VariableSynchronization.ON_READ, "trainable": False}
         per_replica["aggregation"] = tf.VariableAggregation.SUM
         zeros = (tf.zeros(variable.shape, variable.dtype) for variable in self.variables)

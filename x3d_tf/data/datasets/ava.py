@@ -88,7 +88,7 @@ def find_key_frames(
 
     Args:
         videos: folder with a file `NAME.*`, or a folder `NAME` of frames as images, for each video in the csv files.
-        boxes: csv file of ground-truth boxes for each split; see `ava.read_boxes`.
+        boxes: csv file of ground-truth boxes for each split; see `x3d_tf.data.ava_files.read_boxes`.
         proposals: csv file of a person detector's boxes and scores for each split. Boxes of videos that `boxes` does
             not list for the split are ignored.
         exclusions: csv file of the key frames to leave out, for each split.

@@ -414,7 +414,7 @@ def write_shard(
             if isinstance(video, EncodedVideo):
                 content = encode_record(video, source, classes)
                 offset, length = writer.write(content)
-                frames.append(frames_of(content, offset))
+                frames.append(frames_of(content, len(video.frames), offset))
                 identity = source.video, source.start, source.end, source.key_frame
                 written.append(Record(0, offset, length, len(video.frames), video.fps, source.labels, *identity))
             on_result(video)

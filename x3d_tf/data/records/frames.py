@@ -24,6 +24,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -71,17 +72,21 @@ def frames_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.frames")
 
 
-def frames_of(record: bytes, offset: int = 0) -> FrameTable:
+def frames_of(record: bytes, listed: int, offset: int = 0) -> FrameTable:
     """Finds the frames of a serialized record.
 
     Args:
         record: the bytes of a `tf.train.SequenceExample`.
+        listed: number of frames that the record should have. The search ends with an error once it has more.
         offset: position of the record's first byte in the shard.
 
     Raises:
-        ValueError: the bytes are not a record with frames.
+        ValueError: the bytes are not a record with frames, or it has more than `listed`.
     """
-    spans = np.array(list(_frame_spans(record)), np.int64).reshape(-1, 2)
+    found = list(islice(_frame_spans(record), listed + 1))
+    if len(found) > listed:
+        raise ValueError(f"it has more than {listed} frames")
+    spans = np.array(found, np.int64).reshape(-1, 2)
     begins, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
     return FrameTable(np.array([len(spans)], np.int64), begins + offset, lengths, crc32c(record, begins, lengths))
 
@@ -252,9 +257,11 @@ def frames_of_shard(path: Path, shard: Shard, records: Sequence[Record]) -> Fram
                 digest.update(content)
                 start = file.tell() - len(content) + HEADER_BYTES
                 try:
-                    table = frames_of(content[HEADER_BYTES : HEADER_BYTES + record.length], record.offset)
+                    data = content[HEADER_BYTES : HEADER_BYTES + record.length]
+                    table = frames_of(data, record.frames, record.offset)
                 except ValueError as error:
-                    raise UserError(f"{path}: record {number} has no frames that can be found: {error}") from error
+                    rule = f"does not have the {record.frames} frames that {MANIFEST_NAME} lists"
+                    raise UserError(f"{path}: record {number} {rule}: {error}") from error
                 same = start == record.offset and int(table.counts[0]) == record.frames
                 require(same, f"{path}: record {number}", f"be as {MANIFEST_NAME} lists it")
                 tables.append(table)
@@ -275,9 +282,9 @@ def _frame_spans(record: bytes) -> Iterator[tuple[int, int]]:
     for entry in _inside(record, lists, 1):
         if [record[slice(*key)] for key in _fields(record, *entry, 1)] == [_FRAMES]:
             for feature in _inside(record, _fields(record, *entry, 2), 1):
-                values = [*_inside(record, _fields(record, *feature, 1), 1)]
+                values = [*islice(_inside(record, _fields(record, *feature, 1), 1), 2)]
                 if len(values) != 1:
-                    raise ValueError(f"a frame must be one file, got {len(values)}")
+                    raise ValueError(f"a frame must be one file, got {'several' if values else 'none'}")
                 yield values[0]
 
 
@@ -297,7 +304,7 @@ def _fields(data: bytes, begin: int, end: int, wanted: int) -> Iterator[tuple[in
             continue
         length, begin = _varint(data, begin, end) if kind == _BYTES else (_SKIPPED.get(kind), begin)
         if length is None or length > end - begin:
-            raise ValueError("not a protocol buffer")
+            raise ValueError("it is not a protocol buffer")
         if kind == _BYTES and number == wanted:
             yield begin, begin + length
         begin += length
@@ -314,4 +321,4 @@ def _varint(data: bytes, begin: int, end: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, begin
-    raise ValueError("not a protocol buffer")
+    raise ValueError("it is not a protocol buffer")

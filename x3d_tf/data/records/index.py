@@ -1,6 +1,5 @@
 """Index of the records: shards, and the position of each record in them. Imports no TensorFlow."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,6 +7,10 @@ from typing import NamedTuple
 from x3d_tf.errors import require
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # of a TFRecord: length and its checksum; checksum of the data
+
+MAX_SECONDS = 1e9  # of a time in a video
+LARGEST = 2**62  # of positions, lengths and counts
+_MAX_MARGIN = 60  # seconds; a larger margin would let clips pass that are longer than any record of a key frame
 
 VIDEOS_PER_SHARD = 64  # a few hundred megabytes, at 4 to 10 MB per ten-second video
 
@@ -99,7 +102,7 @@ class KeyFrameInfo:
     """Common properties of records that hold key frames, for action detection.
 
     Attributes:
-        margin: seconds stored before and after a key frame.
+        margin: seconds stored before and after a key frame, at most 60.
         starts_at: timestamp of the first frame of the videos, in seconds.
         frame_rate: images per second of folders of frames; None if all videos are files.
         proposals: splits with boxes from a person detector.
@@ -116,15 +119,16 @@ class KeyFrameInfo:
     listed: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        for name in ("margin", "starts_at", "frame_rate"):
+        for name, most in (("margin", _MAX_MARGIN), ("starts_at", MAX_SECONDS), ("frame_rate", MAX_SECONDS)):
             value = getattr(self, name)
-            valid = type(value) in (int, float) and 0 <= value < math.inf
+            valid = type(value) in (int, float) and 0 <= value <= most
             valid = valid or (name == "frame_rate" and value is None)
-            require(valid, f"key_frames.{name}", "be a number of at least 0", value)
+            require(valid, f"key_frames.{name}", f"be a number of at least 0 and at most {most:.0f}", value)
         names = isinstance(self.proposals, tuple) and all(isinstance(name, str) for name in self.proposals)
         require(names, "key_frames.proposals", "be names of splits", self.proposals)
-        counts = isinstance(self.listed, dict) and all(type(n) is int and n >= 0 for n in self.listed.values())
-        require(counts, "key_frames.listed", "be numbers of at least 0 by split", self.listed)
+        valid = isinstance(self.listed, dict)
+        valid = valid and all(type(count) is int and 0 <= count <= LARGEST for count in self.listed.values())
+        require(valid, "key_frames.listed", f"be numbers of at least 0 and at most {LARGEST} by split", self.listed)
 
 
 def shard_name(split: str, index: int, count: int) -> str:

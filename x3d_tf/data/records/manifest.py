@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -18,8 +18,17 @@ from typing import Any, TypeVar, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, KeyFrameInfo, Record, Shard, Split
-from x3d_tf.errors import UserError, require
+from x3d_tf.data.records.index import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    LARGEST,
+    MAX_SECONDS,
+    KeyFrameInfo,
+    Record,
+    Shard,
+    Split,
+)
+from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.files import LARGE, atomic_write, read_limited
 from x3d_tf.text import check_class_name
 from x3d_tf.types import AnnotationKind, Storage, stored_from_json, stored_to_json
@@ -30,8 +39,6 @@ _CHECKSUM = "sha256"  # entry with the checksum of all other entries
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 _MAX_SETTINGS = 1000  # entries
 _MAX_TEXT = 4096  # characters of a setting or a video's name
-_MAX_SECONDS = 1e9  # of a time in a video
-_LARGEST = 2**62  # of positions, lengths and counts
 
 _LABELS: dict[AnnotationKind, tuple[int, float, str]] = {  # labels per record: minimum, maximum, and the rule
     "single_label": (1, 1, "be exactly one"),
@@ -143,7 +150,7 @@ class Manifest:
             check_class_name(name, f"{path}: classes[{i}]")
         parts = reader.of_type(content.get("splits"), dict, "splits")
         splits = {name: _split_from_json(reader, name, part, len(classes), task) for name, part in parts.items()}
-        key_frames = _key_frames_from_json(reader, content.get("key_frames"), task)
+        key_frames = _key_frames_from_json(reader, content.get("key_frames"), task, splits)
         return cls(Path(folder), dataset, classes, splits, settings, stored, task, key_frames)
 
 
@@ -173,7 +180,7 @@ def _checked_content(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError covers invalid JSON and invalid UTF-8
         raise UserError(f"{path} is not JSON: {error}") from error
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
             f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}. Another version of x3d_tf built these "
             "records; build them again"
@@ -205,17 +212,24 @@ def _settings_from_json(reader: "_Reader", value: Any) -> dict[str, int | float 
     return settings
 
 
-def _key_frames_from_json(reader: "_Reader", value: Any, task: AnnotationKind) -> KeyFrameInfo | None:
+def _key_frames_from_json(
+    reader: "_Reader", value: Any, task: AnnotationKind, splits: Iterable[str]
+) -> KeyFrameInfo | None:
     rule = "be an object if the task is detection, and null otherwise"
     reader.check(isinstance(value, dict) if task == "detection" else value is None, "key_frames", rule, value)
     if value is None:
         return None
+    proposals = tuple(reader.items(value.get("proposals"), str, "key_frames.proposals"))
     try:
-        return KeyFrameInfo(**value | {"proposals": tuple(value["proposals"])})
+        info = KeyFrameInfo(**value | {"proposals": proposals})
     except UserError as error:
         raise UserError(f"{reader.path}: {error}") from error
-    except (TypeError, KeyError) as error:  # other entries, or no list
+    except TypeError as error:  # other entries
         raise UserError(f"{reader.path}: key_frames must have the entries of key frames: {error}") from error
+    for name, found in (("proposals", info.proposals), ("listed", tuple(info.listed))):
+        distinct = set(found) <= set(splits) and len(set(found)) == len(found)
+        reader.check(distinct, f"key_frames.{name}", f"name splits of the records ({first_few([*splits])}) once", found)
+    return info
 
 
 def _split_to_json(split: Split) -> dict[str, Any]:
@@ -237,13 +251,15 @@ def _split_from_json(reader: "_Reader", name: str, content: Any, classes: int, t
     where = f"splits.{name}"
     content = reader.of_type(content, dict, where)
     expected = content.get("expected")
-    valid = expected is None or (type(expected) is int and 0 <= expected <= _LARGEST)
+    valid = expected is None or (type(expected) is int and 0 <= expected <= LARGEST)
     reader.check(valid, f"{where}.expected", "be a number of videos or null", expected)
     entries = reader.of_type(content.get("shards"), list, f"{where}.shards")
     shards = tuple(_shard_from_json(reader, f"{where}.shards[{i}]", entry) for i, entry in enumerate(entries))
     count = content.get("count")
     reader.check(type(count) is int and count >= 0, f"{where}.count", "be a number of records", count)
     columns = _Columns(reader, f"{where}.records", content.get("records"), cast(int, count))
+    if columns.are_absent():
+        return Split(shards, (), expected)
     columns.check_positions(shards)
     return Split(shards, columns.records(classes, task), expected)
 
@@ -254,6 +270,7 @@ def _shard_from_json(reader: "_Reader", where: str, entry: Any) -> Shard:
     is_plain = file not in ("", ".", "..") and not any(character in file for character in "/\\\0")
     reader.check(is_plain, f"{where}.file", "be a file name without a path", file)
     size = reader.of_type(entry.get("bytes"), int, f"{where}.bytes")
+    reader.check(0 <= size <= LARGEST, f"{where}.bytes", f"be at least 0 and at most {LARGEST}", size)
     return Shard(file, size, reader.of_type(entry.get("sha256"), str, f"{where}.sha256"))
 
 
@@ -266,10 +283,14 @@ class _Columns:
         unknown = sorted(set(self._columns) - set(Record._fields))
         reader.check(not unknown, where, f"have only the columns {', '.join(Record._fields)}", unknown)
 
+    def are_absent(self) -> bool:
+        """Returns True if the split has no records, and therefore no columns."""
+        return self._count == 0 and not self._columns
+
     def check_positions(self, shards: tuple[Shard, ...]) -> None:
         """Checks that each record lies inside its shard, after the previous record."""
         shard = self._integers("shard", 0, len(shards) - 1)
-        offset, length = self._integers("offset", 0, _LARGEST), self._integers("length", 0, _LARGEST)
+        offset, length = self._integers("offset", 0, LARGEST), self._integers("length", 0, LARGEST)
         sizes = np.array([entry.bytes for entry in shards], np.int64)[shard]
         inside = (offset >= HEADER_BYTES) & (length > 0) & (length <= sizes - FOOTER_BYTES - offset)
         self._check(inside, "", lambda i: f"lie inside {shards[shard[i]].file}", offset, length)
@@ -281,17 +302,17 @@ class _Columns:
     def records(self, classes: int, task: AnnotationKind) -> tuple[Record, ...]:
         """Checks the other columns and returns the records."""
         lengths = np.array(self._columns["length"], np.int64)
-        frames = self._integers("frames", 1, _LARGEST)
+        frames = self._integers("frames", 1, LARGEST)
         self._check(frames <= lengths, ".frames", lambda _: "fit into the record", frames)
         fps = self._floats("fps")
         self._check((fps > 0) & (fps < math.inf), ".fps", lambda _: "be positive", fps)
         labels = self._labels(classes, task)
         self._check_videos()
-        start, end = self._floats("start"), self._floats("end", missing=_MAX_SECONDS)
-        self._check((start >= 0) & (start < _MAX_SECONDS), ".start", lambda _: "be at least 0 seconds", start)
-        self._check((end > start) & (end <= _MAX_SECONDS), ".end", lambda _: "be after the start", end)
+        start, end = self._floats("start"), self._floats("end", missing=MAX_SECONDS)
+        self._check((start >= 0) & (start < MAX_SECONDS), ".start", lambda _: "be at least 0 seconds", start)
+        self._check((end > start) & (end <= MAX_SECONDS), ".end", lambda _: "be after the start", end)
         if task == "detection":
-            self._integers("key_frame", 0, _LARGEST)
+            self._integers("key_frame", 0, LARGEST)
         else:
             is_absent = "key_frame" not in self._columns
             self._reader.check(is_absent, f"{self._where}.key_frame", "be absent unless the task is detection", task)
@@ -308,14 +329,14 @@ class _Columns:
         self._reader.check(len(column) == self._count, where, f"have {self._count} values, the count", len(column))
         if not set(map(type, column)) <= set(kinds):
             i = next(i for i, value in enumerate(column) if type(value) not in kinds)
-            self._reader.check(False, f"{where}[{i}]", f"be a {kinds[0].__name__}", column[i])
+            self._reader.check(False, f"{where}[{i}]", _type_rule(kinds[0]), column[i])
         return column
 
     def _integers(self, name: str, least: int, most: int) -> NDArray[np.int64]:
         column = self._column(name, (int,))
         if column and not (least <= min(column) and max(column) <= most):
             i = next(i for i, value in enumerate(column) if not least <= value <= most)
-            rule = f"be in {least}..{most}" if most < _LARGEST else f"be at least {least} and at most {most}"
+            rule = f"be in {least}..{most}" if most < LARGEST else f"be at least {least} and at most {most}"
             self._reader.check(False, f"{self._where}[{i}].{name}", rule, column[i])
         return np.array(column, np.int64)
 
@@ -330,7 +351,7 @@ class _Columns:
         flat = list(chain.from_iterable(column))
         if not set(map(type, flat)) <= {int}:
             i, j = next((i, j) for i, row in enumerate(column) for j, value in enumerate(row) if type(value) is not int)
-            self._reader.check(False, f"{self._where}.labels[{i}][{j}]", "be a int", column[i][j])
+            self._reader.check(False, f"{self._where}.labels[{i}][{j}]", _type_rule(int), column[i][j])
         owner = np.repeat(np.arange(len(column)), counts)
         if flat and not (min(flat) >= 0 and max(flat) < classes):
             i = next(i for i, row in enumerate(column) if any(not 0 <= label < classes for label in row))
@@ -362,6 +383,10 @@ class _Columns:
             self._reader.check(False, f"{self._where}[{i}]{field}", rule(i), found if len(found) > 1 else found[0])
 
 
+def _type_rule(kind: type) -> str:
+    return f"be {'an' if kind is int else 'a'} {kind.__name__}"
+
+
 class _Reader:
     """Checks values from JSON; errors name the file and the entry."""
 
@@ -373,9 +398,7 @@ class _Reader:
             require(False, f"{self.path}: {where}", rule, value)
 
     def of_type(self, value: Any, kind: type[_T], where: str) -> _T:
-        self.check(
-            type(value) is kind, where, f"be a {kind.__name__}", value
-        )  # isinstance would accept JSON's true as an int
+        self.check(type(value) is kind, where, _type_rule(kind), value)  # isinstance would accept JSON's true as an int
         return value
 
     def items(self, value: Any, kind: type[_T], where: str) -> list[_T]:

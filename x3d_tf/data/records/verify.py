@@ -172,7 +172,7 @@ def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -
     decode_frame(parsed.frames[0])
     if manifest.task == "detection":
         _verify_annotation(where, parse_annotation(serialized), record)
-    return frames_of(serialized.numpy(), record.offset)
+    return frames_of(serialized.numpy(), record.frames, record.offset)
 
 
 def _verify_annotation(where: str, annotation: ParsedAnnotation, record: Record) -> None:
