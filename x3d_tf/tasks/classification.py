@@ -186,6 +186,8 @@ class ClipTask:
         known = set(network.class_names)
         unknown = [name for name in self.classes(manifest) if name not in known]
         if unknown:
+        rule = f"be {self.activation!r} for the task {self.name}"
+        require(network.activation == self.activation, "the activation of the network", rule, network.activation)
             raise UserError(
                 f"{manifest.folder} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}. "
                 f"The model has {len(network.class_names)}: {first_few(network.class_names)}. Fine-tune it on the new "
