@@ -42,6 +42,7 @@ class ClipTask:
     annotations: tuple[str, ...] = ("single_label", "multi_label")
     activation: "Activation" = "softmax"
     sample = "video"
+    sweeps = True
     prediction_flags: tuple[str, ...] = ("views", "window", "hop", "json", "contact_sheet")
 
     def make_example(self) -> "MakeExample | None":
