@@ -46,7 +46,10 @@ class ClipTask:
     prediction_flags: tuple[str, ...] = ("views", "window", "hop", "json", "contact_sheet")
 
     def make_example(self) -> "MakeExample | None":
-        """Returns the function that makes the clip and the target; None for the labels of the records."""
+        """Returns the function that makes the clip and the target; None for the labels of the records.
+
+        `data.input_pipeline.MakeExample` states its arguments and what the target may depend on.
+        """
         return None
 
     def class_weights(self, config: "TrainConfig", manifest: "Manifest") -> Any:
@@ -183,12 +186,12 @@ class ClipTask:
 
     def check_evaluation(self, network: "Metadata | Network", settings: "EvalConfig", manifest: "Manifest") -> None:
         require_annotations(manifest, self.annotations)
+        rule = f"be {self.activation!r} for the task {self.name}"
+        require(network.activation == self.activation, "the activation of the network", rule, network.activation)
         settings.check_crops(network.stretch)
         known = set(network.class_names)
         unknown = [name for name in self.classes(manifest) if name not in known]
         if unknown:
-        rule = f"be {self.activation!r} for the task {self.name}"
-        require(network.activation == self.activation, "the activation of the network", rule, network.activation)
             raise UserError(
                 f"{manifest.folder} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}. "
                 f"The model has {len(network.class_names)}: {first_few(network.class_names)}. Fine-tune it on the new "
