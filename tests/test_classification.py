@@ -206,6 +206,43 @@ def test_an_interrupted_sweep_resumes(
         sweep_run(run, temporal_views=3)
 
 
+@pytest.mark.parametrize(
+    ("remove", "add", "message"),
+    [
+        (
+            ("videos", "gmacs_per_video"),
+            {"key_frames": 5, "gmacs_per_key_frame": 0.1},
+            r"3clips/results\.json must be the report of videos, got one of key frames",
+        ),
+        (("top1", "top5"), {"map": 0.5}, r"3clips/results\.json must have the metrics of .*1clips.*, got map; repeat"),
+    ],
+)
+def test_a_sweep_reuses_only_reports_that_it_can_plot(
+    run: RunFolder,
+    records: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    remove: tuple[str, ...],
+    add: dict[str, Any],
+    message: str,
+) -> None:
+    calls: list[int] = []
+
+    def predict(*_: object, **__: object) -> SplitPredictions:
+        calls.append(1)
+        return first_are_left(2)
+
+    monkeypatch.setattr(classification, "predict_split", predict)
+    settings: dict[str, Any] = {"output": str(tmp_path / "sweep"), "records": str(records), "split": "train"}
+    sweep_file(run.model, **settings)
+    file = tmp_path / "sweep" / "3clips" / "results.json"
+    results = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in results.items() if name not in remove} | add))
+    with pytest.raises(UserError, match=message):
+        sweep_file(run.model, **settings)
+    assert len(calls) == 5  # none was repeated
+
+
 class Several(SimpleNamespace):
     """Stands in for a manifest of multi-label records."""
 
@@ -338,6 +375,24 @@ def test_watching_evaluates_new_checkpoints_until_the_run_is_finished(
     found = sorted((step, value) for tag, step, value in scalars(run.tensorboard / folder.name) if tag == "eval/top1")
     assert [step for step, _ in found] == [10, 20, 40, 60]
     assert [value for _, value in found] == pytest.approx(expected)
+
+
+def test_steps_with_other_metrics_leave_cells_of_the_table_empty(
+    records: Path, network: x3d_tf.X3D, tmp_path: Path, watching: Any
+) -> None:
+    run = unfinished(records, tmp_path / "run")
+    watching(Checkpoints(run, [[10], [-1]], network, {}))
+    with pytest.raises(KeyboardInterrupt):
+        watch_run(run, temporal_views=1)
+    folder = run.evaluations / "square_train_1center_steps"
+    results = json.loads((folder / "10.json").read_text())
+    edited = {name: value for name, value in results.items() if name not in ("top1", "top5")} | {"map": 0.25}
+    (folder / "10.json").write_text(json.dumps(edited))
+    watching(Checkpoints(run, [[60]], network, {}))
+    watch_run(run, temporal_views=1)
+    lines = (folder / "steps.csv").read_text().splitlines()
+    assert lines[:2] == ["step,top1,top5,map", "10,,,0.25"]
+    assert lines[2].startswith("60,0.6") and lines[2].endswith(",1.0,")
 
 
 def test_watching_with_other_settings_is_rejected(

@@ -58,6 +58,15 @@ def test_an_evaluation_on_unknown_classes(model: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_sweep_of_a_detector(records: Path, tmp_path: Path) -> None:
+    detector = tmp_path / "detector.keras"
+    x3d_tf.save(x3d_tf.build_detector("x3d_s", num_classes=2, head="simple"), detector, ("left", "right"))
+    flags = [f"--model={detector}", f"--records={records}", "--split=train", f"--output={tmp_path / 'report'}"]
+    assert without_tensorflow("evaluate", *flags, "--sweep").stderr == (
+        f"error: --sweep must not be given for {detector}: the task detection has a fixed number of clips\n"
+    )
+
+
 def test_several_crops_of_stretched_frames(model: Path, records: Path, tmp_path: Path) -> None:
     flags = [f"--model={model}", f"--records={records}", "--split=train", f"--output={tmp_path / 'report'}"]
     refused = without_tensorflow("evaluate", *flags, "--crops=3")

@@ -77,3 +77,14 @@ def test_numbers_that_are_not_finite_are_errors(tmp_path: Path) -> None:
     add_steps(history, [1.0, float("inf")], 0.0)
     with pytest.raises(UserError, match=r"the loss must be finite, got inf at step 3"):
         history.end_row(3)
+
+
+@pytest.mark.parametrize("name", ["box_top1", "boxes_left_out"])
+def test_a_metric_that_is_not_finite_writes_no_row(tmp_path: Path, name: str) -> None:
+    history = history_of(RunFolder(tmp_path))
+    before = history.run.history.read_text()
+    metrics = {"loss": [1.0, 1.0], "box_top1": [0.5, 0.5], "boxes_left_out": [0.0, 0.0]} | {name: [0.0, float("nan")]}
+    history.add({key: tf.constant(values) for key, values in metrics.items()})
+    with pytest.raises(UserError, match=rf"^{name} at step 8 must be finite, got nan$"):
+        history.end_row(8)
+    assert history.rows == [] and history.run.history.read_text() == before

@@ -24,10 +24,10 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_records(tmp_path_factory.mktemp("records"), {"train": [noise_video(seed, 12) for seed in range(7)]})
 
 
-def preview(manifest: Manifest, path: Path, clips: int) -> None:
+def preview(manifest: Manifest, path: Path, clips: int, timed: bool = True) -> None:
     stream = training_dataset(manifest, "train", CLIP, **SETTINGS, replica_batch=1)
     order = {name: SETTINGS[name] for name in ("batch", "seed")}
-    save_preview(manifest, "train", CLIP, stream, path, classes=manifest.classes, clips=clips, **order)
+    save_preview(manifest, "train", CLIP, stream, path, classes=manifest.classes, clips=clips, timed=timed, **order)
 
 
 def test_rows_are_the_first_clips_of_training(
@@ -46,6 +46,17 @@ def test_rows_are_the_first_clips_of_training(
     ]
     assert path == tmp_path / "a.png"
     assert str(manifest.folder) in title
+
+
+def test_clips_without_times(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caption of clips whose frames may differ from those of the records states no seconds."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_clips", lambda *args: drawn.extend(args))
+    preview(manifest, tmp_path / "a.png", 3, timed=False)
+    _, captions, _, _, times = drawn
+    labels = next(training_dataset(manifest, "train", CLIP, **SETTINGS).as_numpy_iterator())[1].tolist()
+    assert captions == [f"class {label:03d}\ntrain/{label}" for label in labels]
+    assert times is None
 
 
 def test_frames_are_shown_with_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

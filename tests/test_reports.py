@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_settings import NAMES, predictions, settings
+from report_settings import NAMES, detection_settings, predictions, settings
 
 from x3d_tf import plots
 from x3d_tf.errors import UserError
@@ -60,13 +60,22 @@ def test_reports_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (tmp_path / reports.RESULTS_NAME).exists()  # otherwise it would not match the tables
 
 
+def test_metrics_that_are_not_finite_are_errors(tmp_path: Path) -> None:
+    """mAP is undefined if no class has positives; the existing report stays."""
+    report = write_report(tmp_path, settings(), predictions())
+    undefined = Predictions(("x", "y"), NAMES, np.full((2, 7), 0.5), np.zeros((2, 7), bool), exclusive=False)
+    with pytest.raises(UserError, match=r"^map must be finite on the 2 videos, got nan$"):
+        write_report(tmp_path, settings(), undefined)
+    assert read_report(tmp_path).results == report.results
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
         ("[1]", r"the file must contain a JSON object, got \[1\]"),
         ({"network": 3}, "network must be a string, got 3"),
-        ({"videos": True}, "videos must be an integer, got True"),
+        ({"videos": True}, "videos must be an integer of at least 1, got True"),
         ({"gmacs_per_video": float("nan")}, "gmacs_per_video must be a number, got nan"),
         ({"top1": 72.9}, r"top1 must be in \[0, 1\], got 72.9"),
         ({"dataset": 400}, "dataset must be a short string, got 400"),
@@ -79,7 +88,11 @@ def test_reports_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"clip_starts": 1}, "clip_starts must be one of offset, slowfast, got 1"),
         ({"top5": None}, r"top5 must be in \[0, 1\], got None"),
         ({"map": "high"}, r"map must be in \[0, 1\], got 'high'"),
-        ({"videos": 10**400}, "videos must be an integer, got 1000"),
+        ({"videos": 10**400}, "videos must be an integer of at least 1, got 1000"),
+        ({"videos": 0}, "videos must be an integer of at least 1, got 0"),
+        ({"videos": -5}, "videos must be an integer of at least 1, got -5"),
+        ({"classes": 0}, "classes must be an integer of at least 1, got 0"),
+        (detection_settings(key_frames=0), "key_frames must be an integer of at least 1, got 0"),
         ({"gmacs_per_clip": 10**400}, "gmacs_per_clip must be a number, got 1000"),
         ({"gmacs_per_clip": 1e-300}, "gmacs_per_video must be gmacs_per_clip times 0 to 1,000,000 clips, got "),
         ({"params": "many"}, "params must be a number, got 'many'"),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,14 +23,17 @@ from x3d_tf import evaluate, predict, preview, registry, train
 from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets import moving_shapes
 from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
+from x3d_tf.data.input_pipeline import evaluation_dataset
 from x3d_tf.data.records.index import Record
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
+from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.registry import load_plugin
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.tasks.base import find, task_of_model, task_of_records
-from x3d_tf.tasks.classification import SingleLabel
+from x3d_tf.tasks.classification import ClipTask, SingleLabel
 from x3d_tf.training.checks import check_run
+from x3d_tf.types import ViewSpec
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -124,6 +127,30 @@ def test_targets_are_made_from_the_clips(records: Path, plugin: None) -> None:
     resumed = next(task.training_clips(config, manifest, start_step=4).as_numpy_iterator())
     for a, b in zip(resumed, made[4]):
         np.testing.assert_array_equal(a, b)
+
+
+def test_all_views_of_a_video_have_its_target(records: Path, plugin: None) -> None:
+    """Each view is reversed if, and only if, the target of its video says so."""
+    manifest, make = open_dataset(DatasetSpec(str(records))), cast(ClipTask, find("playback")).make_example()
+    views = ViewSpec(temporal_views=3, spatial_crops=3, resize=48, crop=32)
+    options: dict[str, Any] = {"records": manifest, "split": "test", "clip": x3d_tf.ClipSpec(6, 2, 32), "views": views}
+    made = list(evaluation_dataset(**options, make_example=make).as_numpy_iterator())
+    plain = list(evaluation_dataset(**options).as_numpy_iterator())
+    for (clips, targets, _), (expected, _, _) in zip(made, plain, strict=True):
+        assert (expected[0] != expected[0, :, ::-1]).any(axis=(1, 2, 3, 4)).any()  # the direction can be seen
+        np.testing.assert_array_equal(clips, expected[:, :, ::-1] if targets[0] else expected)
+    assert {int(targets[0]) for _, targets, _ in made} == {0, 1}
+
+
+def test_an_evaluation_requires_the_activation_of_the_task(records: Path) -> None:
+    """Otherwise a task of your own would measure top-1 instead of mAP, or mAP of probabilities that add up to 1."""
+    manifest = open_dataset(DatasetSpec(str(records)))
+    model = x3d_tf.build_x3d(x3d_tf.Expansion(gamma_d=0.2), 1, task="mine", activation="sigmoid")
+    model.class_names = manifest.classes
+    with pytest.raises(UserError, match=r"activation of the network must be 'softmax' for the task .*, got 'sigmoid'"):
+        SingleLabel().check_evaluation(model, EvalConfig(), manifest)
+    model.activation = "softmax"
+    SingleLabel().check_evaluation(model, EvalConfig(), manifest)
 
 
 def test_a_task_chooses_the_records_to_train_on(tmp_path: Path) -> None:

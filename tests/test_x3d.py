@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import x3d_tf
 from x3d_tf import VARIANTS, X3D, Expansion, ModelOptions, build_x3d, cost
+from x3d_tf.errors import UserError
 from x3d_tf.modeling.folded import fold
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.portable import portable
@@ -157,6 +158,37 @@ def test_fixed_poolings_equal_a_loop_over_windows(pool: Any, activation: Any) ->
     assert maps.shape[2:4] == (4, 3)
     expected = _naive_head(model, np.asarray(maps), 2, pool)
     np.testing.assert_allclose(model(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("single_label", "softmax")),
+        ({"task": "multi_label"}, ("multi_label", "sigmoid")),
+        ({"activation": "sigmoid"}, ("multi_label", "sigmoid")),
+        ({"task": "my_task"}, ("my_task", "softmax")),
+        ({"task": "my_task", "activation": "sigmoid"}, ("my_task", "sigmoid")),
+    ],
+)
+def test_task_and_activation_imply_each_other(given: dict[str, Any], expected: tuple[str, str]) -> None:
+    model = build_x3d(TINY, 4, **given)
+    assert (model.task, model.activation) == expected
+    again = X3D.from_config(model.get_config())
+    assert (again.task, again.activation) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task": "multi_label", "activation": "softmax"}, "activation must be 'sigmoid' for the task multi_label"),
+        ({"task": "single_label", "activation": "sigmoid"}, "activation must be 'softmax' for the task single_label"),
+        ({"task": "detection"}, "task must fit a network that classifies clips, got 'detection'"),
+        ({"activation": ""}, "activation must be one of softmax, sigmoid, got ''"),
+    ],
+)
+def test_contradictions_of_task_and_activation_are_errors(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_x3d(TINY, 4, **given)
 
 
 def test_confident_multi_label_windows_keep_their_probability() -> None:

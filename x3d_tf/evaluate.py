@@ -134,20 +134,18 @@ def main() -> None:
         from x3d_tf.parallel import use_single_threaded_ops
 
         use_single_threaded_ops(CLIPS_A_CALL)
-    if FLAGS.watch:
-        options = {"poll_seconds": FLAGS.poll_seconds, "overwrite": FLAGS.overwrite, **_eval_settings()}
-        watch_run(RunFolder(FLAGS.run), task, **options)
+    options: dict[str, Any] = {"overwrite": FLAGS.overwrite, **_eval_settings()}
+    run = RunFolder(FLAGS.run) if FLAGS.run else None
+    if run and FLAGS.watch:
+        watch_run(run, task, poll_seconds=FLAGS.poll_seconds, **options)
         return
     tell(f"loading and compiling {FLAGS.run or FLAGS.model}: the first clips take longer")
-    run, options = (
-        RunFolder(FLAGS.run or ""),
-        {"output": FLAGS.output, "overwrite": FLAGS.overwrite, **_eval_settings()},
-    )
+    options["output"] = FLAGS.output
     if FLAGS.sweep:
-        sweep = sweep_run(run, task, **options) if FLAGS.run else sweep_file(FLAGS.model, task, **options)
+        sweep = sweep_run(run, task, **options) if run else sweep_file(FLAGS.model, task, **options)
         print(f"results: {sweep.folder}/: sweep.csv, sweep.png")
     else:
-        report = evaluate_run(run, task, **options) if FLAGS.run else evaluate_file(FLAGS.model, task, **options)
+        report = evaluate_run(run, task, **options) if run else evaluate_file(FLAGS.model, task, **options)
         print(f"results: {report.folder}/: {', '.join(sorted(path.name for path in report.folder.glob('[!.]*')))}")
 
 
@@ -163,6 +161,9 @@ def _check_paths() -> Task:
     else:
         task = task_of_model(FLAGS.model)
         dataset = DatasetSpec(FLAGS.records, train_split=FLAGS.split, eval_split=FLAGS.split)
+    if FLAGS.sweep and not task.sweeps:
+        model = FLAGS.run or FLAGS.model
+        raise UserError(f"--sweep must not be given for {model}: the task {task.name} has a fixed number of clips")
     if dataset.synthetic is None:
         manifest, model = open_dataset(dataset), FLAGS.run or FLAGS.model
         if not FLAGS.watch:

@@ -35,7 +35,8 @@ from x3d_tf.types import ClipSpec, ClipStarts, ViewSpec
 PARALLEL_VIDEOS = 4  # in evaluation
 
 # Makes the clip and the target of a task from a clip [T, S, S, 3], its serialized record, and a seed for the stateless
-# random functions of TensorFlow, int64 [2]. Runs in the graph of the input pipeline.
+# random functions of TensorFlow, int64 [2]. Runs in the graph of the input pipeline. The target must follow from the
+# record and the seed alone, not from the frames of the clip, because in evaluation a video has only one target.
 MakeExample = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
@@ -239,6 +240,7 @@ def evaluation_dataset(
         if make_example is None:
             return pixels, table.target(record), record
         seed = tf.random.fold_in(tf.zeros([2], tf.int64), record)
+        # the record and the seed of all views are the same, and so are their targets; see `MakeExample`
         made = [make_example(view, serialized[0], seed) for view in tf.unstack(pixels)]
         return tf.stack([view for view, _ in made]), made[0][1], record
 

@@ -73,12 +73,12 @@ def save_preview(
             rows.append(pixels[0])
             times.append(seconds.tolist())
             labelled.append((label_text(labels[0], classes), record))
-    places = plots.decimals(times) if timed else 1
-    captions = [
-        f"{text}\n{record.media_id}\n{shown[0]:.{places}f} to {shown[-1]:.{places}f} s of "
-        f"{record.frames / record.fps:.{places}f} s"
-        for (text, record), shown in zip(labelled, times)
-    ]
+    captions = [f"{text}\n{record.media_id}" for text, record in labelled]
+    if timed:
+        places = plots.decimals(times)
+        for number, ((_, record), shown) in enumerate(zip(labelled, times)):
+            seconds = f"{shown[0]:.{places}f} to {shown[-1]:.{places}f} s"
+            captions[number] += f"\n{seconds} of {record.frames / record.fps:.{places}f} s"
     title = f"{manifest.folder}, {split}: first training clips, {clip.frames} frames of {clip.size}² pixels"
     plots.save_clips(rows, captions, Path(path), title, times if timed else None)
     return Path(path)

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from x3d_tf import csv_files, plots
-from x3d_tf.errors import UserError
+from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.metrics import (
     average_precisions,
     confusion_matrix,
@@ -24,6 +24,7 @@ from x3d_tf.evaluation.metrics import (
 )
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
+from x3d_tf.text import counted
 from x3d_tf.types import ClipStarts, Combine, FrameSampling
 
 RESULTS_NAME = "results.json"
@@ -79,7 +80,16 @@ class Predictions:
 
         For exclusive classes: top1, top5 and their mean, which the paper reports for test sets. Otherwise:
         map, the mean average precision over the classes that have positives, and the number of these classes.
+
+        Raises:
+            UserError: a metric is not finite, such as map if no class has positives. Names the metric.
         """
+        metrics = self._metrics()
+        for name, value in metrics.items():
+            require(math.isfinite(value), name, f"be finite on the {counted(len(self.videos), 'video')}", value)
+        return metrics
+
+    def _metrics(self) -> dict[str, float]:
         if not self.exclusive:
             positive = int(self.truth.any(axis=0).sum())
             return {
@@ -121,6 +131,9 @@ def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predict
         folder: folder of the report, created if it does not exist. An existing report is replaced.
         settings: the settings of the evaluation, for results.json.
         predictions: the predictions to report.
+
+    Raises:
+        UserError: a metric is not finite; the folder is left as it is.
     """
     results = {**settings, **predictions.metrics()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +221,7 @@ def read_results(path: Path) -> dict[str, Any]:
         check(name, "be a string", isinstance(results.get(name), str))
     sample = sample_of(results)
     for name in (f"{sample}s", "classes"):
-        check(name, "be an integer", type(results.get(name)) is int and _is_number(results[name]))
+        check(name, "be an integer of at least 1", _is_count(results.get(name)) and results[name] >= 1)
     cost = f"gmacs_per_{sample}"
     for name in ("gmacs_per_clip", cost):
         check(name, "be a number", _is_number(results.get(name)))

@@ -1,5 +1,6 @@
 """Top-1 or mAP as a function of the number of clips per video, K, and therefore of the cost (paper, Figure 3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from x3d_tf.evaluation.reports import (
     Report,
     differing_settings,
     read_report,
+    sample_of,
     write_csv,
 )
 from x3d_tf.modeling.archive import weights_of
@@ -81,6 +83,7 @@ def _sweep(evaluation: "Evaluation", folder: Path, folders: dict[int, Path], ove
     evaluations = {k: evaluation.with_views(k) for k in CLIPS}
     # all read first: a report with other settings should be found before hours of work
     existing = {} if overwrite else {k: _existing_report(evaluations[k], folders[k]) for k in CLIPS}
+    _common_metrics([report for report in existing.values() if report])
     reports = []
     for k in CLIPS:
         report = existing.get(k)
@@ -94,7 +97,7 @@ def _sweep(evaluation: "Evaluation", folder: Path, folders: dict[int, Path], ove
 
 
 def _existing_report(evaluation: "Evaluation", folder: Path) -> Report | None:
-    """Returns the report in a folder if one exists. Raises `UserError` if its settings differ."""
+    """Returns the report in a folder if one exists. Raises `UserError` if its settings or its samples differ."""
     if not (folder / RESULTS_NAME).is_file():
         return None
     report = read_report(folder)
@@ -104,12 +107,29 @@ def _existing_report(evaluation: "Evaluation", folder: Path) -> Report | None:
             f"{folder} has a report with other settings ({', '.join(differing)}); choose another --output, or repeat "
             "all evaluations with --overwrite"
         )
+    if sample_of(report.results) != "video":
+        raise UserError(
+            f"{folder / RESULTS_NAME} must be the report of videos, got one of key frames; repeat all evaluations with "
+            "--overwrite"
+        )
     return report
+
+
+def _common_metrics(reports: Sequence[Report]) -> tuple[str, ...]:
+    """Returns the metrics to plot. Raises `UserError` if the reports have different ones."""
+    found = [("map",) if "map" in report.results else ("top1", "top5") for report in reports]
+    for report, metrics in zip(reports, found):
+        if metrics != found[0]:
+            raise UserError(
+                f"{report.folder / RESULTS_NAME} must have the metrics of {reports[0].folder / RESULTS_NAME}, "
+                f"{', '.join(found[0])}, got {', '.join(metrics)}; repeat all evaluations with --overwrite"
+            )
+    return found[0] if found else ()
 
 
 def _write(sweep: Sweep) -> None:
     rows = [report.results for report in sweep.reports]
-    metrics = ("map",) if "map" in rows[0] else ("top1", "top5")
+    metrics = _common_metrics(sweep.reports)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     header = ["clips", "views", "gmacs_per_video", *metrics]
     table = [

@@ -126,7 +126,7 @@ class _Watch:
 
     def _write_csv(self) -> None:
         metrics = [name for name in _METRICS if any(name in row for row in self.results.values())]
-        rows = [[step, *(row[name] for name in metrics)] for step, row in sorted(self.results.items())]
+        rows = [[step, *(row.get(name, "") for name in metrics)] for step, row in sorted(self.results.items())]
         write_csv(self.folder / "steps.csv", [["step", *metrics], *rows])
 
     def print_failures(self) -> None:

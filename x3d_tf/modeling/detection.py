@@ -12,11 +12,11 @@ import keras
 from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
 from x3d_tf.modeling.expansion import Expansion, as_expansion
-from x3d_tf.modeling.graph import DetectionHead, detection_graph, require_head
+from x3d_tf.modeling.graph import DetectionHead, detection_graph, require_head, require_task
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.parts import Parts
 from x3d_tf.modeling.x3d import Network, layer_name
-from x3d_tf.types import TASK_NAME_RULE, Activation, is_task_name
+from x3d_tf.types import Activation
 
 
 def build_detector(
@@ -80,7 +80,7 @@ class Detector(Network):
     ) -> None:
         require_classes(num_classes)
         require_head(head)
-        require(is_task_name(task), "task", TASK_NAME_RULE, task)
+        require_task(task, self.activation, detects=True)
         pool = options.head_pool
         require(pool == "global", "ModelOptions.head_pool", 'be "global" for a detector, which pools boxes', pool)
         inputs, parts = _inputs(keras.Input((None, None, None, 3), name="clip")), TrainableParts(options.bn_group)

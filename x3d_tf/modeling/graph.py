@@ -8,9 +8,14 @@ from typing import Literal, get_args
 from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import FC1_WIDTH, Architecture, BlockPlan, ModelOptions, pool_window, se_width
 from x3d_tf.modeling.parts import Parts, Tensor
-from x3d_tf.types import Activation
+from x3d_tf.types import TASK_NAME_RULE, Activation, is_task_name
 
 DetectionHead = Literal["full", "simple", "frame"]
+_TASK_ACTIVATIONS: dict[str, Activation] = {  # of the built-in tasks
+    "single_label": "softmax",
+    "multi_label": "sigmoid",
+    "detection": "sigmoid",
+}
 
 
 def graph(
@@ -93,6 +98,35 @@ def require_activation(activation: object) -> None:
     """Raises `UserError` unless `activation` turns logits into probabilities."""
     names = get_args(Activation)
     require(activation in names, "activation", f"be one of {', '.join(names)}", activation)
+
+
+def task_and_activation(task: str | None, activation: Activation | None) -> tuple[str, Activation]:
+    """Returns the task and the activation of a classifier; either, if it is None, follows from the other.
+
+    Without both, they are "single_label" and "softmax". The activation of a task of your own defaults to "softmax".
+    """
+    if activation is None:
+        activation = "softmax" if task is None else _TASK_ACTIVATIONS.get(task, "softmax")
+    require_activation(activation)
+    if task is None:
+        task = "single_label" if activation == "softmax" else "multi_label"
+    return task, activation
+
+
+def require_task(task: str, activation: Activation, *, detects: bool) -> None:
+    """Raises `UserError` unless the task has a valid name and, if it is built in, fits the network.
+
+    Args:
+        task: name of the task.
+        activation: activation of the network.
+        detects: whether the network is a detector.
+    """
+    require(is_task_name(task), "task", TASK_NAME_RULE, task)
+    expected = _TASK_ACTIVATIONS.get(task, activation)
+    require(activation == expected, "activation", f"be {expected!r} for the task {task}", activation)
+    if task in _TASK_ACTIVATIONS:
+        network = "a detector" if detects else "a network that classifies clips"
+        require(detects == (task == "detection"), "task", f"fit {network}", task)
 
 
 def require_head(head: object) -> None:

@@ -11,16 +11,14 @@ from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, require_window
 from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion
-from x3d_tf.modeling.graph import DetectionHead
+from x3d_tf.modeling.graph import DetectionHead, require_task
 from x3d_tf.text import check_class_name, counted
 from x3d_tf.types import (
     MAX_VIEWS,
-    TASK_NAME_RULE,
     Activation,
     Combine,
     FrameSampling,
     Storage,
-    is_task_name,
     stored_from_json,
     stored_to_json,
 )
@@ -46,7 +44,8 @@ class Metadata:
         class_names: class names, one per output; empty without a classifier.
         form: `trainable` (this package's layers, logits) or `portable` (stock Keras layers, probabilities).
         size: side of the input clip in pixels for the portable form; the training crop for the trainable form.
-        task: name of the task.
+        task: name of the task. single_label requires a classifier with softmax, multi_label one with sigmoid, and
+            detection a detector.
         activation: function from logits to probabilities; always "sigmoid" for a detector.
         stretch: whether frames are resized to squares, ignoring the aspect ratio, before they are cropped.
         detection_head: "full", "simple" or "frame" for a detector; None for a classifier.
@@ -89,11 +88,11 @@ class Metadata:
         require(len(self.class_names) == expected, "class_names", f"have {expected} entries", len(self.class_names))
         for number, name in enumerate(self.class_names):
             check_class_name(name, f"class_names[{number}]")
-        require(is_task_name(self.task), "task", TASK_NAME_RULE, self.task)
         detects = self.detection_head is not None
         require(self.include_top or not detects, "detection_head", "be None without a classifier", self.detection_head)
         is_sigmoid = not detects or self.activation == "sigmoid"
         require(is_sigmoid, "activation", "be 'sigmoid' for a detector", self.activation)
+        require_task(self.task, self.activation, detects=detects)
         is_valid_sampling = not detects or self.frame_sampling == "slowfast"
         require(is_valid_sampling, "frame_sampling", "be 'slowfast' for a detector", self.frame_sampling)
         require(1 <= self.test_views <= MAX_VIEWS, "test_views", f"be in 1..{MAX_VIEWS}", self.test_views)

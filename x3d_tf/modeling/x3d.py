@@ -9,11 +9,11 @@ from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
 from x3d_tf.modeling.cost import Cost, cost
 from x3d_tf.modeling.expansion import Expansion, as_expansion, name_of
-from x3d_tf.modeling.graph import DetectionHead, graph, require_activation
+from x3d_tf.modeling.graph import DetectionHead, graph, require_task, task_and_activation
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.layers import RequireWindow
 from x3d_tf.modeling.parts import Parts
-from x3d_tf.types import TASK_NAME_RULE, Activation, ClipSpec, Combine, FrameSampling, Storage, is_task_name
+from x3d_tf.types import Activation, ClipSpec, Combine, FrameSampling, Storage
 
 
 def build_x3d(
@@ -21,7 +21,7 @@ def build_x3d(
     num_classes: int = 400,
     *,
     include_top: bool = True,
-    activation: Activation = "softmax",
+    activation: Activation | None = None,
     task: str | None = None,
     options: ModelOptions | None = None,
     name: str | None = None,
@@ -33,7 +33,8 @@ def build_x3d(
         num_classes: number of outputs of the classifier.
         include_top: False stops before fc1: the output is then pool5, (N, channels).
         activation: "softmax" for networks that choose one class, "sigmoid" for networks that decide on each class by
-            itself. `portable` turns logits into probabilities with it; the network itself returns logits.
+            itself. `portable` turns logits into probabilities with it; the network itself returns logits. Defaults to
+            "sigmoid" for the task "multi_label", otherwise to "softmax".
         task: name of the task, for the metadata. Defaults to "single_label" for softmax and "multi_label" for sigmoid.
         options: what the factors do not determine. Defaults to `ModelOptions()`.
         name: name of the model. Defaults to the name of the variant.
@@ -44,6 +45,7 @@ def build_x3d(
 
     Raises:
         ValueError, TypeError: an unknown variant, or a value of the wrong type or out of range.
+        UserError: the activation or this kind of network does not fit the task.
 
     Example:
         >>> model = build_x3d("x3d_m", num_classes=10, options=ModelOptions(drop_connect=0.1))
@@ -133,16 +135,15 @@ class X3D(Network):
         options: ModelOptions,
         *,
         include_top: bool = True,
-        activation: Activation = "softmax",
+        activation: Activation | None = None,
         task: str | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         require_classes(num_classes)
         require(isinstance(include_top, bool), "include_top", "be True or False", include_top)
-        require_activation(activation)
-        task = task or ("single_label" if activation == "softmax" else "multi_label")
-        require(is_task_name(task), "task", TASK_NAME_RULE, task)
+        task, activation = task_and_activation(task, activation)
+        require_task(task, activation, detects=False)
         clips = keras.Input((None, None, None, 3), name="clip")
         pools_windows = include_top and options.head_pool != "global"
         outputs = graph(

@@ -100,6 +100,7 @@ class Task(Protocol):
         name: the name by which settings, model files and results refer to the task.
         annotations: the kinds of annotation that its records may have; see `Manifest.task`.
         sample: noun for what a record is, such as "video" or "key frame".
+        sweeps: whether an evaluation can use any number of clips per video, as `evaluate --sweep` does.
         prediction_flags: the flags of the predict command that apply, besides --model, --csv and --overwrite.
     """
 
@@ -111,6 +112,9 @@ class Task(Protocol):
 
     @property
     def sample(self) -> str: ...
+
+    @property
+    def sweeps(self) -> bool: ...
 
     @property
     def prediction_flags(self) -> tuple[str, ...]: ...

@@ -42,10 +42,14 @@ class ClipTask:
     annotations: tuple[str, ...] = ("single_label", "multi_label")
     activation: "Activation" = "softmax"
     sample = "video"
+    sweeps = True
     prediction_flags: tuple[str, ...] = ("views", "window", "hop", "json", "contact_sheet")
 
     def make_example(self) -> "MakeExample | None":
-        """Returns the function that makes the clip and the target; None for the labels of the records."""
+        """Returns the function that makes the clip and the target; None for the labels of the records.
+
+        `data.input_pipeline.MakeExample` states its arguments and what the target may depend on.
+        """
         return None
 
     def class_weights(self, config: "TrainConfig", manifest: "Manifest") -> Any:
@@ -182,6 +186,8 @@ class ClipTask:
 
     def check_evaluation(self, network: "Metadata | Network", settings: "EvalConfig", manifest: "Manifest") -> None:
         require_annotations(manifest, self.annotations)
+        rule = f"be {self.activation!r} for the task {self.name}"
+        require(network.activation == self.activation, "the activation of the network", rule, network.activation)
         settings.check_crops(network.stretch)
         known = set(network.class_names)
         unknown = [name for name in self.classes(manifest) if name not in known]

@@ -34,6 +34,7 @@ class Detection:
     name = "detection"
     annotations = ("detection",)
     sample = "key frame"
+    sweeps = False
     prediction_flags = ("boxes", "person_detector", "box_score", "action_score", "draw", "starts_at")
 
     def check(self, config: "TrainConfig", manifest: "Manifest") -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from x3d_tf import plots
 from x3d_tf.config import TrainConfig
-from x3d_tf.errors import UserError
+from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
@@ -61,7 +61,7 @@ class History:
         """Writes a row for `step` with the metrics since the last row, and returns a summary for the progress bar.
 
         Raises:
-            UserError: a loss is not finite.
+            UserError: a loss or another metric is not finite.
         """
         values = {name: np.concatenate([call[name].numpy() for call in self.pending]) for name in self.pending[0]}
         losses = values["loss"]
@@ -72,6 +72,9 @@ class History:
                     f"Recipe.learning_rate (now {self.config.recipe.learning_rate}) or a higher "
                     f"Recipe.warmup_fraction; earlier checkpoints, if any, are in {self.run.checkpoints}"
                 )
+        for metric in self.metrics:
+            for offset, value in enumerate(values[metric.name], start=step - len(losses) + 1):
+                require(math.isfinite(value), f"{metric.name} at step {offset}", "be finite", float(value))
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
         row = {
             "step": step,
