@@ -184,3 +184,16 @@ def test_columns_of_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == ""
     assert run.read_history(["box_top1"], []) == []
     assert "history.csv is damaged after row 0" in capsys.readouterr().err
+
+
+def test_a_run_resumes_without_naming_the_default_splits(tmp_path: Path) -> None:
+    """Training fills in the splits of the records; the command that started the run does not name them."""
+    run = RunFolder(tmp_path / "run")
+    assert run.with_default_splits(CONFIG) is CONFIG  # a new run
+    found = DatasetSpec(records="somewhere", eval_split="val", validation_split="val")
+    run.open(replace(CONFIG, dataset=found), {})
+    (run.root / "checkpoints").mkdir()
+    (run.root / "checkpoints" / "ckpt-40.index").touch()
+    assert run.check(run.with_default_splits(CONFIG))
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        run.check(run.with_default_splits(replace(CONFIG, seed=1)))

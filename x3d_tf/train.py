@@ -68,7 +68,7 @@ def main() -> None:
 
 def _check_paths(config: TrainConfig, run: RunFolder) -> None:
     """Checks paths, records and initial weights before importing TensorFlow, which takes seconds."""
-    run.check(config)
+    run.check(run.with_default_splits(config))
     if not run.has_checkpoint:
         check_initial_weights(config)
     if config.task is not None:

@@ -5,10 +5,12 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from x3d_tf import csv_files
 from x3d_tf.config import TrainConfig
+from x3d_tf.data.datasets.spec import with_default_splits
 from x3d_tf.errors import UserError
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited, temporary_path
 from x3d_tf.locks import locked
@@ -121,6 +123,17 @@ class RunFolder:
             return TrainConfig.from_json(read_limited(self.config, SMALL).decode())
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{self.config}: {error}") from error
+
+    def with_default_splits(self, config: TrainConfig) -> TrainConfig:
+        """Returns the configuration with the default splits that the run was started with.
+
+        They are those of its records, which may have been deleted since. Returns `config` itself for a new run.
+        """
+        if not self.config.is_file():
+            return config
+        used = self.read_config().dataset
+        names = {used.train_split, used.eval_split, used.validation_split or used.train_split}
+        return replace(config, dataset=with_default_splits(config.dataset, names))
 
     def update_config(self, config: TrainConfig) -> None:
         """Rewrites `config.json` if paths in the configuration have changed, so that evaluations use the new ones."""

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import hold_out, open_for_training, validation_split, with_default_splits
+from x3d_tf.data.datasets.spec import hold_out, open_for_training, validation_split
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import input_contract
@@ -73,9 +73,7 @@ def train(
     if not run.has_checkpoint:
         check_initial_weights(config)  # before the records are built
     if run.config.is_file() and run.model.is_file():  # nothing is written, so no lock is needed
-        used = run.read_config().dataset  # not from the manifest: the records may have been deleted
-        names = {used.train_split, used.eval_split, used.validation_split or used.train_split}
-        run.open(replace(config, dataset=with_default_splits(config.dataset, names)), {})
+        run.open(run.with_default_splits(config), {})  # not from the manifest: the records may have been deleted
         print(f"{run.root} is already finished ({run.model} exists)")
         return run
     with run.training():
