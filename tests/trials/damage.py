@@ -105,7 +105,7 @@ def checkpoint_reader(config: str, workdir: str) -> Callable[[bool], dict[str, A
     run = RunFolder(workdir)
     run.model.unlink(missing_ok=True)  # left by a killed worker; with it, training would have nothing to do
     train(gin_config.parse([config]).config, workdir)
-    checkpoints, arguments = created[-1]
+    restorer, arguments = created[-1]
     variables = list(_variables(arguments, keras.Model))
 
     def state() -> str:
@@ -115,7 +115,7 @@ def checkpoint_reader(config: str, workdir: str) -> Callable[[bool], dict[str, A
         for variable in variables:
             variable.assign(variable * 0)
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            restored = outcome_of(checkpoints.restore)
+            restored = outcome_of(restorer.restore)
 
         def loaded() -> str:
             weights = checkpoints.load_checkpoint(run, NEWEST).get_weights()
