@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from video_fixtures import noise_video, write_records
+from video_fixtures import noise_video, write_small_shards
 
 from x3d_tf import build_records
 from x3d_tf.crc32c import crc32c
-from x3d_tf.data.records import frames, index
+from x3d_tf.data.records import frames
 from x3d_tf.data.records.format import RecordSource, encode_record, parse_record
 from x3d_tf.data.records.frames import (
     IndexResult,
@@ -31,9 +31,7 @@ from x3d_tf.types import Annotation
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
-    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
-    videos = [noise_video(seed, 3 + seed) for seed in range(5)]
-    return write_records(tmp_path / "records", {"train": videos[:3], "test": videos[3:]})
+    return write_small_shards(tmp_path / "records", monkeypatch)
 
 
 def test_frames_are_those_of_the_complete_record(records: Manifest) -> None:

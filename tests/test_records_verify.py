@@ -5,18 +5,15 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from video_fixtures import noise_video, write_manifest, write_records
+from video_fixtures import write_manifest, write_small_shards
 
-from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.verify import verify_records
 
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
-    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
-    videos = [noise_video(seed, 3 + seed) for seed in range(5)]
-    return write_records(tmp_path / "records", {"train": videos[:3], "test": videos[3:]})
+    return write_small_shards(tmp_path / "records", monkeypatch)
 
 
 def test_intact_records_are_verified(records: Manifest) -> None:

@@ -8,16 +8,20 @@ import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 
 from x3d_tf.data.building.encoding import encode_or_error
 from x3d_tf.data.building.sources import Video
+from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest, checksum
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_jpeg
 from x3d_tf.types import AnnotationKind, Storage
+
+if TYPE_CHECKING:  # the trials use this module without pytest
+    import pytest
 
 BY_DEFAULT = Storage(256, 95)  # default of build_records
 
@@ -326,3 +330,10 @@ class DiesAtStart:
 
     def __call__(self, video: Video) -> EncodedVideo | VideoError:
         raise NotImplementedError
+
+
+def write_small_shards(folder: Path, monkeypatch: "pytest.MonkeyPatch") -> Manifest:
+    """Writes records of five noise videos of 3 to 7 frames: three in train and two in test, two videos per shard."""
+    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
+    videos = [noise_video(seed, 3 + seed) for seed in range(5)]
+    return write_records(folder, {"train": videos[:3], "test": videos[3:]})
