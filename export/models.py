@@ -5,28 +5,28 @@ import hashlib
 import re
 import unicodedata
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import x3d_tf
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.sampling import FrameSampling, input_contract
-from x3d_tf.errors import require
+from x3d_tf.data.sampling import FrameSampling
+from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
 from x3d_tf.modeling.archive import model_file
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.keras_parts import MEAN, STD
-from x3d_tf.modeling.saving import load, load_classifier
+from x3d_tf.modeling.saving import load
 from x3d_tf.modeling.x3d import Network, cost_of
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.tasks.base import Task, find
 from x3d_tf.text import counted
 from x3d_tf.types import ViewSpec
 
 _LONGEST_NAME = 100  # bytes; leaves space for the format, the suffix and the mark of a temporary file
 _METRICS = ("top1", "top5", "map")  # copied from the reports to the card
-_BOX_OUTPUT = "an independent score for each box and action; boxes are x1, y1, x2, y2, relative to the clip in 0..1"
-_OUTPUTS = {"softmax": "probabilities that sum to 1", "sigmoid": "an independent probability for each class"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class ExportableModel:
 
     Attributes:
         path: run folder or `.keras` file that the model was loaded from.
-        model: trainable network with its classifier, or a detector.
+        model: trainable network with its classifier.
         class_names: one name per output.
         run: settings of the run; None if `path` is not a run folder with settings.
     """
@@ -55,6 +55,16 @@ class ExportableModel:
         given = self.path.resolve().name if self.path.is_dir() else self.path.stem
         name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", given)).lstrip(".-")
         return name.encode()[:_LONGEST_NAME].decode(errors="ignore") or self.model.name
+
+    @property
+    def task(self) -> Task:
+        """The task of the network."""
+        return find(self.model.task)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the network's inputs: "clip", and those that its head takes besides, such as "boxes"."""
+        return tuple(self.model.input) if isinstance(self.model.input, dict) else ("clip",)
 
     @property
     def frame_sampling(self) -> FrameSampling:
@@ -88,11 +98,11 @@ class ExportableModel:
             "created_by": f"x3d_tf {x3d_tf.__version__}",
             "task": model.task,
             "input": {
-                **input_contract(model),
+                **self.task.input_contract(model),
                 "shape": [batch or "N", clip.frames, model.eval_size, model.eval_size, 3],
                 "normalisation": f"inside the model: (value - {MEAN:g}) / {STD:g}",
             },
-            "output": _OUTPUTS[model.activation] if model.head is None else _BOX_OUTPUT,
+            "output": self.task.output,
             "classes": list(self.class_names),
             "expansion": dataclasses.asdict(model.expansion),
             "options": dataclasses.asdict(model.options),
@@ -122,22 +132,30 @@ class ExportableModel:
         }
 
 
-def open_model(path: str | Path, *, detectors: bool = False) -> ExportableModel:
+def open_model(path: str | Path, *, inputs: Collection[str] = ("clip",)) -> ExportableModel:
     """Loads a model for export. Warns if its classes have no names.
 
     Args:
         path: run folder, or `.keras` file saved by this package.
-        detectors: whether detectors are accepted.
+        inputs: names of the inputs that the exporter supports; see `ExportableModel.inputs`.
 
     Raises:
-        UserError: the file does not exist or was not saved by this package; the network has no classifier; the network
-            is a detector and `detectors` is false; the run is damaged.
+        UserError: the file does not exist or was not saved by this package; the network has no classifier or another
+            input; no task has the name of its task; the run is damaged.
     """
     path = Path(path)
-    model = load(path) if detectors else load_classifier(path)
+    model = load(path)
+    find(model.task)
     require(model.include_top, f"the network in {path}", "have a classifier (include_top=True)")
     names = model.class_names
     if names == tuple(str(number) for number in range(len(names))):
         warnings.warn(f"{path} has no class names: {counted(len(names), 'class')} numbered from 0", stacklevel=2)
     run = RunFolder(path)
-    return ExportableModel(path, model, names, run.read_config() if run.config.is_file() else None)
+    source = ExportableModel(path, model, names, run.read_config() if run.config.is_file() else None)
+    others = [name for name in source.inputs if name not in inputs]
+    if others:
+        raise UserError(
+            f"{path} has the input {others[0]} besides the clip, which this format does not support; export it as a "
+            "SavedModel"
+        )
+    return source

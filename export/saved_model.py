@@ -61,7 +61,7 @@ def main() -> None:
         from .models import open_model
 
     tell(f"loading {FLAGS.model}")
-    source = open_model(FLAGS.model, detectors=True)
+    source = open_model(FLAGS.model, inputs=("clip", "boxes"))
     tell(f"exporting the network to {output}")
     folder = export_saved_model(source, output, FLAGS.version, overwrite=FLAGS.overwrite, device=FLAGS.device)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

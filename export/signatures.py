@@ -58,7 +58,8 @@ class ServedNetwork(tf.Module):
 
 def signatures_of(source: ExportableModel, labels: Path, device: Device = "cpu") -> ServedNetwork:
     """Returns the signatures that suit the inputs of the network. The arguments are those of `ClassifierSignatures`."""
-    return (ClassifierSignatures if source.model.head is None else DetectorSignatures)(source, labels, device)
+    kinds = {("clip",): ClassifierSignatures, ("boxes", "clip"): DetectorSignatures}
+    return kinds[tuple(sorted(source.inputs))](source, labels, device)
 
 
 class ClassifierSignatures(ServedNetwork):

@@ -150,6 +150,11 @@ def test_advice_states_the_numbers_and_its_binding_fixes_them(
     assert advice_for(manifest, files, sides, bindings) == []
 
 
+def test_one_class_is_reported() -> None:
+    (text,) = advice_for(records([(5.0, 24)], classes=(24,)), FEW, [96])
+    assert "only one class" in text
+
+
 def test_every_problem_is_reported() -> None:
     texts = advice_for(records([(1.0, 12)], classes=(11, 1)), X3D_L, [128], ("Recipe.steps=4000",))
     assert [[binding.partition("=")[0] for binding in bindings_in(text)] for text in texts] == [

@@ -189,7 +189,7 @@ def test_file_names_of_all_kinds(tmp_path: Path) -> None:
         paths = [row["path"] for row in csv.DictReader(table)]
     assert {path.rpartition("/")[2] for path in paths} == {r"bad \udcff.mp4", 'bad ",\n.mp4'}
     assert [len(path) > 30 for path in paths] == [True, True]
-    assert any("Only one class" in line for line in summary(result))
+    assert summary(result)[0].endswith(": 1 class, task single_label")
     assert build_records(Inputs(videos=tmp_path / "in"), tmp_path / "out", progress=False).was_finished
 
 
@@ -209,7 +209,7 @@ def test_a_csv_file_of_segments_with_several_classes(clips: Path, tmp_path: Path
     assert reasons["clip 4.mp4"] == "ends before the start time 5.0 s"
     assert result.failures == len(reasons) == 3  # the broken file once
     lines = "\n".join(summary(result))
-    assert "3 classes, multi-label" in lines
+    assert "3 classes, task multi_label" in lines
     assert "train has no video for 1 class: jump" in lines
 
 

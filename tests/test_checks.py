@@ -10,7 +10,7 @@ from x3d_tf.config import Execution, Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
 from x3d_tf.modeling.architecture import ModelOptions
-from x3d_tf.training.checks import check_run, fitting_batch
+from x3d_tf.training.checks import check_batch, check_records, fitting_batch
 
 
 def config_of(batch: int, accumulation: int = 1, group: int = 8) -> TrainConfig:
@@ -25,7 +25,8 @@ def config_of(batch: int, accumulation: int = 1, group: int = 8) -> TrainConfig:
 def check(config: TrainConfig, records: int, devices: int) -> None:
     task: Any = SimpleNamespace(training_records=lambda *_: range(records), check=lambda *_: None)
     manifest: Any = None
-    check_run(config, manifest, task, devices)
+    check_records(config, manifest, task)
+    check_batch(config, devices)
 
 
 def is_accepted(config: TrainConfig, devices: int) -> bool:

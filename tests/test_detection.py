@@ -144,7 +144,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("detector")
     x3d_tf.save(x3d_tf.portable(detector(), NAMES), folder / "detector.keras")
-    return export_saved_model(open_model(folder / "detector.keras", detectors=True), folder / "actions")
+    return export_saved_model(open_model(folder / "detector.keras", inputs=("clip", "boxes")), folder / "actions")
 
 
 def test_a_saved_model_gives_the_same_scores(served: Path, inputs: dict[str, np.ndarray]) -> None:
@@ -190,7 +190,7 @@ def test_other_exporters_reject_detectors(tmp_path: Path) -> None:
     from x3d_tf.export.models import open_model
 
     x3d_tf.save(x3d_tf.portable(detector(), NAMES), tmp_path / "detector.keras")
-    with pytest.raises(UserError, match="is a detector"):
+    with pytest.raises(UserError, match="has the input boxes besides the clip, which this format does not support"):
         open_model(tmp_path / "detector.keras")
 
 

@@ -21,7 +21,7 @@ from x3d_tf import plots
 from x3d_tf.config import Detection, Execution, Recipe, TrainConfig
 from x3d_tf.data.ava_files import KeyFrame, read_boxes
 from x3d_tf.data.datasets.spec import DatasetSpec
-from x3d_tf.data.detection_pipeline import key_frames_of
+from x3d_tf.data.key_frames import key_frames_of
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.detection import score_split
@@ -33,7 +33,7 @@ from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.saving import load_detector
 from x3d_tf.tasks.base import find
 from x3d_tf.training import forward
-from x3d_tf.training.checks import check_run
+from x3d_tf.training.checks import check_records
 from x3d_tf.training.loop import train
 from x3d_tf.training.schedule import build_schedule
 from x3d_tf.training.step import TrainStep
@@ -372,7 +372,7 @@ def test_without_annotated_boxes_training_does_not_start(folder: Path, tmp_path:
     for validated in (None, "test"):
         dataset = DatasetSpec(str(folder / "records"), validation_split=validated)
         with pytest.raises(UserError, match=message):
-            check_run(config_of(folder, dataset=dataset), manifest, find("detection"), devices=1)
+            check_records(config_of(folder, dataset=dataset), manifest, find("detection"))
 
 
 def test_checkpoints_of_a_detector_are_evaluated(run: Any) -> None:

@@ -19,8 +19,9 @@ import x3d_tf
 from x3d_tf import build_records
 from x3d_tf.data.datasets.ava import find_key_frames
 from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
-from x3d_tf.data.detection_pipeline import evaluation_key_frames, key_frames_of
+from x3d_tf.data.detection_pipeline import evaluation_key_frames
 from x3d_tf.data.detection_pipeline import training_key_frames as train_clips
+from x3d_tf.data.key_frames import key_frames_of
 from x3d_tf.data.records.format import ParsedAnnotation, parse_annotation, parse_record
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.verify import verify_records
@@ -279,7 +280,7 @@ def test_the_command(
         f"--label_map={folder / 'actions.pbtxt'}",
     )
     assert done.returncode == 0, done.stderr
-    assert "4 classes for boxes on key frames" in done.stdout and "train: 4 key frames" in done.stdout
+    assert "4 classes, task detection" in done.stdout and "train: 4 key frames" in done.stdout
     assert "train has no box for 1 class: action 3" in done.stdout
     in_process(build_records, "--verify", f"--output={tmp_path / 'records'}")
     assert "train: 4 videos" in capsys.readouterr().out

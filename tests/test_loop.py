@@ -24,13 +24,11 @@ import x3d_tf
 from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.data.sampling import input_contract
+from x3d_tf.data.sampling import clip_contract
 from x3d_tf.files import WriteError
 from x3d_tf.runs.checkpoints import Checkpoints, checkpoint_steps, load_checkpoint
 from x3d_tf.runs.run_folder import RunFolder
-from x3d_tf.tasks.base import find
 from x3d_tf.training import loop
-from x3d_tf.training.checks import check_run
 from x3d_tf.training.history import History
 from x3d_tf.training.loop import train
 from x3d_tf.training.step import TrainStep
@@ -91,7 +89,7 @@ def test_the_run_folder_is_complete(finished: RunFolder, records: Path) -> None:
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
     assert rows[-1]["epoch"] == 60  # one step per epoch
     assert len(list(finished.checkpoints.glob("*.index"))) == 2
-    assert json.loads(finished.input.read_text()) == input_contract(x3d_tf.load(finished.root))
+    assert json.loads(finished.input.read_text()) == clip_contract(x3d_tf.load(finished.root))
 
 
 def test_the_model_states_what_it_was_trained_on(finished: RunFolder) -> None:
@@ -101,10 +99,22 @@ def test_the_model_states_what_it_was_trained_on(finished: RunFolder) -> None:
     assert json.loads(finished.input.read_text())["stored"] == {"short_side": 256, "jpeg_quality": 95}
 
 
-def test_a_finished_run_is_left_alone(finished: RunFolder, records: Path) -> None:
+def test_a_finished_run_is_left_alone(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     before = finished.model.stat().st_mtime_ns
-    train(config_of(records), finished.root)
+    train(config_of(Path("deleted")), finished.root)
     assert finished.model.stat().st_mtime_ns == before
+    assert "is already finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"other settings: .*seed was 0, now 7"):
+        train(config_of(Path("deleted"), seed=7), finished.root)
+
+
+def test_the_records_are_opened_once(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    load = Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda folder: opened.append(folder) or load(folder))
+    monkeypatch.setattr(loop, "_train", lambda *_: None)
+    train(config_of(records), tmp_path / "run")
+    assert opened == [str(records)]
 
 
 def test_the_report_says_what_was_measured(finished: RunFolder) -> None:
@@ -165,20 +175,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(records: Path, tmp_path: Path) 
     ):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "model.keras").exists()
-
-
-@pytest.mark.parametrize(
-    ("batch", "group", "message"),
-    [(12, 8, "multiple of ModelOptions.bn_group = 8 clips per device, or fewer than that"), (7, 8, None)],
-)
-def test_batch_and_groups_are_checked_first(records: Path, batch: int, group: int, message: str | None) -> None:
-    recipe = Recipe(batch=batch, reference_batch=batch, steps=2, warmup_fraction=0)
-    config = config_of(records, recipe=recipe, model=x3d_tf.ModelOptions(bn_group=group))
-    if message is None:
-        check_run(config, Manifest.load(records), find("single_label"), devices=1)
-    else:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            check_run(config, Manifest.load(records), find("single_label"), devices=1)
 
 
 def test_a_damaged_record_is_reported(records: Path, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from training_steps import CLASSES, batches, config_of, make
 
-from x3d_tf.losses import SigmoidLoss, SoftmaxLoss, balancing_weights
+from x3d_tf.losses import SigmoidLoss, SoftmaxLoss
+from x3d_tf.tasks.classification import balancing_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -115,7 +115,7 @@ def test_an_export_is_named_after_the_run_or_the_file(given: str, expected: str,
 def test_the_name_of_a_folder_is_resolved(
     run: Path, source: ExportableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load_classifier", lambda path: source.model)  # saves loading it three times
+    monkeypatch.setattr(models, "load", lambda path: source.model)  # saves loading it three times
     (tmp_path / "latest").symlink_to(run)
     assert open_model(tmp_path / "latest").name == "mine"
     monkeypatch.chdir(run)

@@ -14,7 +14,7 @@ from test_docs import blocks
 from video_fixtures import with_cover, write_video
 
 import x3d_tf
-from x3d_tf.data.sampling import input_contract
+from x3d_tf.data.sampling import clip_contract
 from x3d_tf.data.video.decode import probe
 from x3d_tf.types import Storage
 
@@ -81,7 +81,7 @@ def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     run.mkdir(parents=True)
     x3d_tf.save(x3d_tf.portable(model, NAMES), run / "model.keras")
     (run / "labels.txt").write_text("".join(f"{name}\n" for name in NAMES), encoding="utf-8")
-    (run / "input.json").write_text(json.dumps(input_contract(model)))
+    (run / "input.json").write_text(json.dumps(clip_contract(model)))
     return model
 
 

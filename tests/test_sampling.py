@@ -13,9 +13,10 @@ import tensorflow.experimental.numpy as tnp
 
 import x3d_tf
 from x3d_tf.data.sampling import (
+    clip_contract,
     crop_offsets,
     frame_indices,
-    input_contract,
+    key_frame_contract,
     key_frame_indices,
     last_start,
     resized_shape,
@@ -162,7 +163,7 @@ def test_each_start_gives_a_row() -> None:
 def network_of(**facts: Any) -> Any:
     """Returns a network without layers, for an input contract."""
     network = VARIANTS["x3d_s"].expansion
-    known = {"expansion": network, "clip": network.clip, "head": None, "eval_size": 160, "stored": None}
+    known = {"expansion": network, "clip": network.clip, "eval_size": 160, "stored": None}
     return SimpleNamespace(
         **known | {"stretch": False, "frame_sampling": "slowfast", "test_views": 10, "combine": "mean"} | facts
     )
@@ -178,15 +179,21 @@ def network_of(**facts: Any) -> Any:
         ({"stretch": True, "test_views": 3}, {"resized": "both sides", "clips": 3}),
         ({"combine": "max"}, {"combine": "max"}),
         ({"expansion": VARIANTS["x3d_xl"].expansion}, {"decoded_short_side": 356}),
-        ({"head": "full"}, {"offsets": [*range(-39, 39, 6)], "frame_sampling": "key_frame"}),
     ],
 )
-def test_input_contract(facts: dict[str, Any], expected: dict[str, Any]) -> None:
-    contract = input_contract(network_of(**facts))
+def test_clip_contract(facts: dict[str, Any], expected: dict[str, Any]) -> None:
+    contract = clip_contract(network_of(**facts))
     assert {name: contract[name] for name in expected} == expected
-    assert ("clips" in contract) == ("prediction" in contract["rules"]) == ("head" not in facts)
     json.dumps(contract)
     assert set(contract["rules"]) - {"fps", "span", "prediction"} <= set(contract)
+
+
+def test_key_frame_contract() -> None:
+    contract = key_frame_contract(network_of())
+    assert (contract["offsets"], contract["frame_sampling"]) == ([*range(-39, 39, 6)], "key_frame")
+    assert not {"clips", "combine"} & set(contract) and "prediction" not in contract["rules"]
+    json.dumps(contract)
+    assert set(contract["rules"]) - {"fps", "span"} <= set(contract)
 
 
 def test_unknown_values_are_errors() -> None:

@@ -61,7 +61,7 @@ from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.runs.advice import advice
 from x3d_tf.startup import starting_tensorflow
-from x3d_tf.tasks.base import find
+from x3d_tf.tasks.base import Task, find
 from x3d_tf.terminal import one_line
 from x3d_tf.text import binding_flag, counted
 from x3d_tf.training.checks import fitting_batch
@@ -71,8 +71,6 @@ FLAGS = flags.FLAGS
 _PATHS = ("videos", "csv", "label_map", "classes")
 _FILES_BY_SPLIT = ("lists", "boxes", "proposals", "exclusions")
 _NUMBERS = ("starts_at", "frame_rate", "split", "seed")
-_DETECTOR_BATCH = 64  # clips at most: the recipe's batch is for several GPUs
-_X3D_S_MIN_SHORT_SIDE = 182  # pixels: X3D-S upscales smaller frames, which adds nothing
 
 
 def define_flags() -> None:
@@ -233,15 +231,12 @@ def _verify() -> None:
 
 def summary(result: BuildResult) -> list[str]:
     """Returns lines that list what a build wrote, problems with it, and the command to run next."""
-    manifest = result.manifest
-    detects = manifest.task == "detection"
-    labels = {"multi_label": ", multi-label", "detection": " for boxes on key frames"}.get(manifest.task, "")
-    kind, thing = ("key frame", "box") if detects else ("video", "video")
+    manifest, task = result.manifest, find(result.manifest.task)
     done = "; the build was already complete" if result.was_finished else ""
-    lines = [f"{manifest.folder}: {counted(len(manifest.classes), 'class')}{labels}{done}"]
+    lines = [f"{manifest.folder}: {counted(len(manifest.classes), 'class')}, task {task.name}{done}"]
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
-        records, shards = counted(len(split.records), kind), counted(len(split.shards), "shard")
+        records, shards = counted(len(split.records), task.sample), counted(len(split.shards), "shard")
         lines.append(f"  {name}: {records}, {size / 1e6:.1f} MB in {shards}")
         if split.expected is not None and split.present != split.expected:
             listed = counted(split.expected, "video")
@@ -249,50 +244,42 @@ def summary(result: BuildResult) -> list[str]:
         present = {label for record in split.records for label in record.labels}
         missing = [label for number, label in enumerate(manifest.classes) if number not in present]
         if missing:
-            lines.append(
-                f"  {name} has no {thing} for {counted(len(missing), 'class')}: {one_line(first_few(missing))}"
-            )
-    if len(manifest.classes) == 1 and manifest.task == "single_label":
-        lines.append("  Only one class: there is nothing to classify.")
+            classes = counted(len(missing), "class")
+            lines.append(f"  {name} has no {task.sample} for {classes}: {one_line(first_few(missing))}")
     if result.failures:
-        failures = counted(result.failures, "video or key frame" if detects else "file")
-        lines.append(f"  skipped: {failures}; {manifest.folder / FAILURES_NAME} lists the reasons")
+        where = manifest.folder / FAILURES_NAME
+        lines.append(f"  skipped: {counted(result.failures, 'source')}; {where} lists the reasons")
     if result.to_retry:
         why = "exceeded --timeout or changed while being read; run the same command again to retry"
-        lines.append(f"  of these, {counted(result.to_retry, thing)} {why}")
-    return [*lines, *_training_command(manifest, detects)]
+        lines.append(f"  of these, {counted(result.to_retry, 'video')} {why}")
+    return [*lines, *_training_command(manifest, task)]
 
 
-def _training_command(manifest: Manifest, detects: bool) -> list[str]:
+def _training_command(manifest: Manifest, task: Task) -> list[str]:
     """Returns the command that trains on the records, with warnings about them."""
-    names = list(manifest.splits)
+    names, suggestion = list(manifest.splits), task.suggestion(manifest)
     if len(names) == 1:
-        flag = "another --boxes=SPLIT=FILE" if detects else "--split=0.2 or --splits"
-        return [f"Training also needs a test split: build again with {flag}."]
-    default_eval_split = "val" if detects else "test"
+        return [
+            "Training also needs a test split: build again with --split=0.2 or --splits, or with another list of the "
+            "data set, such as --boxes=SPLIT=FILE."
+        ]
+    config = gin_config.parse(suggestion.gin_files).config
     bindings: dict[str, str | int] = {"DatasetSpec.records": str(manifest.folder)}
     if not {"train", "val"} <= set(names):  # training finds these two by their names
         bindings |= {"DatasetSpec.train_split": names[0]} if names[0] != "train" else {}
-        bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 and not detects else {}
-        bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != default_eval_split else {}
-    recipes = ["gin/x3d_s.gin", "gin/data/records.gin"]
-    intro = "Train on them with:"
-    if detects:
-        recipes = ["gin/ava/x3d_m_v2.2.gin"]
-        intro = "Train on them from Kinetics weights (TrainConfig.init; without it from random weights) with:"
-        bindings["TrainConfig.init"] = "runs/x3d_m_kinetics"
-    elif manifest.stored.short_side < _X3D_S_MIN_SHORT_SIDE:
-        recipes = ["gin/few_videos.gin"]
-    config = gin_config.parse(recipes).config
+        bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 else {}
+        bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != config.dataset.eval_split else {}
+    bindings |= suggestion.bindings
     config = replace(config, dataset=replace(config.dataset, train_split=names[0]))
-    records = len(find(manifest.task).training_records(manifest, names[0]))
-    wanted = min(config.recipe.batch, _DETECTOR_BATCH) if detects else config.recipe.batch
-    batch = fitting_batch(config, min(wanted, records))
-    if batch not in (0, config.recipe.batch):
+    records, recipe = len(task.training_records(manifest, names[0])), config.recipe
+    batch = fitting_batch(config, min(recipe.batch, suggestion.largest_batch or recipe.batch, records))
+    if batch not in (0, recipe.batch):
         bindings["Recipe.batch"] = batch
-        config = replace(config, recipe=replace(config.recipe, batch=batch))
-    flags_ = [f"--gin_file={file}" for file in recipes] + [binding_flag(*binding) for binding in bindings.items()]
+        config = replace(config, recipe=replace(recipe, batch=batch))
+    flags_ = [f"--gin_file={file}" for file in suggestion.gin_files]
+    flags_ += [binding_flag(*binding) for binding in bindings.items()]
     run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
+    intro = f"Train on them{suggestion.note} with:"
     return [*_advice(manifest, config), intro, f"  python -m x3d_tf.train {' '.join(flags_)} {run}"]
 
 

@@ -1,6 +1,5 @@
 """Losses of logits, with the metrics of a training step."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,16 +99,3 @@ def _top_class_is_right(logits: Any, labels: Any) -> Any:
     """Returns 1 where the top-scoring class is among the labels, else 0; reduces the last axis."""
     best = tf.argmax(logits, axis=-1, output_type=tf.int32)
     return tf.gather(labels, best, axis=-1, batch_dims=len(logits.shape) - 1)
-
-
-def balancing_weights(labels: Sequence[int], classes: int) -> np.ndarray:
-    """Returns loss factors that give all classes equal weight, with mean 1 over the clips; float32 [classes].
-
-    Args:
-        labels: the class of each training video.
-        classes: number of classes. A class without videos gets the factor 0.
-    """
-    counts = np.bincount(labels, minlength=classes)
-    present = int(np.count_nonzero(counts))
-    weights = np.divide(len(labels), counts * present, out=np.zeros(classes), where=counts > 0)
-    return weights.astype(np.float32)

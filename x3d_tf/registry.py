@@ -52,7 +52,7 @@ class Registry(Generic[_T]):
 
         Raises:
             UserError: no object has the name (the message lists the names), two objects have the same name, or the
-                object of an entry point has another name than the entry point.
+                object of an entry point cannot be imported or has another name than the entry point.
         """
         loaders = self._loaders()
         if name not in loaders:
@@ -81,8 +81,11 @@ class Registry(Generic[_T]):
 
     def _load(self, point: EntryPoint) -> _T:
         """Returns the object of an entry point after checking that both have the same name."""
-        item = point.load()
         where = f"the {self._kind} {point.value} of an installed package"
+        try:
+            item = point.load()
+        except Exception as error:  # a package can raise anything
+            raise UserError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
         name = getattr(item, "name", None)
         require(name == point.name, where, f"have the name of its entry point, {point.name!r}", name)
         return cast(_T, item)

@@ -29,8 +29,9 @@ from x3d_tf.data.input_pipeline import (
     replica_share,
     training_positions,
 )
+from x3d_tf.data.key_frames import key_frames_of
 from x3d_tf.data.records.format import NO_LABEL, ParsedAnnotation, ParsedRecord, parse_annotation
-from x3d_tf.data.records.index import KeyFrameInfo, with_labels
+from x3d_tf.data.records.index import with_labels
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import STRIDE_FPS, key_frame_indices
 from x3d_tf.errors import UserError, require
@@ -208,22 +209,6 @@ def _resize(pixels: tf.Tensor, boxes: tf.Tensor, short_side: tf.Tensor) -> tuple
     before = tf.shape(pixels)[1:3]
     resized = transforms.resize(pixels, short_side)
     return resized, scale_boxes(to_pixels(boxes, before[0], before[1]), before, tf.shape(resized)[1:3])
-
-
-def key_frames_of(manifest: Manifest) -> KeyFrameInfo:
-    """Returns the properties of a manifest's key frames; raises `UserError` if its records have none."""
-    if manifest.key_frames is None:
-        raise UserError(
-            f"{manifest.folder} holds videos without key frames: build records of key frames with build_records --boxes"
-        )
-    return manifest.key_frames
-
-
-def require_proposals(manifest: Manifest, split: str) -> None:
-    """Raises `UserError` if the records of a split were built without the boxes of a person detector."""
-    known = split in key_frames_of(manifest).proposals
-    rule = 'be "annotated" for records that were built without --proposals for that split'
-    require(known, f"Detection.eval_boxes for split {split!r} of {manifest.folder}", rule, "proposals")
 
 
 def _check_length(clip: ClipSpec, margin: float) -> None:

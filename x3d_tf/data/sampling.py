@@ -37,24 +37,38 @@ def decoded_short_side(stored: Storage | None, resize: int) -> int:
     return max(UNSTORED_SHORT_SIDE, resize) if stored is None else stored.short_side
 
 
-def input_contract(model: "Network") -> dict[str, Any]:
-    """Returns the network's input format and the steps from a video to it, as numbers and text for JSON.
+def clip_contract(model: "Network") -> dict[str, Any]:
+    """Returns the input format of a network and the steps from a video to its clips, as numbers and text for JSON.
 
     The entries of `rules` are in the order of the steps and are named after the other entries.
     """
-    clip, detects = model.clip, model.head is not None
-    far = 10 * round(clip_length(clip, STRIDE_FPS))  # a frame far from both ends of the video
-    if detects:
-        offsets = key_frame_indices(far, 2 * far, STRIDE_FPS, clip) - far
-    else:
-        offsets = frame_indices(0, far, STRIDE_FPS, clip, model.frame_sampling)
+    offsets = frame_indices(0, _far(model.clip), STRIDE_FPS, model.clip, model.frame_sampling)
+    combined = {"clips": model.test_views, "combine": model.combine}
+    return _contract(model, model.frame_sampling, offsets, combined, _rules(model))
+
+
+def key_frame_contract(model: "Network") -> dict[str, Any]:
+    """Returns the input format of a network and the steps from a key frame to its clip; see `clip_contract`."""
+    far = _far(model.clip)
+    offsets = key_frame_indices(far, 2 * far, STRIDE_FPS, model.clip) - far
+    return _contract(model, "key_frame", offsets, {}, _key_frame_rules(model))
+
+
+def _far(clip: ClipSpec) -> int:
+    """Returns a frame that is far from both ends of a video of twice as many frames."""
+    return 10 * round(clip_length(clip, STRIDE_FPS))
+
+
+def _contract(
+    model: "Network", frame_sampling: str, offsets: NDArray[Any], combined: dict[str, Any], rules: dict[str, str]
+) -> dict[str, Any]:
     return {
-        "frames": clip.frames,
-        "stride": clip.stride,
+        "frames": model.clip.frames,
+        "stride": model.clip.stride,
         "frames_per_second": STRIDE_FPS,  # frame rate at which the stride is counted
-        "frame_sampling": "key_frame" if detects else model.frame_sampling,
+        "frame_sampling": frame_sampling,
         "offsets": offsets.tolist(),  # frames of a clip relative to its start, at that rate
-        **({} if detects else {"clips": model.test_views, "combine": model.combine}),
+        **combined,
         "stored": stored_to_json(model.stored),
         "decoded_short_side": decoded_short_side(model.stored, model.expansion.test_size),
         "resize": model.expansion.test_size,
@@ -62,7 +76,7 @@ def input_contract(model: "Network") -> dict[str, Any]:
         "crop": model.eval_size,
         "colours": "RGB",
         "range": [0, 255],
-        "rules": _key_frame_rules(model) if detects else _rules(model),
+        "rules": rules,
     }
 
 

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from x3d_tf.config import Detection, TrainConfig
-from x3d_tf.data.ava_files import EVALUATED, BoxTable, KeyFrame, ava_actions, one_row_per_action
+from x3d_tf.data.ava_files import BoxTable, KeyFrame, one_row_per_action
 from x3d_tf.data.boxes import is_nonempty
 from x3d_tf.data.datasets.spec import open_dataset
-from x3d_tf.data.detection_pipeline import evaluation_key_frames, key_frames_of, require_proposals
+from x3d_tf.data.detection_pipeline import evaluation_key_frames
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
+from x3d_tf.data.key_frames import actions_to_evaluate, key_frames_of, require_boxes, require_proposals
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import UserError
 from x3d_tf.evaluation.detection_reports import (
     DetectionScores,
     metrics_of,
@@ -148,7 +149,7 @@ def score_split(
     """
     require_boxes(manifest, split)
     truth, found = detect_split(model, manifest, split, detection, progress=progress).tables(manifest, split)
-    return found, score_detections(truth, found, evaluated_actions(manifest.classes))
+    return found, score_detections(truth, found, actions_to_evaluate(manifest.classes))
 
 
 class DetectorEvaluation:
@@ -226,32 +227,3 @@ class DetectorEvaluation:
 
     def _score(self) -> tuple[BoxTable, DetectionScores]:
         return score_split(self.model, self.manifest, self.split, self.config.detection)
-
-
-def validation_key_frames(manifest: Manifest, split: str, detection: Detection) -> Manifest:
-    """Returns the manifest with only those key frames of a split that validations during training use.
-
-    Raises:
-        UserError: the split has no such key frames.
-    """
-    every = detection.validation_every
-    records = manifest.split(split).records
-    selected = [record for record in records if (record.key_frame or 0) % every == 0]
-    if not selected:
-        seconds = f" at a multiple of Detection.validation_every = {every} seconds" if every > 1 else ""
-        raise UserError(f"validation split {split!r} of {manifest.folder} must have at least one key frame{seconds}")
-    return manifest.with_records(split, selected)
-
-
-def require_boxes(manifest: Manifest, split: str) -> None:
-    """Raises `UserError` unless a split has annotated boxes of the evaluated actions: mAP is undefined without."""
-    labels = {label for record in manifest.split(split).records for label in record.labels}
-    found = any(number - 1 in labels for number in evaluated_actions(manifest.classes))
-    require(found, f"split {split!r} of {manifest.folder}", "have annotated boxes of the evaluated actions")
-
-
-def evaluated_actions(classes: tuple[str, ...]) -> dict[int, str]:
-    """Returns the numbers, from 1, and names of the actions to evaluate: AVA's 60, or else all classes."""
-    if classes == tuple(ava_actions().values()):
-        return {number: classes[number - 1] for number in sorted(EVALUATED)}
-    return dict(enumerate(classes, 1))

@@ -4,9 +4,10 @@ import numpy as np
 
 from x3d_tf.config import Detection
 from x3d_tf.data.input_pipeline import MakeExample
+from x3d_tf.data.key_frames import validation_key_frames
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
-from x3d_tf.evaluation.detection import score_split, validation_key_frames
+from x3d_tf.evaluation.detection import score_split
 from x3d_tf.evaluation.metrics import mean_average_precision, top_k_accuracy
 from x3d_tf.evaluation.multiview import predict_split
 from x3d_tf.modeling.detection import Detector
@@ -80,7 +81,7 @@ class KeyFrameValidation:
     metrics = (Metric("map", "share"),)
 
     def __init__(self, model: Detector, manifest: Manifest, split: str, detection: Detection) -> None:
-        self._model, self._manifest = model, validation_key_frames(manifest, split, detection)
+        self._model, self._manifest = model, validation_key_frames(manifest, split, detection.validation_every)
         self._split, self._detection = split, detection
 
     def __call__(self) -> dict[str, float]:

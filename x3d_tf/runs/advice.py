@@ -142,7 +142,9 @@ def _mirrored(name: str) -> str:
 
 
 def check_class_balance(config: TrainConfig, manifest: Manifest, records: Sequence[Record]) -> list[str]:
-    """Returns a warning if the classes are imbalanced and not weighted."""
+    """Returns a warning if there is only one class, or if the classes are imbalanced and not weighted."""
+    if len(manifest.classes) == 1:
+        return ["the records have only one class: there is nothing to classify. Add videos of other classes"]
     counts = Counter(record.labels[0] for record in records).most_common()
     (most, many), (least, few) = counts[0], counts[-1]
     if config.recipe.class_weights != "none" or many < MAX_IMBALANCE * few:

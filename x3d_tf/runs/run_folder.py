@@ -111,6 +111,16 @@ class RunFolder:
         self._require_no_lost_checkpoints()
         return False
 
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Returns True if the folder has the model of a run with the same settings, whose records may be deleted.
+
+        Raises:
+            UserError: it has the model of a run with other settings.
+        """
+        if not (self.config.is_file() and self.model.is_file()):
+            return False
+        return self.check(self.with_default_splits(config))
+
     def read_config(self) -> TrainConfig:
         """Reads the configuration of the run.
 

@@ -6,6 +6,7 @@ that commands can check names and settings before it starts.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -93,6 +94,23 @@ class PredictionJob(Protocol):
         """Predicts videos, prints the results and writes the output files. Returns the number of failed videos."""
 
 
+@dataclass(frozen=True)
+class Suggestion:
+    """A recipe for new records.
+
+    Attributes:
+        gin_files: configuration files.
+        bindings: gin bindings.
+        largest_batch: clips; None for the batch of the recipe.
+        note: what the recipe starts from, such as " from Kinetics weights".
+    """
+
+    gin_files: tuple[str, ...]
+    bindings: Mapping[str, str | int] = field(default_factory=dict)
+    largest_batch: int | None = None
+    note: str = ""
+
+
 class Task(Protocol):
     """A kind of prediction.
 
@@ -100,6 +118,7 @@ class Task(Protocol):
         name: the name by which settings, model files and results refer to the task.
         annotations: the kinds of annotation that its records may have; see `Manifest.task`.
         sample: noun for what a record is, such as "video" or "key frame".
+        output: meaning of the network's output, for model cards.
         sweeps: whether an evaluation can use any number of clips per video, as `evaluate --sweep` does.
         prediction_flags: the flags of the predict command that apply, besides --model, --csv and --overwrite.
     """
@@ -112,6 +131,9 @@ class Task(Protocol):
 
     @property
     def sample(self) -> str: ...
+
+    @property
+    def output(self) -> str: ...
 
     @property
     def sweeps(self) -> bool: ...
@@ -139,8 +161,14 @@ class Task(Protocol):
     def training_records(self, manifest: "Manifest", split: str) -> "Sequence[Record]":
         """Returns the records of a split that are trained on."""
 
+    def suggestion(self, manifest: "Manifest") -> Suggestion:
+        """Returns the recipe that suits new records; `build_records` prints it as a command."""
+
     def build_network(self, config: "TrainConfig", num_classes: int) -> "Network":
         """Builds the network with randomly initialized weights."""
+
+    def input_contract(self, model: "Network") -> dict[str, Any]:
+        """Returns the input format of a network and the steps from a video to it; see `data.sampling`."""
 
     def training_clips(
         self,

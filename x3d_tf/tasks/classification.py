@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset, require_annotations, validation_split
+from x3d_tf.data.sampling import clip_contract, require_windows
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.evaluation.eval_config import folder_of
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
+from x3d_tf.tasks.base import Suggestion
 from x3d_tf.text import counted
 
 if TYPE_CHECKING:
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
     from x3d_tf.types import Activation
 
 
+_X3D_S_MIN_SHORT_SIDE = 182  # pixels: X3D-S upscales smaller frames, which adds nothing
+_OUTPUTS = {"softmax": "probabilities that sum to 1", "sigmoid": "an independent probability for each class"}
+
+
 class ClipTask:
     """Base class of tasks that predict classes of clips with an X3D network; see `base.Task`.
 
@@ -44,6 +52,10 @@ class ClipTask:
     sample = "video"
     sweeps = True
     prediction_flags: tuple[str, ...] = ("views", "window", "hop", "json", "contact_sheet")
+
+    @property
+    def output(self) -> str:
+        return _OUTPUTS[self.activation]
 
     def make_example(self) -> "MakeExample | None":
         """Returns the function that makes the clip and the target; None for the labels of the records.
@@ -76,10 +88,17 @@ class ClipTask:
     def training_records(self, manifest: "Manifest", split: str) -> "Sequence[Record]":
         return manifest.split(split).records
 
+    def suggestion(self, manifest: "Manifest") -> Suggestion:
+        large = manifest.stored.short_side >= _X3D_S_MIN_SHORT_SIDE
+        return Suggestion(("gin/x3d_s.gin", "gin/data/records.gin") if large else ("gin/few_videos.gin",))
+
     def build_network(self, config: "TrainConfig", num_classes: int) -> "X3D":
         from x3d_tf.modeling.x3d import X3D
 
         return X3D(config.expansion, num_classes, config.model, activation=self.activation, task=self.name)
+
+    def input_contract(self, model: "Network") -> dict[str, Any]:
+        return clip_contract(model)
 
     def training_clips(
         self,
@@ -199,8 +218,6 @@ class ClipTask:
             )
 
     def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:
-        from x3d_tf.data.sampling import require_windows
-
         require_windows(metadata.expansion.clip, options["window"], options["hop"])
 
     def prediction_job(self, options: Mapping[str, Any], paths: Sequence[Path]) -> "ClassifyJob":
@@ -231,8 +248,6 @@ class SingleLabel(ClipTask):
     def class_weights(self, config: "TrainConfig", manifest: "Manifest") -> Any:
         if config.recipe.class_weights == "none":
             return None
-        from x3d_tf.losses import balancing_weights
-
         records = self.training_records(manifest, config.dataset.train_split)
         return balancing_weights([record.labels[0] for record in records], len(manifest.classes))
 
@@ -247,6 +262,19 @@ class MultiLabel(ClipTask):
     name = "multi_label"
     annotations = ("multi_label",)
     activation = "sigmoid"
+
+
+def balancing_weights(labels: Sequence[int], classes: int) -> np.ndarray:
+    """Returns loss factors that give all classes equal weight, with mean 1 over the clips; float32 [classes].
+
+    Args:
+        labels: the class of each training video.
+        classes: number of classes. A class without videos gets the factor 0.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = int(np.count_nonzero(counts))
+    weights = np.divide(len(labels), counts * present, out=np.zeros(classes), where=counts > 0)
+    return weights.astype(np.float32)
 
 
 TASKS: "tuple[Task, ...]" = (SingleLabel(), MultiLabel())

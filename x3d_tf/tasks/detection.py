@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from x3d_tf import commands
 from x3d_tf.data.datasets.spec import require_annotations, validation_split
+from x3d_tf.data.key_frames import require_boxes, require_proposals, validation_key_frames
 from x3d_tf.data.records.index import with_labels
+from x3d_tf.data.sampling import key_frame_contract
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import EvalConfig, detector_report_folder
+from x3d_tf.tasks.base import Suggestion
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -28,18 +31,20 @@ if TYPE_CHECKING:
     from x3d_tf.tasks.base import Task
 
 
+_LARGEST_BATCH = 64  # clips: the recipe's batch is for several GPUs
+
+
 class Detection:
     """Action detection with a `Detector`; see `base.Task`."""
 
     name = "detection"
     annotations = ("detection",)
     sample = "key frame"
+    output = "an independent score for each box and action; boxes are x1, y1, x2, y2, relative to the clip in 0..1"
     sweeps = False
     prediction_flags = ("boxes", "person_detector", "box_score", "action_score", "draw", "starts_at")
 
     def check(self, config: "TrainConfig", manifest: "Manifest") -> None:
-        from x3d_tf.evaluation.detection import require_boxes, require_proposals, validation_key_frames
-
         dataset, weights = config.dataset, config.recipe.class_weights
         reason = f"for the task {self.name}, because clips are sampled around key frames"
         require(not dataset.stretch, "DatasetSpec.stretch", f"be False {reason}", dataset.stretch)
@@ -49,7 +54,7 @@ class Detection:
         require_boxes(manifest, dataset.eval_split)
         validated = validation_split(dataset)
         if validated:
-            require_boxes(validation_key_frames(manifest, validated, config.detection), validated)
+            require_boxes(validation_key_frames(manifest, validated, config.detection.validation_every), validated)
         if config.detection.eval_boxes == "proposals":
             for split in filter(None, (dataset.eval_split, dataset.validation_split)):
                 require_proposals(manifest, split)
@@ -63,10 +68,18 @@ class Detection:
     def training_records(self, manifest: "Manifest", split: str) -> "Sequence[Record]":
         return with_labels(manifest.split(split).records)
 
+    def suggestion(self, manifest: "Manifest") -> Suggestion:
+        bindings = {"TrainConfig.init": "runs/x3d_m_kinetics"}
+        note = " from Kinetics weights (TrainConfig.init; without it from random weights)"
+        return Suggestion(("gin/ava/x3d_m_v2.2.gin",), bindings, _LARGEST_BATCH, note)
+
     def build_network(self, config: "TrainConfig", num_classes: int) -> "Detector":
         from x3d_tf.modeling.detection import Detector
 
         return Detector(config.expansion, num_classes, config.model, head=config.detection.head)
+
+    def input_contract(self, model: "Network") -> dict[str, Any]:
+        return key_frame_contract(model)
 
     def training_clips(
         self,

@@ -1,48 +1,82 @@
-"""Checks of a configuration before training starts: records, devices, initial weights. Imports no TensorFlow."""
+"""Opens the records of a run and checks everything that it needs before training starts. Imports no TensorFlow."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import validation_split
+from x3d_tf.data.datasets.spec import hold_out, open_for_training, validation_split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.archive import describe
 from x3d_tf.modeling.cost import parameters
 from x3d_tf.modeling.expansion import Expansion
-from x3d_tf.tasks.base import Task
+from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.tasks.base import Task, find, task_of_records
 from x3d_tf.text import binding_flag, counted
 
 
-def check_run(config: TrainConfig, manifest: Manifest, task: Task, devices: int) -> None:
-    """Checks everything that a run needs of its records and devices.
+@dataclass(frozen=True)
+class CheckedRun:
+    """A configuration that suits its records, on any number of devices that `check_batch` accepts.
+
+    Attributes:
+        config: the configuration, with the default splits of the records.
+        fingerprint: fingerprint of the manifest of the records.
+        records: the manifest, with the videos held out for validation in a split of their own.
+        task: the task of the run.
+    """
+
+    config: TrainConfig
+    fingerprint: str
+    records: Manifest
+    task: Task
+
+
+def open_and_check(config: TrainConfig, run: RunFolder) -> CheckedRun:
+    """Opens the records of a run, after creating those of a synthetic data set, and makes all checks but `check_batch`.
+
+    Writes nothing to the run folder.
 
     Args:
         config: the configuration of the run.
-        manifest: the manifest of the records, including the split held out for validation.
-        task: the task of the run, which adds its own checks.
-        devices: number of devices.
+        run: the run folder, which need not exist.
 
     Raises:
-        UserError: a setting does not suit the records, the task or the devices. Names the setting and the rule.
+        UserError: the folder has a run with other settings; the initial weights or the records are missing or do not
+            suit the configuration. Names the setting, the rule and the value received.
     """
-    _check_batch(config, devices)
-    check_records(config, manifest, task, devices)
-    task.check(config, manifest)
+    run.check(run.with_default_splits(config))
+    if not run.has_checkpoint:  # otherwise the initial weights are no longer needed
+        check_initial_weights(config)
+    if config.task is not None:
+        find(config.task)  # before records are created
+    manifest, dataset = open_for_training(config.dataset)
+    config = replace(config, dataset=dataset)
+    records, task = hold_out(manifest, dataset, config.seed), task_of_records(config, manifest)
+    check_records(config, records, task)
+    return CheckedRun(config, manifest.fingerprint(), records, task)
 
 
-def check_records(config: TrainConfig, manifest: Manifest, task: Task, devices: int = 1) -> None:
-    """Checks what a run needs of its records on any number of devices; see `check_run`.
+def check_records(config: TrainConfig, records: Manifest, task: Task) -> None:
+    """Checks a configuration against its records.
 
-    `devices` only affects the batch that the error message suggests.
+    Args:
+        config: the configuration of the run.
+        records: the manifest of the records, including the split held out for validation.
+        task: the task of the run, which adds its own checks.
+
+    Raises:
+        UserError: a setting does not suit the records or the task. Names the setting and the rule.
     """
     dataset, recipe = config.dataset, config.recipe
     rule = 'be 0 without validation: a "val" split, DatasetSpec.validation_split or DatasetSpec.validation_fraction'
     require(bool(validation_split(dataset)) or not recipe.patience, "Recipe.patience", rule, recipe.patience)
-    available = len(task.training_records(manifest, dataset.train_split))
+    available = len(task.training_records(records, dataset.train_split))
     rest = " that are not held out for validation" if dataset.validation_fraction else ""
     rule = f"be at most {available}, the number of records in split {dataset.train_split!r}{rest}"
-    require(recipe.batch <= available, "Recipe.batch", rule + _suggestion(config, available, devices), recipe.batch)
+    require(recipe.batch <= available, "Recipe.batch", rule + _suggestion(config, available), recipe.batch)
+    task.check(config, records)
 
 
 def check_initial_weights(config: TrainConfig) -> None:
@@ -101,13 +135,13 @@ def fitting_batch(config: TrainConfig, largest: int, devices: int = 1) -> int:
     return parts * (clips if clips <= group else clips // group * group)
 
 
-def _suggestion(config: TrainConfig, largest: int, devices: int) -> str:
+def _suggestion(config: TrainConfig, largest: int, devices: int = 1) -> str:
     """Returns the binding of a valid batch in brackets, or nothing if there is none."""
     batch = fitting_batch(config, min(largest, config.recipe.batch), devices)
     return f" ({binding_flag('Recipe.batch', batch)})" if batch else ""
 
 
-def _check_batch(config: TrainConfig, devices: int) -> None:
+def check_batch(config: TrainConfig, devices: int) -> None:
     """Raises `UserError` unless the batch can be divided among devices, micro-batches and batch-norm groups."""
     batch, micro_batches, group = config.recipe.batch, config.execution.accumulation, config.model.bn_group
     suggestion = _suggestion(config, batch, devices)

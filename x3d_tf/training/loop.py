@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import hold_out, open_for_training, validation_split
+from x3d_tf.data.datasets.spec import validation_split
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.data.sampling import input_contract
 from x3d_tf.errors import UserError
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.cost import cost
@@ -28,10 +26,10 @@ from x3d_tf.runs.advice import print_advice
 from x3d_tf.runs.checkpoints import Checkpoints, Origin
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.signals import held_back
-from x3d_tf.tasks.base import Task, task_of_records
+from x3d_tf.tasks.base import Task
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
-from x3d_tf.training.checks import check_initial_weights, check_run
+from x3d_tf.training.checks import CheckedRun, check_batch, open_and_check
 from x3d_tf.training.history import History
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.step import TrainStep, precision_scope
@@ -67,33 +65,36 @@ def train(
             process; the batch cannot be divided among the devices; the records are missing or too few; the initial
             weights are missing or belong to a different architecture; the loss is not finite.
     """
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        raise UserError("strategy must use the devices of a single machine, got a MultiWorkerMirroredStrategy")
     run = RunFolder(workdir)
-    if not run.has_checkpoint:
-        check_initial_weights(config)  # before the records are built
-    if run.config.is_file() and run.model.is_file():  # nothing is written, so no lock is needed
-        run.open(run.with_default_splits(config), {})  # not from the manifest: the records may have been deleted
+    if run.is_finished(config):
         print(f"{run.root} is already finished ({run.model} exists)")
         return run
-    with run.training():
-        manifest, dataset = open_for_training(config.dataset)
-        config = replace(config, dataset=dataset)
-        run.open(config, texts or {})
-        if not run.model.is_file():  # another process may have finished the run in the meantime
-            _train(config, manifest, run, strategy or tf.distribute.MirroredStrategy(), allow_other_groups)
+    checked = open_and_check(config, run)
+    train_checked(checked, run, strategy=strategy, texts=texts, allow_other_groups=allow_other_groups)
     return run
 
 
-def _train(
-    config: TrainConfig,
-    manifest: Manifest,
+def train_checked(
+    checked: CheckedRun,
     run: RunFolder,
-    strategy: tf.distribute.Strategy,
-    allow_other_groups: bool,
+    *,
+    strategy: tf.distribute.Strategy | None = None,
+    texts: Mapping[str, str] | None = None,
+    allow_other_groups: bool = False,
 ) -> None:
-    records, task = hold_out(manifest, config.dataset, config.seed), task_of_records(config, manifest)
-    check_run(config, records, task, strategy.num_replicas_in_sync)
+    """Trains as `train` does, after `open_and_check`, which needs no TensorFlow."""
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise UserError("strategy must use the devices of a single machine, got a MultiWorkerMirroredStrategy")
+    strategy = strategy or tf.distribute.MirroredStrategy()
+    check_batch(checked.config, strategy.num_replicas_in_sync)
+    with run.training():
+        run.open(checked.config, texts or {})
+        if not run.model.is_file():  # another process may have finished the run in the meantime
+            _train(checked, run, strategy, allow_other_groups)
+
+
+def _train(checked: CheckedRun, run: RunFolder, strategy: tf.distribute.Strategy, allow_other_groups: bool) -> None:
+    config, records, task = checked.config, checked.records, checked.task
     print(_describe_splits(records, config))
     if not run.has_checkpoint:  # settings can no longer be changed after the first checkpoint
         print_advice(records, config, task)
@@ -102,10 +103,10 @@ def _train(
         task.save_preview(config, records, run.preview)
     tell("building the network")
     trainer = Trainer(config, records, strategy, task)
-    trainer.fit(run, manifest.fingerprint(), allow_other_groups=allow_other_groups)
+    trainer.fit(run, checked.fingerprint, allow_other_groups=allow_other_groups)
     print("Saving the model.")
     atomic_write(run.labels, "".join(f"{name}\n" for name in trainer.classes).encode())
-    atomic_write(run.input, json.dumps(input_contract(trainer.model), indent=1).encode())
+    atomic_write(run.input, json.dumps(task.input_contract(trainer.model), indent=1).encode())
     trainer.save_result(run)
 
 
@@ -115,7 +116,7 @@ class Trainer:
     Sets Keras' global seed to that of the configuration.
 
     Args:
-        config: the configuration of the run, checked with `check_run`.
+        config: the configuration of the run, checked with `checks.check_records` and `checks.check_batch`.
         manifest: the manifest of the records, including the split held out for validation.
         strategy: the distribution strategy.
         task: the task of the run.
