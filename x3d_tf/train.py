@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from x3d_tf import commands, gin_config
+from x3d_tf.config import TrainConfig
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
@@ -42,15 +43,13 @@ def main() -> None:
     """Trains and evaluates the network that the flags configure."""
     parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, run = parsed.config, RunFolder(FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}")
-    # before importing TensorFlow, which takes seconds
-    checked = None if run.is_finished(config) else open_and_check(config, run)
-    with starting_tensorflow():
-        from x3d_tf.evaluation.running import evaluate_run
-        from x3d_tf.parallel import num_batch_slices, use_single_threaded_ops
-        from x3d_tf.training.loop import train_checked
+    if config.dataset.synthetic is not None:  # TensorFlow creates its records, with the threads that are set first
+        _start_tensorflow(config)
+    checked = None if run.is_finished(config) else open_and_check(config, run)  # before TensorFlow, which takes seconds
+    _start_tensorflow(config)
+    from x3d_tf.evaluation.running import evaluate_run
+    from x3d_tf.training.loop import train_checked
 
-        clips = config.recipe.batch // config.execution.accumulation
-        use_single_threaded_ops(num_batch_slices(clips, config.model.bn_group))
     if checked is None:
         print(f"{run.root} is already finished ({run.model} exists)")
     else:
@@ -65,6 +64,16 @@ def main() -> None:
         f"model:   {run.model} (input format: {run.input.name})\n"
         f"curves:  {run.curves} (and tensorboard --logdir={run.tensorboard})\nresults: {report}/: {files}"
     )
+
+
+def _start_tensorflow(config: TrainConfig) -> None:
+    """Imports TensorFlow and sets its threads, unless that has been done."""
+    with starting_tensorflow():
+        import x3d_tf.training.loop  # noqa: F401  takes seconds
+        from x3d_tf.parallel import num_batch_slices, use_single_threaded_ops
+
+        clips = config.recipe.batch // config.execution.accumulation
+        use_single_threaded_ops(num_batch_slices(clips, config.model.bn_group))
 
 
 if __name__ == "__main__":
