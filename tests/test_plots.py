@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from x3d_tf import plots
+from x3d_tf.evaluation.metrics import TOP1
 from x3d_tf.types import Metric
 
 NAMES = ("hug", "pushing something from left to right, " * 6, "走路 跑步", "дом", "a$^{$b", "\x1b[2J")
@@ -34,7 +35,7 @@ def precisions(classes: int) -> Picture:
 
 def sweep(count: int) -> Picture:
     points = [(1.963 * k, 1 - 0.1 / k) for k in range(1, count + 1)]
-    return lambda path: plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, "top-1")
+    return lambda path: plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, TOP1, "video")
 
 
 def history(count: int, every: int = 0) -> list[dict[str, float]]:
@@ -185,7 +186,7 @@ def test_the_axes_of_a_sweep_have_plain_numbers(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Figure, "savefig", look)
     points = [(1.963, 0.5), (5.888, 0.6), (19.63, 0.65)]
-    plots.save_sweep(points, (1, 3, 10), tmp_path / "sweep.png", "title", "top-1")
+    plots.save_sweep(points, (1, 3, 10), tmp_path / "sweep.png", "title", TOP1, "video")
     assert drawn[1] == ["1.96", "5.89", "19.6"]
     assert not any("$" in label for label in drawn[0])
 
