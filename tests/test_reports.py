@@ -111,7 +111,7 @@ def metric(name: str = "top1", kind: str = "share", label: str = "a") -> dict[st
         ({"metrics": None}, "metrics must be a list of 1 to 20, got None"),
         ({"metrics": {"name": "a"}}, "metrics must be a list of 1 to 20, got {"),
         ({"metrics": []}, r"metrics must be a list of 1 to 20, got \[\]"),
-        ({"metrics": [metric()] * 100_000}, r"metrics must be a list of 1 to 20, got .{500}\.\.\. \(\d+ characters\)"),
+        ({"metrics": [0] * 10**6}, r"metrics must be a list of 1 to 20, got .{500}\.\.\. \(\d+ characters\)"),
         ({"metrics": ["top1"]}, "metrics must be objects with name, kind, label, got 'top1'"),
         ({"metrics": [{"name": "top1"}]}, "metrics must be objects with name, kind, label, got {"),
         ({"metrics": [metric() | {"note": ""}]}, "metrics must be objects with name, kind, label, got {"),
