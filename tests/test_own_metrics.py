@@ -54,7 +54,7 @@ class Lengths:
         return kept | {"body_parts": 7, "gmacs_per_body_part": 2.0 * self.views}
 
     def measure(self) -> dict[str, Any]:
-        return {"drift": self.drift, "halves": 0.25, "longest": 12}
+        return {"drift": self.drift, "halves": 0.25, "longest": 12, "detections": 3}
 
     def report(self, folder: Path) -> Report:
         stated = settings_of(self)

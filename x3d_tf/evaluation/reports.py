@@ -148,7 +148,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}. Repeat the evaluation with --overwrite") from error
-    if isinstance(results, dict) and "detections" in results:
+    if isinstance(results, dict) and isinstance(results.get("detections"), str):  # the path of the csv file
         raise UserError(f"{path} must be the report of a network, not of a csv file of detections")
     try:
         require(isinstance(results, dict), "the file", "contain a JSON object", results)
