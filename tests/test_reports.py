@@ -80,6 +80,7 @@ def metric(name: str = "top1", kind: str = "share", label: str = "a") -> dict[st
     [
         ("{", "is not valid JSON"),
         ("[1]", r"the file must contain a JSON object, got \[1\]"),
+        ({"detections": "found.csv"}, "must be the report of a network, not of a csv file of detections"),
         ({"network": 3}, "network must be a string, got 3"),
         ({"videos": True}, "videos must be an integer of at least 1, got True"),
         ({"gmacs_per_video": float("nan")}, "gmacs_per_video must be a number, got nan"),
