@@ -5,7 +5,7 @@ import hashlib
 import re
 import unicodedata
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import x3d_tf
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.reports import RESULTS_NAME, read_results
+from x3d_tf.evaluation.reports import RESULTS_NAME, count_name, read_results, stated_metrics
 from x3d_tf.modeling.archive import model_file
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.keras_parts import MEAN, STD
@@ -26,7 +26,6 @@ from x3d_tf.text import counted
 from x3d_tf.types import ViewSpec
 
 _LONGEST_NAME = 100  # bytes; leaves space for the format, the suffix and the mark of a temporary file
-_METRICS = ("top1", "top5", "map")  # copied from the reports to the card
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +116,6 @@ class ExportableModel:
         if self.run is None:
             return None
         run, dataset, recipe = RunFolder(self.path), self.run.dataset, self.run.recipe
-        keys = ("records", "split", "videos", "key_frames", "views", *_METRICS)
         reports = [read_results(path) for path in sorted(run.evaluations.glob(f"*/{RESULTS_NAME}"))]
         return {
             "run": self.path.resolve().name,
@@ -128,8 +126,14 @@ class ExportableModel:
             "seed": self.run.seed,
             "init": self.run.init,
             "settings_sha256": self.run.fingerprint(),
-            "tested": [{key: report[key] for key in keys if key in report} for report in reports],
+            "tested": [_tested(report) for report in reports],
         }
+
+
+def _tested(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entry of a card for results.json: what was evaluated, and the metrics."""
+    metrics = [metric.name for metric in stated_metrics(results)]
+    return {name: results[name] for name in ("records", "split", count_name(results["sample"]), "views", *metrics)}
 
 
 def open_model(path: str | Path, *, inputs: Collection[str] = ("clip",)) -> ExportableModel:

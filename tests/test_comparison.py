@@ -4,12 +4,13 @@ import csv
 from pathlib import Path
 
 import pytest
-from report_settings import detection_settings, predictions, settings
+from report_settings import detection_settings, precision_of, predictions, settings, write
 
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.comparison import as_markdown, compare, describe, find_reports, table
+from x3d_tf.evaluation.metrics import TOP1
 from x3d_tf.evaluation.paper import published_for
-from x3d_tf.evaluation.reports import Report, read_report, write_report
+from x3d_tf.evaluation.reports import Report, metrics_to_json, read_report
 
 
 def test_the_summary_of_a_detector_states_table_8(tmp_path: Path) -> None:
@@ -39,9 +40,9 @@ def test_the_summary_on_other_data_omits_the_paper(tmp_path: Path) -> None:
 
 def test_runs_are_compared_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    write_report(first / "evaluation" / "val_10center", settings(), predictions())
-    write_report(first / "evaluation" / "val_1center", settings(views="1-Center", gmacs_per_video=1.963), predictions())
-    write_report(second, settings(network="x3d(b=1|5)", records="data/mine"), predictions(1))
+    write(first / "evaluation" / "val_10center", settings(), predictions())
+    write(first / "evaluation" / "val_1center", settings(views="1-Center", gmacs_per_video=1.963), predictions())
+    write(second, settings(network="x3d(b=1|5)", records="data/mine"), predictions(1))
     rows = compare([str(first), str(second)], output=str(tmp_path / "tables"))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4 and len({line.index("x3d") for line in printed[1:]}) == 1
@@ -63,11 +64,11 @@ def test_runs_are_compared_in_one_table(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_map_and_accuracy_share_a_table() -> None:
-    single = Report(Path("a"), settings(classes=4) | {"top1": 0.5, "top5": 1.0})
-    several = Report(Path("b"), settings(network="x3d_m") | {"map": 0.25})
+    single = Report(Path("a"), settings(classes=4, metrics=metrics_to_json((TOP1,))) | {"top1": 0.5, "top5": 1.0})
+    several = Report(Path("b"), settings(network="x3d_m") | precision_of(0.25))
     rows = table([single, several])
     assert [(row["top-1"], row["mAP"]) for row in rows] == [("50.0", "-"), ("-", "25.0")]
-    assert "top-5" not in rows[0]  # always 100 % with four classes
+    assert "top-5" not in rows[0]  # no report states it
     assert [row["paper's top-1"] for row in rows] == ["72.9", "-"]  # not comparable with mAP
     assert describe(several).endswith(
         "mAP 25.0 % (40 videos, 400 classes, 10-Center, 1.963 x 10 GMACs per video, 3.794 M parameters)"

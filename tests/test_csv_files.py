@@ -5,10 +5,12 @@ import random
 from pathlib import Path
 
 import numpy as np
+from report_settings import settings, write
 
 from x3d_tf import csv_files
+from x3d_tf.evaluation.classification_reports import Predictions
 from x3d_tf.evaluation.comparison import compare
-from x3d_tf.evaluation.reports import Predictions, write_csv, write_report
+from x3d_tf.evaluation.reports import write_csv
 from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 
 FORMULAS = "=+-@\t\r\n＝＋－＠"
@@ -68,10 +70,9 @@ def test_non_utf8_names_are_escaped(tmp_path: Path) -> None:
 
 def test_reports_have_no_formulas(tmp_path: Path) -> None:
     classes = ("=HYPERLINK(1)", "-x")
-    settings = {"network": "=n", "records": "@r", "split": "test", "views": "1 x 1", "videos": 2, "classes": 2}
-    settings |= {"gmacs_per_clip": 1.0, "gmacs_per_video": 1.0}
-    predictions = Predictions(("+a", "'=b"), classes, np.eye(2), np.eye(2, dtype=bool), "single_label")
-    write_report(tmp_path / "report", settings, predictions)
+    chosen = settings(network="=n", records="@r", split="test", views="1 x 1", videos=2, classes=2)
+    predictions = Predictions(("+a", "'=b"), classes, np.eye(2), np.eye(2, dtype=bool), exclusive=True)
+    write(tmp_path / "report", chosen, predictions)
     compare([str(tmp_path / "report")], output=str(tmp_path))
     tables = {}
     for path in (tmp_path / "comparison.csv", *(tmp_path / "report").glob("*.csv")):

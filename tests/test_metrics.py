@@ -8,6 +8,7 @@ from sklearn.metrics import average_precision_score
 from x3d_tf.evaluation.metrics import (
     average_precision,
     average_precisions,
+    classification_metrics,
     confusion_matrix,
     mean_average_precision,
     top_k_accuracy,
@@ -28,6 +29,12 @@ def test_top_k_is_that_of_sorting(k: int) -> None:
     hits = naive_top_k(scores, labels, k)
     assert top_k_hits(scores, labels, k).tolist() == hits
     assert top_k_accuracy(scores, labels, k) == pytest.approx(sum(hits) / 200)
+
+
+def test_metrics_that_are_always_one_are_not_listed() -> None:
+    names = [[metric.name for metric in classification_metrics(count, exclusive=True)] for count in (2, 5, 6)]
+    assert names == [["top1"], ["top1"], ["top1", "top5"]]
+    assert [metric.name for metric in classification_metrics(6, exclusive=False)] == ["map"]
 
 
 def test_no_samples_have_no_accuracy() -> None:

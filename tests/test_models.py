@@ -1,20 +1,24 @@
 """Loading of models for export, and model cards."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from report_settings import settings
 from x3d_tf.export import models
 from x3d_tf.export.models import ExportableModel, open_model
 
 import x3d_tf
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.evaluation.metrics import TOP1
+from x3d_tf.evaluation.reports import metrics_to_json
 from x3d_tf.files import atomic_write
-from x3d_tf.types import Storage
+from x3d_tf.types import Metric, Storage
 
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_d=0.2)
 NAMES = ("hug", "kick", "wave")
@@ -47,6 +51,18 @@ def test_the_card_of_a_run_describes_its_training(run: Path, source: ExportableM
     assert (card["training"]["records"], card["training"]["seed"]) == ("data/mine", 5)
     assert card["training"]["tested"] == []
     assert str(run.parent) not in json.dumps(card)  # paths stay private
+
+
+def test_the_card_states_the_metrics_of_the_reports(run: Path, source: ExportableModel, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "mine")
+    metrics = metrics_to_json((Metric("mae", "number", label="mean error"), TOP1))
+    stated = {"metrics": metrics, "sample": "recording", "recordings": 7, "gmacs_per_recording": 19.63}
+    results = settings(**stated) | {"mae": -2.5, "top1": 0.5, "top5": 0.75}
+    (tmp_path / "mine" / "evaluation" / "a").mkdir(parents=True)
+    (tmp_path / "mine" / "evaluation" / "a" / "results.json").write_text(json.dumps(results))
+    (tested,) = replace(source, path=tmp_path / "mine").card()["training"]["tested"]
+    where = {"records": "data/mine", "split": "val", "recordings": 7, "views": "10-Center"}
+    assert tested == {**where, "mae": -2.5, "top1": 0.5}
 
 
 def test_the_card_describes_input_and_cost(source: ExportableModel) -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from x3d_tf import plots
+from x3d_tf.evaluation.metrics import TOP1
 from x3d_tf.types import Metric
 
 NAMES = ("hug", "pushing something from left to right, " * 6, "走路 跑步", "дом", "a$^{$b", "\x1b[2J")
@@ -34,7 +35,7 @@ def precisions(classes: int) -> Picture:
 
 def sweep(count: int) -> Picture:
     points = [(1.963 * k, 1 - 0.1 / k) for k in range(1, count + 1)]
-    return lambda path: plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, "top-1")
+    return lambda path: plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, TOP1, "video")
 
 
 def history(count: int, every: int = 0) -> list[dict[str, float]]:
@@ -171,7 +172,13 @@ def test_long_names_are_shortened_in_the_middle(name: str, length: int, expected
     assert plots.shortened(name, length) == expected
 
 
-def test_the_axes_of_a_sweep_have_plain_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("metric", "values", "label"),
+    [(TOP1, [50, 60, 65], "top-1 in %"), (Metric("mae", "number", label="error"), [0.5, 0.6, 0.65], "error")],
+)
+def test_the_axes_of_a_sweep_have_plain_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, values: list[float], label: str
+) -> None:
     from matplotlib.figure import Figure
 
     drawn: list[list[str]] = []
@@ -181,11 +188,12 @@ def test_the_axes_of_a_sweep_have_plain_numbers(tmp_path: Path, monkeypatch: pyt
         path.touch()
         drawn.extend([label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes)
         assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
-        assert all(axes.lines[0].get_ydata().tolist() == [50, 60, 65] for axes in figure.axes)
+        assert all(axes.lines[0].get_ydata().tolist() == values for axes in figure.axes)
+        assert all((axes.get_ylabel(), axes.get_xlabel()[:15]) == (label, "GMACs per video") for axes in figure.axes)
 
     monkeypatch.setattr(Figure, "savefig", look)
     points = [(1.963, 0.5), (5.888, 0.6), (19.63, 0.65)]
-    plots.save_sweep(points, (1, 3, 10), tmp_path / "sweep.png", "title", "top-1")
+    plots.save_sweep(points, (1, 3, 10), tmp_path / "sweep.png", "title", metric, "video")
     assert drawn[1] == ["1.96", "5.89", "19.6"]
     assert not any("$" in label for label in drawn[0])
 

@@ -2,23 +2,25 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from report_settings import NAMES, detection_settings, predictions, settings
+from report_settings import NAMES, detection_settings, precision_of, predictions, settings, write
 
 from x3d_tf import plots
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation import reports
+from x3d_tf.evaluation.classification_reports import Predictions
 from x3d_tf.evaluation.comparison import compare
-from x3d_tf.evaluation.reports import Predictions, differing_settings, locked_report_folder, read_report, write_report
+from x3d_tf.evaluation.reports import differing_settings, locked_report_folder, read_report
 
 
 def test_the_table_of_classes_counts_like_a_loop(tmp_path: Path) -> None:
     given = predictions()
-    report = write_report(tmp_path, settings(), given)
+    report = write(tmp_path, settings(), given)
     with (tmp_path / "per_class.csv").open() as file:
         rows = {row["class"]: row for row in csv.DictReader(file)}
     assert list(rows) == list(NAMES)
@@ -44,29 +46,33 @@ def test_the_table_of_classes_counts_like_a_loop(tmp_path: Path) -> None:
 
 def test_a_class_that_was_never_missed_is_confused_with_none(tmp_path: Path) -> None:
     truth = np.eye(2, dtype=bool)
-    write_report(tmp_path, settings(), Predictions(("x", "y"), ("a", "b"), truth * 0.8 + 0.1, truth, "single_label"))
+    write(tmp_path, settings(), Predictions(("x", "y"), ("a", "b"), truth * 0.8 + 0.1, truth, exclusive=True))
     assert (tmp_path / "per_class.csv").read_text().splitlines()[1:] == ["a,1,1,1,,", "b,1,1,1,,"]
 
 
 def test_reports_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_report(tmp_path, settings(), predictions())
+    write(tmp_path, settings(), predictions())
 
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(plots, "save_confusion", full)
     with pytest.raises(OSError, match="No space"):
-        write_report(tmp_path, settings(views="3-Center"), predictions(1))
+        write(tmp_path, settings(views="3-Center"), predictions(1))
     assert not (tmp_path / reports.RESULTS_NAME).exists()  # otherwise it would not match the tables
 
 
 def test_metrics_that_are_not_finite_are_errors(tmp_path: Path) -> None:
     """mAP is undefined if no class has positives; the existing report stays."""
-    report = write_report(tmp_path, settings(), predictions())
+    report = write(tmp_path, settings(), predictions())
     undefined = Predictions(("x", "y"), NAMES, np.full((2, 7), 0.5), np.zeros((2, 7), bool), exclusive=False)
     with pytest.raises(UserError, match=r"^map must be finite on the 2 videos, got nan$"):
-        write_report(tmp_path, settings(), undefined)
+        write(tmp_path, settings(), undefined)
     assert read_report(tmp_path).results == report.results
+
+
+def metric(name: str = "top1", kind: str = "share", label: str = "a") -> dict[str, Any]:
+    return {"name": name, "kind": kind, "label": label}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,7 @@ def test_metrics_that_are_not_finite_are_errors(tmp_path: Path) -> None:
     [
         ("{", "is not valid JSON"),
         ("[1]", r"the file must contain a JSON object, got \[1\]"),
+        ({"detections": "found.csv"}, "must be the report of a network, not of a csv file of detections"),
         ({"network": 3}, "network must be a string, got 3"),
         ({"videos": True}, "videos must be an integer of at least 1, got True"),
         ({"gmacs_per_video": float("nan")}, "gmacs_per_video must be a number, got nan"),
@@ -87,7 +94,7 @@ def test_metrics_that_are_not_finite_are_errors(tmp_path: Path) -> None:
         ({"frame_sampling": ["exact"]}, r"frame_sampling must be one of slowfast, exact, got \['exact'\]"),
         ({"clip_starts": 1}, "clip_starts must be one of offset, slowfast, got 1"),
         ({"top5": None}, r"top5 must be in \[0, 1\], got None"),
-        ({"map": "high"}, r"map must be in \[0, 1\], got 'high'"),
+        (precision_of("high"), r"map must be in \[0, 1\], got 'high'"),
         ({"videos": 10**400}, "videos must be an integer of at least 1, got 1000"),
         ({"videos": 0}, "videos must be an integer of at least 1, got 0"),
         ({"videos": -5}, "videos must be an integer of at least 1, got -5"),
@@ -96,6 +103,37 @@ def test_metrics_that_are_not_finite_are_errors(tmp_path: Path) -> None:
         ({"gmacs_per_clip": 10**400}, "gmacs_per_clip must be a number, got 1000"),
         ({"gmacs_per_clip": 1e-300}, "gmacs_per_video must be gmacs_per_clip times 0 to 1,000,000 clips, got "),
         ({"params": "many"}, "params must be a number, got 'many'"),
+        ({"sample": None}, "sample must be a noun of at most 100 lower-case letters, got None"),
+        ({"sample": "y"}, "sample must be a noun of at most 100 lower-case letters, got 'y'"),
+        ({"sample": "a" * 101}, "sample must be a noun of at most 100 lower-case letters, got 'aaa"),
+        ({"sample": "video\x1b[2J"}, r"sample must be a noun .*, got 'video\\x1b\[2J'"),
+        ({"sample": "recording"}, "recordings must be an integer of at least 1, got None"),
+        ({"sample": "metric", "gmacs_per_metric": 1}, r"metrics must be an integer of at least 1, got \["),
+        ({"metrics": None}, "metrics must be a list of 1 to 20, got None"),
+        ({"metrics": {"name": "a"}}, "metrics must be a list of 1 to 20, got {"),
+        ({"metrics": []}, r"metrics must be a list of 1 to 20, got \[\]"),
+        ({"metrics": [0] * 10**6}, r"metrics must be a list of 1 to 20, got .{500}\.\.\. \(\d+ characters\)"),
+        ({"metrics": ["top1"]}, "metrics must be objects with name, kind, label, got 'top1'"),
+        ({"metrics": [{"name": "top1"}]}, "metrics must be objects with name, kind, label, got {"),
+        ({"metrics": [metric() | {"note": ""}]}, "metrics must be objects with name, kind, label, got {"),
+        ({"metrics": [metric(name=["top1"])]}, r"Metric\.name must be str, got \['top1'\]"),
+        ({"metrics": [metric(name="=1+1")]}, r"Metric\.name must be a name of at most 64 .*, got '=1\+1'"),
+        ({"metrics": [metric(name="a" * 65)]}, r"Metric\.name must be a name of at most 64 "),
+        ({"metrics": [metric(name="top1\n")]}, r"Metric\.name must be a name of at most 64 "),
+        ({"metrics": [metric(kind="percent")]}, r"Metric\.kind must be one of share, loss, count, number, got 'per"),
+        ({"metrics": [metric(label=1)]}, r"Metric\.label must be str, got 1"),
+        ({"metrics": [metric(label="\x1b[2J")]}, r"Metric\.label must have at most 40 printable characters, got "),
+        ({"metrics": [metric(label="\u202eabc")]}, r"Metric\.label must have at most 40 printable characters, got "),
+        ({"metrics": [metric(label="a" * 41)]}, r"Metric\.label must have at most 40 printable characters, got "),
+        ({"metrics": [metric(), metric(label="b")]}, r"the names of metrics must be distinct, got \['top1', 'top1'\]"),
+        ({"metrics": [metric(label=""), metric("top5", label="top1")]}, "the labels of metrics must be distinct, got"),
+        ({"metrics": [metric("mae")]}, r"mae must be in \[0, 1\], got None"),
+        ({"metrics": [metric("network")]}, r"network must be in \[0, 1\], got 'x3d_s'"),
+        ({"metrics": [metric("mae", "number")], "mae": None}, "mae must be a number, got None"),
+        ({"metrics": [metric("mae", "number")], "mae": math.nan}, "mae must be a number, got nan"),
+        ({"metrics": [metric("mae", "loss")], "mae": -math.inf}, "mae must be a number, got -inf"),
+        ({"metrics": [metric("mae", "count")], "mae": True}, "mae must be a number, got True"),
+        ({"metrics": [metric("mae", "number")], "mae": 10**400}, "mae must be a number, got 1000"),
     ],
 )
 def test_damaged_results_are_reported(tmp_path: Path, content: Any, message: str) -> None:

@@ -174,6 +174,15 @@ def test_a_task_chooses_the_records_to_train_on(tmp_path: Path) -> None:
         check_records(too_large, manifest, OnlyLeft())
 
 
+def balanced_accuracy(rows: list[dict[str, str]]) -> float:
+    """Averages the shares of hits of the classes in predictions.csv."""
+    shares = []
+    for name in ("forwards", "backwards"):
+        of_class = [row["predicted"] == name for row in rows if row["label"] == name]
+        shares.append(sum(of_class) / len(of_class))
+    return sum(shares) / 2
+
+
 def right(path: Path, backwards: bool = False) -> Path:
     """Writes a video of a square that moves to the right, or one that moves to the left."""
     frames = np.zeros((45, 64, 96, 3), np.uint8)
@@ -212,6 +221,8 @@ def _all_commands(records: Path, tmp_path: Path, command: Callable[..., None], c
         rows = list(csv.DictReader(file))
     assert {row["label"] for row in rows} == {"forwards", "backwards"}  # not the class of the records, "right"
     assert results["top1"] == np.mean([row["label"] == row["predicted"] for row in rows])
+    assert results["balanced_accuracy"] == pytest.approx(balanced_accuracy(rows))
+    assert f"balanced accuracy {100 * results['balanced_accuracy']:.1f} % (16 videos, " in printed
     command(evaluate, f"--run={workdir}", "--views=1")
     assert "1-Center" in capsys.readouterr().out
 

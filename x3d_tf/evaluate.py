@@ -8,7 +8,7 @@ Evaluate a run as it was evaluated after training, with more views per video, or
 Evaluate a model file:
   python -m x3d_tf.evaluate --model=model.keras --records=data/mine --split=test --output=reports/mine
 
-Plot top-1 or mAP against cost for 1, 3, 5, 7 and 10 clips per video; resumes an interrupted sweep:
+Plot the main metric against cost for 1, 3, 5, 7 and 10 clips per video; resumes an interrupted sweep:
   python -m x3d_tf.evaluate --run=runs/x3d_s --sweep
 
 Evaluate each new checkpoint of a run that is training in another process:
@@ -68,7 +68,9 @@ def define_flags() -> None:
         "A .pbtxt file of the actions to score with --detections. Defaults to the 60 actions that AVA evaluates.",
     )
     flags.DEFINE_string("exclusions", None, "A csv of key frames to ignore with --detections: video_id,timestamp.")
-    flags.DEFINE_bool("sweep", False, "Evaluate 1, 3, 5, 7 and 10 clips per video and plot top-1 or mAP against cost.")
+    flags.DEFINE_bool(
+        "sweep", False, "Evaluate 1, 3, 5, 7 and 10 clips per video and plot the main metric against cost."
+    )
     flags.DEFINE_bool("watch", False, "Evaluate each new checkpoint of the run until training has finished.")
     flags.DEFINE_float("poll_seconds", 30.0, "Polling interval of --watch in seconds.", lower_bound=0.1)
     flags.DEFINE_string("records", None, "Records folder. Defaults to the run's records.")

@@ -152,24 +152,28 @@ def save_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, t
 
 
 def save_sweep(
-    points: Sequence[tuple[float, float]], clips: Sequence[int], path: Path, title: str, metric: str
+    points: Sequence[tuple[float, float]], clips: Sequence[int], path: Path, title: str, metric: Metric, sample: str
 ) -> None:
-    """Saves accuracy over cost per video, on a linear and a logarithmic axis, as a PNG file.
+    """Saves a metric over the cost of a sample, on a linear and a logarithmic axis, as a PNG file.
 
     Args:
-        points: (GMACs of all views of a video, accuracy in [0, 1]) for each number of clips.
+        points: (GMACs of all views of a sample, value of the metric) for each number of clips.
         clips: numbers of clips, printed next to the points.
         path: file to write; an existing file is replaced.
         title: title of the figure.
-        metric: name of the accuracy metric.
+        metric: the metric; shares are drawn in percent.
+        sample: noun for what the cost is of, such as "video".
     """
-    costs, accuracies = [cost for cost, _ in points], [100 * accuracy for _, accuracy in points]
+    share = metric.kind == "share"
+    costs, values = [cost for cost, _ in points], [100 * value if share else value for _, value in points]
     with _figure(path, 10, 4, layout="constrained") as figure:
         figure.suptitle(_wrap_title(title, 10))
         for axes, scale in zip(figure.subplots(1, 2), ("linear", "log")):
-            axes.plot(costs, accuracies, marker="o", clip_on=False)
-            axes.set(xscale=scale, xlabel=f"GMACs per video ({scale})", ylabel=f"{metric} in %")
-            axes.set_ylim(*_percent_limits(accuracies))
+            axes.plot(costs, values, marker="o", clip_on=False)
+            axes.set(xscale=scale, xlabel=f"GMACs per {sample} ({scale})")
+            axes.set_ylabel(f"{metric.label} in %" if share else metric.label)
+            if share:
+                axes.set_ylim(*_percent_limits(values))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             if scale == "log":  # the default labels are powers of ten
                 axes.set_xticks(costs, [f"{cost:.3g}" for cost in costs])
@@ -178,7 +182,7 @@ def save_sweep(
                 axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.margins(x=0.12)
             axes.grid(alpha=0.3)
-            for x, y, number in zip(costs, accuracies, clips):
+            for x, y, number in zip(costs, values, clips):
                 axes.annotate(f"K={number}", (x, y), xytext=(5, -10), textcoords="offset points", fontsize=8)
 
 

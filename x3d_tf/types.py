@@ -22,6 +22,7 @@ Combine = Literal["mean", "max"]  # how the probabilities of a video's views are
 TASK_NAME_RULE = "be a name of at most 64 lower-case letters, digits and _, and start with a letter"
 _TASK_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 MAX_VIEWS = 1000  # limit for the clips that a prediction combines; the number may come from an untrusted file
+_LONGEST_LABEL = 40  # characters
 _MAX_SHORT_SIDE = 65535  # pixels: the limit of the JPEG format
 
 
@@ -81,21 +82,43 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that training or validation measures.
+    """A number that training, validation or an evaluation measures.
 
     Attributes:
-        name: its name in files and messages, such as "top1" or "map".
-        kind: "share" in [0, 1], shown in percent; "loss"; or "count", which is added up instead of averaged.
+        name: its name in files and messages, such as "top1" or "map"; the rule is that of names of tasks.
+        kind: "share" in [0, 1], shown in percent; "loss"; "count", which is added up instead of averaged; or "number",
+            any other finite number.
         note: what is counted, for the summary of a run.
+        label: its name in tables and figures, such as "top-1"; at most 40 printable characters. Defaults to `name`.
+
+    Raises:
+        SettingTypeError, UserError: names the field, the rule and the value received.
     """
 
     name: str
-    kind: Literal["share", "loss", "count"]
+    kind: Literal["share", "loss", "count", "number"]
     note: str = ""
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        require(is_task_name(self.name), "Metric.name", TASK_NAME_RULE, self.name)
+        if not self.label:
+            object.__setattr__(self, "label", self.name)
+        printable = self.label.isprintable() and len(self.label) <= _LONGEST_LABEL
+        require(printable, "Metric.label", f"have at most {_LONGEST_LABEL} printable characters", self.label)
 
     def text(self, value: float) -> str:
         """Returns the name and a value for a message."""
         return f"{self.name} {value:.1%}" if self.kind == "share" else f"{self.name} {value:.4g}"
+
+    def cell(self, value: float) -> str:
+        """Returns a value for a table; shares are in percent."""
+        return f"{100 * value:.1f}" if self.kind == "share" else f"{value:.4g}"
+
+    def labelled(self, value: float) -> str:
+        """Returns the label and a value with its unit, for summaries and titles."""
+        return f"{self.label} {self.cell(value)}" + (" %" if self.kind == "share" else "")
 
 
 class Annotation(NamedTuple):

@@ -1,10 +1,13 @@
 """Settings and predictions of reports, as evaluations write them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from x3d_tf.evaluation.reports import Predictions
+from x3d_tf.evaluation.classification_reports import Predictions, write_report
+from x3d_tf.evaluation.metrics import MAP, TOP1, TOP5
+from x3d_tf.evaluation.reports import Report, metrics_to_json
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 
@@ -16,6 +19,8 @@ def settings(**changes: Any) -> dict[str, Any]:
         "records": "data/mine",
         "dataset": "kinetics400",
         "split": "val",
+        "sample": "video",
+        "metrics": metrics_to_json((TOP1, TOP5)),
         "videos": 40,
         "videos_expected": 40,
         "videos_present": 40,
@@ -34,11 +39,20 @@ def settings(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def precision_of(value: float) -> dict[str, Any]:
+    """Returns the entries of results.json for mAP."""
+    return {"metrics": metrics_to_json((MAP,)), "map": value}
+
+
+def write(folder: Path, settings: dict[str, Any], predictions: Predictions) -> Report:
+    return write_report(folder, settings, predictions, predictions.measure())
+
+
 def predictions(seed: int = 0) -> Predictions:
     draw = np.random.default_rng(seed)
     labels = draw.integers(0, 6, 40)  # class g has no samples
     scores = draw.dirichlet(np.ones(7), 40).astype(np.float32)
-    return Predictions(tuple(f"v{n}" for n in range(40)), NAMES, scores, np.eye(7, dtype=bool)[labels], "single_label")
+    return Predictions(tuple(f"v{n}" for n in range(40)), NAMES, scores, np.eye(7, dtype=bool)[labels], exclusive=True)
 
 
 def detection_settings(**changes: Any) -> dict[str, Any]:
@@ -56,8 +70,9 @@ def detection_settings(**changes: Any) -> dict[str, Any]:
         "key_frames_missing": 0,
         "gmacs_per_clip": 6.2,
         "gmacs_per_key_frame": 6.2,
+        "sample": "key frame",
         "key_frames": 40,
-        "map": 0.25,
+        **precision_of(0.25),
     }
     of_videos = ("videos", "gmacs_per_video")
     return {name: value for name, value in settings(**(of_a_detector | changes)).items() if name not in of_videos}

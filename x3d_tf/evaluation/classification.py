@@ -1,5 +1,6 @@
 """Multi-view evaluation of classifiers."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,16 @@ import numpy as np
 from x3d_tf.data.input_pipeline import MakeExample
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
+from x3d_tf.evaluation.classification_reports import Predictions, write_report
 from x3d_tf.evaluation.eval_config import HeadPool
 from x3d_tf.evaluation.multiview import SplitPredictions, predict_split
-from x3d_tf.evaluation.reports import (
-    Predictions,
-    Report,
-    locked_report_folder,
-    write_report,
-)
+from x3d_tf.evaluation.reports import Report, cost_name, count_name, locked_report_folder, settings_of
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.metadata import copy_metadata
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.terminal import tell
-from x3d_tf.types import ClipStarts, Combine, ViewSpec, stored_to_json
+from x3d_tf.types import ClipStarts, Combine, Metric, ViewSpec, stored_to_json
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +32,9 @@ class ClipEvaluation:
         manifest: the manifest of the records.
         classes: names of the classes of the targets; they are among the network's.
         make_example: makes the targets; see `input_pipeline.evaluation_dataset`.
+        metrics: the metrics, the main one first.
+        score: computes the values of the metrics, and further results, by name.
+        sample: noun for what a record is.
         split: name of the split to evaluate.
         views: the views of each video.
         clip_starts: see `EvalConfig`.
@@ -48,6 +48,9 @@ class ClipEvaluation:
     manifest: Manifest
     classes: tuple[str, ...]
     make_example: MakeExample | None
+    metrics: tuple[Metric, ...]
+    score: Callable[[Predictions], dict[str, float]]
+    sample: str
     split: str
     views: ViewSpec
     clip_starts: ClipStarts
@@ -76,13 +79,13 @@ class ClipEvaluation:
             "dataset": self.manifest.dataset,
             "split": self.split,
             "task": model.task,
-            "videos": len(split.records),
+            count_name(self.sample): len(split.records),
             "videos_expected": split.expected,
             "videos_present": split.present,
             "classes": model.num_classes,
             "views": f"{views.temporal_views}-{'Center' if views.spatial_crops == 1 else 'LeftCenterRight'}",
             "gmacs_per_clip": count.macs / 1e9,
-            "gmacs_per_video": count.macs * views.views / 1e9,
+            cost_name(self.sample): count.macs * views.views / 1e9,
             "params": count.params,
             "frames": model.clip.frames,
             "stride": model.clip.stride,
@@ -115,9 +118,9 @@ class ClipEvaluation:
         names = self.model.class_names
         return Predictions(videos, names, found.probabilities, self._truth(found), self.model.activation == "softmax")
 
-    def metrics(self) -> dict[str, float]:
-        """Runs the network on all views of all videos and returns its metrics."""
-        return self.predict().metrics()
+    def measure(self) -> dict[str, float]:
+        """Runs the network on all views of all videos and returns the measured values."""
+        return self.score(self.predict())
 
     def _truth(self, found: SplitPredictions) -> np.ndarray:
         """Returns the targets as the model's classes, bool (videos, classes)."""
@@ -135,11 +138,11 @@ class ClipEvaluation:
             UserError: the records are missing or damaged, the probabilities are not finite, or another process writes
                 the same report.
         """
-        settings = self.settings()
+        settings = settings_of(self)
         with locked_report_folder(folder):  # before the evaluation, so that a wrong path fails at once
             predictions = self.predict()
             tell(f"writing the report {folder}")
-            return write_report(folder, settings, predictions)
+            return write_report(folder, settings, predictions, self.score(predictions))
 
 
 def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:

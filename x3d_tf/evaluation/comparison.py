@@ -4,18 +4,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.metrics import wilson_interval
+from x3d_tf.csv_files import Verbatim
+from x3d_tf.errors import UserError, first_few, require
+from x3d_tf.evaluation.metrics import TOP1, wilson_interval
 from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, differences, published_for
-from x3d_tf.evaluation.reports import RESULTS_NAME, Report, read_report, refuse_to_replace, sample_of, write_csv
+from x3d_tf.evaluation.reports import (
+    RESULTS_NAME,
+    Report,
+    cost_name,
+    count_name,
+    read_report,
+    refuse_to_replace,
+    stated_metrics,
+    write_csv,
+)
 from x3d_tf.files import atomic_write
-from x3d_tf.text import counted
+from x3d_tf.text import counted, plural
 
 _PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
-_COUNTS, _COSTS = ("videos", "key frames"), ("GMACs a video", "GMACs a key frame")
-_NUMERIC = (*_COUNTS, "top-1", "top-5", "mAP", *_COSTS, "M parameters", _PAPERS_TOP1, _PAPERS_MAP)
+_TEXTS = ("report", "network", "records", "split", "views", "paper")  # aligned to the left
 _EMPTY = "-"
-FEW_VIDEOS = 400  # with fewer, the confidence interval of a top-1 of 50 % is 10 points wide or more
+FEW_SAMPLES = 400  # with fewer, the confidence interval of a top-1 of 50 % is 10 points wide or more
 
 
 def find_reports(paths: Sequence[str]) -> list[Report]:
@@ -40,38 +49,49 @@ def find_reports(paths: Sequence[str]) -> list[Report]:
 def table(reports: Sequence[Report]) -> list[dict[str, str]]:
     """Returns one row per report, as a dict from column to text. Columns that are empty in all rows are omitted.
 
-    Metrics are in percent. "GMACs a video" is the cost of a clip times the number of clips per video. "paper" states
+    Shares are in percent. "GMACs a video" is the cost of a clip times the number of clips per video. "paper" states
     whether the measured result is comparable to the paper's.
+
+    Raises:
+        UserError: two columns have the same name, or two metrics of different kinds the same label.
     """
-    rows = [_row(report) for report in reports]
-    used = [column for column in rows[0] if any(row[column] != _EMPTY for row in rows)] if rows else []
-    return [{column: row[column] for column in used} for row in rows]
+    kinds = {(metric.label, metric.kind) for report in reports for metric in stated_metrics(report.results)}
+    labels = [label for label, _ in sorted(kinds)]
+    groups = [_groups(report) for report in reports]
+    columns = [column for group in zip(*groups) for column in dict.fromkeys(name for cells in group for name in cells)]
+    clashes = [name for names in (labels, columns) for name in dict.fromkeys(names) if names.count(name) > 1]
+    require(not clashes, "labels of metrics", "have one kind, and differ from other columns", first_few(clashes))
+    rows = [{name: cell for cells in group for name, cell in cells.items()} for group in groups]
+    used = [column for column in columns if any(row.get(column, _EMPTY) != _EMPTY for row in rows)]
+    return [{column: row.get(column, _EMPTY) for column in used} for row in rows]
 
 
-def _row(report: Report) -> dict[str, str]:
+def _groups(report: Report) -> tuple[dict[str, str], ...]:
+    """Returns the cells of a report in groups, whose columns follow each other in the table."""
     r = report.results
-    sample = sample_of(r)
-    noun = sample.replace("_", " ")
-    views = round(r[f"gmacs_per_{sample}"] / r["gmacs_per_clip"]) if r["gmacs_per_clip"] else 0
-    counts = dict.fromkeys(_COUNTS, _EMPTY) | {f"{noun}s": str(r[f"{sample}s"])}
-    costs = dict.fromkeys(_COSTS, _EMPTY) | {f"GMACs a {noun}": f"{r['gmacs_per_clip']:.4g} x {views}"}
     published = published_for(r)
-    return {
-        "report": str(report.folder),
-        "network": r["network"],
-        "records": r["records"],
-        "split": r["split"],
-        **counts,
-        "views": r["views"],
-        "top-1": _percent(r, "top1"),
-        "top-5": _percent(r, "top5") if r["classes"] > 5 else _EMPTY,  # always 100 % with five classes
-        "mAP": _percent(r, "map"),
-        **costs,
-        "M parameters": f"{r['params'] / 1e6:.3f}" if "params" in r else _EMPTY,
-        _PAPERS_TOP1: f"{published.top1:.4g}" if isinstance(published, PublishedAccuracy) else _EMPTY,
-        _PAPERS_MAP: f"{published.map:.4g}" if isinstance(published, PublishedPrecision) else _EMPTY,
-        "paper": _verdict(r) if published else _EMPTY,
-    }
+    return (
+        {"report": str(report.folder), "network": r["network"], "records": r["records"], "split": r["split"]},
+        {plural(r["sample"]): str(r[count_name(r["sample"])])},
+        {"views": r["views"]},
+        {metric.label: Verbatim(metric.cell(r[metric.name])) for metric in stated_metrics(r)},
+        {f"GMACs a {r['sample']}": _cost(r)},
+        {
+            "M parameters": _parameters(r),
+            _PAPERS_TOP1: f"{published.top1:.4g}" if isinstance(published, PublishedAccuracy) else _EMPTY,
+            _PAPERS_MAP: f"{published.map:.4g}" if isinstance(published, PublishedPrecision) else _EMPTY,
+            "paper": _verdict(r),
+        },
+    )
+
+
+def _cost(results: Mapping[str, Any]) -> str:
+    clip = results["gmacs_per_clip"]
+    return f"{clip:.4g} x {round(results[cost_name(results['sample'])] / clip) if clip else 0}"
+
+
+def _parameters(results: Mapping[str, Any]) -> str:
+    return f"{results['params'] / 1e6:.3f}" if "params" in results else _EMPTY
 
 
 def _verdict(results: Mapping[str, Any]) -> str:
@@ -93,38 +113,34 @@ def _source(published: PublishedAccuracy | PublishedPrecision) -> str:
 def describe(report: Report) -> str:
     """Returns a summary of a report for the terminal.
 
-    The first line states the metrics and the evaluation settings. If there are fewer than `FEW_VIDEOS` videos, a second
-    line gives the confidence interval of top-1. If the records are those of the paper's dataset, a last line gives the
-    paper's result.
+    The first line states the metrics and the evaluation settings. If there are fewer than `FEW_SAMPLES` samples, a
+    second line gives the confidence interval of top-1. If the records are those of the paper's dataset, a last line
+    gives the paper's result.
     """
-    r, row = report.results, _row(report)
-    metrics = [f"{name} {row[name]} %" for name in ("top-1", "top-5", "mAP") if row[name] != _EMPTY]
-    sample = sample_of(r)
-    noun, count = sample.replace("_", " "), r[f"{sample}s"]
+    r = report.results
+    metrics, sample, count = stated_metrics(r), r["sample"], r[count_name(r["sample"])]
     line = (
-        f"{r['network']} on {r['records']}, split {r['split']}: {', '.join(metrics)} ({counted(count, noun)}, "
-        f"{counted(r['classes'], 'class')}, {r['views']}, {row[f'GMACs a {noun}']} GMACs per {noun}, "
-        f"{row['M parameters']} M parameters)"
+        f"{r['network']} on {r['records']}, split {r['split']}: "
+        f"{', '.join(metric.labelled(r[metric.name]) for metric in metrics)} ({counted(count, sample)}, "
+        f"{counted(r['classes'], 'class')}, {r['views']}, {_cost(r)} GMACs per {sample}, "
+        f"{_parameters(r)} M parameters)"
     )
-    if "top1" in r and count < FEW_VIDEOS:
-        low, high = wilson_interval(r["top1"], count)
-        line += f"\n95 % confidence interval of top-1 on so few videos: {100 * low:.0f} % to {100 * high:.0f} %"
+    if TOP1 in metrics and count < FEW_SAMPLES:
+        low, high = wilson_interval(r[TOP1.name], count)
+        interval = f"{100 * low:.0f} % to {100 * high:.0f} %"
+        line += f"\n95 % confidence interval of top-1 on so few {plural(sample)}: {interval}"
     if (published := published_for(r)) is None or "other data" in differences(r, published):
         return line
-    if row[_PAPERS_MAP] != _EMPTY:
-        return f"{line}\nmAP in the paper on AVA: {row[_PAPERS_MAP]} %, {row['paper']}"
-    return f"{line}\ntop-1 in the paper on Kinetics-400: {row[_PAPERS_TOP1]} %, {row['paper']}"
-
-
-def _percent(results: Mapping[str, Any], name: str) -> str:
-    return f"{100 * results[name]:.1f}" if name in results else _EMPTY
+    if isinstance(published, PublishedPrecision):
+        return f"{line}\nmAP in the paper on AVA: {published.map:.4g} %, {_verdict(r)}"
+    return f"{line}\ntop-1 in the paper on Kinetics-400: {published.top1:.4g} %, {_verdict(r)}"
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:
     """Formats the table in aligned columns for a terminal."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    numeric = [name in _NUMERIC for name in lines[0]]
+    numeric = [name not in _TEXTS for name in lines[0]]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, numeric)
@@ -135,9 +151,9 @@ def as_text(rows: Sequence[Mapping[str, str]]) -> str:
 
 def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Formats the table as Markdown."""
-    ruler = ["---:" if name in _NUMERIC else "---" for name in rows[0]]
-    lines = [list(rows[0]), ruler, *([cell.replace("|", "\\|") for cell in row.values()] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    ruler = ["---" if name in _TEXTS else "---:" for name in rows[0]]
+    header, *lines = ([cell.replace("|", "\\|") for cell in line] for line in (rows[0], *(r.values() for r in rows)))
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ruler, *lines))
 
 
 def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool = False) -> list[dict[str, str]]:

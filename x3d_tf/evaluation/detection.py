@@ -21,14 +21,15 @@ from x3d_tf.data.key_frames import actions_to_evaluate, key_frames_of, require_b
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.detection_reports import (
+    METRICS,
     DetectionScores,
-    metrics_of,
     score_detections,
     summary,
+    values_of,
     write_detection_report,
 )
 from x3d_tf.evaluation.multiview import CLIPS_A_CALL
-from x3d_tf.evaluation.reports import Report, locked_report_folder
+from x3d_tf.evaluation.reports import Report, locked_report_folder, settings_of
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.x3d import cost_of
@@ -164,6 +165,9 @@ class DetectorEvaluation:
         UserError: the records are missing, or were built without the boxes to evaluate.
     """
 
+    metrics = METRICS
+    sample = "key frame"
+
     def __init__(self, model: Detector, weights: dict[str, Any], config: TrainConfig) -> None:
         self.model, self.weights, self.config = model, weights, config
         self.manifest, self.split = open_dataset(config.dataset), config.dataset.eval_split
@@ -199,6 +203,7 @@ class DetectorEvaluation:
             "views": f"centre crop of {side}²",
             "key_frames": len(split.records),
             "key_frames_missing": self.missing,
+            "classes": len(actions_to_evaluate(self.manifest.classes)),
             "gmacs_per_clip": cost.macs / 1e9,
             "gmacs_per_key_frame": cost.macs / 1e9,
             "params": cost.params,
@@ -206,10 +211,10 @@ class DetectorEvaluation:
             "seed": self.config.seed,
         }
 
-    def metrics(self) -> dict[str, Any]:
-        """Runs the detector on all key frames and returns its metrics."""
+    def measure(self) -> dict[str, Any]:
+        """Runs the detector on all key frames and returns the measured values."""
         _, scores = self._score()
-        return metrics_of(scores)
+        return values_of(scores)
 
     def report(self, folder: Path) -> Report:
         """Runs the evaluation and writes its report, including all detections in AVA's format.
@@ -217,9 +222,10 @@ class DetectorEvaluation:
         Raises:
             UserError: the records are damaged, or another process writes the same report.
         """
+        settings = settings_of(self)
         with locked_report_folder(folder):
             found, scores = self._score()
-            report = write_detection_report(folder, self.settings(), scores, found)
+            report = write_detection_report(folder, settings, scores, found)
         print("\n".join(summary(scores)))
         if self.missing:
             print(f"not evaluated: {counted(self.missing, 'key frame')} of the annotation lists without a record")

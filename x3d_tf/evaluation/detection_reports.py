@@ -22,10 +22,12 @@ from x3d_tf.data.ava_files import (
 )
 from x3d_tf.errors import require
 from x3d_tf.evaluation.detection_metrics import LabeledBoxes, detection_average_precisions, mean_over_classes
-from x3d_tf.evaluation.reports import RESULTS_NAME, Report, write_csv, write_json
+from x3d_tf.evaluation.metrics import MAP
+from x3d_tf.evaluation.reports import Report, metrics_to_json, write_csv, writing_report
 from x3d_tf.text import counted
 
 IOU = 0.5  # minimum intersection over union of a match
+METRICS = (MAP,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,21 +126,22 @@ def evaluate_files(
     videos = {frame.video for frame in (*truth.key_frames, *found.key_frames)}
     matched = not exclusions or any(frame.video in videos for frame in excluded)
     require(matched, str(exclusions), f"have key frames of videos in {groundtruth}")
-    settings = {
+    settings: dict[str, Any] = {
         "detections": str(detections),
         "groundtruth": str(groundtruth),
         "label_map": str(label_map or "AVA's 60 actions"),
         "exclusions": str(exclusions) if exclusions else None,
+        "classes": len(actions),
+        "metrics": metrics_to_json(METRICS),
     }
     return settings, score_detections(truth, found, actions, excluded)
 
 
-def metrics_of(scores: DetectionScores) -> dict[str, Any]:
-    """Returns the metrics for results.json."""
+def values_of(scores: DetectionScores) -> dict[str, Any]:
+    """Returns the measured values for results.json."""
     return {
-        "map": scores.mean,
+        MAP.name: scores.mean,
         "iou": IOU,
-        "classes": len(scores.actions),
         "classes_with_positives": int((scores.positives > 0).sum()),
         "annotated_key_frames": scores.key_frames,
         "boxes": scores.boxes,
@@ -156,18 +159,18 @@ def write_detection_report(
         settings: the settings of the evaluation, for results.json.
         scores: the scores to report.
         found: the detections, to be written to detections.csv.
+
+    Raises:
+        UserError: mAP is undefined; the folder is left as it is.
     """
-    results = {**settings, **metrics_of(scores)}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the report is complete
-    if found is not None:
-        write_detections(folder / "detections.csv", found)
-    write_csv(folder / "per_class.csv", _class_rows(scores))
-    names = list(scores.actions.values())
-    title = f"frame mAP at IoU {IOU:g}: {scores.mean:.1%}"
-    plots.save_precisions(scores.precisions, scores.positives, names, folder / "per_class.png", title)
-    write_json(folder / RESULTS_NAME, results)
-    return Report(folder, results)
+    with writing_report(folder, settings, values_of(scores)) as report:
+        if found is not None:
+            write_detections(folder / "detections.csv", found)
+        write_csv(folder / "per_class.csv", _class_rows(scores))
+        names = list(scores.actions.values())
+        title = f"frame mAP at IoU {IOU:g}: {scores.mean:.1%}"
+        plots.save_precisions(scores.precisions, scores.positives, names, folder / "per_class.png", title)
+    return report
 
 
 def _class_rows(scores: DetectionScores) -> Iterable[Sequence[Any]]:

@@ -4,6 +4,22 @@ import math
 
 import numpy as np
 
+from x3d_tf.types import Metric
+
+TOP1 = Metric("top1", "share", label="top-1")
+TOP5 = Metric("top5", "share", label="top-5")
+MAP = Metric("map", "share", label="mAP")
+
+
+def classification_metrics(classes: int, *, exclusive: bool) -> tuple[Metric, ...]:
+    """Returns the metrics of a classifier: top1 and top5 for exclusive classes, otherwise map.
+
+    Top5 is left out for five classes or fewer, because it is always 1.
+    """
+    if not exclusive:
+        return (MAP,)
+    return (TOP1, TOP5) if classes > 5 else (TOP1,)
+
 
 def top_k_hits(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     """Returns True for each sample whose class is among the `k` highest scores; bool (samples,).

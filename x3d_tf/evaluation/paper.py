@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from x3d_tf.evaluation.metrics import TOP1
+from x3d_tf.evaluation.reports import stated_metrics
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import VARIANTS
 from x3d_tf.text import counted
@@ -87,14 +89,14 @@ def published_for(results: Mapping[str, Any]) -> PublishedAccuracy | PublishedPr
 
     Returns:
         For detection, the mAP on the report's version of AVA if published, else on the newest version. For
-        classification, the accuracy with the report's views if published, else with 10-Center. None if the paper has no
+        top-1, the accuracy with the report's views if published, else with 10-Center. None if the paper has no such
         result for the network.
     """
     network = results["network"]
     if "eval_boxes" in results:
         found = [row for row in reversed(PRECISIONS) if row.network == network]
         return next((row for row in found if row.version == ava_version(results)), found[0] if found else None)
-    rows = [row for row in ACCURACIES if row.network == network] if "map" not in results else []
+    rows = [row for row in ACCURACIES if row.network == network] if TOP1 in stated_metrics(results) else []
     return next((row for row in rows if row.views == results["views"]), rows[0] if rows else None)
 
 

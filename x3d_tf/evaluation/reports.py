@@ -1,31 +1,26 @@
-"""Evaluation reports: a folder with results.json, csv tables and, for single-label tasks, a confusion matrix.
+"""Evaluation reports: a folder with results.json, csv tables and, for some tasks, figures.
 
-Imports no TensorFlow.
+results.json states its metrics, so that tables of reports know no names of metrics. Imports no TensorFlow.
 """
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-
-from x3d_tf import csv_files, plots
+from x3d_tf import csv_files
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.metrics import (
-    average_precisions,
-    confusion_matrix,
-    mean_average_precision,
-    top_k_accuracy,
-    top_k_hits,
-)
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
-from x3d_tf.text import counted
-from x3d_tf.types import ClipStarts, Combine, FrameSampling
+from x3d_tf.text import plural
+from x3d_tf.types import ClipStarts, Combine, FrameSampling, Metric
+
+if TYPE_CHECKING:
+    from x3d_tf.evaluation.interfaces import Evaluation
 
 RESULTS_NAME = "results.json"
 _STRING_FIELDS = ("network", "records", "split", "views")
@@ -37,6 +32,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {  # settings that the comparison with th
 _COUNTS = ("videos_expected", "videos_present", "key_frames_missing")
 _LONGEST = 100  # characters of the data set's name
 _LARGEST = 1e15  # largest absolute value accepted in results.json
+_MOST_METRICS = 20
+_METRIC_FIELDS = ("name", "kind", "label")
+_SAMPLE = re.compile("[a-z][a-z ]*[a-z]")
 
 
 @dataclass(frozen=True)
@@ -44,60 +42,12 @@ class Report:
     """Results of an evaluation, and the folder of its report.
 
     Attributes:
-        folder: contains results.json, predictions.csv, per_class.csv and, for single-label tasks, confusion.png.
+        folder: contains results.json and the tables and figures of its task.
         results: the content of results.json.
     """
 
     folder: Path
     results: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """Predictions for videos, with the ground truth.
-
-    Attributes:
-        videos: names of the videos.
-        class_names: names of the network's classes.
-        probabilities: (videos, classes).
-        truth: bool (videos, classes).
-        exclusive: whether each video has exactly one class.
-    """
-
-    videos: tuple[str, ...]
-    class_names: tuple[str, ...]
-    probabilities: np.ndarray
-    truth: np.ndarray
-    exclusive: bool
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The class of each video, (videos,), if classes are exclusive."""
-        return self.truth.argmax(axis=1)
-
-    def metrics(self) -> dict[str, float]:
-        """Returns the metrics for results.json, in [0, 1].
-
-        For exclusive classes: top1, top5 and their mean, which the paper reports for test sets. Otherwise:
-        map, the mean average precision over the classes that have positives, and the number of these classes.
-
-        Raises:
-            UserError: a metric is not finite, such as map if no class has positives. Names the metric.
-        """
-        metrics = self._metrics()
-        for name, value in metrics.items():
-            require(math.isfinite(value), name, f"be finite on the {counted(len(self.videos), 'video')}", value)
-        return metrics
-
-    def _metrics(self) -> dict[str, float]:
-        if not self.exclusive:
-            positive = int(self.truth.any(axis=0).sum())
-            return {
-                "map": mean_average_precision(self.probabilities, self.truth),
-                "classes_with_positives": positive,
-            }
-        top1, top5 = (top_k_accuracy(self.probabilities, self.labels, k) for k in (1, 5))
-        return {"top1": top1, "top5": top5, "mean_of_top1_and_top5": (top1 + top5) / 2}
 
 
 def refuse_to_replace(path: Path, overwrite: bool) -> None:
@@ -124,63 +74,55 @@ def locked_report_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_report(folder: Path, settings: Mapping[str, Any], predictions: Predictions) -> Report:
-    """Writes a report. results.json is written last, so a folder that contains it has a complete report.
+def settings_of(evaluation: "Evaluation") -> dict[str, Any]:
+    """Returns the settings of an evaluation as results.json states them, with the noun of its samples and its metrics.
+
+    Raises:
+        UserError: see `check_settings`.
+    """
+    stated = metrics_to_json(evaluation.metrics)
+    settings = {**evaluation.settings(), "sample": evaluation.sample, "metrics": stated}
+    check_settings(settings)
+    return settings
+
+
+def results_of(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of results.json.
+
+    Args:
+        settings: the settings, from `settings_of`.
+        values: the values that were measured, by name.
+
+    Raises:
+        UserError: a value has the name of a setting; a metric has no value, or an invalid one.
+    """
+    both = sorted(settings.keys() & values.keys())
+    require(not both, "the names of measured values", "not be names of settings", both)
+    results = {**settings, **values}
+    _check_values(results)
+    return results
+
+
+@contextmanager
+def writing_report(folder: Path, settings: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Report]:
+    """Writes results.json after the block has written the other files: a folder that contains it is complete.
 
     Args:
         folder: folder of the report, created if it does not exist. An existing report is replaced.
-        settings: the settings of the evaluation, for results.json.
-        predictions: the predictions to report.
+        settings: see `results_of`.
+        values: see `results_of`.
+
+    Yields:
+        The report.
 
     Raises:
-        UserError: a metric is not finite; the folder is left as it is.
+        UserError: see `results_of`; the folder is left as it is.
     """
-    results = {**settings, **predictions.metrics()}
+    report = Report(folder, results_of(settings, values))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_NAME).unlink(missing_ok=True)  # until the report is complete
-    write_csv(folder / "predictions.csv", _prediction_rows(predictions))
-    write_csv(folder / "per_class.csv", _class_rows(predictions))
-    confusion = folder / "confusion.png"
-    confusion.unlink(missing_ok=True)
-    if predictions.exclusive:
-        counts = confusion_matrix(
-            predictions.probabilities.argmax(axis=1), predictions.labels, len(predictions.class_names)
-        )
-        title = f"{results['network']}, {results['split']}, {results['views']}: top-1 {results['top1']:.1%}"
-        plots.save_confusion(counts, predictions.class_names, confusion, title)
-    write_json(folder / RESULTS_NAME, results)
-    return Report(folder, results)
-
-
-def _prediction_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
-    """Yields the header and one row per video: its name, its labels and all probabilities."""
-    names = predictions.class_names
-    single = predictions.exclusive
-    yield ["video", *(["label", "predicted"] if single else ["labels"]), *(f"p({name})" for name in names)]
-    for video, row, truth in zip(predictions.videos, predictions.probabilities, predictions.truth):
-        labels = ";".join(names[number] for number in np.flatnonzero(truth))
-        yield [video, labels, *([names[row.argmax()]] if single else []), *(csv_files.number(p, ".6g") for p in row)]
-
-
-def _class_rows(predictions: Predictions) -> Iterable[Sequence[Any]]:
-    """Yields the header and one row per class. Cells without a measurement are empty."""
-    names, truth, probabilities = predictions.class_names, predictions.truth, predictions.probabilities
-    if not predictions.exclusive:
-        yield ["class", "positives", "average_precision"]
-        for name, positives, precision in zip(names, truth.sum(axis=0), average_precisions(probabilities, truth)):
-            yield [name, positives, "" if math.isnan(precision) else csv_files.number(precision, ".6g")]
-        return
-    labels = predictions.labels
-    hits = {k: top_k_hits(probabilities, labels, k) for k in (1, 5)}
-    errors = confusion_matrix(probabilities.argmax(axis=1), labels, len(names))
-    np.fill_diagonal(errors, 0)
-    yield ["class", "videos", "top1", "top5", "most_confused_with", "times"]
-    for number, name in enumerate(names):
-        in_class = labels == number
-        shares = [csv_files.number(hits[k][in_class].mean(), ".6g") if in_class.any() else "" for k in (1, 5)]
-        other = int(errors[number].argmax())
-        times = int(errors[number, other])
-        yield [name, int(in_class.sum()), *shares, names[other] if times else "", times or ""]
+    (folder / RESULTS_NAME).unlink(missing_ok=True)
+    yield report
+    write_json(folder / RESULTS_NAME, report.results)
 
 
 def read_report(folder: Path) -> Report:
@@ -206,50 +148,101 @@ def read_results(path: Path) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}. Repeat the evaluation with --overwrite") from error
-
-    def check(name: str, rule: str, condition: bool) -> None:
-        if not condition:
-            value = results.get(name) if isinstance(results, dict) else results
-            raise UserError(
-                f"{path} is damaged: {name} must {rule}, got {value!r}. Repeat the evaluation with --overwrite"
-            )
-
-    check("the file", "contain a JSON object", isinstance(results, dict))
-    if "detections" in results:
+    if isinstance(results, dict) and isinstance(results.get("detections"), str):  # the path of the csv file
         raise UserError(f"{path} must be the report of a network, not of a csv file of detections")
+    try:
+        require(isinstance(results, dict), "the file", "contain a JSON object", results)
+        check_settings(results)
+        _check_values(results)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}. Repeat the evaluation with --overwrite") from error
+    return dict(results)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Checks the settings of results.json that tables need, apart from the values of the metrics.
+
+    - network, records, split, views: texts; dataset: a short text, optional
+    - sample: a noun of lower-case letters; the number of samples, such as "key_frames", and of classes: at least 1
+    - gmacs_per_clip, and the cost of a sample, such as "gmacs_per_key_frame"; params: optional
+    - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
+
+    Raises:
+        UserError: names the field, the rule and the value.
+    """
     for name in _STRING_FIELDS:
-        check(name, "be a string", isinstance(results.get(name), str))
-    sample = sample_of(results)
-    for name in (f"{sample}s", "classes"):
-        check(name, "be an integer of at least 1", _is_count(results.get(name)) and results[name] >= 1)
-    cost = f"gmacs_per_{sample}"
+        require(isinstance(settings.get(name), str), name, "be a string", settings.get(name))
+    sample: Any = settings.get("sample")
+    valid = isinstance(sample, str) and len(sample) <= _LONGEST and _SAMPLE.fullmatch(sample)
+    require(bool(valid), "sample", f"be a noun of at most {_LONGEST} lower-case letters", sample)
+    count, cost = count_name(sample), cost_name(sample)
+    for name in (count, "classes"):
+        value = settings.get(name)
+        require(_is_count(value) and value != 0, name, "be an integer of at least 1", value)
     for name in ("gmacs_per_clip", cost):
-        check(name, "be a number", _is_number(results.get(name)))
+        require(_is_number(settings.get(name)), name, "be a number", settings.get(name))
     for name, values in _CHOICES.items():
-        check(name, f"be one of {', '.join(values)}", results.get(name, values[0]) in values)
-    dataset = results.get("dataset", "")
-    check("dataset", "be a short string", isinstance(dataset, str) and len(dataset) <= _LONGEST)
+        value = settings.get(name, values[0])
+        require(value in values, name, f"be one of {', '.join(values)}", value)
+    dataset = settings.get("dataset", "")
+    require(isinstance(dataset, str) and len(dataset) <= _LONGEST, "dataset", "be a short string", dataset)
     for name in _COUNTS:
-        check(name, "be a number of at least 0, or null", results.get(name) is None or _is_count(results[name]))
-    clips = results[cost] / (results["gmacs_per_clip"] or math.inf)
-    check(cost, "be gmacs_per_clip times 0 to 1,000,000 clips", 0 <= clips <= 1e6)
-    check("params", "be a number", _is_number(results.get("params", 0)))
-    for name in ("map",) if "map" in results else ("top1", "top5"):
-        check(name, "be in [0, 1]", _is_number(results.get(name)) and 0 <= results[name] <= 1)
-    return results
+        value = settings.get(name)
+        require(value is None or _is_count(value), name, "be a number of at least 0, or null", value)
+    clips = settings[cost] / (settings["gmacs_per_clip"] or math.inf)
+    require(0 <= clips <= 1e6, cost, "be gmacs_per_clip times 0 to 1,000,000 clips", settings[cost])
+    require(_is_number(settings.get("params", 0)), "params", "be a number", settings.get("params"))
+    _check_metrics(settings.get("metrics"))
 
 
-def sample_of(results: Mapping[str, Any]) -> Literal["video", "key_frame"]:
-    """Returns the unit that a report counts, and whose cost it states, for use in the names of its fields."""
-    return "key_frame" if "key_frames" in results else "video"
+def _check_metrics(stated: Any) -> None:
+    valid = isinstance(stated, list) and 1 <= len(stated) <= _MOST_METRICS
+    require(valid, "metrics", f"be a list of 1 to {_MOST_METRICS}", stated)
+    for entry in stated:
+        complete = isinstance(entry, dict) and sorted(entry) == sorted(_METRIC_FIELDS)
+        require(complete, "metrics", f"be objects with {', '.join(_METRIC_FIELDS)}", entry)
+    metrics = [Metric(**entry) for entry in stated]
+    for field in ("name", "label"):
+        found = [getattr(metric, field) for metric in metrics]
+        require(len(set(found)) == len(found), f"the {field}s of metrics", "be distinct", found)
+
+
+def _check_values(results: Mapping[str, Any]) -> None:
+    """Raises `UserError` unless each metric has a value: in [0, 1] for a share, otherwise a number."""
+    for metric in stated_metrics(results):
+        value: Any = results.get(metric.name)
+        if metric.kind == "share":
+            require(_is_number(value) and 0 <= value <= 1, metric.name, "be in [0, 1]", value)
+        else:
+            require(_is_number(value), metric.name, "be a number", value)
+
+
+def metrics_to_json(metrics: Iterable[Metric]) -> list[dict[str, str]]:
+    """Returns the entry "metrics" of results.json."""
+    return [{name: getattr(metric, name) for name in _METRIC_FIELDS} for metric in metrics]
+
+
+def stated_metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """Returns the metrics of results.json, the main one first."""
+    return tuple(Metric(**entry) for entry in results["metrics"])
+
+
+def count_name(sample: str) -> str:
+    """Returns the name of the field that counts the samples, such as "key_frames"."""
+    return plural(sample).replace(" ", "_")
+
+
+def cost_name(sample: str) -> str:
+    """Returns the name of the field that states the cost of a sample, such as "gmacs_per_key_frame"."""
+    return f"gmacs_per_{sample}".replace(" ", "_")
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def differing_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

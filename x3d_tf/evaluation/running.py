@@ -1,21 +1,19 @@
 """Evaluation of a run or a model file, and its report."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.eval_config import EvalConfig
+from x3d_tf.evaluation.interfaces import Evaluator
 from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load
 from x3d_tf.runs.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from x3d_tf.tasks.base import Task
-
 
 def evaluate_run(
-    run: RunFolder, task: "Task", *, output: str | None = None, overwrite: bool = False, **settings: Any
+    run: RunFolder, task: Evaluator, *, output: str | None = None, overwrite: bool = False, **settings: Any
 ) -> Report:
     """Evaluates the model of a finished run and writes a report.
 
@@ -37,7 +35,9 @@ def evaluate_run(
     return _evaluate(run.root, task, Path(output) if output else folder, eval_config, run, overwrite)
 
 
-def evaluate_file(file: str | Path, task: "Task", *, output: str, overwrite: bool = False, **settings: Any) -> Report:
+def evaluate_file(
+    file: str | Path, task: Evaluator, *, output: str, overwrite: bool = False, **settings: Any
+) -> Report:
     """Evaluates a `.keras` file of this package and writes a report.
 
     Args:
@@ -55,7 +55,7 @@ def evaluate_file(file: str | Path, task: "Task", *, output: str, overwrite: boo
 
 
 def _evaluate(
-    path: Path, task: "Task", folder: Path, settings: EvalConfig, run: RunFolder | None, overwrite: bool
+    path: Path, task: Evaluator, folder: Path, settings: EvalConfig, run: RunFolder | None, overwrite: bool
 ) -> Report:
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
     report = task.evaluation(load(path), weights_of(path), settings, run).report(folder)

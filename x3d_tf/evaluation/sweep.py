@@ -1,29 +1,28 @@
-"""Top-1 or mAP as a function of the number of clips per video, K, and therefore of the cost (paper, Figure 3)."""
+"""The main metric as a function of the number of clips per video, K, and therefore of the cost (paper, Figure 3)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from x3d_tf import plots
+from x3d_tf import csv_files, plots
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.eval_config import EvalConfig
+from x3d_tf.evaluation.interfaces import Evaluation, Evaluator
 from x3d_tf.evaluation.reports import (
     RESULTS_NAME,
     Report,
+    cost_name,
+    count_name,
     differing_settings,
     read_report,
-    sample_of,
+    settings_of,
     write_csv,
 )
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.text import counted
-
-if TYPE_CHECKING:
-    from x3d_tf.tasks.base import Evaluation, Task
 
 CLIPS = (1, 3, 5, 7, 10)
 
@@ -42,7 +41,7 @@ class Sweep:
 
 
 def sweep_run(
-    run: RunFolder, task: "Task", *, output: str | None = None, overwrite: bool = False, **settings: Any
+    run: RunFolder, task: Evaluator, *, output: str | None = None, overwrite: bool = False, **settings: Any
 ) -> Sweep:
     """Evaluates the model of a finished run with 1, 3, 5, 7 and 10 clips per video.
 
@@ -66,7 +65,7 @@ def sweep_run(
     return _sweep(evaluation, folder, folders, overwrite)
 
 
-def sweep_file(file: str | Path, task: "Task", *, output: str, overwrite: bool = False, **settings: Any) -> Sweep:
+def sweep_file(file: str | Path, task: Evaluator, *, output: str, overwrite: bool = False, **settings: Any) -> Sweep:
     """Evaluates a `.keras` file as `sweep_run` does a run. Requires `records` and `split`."""
     evaluation = task.evaluation(load(file), weights_of(Path(file)), _without_views(settings), None)
     return _sweep(evaluation, Path(output), {k: Path(output) / f"{k}clips" for k in CLIPS}, overwrite)
@@ -79,11 +78,10 @@ def _without_views(settings: dict[str, Any]) -> EvalConfig:
     return replace(eval_config, temporal_views=1)
 
 
-def _sweep(evaluation: "Evaluation", folder: Path, folders: dict[int, Path], overwrite: bool) -> Sweep:
+def _sweep(evaluation: Evaluation, folder: Path, folders: dict[int, Path], overwrite: bool) -> Sweep:
     evaluations = {k: evaluation.with_views(k) for k in CLIPS}
     # all read first: a report with other settings should be found before hours of work
     existing = {} if overwrite else {k: _existing_report(evaluations[k], folders[k]) for k in CLIPS}
-    _common_metrics([report for report in existing.values() if report])
     reports = []
     for k in CLIPS:
         report = existing.get(k)
@@ -92,52 +90,34 @@ def _sweep(evaluation: "Evaluation", folder: Path, folders: dict[int, Path], ove
         reports.append(report or evaluations[k].report(folders[k]))
         print(describe(reports[-1]).partition("\n")[0], flush=True)
     sweep = Sweep(folder, tuple(reports))
-    _write(sweep)
+    _write(sweep, evaluation)
     return sweep
 
 
-def _existing_report(evaluation: "Evaluation", folder: Path) -> Report | None:
-    """Returns the report in a folder if one exists. Raises `UserError` if its settings or its samples differ."""
+def _existing_report(evaluation: Evaluation, folder: Path) -> Report | None:
+    """Returns the report in a folder if one exists. Raises `UserError` if its settings differ."""
     if not (folder / RESULTS_NAME).is_file():
         return None
     report = read_report(folder)
-    differing = differing_settings(report.results, evaluation.settings())
+    differing = differing_settings(report.results, settings_of(evaluation))
     if differing:
         raise UserError(
             f"{folder} has a report with other settings ({', '.join(differing)}); choose another --output, or repeat "
             "all evaluations with --overwrite"
         )
-    if sample_of(report.results) != "video":
-        raise UserError(
-            f"{folder / RESULTS_NAME} must be the report of videos, got one of key frames; repeat all evaluations with "
-            "--overwrite"
-        )
     return report
 
 
-def _common_metrics(reports: Sequence[Report]) -> tuple[str, ...]:
-    """Returns the metrics to plot. Raises `UserError` if the reports have different ones."""
-    found = [("map",) if "map" in report.results else ("top1", "top5") for report in reports]
-    for report, metrics in zip(reports, found):
-        if metrics != found[0]:
-            raise UserError(
-                f"{report.folder / RESULTS_NAME} must have the metrics of {reports[0].folder / RESULTS_NAME}, "
-                f"{', '.join(found[0])}, got {', '.join(metrics)}; repeat all evaluations with --overwrite"
-            )
-    return found[0] if found else ()
-
-
-def _write(sweep: Sweep) -> None:
+def _write(sweep: Sweep, evaluation: Evaluation) -> None:
     rows = [report.results for report in sweep.reports]
-    metrics = _common_metrics(sweep.reports)
+    metrics, cost = evaluation.metrics, cost_name(evaluation.sample)
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    header = ["clips", "views", "gmacs_per_video", *metrics]
+    header = ["clips", "views", cost, *(metric.name for metric in metrics)]
     table = [
-        [k, row["views"], f"{row['gmacs_per_video']:.6g}", *(f"{row[m]:.6g}" for m in metrics)]
-        for k, row in zip(CLIPS, rows)
+        [k, row["views"], *(csv_files.number(row[name], ".6g") for name in header[2:])] for k, row in zip(CLIPS, rows)
     ]
-    name = "mAP" if metrics == ("map",) else "top-1"
-    title = f"{rows[0]['network']} on {rows[0]['records']}, {rows[0]['split']}, {rows[0]['videos']} videos"
-    points = [(row["gmacs_per_video"], row[metrics[0]]) for row in rows]
-    plots.save_sweep(points, CLIPS, sweep.folder / "sweep.png", title, name)
+    count = counted(rows[0][count_name(evaluation.sample)], evaluation.sample)
+    title = f"{rows[0]['network']} on {rows[0]['records']}, {rows[0]['split']}, {count}"
+    points = [(row[cost], row[metrics[0].name]) for row in rows]
+    plots.save_sweep(points, CLIPS, sweep.folder / "sweep.png", title, metrics[0], evaluation.sample)
     write_csv(sweep.folder / "sweep.csv", [header, *table])

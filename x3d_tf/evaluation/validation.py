@@ -8,7 +8,7 @@ from x3d_tf.data.key_frames import validation_key_frames
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.evaluation.detection import score_split
-from x3d_tf.evaluation.metrics import mean_average_precision, top_k_accuracy
+from x3d_tf.evaluation.metrics import MAP, TOP1, mean_average_precision, top_k_accuracy
 from x3d_tf.evaluation.multiview import predict_split
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.x3d import X3D
@@ -41,7 +41,7 @@ class ClipValidation:
         self._model, self._manifest, self._split = model, manifest, split
         self._sampling, self._make_example = frame_sampling, make_example
         self._views = ViewSpec(temporal_views=1, resize=resize, crop=model.clip.size, stretch=model.stretch)
-        self.metrics = (Metric("top1" if model.activation == "softmax" else "map", "share"), Metric("loss", "loss"))
+        self.metrics = (TOP1 if model.activation == "softmax" else MAP, Metric("loss", "loss"))
 
     def __call__(self) -> dict[str, float]:
         """Evaluates the current weights."""
@@ -78,7 +78,7 @@ class KeyFrameValidation:
         detection: the settings that select key frames and boxes.
     """
 
-    metrics = (Metric("map", "share"),)
+    metrics = (MAP,)
 
     def __init__(self, model: Detector, manifest: Manifest, split: str, detection: Detection) -> None:
         self._model, self._manifest = model, validation_key_frames(manifest, split, detection.validation_every)

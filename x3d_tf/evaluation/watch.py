@@ -3,15 +3,18 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import EvalConfig
+from x3d_tf.evaluation.interfaces import Evaluator
 from x3d_tf.evaluation.reports import (
+    count_name,
     differing_settings,
     locked_report_folder,
     read_results,
-    sample_of,
+    results_of,
+    settings_of,
     write_csv,
     write_json,
 )
@@ -22,21 +25,16 @@ from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted, whole
 
-if TYPE_CHECKING:
-    from x3d_tf.tasks.base import Task
-
-_METRICS = ("top1", "top5", "map")
-
 
 def watch_run(
-    run: RunFolder, task: "Task", *, poll_seconds: float = 30.0, overwrite: bool = False, **settings: Any
+    run: RunFolder, task: Evaluator, *, poll_seconds: float = 30.0, overwrite: bool = False, **settings: Any
 ) -> dict[int, dict[str, Any]]:
     """Evaluates all existing and new checkpoints of a run, and returns once the run is finished.
 
     Each evaluation writes STEP.json, with the content of results.json and the step, to
-    `evaluation/RECORDS_SPLIT_Kcenter_steps` in the run folder, a row to steps.csv in that folder, and `eval/top1` (or
-    `eval/map`) to TensorBoard. Steps that already have results are skipped. A run keeps only its newest checkpoints;
-    those deleted before they could be evaluated are skipped.
+    `evaluation/RECORDS_SPLIT_Kcenter_steps` in the run folder, a row to steps.csv in that folder, and its metrics, such
+    as `eval/top1`, to TensorBoard. Steps that already have results are skipped. A run keeps only its newest
+    checkpoints; those deleted before they could be evaluated are skipped.
 
     Args:
         run: the run folder. It need not have a checkpoint yet.
@@ -72,7 +70,7 @@ def watch_run(
 class _Watch:
     """Results of the evaluated steps, and failures of the others."""
 
-    def __init__(self, run: RunFolder, task: "Task", eval_config: EvalConfig, folder: Path, overwrite: bool) -> None:
+    def __init__(self, run: RunFolder, task: Evaluator, eval_config: EvalConfig, folder: Path, overwrite: bool) -> None:
         self.run, self.task, self.eval_config, self.folder = run, task, eval_config, folder
         if overwrite:
             for file in _step_files(self.folder):
@@ -103,7 +101,7 @@ class _Watch:
     def _evaluate(self, step: int, model: Network) -> None:
         weights = {"weights": str(self.run.checkpoints / f"ckpt-{step}"), "step": step}
         evaluation = self.task.evaluation(model, weights, self.eval_config, self.run)
-        settings = evaluation.settings()
+        settings = settings_of(evaluation)
         for earlier, results in self.results.items():
             differing = set(differing_settings(results, settings)) - {"step"}
             if differing:
@@ -111,23 +109,20 @@ class _Watch:
                     f"{_path(self.folder, earlier)} was evaluated with other settings "
                     f"({', '.join(sorted(differing))}); evaluate all steps again with --overwrite"
                 )
-        results = settings | evaluation.metrics()
+        results = results_of(settings, evaluation.measure())
         write_json(_path(self.folder, step), results)
         self.results[step] = results
-        self._write_csv()
-        metrics = {name: results[name] for name in _METRICS if name in results}
-        self.writer.add(step, {f"eval/{name}": value for name, value in metrics.items()})
+        values = {metric.name: results[metric.name] for metric in evaluation.metrics}
+        self._write_csv([*values])
+        self.writer.add(step, {f"eval/{name}": value for name, value in values.items()})
         self.writer.flush()
-        shown = [name for name in metrics if name != "top5" or results["classes"] > 5]  # always 100 % with five classes
-        text = ", ".join(f"{name} {metrics[name]:.1%}" for name in shown)
-        sample = sample_of(results)
-        count = counted(results[f"{sample}s"], sample.replace("_", " "))
+        text = ", ".join(metric.text(results[metric.name]) for metric in evaluation.metrics)
+        count = counted(results[count_name(evaluation.sample)], evaluation.sample)
         print(f"step {step}: {text} ({count}, {results['views']})", flush=True)
 
-    def _write_csv(self) -> None:
-        metrics = [name for name in _METRICS if any(name in row for row in self.results.values())]
-        rows = [[step, *(row.get(name, "") for name in metrics)] for step, row in sorted(self.results.items())]
-        write_csv(self.folder / "steps.csv", [["step", *metrics], *rows])
+    def _write_csv(self, names: list[str]) -> None:
+        rows = [[step, *(row[name] for name in names)] for step, row in sorted(self.results.items())]
+        write_csv(self.folder / "steps.csv", [["step", *names], *rows])
 
     def print_failures(self) -> None:
         """Prints a warning for each checkpoint that could not be read."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from x3d_tf.data.datasets.spec import open_dataset, require_annotations
+from x3d_tf.evaluation.interfaces import Evaluator, Validation
 from x3d_tf.modeling.archive import describe
 from x3d_tf.registry import Registry
 from x3d_tf.types import Metric
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from x3d_tf.data.records.index import Record
     from x3d_tf.data.records.manifest import Manifest
     from x3d_tf.evaluation.eval_config import EvalConfig
-    from x3d_tf.evaluation.reports import Report
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
@@ -46,44 +46,6 @@ class Loss(Protocol):
         Returns:
             "loss" and each of the metrics, scalars. Their sums over the devices and micro-batches of a step are the
             values of the step.
-        """
-
-
-class Validation(Protocol):
-    """Evaluates the current weights of a network on the validation split during training."""
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that a call returns."""
-
-    def __call__(self) -> dict[str, float]:
-        """Computes the metrics, by name.
-
-        Raises:
-            UserError: a metric cannot be computed.
-        """
-
-    def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
-        """Returns the key by which the scores of two validations are compared: the greater one is better."""
-
-
-class Evaluation(Protocol):
-    """A network, the records to evaluate it on, and the settings."""
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the settings as results.json states them."""
-
-    def metrics(self) -> dict[str, float]:
-        """Runs the evaluation and returns its metrics, as results.json states them."""
-
-    def report(self, folder: Path) -> "Report":
-        """Runs the evaluation and writes its report, as `evaluation.reports` describes it."""
-
-    def with_views(self, temporal_views: int) -> "Evaluation":
-        """Returns a copy with another number of clips per video.
-
-        Raises:
-            UserError: the number of clips is fixed.
         """
 
 
@@ -111,7 +73,7 @@ class Suggestion:
     note: str = ""
 
 
-class Task(Protocol):
+class Task(Evaluator, Protocol):
     """A kind of prediction.
 
     Attributes:
@@ -197,28 +159,6 @@ class Task(Protocol):
 
     def validation(self, model: "Network", config: "TrainConfig", manifest: "Manifest", split: str) -> Validation:
         """Returns the validation of a run."""
-
-    def report_folder(self, run: "RunFolder", settings: "EvalConfig", views: int | str | None = None) -> Path:
-        """Returns the default folder of a report; `views` replaces the number of clips in its name.
-
-        Raises:
-            UserError: a setting does not fit the task.
-        """
-
-    def evaluation(
-        self, model: "Network", weights: dict[str, Any], settings: "EvalConfig", run: "RunFolder | None"
-    ) -> Evaluation:
-        """Returns the evaluation of a network.
-
-        Args:
-            model: the network.
-            weights: origin of the weights, for the report.
-            settings: the settings. None means: those of the run, or as stored in the model file.
-            run: the run folder; None for a model file.
-
-        Raises:
-            UserError: the records do not exist or do not suit the network; a setting does not fit the task.
-        """
 
     def check_evaluation(self, network: "Metadata | Network", settings: "EvalConfig", manifest: "Manifest") -> None:
         """Checks the settings and the records of an evaluation before TensorFlow starts.

@@ -10,9 +10,11 @@ from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset, require_annotat
 from x3d_tf.data.sampling import clip_contract, require_windows
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.evaluation.eval_config import folder_of
+from x3d_tf.evaluation.metrics import classification_metrics
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
 from x3d_tf.tasks.base import Suggestion
 from x3d_tf.text import counted
+from x3d_tf.types import Metric
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from x3d_tf.data.records.index import Record
     from x3d_tf.data.records.manifest import Manifest
     from x3d_tf.evaluation.classification import ClipEvaluation
+    from x3d_tf.evaluation.classification_reports import Predictions
     from x3d_tf.evaluation.eval_config import EvalConfig
     from x3d_tf.evaluation.validation import ClipValidation
     from x3d_tf.inference.jobs import ClassifyJob
@@ -40,7 +43,8 @@ _OUTPUTS = {"softmax": "probabilities that sum to 1", "sigmoid": "an independent
 class ClipTask:
     """Base class of tasks that predict classes of clips with an X3D network; see `base.Task`.
 
-    A task of your own sets `name` and overrides what differs, such as `classes` and `make_example`.
+    A task of your own sets `name` and overrides what differs, such as `classes`, `make_example`, and
+    `metrics` with `score`.
 
     Attributes:
         activation: "softmax" for exactly one class per clip, "sigmoid" for any number of classes.
@@ -63,6 +67,18 @@ class ClipTask:
         `data.input_pipeline.MakeExample` states its arguments and what the target may depend on.
         """
         return None
+
+    def metrics(self, num_classes: int) -> tuple[Metric, ...]:
+        """Returns the metrics of an evaluation, the main one first: top1 and top5, or map for "sigmoid"."""
+        return classification_metrics(num_classes, exclusive=self.activation == "softmax")
+
+    def score(self, predictions: "Predictions") -> dict[str, float]:
+        """Returns the values of `metrics`, and further results for results.json, by name.
+
+        Raises:
+            UserError: a metric is not finite.
+        """
+        return predictions.measure()
 
     def class_weights(self, config: "TrainConfig", manifest: "Manifest") -> Any:
         """Returns the loss factor of each class, float32 [classes], or None.
@@ -188,6 +204,9 @@ class ClipTask:
             manifest=manifest,
             classes=self.classes(manifest),
             make_example=self.make_example(),
+            metrics=self.metrics(classifier.num_classes),
+            score=self.score,
+            sample=self.sample,
             split=dataset.eval_split,
             views=settings.views_for(classifier, test_views),
             clip_starts=settings.clip_starts,

@@ -1,0 +1,219 @@
+"""An evaluation with metrics and samples of its own, through reports, tables, sweeps and watched runs. No networks."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from report_settings import predictions, settings, write
+
+from x3d_tf import plots
+from x3d_tf.config import TrainConfig
+from x3d_tf.errors import UserError
+from x3d_tf.evaluation import running, sweep, watch
+from x3d_tf.evaluation.comparison import compare, describe, table
+from x3d_tf.evaluation.eval_config import EvalConfig
+from x3d_tf.evaluation.interfaces import Evaluation
+from x3d_tf.evaluation.reports import (
+    Report,
+    locked_report_folder,
+    metrics_to_json,
+    read_report,
+    read_results,
+    settings_of,
+    writing_report,
+)
+from x3d_tf.runs import checkpoints
+from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.types import Metric
+
+DRIFT = Metric("drift", "number", label="=drift|s")  # a spreadsheet would run it, and Markdown end the cell
+HALVES = Metric("halves", "share", label="balanced halves")
+
+
+@dataclass
+class Lengths:
+    """Evaluates how long recordings are, by metrics whose names this package does not know."""
+
+    views: int = 10
+    drift: float = -0.0315
+    metrics = (DRIFT, HALVES)
+    sample = "body part"
+
+    def with_views(self, temporal_views: int) -> "Lengths":
+        return replace(self, views=temporal_views, drift=self.drift * temporal_views)
+
+    def settings(self) -> dict[str, Any]:
+        others = settings(dataset="folder", views=f"{self.views}-Center", gmacs_per_clip=2.0)
+        names = ("sample", "metrics", "videos", "gmacs_per_video")
+        kept = {name: value for name, value in others.items() if name not in names}
+        return kept | {"body_parts": 7, "gmacs_per_body_part": 2.0 * self.views}
+
+    def measure(self) -> dict[str, Any]:
+        return {"drift": self.drift, "halves": 0.25, "longest": 12, "detections": 3}
+
+    def report(self, folder: Path) -> Report:
+        stated = settings_of(self)
+        with locked_report_folder(folder), writing_report(folder, stated, self.measure()) as report:
+            (folder / "lengths.txt").write_text("12")
+        return report
+
+
+class Task:
+    """Stands in for a task, whose evaluation needs no network."""
+
+    def report_folder(self, run: RunFolder, settings: EvalConfig, views: int | str | None = None) -> Path:
+        return run.evaluations / f"lengths{views or ''}"
+
+    def evaluation(
+        self, model: Any, weights: dict[str, Any], settings: EvalConfig, run: RunFolder | None
+    ) -> Evaluation:
+        return Lengths() if settings.temporal_views is None else Lengths().with_views(settings.temporal_views)
+
+
+@pytest.fixture(autouse=True)
+def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (running, sweep):
+        monkeypatch.setattr(module, "load", lambda _: SimpleNamespace())
+        monkeypatch.setattr(module, "weights_of", lambda _: {})
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_a_report_states_and_prints_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = running.evaluate_file("model.keras", Task(), output=str(tmp_path / "report"))
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["metrics"] == [
+        {"name": "drift", "kind": "number", "label": "=drift|s"},
+        {"name": "halves", "kind": "share", "label": "balanced halves"},
+    ]
+    values = {name: results[name] for name in ("sample", "body_parts", "drift", "longest")}
+    assert values == {"sample": "body part", "body_parts": 7, "drift": -0.0315, "longest": 12}
+    assert read_report(tmp_path / "report").results == results == report.results
+    assert capsys.readouterr().out == (
+        "x3d_s on data/mine, split val: =drift|s -0.0315, balanced halves 25.0 % (7 body parts, 400 classes, "
+        "10-Center, 2 x 10 GMACs per body part, 3.794 M parameters)\n"
+    )
+
+
+def test_reports_of_other_metrics_share_a_table(tmp_path: Path) -> None:
+    Lengths().report(tmp_path / "own")
+    write(tmp_path / "top1", settings(), predictions())
+    own, top1 = compare([str(tmp_path / "own"), str(tmp_path / "top1")], output=str(tmp_path))
+    assert (own["=drift|s"], own["balanced halves"], own["top-1"], own["paper's top-1"]) == (
+        "-0.0315",
+        "25.0",
+        "-",
+        "-",
+    )
+    assert (top1["=drift|s"], top1["balanced halves"], top1["paper's top-1"]) == ("-", "-", "72.9")
+    assert (own["body parts"], own["videos"], own["GMACs a body part"]) == ("7", "-", "2 x 10")
+    header, first, _ = rows_of(tmp_path / "comparison.csv")
+    assert "'=drift|s" in header and "=drift|s" not in header
+    assert first[header.index("'=drift|s")] == "-0.0315"  # a number, not a formula
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    assert "| =drift\\|s | balanced halves | top-1 | top-5 |" in lines[0]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {len(header) + 1}
+
+
+@pytest.mark.parametrize("label", ["network", "videos", "paper", "M parameters", "GMACs a video"])
+def test_a_label_that_is_another_column_is_an_error(label: str) -> None:
+    report = Report(Path("a"), settings(metrics=metrics_to_json([replace(HALVES, label=label)])) | {"halves": 0.5})
+    with pytest.raises(UserError, match=f"labels of metrics must have one kind, and differ .*, got '{label}'"):
+        table([report])
+    assert f"{label} 50.0 %" in describe(report)
+
+
+def test_metrics_of_two_kinds_have_two_labels() -> None:
+    """Otherwise a column would mix percentages with other numbers."""
+    share = Report(Path("a"), settings(metrics=metrics_to_json([Metric("a", "share", label="x")])) | {"a": 0.5})
+    number = Report(Path("b"), settings(metrics=metrics_to_json([Metric("b", "number", label="x")])) | {"b": 0.5})
+    assert [row["x"] for row in (*table([share]), *table([number]))] == ["50.0", "0.5"]
+    with pytest.raises(UserError, match="labels of metrics must have one kind, and differ from other columns, got 'x'"):
+        table([share, number])
+
+
+def test_a_sweep_tabulates_and_plots_the_main_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    save = plots.save_sweep
+    monkeypatch.setattr(plots, "save_sweep", lambda *arguments: (drawn.append(arguments), save(*arguments)))
+    found = sweep.sweep_file("model.keras", Task(), output=str(tmp_path))
+    header, first, *_, last = rows_of(tmp_path / "sweep.csv")
+    assert header == ["clips", "views", "gmacs_per_body_part", "drift", "halves"]
+    assert (first, last) == (["1", "1-Center", "2", "-0.0315", "0.25"], ["10", "10-Center", "20", "-0.315", "0.25"])
+    ((points, _, path, title, metric, sample),) = drawn
+    assert points == [(2.0 * k, pytest.approx(-0.0315 * k)) for k in sweep.CLIPS]
+    assert (title, metric, sample) == ("x3d_s on data/mine, val, 7 body parts", DRIFT, "body part")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [report.results for report in sweep.sweep_file("m", Task(), output=str(tmp_path)).reports] == [
+        report.results for report in found.reports
+    ]  # reused
+    results = read_results(tmp_path / "3clips" / "results.json")
+    others = metrics_to_json([HALVES])
+    (tmp_path / "3clips" / "results.json").write_text(json.dumps(results | {"metrics": others}))
+    with pytest.raises(UserError, match=r"3clips has a report with other settings \(metrics\)"):
+        sweep.sweep_file("model.keras", Task(), output=str(tmp_path))
+
+
+def test_watched_steps_tabulate_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.open(TrainConfig(), {})
+    steps: Iterator[list[int]] = iter([[5], [5, 10], [5, 10]])
+
+    def find(_: Path) -> list[int]:
+        found = next(steps, [5, 10])
+        if found == [5, 10]:
+            run.model.touch()
+        return found
+
+    monkeypatch.setattr(checkpoints, "checkpoint_steps", find)
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *_: SimpleNamespace())
+    results = watch.watch_run(run, Task(), poll_seconds=0.01)
+    assert sorted(results) == [5, 10] and results[5] == read_results(run.evaluations / "lengths_steps" / "5.json")
+    assert rows_of(run.evaluations / "lengths_steps" / "steps.csv") == [
+        ["step", "drift", "halves"],
+        ["5", "-0.0315", "0.25"],
+        ["10", "-0.0315", "0.25"],
+    ]
+    assert "step 5: drift -0.0315, halves 25.0% (7 body parts, 10-Center)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ()}, r"metrics must be a list of 1 to 20, got \[\]"),
+        ({"metrics": (DRIFT,) * 2}, r"the names of metrics must be distinct, got \['drift', 'drift'\]"),
+        ({"metrics": (DRIFT, Metric("mean", "share"))}, r"mean must be in \[0, 1\], got None"),
+        ({"metrics": (Metric("longest", "share"),)}, r"longest must be in \[0, 1\], got 12"),
+        ({"drift": float("nan")}, "drift must be a number, got nan"),
+        ({"sample": "Körperteil"}, "sample must be a noun of at most 100 lower-case letters, got 'Körperteil'"),
+        ({"sample": "recording"}, "recordings must be an integer of at least 1, got None"),
+        ({"settings": lambda: settings(body_parts=7, gmacs_per_body_part=2, drift=1)}, r"not be .*, got \['drift'\]"),
+    ],
+)
+def test_an_evaluation_that_states_its_results_wrongly_writes_no_report(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    evaluation = Lengths()
+    evaluation.report(tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    for name, value in changes.items():
+        setattr(evaluation, name, value)
+    with pytest.raises(UserError, match=message):
+        evaluation.report(tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_metrics_have_names_and_labels() -> None:
+    assert Metric("loss", "loss").label == "loss"
+    with pytest.raises(UserError, match=r"Metric\.name must be a name of at most 64 .*, got 'top-1'"):
+        Metric("top-1", "share")
