@@ -131,6 +131,39 @@ def test_targets_are_made_from_the_clips(records: Path, plugin: None) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda clip, record, seed: (clip[:3], tf.constant(0)), r"return clips of shape \(6, 48, 48, 3\), got Tensor"),
+        (lambda clip, record, seed: (clip, tf.constant(0.5)), "return the number of a class, an integer, got Tensor"),
+        (
+            lambda clip, record, seed: (clip, tf.constant([0, 1])),
+            "return the number of a class, an integer, got Tensor",
+        ),
+    ],
+)
+def test_examples_of_another_shape_are_an_error(records: Path, make: Any, message: str) -> None:
+    class Mine(ClipTask):
+        name = "mine"
+
+        def make_example(self) -> Any:
+            return make
+
+    dataset = DatasetSpec(str(records), flip=False)
+    config = TrainConfig(x3d_tf.Expansion(gamma_t=6, gamma_s=48 / 112), dataset=dataset, recipe=Recipe(8, 8))
+    with pytest.raises(UserError, match=f"make_example of the task mine must {message}"):
+        Mine().training_clips(config, open_dataset(dataset))
+
+
+def test_a_task_accepts_the_annotations_that_its_targets_need() -> None:
+    class Several(ClipTask):
+        name = "several"
+        activation = "sigmoid"
+
+    assert (SingleLabel().annotations, Several().annotations) == (("single_label",), ("multi_label",))
+    assert find("multi_label").annotations == ("multi_label",)
+
+
 def test_all_views_of_a_video_have_its_target(records: Path, plugin: None) -> None:
     """Each view is reversed if, and only if, the target of its video says so."""
     manifest, make = open_dataset(DatasetSpec(str(records))), cast(ClipTask, find("playback")).make_example()

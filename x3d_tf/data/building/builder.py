@@ -147,12 +147,20 @@ def _identity(dataset: str, inputs: Inputs, encoding: _EncodingSettings, sources
 
 
 def _check_splits(sources: Sources) -> None:
-    """Raises if a split is empty, which training would report much later."""
+    """Raises if a split is empty, which training would report much later, or if a record is listed twice."""
     for name, videos in sources.splits.items():
         if not videos:
             unusable = sources.unusable
             why = f" ({counted(len(unusable), 'unusable entry')}; the first: {unusable[0]})" if unusable else ""
             raise UserError(f"split {name} has no videos{why}. Add videos to it, or leave it out of --splits")
+    found: dict[str, str] = {}
+    for name, videos in sources.splits.items():
+        for identity in (video.media_id for video in videos):
+            if identity in found:
+                first = found[identity]
+                where = f"twice in the split {name}" if first == name else f"in the splits {first} and {name}"
+                raise UserError(f"{identity} is listed {where}; a video, or a part of it, must be in one split, once")
+            found[identity] = name
 
 
 class _Shard(NamedTuple):
