@@ -142,7 +142,7 @@ def test_split_bindings_are_printed_for_unusual_names(
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": [0, 1, 0]}, r"run/clip 0\.mp4 is listed twice in the split train; a video"),
+        ({"train": [0, 1, 0]}, r"split train must list each video, or part of it, once, got 'run/clip 0\.mp4'"),
         ({"train": [0, 1], "test": [2, 1]}, r"run/clip 1\.mp4 is listed in the splits train and test; a video"),
     ],
 )

@@ -20,7 +20,7 @@ import x3d_tf
 from x3d_tf import plots
 from x3d_tf.config import Detection, Execution, Recipe, TrainConfig
 from x3d_tf.data.ava_files import KeyFrame, read_boxes
-from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
+from x3d_tf.data.datasets.spec import HELD_OUT, DatasetSpec
 from x3d_tf.data.key_frames import key_frames_of
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
@@ -367,11 +367,13 @@ def test_boxes_of_a_person_detector_are_required_where_they_are_evaluated(folder
     """Held-out key frames have the boxes of the split that they come from."""
     manifest = Manifest.load(folder / "records")
     assert manifest.key_frames is not None
-    manifest = replace(manifest, key_frames=replace(manifest.key_frames, proposals=("test",)))
+    held_out = {HELD_OUT: manifest.split("train")}
+    key_frames = replace(manifest.key_frames, proposals=("test",))
+    manifest = replace(manifest, splits=manifest.splits | held_out, key_frames=key_frames)
     dataset = DatasetSpec(str(folder / "records"), validation_fraction=0.5)
     config = replace(config_of(folder, dataset=dataset), detection=Detection(eval_boxes="proposals"))
     with pytest.raises(UserError, match=r"Detection\.eval_boxes for split 'train' of .* must be \"annotated\""):
-        find("detection").check(config, hold_out(manifest, dataset, 0))
+        find("detection").check(config, manifest)
 
 
 def test_without_annotated_boxes_training_does_not_start(folder: Path, tmp_path: Path) -> None:
