@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # threads of small operations mostly wait, which takes CPU time
 
 import pytest
 
@@ -61,13 +62,20 @@ def float64() -> Iterator[None]:
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """Uses the GPU kernels, because the CPU kernels are compiled for each shape, which takes seconds."""
+    """Uses the GPU kernels and does not optimize graphs.
+
+    The CPU kernels are compiled for each shape, and optimizing the graph of a step takes longer than running it.
+    """
+    import tensorflow as tf
+
     import x3d_tf
     from x3d_tf.modeling import kernels
 
-    before = kernels._chosen
+    before, options = kernels._chosen, tf.config.optimizer.get_experimental_options()
     x3d_tf.set_kernels("gpu")
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False} | options)
     x3d_tf.set_kernels(before)
 
 
@@ -103,6 +111,15 @@ def eager(uncompiled: None) -> Iterator[None]:
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws neither learning curves nor previews, which takes a second for each picture."""
+    from x3d_tf import plots
+
+    for name in ("save_curves", "save_clips"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: None)
 
 
 @pytest.fixture

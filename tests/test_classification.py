@@ -17,6 +17,7 @@ from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation import classification, running
+from x3d_tf.evaluation import sweep as sweep_module
 from x3d_tf.evaluation.multiview import SplitPredictions
 from x3d_tf.evaluation.reports import read_results
 from x3d_tf.runs import checkpoints as run_checkpoints
@@ -57,6 +58,12 @@ def saved(network: x3d_tf.X3D, tmp_path_factory: pytest.TempPathFactory) -> Path
     file = tmp_path_factory.mktemp("saved") / "model.keras"
     x3d_tf.save(x3d_tf.portable(network, network.class_names), file)
     return file
+
+
+@pytest.fixture
+def loaded(network: x3d_tf.X3D, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does not build the network of the file again, because the test replaces its predictions."""
+    monkeypatch.setattr(sweep_module, "load", lambda _: network)
 
 
 @pytest.fixture
@@ -132,6 +139,7 @@ def test_three_crops_with_other_clips_frames_and_head(run: RunFolder, network: x
     assert np.abs(probabilities_in(pooled.folder) - expected).max() > 1e-4  # the pooling matters
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_model_file_is_evaluated_with_its_own_settings(run: RunFolder, records: Path, tmp_path: Path) -> None:
     of_run = evaluate_run(run, temporal_views=1)
     settings: dict[str, Any] = {"records": str(records), "split": "train", "temporal_views": 1}
@@ -169,6 +177,7 @@ def first_are_left(count: int) -> SplitPredictions:
     return SplitPredictions(np.stack([first, ~first], axis=1).astype("float32"), np.array([0, 1, 0, 1, 0]))
 
 
+@pytest.mark.usefixtures("loaded")
 def test_an_interrupted_sweep_resumes(
     run: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +215,7 @@ def test_an_interrupted_sweep_resumes(
         sweep_run(run, temporal_views=3)
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize(
     ("remove", "add", "message"),
     [

@@ -104,7 +104,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     del sys.modules["toy_dataset"]
 
 
-@pytest.mark.usefixtures("plugin", "eager")
+@pytest.mark.usefixtures("plugin", "eager", "undrawn")
 def test_a_data_set_in_one_module_is_built_and_trained_on(tmp_path: Path, in_process: Callable[..., None]) -> None:
     """Two of the listed videos do not exist; one video has two segments."""
     for name in ("a", "b", "c"):

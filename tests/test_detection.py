@@ -1,5 +1,6 @@
 """Tests of the detector: comparison with a naive head, number of parameters, files and exports."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -17,11 +18,14 @@ from x3d_tf.errors import UserError
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.saving import load_classifier, load_detector
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
 SIZE = TINY.test_size  # 73, not a multiple of the 32 pixels of a cell
 NAMES = ("sit", "wave", "point")
 
 
+@functools.cache
 def detector(head: Any = "full", **options: Any) -> Any:
     """Builds a detector with no weight at its initial value, whose scores differ between boxes."""
     keras.utils.set_random_seed(0)

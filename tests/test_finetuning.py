@@ -24,6 +24,7 @@ from x3d_tf.runs.checkpoints import checkpoint_steps, load_checkpoint
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.tasks.classification import ClipTask
 from x3d_tf.training import loop
+from x3d_tf.training.history import History
 from x3d_tf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
@@ -137,6 +138,8 @@ def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory)
     try:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(ClipValidation, "__call__", lambda validation: next(scores) or measure(validation))
+            patch.setattr(ClipTask, "save_preview", lambda *_: None)
+            patch.setattr(History, "save_plots", lambda history: history.writer.flush())
             run = train(config, tmp_path_factory.mktemp("runs") / "early")
     finally:
         tf.config.run_functions_eagerly(False)

@@ -171,6 +171,7 @@ def test_a_window_gets_the_probabilities_of_the_segment(
     np.testing.assert_allclose([r.probabilities for r in found], of_records(network, manifest, views), atol=1e-6)
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_run_predicts_what_its_report_says(
     network: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
