@@ -26,6 +26,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG_FILES = (
     *("test_loop.py", "test_forward.py", "test_step.py", "test_detector_training.py", "test_prediction.py"),
     *("test_classification.py", "test_verify.py", "test_tflite.py", "test_x3d.py", "test_saved_model.py"),
+    *("test_tasks.py", "test_input_pipeline.py"),
 )
 
 
@@ -62,20 +63,13 @@ def float64() -> Iterator[None]:
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """Uses the GPU kernels and does not optimize graphs.
-
-    The CPU kernels are compiled for each shape, and optimizing the graph of a step takes longer than running it.
-    """
-    import tensorflow as tf
-
+    """Uses the GPU kernels, because the CPU kernels are compiled for each shape, which takes seconds."""
     import x3d_tf
     from x3d_tf.modeling import kernels
 
-    before, options = kernels._chosen, tf.config.optimizer.get_experimental_options()
+    before = kernels._chosen
     x3d_tf.set_kernels("gpu")
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False} | options)
     x3d_tf.set_kernels(before)
 
 
@@ -91,6 +85,16 @@ def uncompiled_module() -> Iterator[None]:
     """Uses plain ops in the layers of all tests and fixtures of a file."""
     with plain_operations():
         yield
+
+
+@pytest.fixture(scope="module")
+def unoptimized_module(uncompiled_module: None) -> Iterator[None]:
+    """Does not optimize graphs either, because optimizing one takes longer than running it a few times."""
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from x3d_tf.tasks import classification as task_module
 from x3d_tf.tasks.base import find
 from x3d_tf.types import Storage
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 # One block a stage; 64 pixels, for the larger crop of 73 has more than one window of the head's fixed poolings.
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)

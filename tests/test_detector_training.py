@@ -40,7 +40,7 @@ from x3d_tf.training.schedule import build_schedule
 from x3d_tf.training.step import TrainStep
 from x3d_tf.training.transfer import load_pretrained
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 ROOT = Path(__file__).parents[1]
 TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]

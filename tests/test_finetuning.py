@@ -27,7 +27,7 @@ from x3d_tf.training import loop
 from x3d_tf.training.history import History
 from x3d_tf.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
 QUICK = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=12, warmup_fraction=1 / 6)

@@ -36,7 +36,7 @@ from x3d_tf.training.history import History
 from x3d_tf.training.loop import train
 from x3d_tf.training.step import TrainStep
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 ROOT = Path(__file__).parents[1]
 TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]

@@ -36,7 +36,7 @@ from x3d_tf.inference.prediction import (
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.types import Storage, ViewSpec
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
 NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
 

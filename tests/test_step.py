@@ -1,5 +1,6 @@
 """One training step on batches in memory: each option compared with the plain step or a naive version."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -23,12 +24,13 @@ ROOT = Path(__file__).parents[1]
 TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 
 
-def weights_after(config: TrainConfig, steps: int = 2, part: int = 8, at_once: int = 1) -> list[np.ndarray]:
+def weights_after(config: TrainConfig, part: int = 8) -> list[np.ndarray]:
+    """Returns the weights after two steps."""
     model, step = make(config)
     stream = batches(part)
-    for _ in range(steps // at_once):
-        step(stream, at_once)
-    assert step.completed_steps == steps
+    for _ in range(2):
+        step(stream, 1)
+    assert step.completed_steps == 2
     return model.get_weights()
 
 
@@ -42,19 +44,23 @@ def test_micro_batches_add_up(float64: None) -> None:
     assert_close([w for w, t in zip(actual, trained) if t], [w for w, t in zip(plain, trained) if t], 1e-9)
 
 
-def test_several_steps_at_once_are_several_steps() -> None:
-    at_once = weights_after(config_of(execution=Execution(steps_per_execution=2)), at_once=2)
-    assert_close(at_once, weights_after(config_of()), 0)
-
-
-def test_losses_of_steps_at_once_come_one_by_one() -> None:
-    _, single = make(config_of())
-    _, double = make(config_of(execution=Execution(steps_per_execution=2)))
+@functools.cache
+def two_plain_steps() -> tuple[list[dict[str, float]], list[np.ndarray]]:
+    """Returns the metrics of each step, and the weights."""
+    model, step = make(config_of())
     stream = batches()
-    expected = [single(stream, 1) for _ in range(2)]
-    measured = double(batches(), 2)
-    np.testing.assert_allclose(measured["loss"], [float(one["loss"][0]) for one in expected], rtol=1e-6)
-    np.testing.assert_allclose(measured["top1"], [float(one["top1"][0]) for one in expected])
+    measured = [step(stream, 1) for _ in range(2)]
+    return [{name: float(values[0]) for name, values in one.items()} for one in measured], model.get_weights()
+
+
+def test_several_steps_at_once_are_several_steps() -> None:
+    """Their metrics come one by one."""
+    model, step = make(config_of(execution=Execution(steps_per_execution=2)))
+    measured, (expected, weights) = step(batches(), 2), two_plain_steps()
+    np.testing.assert_allclose(measured["loss"], [one["loss"] for one in expected], rtol=1e-6)
+    np.testing.assert_allclose(measured["top1"], [one["top1"] for one in expected])
+    assert step.completed_steps == 2
+    assert_close(model.get_weights(), weights, 0)
 
 
 def test_a_frozen_backbone_does_not_change() -> None:
@@ -90,16 +96,14 @@ def test_the_learning_rate_of_the_backbone_is_scaled(float64: None) -> None:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_keeps_float32_variables(precision: Any) -> None:
-    _, full = make(config_of())
     model, step = make(config_of(execution=Execution(precision=precision)))
     assert model.get_layer("res2").compute_dtype == precision
     assert {weight.dtype for weight in model.weights} == {"float32"}
     assert model(next(batches())[0]).dtype == tf.float32
     assert keras.config.dtype_policy().name == "float32"
-    stream, half_stream = batches(), batches()
-    losses = [(float(full(stream, 1)["loss"][0]), float(step(half_stream, 1)["loss"][0])) for _ in range(2)]
-    for expected, actual in losses:
-        assert actual == pytest.approx(expected, abs=0.1)
+    stream = batches()
+    for expected in two_plain_steps()[0]:
+        assert float(step(stream, 1)["loss"][0]) == pytest.approx(expected["loss"], abs=0.1)
 
 
 def test_statistics_are_summed_in_full_precision() -> None:
