@@ -127,6 +127,25 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def untrained(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replaces training steps by a count of them; returns the loss of each, 1 / step."""
+    import tensorflow as tf
+
+    from x3d_tf.training.step import TrainStep
+
+    losses: list[float] = []
+
+    def step(self: TrainStep, batches: object, steps: int) -> dict[str, object]:
+        self.optimizer.iterations.assign_add(steps)
+        losses.append(1 / (len(losses) + 1))
+        return {"loss": tf.constant(losses[-1:]), "top1": tf.constant([0.5])}
+
+    monkeypatch.setattr(TrainStep, "trace", lambda *_: None)
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    return losses
+
+
+@pytest.fixture
 def without_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Returns a function that makes packages impossible to import for the rest of a test, as if not installed."""
 

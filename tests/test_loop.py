@@ -150,29 +150,14 @@ def test_records_of_unknown_classes_are_refused(finished: RunFolder, tmp_path: P
         evaluate_run(finished, records=str(tmp_path / "other"), split="train")
 
 
-@pytest.fixture
-def without_network(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Replaces training steps by a count of them; returns the loss of each, 1 / step."""
-    losses: list[float] = []
-
-    def step(self: TrainStep, batches: object, steps: int) -> dict[str, Any]:
-        self.optimizer.iterations.assign_add(steps)
-        losses.append(1 / (len(losses) + 1))
-        return {"loss": tf.constant(losses[-1:]), "top1": tf.constant([0.5])}
-
-    monkeypatch.setattr(TrainStep, "trace", lambda *_: None)
-    monkeypatch.setattr(TrainStep, "__call__", step)
-    return losses
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(
-    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_network: list[float]
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: list[float]
 ) -> None:
     call = TrainStep.__call__
 
     def diverging(step: TrainStep, batches: object, steps: int) -> dict[str, Any]:
         measured = call(step, batches, steps)
-        return measured | {"loss": tf.constant([np.nan])} if len(without_network) == 12 else measured
+        return measured | {"loss": tf.constant([np.nan])} if len(untrained) == 12 else measured
 
     monkeypatch.setattr(TrainStep, "__call__", diverging)
     config = config_of(records, recipe=replace(SHORT, learning_rate=1e30))
@@ -180,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         ValueError, match=r"the loss must be finite, got nan at step \d+.* Recipe\.learning_rate \(now 1e\+30\)"
     ):
         train(config, tmp_path / "run")
-    assert len(without_network) == 20  # the end of the row
+    assert len(untrained) == 20  # the end of the row
     assert not (tmp_path / "run" / "model.keras").exists()
 
 
@@ -285,9 +270,9 @@ def test_ctrl_c_loses_no_step(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_step_during_a_signal_is_in_the_history(
-    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_network: list[float], number: int
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: list[float], number: int
 ) -> None:
-    call, losses = TrainStep.__call__, without_network
+    call, losses = TrainStep.__call__, untrained
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
