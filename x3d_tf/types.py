@@ -19,8 +19,8 @@ FrameSampling = Literal["slowfast", "exact"]
 ClipStarts = Literal["offset", "slowfast"]
 Combine = Literal["mean", "max"]  # how the probabilities of a video's views are combined
 
-TASK_NAME_RULE = "be a name of at most 64 lower-case letters, digits and _, and start with a letter"
-_TASK_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
+NAME_RULE = "be a name of at most 64 lower-case letters, digits and _, and start with a letter"
+_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 MAX_VIEWS = 1000  # limit for the clips that a prediction combines; the number may come from an untrusted file
 _LONGEST_LABEL = 40  # characters
 _MAX_SHORT_SIDE = 65535  # pixels: the limit of the JPEG format
@@ -85,7 +85,7 @@ class Metric:
     """A number that training, validation or an evaluation measures.
 
     Attributes:
-        name: its name in files and messages, such as "top1" or "map"; the rule is that of names of tasks.
+        name: its name in files and messages, such as "top1" or "map"; the rule is `NAME_RULE`.
         kind: "share" in [0, 1], shown in percent; "loss"; "count", which is added up instead of averaged; or "number",
             any other finite number.
         note: what is counted, for the summary of a run.
@@ -102,7 +102,7 @@ class Metric:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        require(is_task_name(self.name), "Metric.name", TASK_NAME_RULE, self.name)
+        require(is_name(self.name), "Metric.name", NAME_RULE, self.name)
         if not self.label:
             object.__setattr__(self, "label", self.name)
         printable = self.label.isprintable() and len(self.label) <= _LONGEST_LABEL
@@ -183,6 +183,6 @@ def stored_from_json(value: Any) -> Storage | None:
     return Storage(**value)
 
 
-def is_task_name(name: str) -> bool:
-    """Returns True if a text can be the name of a task; the rule is `TASK_NAME_RULE`."""
-    return _TASK_NAME.fullmatch(name) is not None
+def is_name(name: str) -> bool:
+    """Returns True if a text can be the name of a task or of a metric; the rule is `NAME_RULE`."""
+    return _NAME.fullmatch(name) is not None
