@@ -14,7 +14,7 @@ import x3d_tf
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.reports import RESULTS_NAME, count_name, read_results, stated_metrics
+from x3d_tf.evaluation.reports import RESULTS_NAME, read_results, stated_metrics
 from x3d_tf.modeling.archive import model_file
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.keras_parts import MEAN, STD
@@ -133,7 +133,7 @@ class ExportableModel:
 def _tested(results: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entry of a card for results.json: what was evaluated, and the metrics."""
     metrics = [metric.name for metric in stated_metrics(results)]
-    return {name: results[name] for name in ("records", "split", count_name(results["sample"]), "views", *metrics)}
+    return {name: results[name] for name in ("records", "split", "sample", "samples", "views", *metrics)}
 
 
 def open_model(path: str | Path, *, inputs: Collection[str] = ("clip",)) -> ExportableModel:

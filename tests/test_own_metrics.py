@@ -49,9 +49,8 @@ class Lengths:
 
     def settings(self) -> dict[str, Any]:
         others = settings(dataset="folder", views=f"{self.views}-Center", gmacs_per_clip=2.0)
-        names = ("sample", "metrics", "videos", "gmacs_per_video")
-        kept = {name: value for name, value in others.items() if name not in names}
-        return kept | {"body_parts": 7, "gmacs_per_body_part": 2.0 * self.views}
+        kept = {name: value for name, value in others.items() if name not in ("sample", "metrics")}
+        return kept | {"samples": 7, "gmacs_per_sample": 2.0 * self.views}
 
     def measure(self) -> dict[str, Any]:
         return {"drift": self.drift, "halves": 0.25, "longest": 12, "detections": 3}
@@ -94,8 +93,8 @@ def test_a_report_states_and_prints_the_metrics(tmp_path: Path, capsys: pytest.C
         {"name": "drift", "kind": "number", "label": "=drift|s"},
         {"name": "halves", "kind": "share", "label": "balanced halves"},
     ]
-    values = {name: results[name] for name in ("sample", "body_parts", "drift", "longest")}
-    assert values == {"sample": "body part", "body_parts": 7, "drift": -0.0315, "longest": 12}
+    values = {name: results[name] for name in ("sample", "samples", "drift", "longest")}
+    assert values == {"sample": "body part", "samples": 7, "drift": -0.0315, "longest": 12}
     assert read_report(tmp_path / "report").results == results == report.results
     assert capsys.readouterr().out == (
         "x3d_s on data/mine, split val: =drift|s -0.0315, balanced halves 25.0 % (7 body parts, 400 classes, "
@@ -146,7 +145,7 @@ def test_a_sweep_tabulates_and_plots_the_main_metric(tmp_path: Path, monkeypatch
     monkeypatch.setattr(plots, "save_sweep", lambda *arguments: (drawn.append(arguments), save(*arguments)))
     found = sweep.sweep_file("model.keras", Task(), output=str(tmp_path))
     header, first, *_, last = rows_of(tmp_path / "sweep.csv")
-    assert header == ["clips", "views", "gmacs_per_body_part", "drift", "halves"]
+    assert header == ["clips", "views", "gmacs_per_sample", "drift", "halves"]
     assert (first, last) == (["1", "1-Center", "2", "-0.0315", "0.25"], ["10", "10-Center", "20", "-0.315", "0.25"])
     ((points, _, path, title, metric, sample),) = drawn
     assert points == [(2.0 * k, pytest.approx(-0.0315 * k)) for k in sweep.CLIPS]
@@ -196,8 +195,7 @@ def test_watched_steps_tabulate_the_metrics(
         ({"metrics": (Metric("longest", "share"),)}, r"longest must be in \[0, 1\], got 12"),
         ({"drift": float("nan")}, "drift must be a number, got nan"),
         ({"sample": "Körperteil"}, "sample must be a noun of at most 100 lower-case letters, got 'Körperteil'"),
-        ({"sample": "recording"}, "recordings must be an integer of at least 1, got None"),
-        ({"settings": lambda: settings(body_parts=7, gmacs_per_body_part=2, drift=1)}, r"not be .*, got \['drift'\]"),
+        ({"settings": lambda: settings(drift=1)}, r"not be .*, got \['drift'\]"),
     ],
 )
 def test_an_evaluation_that_states_its_results_wrongly_writes_no_report(

@@ -216,7 +216,7 @@ def _all_commands(records: Path, tmp_path: Path, command: Callable[..., None], c
 
     (report,) = run.evaluations.iterdir()
     results = json.loads((report / "results.json").read_text())
-    assert (results["task"], results["videos"], results["classes"]) == ("playback", 16, 2)
+    assert (results["task"], results["samples"], results["classes"]) == ("playback", 16, 2)
     with (report / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["label"] for row in rows} == {"forwards", "backwards"}  # not the class of the records, "right"

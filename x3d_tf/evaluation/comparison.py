@@ -11,8 +11,6 @@ from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, diffe
 from x3d_tf.evaluation.reports import (
     RESULTS_NAME,
     Report,
-    cost_name,
-    count_name,
     read_report,
     refuse_to_replace,
     stated_metrics,
@@ -72,7 +70,7 @@ def _groups(report: Report) -> tuple[dict[str, str], ...]:
     published = published_for(r)
     return (
         {"report": str(report.folder), "network": r["network"], "records": r["records"], "split": r["split"]},
-        {plural(r["sample"]): str(r[count_name(r["sample"])])},
+        {plural(r["sample"]): str(r["samples"])},
         {"views": r["views"]},
         {metric.label: Verbatim(metric.cell(r[metric.name])) for metric in stated_metrics(r)},
         {f"GMACs a {r['sample']}": _cost(r)},
@@ -87,7 +85,7 @@ def _groups(report: Report) -> tuple[dict[str, str], ...]:
 
 def _cost(results: Mapping[str, Any]) -> str:
     clip = results["gmacs_per_clip"]
-    return f"{clip:.4g} x {round(results[cost_name(results['sample'])] / clip) if clip else 0}"
+    return f"{clip:.4g} x {round(results['gmacs_per_sample'] / clip) if clip else 0}"
 
 
 def _parameters(results: Mapping[str, Any]) -> str:
@@ -118,7 +116,7 @@ def describe(report: Report) -> str:
     gives the paper's result.
     """
     r = report.results
-    metrics, sample, count = stated_metrics(r), r["sample"], r[count_name(r["sample"])]
+    metrics, sample, count = stated_metrics(r), r["sample"], r["samples"]
     line = (
         f"{r['network']} on {r['records']}, split {r['split']}: "
         f"{', '.join(metric.labelled(r[metric.name]) for metric in metrics)} ({counted(count, sample)}, "

@@ -16,7 +16,6 @@ from x3d_tf import csv_files
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
-from x3d_tf.text import plural
 from x3d_tf.types import ClipStarts, Combine, FrameSampling, Metric
 
 if TYPE_CHECKING:
@@ -163,8 +162,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Checks the settings of results.json that tables need, apart from the values of the metrics.
 
     - network, records, split, views: texts; dataset: a short text, optional
-    - sample: a noun of lower-case letters; the number of samples, such as "key_frames", and of classes: at least 1
-    - gmacs_per_clip, and the cost of a sample, such as "gmacs_per_key_frame"; params: optional
+    - sample: a noun of lower-case letters for what is counted, such as "key frame"
+    - samples, classes: numbers of at least 1
+    - gmacs_per_clip, gmacs_per_sample: costs; params: optional
     - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
 
     Raises:
@@ -175,11 +175,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     sample: Any = settings.get("sample")
     valid = isinstance(sample, str) and len(sample) <= _LONGEST and _SAMPLE.fullmatch(sample)
     require(bool(valid), "sample", f"be a noun of at most {_LONGEST} lower-case letters", sample)
-    count, cost = count_name(sample), cost_name(sample)
-    for name in (count, "classes"):
+    for name in ("samples", "classes"):
         value = settings.get(name)
         require(_is_count(value) and value != 0, name, "be an integer of at least 1", value)
-    for name in ("gmacs_per_clip", cost):
+    for name in ("gmacs_per_clip", "gmacs_per_sample"):
         require(_is_number(settings.get(name)), name, "be a number", settings.get(name))
     for name, values in _CHOICES.items():
         value = settings.get(name, values[0])
@@ -189,8 +188,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in _COUNTS:
         value = settings.get(name)
         require(value is None or _is_count(value), name, "be a number of at least 0, or null", value)
-    clips = settings[cost] / (settings["gmacs_per_clip"] or math.inf)
-    require(0 <= clips <= 1e6, cost, "be gmacs_per_clip times 0 to 1,000,000 clips", settings[cost])
+    cost = settings["gmacs_per_sample"]
+    clips = cost / (settings["gmacs_per_clip"] or math.inf)
+    require(0 <= clips <= 1e6, "gmacs_per_sample", "be gmacs_per_clip times 0 to 1,000,000 clips", cost)
     require(_is_number(settings.get("params", 0)), "params", "be a number", settings.get("params"))
     _check_metrics(settings.get("metrics"))
 
@@ -225,16 +225,6 @@ def metrics_to_json(metrics: Iterable[Metric]) -> list[dict[str, str]]:
 def stated_metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
     """Returns the metrics of results.json, the main one first."""
     return tuple(Metric(**entry) for entry in results["metrics"])
-
-
-def count_name(sample: str) -> str:
-    """Returns the name of the field that counts the samples, such as "key_frames"."""
-    return plural(sample).replace(" ", "_")
-
-
-def cost_name(sample: str) -> str:
-    """Returns the name of the field that states the cost of a sample, such as "gmacs_per_key_frame"."""
-    return f"gmacs_per_{sample}".replace(" ", "_")
 
 
 def _is_count(value: object) -> bool:
