@@ -86,6 +86,16 @@ def test_reports_of_key_frames_count_key_frames() -> None:
     assert [(row["videos"], row["key frames"]) for row in both] == [("-", "40"), ("40", "-")]
 
 
+def test_names_of_folders_stay_on_one_line() -> None:
+    """A folder may have any name; a line break would end the row of the Markdown table."""
+    results = settings(dataset="folder", records="data/a\nb") | {"top1": 0.5, "top5": 0.5, "samples": 10**6}
+    report = Report(Path("runs/c\u2028d"), results)
+    assert "data/a\\nb, split val: " in describe(report) and len(describe(report).splitlines()) == 1
+    (row,) = table([report])
+    assert (row["report"], row["records"]) == ("runs/c\\u2028d", "data/a\\nb")
+    assert len(as_markdown([row]).splitlines()) == 3
+
+
 def test_runs_without_a_report_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no report; create one with: python -m x3d_tf\.evaluate --run="):
         find_reports([str(tmp_path)])

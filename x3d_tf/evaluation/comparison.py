@@ -17,6 +17,7 @@ from x3d_tf.evaluation.reports import (
     write_csv,
 )
 from x3d_tf.files import atomic_write
+from x3d_tf.terminal import one_line
 from x3d_tf.text import counted, plural
 
 _PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
@@ -68,8 +69,9 @@ def _groups(report: Report) -> tuple[dict[str, str], ...]:
     """Returns the cells of a report in groups, whose columns follow each other in the table."""
     r = report.results
     published = published_for(r)
+    folders = {"report": one_line(report.folder), "network": r["network"], "records": one_line(r["records"])}
     return (
-        {"report": str(report.folder), "network": r["network"], "records": r["records"], "split": r["split"]},
+        {**folders, "split": r["split"]},
         {plural(r["sample"]): str(r["samples"])},
         {"views": r["views"]},
         {metric.label: Verbatim(metric.cell(r[metric.name])) for metric in stated_metrics(r)},
@@ -118,7 +120,7 @@ def describe(report: Report) -> str:
     r = report.results
     metrics, sample, count = stated_metrics(r), r["sample"], r["samples"]
     line = (
-        f"{r['network']} on {r['records']}, split {r['split']}: "
+        f"{r['network']} on {one_line(r['records'])}, split {r['split']}: "
         f"{', '.join(metric.labelled(r[metric.name]) for metric in metrics)} ({counted(count, sample)}, "
         f"{counted(r['classes'], 'class')}, {r['views']}, {_cost(r)} GMACs per {sample}, "
         f"{_parameters(r)} M parameters)"
