@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from report_settings import predictions, settings, write
 
@@ -20,6 +21,7 @@ from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.interfaces import Evaluation
 from x3d_tf.evaluation.reports import (
     Report,
+    differing_settings,
     locked_report_folder,
     metrics_to_json,
     read_report,
@@ -41,6 +43,7 @@ class Lengths:
 
     views: int = 10
     drift: float = -0.0315
+    longest: Any = 12
     metrics = (DRIFT, HALVES)
     sample = "body part"
 
@@ -53,7 +56,7 @@ class Lengths:
         return kept | {"samples": 7, "gmacs_per_sample": 2.0 * self.views}
 
     def measure(self) -> dict[str, Any]:
-        return {"drift": self.drift, "halves": 0.25, "longest": 12, "detections": 3}
+        return {"drift": self.drift, "halves": 0.25, "longest": self.longest, "detections": 3}
 
     def report(self, folder: Path) -> Report:
         stated = settings_of(self)
@@ -193,9 +196,13 @@ def test_watched_steps_tabulate_the_metrics(
         ({"metrics": (DRIFT,) * 2}, r"the names of metrics must be distinct, got \['drift', 'drift'\]"),
         ({"metrics": (DRIFT, Metric("mean", "share"))}, r"mean must be in \[0, 1\], got None"),
         ({"metrics": (Metric("longest", "share"),)}, r"longest must be in \[0, 1\], got 12"),
-        ({"drift": float("nan")}, "drift must be a number, got nan"),
-        ({"sample": "Körperteil"}, "sample must be a noun of at most 100 lower-case letters, got 'Körperteil'"),
-        ({"settings": lambda: settings(drift=1)}, r"not be .*, got \['drift'\]"),
+        ({"drift": float("nan")}, r"drift must be a finite number in \[-1e15, 1e15\], got nan"),
+        ({"drift": 2e15}, r"drift must be a finite number in \[-1e15, 1e15\], got 2000000000000000\.0"),
+        ({"longest": float("nan")}, "longest must be a value for JSON with finite numbers, got nan"),
+        ({"longest": {"parts": [1, np.float32("inf")]}}, r"longest must be a value for JSON .*, got {'parts': \[1, "),
+        ({"longest": {1, 2}}, r"longest must be a value for JSON with finite numbers, got {1, 2}"),
+        ({"sample": "Körperteil"}, "sample must be a noun of .*, got 'Körperteil'"),
+        ({"settings": lambda: settings(longest=1)}, r"not be .*, got \['longest'\]"),
     ],
 )
 def test_an_evaluation_that_states_its_results_wrongly_writes_no_report(
@@ -209,6 +216,39 @@ def test_an_evaluation_that_states_its_results_wrongly_writes_no_report(
     with pytest.raises(UserError, match=message):
         evaluation.report(tmp_path)
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": lambda: settings(drift=1)}, r"names of metrics must not be names of settings, got \['drift'\]"),
+        ({"metrics": (Metric("metrics", "number"),)}, r"must not be names of settings, got \['metrics'\]"),
+        ({"settings": lambda: settings(own=float("nan"))}, "own must be a value for JSON with finite numbers, got nan"),
+        ({"settings": lambda: settings(own=object())}, "own must be a value for JSON with finite numbers, got <object"),
+    ],
+)
+def test_settings_that_cannot_be_reported_are_rejected_before_the_evaluation(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    evaluation = Lengths()
+    for name, value in changes.items():
+        setattr(evaluation, name, value)
+    with pytest.raises(UserError, match=message):
+        settings_of(evaluation)
+
+
+def test_numpy_values_are_reported_as_numbers(tmp_path: Path) -> None:
+    """Of metrics, of further results, and of settings."""
+    evaluation = Lengths(drift=cast(float, np.float32(0.25)))
+    evaluation.longest = {"parts": np.arange(3, dtype=np.int32), "first": [np.float32(0.5)], "all": np.bool_(True)}
+    others = Lengths().settings() | {"samples": np.int64(7), "own": (np.float64(0.5), 2)}
+    evaluation.settings = lambda: others  # type: ignore[method-assign]
+    report = evaluation.report(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["longest"] == {"parts": [0, 1, 2], "first": [0.5], "all": True}
+    assert (results["drift"], results["samples"], results["own"]) == (0.25, 7, [0.5, 2])
+    assert results == report.results == read_report(tmp_path).results
+    assert differing_settings(results, settings_of(evaluation)) == []
 
 
 def test_metrics_have_names_and_labels() -> None:

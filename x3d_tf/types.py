@@ -89,7 +89,8 @@ class Metric:
         kind: "share" in [0, 1], shown in percent; "loss"; "count", which is added up instead of averaged; or "number",
             any other finite number.
         note: what is counted, for the summary of a run.
-        label: its name in tables and figures, such as "top-1"; at most 40 printable characters. Defaults to `name`.
+        label: its name in tables and figures, such as "top-1"; at most 40 printable characters, none of them a space at
+            an end. Defaults to `name`.
 
     Raises:
         SettingTypeError, UserError: names the field, the rule and the value received.
@@ -105,8 +106,9 @@ class Metric:
         require(is_name(self.name), "Metric.name", NAME_RULE, self.name)
         if not self.label:
             object.__setattr__(self, "label", self.name)
-        printable = self.label.isprintable() and len(self.label) <= _LONGEST_LABEL
-        require(printable, "Metric.label", f"have at most {_LONGEST_LABEL} printable characters", self.label)
+        valid = self.label.isprintable() and 1 <= len(self.label.strip()) == len(self.label) <= _LONGEST_LABEL
+        rule = f"have 1 to {_LONGEST_LABEL} printable characters, none of them a space at an end"
+        require(valid, "Metric.label", rule, self.label)
 
     def text(self, value: float) -> str:
         """Returns the name and a value for a message."""
