@@ -91,6 +91,7 @@ class Metric:
         note: what is counted, for the summary of a run.
         label: its name in tables and figures, such as "top-1"; at most 40 printable characters, none of them a space at
             an end. Defaults to `name`.
+        better: which of two values is better, for early stopping. Defaults to "lower" for a loss, otherwise "higher".
 
     Raises:
         SettingTypeError, UserError: names the field, the rule and the value received.
@@ -100,15 +101,22 @@ class Metric:
     kind: Literal["share", "loss", "count", "number"]
     note: str = ""
     label: str = ""
+    better: Literal["higher", "lower"] | None = None
 
     def __post_init__(self) -> None:
         check_field_types(self)
         require(is_name(self.name), "Metric.name", NAME_RULE, self.name)
         if not self.label:
             object.__setattr__(self, "label", self.name)
+        if self.better is None:
+            object.__setattr__(self, "better", "lower" if self.kind == "loss" else "higher")
         valid = self.label.isprintable() and 1 <= len(self.label.strip()) == len(self.label) <= _LONGEST_LABEL
         rule = f"have 1 to {_LONGEST_LABEL} printable characters, none of them a space at an end"
         require(valid, "Metric.label", rule, self.label)
+
+    def rank(self, value: float) -> float:
+        """Returns the key by which two values are compared: the greater one is better."""
+        return -value if self.better == "lower" else value
 
     def text(self, value: float) -> str:
         """Returns the name and a value for a message."""

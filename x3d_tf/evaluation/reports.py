@@ -102,9 +102,7 @@ def results_of(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
     """
     both = sorted(settings.keys() & values.keys())
     require(not both, "the names of measured values", "not be names of settings", both)
-    results = {**settings, **{name: _plain(value) for name, value in values.items()}}
-    _check_values(results)
-    return _as_json(results)
+    return _as_json({**settings, **values, **metric_values(stated_metrics(settings), values)})
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +175,7 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         require(isinstance(results, dict), "the file", "contain a JSON object", results)
         check_settings(results)
-        _check_values(results)
+        metric_values(stated_metrics(results), results)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}. Repeat the evaluation with --overwrite") from error
     return dict(results)
@@ -236,14 +234,20 @@ def _check_metrics(stated: Any) -> None:
         require(len(set(found)) == len(found), f"the {field}s of metrics", "be distinct", found)
 
 
-def _check_values(results: Mapping[str, Any]) -> None:
-    """Raises `UserError` unless each metric has a value: in [0, 1] for a share, otherwise a finite number."""
-    for metric in stated_metrics(results):
-        value: Any = results.get(metric.name)
+def metric_values(metrics: Sequence[Metric], values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the values of metrics by name, as numbers of Python.
+
+    Raises:
+        UserError: a metric has no value in [0, 1], if it is a share, or no finite value.
+    """
+    found = {metric.name: _plain(values.get(metric.name)) for metric in metrics}
+    for metric in metrics:
+        value = found[metric.name]
         if metric.kind == "share":
             require(_is_number(value) and 0 <= value <= 1, metric.name, "be in [0, 1]", value)
         else:
             require(_is_number(value), metric.name, "be a finite number in [-1e15, 1e15]", value)
+    return found
 
 
 def metrics_to_json(metrics: Iterable[Metric]) -> list[dict[str, str]]:

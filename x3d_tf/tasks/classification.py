@@ -69,11 +69,16 @@ class ClipTask:
         return None
 
     def metrics(self, num_classes: int) -> tuple[Metric, ...]:
-        """Returns the metrics of an evaluation, the main one first: top1 and top5, or map for "sigmoid"."""
+        """Returns the metrics of evaluations and validations: top1 and top5, or map for "sigmoid".
+
+        The main one is the first: a sweep plots it, and early stopping ranks validations by it and then by the loss.
+        """
         return classification_metrics(num_classes, exclusive=self.activation == "softmax")
 
     def score(self, predictions: "Predictions") -> dict[str, float]:
         """Returns the values of `metrics`, and further results for results.json, by name.
+
+        Validations call it too, and use the values of `metrics`.
 
         Raises:
             UserError: a metric is not finite.
@@ -175,8 +180,17 @@ class ClipTask:
     def validation(self, model: "Network", config: "TrainConfig", manifest: "Manifest", split: str) -> "ClipValidation":
         from x3d_tf.evaluation.validation import ClipValidation
 
-        sampling, resize = config.dataset.frame_sampling, config.expansion.test_size
-        return ClipValidation(self._classifier(model), manifest, split, sampling, resize, self.make_example())
+        classifier = self._classifier(model)
+        return ClipValidation(
+            classifier,
+            manifest,
+            split,
+            metrics=self.metrics(classifier.num_classes),
+            score=self.score,
+            frame_sampling=config.dataset.frame_sampling,
+            resize=config.expansion.test_size,
+            make_example=self.make_example(),
+        )
 
     def report_folder(self, run: "RunFolder", settings: "EvalConfig", views: int | str | None = None) -> Path:
         return folder_of(run, settings, views)
