@@ -19,6 +19,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "records": "data/mine",
         "dataset": "kinetics400",
         "split": "val",
+        "task": "single_label",
         "sample": "video",
         "metrics": metrics_to_json((TOP1, TOP5)),
         "samples": 40,
@@ -60,6 +61,7 @@ def detection_settings(**changes: Any) -> dict[str, Any]:
     of_a_detector = {
         "network": "x3d_m",
         "head": "full",
+        "task": "detection",
         "dataset": "ava_v2.2",
         "eval_boxes": "proposals",
         "lowest_score_of_a_box": 0.8,
