@@ -125,21 +125,51 @@ def test_reports_of_other_metrics_share_a_table(tmp_path: Path) -> None:
     assert {line.replace("\\|", "").count("|") for line in lines} == {len(header) + 1}
 
 
-@pytest.mark.parametrize("label", ["network", "videos", "paper", "M parameters", "GMACs a video"])
-def test_a_label_that_is_another_column_is_an_error(label: str) -> None:
-    report = Report(Path("a"), settings(metrics=metrics_to_json([replace(HALVES, label=label)])) | {"halves": 0.5})
-    with pytest.raises(UserError, match=f"labels of metrics must have one kind, and differ .*, got '{label}'"):
-        table([report])
+@pytest.mark.parametrize("label", ["network", "paper", "M parameters", "GMACs a video"])
+def test_a_label_that_is_another_column_gets_a_column_of_its_own(label: str) -> None:
+    report = reported("a", "halves", label=label)
+    (row,), (other,) = table([report]), table([reported("a", "halves")])
+    assert row.pop(f"{label} (halves, share)") == other.pop("accuracy") == "50.0"
+    assert row == other
     assert f"{label} 50.0 %" in describe(report)
 
 
-def test_metrics_of_two_kinds_have_two_labels() -> None:
-    """Otherwise a column would mix percentages with other numbers."""
-    share = Report(Path("a"), settings(metrics=metrics_to_json([Metric("a", "share", label="x")])) | {"a": 0.5})
-    number = Report(Path("b"), settings(metrics=metrics_to_json([Metric("b", "number", label="x")])) | {"b": 0.5})
-    assert [row["x"] for row in (*table([share]), *table([number]))] == ["50.0", "0.5"]
-    with pytest.raises(UserError, match="labels of metrics must have one kind, and differ from other columns, got 'x'"):
-        table([share, number])
+def reported(folder: str, name: str, kind: Any = "share", label: str = "accuracy", **changes: Any) -> Report:
+    """Returns a report with one metric, whose value is 0.5."""
+    return Report(
+        Path(folder), settings(metrics=metrics_to_json([Metric(name, kind, label=label)]), **changes) | {name: 0.5}
+    )
+
+
+def test_metrics_with_the_same_label_have_columns_of_their_own() -> None:
+    """Otherwise a column would mix two measures, or percentages and other numbers."""
+    rows = table(
+        [reported("a", "top1"), reported("b", "balanced"), reported("c", "top1", "number"), reported("d", "top1")]
+    )
+    columns = ("accuracy (top1, share)", "accuracy (balanced, share)", "accuracy (top1, number)")
+    assert [tuple(row[name] for name in columns) for row in rows] == [
+        ("50.0", "-", "-"),
+        ("-", "50.0", "-"),
+        ("-", "-", "0.5"),
+        ("50.0", "-", "-"),
+    ]
+    assert "accuracy" not in rows[0]
+    assert table([reported("a", "top1"), reported("b", "top1")])[1]["accuracy"] == "50.0"
+
+
+@pytest.mark.parametrize(("noun", "column"), [("view", "views"), ("record", "records")])
+def test_samples_and_settings_have_columns_of_their_own(noun: str, column: str) -> None:
+    (row,) = table([reported("a", "top1", sample=noun)])
+    expected = {"views": "10-Center", "records": "data/mine"}
+    assert (row[column], row[f"{column} (samples)"], row[f"GMACs a {noun}"]) == (expected[column], "40", "1.963 x 10")
+    (row,) = table([reported("a", "top1", label="videos")])
+    assert (row["videos (samples)"], row["videos (top1, share)"]) == ("40", "50.0")
+
+
+def test_columns_that_cannot_be_told_apart_are_an_error() -> None:
+    found = [reported("a", "x", label="x"), reported("b", "y", label="x"), reported("c", "z", label="x (y, share)")]
+    with pytest.raises(UserError, match=r"columns of the table must have distinct names, got \['x \(y, share\)'\]"):
+        table(found)
 
 
 def test_a_sweep_tabulates_and_plots_the_main_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
