@@ -5,7 +5,7 @@ import hashlib
 import re
 import unicodedata
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,6 @@ class ExportableModel:
         if self.run is None:
             return None
         run, dataset, recipe = RunFolder(self.path), self.run.dataset, self.run.recipe
-        reports = [read_results(path) for path in sorted(run.evaluations.glob(f"*/{RESULTS_NAME}"))]
         return {
             "run": self.path.resolve().name,
             "records": dataset.records,
@@ -126,8 +125,17 @@ class ExportableModel:
             "seed": self.run.seed,
             "init": self.run.init,
             "settings_sha256": self.run.fingerprint(),
-            "tested": [_tested(report) for report in reports],
+            "tested": [_tested(results) for results in _valid_results(run)],
         }
+
+
+def _valid_results(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Yields the content of the run's reports; warns of those that this version of the package cannot read."""
+    for path in sorted(run.evaluations.glob(f"*/{RESULTS_NAME}")):
+        try:
+            yield read_results(path)
+        except UserError as error:
+            warnings.warn(f"the model card omits a report: {error}", stacklevel=2)
 
 
 def _tested(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def find_reports(paths: Sequence[str]) -> list[Report]:
         paths: run folders, whose reports are all read, or folders of single reports.
 
     Raises:
-        UserError: a path has no report, or a report is damaged.
+        UserError: a path has no report, or a report is invalid.
     """
     reports: list[Report] = []
     for path in map(Path, paths):
@@ -195,7 +195,7 @@ def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool 
         The rows of `table`.
 
     Raises:
-        UserError: a path has no report, a report is damaged, or a table exists.
+        UserError: a path has no report, a report is invalid, or a table exists.
     """
     require(bool(paths), "paths", "have at least one run", paths)
     if output:

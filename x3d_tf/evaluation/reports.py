@@ -177,7 +177,8 @@ def read_results(path: Path) -> dict[str, Any]:
         check_settings(results)
         metric_values(stated_metrics(results), results)
     except UserError as error:
-        raise UserError(f"{path} is damaged: {error}. Repeat the evaluation with --overwrite") from error
+        what = "is not a report of this version of x3d_tf"
+        raise UserError(f"{path} {what}: {error}. Repeat the evaluation with --overwrite") from error
     return dict(results)
 
 
