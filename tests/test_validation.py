@@ -176,3 +176,20 @@ def test_a_metric_without_a_valid_value_is_an_error(validate: Any, value: object
 
     with pytest.raises(UserError, match=rf"^farthest must be in \[0, 1\], got {value!r}$"):
         validate(Wrong())()
+
+
+def test_the_metrics_of_a_task_are_checked_before_training() -> None:
+    """Not by the evaluation, after hours of training."""
+
+    class Twice(Distances):
+        found = (TOP1, TOP1)
+
+    class Nothing(Distances):
+        found = ()
+
+    manifest, config = manifest_of({0: 2, 1: 2}), TrainConfig(TINY)
+    SingleLabel().check(config, manifest)
+    with pytest.raises(UserError, match=r"the names of metrics must be distinct, got \['top1', 'top1'\]"):
+        Twice().check(config, manifest)
+    with pytest.raises(UserError, match=r"metrics must be a list of 1 to 20, got \[\]"):
+        Nothing().check(config, manifest)

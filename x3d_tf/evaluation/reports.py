@@ -220,10 +220,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     cost = settings["gmacs_per_sample"]
     at_most = cost <= 1e6 * settings["gmacs_per_clip"]
     require(at_most, "gmacs_per_sample", "be at most 1,000,000 times gmacs_per_clip", cost)
-    _check_metrics(settings.get("metrics"))
+    check_metrics(settings.get("metrics"))
 
 
-def _check_metrics(stated: Any) -> None:
+def check_metrics(stated: Any) -> None:
+    """Checks the entry "metrics" of results.json: 1 to 20 metrics with distinct names and labels.
+
+    Raises:
+        UserError: names the rule and the value.
+    """
     valid = isinstance(stated, list) and 1 <= len(stated) <= _MOST_METRICS
     require(valid, "metrics", f"be a list of 1 to {_MOST_METRICS}", stated)
     for entry in stated:

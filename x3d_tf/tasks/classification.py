@@ -11,6 +11,7 @@ from x3d_tf.data.sampling import clip_contract, require_windows
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.evaluation.eval_config import folder_of
 from x3d_tf.evaluation.metrics import classification_metrics
+from x3d_tf.evaluation.reports import check_metrics, metrics_to_json
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
 from x3d_tf.tasks.base import Suggestion
 from x3d_tf.text import counted
@@ -96,6 +97,7 @@ class ClipTask:
 
     def check(self, config: "TrainConfig", manifest: "Manifest") -> None:
         self.class_weights(config, manifest)
+        check_metrics(metrics_to_json(self.metrics(len(self.classes(manifest)))))
         split = validation_split(config.dataset)
         if split and not manifest.split(split).records:
             raise UserError(f"validation split {split!r} of {manifest.folder} must have at least one record")
