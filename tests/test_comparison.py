@@ -8,9 +8,10 @@ from report_settings import detection_settings, precision_of, predictions, setti
 
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.comparison import as_markdown, compare, describe, find_reports, table
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import TOP1
 from x3d_tf.evaluation.paper import published_for
-from x3d_tf.evaluation.reports import Report, metrics_to_json, read_report
+from x3d_tf.evaluation.reports import metrics_to_json, read_report
 
 
 def test_the_summary_of_a_detector_states_table_8(tmp_path: Path) -> None:

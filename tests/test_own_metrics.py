@@ -18,9 +18,8 @@ from x3d_tf.errors import UserError
 from x3d_tf.evaluation import running, sweep, watch
 from x3d_tf.evaluation.comparison import compare, describe, table
 from x3d_tf.evaluation.eval_config import EvalConfig
-from x3d_tf.evaluation.interfaces import Evaluation
+from x3d_tf.evaluation.interfaces import Evaluation, Report
 from x3d_tf.evaluation.reports import (
-    Report,
     differing_settings,
     locked_report_folder,
     metrics_to_json,

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from x3d_tf.evaluation.classification_reports import Predictions, write_report
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import MAP, TOP1, TOP5
-from x3d_tf.evaluation.reports import Report, metrics_to_json
+from x3d_tf.evaluation.reports import metrics_to_json
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 

@@ -12,8 +12,9 @@ from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.evaluation.classification_reports import Predictions, write_report
 from x3d_tf.evaluation.eval_config import HeadPool
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.multiview import SplitPredictions, predict_split
-from x3d_tf.evaluation.reports import Report, locked_report_folder, settings_of
+from x3d_tf.evaluation.reports import locked_report_folder, settings_of
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.metadata import copy_metadata

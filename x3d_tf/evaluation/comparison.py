@@ -7,16 +7,10 @@ from typing import Any, NamedTuple
 
 from x3d_tf.csv_files import Verbatim
 from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import TOP1, wilson_interval
 from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, differences, published_for
-from x3d_tf.evaluation.reports import (
-    RESULTS_NAME,
-    Report,
-    read_report,
-    refuse_to_replace,
-    stated_metrics,
-    write_csv,
-)
+from x3d_tf.evaluation.reports import RESULTS_NAME, read_report, refuse_to_replace, stated_metrics, write_csv
 from x3d_tf.files import atomic_write
 from x3d_tf.terminal import one_line
 from x3d_tf.text import counted, plural

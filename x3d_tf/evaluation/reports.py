@@ -7,20 +7,17 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from x3d_tf import csv_files
 from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.interfaces import Evaluation, Report
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
 from x3d_tf.types import ClipStarts, Combine, FrameSampling, Metric
-
-if TYPE_CHECKING:
-    from x3d_tf.evaluation.interfaces import Evaluation
 
 RESULTS_NAME = "results.json"
 _LINES = ("network", "split", "views")
@@ -35,19 +32,6 @@ _LARGEST = 10**15  # largest absolute value accepted in results.json
 _MOST_METRICS = 20
 _METRIC_FIELDS = ("name", "kind", "label")
 _SAMPLE = re.compile("[a-z][a-z ]*[a-z]")
-
-
-@dataclass(frozen=True)
-class Report:
-    """Results of an evaluation, and the folder of its report.
-
-    Attributes:
-        folder: contains results.json and the tables and figures of its task.
-        results: the content of results.json.
-    """
-
-    folder: Path
-    results: dict[str, Any]
 
 
 def refuse_to_replace(path: Path, overwrite: bool) -> None:

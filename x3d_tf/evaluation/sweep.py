@@ -8,15 +8,8 @@ from x3d_tf import csv_files, plots
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.eval_config import EvalConfig
-from x3d_tf.evaluation.interfaces import Evaluation, Evaluator
-from x3d_tf.evaluation.reports import (
-    RESULTS_NAME,
-    Report,
-    differing_settings,
-    read_report,
-    settings_of,
-    write_csv,
-)
+from x3d_tf.evaluation.interfaces import Evaluation, Evaluator, Report
+from x3d_tf.evaluation.reports import RESULTS_NAME, differing_settings, read_report, settings_of, write_csv
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load
 from x3d_tf.runs.run_folder import RunFolder
