@@ -22,6 +22,10 @@ A record then holds the 2.7 seconds around a key frame. Proposals are the boxes 
 with a score in the last column. Without --dataset, any csv files in AVA's format are accepted, and --label_map names
 their actions.
 
+Published data sets by name, with their own lists, one per split (docs/kinetics.md and docs/small-sets.md):
+  python -m x3d_tf.build_records --dataset=kinetics400 --videos=kinetics400 --output=data/kinetics400 \\
+      --lists=train=train.csv --lists=val=validate.csv
+
 Other data sets by name, from an installed package or a module of your own:
   python -m x3d_tf.build_records --plugin=my_data --dataset=my_data --videos=my_videos --output=data/my_records
 
@@ -55,7 +59,7 @@ from x3d_tf.config import TrainConfig
 from x3d_tf.data.building.builder import BuildResult, build_records
 from x3d_tf.data.building.encoding import TIMEOUT
 from x3d_tf.data.building.state import FAILURES_NAME
-from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.datasets.base import DATA_SETS, Inputs
 from x3d_tf.data.records.frames import index_records
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, first_few, require
@@ -83,15 +87,14 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset",
         None,
-        "Name of the data set, such as ava_v2.2; a --plugin can add data sets. Defaults to ava with --boxes, csv with "
-        "--csv, else folder.",
+        "Name of the data set, such as kinetics400; a --plugin can add data sets. Defaults to ava with --boxes, csv "
+        "with --csv, else folder.",
     )
     flags.DEFINE_string("csv", None, "A csv file that lists the videos.")
     flags.DEFINE_multi_string(
         "lists",
         None,
-        "SPLIT=FILE: list of a split's videos in the format of the data set, for data sets with such lists; repeat the "
-        "flag for each split.",
+        "SPLIT=FILE: list of a split's videos in the format of the --dataset; repeat the flag for each split.",
     )
     flags.DEFINE_multi_string(
         "boxes",
@@ -137,8 +140,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "classes",
         None,
-        "Text file of class names, one per line, that sets the order of the classes. Defaults to alphabetical order, "
-        "or numeric order if all names are numbers.",
+        "Text file of class names, one per line, that sets the order of the classes, or the file of the classes that "
+        "the --dataset has. Defaults to alphabetical order, or numeric order if all names are numbers.",
     )
     flags.DEFINE_integer(
         "short_side",
@@ -269,6 +272,8 @@ def _training_command(manifest: Manifest, task: Task) -> list[str]:
         bindings |= {"DatasetSpec.train_split": names[0]} if names[0] != "train" else {}
         bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 else {}
         bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != config.dataset.eval_split else {}
+    if manifest.dataset in DATA_SETS.names() and not DATA_SETS.get(manifest.dataset).flips:
+        bindings["DatasetSpec.flip"] = False
     bindings |= suggestion.bindings
     config = replace(config, dataset=replace(config.dataset, train_split=names[0]))
     records, recipe = len(task.training_records(manifest, names[0])), config.recipe

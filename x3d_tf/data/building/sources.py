@@ -36,6 +36,7 @@ class Video(NamedTuple):
         annotation: annotation of the key frame; None except for action detection.
         state: size and time of the file when the build began, to detect changes; None disables the check.
         frame_rate: images per second, for a folder of frames.
+        must_cover_segment: the file must last until `end`; otherwise the record may end earlier, with the file.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Video(NamedTuple):
     annotation: Annotation | None = None
     state: FileState | None = None
     frame_rate: float = FOLDER_FPS
+    must_cover_segment: bool = False
 
     @property
     def media_id(self) -> str:

@@ -47,6 +47,7 @@ class Ava:
     name: str
     videos: Mapping[str, int] = field(default_factory=dict)
     requires = ("videos", "boxes")
+    flips = True
 
     @property
     def accepts(self) -> tuple[str, ...]:
