@@ -230,6 +230,7 @@ def rows_of(path: Path) -> Iterable[list[str]]:
 
 def test_records_of_kinetics(tmp_path: Path) -> None:
     """The manifest has what the comparison with the paper needs; missing and short videos are in failures.csv."""
+    from x3d_tf.build_records import summary
     from x3d_tf.data.building.builder import build_records
 
     root = tmp_path / "videos"
@@ -253,3 +254,7 @@ def test_records_of_kinetics(tmp_path: Path) -> None:
         f"{IDS[4]}_000000_000010": f"does not exist ({tmp_path}/val.csv, line 4, class yoga)",
         f"{IDS[3]}.mp4": "ends at 4.0 s, before the end of its segment, 12 s",
     }
+    text = "\n".join(summary(result))
+    assert "val has records of 1 of the 3 videos that the data set lists" in text
+    command = "python -m x3d_tf.train --gin_file=gin/kinetics400/x3d_s.gin --gin_bindings='DatasetSpec.records="
+    assert command in text and "--gin_bindings=Recipe.batch=2 --workdir" in text

@@ -1,6 +1,7 @@
 """The data sets UCF101, HMDB51 and Something-Something V2: their official lists, and errors in them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from video_fixtures import numbered_frames, write_video
 
 from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs, choose
+from x3d_tf.data.datasets.csv import Csv
 from x3d_tf.errors import UserError
 
 CLASSES = {
@@ -181,7 +183,7 @@ def test_errors_in_lists_of_something_something(tmp_path: Path, train: Any, clas
         something(tmp_path, train, classes)
 
 
-def test_training_must_not_flip_something_something(tmp_path: Path) -> None:
+def test_training_must_not_flip_something_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from x3d_tf.build_records import summary
     from x3d_tf.data.building.builder import build_records
     from x3d_tf.data.datasets.spec import DatasetSpec, open_for_training
@@ -195,7 +197,10 @@ def test_training_must_not_flip_something_something(tmp_path: Path) -> None:
     inputs = Inputs(videos=tmp_path / "videos", lists=lists, classes=tmp_path / "labels.json")
     records = tmp_path / "records"
     result = build_records(inputs, records, dataset=name, short_side=32, progress=False)
-    assert "--gin_bindings=DatasetSpec.flip=False " in summary(result)[-1]
+    assert f"--gin_file=gin/x3d_s.gin --gin_file=gin/data/{name}.gin " in summary(result)[-1]
+    monkeypatch.setattr(Csv, "flips", False)  # as a data set of a plugin, for which there is no recipe
+    unknown = replace(result, manifest=replace(result.manifest, dataset="csv"))
+    assert "--gin_bindings=DatasetSpec.flip=False " in summary(unknown)[-1]
     rule = f"^DatasetSpec.flip must be False for {name}: flipping would change the classes of its videos, got True$"
     with pytest.raises(UserError, match=rule):
         DatasetSpec(str(records), name=name)

@@ -47,6 +47,7 @@ Records take 6 to 26 times the disk space of the videos. The command prints an e
 import re
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,19 +262,20 @@ def summary(result: BuildResult) -> list[str]:
 def _training_command(manifest: Manifest, task: Task) -> list[str]:
     """Returns the command that trains on the records, with warnings about them."""
     names, suggestion = list(manifest.splits), task.suggestion(manifest)
+    gin_files = _recipe_of_data_set(manifest.dataset) or suggestion.gin_files
     if len(names) == 1:
         return [
             "Training also needs a test split: build again with --split=0.2 or --splits, or with another list of the "
             "data set, such as --boxes=SPLIT=FILE."
         ]
-    config = gin_config.parse(suggestion.gin_files).config
+    config = gin_config.parse(gin_files).config
     bindings: dict[str, str | int] = {"DatasetSpec.records": str(manifest.folder)}
     if not {"train", "val"} <= set(names):  # training finds these two by their names
         bindings |= {"DatasetSpec.train_split": names[0]} if names[0] != "train" else {}
         bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 else {}
         bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != config.dataset.eval_split else {}
-    if manifest.dataset in DATA_SETS.names() and not DATA_SETS.get(manifest.dataset).flips:
-        bindings["DatasetSpec.flip"] = False
+    flips = manifest.dataset not in DATA_SETS.names() or DATA_SETS.get(manifest.dataset).flips
+    bindings |= {} if flips or not config.dataset.flip else {"DatasetSpec.flip": False}
     bindings |= suggestion.bindings
     config = replace(config, dataset=replace(config.dataset, train_split=names[0]))
     records, recipe = len(task.training_records(manifest, names[0])), config.recipe
@@ -281,11 +283,20 @@ def _training_command(manifest: Manifest, task: Task) -> list[str]:
     if batch not in (0, recipe.batch):
         bindings["Recipe.batch"] = batch
         config = replace(config, recipe=replace(recipe, batch=batch))
-    flags_ = [f"--gin_file={file}" for file in suggestion.gin_files]
+    flags_ = [f"--gin_file={file}" for file in gin_files]
     flags_ += [binding_flag(*binding) for binding in bindings.items()]
     run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
     intro = f"Train on them{suggestion.note} with:"
     return [*_advice(manifest, config), intro, f"  python -m x3d_tf.train {' '.join(flags_)} {run}"]
+
+
+def _recipe_of_data_set(name: str) -> tuple[str, ...]:
+    """Returns the gin files for X3D-S on a data set, or nothing if the package has no recipe named after it."""
+    for files in ((f"gin/{name}/x3d_s.gin",), ("gin/x3d_s.gin", f"gin/data/{name}.gin")):
+        with suppress(UserError):
+            gin_config.find_recipe(files[-1])
+            return files
+    return ()
 
 
 def _advice(manifest: Manifest, config: TrainConfig) -> list[str]:
