@@ -66,10 +66,12 @@ def encode_or_error(video: Video, short_side: int, quality: int) -> Result:
             encoded = encode_video(video.path, short_side, quality, video.start, video.end)
     except VideoError as error:
         return VideoError(error.path, f"{error.reason} (key frame {video.media_id})") if video.annotation else error
-    if video.must_cover_segment and video.end is not None:
-        last = encoded.start + len(encoded.frames) / encoded.fps
-        if last < video.end - _END_TOLERANCE:
-            return VideoError(video.path, f"ends at {last:.1f} s, before the end of its segment, {video.end:g} s")
+    last = encoded.start + len(encoded.frames) / encoded.fps
+    if video.must_cover_segment and video.end is not None and last < video.end - _END_TOLERANCE:
+        return VideoError(video.path, f"ends at {last:.1f} s, before the end of its segment, {video.end:g} s")
+    annotated = max((label.end for label in video.timed), default=0.0)
+    if last < annotated - _END_TOLERANCE:
+        return VideoError(video.path, f"ends at {last:.1f} s, before the end of an annotation, {annotated:g} s")
     if video.annotation is not None:
         index = frame_at(video.annotation.second, encoded.start, encoded.fps)
         if index >= len(encoded.frames):

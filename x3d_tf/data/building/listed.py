@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from x3d_tf.data.building.sources import Sources, Video, shuffle_by_hash
 from x3d_tf.data.video.decode import VideoError
+from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.text import counted, did_you_mean, whole
-from x3d_tf.types import AnnotationKind
+from x3d_tf.types import AnnotationKind, TimedLabel
 
 # Files of other kinds, such as a downloader's ID.info.json or ID.mp4.part, are not videos.
 _SUFFIX = re.compile(r"\.(3gp|asf|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|mxf|ogv|ts|vob|webm|wmv)", re.IGNORECASE)
@@ -84,6 +85,22 @@ def plain(name: str) -> str:
     return _SEPARATORS.sub("", unicodedata.normalize("NFKC", name).casefold())
 
 
+def entries_by_name(videos: Path) -> dict[str, Path]:
+    """Returns the files directly in a folder by their names without extension, and the folders by their names.
+
+    Raises:
+        UserError: two entries have the same name.
+    """
+    found: dict[str, Path] = {}
+    for entry in sorted(videos.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        name = entry.name if entry.is_dir() else entry.stem
+        require(name not in found, f"videos: {videos}", "hold each video only once", [str(found.get(name)), str(entry)])
+        found[name] = entry
+    return found
+
+
 class ClassNames:
     """The classes of a data set, found by their names in any common spelling.
 
@@ -128,6 +145,7 @@ class Entry(NamedTuple):
         files: the files with its name: none if it is missing.
         start, end: segment of the file in seconds; an end of None means the end of the file.
         source: name of the recording that it is a part of, which may be in one split only. Defaults to `name`.
+        timed: its classes with their times; empty if they apply to the complete video.
     """
 
     name: str
@@ -137,6 +155,7 @@ class Entry(NamedTuple):
     start: float = 0.0
     end: float | None = None
     source: str = ""
+    timed: tuple[TimedLabel, ...] = ()
 
 
 def collect(
@@ -145,6 +164,7 @@ def collect(
     classes: Sequence[str],
     seed: int,
     task: AnnotationKind = "single_label",
+    frame_rate: float = FOLDER_FPS,
 ) -> Sources:
     """Returns the videos of the lists that exist, and prints how many are missing, by class.
 
@@ -157,6 +177,7 @@ def collect(
         classes: class names in the order of their labels.
         seed: random seed for the order.
         task: kind of annotation.
+        frame_rate: images per second, for folders of frames.
 
     Raises:
         UserError: a list is empty, no video of a split exists, or a video has two files.
@@ -178,9 +199,10 @@ def collect(
                 reason = f"is in two splits: {source} is in {owner} ({place}) and in {split} ({entry.where})"
             elif not entry.files:
                 missing.update(entry.classes)
-                reason = f"does not exist ({entry.where}, class {', '.join(entry.classes)})"
+                of_class = f", class {entry.classes[0]}" if len(entry.classes) == 1 else ""
+                reason = f"does not exist ({entry.where}{of_class})"
             else:
-                members.append(_video(folder, entry))
+                members.append(_video(folder, entry, frame_rate))
                 continue
             unusable.append(VideoError(entry.files[0] if entry.files else folder / entry.name, reason))
         _report_missing(split, entries, missing)
@@ -190,10 +212,19 @@ def collect(
     return Sources(ordered, unusable, tuple(classes), task, expected)
 
 
-def _video(folder: Path, entry: Entry) -> Video:
+def _video(folder: Path, entry: Entry, frame_rate: float) -> Video:
     files = list(map(str, entry.files))
     require(len(files) == 1, f"videos: {folder}", f"hold one file for {entry.name} ({entry.where})", files)
-    return Video(entry.files[0], entry.name, entry.classes, entry.start, entry.end, must_cover_segment=True)
+    return Video(
+        entry.files[0],
+        entry.name,
+        entry.classes,
+        entry.start,
+        entry.end,
+        frame_rate=frame_rate,
+        must_cover_segment=True,
+        timed=entry.timed,
+    )
 
 
 def require_some(
