@@ -9,6 +9,7 @@ from x3d_tf import VARIANTS, ModelOptions, gin_config
 from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets.base import DATA_SETS
 from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.data.sampling import frame_indices
 from x3d_tf.training.checks import check_batch
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +106,33 @@ def test_the_recipes_of_small_data_sets(name: str) -> None:
     assert config.recipe.batch_norm == "frozen"
     text = (ROOT / files[1]).read_text()
     assert all(f"--gin_file={file}" in text for file in files)
+
+
+def test_the_recipe_of_charades_equals_its_python() -> None:
+    recipe = Recipe(
+        batch=16,
+        reference_batch=16,
+        learning_rate=0.02,
+        steps=24_000,
+        warmup_fraction=4 / 57,
+        warmup_start=1e-4 / 0.02,
+        schedule="steps",
+        decay_fractions=(41 / 57, 49 / 57),
+        weight_decay=1e-5,
+    )
+    expected = TrainConfig(
+        replace(VARIANTS["x3d_xl"].expansion, gamma_tau=12.5),
+        ModelOptions(drop_connect=0.1),
+        DatasetSpec("data/charades", frame_sampling="exact", name="charades"),
+        recipe,
+        combine="max",
+        checkpoint_steps=1000,
+    )
+    assert parse("gin/charades/x3d_xl.gin") == expected
+    assert (recipe.scaled_warmup_steps, recipe.scaled_decay_steps) == (1684, (17_263, 20_632))
+    clip = expected.expansion.clip
+    spaced = frame_indices(0.0, 1000, 24.0, clip, "exact")
+    assert spaced.tolist() == [10 * number for number in range(16)]  # 16 frames with a stride of 10
 
 
 @pytest.mark.parametrize("classes", [400, 600])

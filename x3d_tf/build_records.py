@@ -291,8 +291,8 @@ def _training_command(manifest: Manifest, task: Task) -> list[str]:
 
 
 def _recipe_of_data_set(name: str) -> tuple[str, ...]:
-    """Returns the gin files for X3D-S on a data set, or nothing if the package has no recipe named after it."""
-    for files in ((f"gin/{name}/x3d_s.gin",), ("gin/x3d_s.gin", f"gin/data/{name}.gin")):
+    """Returns the gin files of a recipe named after a data set, for the smallest network, or nothing."""
+    for files in ((f"gin/{name}/x3d_s.gin",), (f"gin/{name}/x3d_xl.gin",), ("gin/x3d_s.gin", f"gin/data/{name}.gin")):
         with suppress(UserError):
             gin_config.find_recipe(files[-1])
             return files

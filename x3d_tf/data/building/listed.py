@@ -122,8 +122,9 @@ class ClassNames:
             UserError: there is none. The message begins with `where`.
         """
         name = self._by_name.get(label) or self._by_name.get(plain(label))
-        hint = did_you_mean(label, self.names)
-        require(name is not None, where, f"be one of {self._source}{f' ({hint})' if hint else ''}", label)
+        if name is None:
+            hint = did_you_mean(label, self.names)  # slow
+            require(False, where, f"be one of {self._source}{f' ({hint})' if hint else ''}", label)
         return name or ""
 
     def at(self, number: str, where: str, first: int = 0) -> str:
