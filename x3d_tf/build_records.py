@@ -266,7 +266,7 @@ def _training_command(manifest: Manifest, task: Task) -> list[str]:
     if len(names) == 1:
         return [
             "Training also needs a test split: build again with --split=0.2 or --splits, or with another list of the "
-            "data set, such as --boxes=SPLIT=FILE."
+            "data set, such as --lists=SPLIT=FILE or --boxes=SPLIT=FILE."
         ]
     config = gin_config.parse(gin_files).config
     bindings: dict[str, str | int] = {"DatasetSpec.records": str(manifest.folder)}
