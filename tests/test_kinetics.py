@@ -49,7 +49,7 @@ def test_clips_are_found_in_any_folder_by_their_names(tmp_path: Path, capsys: py
         f"{clips[0]}.mp4",
         f"train/air_drumming/{clips[1]}.webm",
         f"{IDS[2]}.MKV",  # a complete video
-        *(f"{IDS[0]}.mp4", f"{IDS[0]}.info.json", f"{clips[5]}.mp4.part", f".{clips[6]}.mp4"),
+        *(f"{IDS[0]}.mp4", f"{clips[0]}.json", f"{clips[4]}.jpg", f"{clips[5]}.part", f".trash/{clips[3]}.mp4"),
     )
     rows = [f"air drumming,{youtube_id},10,20,train\n" for youtube_id in IDS[:5]]
     found = sources(tmp_path, train=HEADER + "".join(rows) + f"zumba,{IDS[5]},10,20,train\n")
