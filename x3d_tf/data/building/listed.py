@@ -207,7 +207,7 @@ def collect(
                 continue
             unusable.append(VideoError(entry.files[0] if entry.files else folder / entry.name, reason))
         _report_missing(split, entries, missing)
-        require_some(folder, split, entries, members, unusable)
+        _require_some(folder, split, entries, members, unusable)
     ordered = {split: shuffle_by_hash(members, seed) for split, members in splits.items()}
     expected = {split: len({entry.name for entry in entries}) for split, entries in lists.items()}
     return Sources(ordered, unusable, tuple(classes), task, expected)
@@ -228,7 +228,7 @@ def _video(folder: Path, entry: Entry, frame_rate: float) -> Video:
     )
 
 
-def require_some(
+def _require_some(
     folder: Path, split: str, entries: Sequence[Entry], members: Sequence[Video], unusable: Sequence[VideoError]
 ) -> None:
     """Raises `UserError` if no video of a list can be used."""
