@@ -151,6 +151,19 @@ class Annotation(NamedTuple):
     scores: tuple[float, ...] = ()
 
 
+class TimedLabel(NamedTuple):
+    """A class of a part of a video.
+
+    Attributes:
+        label: class index.
+        start, end: first and last second of the file in which the class is visible.
+    """
+
+    label: int
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class Storage:
     """Storage format of the frames in records; predictions apply the same format to their frames.
