@@ -19,6 +19,8 @@ from x3d_tf.search.config import SearchConfig
 
 Latency = Callable[[Expansion], float]  # milliseconds of a network
 
+_cost = functools.lru_cache(10_000)(cost)  # the solver compares the same networks several times
+
 
 @dataclass(frozen=True)
 class Step:
@@ -96,7 +98,7 @@ class Search:
     ) -> None:
         self.config, self.start = config, start or Expansion()
         self.latency = latency
-        self._cost = functools.cache(functools.partial(cost, num_classes=num_classes, options=options))
+        self._cost = functools.partial(_cost, num_classes=num_classes, options=options)
         self.steps: list[Step] = []
         self.family: list[Member] = []
         self.failures: dict[str, str] = {}
