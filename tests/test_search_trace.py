@@ -190,7 +190,7 @@ def test_each_torn_end_is_repaired(complete: tuple[Search, bytes], tmp_path: Pat
     """A crash can leave any beginning of the last line."""
     lines = complete[1].splitlines(keepends=True)
     before = b"".join(lines[:-1])
-    for length in range(1, len(lines[-1]), 37):
+    for length in range(1, len(lines[-1]), 100):
         search = search_in(written(tmp_path, before + lines[-1][:length]))
         assert search.family == complete[0].family
         assert (tmp_path / TRACE_NAME).read_bytes() == complete[1], length

@@ -4,7 +4,9 @@ Imports no TensorFlow.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from x3d_tf import plots
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.search.axes import AXES
 from x3d_tf.search.candidates import Candidate, Result
@@ -46,6 +48,29 @@ def step_table(step: Step) -> list[str]:
 
 def _error(result: Result) -> str:
     return f" ± {result.standard_error:.4f}" if result.standard_error else ""
+
+
+def save_staircase(search: Search, path: Path, metric: str) -> None:
+    """Saves a picture of the search as the paper's Figure 2: scores over costs, and the path.
+
+    Args:
+        search: a search with at least one finished step.
+        path: PNG file to write; an existing file is replaced.
+        metric: name of the score, such as "top-1".
+    """
+    titles = [axis.title for axis in AXES.values()] + ["contraction"]
+    points = [
+        ("contraction" if row.network.contracts else AXES[row.network.axis].title, *_place(row), row.standard_error)
+        for row in all_results(search)
+    ]
+    points.sort(key=lambda point: titles.index(point[0]))
+    winners = [_place(winner) for winner in search.winners()]
+    title = f"expansion of {name_of(search.start)}"
+    plots.save_staircase(points, winners, path, title, metric)
+
+
+def _place(result: Result) -> tuple[float, float]:
+    return result.network.cost.macs / 1e9, result.value
 
 
 def all_results(search: Search) -> list[Result]:
