@@ -20,7 +20,7 @@ from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import SearchConfig
 from x3d_tf.search.executor import SerialExecutor
-from x3d_tf.search.loop import run_search
+from x3d_tf.search.loop import load_search, run_search
 from x3d_tf.search.search import Search
 from x3d_tf.search.trace import TRACE_NAME
 
@@ -363,3 +363,32 @@ def test_the_rule_needs_training_scores(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Score.training must be measured"):
         search_in(tmp_path, lambda _: Score(0.5), config=config)
     assert len((tmp_path / TRACE_NAME).read_bytes().splitlines()) == 1  # the search can be repeated
+
+
+@pytest.mark.parametrize("count", [0, 7, 40, None])
+def test_a_search_is_loaded_from_its_trace(count: int | None, complete: tuple[Search, bytes], tmp_path: Path) -> None:
+    lines = complete[1].splitlines(keepends=True)
+    content = b"".join(lines if count is None else [*lines[: count + 1], b"{"])
+    loaded = load_search(written(tmp_path, content))
+    assert loaded.config == CONFIG and loaded.start == TINY
+    assert loaded.steps == complete[0].steps[: len(loaded.steps)]
+    assert len(loaded.steps) == (len(complete[0].steps) if count is None else {0: 0, 7: 0, 40: 1}[count])
+    assert (tmp_path / TRACE_NAME).read_bytes() == content  # not even the damaged end is removed
+
+
+def test_a_search_of_latencies_is_loaded_from_its_trace(tmp_path: Path) -> None:
+    config = SearchConfig(budgets=(12.0,), cost="latency")
+    with pytest.raises(Interrupted):
+        search_in(tmp_path, interrupted_after(8), config=config, latency=lambda network: 2.0 * network.gamma_t)
+    assert len(load_search(tmp_path).steps) == 1
+
+
+def test_a_folder_without_a_search_is_an_error(complete: tuple[Search, bytes], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must be the folder of a search, with trace\.jsonl"):
+        load_search(tmp_path)
+    header, rest = complete[1].split(b"\n", 1)
+    for changes in ({}, {"SearchConfig.more": 1}, {"Expansion.gamma_b": -1}, {"num_classes": "4"}):
+        settings = json.loads(header)["settings"] | changes if changes else {}
+        content = edited(header, settings=settings) + rest
+        with pytest.raises(UserError, match=f"{TRACE_NAME}, line 1 must hold the settings of a search"):
+            load_search(written(tmp_path, content))

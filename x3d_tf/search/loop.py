@@ -11,7 +11,7 @@ from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import SearchConfig
 from x3d_tf.search.executor import Executor
 from x3d_tf.search.search import Latency, Search
-from x3d_tf.search.trace import Trace, open_trace
+from x3d_tf.search.trace import Trace, open_trace, read_trace
 
 OnScore = Callable[[Search, Candidate, Score], None]
 
@@ -55,6 +55,27 @@ def run_search(
         search = Search(config, start, options=options, num_classes=num_classes, latency=measured)
         trace.resume(search)
         drive(search, executor, trace, on_score)
+    return search
+
+
+def load_search(folder: Path) -> Search:
+    """Returns a search from its trace, finished or not, for tables and pictures. Nothing is scored or written.
+
+    Raises:
+        UserError: the folder holds no trace, or a damaged one.
+    """
+    settings, trace = read_trace(folder)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        group, _, setting = name.rpartition(".")
+        groups.setdefault(group, {})[setting] = tuple(value) if isinstance(value, list) else value
+    try:
+        config, start = SearchConfig(**groups["SearchConfig"]), Expansion(**groups["Expansion"])
+        options, classes = ModelOptions(**groups["ModelOptions"]), groups[""]["num_classes"]
+        search = Search(config, start, options=options, num_classes=classes, latency=trace.measured)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{trace.path}, line 1 must hold the settings of a search: {error}") from error
+    trace.resume(search)
     return search
 
 

@@ -5,6 +5,7 @@ as JSON. Lines are only appended. The file is untrusted when it is read back.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -56,6 +57,10 @@ class Trace:
             return self._latencies[expansion]
 
         return latency
+
+    def measured(self, expansion: Expansion) -> float:
+        """Returns the recorded latency of a network in milliseconds; inf if it was not measured."""
+        return self._latencies.get(expansion, math.inf)
 
     def resume(self, search: Search) -> None:
         """Records the scores of the trace in a new search.
@@ -117,16 +122,35 @@ def open_trace(folder: Path, settings: Mapping[str, Any]) -> Iterator[Trace]:
     with locked(folder / _LOCK_NAME, f"another process is searching in {folder}", "wait for it, or use another folder"):
         if not path.exists():
             atomic_write(path, _encoded({"format": _FORMAT, "settings": settings}))
-        yield Trace(path, _read(path, settings))
+        before, lines, intact = _read(path)
+        wanted = json.loads(json.dumps(settings))
+        for name in (*wanted, *before):
+            rule = f"have the settings of this search, {name} = {wanted.get(name)!r} (continue it with its settings)"
+            require(before.get(name) == wanted.get(name), f"{path}, line 1", rule, before.get(name))
+        if intact < path.stat().st_size:
+            _truncate(path, intact)
+        yield Trace(path, lines)
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Returns the lines of a trace after the first, with their numbers, and removes a damaged last line."""
+def read_trace(folder: Path) -> tuple[dict[str, Any], Trace]:
+    """Returns the settings and the trace of a search, for reading only. A damaged last line is ignored with a warning.
+
+    Raises:
+        UserError: there is no trace, or another line is damaged.
+    """
+    path = folder / TRACE_NAME
+    if not path.exists():
+        raise UserError(f"{folder} must be the folder of a search, with {TRACE_NAME}")
+    settings, lines, _ = _read(path)
+    return settings, Trace(path, lines)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int]:
+    """Returns the settings of a trace, its other lines by their numbers, and the size without a damaged last line."""
     content = read_limited(path, SMALL)
     complete, _, torn = content.rpartition(b"\n")
     first, *texts = [*complete.split(b"\n"), *([torn] if torn else [])]
-    _check_settings(f"{path}, line 1", first, settings)
-    lines: dict[int, dict[str, Any]] = {}
+    settings, lines, intact = _settings(f"{path}, line 1", first), dict[int, dict[str, Any]](), len(content)
     for number, text in enumerate(texts, start=2):
         is_last = number == len(texts) + 1
         try:
@@ -136,24 +160,22 @@ def _read(path: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
             place = f"{path}, line {number}"
             if not is_last:
                 raise UserError(f"{place} is damaged: {error}; restore the file, or use another folder") from None
-            tell(f"warning: {place}, the last one, is damaged: {error}; it is removed, and its candidate scored again")
-            _truncate(path, len(content) - len(text) - (not torn))
-    return lines
+            tell(f"warning: {place}, the last one, is damaged: {error}; it is dropped, and its candidate scored again")
+            intact -= len(text) + (not torn)
+    return settings, lines, intact
 
 
-def _check_settings(place: str, text: bytes, settings: Mapping[str, Any]) -> None:
-    """Raises `UserError` unless the first line of a trace holds the settings of the search."""
+def _settings(place: str, text: bytes) -> dict[str, Any]:
+    """Returns the settings in the first line of a trace."""
     try:
-        found = _json(text)
+        line = _json(text)
     except UserError as error:
         raise UserError(f"{place} must hold the settings of a search: {error}") from None
-    require(found.get("format") == _FORMAT, place, f'have the format "{_FORMAT}"', found.get("format"))
-    before, wanted = found.get("settings"), json.loads(json.dumps(settings))
-    if not isinstance(before, dict):
+    require(line.get("format") == _FORMAT, place, f'have the format "{_FORMAT}"', line.get("format"))
+    settings = line.get("settings")
+    if not isinstance(settings, dict):
         raise UserError(f"{place} must hold the settings of a search")
-    for name in (*wanted, *before):
-        rule = f"have the settings of this search, {name} = {wanted.get(name)!r} (continue it with its settings)"
-        require(before.get(name) == wanted.get(name), place, rule, before.get(name))
+    return settings
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
