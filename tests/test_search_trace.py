@@ -392,3 +392,20 @@ def test_a_folder_without_a_search_is_an_error(complete: tuple[Search, bytes], t
         content = edited(header, settings=settings) + rest
         with pytest.raises(UserError, match=f"{TRACE_NAME}, line 1 must hold the settings of a search"):
             load_search(written(tmp_path, content))
+
+
+def test_random_damage_is_never_another_exception(tmp_path: Path) -> None:
+    search_in(tmp_path, config=SearchConfig(budgets=(0.006,)))
+    content, generator = (tmp_path / TRACE_NAME).read_bytes(), random.Random(0)
+    insertions = (b"9" * 500, b"null", b"true", b"-", b"\n", b"[", b"{}", b'"', b"1e999", b"\0", b"\xff")
+    outcomes = set()
+    for _ in range(100):
+        damaged, place = bytearray(content), generator.randrange(len(content))
+        damaged[place : place + generator.choice((0, 1, 100))] = generator.choice(insertions)
+        try:
+            load_search(written(tmp_path, bytes(damaged)))
+            outcomes.add("loaded")
+        except UserError as error:
+            assert str(error).startswith(f"{tmp_path / TRACE_NAME}, line ")
+            outcomes.add("rejected")
+    assert outcomes == {"loaded", "rejected"}
