@@ -284,6 +284,27 @@ def test_the_plan_counts_the_trainings() -> None:
     assert halved.gmacs < plan.gmacs
 
 
+def test_the_plan_follows_the_cost_that_is_limited() -> None:
+    plan = estimate(Search(SearchConfig(budgets=(6.0,), cost="params")))
+    assert plan.steps == 2  # 1.63, 3.3, 6.5 million
+
+
+def test_differences_of_frames_keep_two_frames() -> None:
+    start, options = replace(TINY, gamma_t=2), ModelOptions(input="difference")
+    config = SearchConfig(budgets=(0.006,), contraction="all", axes=("fast", "spatial"))
+    search = scored(Search(config, start, options=options, num_classes=4), prefers(None, *["fast"] * 9))
+    assert search.family
+    with pytest.raises(UserError, match=r"Expansion\.gamma_t must be at least 2"):
+        Search(SearchConfig(), TINY, options=options)
+
+
+def test_a_budget_is_met_with_one_percent_more() -> None:
+    xs = cost("x3d_xs").macs  # 0.605 GMACs for 0.6
+    assert not SearchConfig().exceeds(xs, 0.6) and SearchConfig().is_near(xs, 0.6)
+    assert SearchConfig().exceeds(xs, 0.599)
+    assert SearchConfig(cost="latency").exceeds(1.02, 1.0) and not SearchConfig(cost="params").exceeds(1.0e6, 1.0)
+
+
 def test_options_and_classes_change_the_cost() -> None:
     plain, other = tiny(), Search(SearchConfig(), TINY, options=ModelOptions(se="none"), num_classes=9)
     assert plain.pending()[0].network.cost == cost(plain.pending()[0].expansion, num_classes=4)

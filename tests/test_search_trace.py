@@ -122,6 +122,15 @@ def test_scores_may_arrive_in_any_order(complete: tuple[Search, bytes], tmp_path
     assert search_in(tmp_path, refuse).family == search.family
 
 
+def test_an_executor_must_score_something(tmp_path: Path) -> None:
+    class Idle:
+        def scores(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Score]]:
+            return iter(())
+
+    with pytest.raises(RuntimeError, match="scored no candidate"):
+        run_search(tmp_path, CONFIG, Idle(), TINY)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

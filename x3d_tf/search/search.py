@@ -105,7 +105,7 @@ class Search:
         self._dropped: tuple[Result, ...] = ()
         self._phase = 0
         self._round: dict[Candidate, Score | None] = {}
-        first = self._budgeted(self.start)
+        first = self.budgeted(self.start)
         rule = f"exceed the cost of the start network, {config.text(first)}"
         require(not config.exceeds(first, config.budgets[0]), "SearchConfig.budgets", rule, config.budgets)
         self._expand()
@@ -137,6 +137,14 @@ class Search:
         for step in reversed([step for step in self.steps if not step.contracts]):
             line += [kept for kept in step.kept if kept.network.expansion == line[-1].network.parent]
         return line[::-1]
+
+    def budgeted(self, expansion: Expansion) -> float:
+        """Returns the cost of a network that the budgets limit, in the unit in which it is counted."""
+        if self.config.cost != "latency":
+            return float(getattr(self._cost(expansion), self.config.cost))
+        if self.latency is None:
+            raise UserError('SearchConfig.cost must not be "latency" where no function measures it')
+        return self.latency(expansion)
 
     def _end_round(self) -> None:
         """Chooses among the networks of a round, or has the better half scored with the complete schedule."""
@@ -216,7 +224,7 @@ class Search:
         return list(networks.values())
 
     def _fits(self, expansion: Expansion) -> bool:
-        return not self.config.exceeds(self._budgeted(expansion), self._budget)
+        return not self.config.exceeds(self.budgeted(expansion), self._budget)
 
     def _ask(self, networks: Sequence[Network], share: float = 1.0) -> None:
         """Begins a round: asks for the scores of networks with a share of the training schedule."""
@@ -233,19 +241,11 @@ class Search:
 
     def _network(self, step: int, axis: str, parent: Expansion, expansion: Expansion, *, contracts: bool) -> Network:
         ratio = self._macs(expansion) / self._macs(parent)
-        count, budgeted = self._cost(expansion), self._budgeted(expansion)
+        count, budgeted = self._cost(expansion), self.budgeted(expansion)
         return Network(step, axis, parent, expansion, contracts, count, ratio, budgeted)
 
     def _macs(self, expansion: Expansion) -> int:
         return self._cost(expansion).macs
-
-    def _budgeted(self, expansion: Expansion) -> float:
-        """Returns the cost that the budgets limit."""
-        if self.config.cost != "latency":
-            return float(getattr(self._cost(expansion), self.config.cost))
-        if self.latency is None:
-            raise UserError('SearchConfig.cost must not be "latency" where no function measures it')
-        return self.latency(expansion)
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class Plan:
 
 
 def estimate(search: Search) -> Plan:
-    """Returns the extent of a new search, assuming that each step chooses the candidate closest to twice the cost.
+    """Returns the extent of a new search, assuming that each step chooses the candidate closest to twice its cost.
 
     Other choices change the number of candidates a little: at one frame, X-Fast and X-Temporal coincide.
 
@@ -277,7 +277,8 @@ def estimate(search: Search) -> Plan:
     while pending := search.pending():
         asked += pending
         for candidate in pending:
-            value = -abs(candidate.network.ratio - RATE)
+            before = search.budgeted(candidate.network.parent)
+            value = -abs(candidate.network.budgeted / before - RATE)
             search.record(candidate, Score(value, training=value))
     gmacs = sum(candidate.network.cost.macs * candidate.share for candidate in asked) / 1e9
     return Plan(len(search.winners()), len(asked), gmacs, first)
