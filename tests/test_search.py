@@ -231,6 +231,18 @@ def test_a_budget_near_the_network_needs_no_contraction() -> None:
         assert (member.result.network.step, member.result.network.contracts) == (step, contracts), factor
 
 
+def test_the_parent_is_taken_if_no_contraction_is_larger() -> None:
+    """Three frames exceed the budget, and two are the parent."""
+    start = replace(TINY, gamma_t=2)
+    two, three, four = (cost(replace(TINY, gamma_t=frames), num_classes=4).macs / 1e9 for frames in (2, 3, 4))
+    budget = 1.2 * two
+    assert budget * 1.01 < three < four
+    config = SearchConfig(budgets=(budget,), axes=("fast",))
+    search = scored(Search(config, start, num_classes=4), prefers(None, "fast"))
+    assert [(step.number, step.contracts) for step in search.steps] == [(1, False)]
+    assert [member.result for member in search.family] == [None]  # the start network, which is not scored
+
+
 def test_one_step_may_meet_several_budgets() -> None:
     macs = [winner.network.cost.macs / 1e9 for winner in unlimited("fast", "fast", "fast").winners()]
     search = scored(tiny(budgets=(0.8 * macs[1], 0.9 * macs[1], macs[1])), prefers(*["fast"] * 4))

@@ -145,6 +145,8 @@ def test_factors_have_few_decimals() -> None:
     l_before = Expansion(5.0, 16, 312 / 112, 1.0, 2.25, 2.2)
     found = expanded(AXES["depth"], l_before, paper_macs, 2 * paper_macs(l_before))
     assert found == replace(l_before, gamma_d=5.0)
+    before = Expansion(16.0, 2, 160 / 112, 1.0, 2.25)
+    assert expanded(AXES["depth"], before, paper_macs, 2 * paper_macs(before)) == replace(before, gamma_d=2.2)
     x = expanded(AXES["bottleneck"], Expansion(), paper_macs, 2 * paper_macs(Expansion()))
     assert x is not None and x.gamma_b == 2.28
     large = expanded(AXES["width"], replace(found, gamma_d=5.0), paper_macs, 2 * paper_macs(found))

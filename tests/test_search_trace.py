@@ -20,9 +20,9 @@ from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import SearchConfig
 from x3d_tf.search.executor import SerialExecutor
-from x3d_tf.search.loop import load_search, run_search
+from x3d_tf.search.loop import drive, load_search, run_search
 from x3d_tf.search.search import Search
-from x3d_tf.search.trace import TRACE_NAME
+from x3d_tf.search.trace import TRACE_NAME, open_trace
 
 TINY = Expansion(gamma_tau=1.0, gamma_t=1, gamma_s=32 / 112, gamma_d=0.2)
 CONFIG = SearchConfig(budgets=(0.03,), seeds=2, halving=0.5, keep=2, contraction="all")
@@ -264,6 +264,15 @@ def test_a_trace_of_other_settings_is_not_continued(
     with pytest.raises(UserError, match=rf"{TRACE_NAME}, line 1 must have the settings of this search, {name} = "):
         search_in(folder, refuse, **changes)
     assert (tmp_path / TRACE_NAME).read_bytes() == complete[1]
+
+
+def test_a_score_is_written_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = Search(SearchConfig(budgets=(0.03,), axes=("fast",)), TINY, num_classes=4)
+    with open_trace(tmp_path, {}) as trace, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        with pytest.raises(WriteError, match="I/O error"):
+            drive(search, SerialExecutor(noise), trace)
+    assert search.steps == [] and len((tmp_path / TRACE_NAME).read_bytes().splitlines()) == 1
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
