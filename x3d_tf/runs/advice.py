@@ -27,7 +27,7 @@ MAX_IMBALANCE = 5  # ratio of the most frequent to the rarest class
 
 
 class Adviser(Protocol):
-    """What advice needs of a task; see `tasks.base.Task`."""
+    """A task, as far as advice uses it; see `tasks.base.Task`."""
 
     @property
     def sample(self) -> str: ...
