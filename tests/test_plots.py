@@ -38,6 +38,12 @@ def sweep(count: int) -> Picture:
     return lambda path: plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, TOP1, "video")
 
 
+def staircase(steps: int) -> Picture:
+    winners = [(0.04 * 2**step, 1 - 0.5 / (step + 1)) for step in range(steps)]
+    points = [(f"X-{name}", cost, score - 0.1 * name, 0.01) for cost, score in winners for name in range(7)]
+    return lambda path: plots.save_staircase(points, winners, path, TITLE * 2, "top-1")
+
+
 def history(count: int, every: int = 0) -> list[dict[str, float]]:
     rows = [
         {"step": 10.0 * number, "loss": 1.0983 + 1e-5 * (number % 3), "top1": 1.0, "learning_rate": 1e-5}
@@ -63,6 +69,7 @@ PICTURES = {
     **{f"confusion matrix of {count} classes": confusion(count) for count in (2, 6, 60, 61)},
     **{f"precisions of {count} classes": precisions(count) for count in (0, 2, 80)},
     **{f"sweep of {count} points": sweep(count) for count in (1, 5)},
+    **{f"staircase of {count} steps": staircase(count) for count in (1, 13)},
     **{f"curves of {count} rows": curves(count) for count in (0, 1, 2000)},
     **{f"curves of {count} rows with validation": curves(count, 8) for count in (16, 2000)},
     **{f"sheet of {rows} x {columns}": sheet(rows, columns) for rows, columns in ((1, 1), (3, 6), (2, 40))},

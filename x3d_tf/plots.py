@@ -20,6 +20,7 @@ from x3d_tf.terminal import one_line
 from x3d_tf.types import Metric
 
 _DPI = 110  # pixels per inch
+_MARKERS = "osD^vP*X"  # of the axes of an expansion search
 _NAME_LENGTH = 32  # characters of a class name at an axis
 # Fallbacks for glyphs that matplotlib's default font lacks; only installed fonts are used.
 _FALLBACK_FONTS = (
@@ -184,6 +185,47 @@ def save_sweep(
             axes.grid(alpha=0.3)
             for x, y, number in zip(costs, values, clips):
                 axes.annotate(f"K={number}", (x, y), xytext=(5, -10), textcoords="offset points", fontsize=8)
+
+
+def save_staircase(
+    points: Sequence[tuple[str, float, float, float]],
+    winners: Sequence[tuple[float, float]],
+    path: Path,
+    title: str,
+    metric: str,
+) -> None:
+    """Saves the scored networks of an expansion search over their cost, and the path chosen, as a PNG file.
+
+    Args:
+        points: (name of the axis, GMACs, score in [0, 1], standard error of the score) of each network.
+        winners: (GMACs, score in [0, 1]) of the network that each step chose, in the order of the steps.
+        path: file to write; an existing file is replaced.
+        title: title of the figure.
+        metric: name of the score.
+    """
+    names = list(dict.fromkeys(name for name, *_ in points))
+    with _figure(path, 9, 5, layout="constrained") as figure:
+        axes = figure.subplots()
+        axes.set_title(_wrap_title(title, 9), loc="left", fontsize=11)
+        axes.plot(*_percent(winners), color="0.4", drawstyle="steps-post", label="chosen", zorder=1)
+        axes.plot(*_percent(winners), color="0.4", ls="", marker="o", ms=14, mfc="none", zorder=1)
+        for number, name in enumerate(names):
+            rows = [row for row in points if row[0] == name]
+            errors = [100 * error for *_, error in rows]
+            places = _percent([(cost, score) for _, cost, score, _ in rows])
+            marker = _MARKERS[number % len(_MARKERS)]
+            axes.errorbar(*places, yerr=errors, color=f"C{number}", ls="", marker=marker, ms=6, label=name, zorder=2)
+        axes.set(xscale="log", xlabel="GMACs per clip (log)", ylabel=f"{metric} in %")
+        axes.set_xticks(_percent(winners)[0], [f"{cost:.3g}" for cost, _ in winners], fontsize=8)
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(fontsize=8)
+
+
+def _percent(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [cost for cost, _ in points], [100 * score for _, score in points]
 
 
 def _percent_limits(values: Sequence[float]) -> tuple[float, float]:

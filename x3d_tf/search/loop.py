@@ -1,0 +1,107 @@
+"""Runs a search to its end, with a trace in a work folder. Imports no TensorFlow."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from x3d_tf.errors import UserError
+from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.expansion import Expansion
+from x3d_tf.search.candidates import Candidate, Score
+from x3d_tf.search.config import SearchConfig
+from x3d_tf.search.executor import Executor
+from x3d_tf.search.search import Latency, Search
+from x3d_tf.search.trace import Trace, open_trace, read_trace
+
+OnScore = Callable[[Search, Candidate, Score], None]
+
+
+def run_search(
+    folder: Path,
+    config: SearchConfig,
+    executor: Executor,
+    start: Expansion | None = None,
+    *,
+    options: ModelOptions | None = None,
+    num_classes: int = 400,
+    latency: Latency | None = None,
+    settings: Mapping[str, Any] | None = None,
+    on_score: OnScore | None = None,
+) -> Search:
+    """Runs a search, or continues the one that the trace in a folder holds, and returns it finished.
+
+    Args:
+        folder: work folder, which gets the trace.
+        config: settings of the search.
+        executor: scores the candidates.
+        start: network to start from. Defaults to X2D.
+        options: options of the networks. Defaults to `ModelOptions()`.
+        num_classes: number of classes, for the cost.
+        latency: measures the latency of a network in milliseconds; required by the cost "latency".
+        settings: further settings that determine the scores, such as those of the training, by name. A trace with
+            others is not continued.
+        on_score: called after each score is recorded, for example to print `search.steps`.
+
+    Raises:
+        UserError: the trace is damaged or of another search (see `open_trace`), or all networks of a round failed.
+        WriteError: the trace cannot be written.
+    """
+    start, options = start or Expansion(), options or ModelOptions()
+    identity = {"num_classes": num_classes, **(settings or {})}
+    for part in (config, start, options):
+        identity |= {f"{type(part).__name__}.{name}": value for name, value in vars(part).items()}
+    with open_trace(folder, identity) as trace:
+        measured = trace.memoised(latency) if latency else None
+        search = Search(config, start, options=options, num_classes=num_classes, latency=measured)
+        trace.resume(search)
+        drive(search, executor, trace, on_score)
+    return search
+
+
+def load_search(folder: Path) -> Search:
+    """Returns a search from its trace, finished or not, for tables and pictures. Nothing is scored or written.
+
+    Raises:
+        UserError: the folder holds no trace, or a damaged one.
+    """
+    settings, trace = read_trace(folder)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        group, _, setting = name.rpartition(".")
+        groups.setdefault(group, {})[setting] = tuple(value) if isinstance(value, list) else value
+    try:
+        config, start = SearchConfig(**groups["SearchConfig"]), Expansion(**groups["Expansion"])
+        options, classes = ModelOptions(**groups["ModelOptions"]), groups[""]["num_classes"]
+        search = Search(config, start, options=options, num_classes=classes, latency=trace.measured)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{trace.path}, line 1 must hold the settings of a search: {error}") from error
+    trace.resume(search)
+    return search
+
+
+def drive(search: Search, executor: Executor, trace: Trace, on_score: OnScore | None = None) -> None:
+    """Has the pending candidates of a search scored until it is finished.
+
+    Args:
+        search: a search into which the trace was resumed.
+        executor: scores the candidates.
+        trace: file to which each score is appended before the search uses it.
+        on_score: called after each score is recorded.
+
+    Raises:
+        UserError: all networks of a round failed. Continuing the search scores them again.
+        WriteError: the trace cannot be written.
+    """
+    while pending := search.pending():
+        for candidate, score in executor.scores(pending):
+            search.check(score)
+            trace.append(candidate, score)
+            search.record(candidate, score)
+            if on_score:
+                on_score(search, candidate, score)
+        if search.failures:
+            reasons = "; ".join(f"{axis}: {reason}" for axis, reason in search.failures.items())
+            raise UserError(
+                f"every candidate of step {pending[0].step} failed ({reasons}). Correct the cause and repeat the "
+                "command, which scores them again"
+            )
