@@ -67,6 +67,27 @@ def use_single_threaded_ops(num_parallel: int) -> None:
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
+def divide_devices(number: int, processes: int) -> None:
+    """Gives this process its share of the machine: of the CPU cores, and one GPU, which several processes may share.
+
+    Must be called before TensorFlow computes anything; has no effect later.
+
+    Args:
+        number: number of this process, from 0.
+        processes: number of processes. The devices of a single process do not change.
+    """
+    if processes == 1:
+        return
+    gpus, cores = tf.config.list_physical_devices("GPU"), max(1, available_cpus() // processes)
+    with contextlib.suppress(RuntimeError):  # TensorFlow is already initialised
+        tf.config.threading.set_inter_op_parallelism_threads(cores)
+        tf.config.threading.set_intra_op_parallelism_threads(cores)
+        if gpus:
+            gpu = gpus[number % len(gpus)]
+            tf.config.set_visible_devices(gpu, "GPU")
+            tf.config.experimental.set_memory_growth(gpu, processes > len(gpus))
+
+
 def num_batch_slices(clips: int | None, group: int) -> int:
     """Returns the number of equal slices of a training batch to process in parallel, at most the number of cores.
 

@@ -91,6 +91,11 @@ class Registry(Generic[_T]):
         return cast(_T, item)
 
 
+def plugins() -> tuple[str, ...]:
+    """Returns the names of the loaded plugins, for worker processes to load."""
+    return tuple(_plugins)
+
+
 def load_plugin(name: str) -> None:
     """Imports a module whose objects all registries then find. Importing executes the module.
 

@@ -12,6 +12,7 @@ from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import Executor
 from x3d_tf.search.search import Latency, Search
 from x3d_tf.search.trace import Trace, open_trace, read_trace
+from x3d_tf.signals import held_back
 
 OnScore = Callable[[Search, Candidate, Score], None]
 
@@ -95,7 +96,8 @@ def drive(search: Search, executor: Executor, trace: Trace, on_score: OnScore | 
     while pending := search.pending():
         for candidate, score in executor.scores(pending):
             search.check(score)
-            trace.append(candidate, score)
+            with held_back():  # Ctrl-C must not tear the line
+                trace.append(candidate, score)
             search.record(candidate, score)
             if on_score:
                 on_score(search, candidate, score)
