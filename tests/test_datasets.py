@@ -36,9 +36,9 @@ DatasetSpec.name = "toy"
 
 
 def test_the_data_sets_of_the_package() -> None:
-    assert DATA_SETS.names() == ("ava", "ava_v2.1", "ava_v2.2", "csv", "folder", "moving_shapes")
+    assert DATA_SETS.names() == ("ava", "ava_v2.1", "ava_v2.2", "csv", "dominoes", "folder", "moving_shapes")
     synthetic = [name for name in DATA_SETS.names() if isinstance(DATA_SETS.get(name), SyntheticDataSet)]
-    assert synthetic == ["moving_shapes"]
+    assert synthetic == ["dominoes", "moving_shapes"]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,8 @@ def require_search_folder(folder: Path) -> None:
 def open_trace(folder: Path, settings: Mapping[str, Any]) -> Iterator[Trace]:
     """Opens the trace of a search in its work folder, and locks the folder within the block.
 
+    A trace without scores is replaced if its settings differ.
+
     Args:
         folder: the work folder, which is created if it does not exist.
         settings: everything that determines the result, as values that JSON can represent.
@@ -131,10 +133,13 @@ def open_trace(folder: Path, settings: Mapping[str, Any]) -> Iterator[Trace]:
     with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / _LOCK_NAME, f"another process is searching in {folder}", "wait for it, or use another folder"):
+        first, wanted = _encoded({"format": _FORMAT, "settings": settings}), json.loads(json.dumps(settings))
         if not path.exists():
-            atomic_write(path, _encoded({"format": _FORMAT, "settings": settings}))
+            atomic_write(path, first)
         before, lines, intact = _read(path)
-        wanted = json.loads(json.dumps(settings))
+        if before != wanted and all("latency_ms" in line for line in lines.values()):
+            atomic_write(path, first)  # nothing was scored: a setting may have been corrected
+            before, lines, intact = _read(path)
         for name in (*wanted, *before):
             rule = f"have the settings of this search, {name} = {wanted.get(name)!r} (continue it with its settings)"
             require(before.get(name) == wanted.get(name), f"{path}, line 1", rule, before.get(name))
