@@ -1,9 +1,12 @@
 """The expansion search as a command: trainings, files, interruption, bad input."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from moving_square import write_records
 
 import x3d_tf
-from x3d_tf import expand, gin_config
+from x3d_tf import expand, gin_config, plots
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.reports import read_report
@@ -24,8 +27,10 @@ from x3d_tf.search.search import Search
 from x3d_tf.search.trace import TRACE_NAME
 from x3d_tf.search.training import CandidateTraining, candidate_config, candidate_run, open_setup
 from x3d_tf.tasks.classification import ClipTask
+from x3d_tf.training.history import History
 from x3d_tf.training.step import TrainStep
 
+ROOT = Path(__file__).parents[1]
 TINY = x3d_tf.Expansion(gamma_tau=1.0, gamma_t=1, gamma_s=32 / 112, gamma_d=0.2)
 SETTINGS = """
 Expansion.gamma_s = {gamma_s}
@@ -75,9 +80,11 @@ class Local:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expand, "ProcessExecutor", InProcess)
     monkeypatch.setattr(expand, "Remote", Local)
-    # Eager steps need no trace, and the pictures of the clips are tested with the training loop.
+    # Eager steps need no trace, and the pictures of a run are tested with the training loop.
     monkeypatch.setattr(TrainStep, "trace", lambda *_: None)
     monkeypatch.setattr(ClipTask, "save_preview", lambda *_: None)
+    monkeypatch.setattr(History, "save_plots", lambda *_: None)
+    monkeypatch.setattr(plots, "save_confusion", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +247,14 @@ def test_the_plan_estimates_the_duration(run: Call, tmp_path: Path, capsys: pyte
     printed = capsys.readouterr().out
     assert "step 1: 2 trainings\naxis" in printed and "X-Bottleneck" in printed
     assert "the paper: 30 trainings to 0.6 GMACs, 6 x (0.04 + 0.08 + 0.15 + 0.30 + 0.60) = 7.02 GMACs" in printed
-    assert "to 0.0045 GMACs: 2 steps, 4 trainings, whose clips have 0.01 GMACs in sum" in printed
+    assert "to 0.0045 GMACs: 2 steps, 5 trainings, whose clips have 0.02 GMACs in sum" in printed
     # 2 steps of 8 clips; 8 videos, 2 clips each at the end and 1 at the checkpoint
     assert "each training: 16 clips of the split train, 24 of validation" in printed
     assert "This is an estimate" in printed
     assert not (tmp_path / "search").exists()
 
 
-@pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("uncompiled")
 def test_a_latency_is_measured(settings: Path, tmp_path: Path) -> None:
     setup = open_setup(gin_config.parse_expand([str(settings)])[0])
     training = CandidateTraining(setup.training, setup.num_classes, setup.metric, tmp_path)
@@ -264,7 +271,10 @@ def test_the_published_path_is_printed(in_process: Call, capsys: pytest.CaptureF
     ("bindings", "message"),
     [
         (["ExpandConfig.budget_gmacs=0.001"], "budget_gmacs must exceed the cost of the start network, 0.001"),
-        (["ExpandConfig.budget_gmacs=0.00133"], "budget_gmacs must leave room for an expansion of the start network"),
+        (
+            ["ExpandConfig.budget_gmacs=0.00133", "ExpandConfig.axes=('fast',)"],
+            "budget_gmacs must leave room for an expansion of the start network",
+        ),
         (["ExpandConfig.axes=('fast', 'dept')"], r"ExpandConfig.axes must have names from .*did you mean depth\?"),
         (
             ["DatasetSpec.validation_fraction=0.0"],
@@ -329,9 +339,38 @@ def test_candidates_have_run_folders_of_their_own(settings: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_command_survives_kills(settings: Path, tmp_path: Path) -> None:
-    """Two processes, stopped by SIGTERM and then continued."""
-    command = [sys.executable, "-m", "x3d_tf.expand", f"--gin_file={settings}", f"--workdir={tmp_path / 'w'}"]
-    done = subprocess.run([*command, "--parallel=2"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert len(lines_of(tmp_path / "w")) == 4
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_continues(settings: Path, tmp_path: Path, number: int, status: int) -> None:
+    """The signal goes to all processes, as from terminals and schedulers, while the second candidate trains."""
+    folder = tmp_path / "search"
+    command = [sys.executable, "-m", "x3d_tf.expand", f"--gin_file={settings}", f"--workdir={folder}"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
+    while not [*folder.glob("candidates/*bottleneck*/history.csv")]:
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == status and "Traceback" not in output
+    assert f"stopped; run the same command again to continue the search in {folder}" in output
+    assert len(lines_of(folder)) == 1
+    done = subprocess.run(command, cwd=ROOT, **options)
+    assert done.returncode == 0, done.stdout
+    assert len(lines_of(folder)) == 4 and all(line["reason"] is None for line in lines_of(folder))
+
+
+@pytest.mark.slow
+def test_two_processes_train_at_a_time(settings: Path, tmp_path: Path) -> None:
+    """One is killed: its candidate fails, and the search goes on."""
+    folder = tmp_path / "search"
+    command = [sys.executable, "-m", "x3d_tf.expand", f"--gin_file={settings}", f"--workdir={folder}", "--parallel=2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not [*folder.glob("candidates/step01_bottleneck*/.lock")]:
+        assert process.poll() is None
+        time.sleep(0.1)
+    (lock,) = folder.glob("candidates/step01_bottleneck*/.lock")
+    os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+    assert process.wait() == 0
+    reasons = {(line["step"], line["axis"]): line["reason"] for line in lines_of(folder)}
+    assert reasons.pop((1, "bottleneck")) == "its process ended with status -9 (out of memory?)"
+    assert len(reasons) == 3 and not any(reasons.values())
