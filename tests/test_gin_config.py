@@ -392,7 +392,9 @@ def test_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert gin_config.find_recipe("gin/x3d_s.gin").read_text() == "# mine"
 
 
-@pytest.mark.parametrize("command", ["complexity", "train", "evaluate", "build_records", "predict", "preview"])
+@pytest.mark.parametrize(
+    "command", ["complexity", "train", "evaluate", "expand", "build_records", "predict", "preview"]
+)
 def test_help_has_an_example(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"x3d_tf.{command}", "--help"], capture_output=True, text=True, cwd=ROOT
