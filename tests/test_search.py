@@ -237,6 +237,18 @@ def test_a_budget_near_the_network_needs_no_contraction() -> None:
         assert (member.result.network.step, member.result.network.contracts) == (step, contracts), factor
 
 
+def test_the_parent_is_taken_if_no_contraction_is_larger() -> None:
+    """Three frames exceed the budget, and two are the parent. A wider bottleneck would not."""
+    start = replace(TINY, gamma_t=2)
+    two, three, four = (cost(replace(TINY, gamma_t=frames), num_classes=4).macs / 1e9 for frames in (2, 3, 4))
+    budget = 1.2 * two
+    assert budget * 1.01 < three < four
+    config = settings((budget,), axes=("fast", "bottleneck"))
+    search = scored(Search(config, start, num_classes=4), prefers(None, "fast"))
+    assert [(step.number, step.contracts) for step in search.steps] == [(1, False)]
+    assert [member.result for member in search.family] == [None]  # the start network, which is not scored
+
+
 def test_one_step_may_meet_several_budgets() -> None:
     macs = [winner.network.cost.macs / 1e9 for winner in unlimited("fast", "fast", "fast").winners()]
     search = scored(tiny(budgets=(0.8 * macs[1], 0.9 * macs[1], macs[1])), prefers(*["fast"] * 4))
@@ -288,6 +300,27 @@ def test_the_plan_counts_the_trainings() -> None:
     halved = estimate(Search(settings((0.6,), halving=0.25)))
     assert plan.trainings < halved.trainings < 2 * plan.trainings
     assert halved.gmacs < plan.gmacs
+
+
+def test_the_plan_follows_the_cost_that_is_limited() -> None:
+    plan = estimate(Search(settings((6.0,), cost="params")))
+    assert plan.steps == 2  # 1.63, 3.3, 6.5 million
+
+
+def test_differences_of_frames_keep_two_frames() -> None:
+    start, options = replace(TINY, gamma_t=2), ModelOptions(input="difference")
+    config = settings((0.006,), contraction="all", axes=("fast", "spatial"))
+    search = scored(Search(config, start, options=options, num_classes=4), prefers(None, *["fast"] * 9))
+    assert search.family
+    with pytest.raises(UserError, match=r"Expansion\.gamma_t must be at least 2"):
+        Search(settings((2.0,)), TINY, options=options)
+
+
+def test_a_budget_is_met_with_one_percent_more() -> None:
+    xs = cost("x3d_xs").macs  # 0.605 GMACs for 0.6
+    macs = settings((2.0,))
+    assert not macs.exceeds(xs, 0.6) and macs.is_near(xs, 0.6) and macs.exceeds(xs, 0.599)
+    assert settings((2.0,), "latency").exceeds(1.02, 1.0) and not settings((2.0,), "params").exceeds(1.0e6, 1.0)
 
 
 def test_options_and_classes_change_the_cost() -> None:

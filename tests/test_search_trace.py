@@ -20,9 +20,9 @@ from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import SerialExecutor
-from x3d_tf.search.loop import load_search, run_search
+from x3d_tf.search.loop import drive, load_search, run_search
 from x3d_tf.search.search import Search
-from x3d_tf.search.trace import TRACE_NAME
+from x3d_tf.search.trace import TRACE_NAME, open_trace
 
 TINY = Expansion(gamma_tau=1.0, gamma_t=1, gamma_s=32 / 112, gamma_d=0.2)
 CONFIG = ExpandConfig(budget_gmacs=0.03, seeds=2, halving=0.5, keep=2, contraction="all")
@@ -120,6 +120,15 @@ def test_scores_may_arrive_in_any_order(complete: tuple[Search, bytes], tmp_path
     search = run_search(tmp_path, CONFIG, Shuffled(), TINY, num_classes=4)
     assert (search.steps, search.family) == (complete[0].steps, complete[0].family)
     assert search_in(tmp_path, refuse).family == search.family
+
+
+def test_an_executor_must_score_something(tmp_path: Path) -> None:
+    class Idle:
+        def scores(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Score]]:
+            return iter(())
+
+    with pytest.raises(RuntimeError, match="scored no candidate"):
+        run_search(tmp_path, CONFIG, Idle(), TINY)
 
 
 KILLED = """
@@ -257,6 +266,15 @@ def test_a_trace_of_other_settings_is_not_continued(
     assert (tmp_path / TRACE_NAME).read_bytes() == complete[1]
 
 
+def test_a_score_is_written_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = Search(ExpandConfig(budget_gmacs=0.03, axes=("fast",)), TINY, num_classes=4)
+    with open_trace(tmp_path, {}) as trace, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        with pytest.raises(WriteError, match="I/O error"):
+            drive(search, SerialExecutor(noise), trace)
+    assert search.steps == [] and len((tmp_path / TRACE_NAME).read_bytes().splitlines()) == 1
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     def score(candidate: Candidate) -> Score:
         with pytest.raises(UserError, match=r"another process is searching in .*; wait for it, or use another folder"):
@@ -392,3 +410,20 @@ def test_a_folder_without_a_search_is_an_error(complete: tuple[Search, bytes], t
         content = edited(header, settings=settings) + rest
         with pytest.raises(UserError, match=f"{TRACE_NAME}, line 1 must hold the settings of a search"):
             load_search(written(tmp_path, content))
+
+
+def test_random_damage_is_never_another_exception(tmp_path: Path) -> None:
+    search_in(tmp_path, config=ExpandConfig(budget_gmacs=0.006))
+    content, generator = (tmp_path / TRACE_NAME).read_bytes(), random.Random(0)
+    insertions = (b"9" * 500, b"null", b"true", b"-", b"\n", b"[", b"{}", b'"', b"1e999", b"\0", b"\xff")
+    outcomes = set()
+    for _ in range(100):
+        damaged, place = bytearray(content), generator.randrange(len(content))
+        damaged[place : place + generator.choice((0, 1, 100))] = generator.choice(insertions)
+        try:
+            load_search(written(tmp_path, bytes(damaged)))
+            outcomes.add("loaded")
+        except UserError as error:
+            assert str(error).startswith(f"{tmp_path / TRACE_NAME}, line ")
+            outcomes.add("rejected")
+    assert outcomes == {"loaded", "rejected"}

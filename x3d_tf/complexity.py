@@ -6,6 +6,9 @@ All published networks:
 One network, with a table of its layers; bindings change any setting:
   python -m x3d_tf.complexity --gin_file=gin/x3d_s.gin --gin_bindings='Expansion.gamma_b=1.5' --layers
 
+The paper's tables, with our costs beside the printed ones, and the steps of its expansion:
+  python -m x3d_tf.complexity --paper
+
 One GMAC is 1e9 multiply-accumulates. Counted per clip are convolutions, squeeze-excitation and fully connected layers;
 batch norm and activations are not. Parameters are counted in two ways: all trainable ones, and the paper's convention,
 which excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1."""
@@ -17,9 +20,11 @@ from absl import flags
 
 from x3d_tf import commands, gin_config
 from x3d_tf.errors import UserError
+from x3d_tf.evaluation.paper_tables import paper_tables
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.cost import Cost, cost, layer_costs
 from x3d_tf.modeling.expansion import VARIANTS, Expansion, Variant, name_of
+from x3d_tf.search.replay import path_table
 
 FLAGS = flags.FLAGS
 
@@ -27,6 +32,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of this command."""
     gin_config.define_flags(required=False)
+    flags.DEFINE_bool(
+        "paper", False, "Print the paper's tables and expansion path instead, with the costs counted here."
+    )
     flags.DEFINE_bool("layers", False, "Also print a table of the layers of each network.")
     flags.DEFINE_integer("num_classes", 400, "Number of classifier outputs.", lower_bound=1)
 
@@ -35,6 +43,11 @@ def main() -> None:
     """Prints the tables that the flags select."""
     if FLAGS.gin_bindings and not FLAGS.gin_file:
         raise UserError("--gin_bindings requires --gin_file, the configuration to change")
+    if FLAGS.paper:
+        if FLAGS.gin_file or FLAGS.layers:
+            raise UserError("--paper prints fixed tables; omit --gin_file and --layers")
+        print("\n".join([*paper_tables(), "", "Figure 2: the expansion path", *path_table()]))
+        return
     if FLAGS.gin_file:
         parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
         networks, options = [parsed.config.expansion], parsed.config.model

@@ -4,11 +4,12 @@ The comparison follows from the data set and the numbers of videos in the manife
 evaluation, never from names of folders. Imports no TensorFlow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from x3d_tf.evaluation.metrics import TOP1
+from x3d_tf.evaluation.published import TABLE_1, TABLE_2, TABLE_4, TABLE_8, X3D_S_3_CLIPS, Row
 from x3d_tf.evaluation.reports import stated_metrics
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import VARIANTS
@@ -39,19 +40,17 @@ class PublishedAccuracy:
     source: str
 
 
+def _accuracies(rows: Iterable[Row], views: str, source: str) -> Iterator[PublishedAccuracy]:
+    for row in rows:
+        if row.network and row.top1 is not None:
+            yield PublishedAccuracy(row.network, views, row.top1, row.top5, source)
+
+
 ACCURACIES = (
-    PublishedAccuracy("x2d", "10-Center", 47.75, None, "section 4.1"),
-    PublishedAccuracy("x3d_xs", "10-Center", 68.6, 87.9, "Table 2"),
-    PublishedAccuracy("x3d_s", "10-Center", 72.9, 90.5, "Table 2"),
-    PublishedAccuracy("x3d_m", "10-Center", 74.6, 91.7, "Table 2"),
-    PublishedAccuracy("x3d_l", "10-Center", 76.8, 92.5, "Table 2"),
-    PublishedAccuracy("x3d_xl", "10-Center", 78.4, 93.6, "Table 2"),
-    PublishedAccuracy("x3d_xxl", "10-Center", 80.0, 94.5, "Table 2"),
-    PublishedAccuracy("x3d_s", "3-Center", 71.4, None, "appendix B"),
-    PublishedAccuracy("x3d_m", "10-LeftCenterRight", 76.0, 92.3, "Table 4"),
-    PublishedAccuracy("x3d_l", "10-LeftCenterRight", 77.5, 92.9, "Table 4"),
-    PublishedAccuracy("x3d_xl", "10-LeftCenterRight", 79.1, 93.9, "Table 4"),
-    PublishedAccuracy("x3d_xxl", "10-LeftCenterRight", 80.4, 94.6, "Table 4"),
+    PublishedAccuracy(TABLE_1.network, "10-Center", TABLE_1.top1, None, "section 4.1"),
+    *_accuracies(TABLE_2, "10-Center", "Table 2"),
+    *_accuracies([X3D_S_3_CLIPS], "3-Center", "appendix B"),
+    *_accuracies(TABLE_4, "10-LeftCenterRight", "Table 4"),
 )
 
 
@@ -74,10 +73,10 @@ class PublishedPrecision:
     pretrained: str
 
 
-PRECISIONS = (
-    PublishedPrecision("x3d_xl", "2.1", 26.1, 48.4, "Kinetics-400"),
-    PublishedPrecision("x3d_m", "2.2", 23.2, 6.2, "Kinetics-600"),
-    PublishedPrecision("x3d_xl", "2.2", 27.4, 48.4, "Kinetics-600"),
+PRECISIONS = tuple(
+    PublishedPrecision(row.network, row.dataset, row.map, row.gmacs, row.pretrained)
+    for row in TABLE_8
+    if row.network and row.map and row.gmacs
 )
 
 

@@ -61,9 +61,7 @@ class Axis:
         frames, before = int(value), network.gamma_t
         if frames == before:
             return network
-        if frames == 1:
-            stride = 1.0
-        elif before == 1:
+        if before == 1:
             stride = first_stride * 2 / frames
         elif self.stride == 0.5:
             stride = network.gamma_tau * before / frames
@@ -152,7 +150,7 @@ def settings(axis: Axis, network: Expansion, limit: float) -> Sequence[float]:
     """
     limit = min(limit, _largest(axis, network))
     if axis.factor == "gamma_t":
-        return range(1, int(limit) + 1)
+        return range(min(2, network.gamma_t), int(limit) + 1)  # a network of clips does not become one of images
     if axis.factor == "gamma_s":
         return [side / BASE_CROP for side in range(2, int(limit * BASE_CROP + 1e-6) + 1, 2)]
     if axis.factor == "gamma_d":

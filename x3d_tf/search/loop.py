@@ -101,6 +101,8 @@ def drive(search: Search, executor: Executor, trace: Trace, on_score: OnScore | 
             search.record(candidate, score)
             if on_score:
                 on_score(search, candidate, score)
+        if search.pending() == pending and not search.failures:
+            raise RuntimeError("the executor scored no candidate")
         if search.failures:
             reasons = "; ".join(f"{axis}: {reason}" for axis, reason in search.failures.items())
             raise UserError(

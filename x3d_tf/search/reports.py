@@ -9,7 +9,7 @@ from pathlib import Path
 from x3d_tf import plots
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.search.axes import AXES
-from x3d_tf.search.candidates import Candidate, Result
+from x3d_tf.search.candidates import Candidate, Result, ranked
 from x3d_tf.search.config import UNITS
 from x3d_tf.search.search import Latency, Search, Step
 
@@ -31,8 +31,8 @@ def step_table(step: Step) -> list[str]:
     """Returns the lines of a table with one row per network of a step, best first, and of how it was chosen."""
     kind = "contraction of step" if step.contracts else "step"
     lines = [f"{kind} {step.number}", f"  {'axis':13} {_HEADER} {'score':>16}  network"]
-    order = sorted(step.results, key=lambda result: -result.value)
-    for result in (*order, *step.dropped):
+    failed = [result for result in step.results if result.reason]
+    for result in (*ranked(step.results), *failed, *step.dropped):
         network = result.network
         score = "failed" if result.reason else f"{result.value:.4f}" + _error(result)
         mark = "*" if result in step.kept else " "

@@ -111,7 +111,7 @@ class Search:
         self._expand()
         networks = [candidate.network for candidate in self._round]
         meets = any(self._fits(network.expansion) or self._contractions(network) for network in networks)
-        rule = f"leave room for an expansion of the start network, which has {config.text(self._budgeted(self.start))}"
+        rule = f"leave room for an expansion of the start network, which has {config.text(self.budgeted(self.start))}"
         require(meets or not networks, config.first_budget_setting, rule, self._budget)
 
     def pending(self) -> tuple[Candidate, ...]:
@@ -142,8 +142,16 @@ class Search:
             line += [kept for kept in step.kept if kept.network.expansion == line[-1].network.parent]
         return line[::-1]
 
+    def budgeted(self, expansion: Expansion) -> float:
+        """Returns the cost of a network that the budgets limit, in the unit in which it is counted."""
+        if self.config.cost != "latency":
+            return float(getattr(self._cost(expansion), self.config.cost))
+        if self.latency is None:
+            raise UserError('ExpandConfig.cost must not be "latency" where no function measures it')
+        return self.latency(expansion)
+
     def _check_first_budget(self) -> None:
-        cost, first = self._budgeted(self.start), self._budget
+        cost, first = self.budgeted(self.start), self._budget
         rule = f"exceed the cost of the start network, {self.config.text(cost)}"
         require(not self.config.exceeds(cost, first), self.config.first_budget_setting, rule, first)
 
@@ -226,7 +234,7 @@ class Search:
         return list(networks.values())
 
     def _fits(self, expansion: Expansion) -> bool:
-        return not self.config.exceeds(self._budgeted(expansion), self._budget)
+        return not self.config.exceeds(self.budgeted(expansion), self._budget)
 
     def _ask(self, networks: Sequence[Network], share: float = 1.0) -> None:
         """Begins a round: asks for the scores of networks with a share of the training schedule."""
@@ -243,19 +251,11 @@ class Search:
 
     def _network(self, step: int, axis: str, parent: Expansion, expansion: Expansion, *, contracts: bool) -> Network:
         ratio = self._macs(expansion) / self._macs(parent)
-        count, budgeted = self._cost(expansion), self._budgeted(expansion)
+        count, budgeted = self._cost(expansion), self.budgeted(expansion)
         return Network(step, axis, parent, expansion, contracts, count, ratio, budgeted)
 
     def _macs(self, expansion: Expansion) -> int:
         return self._cost(expansion).macs
-
-    def _budgeted(self, expansion: Expansion) -> float:
-        """Returns the cost that the budgets limit."""
-        if self.config.cost != "latency":
-            return float(getattr(self._cost(expansion), self.config.cost))
-        if self.latency is None:
-            raise UserError('ExpandConfig.cost must not be "latency" where no function measures it')
-        return self.latency(expansion)
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class Plan:
 
 
 def estimate(search: Search) -> Plan:
-    """Returns the extent of a new search, assuming that each step chooses the candidate closest to twice the cost.
+    """Returns the extent of a new search, assuming that each step chooses the candidate closest to twice its cost.
 
     Other choices change the number of candidates a little: at one frame, X-Fast and X-Temporal coincide.
 
@@ -287,7 +287,8 @@ def estimate(search: Search) -> Plan:
     while pending := search.pending():
         asked += pending
         for candidate in pending:
-            value = -abs(candidate.network.ratio - RATE)
+            before = search.budgeted(candidate.network.parent)
+            value = -abs(candidate.network.budgeted / before - RATE)
             search.record(candidate, Score(value, training=value))
     gmacs = sum(candidate.network.cost.macs * candidate.share for candidate in asked) / 1e9
     return Plan(len(search.winners()), len(asked), gmacs, first)

@@ -71,7 +71,7 @@ class Trace:
         for number, line in self._scores.items():
             found = {name: value for name, value in line.items() if name not in _SCORE_COLUMNS}
             candidates = [candidate for candidate in search.pending() if _columns(candidate) == found]
-            rule = "hold the score of a candidate that the search asks for (the file was edited, or is of another one)"
+            rule = "hold the score of a candidate that the search asks for (the file was edited)"
             summary = {name: found[name] for name in ("step", "axis", "seed", "share")}
             require(bool(candidates), f"{self.path}, line {number}", rule, summary)
             search.record(candidates[0], _score(line))
