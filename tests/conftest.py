@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # threads of small operations mostly wait, which takes CPU time
 
 import pytest
 
@@ -25,6 +26,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG_FILES = (
     *("test_loop.py", "test_forward.py", "test_step.py", "test_detector_training.py", "test_prediction.py"),
     *("test_classification.py", "test_verify.py", "test_tflite.py", "test_x3d.py", "test_saved_model.py"),
+    *("test_tasks.py", "test_input_pipeline.py"),
 )
 
 
@@ -85,6 +87,16 @@ def uncompiled_module() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def unoptimized_module(uncompiled_module: None) -> Iterator[None]:
+    """Does not optimize graphs either, because optimizing one takes longer than running it a few times."""
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+
+
 @pytest.fixture
 def chosen(request: pytest.FixtureRequest) -> Iterator[None]:
     """Selects the kernels by name for one test."""
@@ -103,6 +115,34 @@ def eager(uncompiled: None) -> Iterator[None]:
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws neither learning curves nor previews, which takes a second for each picture."""
+    from x3d_tf import plots
+
+    for name in ("save_curves", "save_clips"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+
+
+@pytest.fixture
+def untrained(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replaces training steps by a count of them; returns the loss of each, 1 / step."""
+    import tensorflow as tf
+
+    from x3d_tf.training.step import TrainStep
+
+    losses: list[float] = []
+
+    def step(self: TrainStep, batches: object, steps: int) -> dict[str, object]:
+        self.optimizer.iterations.assign_add(steps)
+        losses.append(1 / (len(losses) + 1))
+        return {"loss": tf.constant(losses[-1:]), "top1": tf.constant([0.5])}
+
+    monkeypatch.setattr(TrainStep, "trace", lambda *_: None)
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    return losses
 
 
 @pytest.fixture

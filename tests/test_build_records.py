@@ -11,6 +11,7 @@ import pytest
 from no_tensorflow import without_tensorflow
 from video_fixtures import write_class_folders
 
+from x3d_tf import build_records
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 
@@ -29,11 +30,10 @@ def test_the_command(
     clips: Path, tmp_path: Path, in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    done = command(f"--videos={clips}", f"--output={output}", "--split=0.3")
-    assert done.returncode == 0, done.stderr
+    in_process(build_records, f"--videos={clips}", f"--output={output}", "--split=0.3")
     manifest = Manifest.load(output)
     assert {split: len(part.records) for split, part in manifest.splits.items()} == {"train": 4, "test": 3}
-    last = done.stdout.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-1]
     assert last.strip().startswith("python -m x3d_tf.train --gin_file=gin/x3d_s.gin --gin_file=gin/data/records.gin")
     assert f"""--gin_bindings='DatasetSpec.records="{output}"'""" in last
     arguments = shlex.split(last)[3:]
@@ -54,10 +54,8 @@ def test_the_command(
     assert "Traceback" not in again.stderr
     shard = output / manifest.splits["test"].shards[0].file
     shard.write_bytes(shard.read_bytes()[:-1])
-    from x3d_tf import build_records as module
-
     with pytest.raises(UserError, match=f"^{re.escape(str(output))} has 1 damaged shard;"):
-        in_process(module, "--verify", f"--output={output}")
+        in_process(build_records, "--verify", f"--output={output}")
     train, test, damaged = capsys.readouterr().out.splitlines()
     assert train.endswith("; none damaged")
     assert test.endswith("; 1 damaged")

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from video_fixtures import hang_where_marked, numbered_frames, write_class_folde
 from x3d_tf.build_records import summary
 from x3d_tf.data.building import builder
 from x3d_tf.data.building.builder import build_records
-from x3d_tf.data.building.sources import Video
+from x3d_tf.data.building.sources import Sources, Video
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.datasets.folder import find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo
+from x3d_tf.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,9 @@ def test_splits_share_their_classes(clips: Path, tmp_path: Path) -> None:
         (("Train", "Validation"), []),
         (("one", "two", "three"), ["train_split=one", "validation_split=two", "eval_split=three"]),
         (("train", "dev", "test"), ["validation_split=dev"]),
+        (("test", "train"), []),
+        (("test", "dev", "train"), ["validation_split=dev"]),
+        (("b", "a"), ["train_split=b", "eval_split=a"]),
     ],
 )
 def test_split_bindings_are_printed_for_unusual_names(
@@ -124,7 +129,7 @@ def test_split_bindings_are_printed_for_unusual_names(
         for name in ("RUN", "run"):
             (tmp_path / "in" / split / name).mkdir(parents=True)
             (tmp_path / "in" / split / name / "0.mp4").symlink_to(clips / "run" / f"clip {number}.mp4")
-    named = None if splits[0].lower() == "train" and "dev" not in splits else splits
+    named = None if splits[0].lower() == "train" and "dev" not in splits else splits  # the order of the command
     with pytest.warns(UserWarning, match="the classes 'RUN', 'run' differ only in case"):
         result = build_records(
             Inputs(videos=tmp_path / "in", splits=named), tmp_path / "out", workers=1, progress=False
@@ -132,6 +137,26 @@ def test_split_bindings_are_printed_for_unusual_names(
     assert [len(split.records) for split in result.manifest.splits.values()] == [2] * len(splits)
     printed = re.findall(r"DatasetSpec\.(\w*_split=[^']*)", "\n".join(summary(result)))
     assert printed == [binding.replace("=", '="') + '"' for binding in bindings]
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": [0, 1, 0]}, r"split train must list each video, or part of it, once, got 'run/clip 0\.mp4'"),
+        ({"train": [0, 1], "test": [2, 1]}, r"run/clip 1\.mp4 is listed in the splits train and test; a video"),
+    ],
+)
+def test_a_data_set_lists_a_record_once(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[int]], message: str
+) -> None:
+    """Otherwise a data set of your own could evaluate a network on its training videos."""
+    videos = [Video(clips / "run" / f"clip {number}.mp4", f"run/clip {number}.mp4", ("run",)) for number in range(3)]
+    listed = Sources(
+        {name: [videos[i] for i in chosen] for name, chosen in splits.items()}, [], ("run",), "single_label"
+    )
+    monkeypatch.setattr(builder, "choose", lambda *_: SimpleNamespace(name="mine", sources=lambda _: listed))
+    with pytest.raises(UserError, match=message):
+        build_records(Inputs(videos=clips), tmp_path / "out", workers=1, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation import classification, running
+from x3d_tf.evaluation import sweep as sweep_module
 from x3d_tf.evaluation.multiview import SplitPredictions
 from x3d_tf.evaluation.reports import read_results
 from x3d_tf.runs import checkpoints as run_checkpoints
@@ -26,7 +27,7 @@ from x3d_tf.tasks import classification as task_module
 from x3d_tf.tasks.base import find
 from x3d_tf.types import Storage
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 # One block a stage; 64 pixels, for the larger crop of 73 has more than one window of the head's fixed poolings.
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=4, gamma_s=64 / 112, gamma_b=1, gamma_d=0.2)
@@ -58,6 +59,12 @@ def saved(network: x3d_tf.X3D, tmp_path_factory: pytest.TempPathFactory) -> Path
     file = tmp_path_factory.mktemp("saved") / "model.keras"
     x3d_tf.save(x3d_tf.portable(network, network.class_names), file)
     return file
+
+
+@pytest.fixture
+def loaded(network: x3d_tf.X3D, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does not build the network of the file again, because the test replaces its predictions."""
+    monkeypatch.setattr(sweep_module, "load", lambda _: network)
 
 
 @pytest.fixture
@@ -133,6 +140,7 @@ def test_three_crops_with_other_clips_frames_and_head(run: RunFolder, network: x
     assert np.abs(probabilities_in(pooled.folder) - expected).max() > 1e-4  # the pooling matters
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_model_file_is_evaluated_with_its_own_settings(run: RunFolder, records: Path, tmp_path: Path) -> None:
     of_run = evaluate_run(run, temporal_views=1)
     settings: dict[str, Any] = {"records": str(records), "split": "train", "temporal_views": 1}
@@ -170,6 +178,7 @@ def first_are_left(count: int) -> SplitPredictions:
     return SplitPredictions(np.stack([first, ~first], axis=1).astype("float32"), np.array([0, 1, 0, 1, 0]))
 
 
+@pytest.mark.usefixtures("loaded")
 def test_an_interrupted_sweep_resumes(
     run: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +216,7 @@ def test_an_interrupted_sweep_resumes(
         sweep_run(run, temporal_views=3)
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize(
     ("remove", "add", "message"),
     [

@@ -104,9 +104,9 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     del sys.modules["toy_dataset"]
 
 
-@pytest.mark.usefixtures("plugin", "eager")
+@pytest.mark.usefixtures("plugin", "eager", "untrained")
 def test_a_data_set_in_one_module_is_built_and_trained_on(tmp_path: Path, in_process: Callable[..., None]) -> None:
-    """Two of the listed videos do not exist; one video has two segments."""
+    """Two of the listed videos do not exist; one video has two segments. The preview and the evaluation read them."""
     for name in ("a", "b", "c"):
         write_video(tmp_path / "videos" / f"{name}.mp4", numbered_frames(30))
     (tmp_path / "train.csv").write_text("a,run,0,0.5\na,jump,0.5,1\nb,jump,0,1\ngone,run,0,1\n")

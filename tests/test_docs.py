@@ -16,7 +16,7 @@ from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.modeling import expansion
 
 DOCS = Path(__file__).parents[1] / "docs"
-TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
+TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=4, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)  # one block a stage
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -61,6 +61,6 @@ def test_your_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["history"].history.keys() >= {"loss", "accuracy", "val_loss", "val_accuracy"}
     assert np.asarray(names["encoder"](names["clips"])).shape == (8, names["encoder"].output.shape[-1])
     assert names["macs"] == 4732468736
-    assert names["maps"].shape[:4] == (8, 6, 3, 3)
+    assert names["maps"].shape[:4] == (8, 4, 2, 2)
     assert names["outputs"].shape == (None, len(names["manifest"].classes))
     np.testing.assert_allclose(np.asarray(names["probabilities"]).sum(axis=1), 1, atol=1e-5)

@@ -8,6 +8,8 @@ from no_tensorflow import without_tensorflow
 
 import x3d_tf
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 ROOT = Path(__file__).parents[1]
 RECIPE = ("--gin_file=gin/x3d_s.gin", "--gin_file=gin/data/records.gin")
 

@@ -24,9 +24,10 @@ from x3d_tf.runs.checkpoints import checkpoint_steps, load_checkpoint
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.tasks.classification import ClipTask
 from x3d_tf.training import loop
+from x3d_tf.training.history import History
 from x3d_tf.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
 QUICK = Recipe(batch=4, reference_batch=4, learning_rate=0.05, steps=12, warmup_fraction=1 / 6)
@@ -137,6 +138,8 @@ def early(records: Path, source: Path, tmp_path_factory: pytest.TempPathFactory)
     try:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(ClipValidation, "__call__", lambda validation: next(scores) or measure(validation))
+            patch.setattr(ClipTask, "save_preview", lambda *_: None)
+            patch.setattr(History, "save_plots", lambda history: history.writer.flush())
             run = train(config, tmp_path_factory.mktemp("runs") / "early")
     finally:
         tf.config.run_functions_eagerly(False)

@@ -1,5 +1,6 @@
 """Tests of the inference form: equal probabilities, folded batch norms, stock layers."""
 
+import functools
 from typing import Any
 
 import keras
@@ -11,9 +12,12 @@ import x3d_tf
 from x3d_tf.modeling.folded import fold
 from x3d_tf.parallel import map_clips_in_parallel
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=64 / 112, gamma_b=2.25, gamma_d=0.4)  # res4 has two blocks
 
 
+@functools.cache
 def network(expansion: x3d_tf.Expansion = TINY, *, activation: Any = "softmax", **options: Any) -> x3d_tf.X3D:
     """Builds a network whose batch norms all differ from their initial values."""
     keras.utils.set_random_seed(0)

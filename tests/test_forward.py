@@ -63,19 +63,28 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
     "settings",
     [
         {},
-        {"precision": "bfloat16"},
-        pytest.param({"precision": "float16", "accumulation": 2}, marks=pytest.mark.slow),
         {"recipe": {"backbone_lr_factor": 0.0}},
         {"recipe": {"batch_norm": "frozen"}},
         {"options": {"separable": False, "input": "difference", "se": "none"}},
     ],
     ids=str,
 )
-def test_the_same_steps(eager: None, settings: dict[str, Any]) -> None:
+def test_the_same_steps(eager: None, float64: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    """With recomputation, and with clips in parallel."""
     times = 1 if settings else 2  # one case with two steps suffices
     expected = state_after("nothing", times=times, **settings)
     for recompute in ("activations", "blocks"):
         assert_same(state_after(recompute, times=times, **settings), expected)
+    monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: 2)
+    assert_same(state_after("nothing", times=times, **settings), expected, 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"precision": "float16", "accumulation": 2}], ids=str)
+def test_the_same_steps_in_half_precision(eager: None, settings: dict[str, Any]) -> None:
+    expected = state_after("nothing", times=1, **settings)
+    for recompute in ("activations", "blocks"):
+        assert_same(state_after(recompute, times=1, **settings), expected)
 
 
 @pytest.mark.slow
@@ -86,24 +95,15 @@ def test_the_same_steps_in_a_graph(uncompiled: None, float64: None) -> None:
         assert_same(state_after(recompute, **settings), expected, 1e-10)
 
 
-SIDE_BY_SIDE: list[tuple[dict[str, Any], int]] = [
-    ({}, 2),
-    ({}, 8),
-    ({"options": {"bn_group": 16}}, 2),
-    ({"options": {"bn_group": 2}}, 2),
-    ({"recipe": {"batch_norm": "frozen"}}, 2),
-    ({"options": {"separable": False, "input": "difference", "se": "none"}}, 2),
-]
-
-
-@pytest.mark.parametrize(("settings", "parts"), SIDE_BY_SIDE, ids=str)
+@pytest.mark.parametrize(("group", "parts"), [(4, 8), (16, 2), (2, 2)])
 def test_clips_in_parallel_are_the_batch(
-    eager: None, float64: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], parts: int
+    eager: None, float64: None, monkeypatch: pytest.MonkeyPatch, group: int, parts: int
 ) -> None:
-    times = 2 if (settings, parts) == ({}, 2) else 1
-    expected = state_after("nothing", times=times, **settings)
+    """Slices smaller than the batch-norm groups, and larger ones."""
+    settings: dict[str, Any] = {"options": {"bn_group": group}, "times": 1}
+    expected = state_after("nothing", **settings)
     monkeypatch.setattr(forward, "num_batch_slices", lambda clips, group: parts)
-    assert_same(state_after("nothing", times=times, **settings), expected, 1e-12)
+    assert_same(state_after("nothing", **settings), expected, 1e-12)
 
 
 @pytest.mark.slow

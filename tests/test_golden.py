@@ -12,7 +12,7 @@ from recipe import assert_close, assert_probes, clips, give_recipe_weights, name
 from x3d_tf import X3D, Expansion, ModelOptions, build_x3d
 from x3d_tf.training.optimizer import SGD
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "uncompiled_module")  # test_pytorchvideo_tensors runs the CPU kernels
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,9 @@ def test_pytorchvideo(golden: dict[str, np.ndarray]) -> None:
     assert_close(model(clips("clips/large", 1, 5, 104, 104)), golden["pytorchvideo/logits_fixed"])
 
 
+@pytest.mark.slow
 def test_two_training_steps(eager: None, golden: dict[str, np.ndarray]) -> None:
-    """Runs eagerly. The CPU kernels are covered by test_training_step in test_pytorchvideo_tensors.py."""
+    """Runs eagerly. test_training_step in test_pytorchvideo_tensors.py, in the default run, covers the CPU kernels."""
     model = xs(48)
     optimizer = SGD(0.05, momentum=0.9, l2=5e-3)
     optimizer.exclude(w for w in model.trainable_weights if w.name in ("gamma", "beta"))

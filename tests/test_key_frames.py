@@ -272,16 +272,17 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command(
     folder: Path, tmp_path: Path, records: Manifest, in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = command(
+    in_process(
+        build_records,
         f"--videos={folder / 'videos'}",
         f"--output={tmp_path / 'records'}",
         f"--boxes=train={folder / 'train.csv'}",
         f"--proposals=train={folder / 'found.csv'}",
         f"--label_map={folder / 'actions.pbtxt'}",
     )
-    assert done.returncode == 0, done.stderr
-    assert "4 classes, task detection" in done.stdout and "train: 4 key frames" in done.stdout
-    assert "train has no box for 1 class: action 3" in done.stdout
+    printed = capsys.readouterr().out
+    assert "4 classes, task detection" in printed and "train: 4 key frames" in printed
+    assert "train has no key frame for 1 class: action 3" in printed
     in_process(build_records, "--verify", f"--output={tmp_path / 'records'}")
     assert "train: 4 videos" in capsys.readouterr().out
     assert Manifest.load(tmp_path / "records").fingerprint() == records.fingerprint()

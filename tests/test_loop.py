@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from x3d_tf.training.history import History
 from x3d_tf.training.loop import train
 from x3d_tf.training.step import TrainStep
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 ROOT = Path(__file__).parents[1]
 TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
@@ -127,23 +128,17 @@ def test_the_report_says_what_was_measured(finished: RunFolder) -> None:
     assert float(rows[0]["p(left)"]) + float(rows[0]["p(right)"]) == pytest.approx(1, abs=1e-5)
     macs = x3d_tf.cost(TINY, num_classes=2).macs
     assert results["gmacs_per_video"] == pytest.approx(2 * macs / 1e9)
-    assert results["views"] == "2-Center"
+    assert results["views"] == "2-Center" and report.folder.name == "square_train_2center"
     assert (report.folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("eager")
 def test_another_number_of_views_gets_a_report_of_its_own(finished: RunFolder) -> None:
     one = evaluate_run(finished, temporal_views=1)
-    assert one.folder != evaluate_run(finished, overwrite=True).folder
-    assert one.results["views"] == "1-Center"
-
-
-@pytest.mark.usefixtures("eager")
-def test_a_report_is_not_replaced_silently(finished: RunFolder, tmp_path: Path) -> None:
-    evaluate_run(finished, output=str(tmp_path / "report"))
+    assert one.results["views"] == "1-Center" and one.folder.name == "square_train_1center"
     with pytest.raises(ValueError, match=r"already has a report.*--overwrite"):
-        evaluate_run(finished, output=str(tmp_path / "report"))
-    evaluate_run(finished, output=str(tmp_path / "report"), overwrite=True)
+        evaluate_run(finished, temporal_views=1)
+    evaluate_run(finished, temporal_views=1, overwrite=True)
 
 
 def test_the_model_is_the_last_checkpoint(finished: RunFolder) -> None:
@@ -165,15 +160,22 @@ def test_records_of_unknown_classes_are_refused(finished: RunFolder, tmp_path: P
         evaluate_run(finished, records=str(tmp_path / "other"), split="train")
 
 
-@pytest.mark.usefixtures("eager")
-def test_a_loss_that_is_not_finite_stops_the_run(records: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
+def test_a_loss_that_is_not_finite_stops_the_run(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: list[float]
+) -> None:
+    call = TrainStep.__call__
 
-    config = config_of(records, recipe=replace(SHORT, learning_rate=1e30, warmup_fraction=0), checkpoint_steps=3)
+    def diverging(step: TrainStep, batches: object, steps: int) -> dict[str, Any]:
+        measured = call(step, batches, steps)
+        return measured | {"loss": tf.constant([np.nan])} if len(untrained) == 12 else measured
+
+    monkeypatch.setattr(TrainStep, "__call__", diverging)
+    config = config_of(records, recipe=replace(SHORT, learning_rate=1e30))
     with pytest.raises(
-        ValueError, match=r"the loss must be finite, got (nan|inf) at step \d+.* Recipe\.learning_rate \(now 1e\+30\)"
+        ValueError, match=r"the loss must be finite, got nan at step \d+.* Recipe\.learning_rate \(now 1e\+30\)"
     ):
         train(config, tmp_path / "run")
+    assert len(untrained) == 20  # the end of the row
     assert not (tmp_path / "run" / "model.keras").exists()
 
 
@@ -234,6 +236,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(records: Path, tmp_path: Path
     assert histories[1][:2] == before  # including times: these steps were not repeated
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_loses_no_step(
     finished: RunFolder,
     records: Path,
@@ -263,16 +266,15 @@ def test_ctrl_c_loses_no_step(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_step_during_a_signal_is_in_the_history(
-    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: list[float], number: int
 ) -> None:
-    call, losses = TrainStep.__call__, []
+    call, losses = TrainStep.__call__, untrained
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     def step_and_signal(step: TrainStep, batches: object, steps: int) -> dict[str, Any]:
         measured = call(step, batches, steps)
-        losses.extend(measured["loss"].numpy())
         if len(losses) == 13:
             signal.raise_signal(number)  # after the step, before its loss is returned
         return measured
@@ -320,12 +322,23 @@ def test_a_full_disk_loses_nothing(
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_damaged_checkpoint_falls_back(finished: RunFolder, records: Path, tmp_path: Path, capsys: object) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_a_damaged_checkpoint_falls_back(
+    finished: RunFolder,
+    records: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Records that were moved and other paths do not prevent resuming, either."""
     copy = shutil.copytree(finished.root, tmp_path / "copy")
     (copy / "model.keras").unlink()
     (copy / "checkpoints" / "ckpt-60.data-00000-of-00001").write_bytes(b"damaged")
-    run = train(config_of(records), copy)
-    assert "ckpt-60.index cannot be read" in capsys.readouterr().err  # type: ignore[attr-defined]
+    shutil.copytree(records, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    run = train(config_of(Path("moved"), init="gone.keras"), copy)
+    assert run.read_config().dataset.records == "moved"
+    assert "ckpt-60.index cannot be read" in capsys.readouterr().err
     repeated_rows, rows = run.read_history(), finished.read_history()
     assert repeated_rows[:4] == rows[:4]  # including times: only the steps after 40 were repeated
     assert repeated_rows[4] != rows[4]
@@ -348,19 +361,6 @@ def test_rebuilt_records_do_not_resume_silently(
     monkeypatch.setattr(Manifest, "fingerprint", lambda _: fingerprints[2])
     with pytest.raises(ValueError, match=r"was trained on other records than those of DatasetSpec\.records"):
         train(config_of(records), copy.root)
-
-
-def test_moved_records_and_other_paths_resume(
-    finished: RunFolder, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = RunFolder(shutil.copytree(finished.root, tmp_path / "copy"))
-    copy.model.unlink()
-    shutil.copytree(records, tmp_path / "moved")
-    monkeypatch.chdir(tmp_path)
-    train(config_of(Path("moved"), init="gone.keras"), copy.root)
-    assert copy.read_config().dataset.records == "moved"
-    for a, b in zip(x3d_tf.load(finished.root).get_weights(), x3d_tf.load(copy.root).get_weights()):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_lost_checkpoints_do_not_start_the_run_again(finished: RunFolder, records: Path, tmp_path: Path) -> None:

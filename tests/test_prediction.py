@@ -36,7 +36,7 @@ from x3d_tf.inference.prediction import (
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.types import Storage, ViewSpec
 
-pytestmark = pytest.mark.usefixtures("uncompiled_module")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 TINY = x3d_tf.Expansion(gamma_tau=2, gamma_t=4, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)  # tests on 54 pixels
 NAMES = ("jump", "запуск", "a,b", "d", "e", "f")
 
@@ -171,6 +171,7 @@ def test_a_window_gets_the_probabilities_of_the_segment(
     np.testing.assert_allclose([r.probabilities for r in found], of_records(network, manifest, views), atol=1e-6)
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_run_predicts_what_its_report_says(
     network: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

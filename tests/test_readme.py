@@ -98,7 +98,7 @@ def run_example(replacement: tuple[str, str] = ("", "")) -> dict[str, Any]:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("network", "videos"),
-    [(SCALED, "synthetic"), (STRETCHED, "synthetic"), (SCALED, "real")],
+    [(SCALED, "synthetic"), (STRETCHED, "synthetic"), pytest.param(SCALED, "real", marks=pytest.mark.slow)],
     indirect=["network"],
     ids=["scaled", "stretched", "real videos"],
 )
@@ -113,6 +113,7 @@ def test_the_example_equals_predict_videos(videos: str, network: x3d_tf.X3D, req
     assert spread.max() > 0.05  # otherwise the tolerance above would be too loose
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("network", [SCALED], indirect=True, ids=[""])
 def test_every_step_of_the_example_is_needed(

@@ -25,6 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder to import from, with a package that has one fruit. Forgets the plugins and modules afterwards."""
     before = set(sys.modules)
     monkeypatch.setattr(registry, "_plugins", {})
+    monkeypatch.setattr(registry, "PLUGIN_ATTRIBUTES", ("FRUITS",))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "orchard").mkdir()
     (tmp_path / "orchard" / "__init__.py").write_text("")
@@ -84,9 +85,28 @@ def test_an_unknown_name_lists_the_names_and_how_to_add_one() -> None:
 
 
 def test_a_name_that_is_used_twice_is_an_error(folder: Path) -> None:
-    (folder / "grove.py").write_text(FRUIT.format(name="apple"))
+    """Only for that name: a package must not be able to disable all others."""
+    (folder / "grove.py").write_text(FRUIT.format(name="apple") + 'FRUITS += (Fruit("pear"),)\n')
     load_plugin("grove")
-    with pytest.raises(UserError, match="the name of a fruit must be unique, got 'apple'"):
+    install(folder, "apple = basket:APPLE")
+    rule = "must be defined once, but several modules define it: orchard.tree, grove, basket:APPLE of basket"
+    with pytest.raises(UserError, match=f"the fruit 'apple' {rule}"):
+        fruits().get("apple")
+    assert fruits().get("pear").name == "pear"
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ("(Fruit,)", r"an object in grove\.FRUITS must be an object, not a class, got <class"),
+        ("(object(),)", r"an object in grove\.FRUITS must be a fruit, which has name, got <object"),
+        ('Fruit("pear")', r"grove\.FRUITS must be a tuple of fruits, got Fruit\(name='pear'\)"),
+    ],
+)
+def test_a_module_lists_complete_objects(folder: Path, listed: str, message: str) -> None:
+    (folder / "grove.py").write_text(FRUIT.format(name="pear") + f"FRUITS = {listed}\n")
+    load_plugin("grove")
+    with pytest.raises(UserError, match=message):
         fruits().get("apple")
 
 
@@ -94,14 +114,17 @@ def test_a_name_that_is_used_twice_is_an_error(folder: Path) -> None:
     ("name", "message"),
     [
         ("grove.py.", "--plugin must be the name of a Python module, such as my_task, got 'grove.py.'"),
-        ("/tmp/grove.py", "--plugin must be the name of a Python module"),
+        ("/tmp/grove.py", "--plugin must be the name of a module, not of its file: --plugin=grove$"),
+        ("/tmp/grove", "--plugin must be the name of a Python module, such as my_task, got"),
         ("no_such_module", "--plugin=no_such_module cannot be imported: ModuleNotFoundError: No module named"),
+        ("broken.py", "--plugin must be the name of a module, not of its file: --plugin=broken$"),
+        ("orchard.helpers", "--plugin=orchard.helpers \\(.*helpers.py\\) must list its objects in FRUITS"),
         ("broken", "--plugin=broken cannot be imported: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_wrong_plugin_is_an_error_in_one_line(folder: Path, name: str, message: str) -> None:
     (folder / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(UserError, match="^" + message.replace(".", r"\.")) as caught:
+    with pytest.raises(UserError, match="^" + message) as caught:
         load_plugin(name)
     assert "\n" not in str(caught.value)
 

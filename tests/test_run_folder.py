@@ -93,6 +93,17 @@ def test_paths_and_accumulation_may_change(tmp_path: Path) -> None:
         run.open(replace(moved, seed=1), {})
 
 
+def test_the_records_of_a_run_are_identified(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.open(CONFIG, {run.fingerprint.name: "a" * 64})
+    run.require_records("a" * 64)
+    with pytest.raises(UserError, match=r"run was trained on other records than those of DatasetSpec\.records"):
+        run.require_records("b" * 64)
+    run.fingerprint.unlink()
+    with pytest.raises(UserError, match=r"records\.sha256 cannot be read"):
+        run.require_records("a" * 64)
+
+
 def test_links_are_rejected(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", "checkpoints/ckpt-40.index")
     (tmp_path / "disk").mkdir()

@@ -1,5 +1,6 @@
 """One training step on batches in memory: each option compared with the plain step or a naive version."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -23,12 +24,13 @@ ROOT = Path(__file__).parents[1]
 TESTS = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 
 
-def weights_after(config: TrainConfig, steps: int = 2, part: int = 8, at_once: int = 1) -> list[np.ndarray]:
+def weights_after(config: TrainConfig, part: int = 8) -> list[np.ndarray]:
+    """Returns the weights after two steps."""
     model, step = make(config)
     stream = batches(part)
-    for _ in range(steps // at_once):
-        step(stream, at_once)
-    assert step.completed_steps == steps
+    for _ in range(2):
+        step(stream, 1)
+    assert step.completed_steps == 2
     return model.get_weights()
 
 
@@ -42,19 +44,23 @@ def test_micro_batches_add_up(float64: None) -> None:
     assert_close([w for w, t in zip(actual, trained) if t], [w for w, t in zip(plain, trained) if t], 1e-9)
 
 
-def test_several_steps_at_once_are_several_steps() -> None:
-    at_once = weights_after(config_of(execution=Execution(steps_per_execution=2)), at_once=2)
-    assert_close(at_once, weights_after(config_of()), 0)
-
-
-def test_losses_of_steps_at_once_come_one_by_one() -> None:
-    _, single = make(config_of())
-    _, double = make(config_of(execution=Execution(steps_per_execution=2)))
+@functools.cache
+def two_plain_steps() -> tuple[list[dict[str, float]], list[np.ndarray]]:
+    """Returns the metrics of each step, and the weights."""
+    model, step = make(config_of())
     stream = batches()
-    expected = [single(stream, 1) for _ in range(3)]
-    measured = double(batches(), 3)
-    np.testing.assert_allclose(measured["loss"], [float(one["loss"][0]) for one in expected], rtol=1e-6)
-    np.testing.assert_allclose(measured["top1"], [float(one["top1"][0]) for one in expected])
+    measured = [step(stream, 1) for _ in range(2)]
+    return [{name: float(values[0]) for name, values in one.items()} for one in measured], model.get_weights()
+
+
+def test_several_steps_at_once_are_several_steps() -> None:
+    """Their metrics come one by one."""
+    model, step = make(config_of(execution=Execution(steps_per_execution=2)))
+    measured, (expected, weights) = step(batches(), 2), two_plain_steps()
+    np.testing.assert_allclose(measured["loss"], [one["loss"] for one in expected], rtol=1e-6)
+    np.testing.assert_allclose(measured["top1"], [one["top1"] for one in expected])
+    assert step.completed_steps == 2
+    assert_close(model.get_weights(), weights, 0)
 
 
 def test_a_frozen_backbone_does_not_change() -> None:
@@ -90,16 +96,14 @@ def test_the_learning_rate_of_the_backbone_is_scaled(float64: None) -> None:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_keeps_float32_variables(precision: Any) -> None:
-    _, full = make(config_of())
     model, step = make(config_of(execution=Execution(precision=precision)))
     assert model.get_layer("res2").compute_dtype == precision
     assert {weight.dtype for weight in model.weights} == {"float32"}
     assert model(next(batches())[0]).dtype == tf.float32
     assert keras.config.dtype_policy().name == "float32"
-    stream, half_stream = batches(), batches()
-    losses = [(float(full(stream, 1)["loss"][0]), float(step(half_stream, 1)["loss"][0])) for _ in range(3)]
-    for expected, actual in losses:
-        assert actual == pytest.approx(expected, abs=0.1)
+    stream = batches()
+    for expected in two_plain_steps()[0]:
+        assert float(step(stream, 1)["loss"][0]) == pytest.approx(expected["loss"], abs=0.1)
 
 
 def test_statistics_are_summed_in_full_precision() -> None:
@@ -141,7 +145,7 @@ sys.path[:0] = {tests!r}
 import keras, numpy as np, tensorflow as tf, x3d_tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import training_steps
+import test_detector_training, training_steps
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.modeling.layers import Dropout
 from x3d_tf.config import Execution
@@ -154,6 +158,7 @@ with strategy.scope():
 masks = strategy.experimental_local_results(strategy.run(lambda: layer(tf.ones([1000]), training=True)))
 shared = np.mean([(a > 0) == (b > 0) for a, b in zip(*[mask.numpy() for mask in masks])])
 print("shared", shared)
+test_detector_training.compare_loss_on_devices(strategy)
 
 execution = Execution(precision={precision!r}, accumulation=2, steps_per_execution=2)
 if {precision!r} == "float32":
@@ -181,7 +186,10 @@ with step.average.swapped():
     ],
 )
 def test_two_devices_take_the_same_steps(float64: None, tmp_path: Path, precision: Any, eagerly: bool) -> None:
-    """Two steps per call with two micro-batches, as on one device; independent dropout. float32 means float64."""
+    """Two steps per call with two micro-batches, as on one device; independent dropout; the loss of boxes.
+
+    float32 means float64.
+    """
     code = TWO_DEVICES.format(tests=TESTS, folder=str(tmp_path), precision=precision, eagerly=eagerly)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

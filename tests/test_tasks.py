@@ -58,7 +58,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Videos of moving_shapes that all move to the right, so that only their direction of playback differs."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moving_shapes, "VIDEOS", {"train": 24, "val": 8, "test": 16})
+        patch.setattr(moving_shapes, "VIDEOS", {"train": 24, "val": 4, "test": 8})
         patch.setattr(moving_shapes, "DIRECTIONS", {"right": (0, 1)})
         open_dataset(DatasetSpec(str(folder), flip=False, name="moving_shapes"))
     return folder
@@ -129,6 +129,39 @@ def test_targets_are_made_from_the_clips(records: Path, plugin: None) -> None:
     resumed = next(task.training_clips(config, manifest, start_step=4).as_numpy_iterator())
     for a, b in zip(resumed, made[4]):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda clip, record, seed: (clip[:3], tf.constant(0)), r"return clips of shape \(6, 48, 48, 3\), got Tensor"),
+        (lambda clip, record, seed: (clip, tf.constant(0.5)), "return the number of a class, an integer, got Tensor"),
+        (
+            lambda clip, record, seed: (clip, tf.constant([0, 1])),
+            "return the number of a class, an integer, got Tensor",
+        ),
+    ],
+)
+def test_examples_of_another_shape_are_an_error(records: Path, make: Any, message: str) -> None:
+    class Mine(ClipTask):
+        name = "mine"
+
+        def make_example(self) -> Any:
+            return make
+
+    dataset = DatasetSpec(str(records), flip=False)
+    config = TrainConfig(x3d_tf.Expansion(gamma_t=6, gamma_s=48 / 112), dataset=dataset, recipe=Recipe(8, 8))
+    with pytest.raises(UserError, match=f"make_example of the task mine must {message}"):
+        Mine().training_clips(config, open_dataset(dataset))
+
+
+def test_a_task_accepts_the_annotations_that_its_targets_need() -> None:
+    class Several(ClipTask):
+        name = "several"
+        activation = "sigmoid"
+
+    assert (SingleLabel().annotations, Several().annotations) == (("single_label",), ("multi_label",))
+    assert find("multi_label").annotations == ("multi_label",)
 
 
 def test_all_views_of_a_video_have_its_target(records: Path, plugin: None) -> None:
@@ -202,7 +235,8 @@ def test_a_third_task_runs_through_all_commands(
 
 
 def _all_commands(records: Path, tmp_path: Path, command: Callable[..., None], capsys: Any) -> None:
-    flags = flags_of(records, "Recipe.steps=4", "TrainConfig.checkpoint_steps=2")
+    small = ("Expansion.gamma_t=2", f"Expansion.gamma_s={32 / 112}", "Recipe.batch=4", "Recipe.reference_batch=4")
+    flags = flags_of(records, *small, "Recipe.steps=2", "TrainConfig.checkpoint_steps=2")
     workdir = tmp_path / "runs" / "playback"
     command(preview, *flags, f"--output={tmp_path / 'preview.png'}", "--clips=2")
     command(train, *flags, f"--workdir={workdir}")
@@ -216,7 +250,7 @@ def _all_commands(records: Path, tmp_path: Path, command: Callable[..., None], c
 
     (report,) = run.evaluations.iterdir()
     results = json.loads((report / "results.json").read_text())
-    assert (results["task"], results["videos"], results["classes"]) == ("playback", 16, 2)
+    assert (results["task"], results["videos"], results["classes"]) == ("playback", 8, 2)
     with (report / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["label"] for row in rows} == {"forwards", "backwards"}  # not the class of the records, "right"
@@ -231,7 +265,7 @@ def _all_commands(records: Path, tmp_path: Path, command: Callable[..., None], c
     with (tmp_path / "out.csv").open() as file:
         assert {"p(forwards)", "p(backwards)"} < set(next(csv.DictReader(file)))
     app = tf.keras.models.load_model(run.model)
-    np.testing.assert_allclose(app(np.zeros((1, 6, 48, 48, 3), np.uint8)).numpy().sum(), 1, atol=1e-5)
+    np.testing.assert_allclose(app(np.zeros((1, 2, 32, 32, 3), np.uint8)).numpy().sum(), 1, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ import x3d_tf
 from x3d_tf.training import transfer as transfer_module
 from x3d_tf.training.transfer import load_pretrained
 
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
+
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 
 

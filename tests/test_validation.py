@@ -16,6 +16,8 @@ from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.validation import ClipValidation
 from x3d_tf.types import Storage
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 TINY = x3d_tf.Expansion(gamma_tau=1, gamma_t=6, gamma_s=48 / 112, gamma_b=1, gamma_d=0.2)
 
 

@@ -20,6 +20,7 @@ from x3d_tf.modeling.pytorch.weight_names import (
 )
 
 SMALL = Expansion(gamma_t=2, gamma_b=2.25, gamma_d=0.4)  # one or two blocks a stage
+pytestmark = pytest.mark.usefixtures("uncompiled_module")
 every_naming = pytest.mark.parametrize("naming", NAMINGS)
 
 

@@ -43,6 +43,7 @@ Records take 6 to 26 times the disk space of the videos. The command prints an e
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,13 +266,14 @@ def _training_command(manifest: Manifest, task: Task) -> list[str]:
         ]
     config = gin_config.parse(suggestion.gin_files).config
     bindings: dict[str, str | int] = {"DatasetSpec.records": str(manifest.folder)}
+    train, validation, test = _purposes(names)
     if not {"train", "val"} <= set(names):  # training finds these two by their names
-        bindings |= {"DatasetSpec.train_split": names[0]} if names[0] != "train" else {}
-        bindings |= {"DatasetSpec.validation_split": names[1]} if len(names) == 3 else {}
-        bindings |= {"DatasetSpec.eval_split": names[-1]} if names[-1] != config.dataset.eval_split else {}
+        bindings |= {"DatasetSpec.train_split": train} if train != "train" else {}
+        bindings |= {"DatasetSpec.validation_split": validation} if validation else {}
+        bindings |= {"DatasetSpec.eval_split": test} if test != config.dataset.eval_split else {}
     bindings |= suggestion.bindings
-    config = replace(config, dataset=replace(config.dataset, train_split=names[0]))
-    records, recipe = len(task.training_records(manifest, names[0])), config.recipe
+    config = replace(config, dataset=replace(config.dataset, train_split=train))
+    records, recipe = len(task.training_records(manifest, train)), config.recipe
     batch = fitting_batch(config, min(recipe.batch, suggestion.largest_batch or recipe.batch, records))
     if batch not in (0, recipe.batch):
         bindings["Recipe.batch"] = batch
@@ -281,6 +283,15 @@ def _training_command(manifest: Manifest, task: Task) -> list[str]:
     run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
     intro = f"Train on them{suggestion.note} with:"
     return [*_advice(manifest, config), intro, f"  python -m x3d_tf.train {' '.join(flags_)} {run}"]
+
+
+def _purposes(names: Sequence[str]) -> tuple[str, str | None, str]:
+    """Returns the splits to train on, to validate on and to evaluate on, by their names or else by their order."""
+    train = "train" if "train" in names else names[0]
+    others = [name for name in names if name != train]
+    test = "test" if "test" in others else others[-1]
+    between = [name for name in others if name != test]
+    return train, between[0] if len(between) == 1 else None, test
 
 
 def _advice(manifest: Manifest, config: TrainConfig) -> list[str]:

@@ -68,7 +68,7 @@ def check_field_types(instance: Any) -> None:
                 require(abs(number) <= _MAX_INTEGER, setting, "fit into 64 bits", number)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message; libraries append internal details."""
     return str(error).partition("\n")[0]
 

@@ -41,7 +41,7 @@ from x3d_tf.search.replay import path_table
 from x3d_tf.search.reports import candidate_table, family_table, save_staircase, step_table
 from x3d_tf.search.search import Search
 from x3d_tf.search.trace import read_trace, require_search_folder
-from x3d_tf.search.training import CandidateTraining, SearchSetup, open_setup
+from x3d_tf.search.training import CandidateTraining, SearchSetup, check_settings, open_setup
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.text import counted
 
@@ -76,7 +76,8 @@ def main() -> None:
     else:
         config, expand = gin_config.parse_expand(FLAGS.gin_file, FLAGS.gin_bindings or [])
         folder = Path(FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}")
-        require_search_folder(folder)  # before records are created
+        require_search_folder(folder)
+        check_settings(config)
         _create_records(config)
         setup = open_setup(config)
         if FLAGS.dry_run:

@@ -18,11 +18,11 @@ AVA's format and the video, without audio, with boxes and actions drawn on its f
   python -m x3d_tf.predict --model=runs/ava party.mp4 --person_detector=efficientdet/ --draw=drawn/
 
 A prediction for a video is the mean over 10 clips spread evenly in time (--views), as in evaluation; the maximum if the
-run has TrainConfig.combine="max". A prediction for a
-window uses one clip, from its middle. Frames are first scaled and compressed in memory like the frames of the training
-records, so a video gets the same probabilities as in the run's report. Any format that FFmpeg decodes and any length
-works. If files cannot be read, they are reported on stderr and in the output files, the others are predicted, and the
-exit status is 1. For multi-label models each class has a probability of its own: they do not add up to 1.
+run has TrainConfig.combine="max". A prediction for a window uses one clip, from its middle. Frames are first scaled and
+compressed in memory like the frames of the training records, so a video gets the same probabilities as in the run's
+report. Any format that FFmpeg decodes and any length works. If files cannot be read, they are reported on stderr and in
+the output files, the others are predicted, and the exit status is 1. For multi-label models each class has a
+probability of its own: they do not add up to 1.
 
 Output files appear only when complete. If the command stops early (Ctrl-C, SIGTERM, an error), the predictions made so
 far are kept in out.partial.csv beside out.csv, and in out.partial.json.

@@ -12,17 +12,19 @@ history.csv, curves.png and TensorBoard logs and, once training has finished, mo
 Run the same command again to resume a run from its last checkpoint.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
 
 from x3d_tf import commands, gin_config
 from x3d_tf.config import TrainConfig
+from x3d_tf.data.datasets.spec import open_for_training
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import task_of_model
-from x3d_tf.training.checks import open_and_check
+from x3d_tf.training.checks import check_settings, open_records
 
 FLAGS = flags.FLAGS
 
@@ -43,14 +45,17 @@ def main() -> None:
     """Trains and evaluates the network that the flags configure."""
     parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, run = parsed.config, RunFolder(FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}")
-    if config.dataset.synthetic is not None:  # TensorFlow creates its records, with the threads that are set first
-        _start_tensorflow(config)
-    checked = None if run.is_finished(config) else open_and_check(config, run)  # before TensorFlow, which takes seconds
+    finished = run.is_finished(config)
+    if not finished:
+        check_settings(config, run)
+        if config.dataset.synthetic is not None:  # TensorFlow creates its records, with the threads that are set first
+            _start_tensorflow(config)
+        checked = open_records(config)  # otherwise before TensorFlow, which takes seconds
     _start_tensorflow(config)
     from x3d_tf.evaluation.running import evaluate_run
     from x3d_tf.training.loop import train_checked
 
-    if checked is None:
+    if finished:
         print(f"{run.root} is already finished ({run.model} exists)")
     else:
         texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
@@ -58,6 +63,8 @@ def main() -> None:
     task = task_of_model(run.root)
     report = task.report_folder(run, EvalConfig())
     if not (report / "results.json").is_file():
+        if finished:
+            _find_records(config, run)
         evaluate_run(run, task)
     files = ", ".join(sorted(path.name for path in report.glob("[!.]*")))
     print(
@@ -66,8 +73,15 @@ def main() -> None:
     )
 
 
+def _find_records(config: TrainConfig, run: RunFolder) -> None:
+    """Checks that a configuration names the records of a finished run, which may have been moved or replaced."""
+    manifest, dataset = open_for_training(config.dataset)
+    run.require_records(manifest.fingerprint())
+    run.update_config(replace(config, dataset=dataset))
+
+
 def _start_tensorflow(config: TrainConfig) -> None:
-    """Imports TensorFlow and sets its threads, unless that has been done."""
+    """Imports TensorFlow and sets its threads, which has no effect a second time."""
     with starting_tensorflow():
         import x3d_tf.training.loop  # noqa: F401  takes seconds
         from x3d_tf.parallel import num_batch_slices, use_single_threaded_ops

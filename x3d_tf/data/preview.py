@@ -151,5 +151,6 @@ def draw_box(pixels: np.ndarray, box: Any, colour: tuple[int, int, int], width: 
 def label_text(label: Any, classes: tuple[str, ...]) -> str:
     """Returns the class name of a label, or the comma-separated class names of a multi-hot label."""
     if np.ndim(label) == 0:
+        require(0 <= label < len(classes), "a target", f"be the number of a class, 0 to {len(classes) - 1}", int(label))
         return classes[int(label)]
     return ", ".join(classes[index] for index in np.flatnonzero(label))

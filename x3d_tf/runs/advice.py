@@ -16,7 +16,7 @@ from x3d_tf.data.records.index import Record
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import STRIDE_FPS
 from x3d_tf.modeling.expansion import BASE_SCALE
-from x3d_tf.text import binding_flag, counted
+from x3d_tf.text import binding_flag, counted, plural
 
 if TYPE_CHECKING:
     from x3d_tf.tasks.base import Task
@@ -57,7 +57,7 @@ def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: 
         return []
     found = [
         _check_frame_size(manifest, config, sides),
-        _check_epochs(config, len(records), f"{task.sample}s"),
+        _check_epochs(config, len(records), plural(task.sample)),
         _check_flip(task.classes(manifest), config),
     ]
     return [*(text for text in found if text), *task.advice(config, manifest)]

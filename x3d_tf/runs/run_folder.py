@@ -34,7 +34,8 @@ class RunFolder:
     """Paths and small files of a run.
 
     Before the first step: `config.json` (all settings), `config.gin` and `operative_config.gin` (the same as gin text,
-    for reading), and `preview.png` (the first training clips as the network sees them).
+    for reading), `records.sha256` (fingerprint of the manifest of the records) and `preview.png` (the first training
+    clips as the network sees them).
 
     During training: `checkpoints/`, `history.csv`, `curves.png`, `tensorboard/`, `trained.txt` (marks that a checkpoint
     was written), `.lock` (the process that trains), and with early stopping `best.keras` (the best network so far).
@@ -52,6 +53,7 @@ class RunFolder:
         self.tensorboard = self.root / "tensorboard"
         self.best = self.root / "best.keras"
         self.model = self.root / "model.keras"
+        self.fingerprint = self.root / "records.sha256"
         self.labels = self.root / "labels.txt"
         self.input = self.root / "input.json"
         self.evaluations = self.root / "evaluation"
@@ -149,6 +151,19 @@ class RunFolder:
         """Rewrites `config.json` if paths in the configuration have changed, so that evaluations use the new ones."""
         if self.read_config() != config:
             atomic_write(self.config, config.to_json().encode())
+
+    def require_records(self, fingerprint: str) -> None:
+        """Raises `UserError` unless the run was trained on the records with this fingerprint."""
+        try:
+            ours = read_limited(self.fingerprint, SMALL).decode("ascii", "replace").strip()
+        except OSError as error:
+            raise UserError(f"{self.fingerprint} cannot be read: {error.strerror}") from error
+        if ours != fingerprint:
+            raise UserError(
+                f"{self.root} was trained on other records than those of DatasetSpec.records: the manifest's "
+                f"fingerprint is {fingerprint[:12]}, that of the run is {ours[:12]}. Set DatasetSpec.records to the "
+                "original records"
+            )
 
     def mark_trained(self) -> None:
         """Marks the run as having written a checkpoint."""

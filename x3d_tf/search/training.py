@@ -25,7 +25,7 @@ from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.search.candidates import PHASES, Candidate, Phase, Score
 from x3d_tf.startup import starting_tensorflow
-from x3d_tf.tasks.base import Task, task_of_model, task_of_records
+from x3d_tf.tasks.base import Task, find, task_of_model, task_of_records
 from x3d_tf.training.checks import check_batch, check_records
 from x3d_tf.types import Metric
 
@@ -69,12 +69,11 @@ class SearchSetup:
         return {**settings, "records": self.records.fingerprint(), "metric": self.metric.label}
 
 
-def open_setup(config: TrainConfig) -> SearchSetup:
-    """Opens the records of a search, after creating those of a synthetic data set, and checks the settings.
+def check_settings(config: TrainConfig) -> None:
+    """Checks a configuration before its records are opened or created.
 
     Raises:
-        UserError: there is no validation split, or a setting does not suit a search, the records or a phase. Names the
-            setting, the rule and the value received.
+        UserError: a setting does not suit a search, or no task has the name.
     """
     default = ModelOptions()
     rule = "be None for a search, whose networks differ in width and depth"
@@ -83,6 +82,20 @@ def open_setup(config: TrainConfig) -> SearchSetup:
         value = getattr(config.model, name)
         rule = f"be {getattr(default, name)}, the default: the regularisation of each step of a search replaces it"
         require(value == getattr(default, name), f"ModelOptions.{name}", rule, value)
+    if config.task is not None:
+        find(config.task)
+
+
+def open_setup(config: TrainConfig) -> SearchSetup:
+    """Opens the records of a search, after creating those of a synthetic data set, and checks the settings with them.
+
+    Args:
+        config: the configuration of the start network, which `check_settings` has accepted.
+
+    Raises:
+        UserError: there is no validation split, or a setting does not suit the records or a phase. Names the setting,
+            the rule and the value received.
+    """
     records, dataset = open_for_training(config.dataset)
     split = validation_split(dataset)
     if split is None:

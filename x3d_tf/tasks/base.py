@@ -186,7 +186,7 @@ class Task(Evaluator, Protocol):
         """Returns the job of the predict command; it may set the threads of TensorFlow."""
 
 
-_REGISTRY = Registry[Task]("task", "x3d_tf.tasks", "TASKS")
+_REGISTRY = Registry[Task]("task", "x3d_tf.tasks", "TASKS", (Task,))
 
 
 def find(name: str) -> Task:

@@ -13,7 +13,7 @@ from x3d_tf.evaluation.eval_config import folder_of
 from x3d_tf.evaluation.metrics import classification_metrics
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
 from x3d_tf.tasks.base import Suggestion
-from x3d_tf.text import counted
+from x3d_tf.text import binding_flag, counted
 from x3d_tf.types import Metric
 
 if TYPE_CHECKING:
@@ -51,11 +51,16 @@ class ClipTask:
     """
 
     name: str
-    annotations: tuple[str, ...] = ("single_label", "multi_label")
     activation: "Activation" = "softmax"
     sample = "video"
     sweeps = True
     prediction_flags: tuple[str, ...] = ("views", "window", "hop", "json", "contact_sheet")
+
+    @property
+    def annotations(self) -> tuple[str, ...]:
+        if type(self).make_example is not ClipTask.make_example:
+            return "single_label", "multi_label"
+        return ("single_label",) if self.activation == "softmax" else ("multi_label",)
 
     @property
     def output(self) -> str:
@@ -87,7 +92,8 @@ class ClipTask:
             UserError: the task does not support Recipe.class_weights.
         """
         weights = config.recipe.class_weights
-        require(weights == "none", "Recipe.class_weights", f'be "none" for the task {self.name}', weights)
+        rule = f'be "none" for the task {self.name} ({binding_flag("Recipe.class_weights", "none")})'
+        require(weights == "none", "Recipe.class_weights", rule, weights)
 
     def check(self, config: "TrainConfig", manifest: "Manifest") -> None:
         self.class_weights(config, manifest)
@@ -128,7 +134,7 @@ class ClipTask:
         from x3d_tf.data.input_pipeline import training_dataset
 
         dataset = config.dataset
-        return training_dataset(
+        clips = training_dataset(
             self._with_training_records(manifest, dataset.train_split),
             dataset.train_split,
             config.expansion.clip,
@@ -143,6 +149,20 @@ class ClipTask:
             stretch=dataset.stretch,
             make_example=self.make_example(),
         )
+        self._check_examples(clips, config, len(self.classes(manifest)))
+        return clips
+
+    def _check_examples(self, clips: "tf.data.Dataset", config: "TrainConfig", classes: int) -> None:
+        """Raises `UserError` if `make_example` returns tensors of another shape or type than the network needs."""
+        pixels, target = clips.element_spec
+        clip = config.expansion.clip
+        shape = (clip.frames, clip.size, clip.size, 3)
+        rule = f"return clips of shape {shape}"
+        require(pixels.shape[1:].is_compatible_with(shape), f"make_example of the task {self.name}", rule, pixels)
+        one = self.activation == "softmax"
+        valid = target.shape[1:].is_compatible_with(() if one else (classes,)) and target.dtype.is_integer >= one
+        rule = "return the number of a class, an integer" if one else f"return {classes} numbers for the classes"
+        require(valid, f"make_example of the task {self.name}", rule, target)
 
     def save_preview(self, config: "TrainConfig", manifest: "Manifest", path: Path, clips: int = 8) -> None:
         from x3d_tf.data.preview import save_preview
@@ -262,7 +282,6 @@ class SingleLabel(ClipTask):
     """Exactly one class per clip, the label of its record."""
 
     name = "single_label"
-    annotations = ("single_label",)
 
     def class_weights(self, config: "TrainConfig", manifest: "Manifest") -> Any:
         if config.recipe.class_weights == "none":
@@ -279,7 +298,6 @@ class MultiLabel(ClipTask):
     """Any number of classes per clip, the labels of its record."""
 
     name = "multi_label"
-    annotations = ("multi_label",)
     activation = "sigmoid"
 
 

@@ -58,7 +58,8 @@ class Detection:
         if validated:
             require_boxes(validation_key_frames(manifest, validated, config.detection.validation_every), validated)
         if config.detection.eval_boxes == "proposals":
-            for split in filter(None, (dataset.eval_split, dataset.validation_split)):
+            stored = dataset.train_split if dataset.validation_fraction else validated  # where those held out come from
+            for split in filter(None, (dataset.eval_split, stored)):
                 require_proposals(manifest, split)
 
     def advice(self, config: "TrainConfig", manifest: "Manifest") -> list[str]:

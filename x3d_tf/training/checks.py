@@ -31,24 +31,33 @@ class CheckedRun:
     task: Task
 
 
-def open_and_check(config: TrainConfig, run: RunFolder) -> CheckedRun:
-    """Opens the records of a run, after creating those of a synthetic data set, and makes all checks but `check_batch`.
-
-    Writes nothing to the run folder.
+def check_settings(config: TrainConfig, run: RunFolder) -> None:
+    """Checks a configuration before its records are opened or created: the run folder, initial weights and the task.
 
     Args:
         config: the configuration of the run.
-        run: the run folder, which need not exist.
+        run: the run folder, which need not exist. Nothing is written.
 
     Raises:
-        UserError: the folder has a run with other settings; the initial weights or the records are missing or do not
-            suit the configuration. Names the setting, the rule and the value received.
+        UserError: the folder has a run with other settings; the initial weights are missing or of another architecture;
+            no task has the name. Names the setting, the rule and the value received.
     """
     run.check(run.with_default_splits(config))
     if not run.has_checkpoint:  # otherwise the initial weights are no longer needed
         check_initial_weights(config)
     if config.task is not None:
-        find(config.task)  # before records are created
+        find(config.task)
+
+
+def open_records(config: TrainConfig) -> CheckedRun:
+    """Opens the records of a run, after creating those of a synthetic data set, and makes all checks but `check_batch`.
+
+    Args:
+        config: the configuration of the run, which `check_settings` has accepted.
+
+    Raises:
+        UserError: the records are missing or do not suit the configuration. Names the setting, the rule and the value.
+    """
     records, dataset = open_for_training(config.dataset)
     config = replace(config, dataset=dataset)
     task = task_of_records(config, records)

@@ -29,7 +29,7 @@ from x3d_tf.signals import held_back
 from x3d_tf.tasks.base import Task
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
-from x3d_tf.training.checks import CheckedRun, check_batch, open_and_check
+from x3d_tf.training.checks import CheckedRun, check_batch, check_settings, open_records
 from x3d_tf.training.history import History
 from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.step import TrainStep, precision_scope
@@ -69,8 +69,8 @@ def train(
     if run.is_finished(config):
         print(f"{run.root} is already finished ({run.model} exists)")
         return run
-    checked = open_and_check(config, run)
-    train_checked(checked, run, strategy=strategy, texts=texts, allow_other_groups=allow_other_groups)
+    check_settings(config, run)
+    train_checked(open_records(config), run, strategy=strategy, texts=texts, allow_other_groups=allow_other_groups)
     return run
 
 
@@ -82,13 +82,13 @@ def train_checked(
     texts: Mapping[str, str] | None = None,
     allow_other_groups: bool = False,
 ) -> None:
-    """Trains as `train` does, after `open_and_check`, which needs no TensorFlow."""
+    """Trains as `train` does, after `check_settings` and `open_records`, which need no TensorFlow."""
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise UserError("strategy must use the devices of a single machine, got a MultiWorkerMirroredStrategy")
     strategy = strategy or tf.distribute.MirroredStrategy()
     check_batch(checked.config, strategy.num_replicas_in_sync)
     with run.training():
-        run.open(checked.config, texts or {})
+        run.open(checked.config, {run.fingerprint.name: checked.fingerprint, **(texts or {})})
         if not run.model.is_file():  # another process may have finished the run in the meantime
             _train(checked, run, strategy, allow_other_groups)
 

@@ -6,6 +6,7 @@ Imports no TensorFlow at the top: commands that only read settings import this m
 import math
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -147,12 +148,21 @@ def _identity(dataset: str, inputs: Inputs, encoding: _EncodingSettings, sources
 
 
 def _check_splits(sources: Sources) -> None:
-    """Raises if a split is empty, which training would report much later."""
+    """Raises if a split is empty, which training would report much later, or if a record is listed twice."""
     for name, videos in sources.splits.items():
         if not videos:
             unusable = sources.unusable
             why = f" ({counted(len(unusable), 'unusable entry')}; the first: {unusable[0]})" if unusable else ""
             raise UserError(f"split {name} has no videos{why}. Add videos to it, or leave it out of --splits")
+    found: dict[str, str] = {}
+    for name, videos in sources.splits.items():
+        for video in videos:
+            first = found.setdefault(video.media_id, name)
+            if first != name and video.key_frame is None:  # lists of boxes may share key frames: each has its own boxes
+                where = f"in the splits {first} and {name}"
+                raise UserError(f"{video.media_id} is listed {where}; a video, or a part of it, must be in one split")
+        twice = next((identity for identity, count in Counter(v.media_id for v in videos).items() if count > 1), None)
+        require(twice is None, f"split {name}", "list each video, or part of it, once", twice)
 
 
 class _Shard(NamedTuple):

@@ -110,7 +110,9 @@ class SyntheticDataSet(Protocol):
         """
 
 
-DATA_SETS: Registry[DataSet | SyntheticDataSet] = Registry("data set", "x3d_tf.data.datasets", "DATASETS")
+DATA_SETS: Registry[DataSet | SyntheticDataSet] = Registry(
+    "data set", "x3d_tf.data.datasets", "DATASETS", (DataSet, SyntheticDataSet)
+)
 _SELECTED_BY = {"boxes": "ava", "csv": "csv"}  # inputs that select a data set without --dataset
 _DEFAULT = "folder"
 

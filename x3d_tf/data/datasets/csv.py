@@ -66,8 +66,7 @@ def read_csv(
     seed: int = 0,
     classes: Path | None = None,
 ) -> Sources:
-    """Reads the videos that a csv file lists; `split`, `seed` and `classes` are described at
-    `folder.find_videos`.
+    """Reads the videos that a csv file lists.
 
     Args:
         table: the csv file. UTF-8, delimited by commas, ";" or tabs. Required columns: `path` and `label`. Optional
@@ -77,7 +76,8 @@ def read_csv(
         videos: folder that the paths are relative to; defaults to the folder of the csv file.
         splits: names of the splits in the csv file.
         split: fraction of the files for the split "test"; for single-label videos, of each class.
-
+        seed: random seed for the order of the videos and for choosing the test split.
+        classes: text file of the class names, in the order of their labels; see `folder.find_videos`.
 
     The delimiter may be a comma, ";" or a tab. With ";" or tabs, seconds may have decimal commas. The file may begin
     with a byte order mark. The `'` that the package writes before text that a spreadsheet would run as a formula is
