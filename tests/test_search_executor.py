@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from test_search_trace import CONFIG, TINY, noise, search_in
 
+from x3d_tf import registry
 from x3d_tf.errors import UserError
 from x3d_tf.files import WriteError
 from x3d_tf.search.candidates import Candidate, Score
@@ -48,6 +49,9 @@ class Fake:
 
     def log(self, candidate: Candidate) -> Path:
         return self.folder / f"{candidate.axis}.log"
+
+    def plugins(self) -> tuple[str, ...]:
+        return registry.plugins()
 
     def double(self, number: int) -> int:
         if number < 0:
@@ -140,6 +144,15 @@ def test_a_remote_method_returns_its_result(tmp_path: Path) -> None:
     remote.stop()
     with pytest.raises(UserError, match="its process ended with status 143"):
         remote.call("double", 4)
+
+
+def test_processes_load_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_plugins", {})
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fixtures"))
+    registry.load_plugin("toy_dataset")
+    remote = Remote(Fake(tmp_path))
+    assert remote.call("plugins") == ("toy_dataset",)
+    remote.stop()
 
 
 ORPHAN = """

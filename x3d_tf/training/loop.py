@@ -88,7 +88,7 @@ def train_checked(
     strategy = strategy or tf.distribute.MirroredStrategy()
     check_batch(checked.config, strategy.num_replicas_in_sync)
     with run.training():
-        run.open(checked.config, {run.fingerprint.name: checked.fingerprint, **(texts or {})})
+        run.open(checked.config, {run.fingerprint.name: checked.records.fingerprint(), **(texts or {})})
         if not run.model.is_file():  # another process may have finished the run in the meantime
             _train(checked, run, strategy, allow_other_groups)
 
