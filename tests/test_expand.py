@@ -43,7 +43,7 @@ Recipe.reference_batch = 4
 Recipe.learning_rate = 0.05
 Recipe.steps = 4
 TrainConfig.checkpoint_steps = 100
-TrainConfig.test_views = 2
+TrainConfig.test_views = 1
 ExpandConfig.axes = ("fast", "bottleneck")
 ExpandConfig.budget_gmacs = 0.0045
 """
@@ -91,7 +91,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A gin file of a search over two steps, whose test split cannot be read."""
     folder = tmp_path_factory.mktemp("data")
-    write_records(folder / "square", videos=24)
+    write_records(folder / "square", videos=12)
     write_records(folder / "others", videos=2)
     train, others = Manifest.load(folder / "square"), Manifest.load(folder / "others")
     shard = others.splits["train"].shards[0]
@@ -137,7 +137,7 @@ def test_a_search_of_two_steps(run: Call, finished: Path, settings: Path, capsys
     assert "step 1: 2 trainings" in printed and "step 2, 2 of 2: bottleneck, " in printed
     rows = lines_of(finished)
     assert [(row["step"], row["axis"]) for row in rows] == [(s, a) for s in (1, 2) for a in ("fast", "bottleneck")]
-    assert all(row["score"] * 8 in range(9) and row["training_score"] is not None for row in rows)
+    assert all(row["score"] * 4 in range(5) and row["training_score"] is not None for row in rows)
     runs = {path.name[:7]: RunFolder(path) for path in sorted((finished / "candidates").iterdir()) if path.is_dir()}
     configs = [
         json.loads((path / "config.json").read_text())
@@ -149,7 +149,7 @@ def test_a_search_of_two_steps(run: Call, finished: Path, settings: Path, capsys
         assert (config["ModelOptions.bn_group"], config["Recipe.batch"], config["Recipe.reference_batch"]) == (16, 8, 4)
     reports = [read_report(path.parent).results for path in finished.rglob("results.json")]
     assert [(found["split"], found["videos"], found["views"]) for found in reports] == 4 * [
-        ("validation", 8, "2-Center")
+        ("validation", 4, "1-Center")
     ]
     # Of the losers only histories are kept; the winner of step 2 is the found network.
     assert not [*finished.rglob("ckpt-*")]
@@ -159,7 +159,7 @@ def test_a_search_of_two_steps(run: Call, finished: Path, settings: Path, capsys
     assert x3d_tf.load(finished / "found").expansion == RunFolder(finished / "found").read_config().expansion
     assert sorted(path.name for path in (finished / "family").iterdir()) == ["step01.gin", "step02.gin"]
     text = (finished / "report.md").read_text()
-    assert "top-1 on the split validation, 8 videos" in text and "## Step 2" in text
+    assert "top-1 on the split validation, 4 videos" in text and "## Step 2" in text
     assert (finished / "staircase.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -248,8 +248,8 @@ def test_the_plan_estimates_the_duration(run: Call, tmp_path: Path, capsys: pyte
     assert "step 1: 2 trainings\naxis" in printed and "X-Bottleneck" in printed
     assert "the paper: 30 trainings to 0.6 GMACs, 6 x (0.04 + 0.08 + 0.15 + 0.30 + 0.60) = 7.02 GMACs" in printed
     assert "to 0.0045 GMACs: 2 steps, 5 trainings, whose clips have 0.02 GMACs in sum" in printed
-    # 2 steps of 8 clips; 8 videos, 2 clips each at the end and 1 at the checkpoint
-    assert "each training: 16 clips of the split train, 24 of validation" in printed
+    # 2 steps of 8 clips; 4 videos, 1 clip each at the checkpoint and at the end
+    assert "each training: 16 clips of the split train, 8 of validation" in printed
     assert "This is an estimate" in printed
     assert not (tmp_path / "search").exists()
 
@@ -286,7 +286,7 @@ def test_the_published_path_is_printed(in_process: Call, capsys: pytest.CaptureF
         ),
         (['TrainConfig.init="runs/a"'], "TrainConfig.init must be None for a search"),
         (["ModelOptions.bn_group=4"], "ModelOptions.bn_group must be 8, the default: the regularisation"),
-        (["Recipe.batch=12"], r"Recipe.batch must be at most 16, the number of records in split 'train'.*got 24"),
+        (["Recipe.batch=12"], r"Recipe.batch must be at most 8, the number of records in split 'train'.*got 24"),
         (["Recipe.steps=0"], "Recipe.steps must be at least 1"),
     ],
 )
