@@ -5,7 +5,7 @@ import hashlib
 import re
 import unicodedata
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import x3d_tf
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.reports import RESULTS_NAME, count_name, read_results, stated_metrics
+from x3d_tf.evaluation.reports import RESULTS_NAME, read_results, stated_metrics
 from x3d_tf.modeling.archive import model_file
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.keras_parts import MEAN, STD
@@ -116,7 +116,6 @@ class ExportableModel:
         if self.run is None:
             return None
         run, dataset, recipe = RunFolder(self.path), self.run.dataset, self.run.recipe
-        reports = [read_results(path) for path in sorted(run.evaluations.glob(f"*/{RESULTS_NAME}"))]
         return {
             "run": self.path.resolve().name,
             "records": dataset.records,
@@ -126,14 +125,23 @@ class ExportableModel:
             "seed": self.run.seed,
             "init": self.run.init,
             "settings_sha256": self.run.fingerprint(),
-            "tested": [_tested(report) for report in reports],
+            "tested": [_tested(results) for results in _valid_results(run)],
         }
+
+
+def _valid_results(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Yields the content of the run's reports; warns of those that this version of the package cannot read."""
+    for path in sorted(run.evaluations.glob(f"*/{RESULTS_NAME}")):
+        try:
+            yield read_results(path)
+        except UserError as error:
+            warnings.warn(f"the model card omits a report: {error}", stacklevel=2)
 
 
 def _tested(results: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entry of a card for results.json: what was evaluated, and the metrics."""
     metrics = [metric.name for metric in stated_metrics(results)]
-    return {name: results[name] for name in ("records", "split", count_name(results["sample"]), "views", *metrics)}
+    return {name: results[name] for name in ("records", "split", "sample", "samples", "views", *metrics)}
 
 
 def open_model(path: str | Path, *, inputs: Collection[str] = ("clip",)) -> ExportableModel:

@@ -150,6 +150,39 @@ def test_advice_states_the_numbers_and_its_binding_fixes_them(
     assert advice_for(manifest, files, sides, bindings) == []
 
 
+@pytest.mark.parametrize(
+    ("files", "batch", "rate", "steps"),
+    [
+        (("gin/x3d_m.gin",), 1024, "6.4", "2 steps"),  # also synthetic data
+        (("gin/x3d_m.gin",), 32, "0.2", "80 steps"),
+        (("gin/x3d_m.gin", "gin/data/records.gin"), 1024, "6.4", "2 steps"),
+        (("gin/kinetics400/pyslowfast/x3d_m.gin",), 65536, None, ""),  # in proportion, and enough steps
+        (("gin/kinetics400/x3d_m.gin",), 1024, None, ""),
+        (("gin/kinetics400/x3d_s.gin",), 8192, None, ""),
+        (("gin/x3d_m.gin",), 16, None, ""),
+        (("gin/x3d_m.gin",), 4, None, ""),
+    ],
+)
+def test_a_recipe_that_is_scaled_too_far_is_reported(
+    files: tuple[str, ...], batch: int, rate: str | None, steps: str
+) -> None:
+    manifest = records([(5.0, 200_000)], stored=320)
+    texts = advice_for(manifest, files, [320], (f"Recipe.batch={batch}",))
+    assert len(texts) == (rate is not None)
+    if rate is not None:
+        assert texts[0].startswith(f"Recipe.batch = {batch} scales Recipe.learning_rate = 0.05 and Recipe.steps = 320")
+        assert f"for 8 clips, to a learning rate of {rate} for {steps}." in texts[0]
+        fixed = bindings_in(texts[0])
+        assert fixed == (f"Recipe.reference_batch={batch}",)
+        assert advice_for(manifest, files, [320], (f"Recipe.batch={batch}", *fixed)) == []
+
+
+def test_a_high_rate_alone_is_reported() -> None:
+    bindings = ("Recipe.batch=64", "Recipe.learning_rate=1.0", "Recipe.steps=80000")
+    (text,) = advice_for(records([(5.0, 200_000)], stored=320), X3D_S, [320], bindings)
+    assert "a learning rate of 8 for 10000 steps" in text
+
+
 def test_one_class_is_reported() -> None:
     (text,) = advice_for(records([(5.0, 24)], classes=(24,)), FEW, [96])
     assert "only one class" in text

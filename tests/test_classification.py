@@ -19,8 +19,9 @@ from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation import classification, running
 from x3d_tf.evaluation import sweep as sweep_module
+from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.multiview import SplitPredictions
-from x3d_tf.evaluation.reports import read_results
+from x3d_tf.evaluation.reports import read_results, settings_of
 from x3d_tf.runs import checkpoints as run_checkpoints
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.tasks import classification as task_module
@@ -132,12 +133,27 @@ def test_three_crops_with_other_clips_frames_and_head(run: RunFolder, network: x
     assert report.folder.name == "square_train_3leftcenterright_slowfast_starts_exact_frames_fixed_probabilities"
     clip = x3d_tf.ClipSpec(4, 1, 73)
     options = x3d_tf.ModelOptions(head_pool="fixed_probabilities")
-    assert r["gmacs_per_video"] == pytest.approx(9 * x3d_tf.cost(TINY, clip, num_classes=2, options=options).macs / 1e9)
+    assert r["gmacs_per_sample"] == pytest.approx(
+        9 * x3d_tf.cost(TINY, clip, num_classes=2, options=options).macs / 1e9
+    )
     assert r["params"] == sum(int(np.prod(w.shape)) for w in network.trainable_weights)
 
     pooled = evaluate_run(run, temporal_views=3, spatial_crops=3, clip_starts="slowfast", frame_sampling="exact")
     assert pooled.folder != report.folder
     assert np.abs(probabilities_in(pooled.folder) - expected).max() > 1e-4  # the pooling matters
+
+
+@pytest.mark.parametrize("noun", ["video", "clip", "frame", "view", "class"])
+def test_the_noun_of_the_samples_changes_no_other_setting(
+    run: RunFolder, network: x3d_tf.X3D, monkeypatch: pytest.MonkeyPatch, noun: str
+) -> None:
+    task = find("single_label")
+    monkeypatch.setattr(type(task), "sample", noun)
+    stated = settings_of(task.evaluation(network, {}, EvalConfig(temporal_views=3), run))
+    macs = x3d_tf.cost(TINY, num_classes=2).macs / 1e9
+    assert (stated["sample"], stated["samples"], stated["gmacs_per_sample"]) == (noun, 5, pytest.approx(3 * macs))
+    assert (stated["gmacs_per_clip"], stated["frames"], stated["views"]) == (pytest.approx(macs), 4, "3-Center")
+    assert stated["classes"] == 2
 
 
 @pytest.mark.usefixtures("eager")
@@ -202,7 +218,7 @@ def test_an_interrupted_sweep_resumes(
     # labels: left, right, left, right, left; the first 0, 1, 2, 3 and 5 videos are predicted left
     assert [float(row["top1"]) for row in rows] == pytest.approx([0.4, 0.6, 0.4, 0.6, 0.6])
     macs = x3d_tf.cost(TINY, num_classes=2).macs / 1e9
-    assert [float(row["gmacs_per_video"]) for row in rows] == pytest.approx([macs * k for k in (1, 3, 5, 7, 10)], 1e-5)
+    assert [float(row["gmacs_per_sample"]) for row in rows] == pytest.approx([macs * k for k in (1, 3, 5, 7, 10)], 1e-5)
     assert (sweep.folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     again = sweep_file(run.model, output=str(tmp_path / "sweep"), records=str(records), split="train")
@@ -221,8 +237,8 @@ def test_an_interrupted_sweep_resumes(
     ("remove", "add", "message"),
     [
         (
-            ("videos", "gmacs_per_video"),
-            {"sample": "key frame", "key_frames": 5, "gmacs_per_key_frame": 0.1},
+            (),
+            {"sample": "key frame"},
             r"3clips has a report with other settings \(sample\)",
         ),
         (("top1",), precision_of(0.5), r"3clips has a report with other settings \(metrics\)"),
@@ -388,7 +404,7 @@ def test_watching_evaluates_new_checkpoints_until_the_run_is_finished(
     assert [value for _, value in found] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("changes", "names"), [({"videos": 4}, "videos"), (precision_of(0.5), "metrics")])
+@pytest.mark.parametrize(("changes", "names"), [({"samples": 4}, "samples"), (precision_of(0.5), "metrics")])
 def test_watching_with_other_settings_is_rejected(
     records: Path, network: x3d_tf.X3D, tmp_path: Path, watching: Any, changes: dict[str, Any], names: str
 ) -> None:

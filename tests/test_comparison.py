@@ -8,9 +8,10 @@ from report_settings import detection_settings, precision_of, predictions, setti
 
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.comparison import as_markdown, compare, describe, find_reports, table
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import TOP1
 from x3d_tf.evaluation.paper import published_for
-from x3d_tf.evaluation.reports import Report, metrics_to_json, read_report
+from x3d_tf.evaluation.reports import metrics_to_json, read_report
 
 
 def test_the_summary_of_a_detector_states_table_8(tmp_path: Path) -> None:
@@ -27,13 +28,13 @@ def test_the_summary_of_a_detector_states_table_8(tmp_path: Path) -> None:
     ("videos", "top1", "interval"), [(2, 0.5, "9 % to 91 %"), (60, 0.9, "80 % to 95 %"), (1, 1.0, "21 % to 100 %")]
 )
 def test_the_summary_of_few_videos_states_the_interval(tmp_path: Path, videos: int, top1: float, interval: str) -> None:
-    results = settings(dataset="folder") | {"top1": top1, "top5": 1.0, "videos": videos}
+    results = settings(dataset="folder") | {"top1": top1, "top5": 1.0, "samples": videos}
     lines = describe(Report(tmp_path, results)).splitlines()
     assert lines[1:] == [f"95 % confidence interval of top-1 on so few videos: {interval}"]
 
 
 def test_the_summary_on_other_data_omits_the_paper(tmp_path: Path) -> None:
-    results = settings() | {"top1": 0.7, "top5": 0.9, "videos": 19_877}
+    results = settings() | {"top1": 0.7, "top5": 0.9, "samples": 19_877}
     assert "72.9 %" in describe(Report(tmp_path, results))
     assert "paper" not in describe(Report(tmp_path, results | {"dataset": "folder"}))
 
@@ -41,7 +42,7 @@ def test_the_summary_on_other_data_omits_the_paper(tmp_path: Path) -> None:
 def test_runs_are_compared_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     write(first / "evaluation" / "val_10center", settings(), predictions())
-    write(first / "evaluation" / "val_1center", settings(views="1-Center", gmacs_per_video=1.963), predictions())
+    write(first / "evaluation" / "val_1center", settings(views="1-Center", gmacs_per_sample=1.963), predictions())
     write(second, settings(network="x3d(b=1|5)", records="data/mine"), predictions(1))
     rows = compare([str(first), str(second)], output=str(tmp_path / "tables"))
     printed = capsys.readouterr().out.splitlines()
@@ -84,6 +85,16 @@ def test_reports_of_key_frames_count_key_frames() -> None:
     assert "(40 key frames, 60 classes, centre crop of 256², 6.2 x 1 GMACs per key frame, " in describe(detector)
     both = table([detector, Report(Path("b"), settings() | {"top1": 0.5, "top5": 0.5})])
     assert [(row["videos"], row["key frames"]) for row in both] == [("-", "40"), ("40", "-")]
+
+
+def test_names_of_folders_stay_on_one_line() -> None:
+    """A folder may have any name; a line break would end the row of the Markdown table."""
+    results = settings(dataset="folder", records="data/a\nb") | {"top1": 0.5, "top5": 0.5, "samples": 10**6}
+    report = Report(Path("runs/c\u2028d"), results)
+    assert "data/a\\nb, split val: " in describe(report) and len(describe(report).splitlines()) == 1
+    (row,) = table([report])
+    assert (row["report"], row["records"]) == ("runs/c\\u2028d", "data/a\\nb")
+    assert len(as_markdown([row]).splitlines()) == 3
 
 
 def test_runs_without_a_report_are_reported(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ DatasetSpec.name = "toy"
 
 
 def test_the_data_sets_of_the_package() -> None:
-    assert DATA_SETS.names() == ("ava", "ava_v2.1", "ava_v2.2", "csv", "dominoes", "folder", "moving_shapes")
+    names = ("ava", "ava_v2.1", "ava_v2.2", "charades", "csv", "dominoes", "folder", "hmdb51")
+    names += ("kinetics400", "kinetics600", "kinetics700")
+    assert DATA_SETS.names() == (*names, "moving_shapes", "something_something_v2", "ucf101")
     synthetic = [name for name in DATA_SETS.names() if isinstance(DATA_SETS.get(name), SyntheticDataSet)]
     assert synthetic == ["dominoes", "moving_shapes"]
 
@@ -131,5 +133,5 @@ def test_a_data_set_in_one_module_is_built_and_trained_on(tmp_path: Path, in_pro
     (tmp_path / "run.gin").write_text(f'{TRAIN}DatasetSpec.records = "{records}"\n')
     in_process(train, f"--gin_file={tmp_path / 'run.gin'}", f"--workdir={tmp_path / 'run'}")
     results = json.loads((tmp_path / "run" / "evaluation" / "records_test_1center" / "results.json").read_text())
-    stated = {name: results[name] for name in ("dataset", "videos", "videos_expected", "videos_present", "combine")}
-    assert stated == {"dataset": "toy", "videos": 1, "videos_expected": 2, "videos_present": 1, "combine": "mean"}
+    stated = {name: results[name] for name in ("dataset", "samples", "videos_expected", "videos_present", "combine")}
+    assert stated == {"dataset": "toy", "samples": 1, "videos_expected": 2, "videos_present": 1, "combine": "mean"}

@@ -313,8 +313,8 @@ def test_its_report_matches_its_detections(
     found, scores = score_split(load_detector(run.root), manifest, "test", config.detection, progress=False)
     assert report.results["map"] == scores.mean and 0 < scores.mean <= 1
     assert report.results["key_frames_missing"] == 0
-    assert report.results["key_frames"] == 3 and "videos" not in report.results
-    assert report.results["gmacs_per_key_frame"] == report.results["gmacs_per_clip"] > 0
+    assert (report.results["sample"], report.results["samples"]) == ("key frame", 3)
+    assert report.results["gmacs_per_sample"] == report.results["gmacs_per_clip"] > 0
     table = capsys.readouterr().out
     assert f"{100 * scores.mean:.1f} %" in table and "3 key frames" in table and "centre crop of 36²" in table
     files = (report.folder / "detections.csv", folder / "truth.csv", folder / "actions.pbtxt", folder / "out.csv")
@@ -398,7 +398,7 @@ def test_without_annotated_boxes_training_does_not_start(folder: Path, tmp_path:
 def test_checkpoints_of_a_detector_are_evaluated(run: Any) -> None:
     results = watch_run(run)
     assert sorted(results) == [1, 2]
-    assert all(0 <= of_step["map"] <= 1 and of_step["key_frames"] == 3 for of_step in results.values())
+    assert all(0 <= of_step["map"] <= 1 and of_step["samples"] == 3 for of_step in results.values())
     assert results[2]["map"] == run.read_history()[-1]["validation_map"]  # the test split is the validation split
 
 

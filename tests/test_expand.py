@@ -148,7 +148,7 @@ def test_a_search_of_two_steps(run: Call, finished: Path, settings: Path, capsys
     for config in configs:  # the phase of steps 1 to 7: double batches, half of the steps
         assert (config["ModelOptions.bn_group"], config["Recipe.batch"], config["Recipe.reference_batch"]) == (16, 8, 4)
     reports = [read_report(path.parent).results for path in finished.rglob("results.json")]
-    assert [(found["split"], found["videos"], found["views"]) for found in reports] == 4 * [
+    assert [(found["split"], found["samples"], found["views"]) for found in reports] == 4 * [
         ("validation", 4, "1-Center")
     ]
     # Of the losers only histories are kept; the winner of step 2 is the found network.

@@ -122,12 +122,12 @@ def test_the_report_says_what_was_measured(finished: RunFolder) -> None:
     report = evaluate_run(finished, overwrite=True)
     rows = list(csv.DictReader((report.folder / "predictions.csv").open()))
     results = json.loads((report.folder / "results.json").read_text())
-    assert len(rows) == results["videos"] == 8
+    assert len(rows) == results["samples"] == 8
     hits = [row["predicted"] == row["label"] for row in rows]
     assert sum(hits) / len(hits) == results["top1"]
     assert float(rows[0]["p(left)"]) + float(rows[0]["p(right)"]) == pytest.approx(1, abs=1e-5)
     macs = x3d_tf.cost(TINY, num_classes=2).macs
-    assert results["gmacs_per_video"] == pytest.approx(2 * macs / 1e9)
+    assert results["gmacs_per_sample"] == pytest.approx(2 * macs / 1e9)
     assert results["views"] == "2-Center" and report.folder.name == "square_train_2center"
     assert (report.folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
 

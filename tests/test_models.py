@@ -56,13 +56,40 @@ def test_the_card_of_a_run_describes_its_training(run: Path, source: ExportableM
 def test_the_card_states_the_metrics_of_the_reports(run: Path, source: ExportableModel, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "mine")
     metrics = metrics_to_json((Metric("mae", "number", label="mean error"), TOP1))
-    stated = {"metrics": metrics, "sample": "recording", "recordings": 7, "gmacs_per_recording": 19.63}
+    stated = {"metrics": metrics, "sample": "recording", "samples": 7}
     results = settings(**stated) | {"mae": -2.5, "top1": 0.5, "top5": 0.75}
     (tmp_path / "mine" / "evaluation" / "a").mkdir(parents=True)
     (tmp_path / "mine" / "evaluation" / "a" / "results.json").write_text(json.dumps(results))
     (tested,) = replace(source, path=tmp_path / "mine").card()["training"]["tested"]
-    where = {"records": "data/mine", "split": "val", "recordings": 7, "views": "10-Center"}
+    where = {"records": "data/mine", "split": "val", "sample": "recording", "samples": 7, "views": "10-Center"}
     assert tested == {**where, "mae": -2.5, "top1": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            json.dumps({"network": "x3d_s", "top1": 0.5, "videos": 7}),
+            r"old.* is not a report of this version of x3d_tf: ",
+        ),
+        (
+            json.dumps({"detections": "found.csv", "map": 0.5}),
+            r"old.* must be the report of a network, not of a csv file",
+        ),
+        ("{", r"old.* is not valid JSON"),
+    ],
+)
+def test_the_card_omits_invalid_reports(
+    run: Path, source: ExportableModel, tmp_path: Path, content: str, message: str
+) -> None:
+    """The model is intact nevertheless."""
+    shutil.copytree(run, tmp_path / "mine")
+    for name, text in (("old", content), ("valid", json.dumps(settings() | {"top1": 0.5, "top5": 0.75}))):
+        (tmp_path / "mine" / "evaluation" / name).mkdir(parents=True)
+        (tmp_path / "mine" / "evaluation" / name / "results.json").write_text(text)
+    with pytest.warns(UserWarning, match=rf"the model card omits a report: .*{message}"):
+        card = replace(source, path=tmp_path / "mine").card()
+    assert [tested["top1"] for tested in card["training"]["tested"]] == [0.5]
 
 
 def test_the_card_describes_input_and_cost(source: ExportableModel) -> None:

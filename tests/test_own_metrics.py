@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from report_settings import predictions, settings, write
 
@@ -17,9 +18,9 @@ from x3d_tf.errors import UserError
 from x3d_tf.evaluation import running, sweep, watch
 from x3d_tf.evaluation.comparison import compare, describe, table
 from x3d_tf.evaluation.eval_config import EvalConfig
-from x3d_tf.evaluation.interfaces import Evaluation
+from x3d_tf.evaluation.interfaces import Evaluation, Report
 from x3d_tf.evaluation.reports import (
-    Report,
+    differing_settings,
     locked_report_folder,
     metrics_to_json,
     read_report,
@@ -41,6 +42,7 @@ class Lengths:
 
     views: int = 10
     drift: float = -0.0315
+    longest: Any = 12
     metrics = (DRIFT, HALVES)
     sample = "body part"
 
@@ -49,12 +51,11 @@ class Lengths:
 
     def settings(self) -> dict[str, Any]:
         others = settings(dataset="folder", views=f"{self.views}-Center", gmacs_per_clip=2.0)
-        names = ("sample", "metrics", "videos", "gmacs_per_video")
-        kept = {name: value for name, value in others.items() if name not in names}
-        return kept | {"body_parts": 7, "gmacs_per_body_part": 2.0 * self.views}
+        kept = {name: value for name, value in others.items() if name not in ("sample", "metrics")}
+        return kept | {"samples": 7, "gmacs_per_sample": 2.0 * self.views}
 
     def measure(self) -> dict[str, Any]:
-        return {"drift": self.drift, "halves": 0.25, "longest": 12, "detections": 3}
+        return {"drift": self.drift, "halves": 0.25, "longest": self.longest, "detections": 3}
 
     def report(self, folder: Path) -> Report:
         stated = settings_of(self)
@@ -94,8 +95,8 @@ def test_a_report_states_and_prints_the_metrics(tmp_path: Path, capsys: pytest.C
         {"name": "drift", "kind": "number", "label": "=drift|s"},
         {"name": "halves", "kind": "share", "label": "balanced halves"},
     ]
-    values = {name: results[name] for name in ("sample", "body_parts", "drift", "longest")}
-    assert values == {"sample": "body part", "body_parts": 7, "drift": -0.0315, "longest": 12}
+    values = {name: results[name] for name in ("sample", "samples", "drift", "longest")}
+    assert values == {"sample": "body part", "samples": 7, "drift": -0.0315, "longest": 12}
     assert read_report(tmp_path / "report").results == results == report.results
     assert capsys.readouterr().out == (
         "x3d_s on data/mine, split val: =drift|s -0.0315, balanced halves 25.0 % (7 body parts, 400 classes, "
@@ -123,21 +124,51 @@ def test_reports_of_other_metrics_share_a_table(tmp_path: Path) -> None:
     assert {line.replace("\\|", "").count("|") for line in lines} == {len(header) + 1}
 
 
-@pytest.mark.parametrize("label", ["network", "videos", "paper", "M parameters", "GMACs a video"])
-def test_a_label_that_is_another_column_is_an_error(label: str) -> None:
-    report = Report(Path("a"), settings(metrics=metrics_to_json([replace(HALVES, label=label)])) | {"halves": 0.5})
-    with pytest.raises(UserError, match=f"labels of metrics must have one kind, and differ .*, got '{label}'"):
-        table([report])
+@pytest.mark.parametrize("label", ["network", "paper", "M parameters", "GMACs a video"])
+def test_a_label_that_is_another_column_gets_a_column_of_its_own(label: str) -> None:
+    report = reported("a", "halves", label=label)
+    (row,), (other,) = table([report]), table([reported("a", "halves")])
+    assert row.pop(f"{label} (halves, share)") == other.pop("accuracy") == "50.0"
+    assert row == other
     assert f"{label} 50.0 %" in describe(report)
 
 
-def test_metrics_of_two_kinds_have_two_labels() -> None:
-    """Otherwise a column would mix percentages with other numbers."""
-    share = Report(Path("a"), settings(metrics=metrics_to_json([Metric("a", "share", label="x")])) | {"a": 0.5})
-    number = Report(Path("b"), settings(metrics=metrics_to_json([Metric("b", "number", label="x")])) | {"b": 0.5})
-    assert [row["x"] for row in (*table([share]), *table([number]))] == ["50.0", "0.5"]
-    with pytest.raises(UserError, match="labels of metrics must have one kind, and differ from other columns, got 'x'"):
-        table([share, number])
+def reported(folder: str, name: str, kind: Any = "share", label: str = "accuracy", **changes: Any) -> Report:
+    """Returns a report with one metric, whose value is 0.5."""
+    return Report(
+        Path(folder), settings(metrics=metrics_to_json([Metric(name, kind, label=label)]), **changes) | {name: 0.5}
+    )
+
+
+def test_metrics_with_the_same_label_have_columns_of_their_own() -> None:
+    """Otherwise a column would mix two measures, or percentages and other numbers."""
+    rows = table(
+        [reported("a", "top1"), reported("b", "balanced"), reported("c", "top1", "number"), reported("d", "top1")]
+    )
+    columns = ("accuracy (top1, share)", "accuracy (balanced, share)", "accuracy (top1, number)")
+    assert [tuple(row[name] for name in columns) for row in rows] == [
+        ("50.0", "-", "-"),
+        ("-", "50.0", "-"),
+        ("-", "-", "0.5"),
+        ("50.0", "-", "-"),
+    ]
+    assert "accuracy" not in rows[0]
+    assert table([reported("a", "top1"), reported("b", "top1")])[1]["accuracy"] == "50.0"
+
+
+@pytest.mark.parametrize(("noun", "column"), [("view", "views"), ("record", "records")])
+def test_samples_and_settings_have_columns_of_their_own(noun: str, column: str) -> None:
+    (row,) = table([reported("a", "top1", sample=noun)])
+    expected = {"views": "10-Center", "records": "data/mine"}
+    assert (row[column], row[f"{column} (samples)"], row[f"GMACs a {noun}"]) == (expected[column], "40", "1.963 x 10")
+    (row,) = table([reported("a", "top1", label="videos")])
+    assert (row["videos (samples)"], row["videos (top1, share)"]) == ("40", "50.0")
+
+
+def test_columns_that_cannot_be_told_apart_are_an_error() -> None:
+    found = [reported("a", "x", label="x"), reported("b", "y", label="x"), reported("c", "z", label="x (y, share)")]
+    with pytest.raises(UserError, match=r"columns of the table must have distinct names, got \['x \(y, share\)'\]"):
+        table(found)
 
 
 def test_a_sweep_tabulates_and_plots_the_main_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +177,7 @@ def test_a_sweep_tabulates_and_plots_the_main_metric(tmp_path: Path, monkeypatch
     monkeypatch.setattr(plots, "save_sweep", lambda *arguments: (drawn.append(arguments), save(*arguments)))
     found = sweep.sweep_file("model.keras", Task(), output=str(tmp_path))
     header, first, *_, last = rows_of(tmp_path / "sweep.csv")
-    assert header == ["clips", "views", "gmacs_per_body_part", "drift", "halves"]
+    assert header == ["clips", "views", "gmacs_per_sample", "drift", "halves"]
     assert (first, last) == (["1", "1-Center", "2", "-0.0315", "0.25"], ["10", "10-Center", "20", "-0.315", "0.25"])
     ((points, _, path, title, metric, sample),) = drawn
     assert points == [(2.0 * k, pytest.approx(-0.0315 * k)) for k in sweep.CLIPS]
@@ -194,10 +225,13 @@ def test_watched_steps_tabulate_the_metrics(
         ({"metrics": (DRIFT,) * 2}, r"the names of metrics must be distinct, got \['drift', 'drift'\]"),
         ({"metrics": (DRIFT, Metric("mean", "share"))}, r"mean must be in \[0, 1\], got None"),
         ({"metrics": (Metric("longest", "share"),)}, r"longest must be in \[0, 1\], got 12"),
-        ({"drift": float("nan")}, "drift must be a number, got nan"),
-        ({"sample": "Körperteil"}, "sample must be a noun of at most 100 lower-case letters, got 'Körperteil'"),
-        ({"sample": "recording"}, "recordings must be an integer of at least 1, got None"),
-        ({"settings": lambda: settings(body_parts=7, gmacs_per_body_part=2, drift=1)}, r"not be .*, got \['drift'\]"),
+        ({"drift": float("nan")}, r"drift must be a finite number in \[-1e15, 1e15\], got nan"),
+        ({"drift": 2e15}, r"drift must be a finite number in \[-1e15, 1e15\], got 2000000000000000\.0"),
+        ({"longest": float("nan")}, "longest must be a value for JSON with finite numbers, got nan"),
+        ({"longest": {"parts": [1, np.float32("inf")]}}, r"longest must be a value for JSON .*, got {'parts': \[1, "),
+        ({"longest": {1, 2}}, r"longest must be a value for JSON with finite numbers, got {1, 2}"),
+        ({"sample": "Körperteil"}, "sample must be a noun of .*, got 'Körperteil'"),
+        ({"settings": lambda: settings(longest=1)}, r"not be .*, got \['longest'\]"),
     ],
 )
 def test_an_evaluation_that_states_its_results_wrongly_writes_no_report(
@@ -211,6 +245,39 @@ def test_an_evaluation_that_states_its_results_wrongly_writes_no_report(
     with pytest.raises(UserError, match=message):
         evaluation.report(tmp_path)
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": lambda: settings(drift=1)}, r"names of metrics must not be names of settings, got \['drift'\]"),
+        ({"metrics": (Metric("metrics", "number"),)}, r"must not be names of settings, got \['metrics'\]"),
+        ({"settings": lambda: settings(own=float("nan"))}, "own must be a value for JSON with finite numbers, got nan"),
+        ({"settings": lambda: settings(own=object())}, "own must be a value for JSON with finite numbers, got <object"),
+    ],
+)
+def test_settings_that_cannot_be_reported_are_rejected_before_the_evaluation(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    evaluation = Lengths()
+    for name, value in changes.items():
+        setattr(evaluation, name, value)
+    with pytest.raises(UserError, match=message):
+        settings_of(evaluation)
+
+
+def test_numpy_values_are_reported_as_numbers(tmp_path: Path) -> None:
+    """Of metrics, of further results, and of settings."""
+    evaluation = Lengths(drift=cast(float, np.float32(0.25)))
+    evaluation.longest = {"parts": np.arange(3, dtype=np.int32), "first": [np.float32(0.5)], "all": np.bool_(True)}
+    others = Lengths().settings() | {"samples": np.int64(7), "own": (np.float64(0.5), 2)}
+    evaluation.settings = lambda: others  # type: ignore[method-assign]
+    report = evaluation.report(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["longest"] == {"parts": [0, 1, 2], "first": [0.5], "all": True}
+    assert (results["drift"], results["samples"], results["own"]) == (0.25, 7, [0.5, 2])
+    assert results == report.results == read_report(tmp_path).results
+    assert differing_settings(results, settings_of(evaluation)) == []
 
 
 def test_metrics_have_names_and_labels() -> None:

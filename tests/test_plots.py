@@ -59,6 +59,26 @@ def curves(count: int, every: int = 0) -> Picture:
     return lambda path: plots.save_curves(history(count, every), path, TITLE, **metrics)
 
 
+OTHERS = {  # metrics of a task of your own, without shares
+    "training": [Metric("mae", "number"), Metric("auxiliary", "loss"), Metric("clips_left_out", "count")],
+    "validation": [Metric("mae", "number"), Metric("errors", "count"), Metric("log_likelihood", "loss")],
+}
+
+
+def other_curves(count: int) -> Picture:
+    rows = history(count, 1)
+    for row in rows:
+        row |= {"mae": 1000 + 1 / row["step"], "auxiliary": 2.0, "clips_left_out": 3.0}
+        row |= {"validation_mae": -5.0, "validation_errors": 40.0, "validation_log_likelihood": -0.25}
+    return lambda path: plots.save_curves(rows, path, TITLE, **OTHERS)
+
+
+def many_shares(path: Path) -> None:
+    shares = [Metric(f"share_of_the_clips_with_rank_{number}", "share") for number in range(8)]
+    rows = [row | {metric.name: 0.1 * n for n, metric in enumerate(shares)} for row in history(4)]
+    plots.save_curves(rows, path, TITLE, training=shares, validation=[])
+
+
 def sheet(rows: int, columns: int, lines: int = 3) -> Picture:
     clips = [np.full((columns, 32, 32, 3), 90)] * rows
     labels = ["\n".join(names(lines))] * rows
@@ -72,6 +92,9 @@ PICTURES = {
     **{f"staircase of {count} steps": staircase(count) for count in (1, 13)},
     **{f"curves of {count} rows": curves(count) for count in (0, 1, 2000)},
     **{f"curves of {count} rows with validation": curves(count, 8) for count in (16, 2000)},
+    "curves of other metrics": other_curves(4),
+    "curves of other metrics without rows": other_curves(0),
+    "curves of many shares": many_shares,
     **{f"sheet of {rows} x {columns}": sheet(rows, columns) for rows, columns in ((1, 1), (3, 6), (2, 40))},
     "sheet with long labels": sheet(2, 2, 30),
 }
@@ -127,6 +150,32 @@ def test_curves_show_validation_on_plain_axes(figures: list[Any], tmp_path: Path
     for axes in (loss, shares, rate):
         assert axes.get_xlim() == (0, 200)
         assert axes.yaxis.get_offset_text().get_text() == axes.xaxis.get_offset_text().get_text() == ""
+
+
+def test_metrics_that_are_no_shares_have_panels_of_their_own(figures: list[Any], tmp_path: Path) -> None:
+    other_curves(4)(tmp_path / "a.png")
+    panels = {axes.get_title(): axes for axes in figures[0].axes}
+    assert list(panels) == ["loss", "mae", "errors", "learning rate"]
+    drawn = {name: [line.get_label() for line in axes.lines] for name, axes in panels.items()}
+    assert drawn["loss"] == ["training loss", "training auxiliary", "validation log_likelihood"]
+    assert drawn["mae"] == ["training mae", "validation mae"] and drawn["errors"] == ["validation errors"]
+    assert len({line.get_color() for line in panels["loss"].lines}) == 3
+    assert [text.get_text() for text in panels["errors"].get_legend().get_texts()] == ["validation errors"]
+    for axes in panels.values():  # all values are visible
+        low, high = axes.get_ylim()
+        assert all(low <= value <= high for line in axes.lines for value in line.get_ydata())
+    assert panels["errors"].get_ylim()[0] > 0  # numbers need not start at 0
+
+
+def test_many_metrics_are_told_apart(figures: list[Any], tmp_path: Path) -> None:
+    many_shares(tmp_path / "a.png")
+    lines = figures[0].axes[1].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 8
+
+
+def test_curves_without_rows_start_at_zero(figures: list[Any], tmp_path: Path) -> None:
+    curves(0)(tmp_path / "a.png")
+    assert [axes.get_ylim()[0] for axes in figures[0].axes] == [0, 0, 0]
 
 
 def test_long_curves_have_a_mean(figures: list[Any], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def test_x3d_s_learns_the_synthetic_videos(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "x3d_tf.train", f"--gin_file={ROOT / 'gin' / 'x3d_s.gin'}"]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
     results = json.loads((tmp_path / "runs/x3d_s/evaluation/moving_shapes_test_10center/results.json").read_text())
-    assert results["videos"] == 100
+    assert results["samples"] == 100
     assert results["top1"] >= 0.85
     last_lines = "\n".join(done.stdout.splitlines()[-3:])
     for file in ("model.keras", "curves.png", "results.json", "confusion.png"):

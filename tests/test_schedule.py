@@ -1,16 +1,50 @@
 """Learning rates of the schedule compared with the paper's."""
 
+import numpy as np
 import pytest
 
+from x3d_tf import gin_config
 from x3d_tf.config import Recipe
 from x3d_tf.training.schedule import build_schedule
 
+RATES = {0: 0.16, 4000: 0.845418, 8000: 1.530836, 30_000: 0.8, 60_000: 0.0}
 
-def test_the_papers_learning_rates() -> None:
-    schedule = build_schedule(Recipe())
-    expected = {0: 0.16, 4000: 0.845418, 8000: 1.530836, 30_000: 0.8, 60_000: 0.0}
-    for step, rate in expected.items():
-        assert float(schedule(step)) == pytest.approx(rate, abs=1e-6)
+
+@pytest.mark.parametrize(
+    ("file", "scale", "stretch"),
+    [
+        ("kinetics400/x3d_m", 1, 1),
+        ("kinetics400/x3d_xxl", 1, 1),
+        ("kinetics400/x3d_xs", 2, 0.5),
+        ("kinetics400/x3d_s", 2, 0.5),
+        ("kinetics600/x3d_s", 2, 1),
+        ("kinetics600/x3d_xl", 1, 2),
+    ],
+)
+def test_the_papers_learning_rates(file: str, scale: float, stretch: float) -> None:
+    """The rates of the recipes, which are multiples of X3D-M's on a stretched axis of steps."""
+    schedule = build_schedule(gin_config.parse([f"gin/{file}.gin"]).config.recipe)
+    for step, rate in RATES.items():
+        assert float(schedule(round(stretch * step))) == pytest.approx(scale * rate, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "peak", "steps", "warmup", "start"),
+    [
+        ("kinetics400/x3d_m", 1.6, 60_000, 8000, 0.16),
+        ("kinetics400/x3d_s", 3.2, 30_000, 4000, 0.32),
+        ("kinetics600/x3d_m", 1.6, 120_000, 16_000, 0.16),
+        ("kinetics400/pyslowfast/x3d_s", 0.1, 562_500, 65_625, 0.01),
+        ("kinetics400/pyslowfast/x3d_l", 0.05, 960_000, 131_250, 0.01),
+    ],
+)
+def test_the_learning_rate_of_every_step(file: str, peak: float, steps: int, warmup: int, start: float) -> None:
+    """An independent form of the schedule: a line to the cosine's value at the end of the warm-up, then the cosine."""
+    numbers = np.arange(steps + 1)
+    cosine = peak * np.cos(np.pi * numbers / (2 * steps)) ** 2
+    expected = np.where(numbers < warmup, np.interp(numbers, [0, warmup], [start, cosine[warmup]]), cosine)
+    rates = build_schedule(gin_config.parse([f"gin/{file}.gin"]).config.recipe)(numbers)
+    np.testing.assert_allclose(np.asarray(rates), expected, atol=2e-6 * peak)
 
 
 def test_a_schedule_without_warmup_starts_at_its_peak() -> None:

@@ -76,7 +76,7 @@ def test_records_are_opened_for_training(tmp_path: Path) -> None:
         ({"flip": True}, "DatasetSpec.flip must be False for moving_shapes"),
         (
             {"name": "kinetics"},
-            "DatasetSpec.name: there is no data set 'kinetics': the names are ava, ava_v2.1, ava_v2.2, csv",
+            "DatasetSpec.name: there is no data set 'kinetics': the names are ava, ava_v2.1, ava_v2.2, charades",
         ),
         ({"records": ""}, "DatasetSpec.records must not be empty"),
         ({"train_split": 3}, "DatasetSpec.train_split must be str, got 3"),

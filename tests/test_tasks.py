@@ -243,14 +243,14 @@ def _all_commands(records: Path, tmp_path: Path, command: Callable[..., None], c
     run, printed = RunFolder(workdir), capsys.readouterr().out
     assert "step 2: validation_top1 " in printed and "2 classes, 2-Center" in printed
     assert run.labels.read_text() == "forwards\nbackwards\n"
-    assert {"top1", "validation_top1", "validation_loss"} < set(run.read_history()[-1])
+    assert {"top1", "validation_top1", "validation_balanced_accuracy", "validation_loss"} < set(run.read_history()[-1])
     model = x3d_tf.load(workdir)
     assert (model.task, model.activation, model.class_names) == ("playback", "softmax", ("forwards", "backwards"))
     assert task_of_model(workdir) is find("playback")
 
     (report,) = run.evaluations.iterdir()
     results = json.loads((report / "results.json").read_text())
-    assert (results["task"], results["videos"], results["classes"]) == ("playback", 8, 2)
+    assert (results["task"], results["samples"], results["classes"]) == ("playback", 8, 2)
     with (report / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["label"] for row in rows} == {"forwards", "backwards"}  # not the class of the records, "right"

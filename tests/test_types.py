@@ -1,10 +1,10 @@
-"""Views that are not valid."""
+"""Views that are not valid, and the direction of metrics."""
 
 from typing import Any
 
 import pytest
 
-from x3d_tf.types import ViewSpec
+from x3d_tf.types import Metric, ViewSpec
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,12 @@ from x3d_tf.types import ViewSpec
 def test_view_spec_errors_name_the_field(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         ViewSpec(**({"resize": 182, "crop": 160} | change))
+
+
+def test_metrics_state_which_value_is_better() -> None:
+    metrics = [Metric("a", kind) for kind in ("share", "loss", "count", "number")]  # type: ignore[arg-type]
+    assert [metric.better for metric in metrics] == ["higher", "lower", "higher", "higher"]
+    error, gain = Metric("mae", "number", better="lower"), Metric("gain", "loss", better="higher")
+    assert error.rank(0.1) > error.rank(0.2) and gain.rank(0.2) > gain.rank(0.1)
+    with pytest.raises(ValueError, match=r"Metric\.better must be one of higher, lower or None, got 'less'"):
+        Metric("mae", "number", better="less")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,15 @@ from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import HELD_OUT, DatasetSpec, hold_out, open_dataset, open_for_training
 from x3d_tf.data.records.index import Record, Shard, Split
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.errors import UserError
+from x3d_tf.evaluation import validation as validation_module
+from x3d_tf.evaluation.classification_reports import Predictions
 from x3d_tf.evaluation.eval_config import EvalConfig
+from x3d_tf.evaluation.metrics import TOP1
+from x3d_tf.evaluation.multiview import SplitPredictions
 from x3d_tf.evaluation.validation import ClipValidation
-from x3d_tf.types import Storage
+from x3d_tf.tasks.classification import ClipTask, SingleLabel
+from x3d_tf.types import Metric, Storage
 
 pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
@@ -119,7 +126,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_score_is_that_of_the_middle_clips(records: Path) -> None:
     model = x3d_tf.X3D(TINY, 2, x3d_tf.ModelOptions())
     manifest = Manifest.load(records)
-    validation = ClipValidation(model, manifest, "train", "slowfast", TINY.test_size)
+    validation = SingleLabel().validation(model, TrainConfig(TINY), manifest, "train")
     clips, labels = next(iter(x3d_tf.dataset(records, TINY.clip, split="train", training=False, batch=5)))
     for shift in (0.0, 0.3):  # different weights, the same compiled function
         model.get_layer("fc2").bias.assign([shift, 0])
@@ -131,3 +138,81 @@ def test_a_score_is_that_of_the_middle_clips(records: Path) -> None:
         assert score["loss"] == pytest.approx(-np.mean(log[range(5), labels.numpy()]), rel=1e-4)
     best, worst, second = {"top1": 0.5, "loss": 0.9}, {"top1": 0.4, "loss": 0.0}, {"top1": 0.5, "loss": 1.0}
     assert sorted((best, worst, second), key=validation.rank) == [worst, second, best]
+
+
+class Distances(ClipTask):
+    """Measures how far the predicted class is from the label, and the share of the longest distance."""
+
+    name = "distances"
+    found: tuple[Metric, ...] = (Metric("distance", "number", better="lower"), Metric("farthest", "share"))
+
+    def metrics(self, num_classes: int) -> tuple[Metric, ...]:
+        return self.found
+
+    def score(self, predictions: Predictions) -> dict[str, Any]:
+        distances = np.abs(predictions.probabilities.argmax(axis=1) - predictions.labels)
+        farthest = (distances == len(predictions.class_names) - 1).mean()
+        return {"distance": np.float32(distances.mean()), "farthest": farthest, "videos": list(predictions.videos)}
+
+
+@pytest.fixture
+def validate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns a function from a task to its validation of four videos, without running the network."""
+    probabilities = np.array([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.25, 0.5, 0.25]])
+    found = SplitPredictions(probabilities, np.array([0, 2, 2, 2]))
+    monkeypatch.setattr(validation_module, "predict_split", lambda *_, **__: found)
+    model = x3d_tf.X3D(TINY, 3, x3d_tf.ModelOptions())
+    model.class_names = ("0", "1", "2")
+    manifest = manifest_of({0: 1, 1: 1, 2: 2})
+    return lambda task: task.validation(model, TrainConfig(TINY), manifest, "train")
+
+
+def test_a_validation_measures_the_metrics_of_the_task(validate: Any) -> None:
+    validation: ClipValidation = validate(Distances())
+    assert [metric.name for metric in validation.metrics] == ["distance", "farthest", "loss"]
+    scores = validation()
+    assert scores == {"distance": 0.75, "farthest": 0.25, "loss": pytest.approx(1.5 * np.log(2))}
+    assert type(scores["distance"]) is float
+    near, far = {"distance": 0.5, "farthest": 0.0, "loss": 2.0}, {"distance": 0.75, "farthest": 1.0, "loss": 0.0}
+    assert sorted((near, far, near | {"loss": 1.0}), key=validation.rank) == [far, near, near | {"loss": 1.0}]
+    assert list(validate(SingleLabel())()) == ["top1", "loss"]  # top-5 says nothing about three classes
+
+
+def test_a_task_may_measure_a_loss_of_its_own(validate: Any) -> None:
+    class Own(Distances):
+        found = (Metric("loss", "loss"), TOP1)
+
+        def score(self, predictions: Predictions) -> dict[str, Any]:
+            return {"loss": -3.0, "top1": 0.5}
+
+    validation = validate(Own())
+    assert [metric.name for metric in validation.metrics] == ["loss", "top1"]
+    assert validation() == {"loss": -3.0, "top1": 0.5}
+    assert validation.rank({"loss": -4.0, "top1": 0.0}) > validation.rank({"loss": -3.0, "top1": 1.0})
+
+
+@pytest.mark.parametrize("value", [None, 1.5, float("nan"), "high"])
+def test_a_metric_without_a_valid_value_is_an_error(validate: Any, value: object) -> None:
+    class Wrong(Distances):
+        def score(self, predictions: Predictions) -> dict[str, Any]:
+            return {"distance": 1, "farthest": value}
+
+    with pytest.raises(UserError, match=rf"^farthest must be in \[0, 1\], got {value!r}$"):
+        validate(Wrong())()
+
+
+def test_the_metrics_of_a_task_are_checked_before_training() -> None:
+    """Not by the evaluation, after hours of training."""
+
+    class Twice(Distances):
+        found = (TOP1, TOP1)
+
+    class Nothing(Distances):
+        found = ()
+
+    manifest, config = manifest_of({0: 2, 1: 2}), TrainConfig(TINY)
+    SingleLabel().check(config, manifest)
+    with pytest.raises(UserError, match=r"the names of metrics must be distinct, got \['top1', 'top1'\]"):
+        Twice().check(config, manifest)
+    with pytest.raises(UserError, match=r"metrics must be a list of 1 to 20, got \[\]"):
+        Nothing().check(config, manifest)

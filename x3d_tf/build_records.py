@@ -22,6 +22,10 @@ A record then holds the 2.7 seconds around a key frame. Proposals are the boxes 
 with a score in the last column. Without --dataset, any csv files in AVA's format are accepted, and --label_map names
 their actions.
 
+Published data sets by name, with their own lists, one per split (docs/kinetics.md and docs/small-sets.md):
+  python -m x3d_tf.build_records --dataset=kinetics400 --videos=kinetics400 --output=data/kinetics400 \\
+      --lists=train=train.csv --lists=val=validate.csv
+
 Other data sets by name, from an installed package or a module of your own:
   python -m x3d_tf.build_records --plugin=my_data --dataset=my_data --videos=my_videos --output=data/my_records
 
@@ -44,6 +48,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +61,7 @@ from x3d_tf.config import TrainConfig
 from x3d_tf.data.building.builder import BuildResult, build_records
 from x3d_tf.data.building.encoding import TIMEOUT
 from x3d_tf.data.building.state import FAILURES_NAME
-from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.datasets.base import DATA_SETS, Inputs
 from x3d_tf.data.records.frames import index_records
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, first_few, require
@@ -84,15 +89,14 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset",
         None,
-        "Name of the data set, such as ava_v2.2; a --plugin can add data sets. Defaults to ava with --boxes, csv with "
-        "--csv, else folder.",
+        "Name of the data set, such as kinetics400; a --plugin can add data sets. Defaults to ava with --boxes, csv "
+        "with --csv, else folder.",
     )
     flags.DEFINE_string("csv", None, "A csv file that lists the videos.")
     flags.DEFINE_multi_string(
         "lists",
         None,
-        "SPLIT=FILE: list of a split's videos in the format of the data set, for data sets with such lists; repeat the "
-        "flag for each split.",
+        "SPLIT=FILE: list of a split's videos in the format of the --dataset; repeat the flag for each split.",
     )
     flags.DEFINE_multi_string(
         "boxes",
@@ -138,8 +142,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "classes",
         None,
-        "Text file of class names, one per line, that sets the order of the classes. Defaults to alphabetical order, "
-        "or numeric order if all names are numbers.",
+        "Text file of class names, one per line, that sets the order of the classes, or the file of the classes that "
+        "the --dataset has. Defaults to alphabetical order, or numeric order if all names are numbers.",
     )
     flags.DEFINE_integer(
         "short_side",
@@ -259,18 +263,21 @@ def summary(result: BuildResult) -> list[str]:
 def _training_command(manifest: Manifest, task: Task) -> list[str]:
     """Returns the command that trains on the records, with warnings about them."""
     names, suggestion = list(manifest.splits), task.suggestion(manifest)
+    gin_files = _recipe_of_data_set(manifest.dataset) or suggestion.gin_files
     if len(names) == 1:
         return [
             "Training also needs a test split: build again with --split=0.2 or --splits, or with another list of the "
-            "data set, such as --boxes=SPLIT=FILE."
+            "data set, such as --lists=SPLIT=FILE or --boxes=SPLIT=FILE."
         ]
-    config = gin_config.parse(suggestion.gin_files).config
+    config = gin_config.parse(gin_files).config
     bindings: dict[str, str | int] = {"DatasetSpec.records": str(manifest.folder)}
     train, validation, test = _purposes(names)
     if not {"train", "val"} <= set(names):  # training finds these two by their names
         bindings |= {"DatasetSpec.train_split": train} if train != "train" else {}
         bindings |= {"DatasetSpec.validation_split": validation} if validation else {}
         bindings |= {"DatasetSpec.eval_split": test} if test != config.dataset.eval_split else {}
+    flips = manifest.dataset not in DATA_SETS.names() or DATA_SETS.get(manifest.dataset).flips
+    bindings |= {} if flips or not config.dataset.flip else {"DatasetSpec.flip": False}
     bindings |= suggestion.bindings
     config = replace(config, dataset=replace(config.dataset, train_split=train))
     records, recipe = len(task.training_records(manifest, train)), config.recipe
@@ -278,7 +285,7 @@ def _training_command(manifest: Manifest, task: Task) -> list[str]:
     if batch not in (0, recipe.batch):
         bindings["Recipe.batch"] = batch
         config = replace(config, recipe=replace(recipe, batch=batch))
-    flags_ = [f"--gin_file={file}" for file in suggestion.gin_files]
+    flags_ = [f"--gin_file={file}" for file in gin_files]
     flags_ += [binding_flag(*binding) for binding in bindings.items()]
     run = "--workdir=" + shlex.quote(f"runs/{Path(manifest.folder).resolve().name}")
     intro = f"Train on them{suggestion.note} with:"
@@ -292,6 +299,15 @@ def _purposes(names: Sequence[str]) -> tuple[str, str | None, str]:
     test = "test" if "test" in others else others[-1]
     between = [name for name in others if name != test]
     return train, between[0] if len(between) == 1 else None, test
+
+
+def _recipe_of_data_set(name: str) -> tuple[str, ...]:
+    """Returns the gin files of a recipe named after a data set, for the smallest network, or nothing."""
+    for files in ((f"gin/{name}/x3d_s.gin",), (f"gin/{name}/x3d_xl.gin",), ("gin/x3d_s.gin", f"gin/data/{name}.gin")):
+        with suppress(UserError):
+            gin_config.find_recipe(files[-1])
+            return files
+    return ()
 
 
 def _advice(manifest: Manifest, config: TrainConfig) -> list[str]:

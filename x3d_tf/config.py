@@ -12,7 +12,7 @@ from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.modeling.graph import DetectionHead
-from x3d_tf.types import MAX_VIEWS, TASK_NAME_RULE, Combine, is_task_name
+from x3d_tf.types import MAX_VIEWS, NAME_RULE, Combine, is_name
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_field_types(self)
         plan(self.expansion, self.model)  # checks the bounds of the network before records are read
-        require(self.task is None or is_task_name(self.task), "TrainConfig.task", TASK_NAME_RULE, self.task)
+        require(self.task is None or is_name(self.task), "TrainConfig.task", NAME_RULE, self.task)
         inside = 1 <= self.test_views <= MAX_VIEWS
         require(inside, "TrainConfig.test_views", f"be in 1..{MAX_VIEWS}", self.test_views)
         require(self.checkpoint_steps >= 1, "TrainConfig.checkpoint_steps", "be at least 1", self.checkpoint_steps)

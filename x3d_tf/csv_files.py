@@ -9,7 +9,10 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from x3d_tf.errors import UserError
 
 # Excel also skips spaces, tabs and line breaks before a formula, and accepts full-width signs. The pattern includes
 # apostrophes so that text which already looks escaped is escaped again.
@@ -83,6 +86,30 @@ class Reader:
 
     def __next__(self) -> list[str]:
         return [unescape_formula(cell) for cell in next(self._reader)]
+
+
+def numbered_rows(table: Path, text: str, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """Yields the non-empty rows of a csv file, each with the number of its first line.
+
+    Args:
+        table: path of the file, for messages.
+        text: content of the file.
+        delimiter: character between cells.
+
+    Raises:
+        UserError: a row is not valid csv.
+    """
+    reader = Reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{table}, line {line} is not valid csv: {error}") from error
+        if cells:
+            yield line, cells
 
 
 def dicts(lines: Iterable[str]) -> Iterator[dict[str, str]]:

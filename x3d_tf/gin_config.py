@@ -158,7 +158,7 @@ def find_recipe(file: str) -> Path:
     recipe = _recipes() / file.removeprefix("gin/")
     if _is_file(recipe):
         return recipe
-    raise UserError(f"--gin_file={file}: no such file or recipe; available recipes: {_known_recipes()}")
+    raise UserError(f"--gin_file={file}: no such file or recipe; available recipes: {_known_recipes(file)}")
 
 
 def _is_file(path: Path) -> bool:
@@ -173,9 +173,14 @@ def _recipes() -> Path:
     return next(folder for folder in (package / "recipes", package.parent / "gin") if folder.is_dir())
 
 
-def _known_recipes() -> str:
+def _known_recipes(file: str) -> str:
+    """Returns the recipes in the main folder, the folders of the others, and the names close to a missing file."""
     recipes = _recipes()
-    return ", ".join(sorted(f"gin/{path.relative_to(recipes).as_posix()}" for path in recipes.rglob("*.gin")))
+    names = sorted(f"gin/{path.relative_to(recipes).as_posix()}" for path in recipes.rglob("*.gin"))
+    main = [name for name in names if name.count("/") == 1]
+    folders = sorted({f"{name.rpartition('/')[0]}/" for name in names if name not in main})
+    hint = did_you_mean(file[:200], names)
+    return f"{', '.join(main)}, and those in {', '.join(folders)}" + (f"; {hint}" if hint else "")
 
 
 @dataclass(frozen=True)
@@ -287,7 +292,7 @@ def _find_included(file: str, folder: Path | None, place: str) -> Path:
             return parent / name
     where = f"neither in {folder} nor" if folder else "not"
     raise UserError(
-        f"{place}: the included file {_shortened(file)!r} is {where} a recipe of this package: {_known_recipes()}"
+        f"{place}: the included file {_shortened(file)!r} is {where} a recipe of this package: {_known_recipes(file)}"
     )
 
 

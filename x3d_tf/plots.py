@@ -58,7 +58,10 @@ def save_curves(
     training: Sequence[Metric],
     validation: Sequence[Metric],
 ) -> None:
-    """Saves the losses, the metrics in [0, 1], and the learning rate over the steps as a PNG file.
+    """Saves the losses, the other metrics, and the learning rate over the steps as a PNG file.
+
+    Shares have one panel together, and each other number has a panel of its own. Counts of training steps are not
+    drawn: the summary of a run states their sums.
 
     Args:
         rows: rows with step, loss, learning_rate and the metrics of training; some also with those of validation, whose
@@ -68,52 +71,83 @@ def save_curves(
         training: the metrics of a training step besides the loss.
         validation: the metrics of a validation.
     """
-    shares = [[metric.name for metric in part if metric.kind == "share"] for part in (training, validation)]
-    losses = [metric.name for metric in validation if metric.kind == "loss"]
-    with _figure(path, 11, 3.2, layout="constrained") as figure:
+    losses, shares = ([_names(part, kind) for part in (training, validation)] for kind in ("loss", "share"))
+    numbers = [_names(training, "number"), _names(validation, "number", "count")]
+    percentages, others = ([*dict.fromkeys(part[0] + part[1])] for part in (shares, numbers))
+    panels = 2 + bool(percentages) + len(others)
+    height = math.ceil(panels / 3)
+    with _figure(path, 11, 3.2 * height, layout="constrained") as figure:
         figure.suptitle(_wrap_title(title, 11))
-        left, middle, right = figure.subplots(1, 3)
-        _draw_metrics(left, rows, ["loss"], losses)
-        left.set(title="loss")
-        _draw_metrics(middle, rows, shares[0], shares[1], scale=100)
-        middle.set(ylim=(0, 100), title=f"{', '.join(dict.fromkeys((*shares[0], *shares[1])))} in %")
-        _draw_metrics(right, rows, ["learning_rate"], [], smooth=False)
-        right.set(title="learning rate")
+        axes = (figure.add_subplot(height, 3, number) for number in range(1, panels + 1))
+        _draw_metrics(next(axes), "loss", rows, ["loss", *losses[0]], losses[1])
+        if percentages:
+            heading = f"{', '.join(percentages) if len(percentages) <= 2 else 'metrics'} in %"
+            _draw_metrics(panel := next(axes), heading, rows, shares[0], shares[1], scale=100)
+            panel.set_ylim(0, 100)
+        for name in others:
+            trained, validated = ([name] if name in part else [] for part in numbers)
+            _draw_metrics(next(axes), name, rows, trained, validated, from_zero=False)
+        _draw_metrics(next(axes), "learning rate", rows, ["learning_rate"], [], smooth=False)
+
+
+def _names(metrics: Sequence[Metric], *kinds: str) -> list[str]:
+    return [metric.name for metric in metrics if metric.kind in kinds]
 
 
 def _draw_metrics(
     axes: Any,
+    title: str,
     rows: Sequence[dict[str, float]],
     training: Sequence[str],
     validation: Sequence[str],
+    *,
     scale: float = 1,
     smooth: bool = True,
+    from_zero: bool = True,
 ) -> None:
-    """Draws columns of the history, and validation metrics, over the steps."""
+    """Draws columns of the history, and validation metrics, over the steps.
+
+    Args:
+        axes: the panel.
+        title: its title.
+        rows: see `save_curves`.
+        training: names of columns.
+        validation: names of metrics of a validation.
+        scale: factor of all values.
+        smooth: whether many values are drawn with their mean.
+        from_zero: whether the axis starts at 0 if no value is negative.
+    """
     steps = np.array([row["step"] for row in rows])
     many = len(rows) > 300 and smooth  # noise would hide the trend
     marker = "o" if len(rows) == 1 else None
     for number, name in enumerate(training):
-        values, colour, label = scale * np.array([row[name] for row in rows]), f"C{2 * number}", f"training {name}"
-        axes.plot(steps, values, colour, marker=marker, alpha=0.3 if many else 1, label=label, clip_on=False)
+        values, label = scale * np.array([row[name] for row in rows]), f"training {name}"
+        line = _line(number, 0)
+        axes.plot(steps, values, marker=marker, alpha=0.3 if many else 1, label=label, **line)
         if many:
             bins = 100
             means = [[part.mean() for part in np.array_split(column, bins)] for column in (steps, values)]
-            axes.plot(*means, colour, label=f"{label}, mean of {len(rows) // bins} rows", clip_on=False)
+            axes.plot(*means, label=f"{label}, mean of {len(rows) // bins} rows", **line)
     for number, name in enumerate(validation):
         validated = [row for row in rows if f"validation_{name}" in row]
         if validated:
             x, y = [row["step"] for row in validated], [scale * row[f"validation_{name}"] for row in validated]
             marker = "o" if len(validated) <= 50 else None
-            label = f"validation {name}"
-            axes.plot(x, y, f"C{2 * number + 1}", marker=marker, ms=4, label=label, clip_on=False)
-    if len(axes.lines) > 1:
+            axes.plot(x, y, marker=marker, ms=4, label=f"validation {name}", **_line(number, 1))
+    if len(axes.lines) > 1 or (axes.lines and validation):
         axes.legend(fontsize=8)
-    axes.set(xlabel="step", xlim=(0, max([1, *steps])), ylim=(0, None))
+    axes.set(title=_wrap_title(title, 3.5), xlabel="step", xlim=(0, max([1, *steps])))
+    if from_zero and axes.dataLim.y0 >= 0:
+        axes.set_ylim(bottom=0)
     axes.locator_params("x", nbins=5, integer=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default formatter may use a factor or an offset
     axes.grid(alpha=0.3)
+
+
+def _line(number: int, part: int) -> dict[str, Any]:
+    """Returns the look of a line: ten colours serve five metrics each of training, part 0, and validation, part 1."""
+    return {"color": f"C{2 * number + part}", "linestyle": ("-", "--", ":", "-.")[number // 5 % 4], "clip_on": False}
 
 
 def save_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, title: str) -> None:

@@ -31,6 +31,8 @@ def decimal(text: str) -> float:
 
 def binding_flag(name: str, value: str | float) -> str:
     """Returns a --gin_bindings flag for a setting, quoted so that the printed command can be copied into a shell."""
+    if isinstance(value, bool):
+        return f"--gin_bindings={name}={value}"
     return "--gin_bindings=" + shlex.quote(f"{name}={json.dumps(value, ensure_ascii=False)}")
 
 

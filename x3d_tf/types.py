@@ -19,8 +19,8 @@ FrameSampling = Literal["slowfast", "exact"]
 ClipStarts = Literal["offset", "slowfast"]
 Combine = Literal["mean", "max"]  # how the probabilities of a video's views are combined
 
-TASK_NAME_RULE = "be a name of at most 64 lower-case letters, digits and _, and start with a letter"
-_TASK_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
+NAME_RULE = "be a name of at most 64 lower-case letters, digits and _, and start with a letter"
+_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 MAX_VIEWS = 1000  # limit for the clips that a prediction combines; the number may come from an untrusted file
 _LONGEST_LABEL = 40  # characters
 _MAX_SHORT_SIDE = 65535  # pixels: the limit of the JPEG format
@@ -85,11 +85,13 @@ class Metric:
     """A number that training, validation or an evaluation measures.
 
     Attributes:
-        name: its name in files and messages, such as "top1" or "map"; the rule is that of names of tasks.
+        name: its name in files and messages, such as "top1" or "map"; the rule is `NAME_RULE`.
         kind: "share" in [0, 1], shown in percent; "loss"; "count", which is added up instead of averaged; or "number",
             any other finite number.
         note: what is counted, for the summary of a run.
-        label: its name in tables and figures, such as "top-1"; at most 40 printable characters. Defaults to `name`.
+        label: its name in tables and figures, such as "top-1"; at most 40 printable characters, none of them a space at
+            an end. Defaults to `name`.
+        better: which of two values is better, for early stopping. Defaults to "lower" for a loss, otherwise "higher".
 
     Raises:
         SettingTypeError, UserError: names the field, the rule and the value received.
@@ -99,14 +101,22 @@ class Metric:
     kind: Literal["share", "loss", "count", "number"]
     note: str = ""
     label: str = ""
+    better: Literal["higher", "lower"] | None = None
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        require(is_task_name(self.name), "Metric.name", TASK_NAME_RULE, self.name)
+        require(is_name(self.name), "Metric.name", NAME_RULE, self.name)
         if not self.label:
             object.__setattr__(self, "label", self.name)
-        printable = self.label.isprintable() and len(self.label) <= _LONGEST_LABEL
-        require(printable, "Metric.label", f"have at most {_LONGEST_LABEL} printable characters", self.label)
+        if self.better is None:
+            object.__setattr__(self, "better", "lower" if self.kind == "loss" else "higher")
+        valid = self.label.isprintable() and 1 <= len(self.label.strip()) == len(self.label) <= _LONGEST_LABEL
+        rule = f"have 1 to {_LONGEST_LABEL} printable characters, none of them a space at an end"
+        require(valid, "Metric.label", rule, self.label)
+
+    def rank(self, value: float) -> float:
+        """Returns the key by which two values are compared: the greater one is better."""
+        return -value if self.better == "lower" else value
 
     def text(self, value: float) -> str:
         """Returns the name and a value for a message."""
@@ -139,6 +149,19 @@ class Annotation(NamedTuple):
     labels: tuple[tuple[int, ...], ...]
     proposals: tuple[Box, ...] = ()
     scores: tuple[float, ...] = ()
+
+
+class TimedLabel(NamedTuple):
+    """A class of a part of a video.
+
+    Attributes:
+        label: class index.
+        start, end: first and last second of the file in which the class is visible.
+    """
+
+    label: int
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -183,6 +206,6 @@ def stored_from_json(value: Any) -> Storage | None:
     return Storage(**value)
 
 
-def is_task_name(name: str) -> bool:
-    """Returns True if a text can be the name of a task; the rule is `TASK_NAME_RULE`."""
-    return _TASK_NAME.fullmatch(name) is not None
+def is_name(name: str) -> bool:
+    """Returns True if a text can be the name of a task or of a metric; the rule is `NAME_RULE`."""
+    return _NAME.fullmatch(name) is not None

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from x3d_tf.evaluation import running, sweep, watch
-from x3d_tf.evaluation.reports import Report
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.tasks.base import task_of_model, task_of_run
 

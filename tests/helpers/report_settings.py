@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from x3d_tf.evaluation.classification_reports import Predictions, write_report
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import MAP, TOP1, TOP5
-from x3d_tf.evaluation.reports import Report, metrics_to_json
+from x3d_tf.evaluation.reports import metrics_to_json
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 
@@ -19,15 +20,16 @@ def settings(**changes: Any) -> dict[str, Any]:
         "records": "data/mine",
         "dataset": "kinetics400",
         "split": "val",
+        "task": "single_label",
         "sample": "video",
         "metrics": metrics_to_json((TOP1, TOP5)),
-        "videos": 40,
+        "samples": 40,
         "videos_expected": 40,
         "videos_present": 40,
         "classes": 400,
         "views": "10-Center",
         "gmacs_per_clip": 1.963,
-        "gmacs_per_video": 19.63,
+        "gmacs_per_sample": 19.63,
         "params": 3_794_000,
         "resize": 182,
         "crop": 160,
@@ -60,6 +62,7 @@ def detection_settings(**changes: Any) -> dict[str, Any]:
     of_a_detector = {
         "network": "x3d_m",
         "head": "full",
+        "task": "detection",
         "dataset": "ava_v2.2",
         "eval_boxes": "proposals",
         "lowest_score_of_a_box": 0.8,
@@ -69,10 +72,8 @@ def detection_settings(**changes: Any) -> dict[str, Any]:
         "classes": 60,
         "key_frames_missing": 0,
         "gmacs_per_clip": 6.2,
-        "gmacs_per_key_frame": 6.2,
+        "gmacs_per_sample": 6.2,
         "sample": "key frame",
-        "key_frames": 40,
         **precision_of(0.25),
     }
-    of_videos = ("videos", "gmacs_per_video")
-    return {name: value for name, value in settings(**(of_a_detector | changes)).items() if name not in of_videos}
+    return settings(**(of_a_detector | changes))

@@ -2,6 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from x3d_tf.errors import require
 from x3d_tf.files import read_text
@@ -24,7 +25,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def kinetics_classes() -> tuple[str, ...]:
-    """Returns the class names of Kinetics-400 in the order of their labels."""
-    with resources.as_file(resources.files("x3d_tf.data") / "labels" / "kinetics400.txt") as path:
+def kinetics_classes(count: Literal[400, 600] = 400) -> tuple[str, ...]:
+    """Returns the class names of Kinetics-400 or Kinetics-600 in the order of their labels."""
+    with resources.as_file(resources.files("x3d_tf.data") / "labels" / f"kinetics{count}.txt") as path:
         return read_classes(path)

@@ -20,6 +20,7 @@ import tensorflow.experimental.numpy as tnp
 from x3d_tf.data import transforms
 from x3d_tf.data.records.format import (
     ParsedRecord,
+    ParsedTimes,
     check_lengths,
     decode_frame,
     diagnose_record,
@@ -29,6 +30,7 @@ from x3d_tf.data.records.format import (
 )
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start, view_starts
+from x3d_tf.data.video.decode import TIME_TOLERANCE
 from x3d_tf.errors import UserError, require
 from x3d_tf.types import ClipSpec, ClipStarts, ViewSpec
 
@@ -82,11 +84,13 @@ def training_dataset(
         frame_sampling: see `sampling.frame_indices`.
         stretch: see `transforms.resize`.
         make_example: makes the targets, after augmentation. Its seed follows from `seed`, the epoch and the clip.
-            Defaults to the labels of the records.
+            Defaults to the labels of the records, or of the frames from the first to the last one of the clip if the
+            labels have times.
 
     Returns:
         Dataset of (clips, targets): float32 [replica_batch, T, S, S, 3], RGB in 0..255, and int32 [replica_batch], or
-        for multi-label records float32 [replica_batch, classes], 1 for the classes of the video and 0 for others.
+        for multi-label records float32 [replica_batch, classes], 1 for the classes of the video or of these frames and
+        0 for others.
 
     Raises:
         UserError: a setting is out of range, the split has fewer records than `batch`, or the manifest is damaged.
@@ -107,17 +111,19 @@ def training_dataset(
             start = randoms[0] * last_start(frames, parsed.fps, clip, xp=tnp)
             chosen = frame_indices(start, frames, parsed.fps, clip, frame_sampling, xp=tnp)
             pixels = decode_frames(tf.gather(parsed.frames, chosen))
-            return (pixels,) if make_example is None else (pixels, parsed.serialized)
+            if make_example is not None:
+                return pixels, parsed.serialized
+            return pixels, table.clip_target(position.record, parsed, chosen[0], chosen[-1])
 
-        pixels, *serialized = table.read(position.record, decode)
+        pixels, rest = table.read(position.record, decode)  # the serialized record, or the target
         pixels = tf.ensure_shape(pixels, (clip.frames, None, None, 3))
         pixels = transforms.resize(pixels, jittered_short_side(jitter, randoms[1]), stretch)
         pixels = transforms.random_crop(pixels, clip.size, randoms[2:4])
         if flip:
             pixels = transforms.flip(pixels, randoms[4] < 0.5)
         if make_example is None:
-            return pixels, table.target(position.record)
-        return make_example(pixels, serialized[0], tf.random.fold_in(clip_key(seed, position), 1))
+            return pixels, rest
+        return make_example(pixels, rest, tf.random.fold_in(clip_key(seed, position), 1))
 
     clips = positions.map(load, num_parallel_calls=tf.data.AUTOTUNE)
     return clips.batch(size, drop_remainder=True).prefetch(2).with_options(deterministic())
@@ -309,7 +315,14 @@ class RecordTable:
         """Returns a record's training target: its class, int32, or for multi-label float32 [classes] of 0 and 1."""
         if self._classes is None:
             return tf.cast(self.labels(record)[0], tf.int32)
-        return tf.reduce_max(tf.one_hot(self.labels(record), self._classes), axis=0)
+        return _multi_hot(self.labels(record), self._classes)
+
+    def clip_target(self, record: tf.Tensor, parsed: ParsedRecord, first: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+        """Returns the training target of the frames `first` to `last`: that of the record unless labels have times."""
+        if self._classes is None:
+            return self.target(record)
+        visible = visible_labels(parsed.timed, first, last, parsed.fps)
+        return tf.where(tf.size(parsed.timed.labels) > 0, _multi_hot(visible, self._classes), self.target(record))
 
     def read(self, record: tf.Tensor, decode: Callable[[ParsedRecord], Any]) -> Any:
         """Reads a record and returns the result of `decode`, a tensor or a tuple; `record` is an int64 scalar.
@@ -344,6 +357,29 @@ class RecordTable:
         with tf.control_dependencies([counts]):  # checked first, because unequal lengths may broadcast
             labels = tf.debugging.assert_equal(parsed.labels, listed, message)
         return [labels, tf.debugging.assert_equal(parsed.media_id, self._media_id[record], message)]
+
+
+def visible_labels(timed: ParsedTimes, first: tf.Tensor, last: tf.Tensor, fps: tf.Tensor) -> tf.Tensor:
+    """Returns the labels of the frames `first` to `last`, inclusive (as PySlowFast for Charades).
+
+    Args:
+        timed: labels with their times, which include their ends.
+        first, last: indices of frames, int64 scalars.
+        fps: frames per second, float32 scalar.
+
+    Returns:
+        Class indices, int64 [n]; a class may be repeated.
+    """
+    rate = tf.cast(fps, tf.float64) / 1e6  # frames per microsecond
+    begin = tf.math.ceil(tf.cast(timed.starts, tf.float64) * rate - TIME_TOLERANCE)  # first frame of each label
+    end = tf.math.floor(tf.cast(timed.ends, tf.float64) * rate + TIME_TOLERANCE)
+    begin, end = tf.maximum(begin, tf.cast(first, tf.float64)), tf.minimum(end, tf.cast(last, tf.float64))
+    return tf.boolean_mask(timed.labels, begin <= end)
+
+
+def _multi_hot(labels: tf.Tensor, classes: int) -> tf.Tensor:
+    """Returns float32 [classes], 1 for the given classes and 0 for others."""
+    return tf.minimum(tf.reduce_sum(tf.one_hot(labels, classes), axis=0), 1.0)
 
 
 def _zeros(spec: tf.TensorSpec) -> tf.Tensor:

@@ -72,7 +72,7 @@ def save_preview(
             seconds = frame_indices(start, record.frames, record.fps, clip, frame_sampling) / record.fps
             rows.append(pixels[0])
             times.append(seconds.tolist())
-            labelled.append((label_text(labels[0], classes), record))
+            labelled.append((label_text(labels[0], classes) or "no label", record))
     captions = [f"{text}\n{record.media_id}" for text, record in labelled]
     if timed:
         places = plots.decimals(times)

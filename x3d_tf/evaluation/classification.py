@@ -12,8 +12,9 @@ from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.evaluation.classification_reports import Predictions, write_report
 from x3d_tf.evaluation.eval_config import HeadPool
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.multiview import SplitPredictions, predict_split
-from x3d_tf.evaluation.reports import Report, cost_name, count_name, locked_report_folder, settings_of
+from x3d_tf.evaluation.reports import locked_report_folder, settings_of
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.metadata import copy_metadata
@@ -79,13 +80,13 @@ class ClipEvaluation:
             "dataset": self.manifest.dataset,
             "split": self.split,
             "task": model.task,
-            count_name(self.sample): len(split.records),
+            "samples": len(split.records),
             "videos_expected": split.expected,
             "videos_present": split.present,
             "classes": model.num_classes,
             "views": f"{views.temporal_views}-{'Center' if views.spatial_crops == 1 else 'LeftCenterRight'}",
             "gmacs_per_clip": count.macs / 1e9,
-            cost_name(self.sample): count.macs * views.views / 1e9,
+            "gmacs_per_sample": count.macs * views.views / 1e9,
             "params": count.params,
             "frames": model.clip.frames,
             "stride": model.clip.stride,

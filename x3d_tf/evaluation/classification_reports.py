@@ -10,6 +10,7 @@ import numpy as np
 
 from x3d_tf import csv_files, plots
 from x3d_tf.errors import require
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import (
     MAP,
     TOP1,
@@ -20,7 +21,7 @@ from x3d_tf.evaluation.metrics import (
     top_k_accuracy,
     top_k_hits,
 )
-from x3d_tf.evaluation.reports import Report, stated_metrics, write_csv, writing_report
+from x3d_tf.evaluation.reports import stated_metrics, write_csv, writing_report
 from x3d_tf.text import counted
 
 

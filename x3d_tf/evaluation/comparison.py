@@ -1,24 +1,18 @@
 """Comparison table of several reports, with the paper's results for the same networks. Imports no TensorFlow."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from x3d_tf.csv_files import Verbatim
-from x3d_tf.errors import UserError, first_few, require
+from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import TOP1, wilson_interval
 from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, differences, published_for
-from x3d_tf.evaluation.reports import (
-    RESULTS_NAME,
-    Report,
-    cost_name,
-    count_name,
-    read_report,
-    refuse_to_replace,
-    stated_metrics,
-    write_csv,
-)
+from x3d_tf.evaluation.reports import RESULTS_NAME, read_report, refuse_to_replace, stated_metrics, write_csv
 from x3d_tf.files import atomic_write
+from x3d_tf.terminal import one_line
 from x3d_tf.text import counted, plural
 
 _PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
@@ -34,7 +28,7 @@ def find_reports(paths: Sequence[str]) -> list[Report]:
         paths: run folders, whose reports are all read, or folders of single reports.
 
     Raises:
-        UserError: a path has no report, or a report is damaged.
+        UserError: a path has no report, or a report is invalid.
     """
     reports: list[Report] = []
     for path in map(Path, paths):
@@ -46,6 +40,18 @@ def find_reports(paths: Sequence[str]) -> list[Report]:
     return reports
 
 
+class Column(NamedTuple):
+    """A column of the table.
+
+    Attributes:
+        name: its name.
+        source: what its cells are, added to the name if other columns have the same name.
+    """
+
+    name: str
+    source: str = ""
+
+
 def table(reports: Sequence[Report]) -> list[dict[str, str]]:
     """Returns one row per report, as a dict from column to text. Columns that are empty in all rows are omitted.
 
@@ -53,41 +59,55 @@ def table(reports: Sequence[Report]) -> list[dict[str, str]]:
     whether the measured result is comparable to the paper's.
 
     Raises:
-        UserError: two columns have the same name, or two metrics of different kinds the same label.
+        UserError: two columns cannot be told apart.
     """
-    kinds = {(metric.label, metric.kind) for report in reports for metric in stated_metrics(report.results)}
-    labels = [label for label, _ in sorted(kinds)]
     groups = [_groups(report) for report in reports]
     columns = [column for group in zip(*groups) for column in dict.fromkeys(name for cells in group for name in cells)]
-    clashes = [name for names in (labels, columns) for name in dict.fromkeys(names) if names.count(name) > 1]
-    require(not clashes, "labels of metrics", "have one kind, and differ from other columns", first_few(clashes))
-    rows = [{name: cell for cells in group for name, cell in cells.items()} for group in groups]
+    rows = [{column: cell for cells in group for column, cell in cells.items()} for group in groups]
+    names = _distinct_names(columns)
     used = [column for column in columns if any(row.get(column, _EMPTY) != _EMPTY for row in rows)]
-    return [{column: row.get(column, _EMPTY) for column in used} for row in rows]
+    return [{names[column]: row.get(column, _EMPTY) for column in used} for row in rows]
 
 
-def _groups(report: Report) -> tuple[dict[str, str], ...]:
+def _distinct_names(columns: Sequence[Column]) -> dict[Column, str]:
+    """Returns the name of each column, with its source if other columns have the same name."""
+    counts = Counter(column.name for column in columns)
+    names = {
+        column: f"{column.name} ({column.source})" if column.source and counts[column.name] > 1 else column.name
+        for column in columns
+    }
+    clashes = [name for name, count in Counter(names.values()).items() if count > 1]
+    require(not clashes, "columns of the table", "have distinct names", clashes)
+    return names
+
+
+def _groups(report: Report) -> tuple[dict[Column, str], ...]:
     """Returns the cells of a report in groups, whose columns follow each other in the table."""
     r = report.results
     published = published_for(r)
+    folders = {"report": one_line(report.folder), "network": r["network"], "records": one_line(r["records"])}
+    last = {
+        "M parameters": _parameters(r),
+        _PAPERS_TOP1: f"{published.top1:.4g}" if isinstance(published, PublishedAccuracy) else _EMPTY,
+        _PAPERS_MAP: f"{published.map:.4g}" if isinstance(published, PublishedPrecision) else _EMPTY,
+        "paper": _verdict(r),
+    }
     return (
-        {"report": str(report.folder), "network": r["network"], "records": r["records"], "split": r["split"]},
-        {plural(r["sample"]): str(r[count_name(r["sample"])])},
-        {"views": r["views"]},
-        {metric.label: Verbatim(metric.cell(r[metric.name])) for metric in stated_metrics(r)},
-        {f"GMACs a {r['sample']}": _cost(r)},
+        {Column(name): cell for name, cell in (folders | {"split": r["split"]}).items()},
+        {Column(plural(r["sample"]), "samples"): str(r["samples"])},
+        {Column("views"): r["views"]},
         {
-            "M parameters": _parameters(r),
-            _PAPERS_TOP1: f"{published.top1:.4g}" if isinstance(published, PublishedAccuracy) else _EMPTY,
-            _PAPERS_MAP: f"{published.map:.4g}" if isinstance(published, PublishedPrecision) else _EMPTY,
-            "paper": _verdict(r),
+            Column(metric.label, f"{metric.name}, {metric.kind}"): Verbatim(metric.cell(r[metric.name]))
+            for metric in stated_metrics(r)
         },
+        {Column(f"GMACs a {r['sample']}"): _cost(r)},
+        {Column(name): cell for name, cell in last.items()},
     )
 
 
 def _cost(results: Mapping[str, Any]) -> str:
     clip = results["gmacs_per_clip"]
-    return f"{clip:.4g} x {round(results[cost_name(results['sample'])] / clip) if clip else 0}"
+    return f"{clip:.4g} x {round(results['gmacs_per_sample'] / clip) if clip else 0}"
 
 
 def _parameters(results: Mapping[str, Any]) -> str:
@@ -118,9 +138,9 @@ def describe(report: Report) -> str:
     gives the paper's result.
     """
     r = report.results
-    metrics, sample, count = stated_metrics(r), r["sample"], r[count_name(r["sample"])]
+    metrics, sample, count = stated_metrics(r), r["sample"], r["samples"]
     line = (
-        f"{r['network']} on {r['records']}, split {r['split']}: "
+        f"{r['network']} on {one_line(r['records'])}, split {r['split']}: "
         f"{', '.join(metric.labelled(r[metric.name]) for metric in metrics)} ({counted(count, sample)}, "
         f"{counted(r['classes'], 'class')}, {r['views']}, {_cost(r)} GMACs per {sample}, "
         f"{_parameters(r)} M parameters)"
@@ -169,7 +189,7 @@ def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool 
         The rows of `table`.
 
     Raises:
-        UserError: a path has no report, a report is damaged, or a table exists.
+        UserError: a path has no report, a report is invalid, or a table exists.
     """
     require(bool(paths), "paths", "have at least one run", paths)
     if output:

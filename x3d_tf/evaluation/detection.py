@@ -28,8 +28,9 @@ from x3d_tf.evaluation.detection_reports import (
     values_of,
     write_detection_report,
 )
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.multiview import CLIPS_A_CALL
-from x3d_tf.evaluation.reports import Report, locked_report_folder, settings_of
+from x3d_tf.evaluation.reports import locked_report_folder, settings_of
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.x3d import cost_of
@@ -201,11 +202,11 @@ class DetectorEvaluation:
             "crop": side,
             "options": dataclasses.asdict(model.options),
             "views": f"centre crop of {side}²",
-            "key_frames": len(split.records),
+            "samples": len(split.records),
             "key_frames_missing": self.missing,
             "classes": len(actions_to_evaluate(self.manifest.classes)),
             "gmacs_per_clip": cost.macs / 1e9,
-            "gmacs_per_key_frame": cost.macs / 1e9,
+            "gmacs_per_sample": cost.macs / 1e9,
             "params": cost.params,
             **self.weights,
             "seed": self.config.seed,

@@ -22,8 +22,9 @@ from x3d_tf.data.ava_files import (
 )
 from x3d_tf.errors import require
 from x3d_tf.evaluation.detection_metrics import LabeledBoxes, detection_average_precisions, mean_over_classes
+from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import MAP
-from x3d_tf.evaluation.reports import Report, metrics_to_json, write_csv, writing_report
+from x3d_tf.evaluation.reports import metrics_to_json, write_csv, writing_report
 from x3d_tf.text import counted
 
 IOU = 0.5  # minimum intersection over union of a match

@@ -1,5 +1,6 @@
 """Protocols of what a task evaluates: networks during training and afterwards. Imports no TensorFlow."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -7,9 +8,21 @@ from x3d_tf.types import Metric
 
 if TYPE_CHECKING:
     from x3d_tf.evaluation.eval_config import EvalConfig
-    from x3d_tf.evaluation.reports import Report
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of an evaluation, and the folder of its report.
+
+    Attributes:
+        folder: contains results.json and the tables and figures of its task.
+        results: the content of results.json.
+    """
+
+    folder: Path
+    results: dict[str, Any]
 
 
 class Validation(Protocol):
@@ -54,7 +67,7 @@ class Evaluation(Protocol):
     def measure(self) -> dict[str, Any]:
         """Runs the evaluation and returns the values of its metrics, and further results, by name."""
 
-    def report(self, folder: Path) -> "Report":
+    def report(self, folder: Path) -> Report:
         """Runs the evaluation and writes its report, as `reports.writing_report` does."""
 
     def with_views(self, temporal_views: int) -> "Evaluation":

@@ -4,26 +4,23 @@ results.json states its metrics, so that tables of reports know no names of metr
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
+
+import numpy as np
 
 from x3d_tf import csv_files
 from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.interfaces import Evaluation, Report
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
-from x3d_tf.text import plural
 from x3d_tf.types import ClipStarts, Combine, FrameSampling, Metric
 
-if TYPE_CHECKING:
-    from x3d_tf.evaluation.interfaces import Evaluation
-
 RESULTS_NAME = "results.json"
-_STRING_FIELDS = ("network", "records", "split", "views")
+_LINES = ("network", "split", "views")
 _CHOICES: dict[str, tuple[str, ...]] = {  # settings that the comparison with the paper reads; they may be absent
     "clip_starts": get_args(ClipStarts),
     "frame_sampling": get_args(FrameSampling),
@@ -31,23 +28,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {  # settings that the comparison with th
 }
 _COUNTS = ("videos_expected", "videos_present", "key_frames_missing")
 _LONGEST = 100  # characters of the data set's name
-_LARGEST = 1e15  # largest absolute value accepted in results.json
+_LARGEST = 10**15  # largest absolute value accepted in results.json
 _MOST_METRICS = 20
 _METRIC_FIELDS = ("name", "kind", "label")
 _SAMPLE = re.compile("[a-z][a-z ]*[a-z]")
-
-
-@dataclass(frozen=True)
-class Report:
-    """Results of an evaluation, and the folder of its report.
-
-    Attributes:
-        folder: contains results.json and the tables and figures of its task.
-        results: the content of results.json.
-    """
-
-    folder: Path
-    results: dict[str, Any]
 
 
 def refuse_to_replace(path: Path, overwrite: bool) -> None:
@@ -78,11 +62,14 @@ def settings_of(evaluation: "Evaluation") -> dict[str, Any]:
     """Returns the settings of an evaluation as results.json states them, with the noun of its samples and its metrics.
 
     Raises:
-        UserError: see `check_settings`.
+        UserError: a setting is invalid, see `check_settings`, or cannot be written as JSON; a metric has the name of a
+            setting.
     """
     stated = metrics_to_json(evaluation.metrics)
-    settings = {**evaluation.settings(), "sample": evaluation.sample, "metrics": stated}
+    settings = _as_json({**evaluation.settings(), "sample": evaluation.sample, "metrics": stated})
     check_settings(settings)
+    both = [metric.name for metric in evaluation.metrics if metric.name in settings]
+    require(not both, "the names of metrics", "not be names of settings", both)
     return settings
 
 
@@ -91,16 +78,35 @@ def results_of(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
 
     Args:
         settings: the settings, from `settings_of`.
-        values: the values that were measured, by name.
+        values: the values that were measured, by name. NumPy's numbers and arrays become numbers and lists.
 
     Raises:
-        UserError: a value has the name of a setting; a metric has no value, or an invalid one.
+        UserError: a value has the name of a setting, or cannot be written as JSON; a metric has no value, or an invalid
+            one.
     """
     both = sorted(settings.keys() & values.keys())
     require(not both, "the names of measured values", "not be names of settings", both)
-    results = {**settings, **values}
-    _check_values(results)
-    return results
+    return _as_json({**settings, **values, **metric_values(stated_metrics(settings), values)})
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values as they are read from JSON.
+
+    Raises:
+        UserError: a value has no form in JSON, or is or contains NaN or an infinity.
+    """
+    converted = dict[str, Any]()
+    for name, value in values.items():
+        try:
+            converted[name] = json.loads(json.dumps(value, allow_nan=False, default=_plain))
+        except (TypeError, ValueError, RecursionError):
+            require(False, name, "be a value for JSON with finite numbers", value)
+    return converted
+
+
+def _plain(value: Any) -> Any:
+    """Returns numbers and arrays of NumPy as numbers and lists of Python."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 @contextmanager
@@ -129,7 +135,7 @@ def read_report(folder: Path) -> Report:
     """Reads a report. results.json is treated as untrusted: every field that a table needs is checked.
 
     Raises:
-        UserError: results.json does not exist or is damaged; names the file, the field, the rule and the value.
+        UserError: results.json does not exist or is invalid; names the file, the field, the rule and the value.
     """
     return Report(folder, read_results(folder / RESULTS_NAME))
 
@@ -153,34 +159,40 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         require(isinstance(results, dict), "the file", "contain a JSON object", results)
         check_settings(results)
-        _check_values(results)
+        metric_values(stated_metrics(results), results)
     except UserError as error:
-        raise UserError(f"{path} is damaged: {error}. Repeat the evaluation with --overwrite") from error
+        what = "is not a report of this version of x3d_tf"
+        raise UserError(f"{path} {what}: {error}. Repeat the evaluation with --overwrite") from error
     return dict(results)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Checks the settings of results.json that tables need, apart from the values of the metrics.
 
-    - network, records, split, views: texts; dataset: a short text, optional
-    - sample: a noun of lower-case letters; the number of samples, such as "key_frames", and of classes: at least 1
-    - gmacs_per_clip, and the cost of a sample, such as "gmacs_per_key_frame"; params: optional
+    - network, split, views: a line of text each; records: a text; dataset: a short text, optional
+    - sample: a noun for what is counted, such as "key frame"
+    - samples, classes: integers of at least 1
+    - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params: optional
     - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
 
     Raises:
         UserError: names the field, the rule and the value.
     """
-    for name in _STRING_FIELDS:
-        require(isinstance(settings.get(name), str), name, "be a string", settings.get(name))
-    sample: Any = settings.get("sample")
-    valid = isinstance(sample, str) and len(sample) <= _LONGEST and _SAMPLE.fullmatch(sample)
-    require(bool(valid), "sample", f"be a noun of at most {_LONGEST} lower-case letters", sample)
-    count, cost = count_name(sample), cost_name(sample)
-    for name in (count, "classes"):
+    for name in _LINES:
         value = settings.get(name)
-        require(_is_count(value) and value != 0, name, "be an integer of at least 1", value)
-    for name in ("gmacs_per_clip", cost):
-        require(_is_number(settings.get(name)), name, "be a number", settings.get(name))
+        valid = isinstance(value, str) and value.isprintable() and bool(value.strip())
+        require(valid, name, "be one printable line", value)
+    require(isinstance(settings.get("records"), str), "records", "be a string", settings.get("records"))
+    sample: Any = settings.get("sample")
+    valid = isinstance(sample, str) and len(sample) <= _LONGEST and bool(_SAMPLE.fullmatch(sample))
+    rule = f"be a noun of 2 to {_LONGEST} letters a to z and spaces, with a letter at each end"
+    require(valid, "sample", rule, sample)
+    for name in ("samples", "classes"):
+        value = settings.get(name)
+        require(_is_count(value) and value != 0, name, "be an integer in 1..1e15", value)
+    for name in ("gmacs_per_clip", "gmacs_per_sample", "params"):
+        value = settings.get(name, 0 if name == "params" else None)
+        require(_is_number(value) and value >= 0, name, "be a number in [0, 1e15]", value)
     for name, values in _CHOICES.items():
         value = settings.get(name, values[0])
         require(value in values, name, f"be one of {', '.join(values)}", value)
@@ -188,14 +200,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     require(isinstance(dataset, str) and len(dataset) <= _LONGEST, "dataset", "be a short string", dataset)
     for name in _COUNTS:
         value = settings.get(name)
-        require(value is None or _is_count(value), name, "be a number of at least 0, or null", value)
-    clips = settings[cost] / (settings["gmacs_per_clip"] or math.inf)
-    require(0 <= clips <= 1e6, cost, "be gmacs_per_clip times 0 to 1,000,000 clips", settings[cost])
-    require(_is_number(settings.get("params", 0)), "params", "be a number", settings.get("params"))
-    _check_metrics(settings.get("metrics"))
+        require(value is None or _is_count(value), name, "be an integer in 0..1e15, or null", value)
+    cost = settings["gmacs_per_sample"]
+    at_most = cost <= 1e6 * settings["gmacs_per_clip"]
+    require(at_most, "gmacs_per_sample", "be at most 1,000,000 times gmacs_per_clip", cost)
+    check_metrics(settings.get("metrics"))
 
 
-def _check_metrics(stated: Any) -> None:
+def check_metrics(stated: Any) -> None:
+    """Checks the entry "metrics" of results.json: 1 to 20 metrics with distinct names and labels.
+
+    Raises:
+        UserError: names the rule and the value.
+    """
     valid = isinstance(stated, list) and 1 <= len(stated) <= _MOST_METRICS
     require(valid, "metrics", f"be a list of 1 to {_MOST_METRICS}", stated)
     for entry in stated:
@@ -207,14 +224,20 @@ def _check_metrics(stated: Any) -> None:
         require(len(set(found)) == len(found), f"the {field}s of metrics", "be distinct", found)
 
 
-def _check_values(results: Mapping[str, Any]) -> None:
-    """Raises `UserError` unless each metric has a value: in [0, 1] for a share, otherwise a number."""
-    for metric in stated_metrics(results):
-        value: Any = results.get(metric.name)
+def metric_values(metrics: Sequence[Metric], values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the values of metrics by name, as numbers of Python.
+
+    Raises:
+        UserError: a metric has no value in [0, 1], if it is a share, or no finite value.
+    """
+    found = {metric.name: _plain(values.get(metric.name)) for metric in metrics}
+    for metric in metrics:
+        value = found[metric.name]
         if metric.kind == "share":
             require(_is_number(value) and 0 <= value <= 1, metric.name, "be in [0, 1]", value)
         else:
-            require(_is_number(value), metric.name, "be a number", value)
+            require(_is_number(value), metric.name, "be a finite number in [-1e15, 1e15]", value)
+    return found
 
 
 def metrics_to_json(metrics: Iterable[Metric]) -> list[dict[str, str]]:
@@ -225,16 +248,6 @@ def metrics_to_json(metrics: Iterable[Metric]) -> list[dict[str, str]]:
 def stated_metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
     """Returns the metrics of results.json, the main one first."""
     return tuple(Metric(**entry) for entry in results["metrics"])
-
-
-def count_name(sample: str) -> str:
-    """Returns the name of the field that counts the samples, such as "key_frames"."""
-    return plural(sample).replace(" ", "_")
-
-
-def cost_name(sample: str) -> str:
-    """Returns the name of the field that states the cost of a sample, such as "gmacs_per_key_frame"."""
-    return f"gmacs_per_{sample}".replace(" ", "_")
 
 
 def _is_count(value: object) -> bool:
@@ -254,8 +267,8 @@ def differing_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object atomically."""
-    atomic_write(path, json.dumps(content, indent=1).encode())
+    """Writes a JSON object of finite numbers atomically."""
+    atomic_write(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:

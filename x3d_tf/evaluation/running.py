@@ -5,8 +5,8 @@ from typing import Any
 
 from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.eval_config import EvalConfig
-from x3d_tf.evaluation.interfaces import Evaluator
-from x3d_tf.evaluation.reports import RESULTS_NAME, Report, refuse_to_replace
+from x3d_tf.evaluation.interfaces import Evaluator, Report
+from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load
 from x3d_tf.runs.run_folder import RunFolder

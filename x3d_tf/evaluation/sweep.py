@@ -8,17 +8,8 @@ from x3d_tf import csv_files, plots
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.eval_config import EvalConfig
-from x3d_tf.evaluation.interfaces import Evaluation, Evaluator
-from x3d_tf.evaluation.reports import (
-    RESULTS_NAME,
-    Report,
-    cost_name,
-    count_name,
-    differing_settings,
-    read_report,
-    settings_of,
-    write_csv,
-)
+from x3d_tf.evaluation.interfaces import Evaluation, Evaluator, Report
+from x3d_tf.evaluation.reports import RESULTS_NAME, differing_settings, read_report, settings_of, write_csv
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load
 from x3d_tf.runs.run_folder import RunFolder
@@ -110,14 +101,14 @@ def _existing_report(evaluation: Evaluation, folder: Path) -> Report | None:
 
 def _write(sweep: Sweep, evaluation: Evaluation) -> None:
     rows = [report.results for report in sweep.reports]
-    metrics, cost = evaluation.metrics, cost_name(evaluation.sample)
+    metrics = evaluation.metrics
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    header = ["clips", "views", cost, *(metric.name for metric in metrics)]
+    header = ["clips", "views", "gmacs_per_sample", *(metric.name for metric in metrics)]
     table = [
         [k, row["views"], *(csv_files.number(row[name], ".6g") for name in header[2:])] for k, row in zip(CLIPS, rows)
     ]
-    count = counted(rows[0][count_name(evaluation.sample)], evaluation.sample)
+    count = counted(rows[0]["samples"], evaluation.sample)
     title = f"{rows[0]['network']} on {rows[0]['records']}, {rows[0]['split']}, {count}"
-    points = [(row[cost], row[metrics[0].name]) for row in rows]
+    points = [(row["gmacs_per_sample"], row[metrics[0].name]) for row in rows]
     plots.save_sweep(points, CLIPS, sweep.folder / "sweep.png", title, metrics[0], evaluation.sample)
     write_csv(sweep.folder / "sweep.csv", [header, *table])

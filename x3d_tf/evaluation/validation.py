@@ -1,5 +1,8 @@
 """Validation during training: on the centre clip of each video, or on key frames."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 
 from x3d_tf.config import Detection
@@ -7,23 +10,29 @@ from x3d_tf.data.input_pipeline import MakeExample
 from x3d_tf.data.key_frames import validation_key_frames
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
+from x3d_tf.evaluation.classification_reports import Predictions
 from x3d_tf.evaluation.detection import score_split
-from x3d_tf.evaluation.metrics import MAP, TOP1, mean_average_precision, top_k_accuracy
+from x3d_tf.evaluation.metrics import MAP
 from x3d_tf.evaluation.multiview import predict_split
+from x3d_tf.evaluation.reports import metric_values
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.types import Metric, ViewSpec
+
+LOSS = Metric("loss", "loss")
 
 
 class ClipValidation:
     """Evaluates a classifier on a split.
 
-    Computes top1, or the mean average precision (map) if a clip may have several classes, and the mean cross-entropy.
+    Computes the metrics of its task and, unless one of them has the name "loss", the mean cross-entropy.
 
     Args:
         model: the network. Its weights may change between calls.
         manifest: the manifest of the records.
         split: name of the validation split.
+        metrics: the metrics of the task, the main one first.
+        score: computes their values, by name.
         frame_sampling: see `sampling.frame_indices`.
         resize: short side in pixels to which frames are scaled.
         make_example: makes the targets; see `input_pipeline.evaluation_dataset`.
@@ -34,17 +43,26 @@ class ClipValidation:
         model: X3D,
         manifest: Manifest,
         split: str,
+        *,
+        metrics: Sequence[Metric],
+        score: Callable[[Predictions], dict[str, Any]],
         frame_sampling: FrameSampling,
         resize: int,
-        make_example: MakeExample | None = None,
+        make_example: MakeExample | None,
     ) -> None:
         self._model, self._manifest, self._split = model, manifest, split
         self._sampling, self._make_example = frame_sampling, make_example
         self._views = ViewSpec(temporal_views=1, resize=resize, crop=model.clip.size, stretch=model.stretch)
-        self.metrics = (TOP1 if model.activation == "softmax" else MAP, Metric("loss", "loss"))
+        self._task_metrics, self._score = tuple(metrics), score
+        self._loss = next((metric for metric in metrics if metric.name == LOSS.name), LOSS)
+        self.metrics = tuple(dict.fromkeys((*metrics, self._loss)))
 
     def __call__(self) -> dict[str, float]:
-        """Evaluates the current weights."""
+        """Evaluates the current weights.
+
+        Raises:
+            UserError: a metric has no valid value.
+        """
         found = predict_split(
             self._model,
             self._manifest,
@@ -54,18 +72,17 @@ class ClipValidation:
             make_example=self._make_example,
         )
         probabilities, truth = found.probabilities, found.truth(self._model.num_classes)
-        tiny = np.finfo(np.float32).tiny
-        if self._model.activation == "softmax":
-            likelihood = probabilities[truth]
-            score = {"top1": top_k_accuracy(probabilities, truth.argmax(axis=1), 1)}
-        else:
-            likelihood = np.where(truth, probabilities, 1 - probabilities)
-            score = {"map": mean_average_precision(probabilities, truth)}
-        return score | {"loss": float(-np.mean(np.log(np.maximum(likelihood, tiny))))}
+        exclusive = self._model.activation == "softmax"
+        videos = tuple(record.media_id for record in self._manifest.split(self._split).records)
+        predictions = Predictions(videos, self._model.class_names, probabilities, truth, exclusive)
+        likelihood = probabilities[truth] if exclusive else np.where(truth, probabilities, 1 - probabilities)
+        loss = float(-np.mean(np.log(np.maximum(likelihood, np.finfo(np.float32).tiny))))
+        values = metric_values(self._task_metrics, self._score(predictions))
+        return values | {LOSS.name: values.get(LOSS.name, loss)}
 
     def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
-        """Ranks by top1 or map; of equal ones, the lower loss is better."""
-        return scores[self.metrics[0].name], -scores["loss"]
+        """Ranks by the main metric; of equal ones, the better loss is better."""
+        return tuple(metric.rank(scores[metric.name]) for metric in (self.metrics[0], self._loss))
 
 
 class KeyFrameValidation:

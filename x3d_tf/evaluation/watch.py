@@ -9,7 +9,6 @@ from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.interfaces import Evaluator
 from x3d_tf.evaluation.reports import (
-    count_name,
     differing_settings,
     locked_report_folder,
     read_results,
@@ -117,7 +116,7 @@ class _Watch:
         self.writer.add(step, {f"eval/{name}": value for name, value in values.items()})
         self.writer.flush()
         text = ", ".join(metric.text(results[metric.name]) for metric in evaluation.metrics)
-        count = counted(results[count_name(evaluation.sample)], evaluation.sample)
+        count = counted(results["samples"], evaluation.sample)
         print(f"step {step}: {text} ({count}, {results['views']})", flush=True)
 
     def _write_csv(self, names: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import FC1_WIDTH, Architecture, BlockPlan, ModelOptions, pool_window, se_width
 from x3d_tf.modeling.parts import Parts, Tensor
-from x3d_tf.types import TASK_NAME_RULE, Activation, is_task_name
+from x3d_tf.types import NAME_RULE, Activation, is_name
 
 DetectionHead = Literal["full", "simple", "frame"]
 _TASK_ACTIVATIONS: dict[str, Activation] = {  # of the built-in tasks
@@ -121,7 +121,7 @@ def require_task(task: str, activation: Activation, *, detects: bool) -> None:
         activation: activation of the network.
         detects: whether the network is a detector.
     """
-    require(is_task_name(task), "task", TASK_NAME_RULE, task)
+    require(is_name(task), "task", NAME_RULE, task)
     expected = _TASK_ACTIVATIONS.get(task, activation)
     require(activation == expected, "activation", f"be {expected!r} for the task {task}", activation)
     if task in _TASK_ACTIVATIONS:

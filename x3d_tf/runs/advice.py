@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from x3d_tf.tasks.base import Task
 
 MIN_CLIP_COVERAGE = 0.8  # of the clip's duration, for most videos; gin/few_videos.gin was measured at 0.87
-MAX_EPOCHS = 300  # the paper's recipe trains for 256 epochs of Kinetics-400
+MAX_EPOCHS = 300  # the paper's recipe trains for 256 epochs of Kinetics-400, and for 512 of Kinetics-600
+MANY_RECORDS = 100_000  # training records for which `MAX_EPOCHS` does not apply: Kinetics has more
+MAX_RATE = 1.6  # learning rate; the paper uses it for batches of 1024, and more only in proportion to larger ones
+MIN_SCALED_STEPS = 100  # steps that a recipe must keep when it is scaled to a larger batch
 MAX_IMBALANCE = 5  # ratio of the most frequent to the rarest class
 
 
@@ -41,7 +44,7 @@ def print_advice(manifest: Manifest, config: TrainConfig, task: "Task") -> None:
 def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: "Task") -> list[str]:
     """Returns warnings about training records that do not fit the configuration.
 
-    Synthetic data sets are exempt: they have recipes of their own.
+    Synthetic data sets are exempt from all but the check of the batch: they have recipes of their own.
 
     Args:
         manifest: the manifest of the records, without those held out for validation.
@@ -53,14 +56,32 @@ def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: 
         Messages of one line each. They end with the suggested binding.
     """
     records = task.training_records(manifest, config.dataset.train_split)
+    scaling = _check_scaling(config)
     if config.dataset.synthetic is not None or not records:
-        return []
+        return [scaling] if scaling else []
     found = [
+        scaling,
         _check_frame_size(manifest, config, sides),
         _check_epochs(config, len(records), plural(task.sample)),
         _check_flip(task.classes(manifest), config),
     ]
     return [*(text for text in found if text), *task.advice(config, manifest)]
+
+
+def _check_scaling(config: TrainConfig) -> str | None:
+    """Returns a warning if a recipe for small batches is scaled to one for which its schedule makes no sense."""
+    recipe = config.recipe
+    rate, steps = recipe.scaled_learning_rate, recipe.scaled_steps
+    too_fast = rate > MAX_RATE * max(1, recipe.batch / 1024)
+    too_short = steps < MIN_SCALED_STEPS <= recipe.steps
+    if recipe.batch <= recipe.reference_batch or not (too_fast or too_short):
+        return None
+    return (
+        f"Recipe.batch = {recipe.batch} scales Recipe.learning_rate = {recipe.learning_rate:g} and Recipe.steps = "
+        f"{recipe.steps}, which are for {recipe.reference_batch} clips, to a learning rate of {rate:g} for "
+        f"{counted(steps, 'step')}. Use a recipe for large batches, such as gin/kinetics400/x3d_m.gin, or state that "
+        f"rate and steps are for this batch: {binding_flag('Recipe.reference_batch', recipe.batch)}"
+    )
 
 
 def check_clip_length(config: TrainConfig, records: Sequence[Record]) -> list[str]:
@@ -109,7 +130,7 @@ def _check_epochs(config: TrainConfig, records: int, things: str) -> str | None:
     """Returns a warning if the run has so many epochs that it overfits and no early stopping, else None."""
     recipe = config.recipe
     epochs = recipe.scaled_steps * recipe.batch / records
-    if recipe.patience or epochs < MAX_EPOCHS + 1:
+    if recipe.patience or epochs < MAX_EPOCHS + 1 or records >= MANY_RECORDS:
         return None
     steps = max(1, math.floor(MAX_EPOCHS * records / recipe.reference_batch))
     return (

@@ -18,7 +18,7 @@ from x3d_tf.data.datasets.spec import open_for_training, validation_split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import EvalConfig
-from x3d_tf.evaluation.reports import RESULTS_NAME, count_name, read_report
+from x3d_tf.evaluation.reports import RESULTS_NAME, read_report
 from x3d_tf.files import os_errors_as_write_error
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import Expansion
@@ -194,7 +194,7 @@ class CandidateTraining:
             gc.collect()
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         value = float(report.results[self.metric.name])
-        error = math.sqrt(value * (1 - value) / report.results[count_name(report.results["sample"])])
+        error = math.sqrt(value * (1 - value) / report.results["samples"])
         return Score(value, error, time.monotonic() - started, training_score(run, self.metric))
 
     def log(self, candidate: Candidate) -> Path:

@@ -11,6 +11,7 @@ from x3d_tf.data.sampling import clip_contract, require_windows
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.evaluation.eval_config import folder_of
 from x3d_tf.evaluation.metrics import classification_metrics
+from x3d_tf.evaluation.reports import check_metrics, metrics_to_json
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
 from x3d_tf.tasks.base import Suggestion
 from x3d_tf.text import binding_flag, counted
@@ -74,11 +75,16 @@ class ClipTask:
         return None
 
     def metrics(self, num_classes: int) -> tuple[Metric, ...]:
-        """Returns the metrics of an evaluation, the main one first: top1 and top5, or map for "sigmoid"."""
+        """Returns the metrics of evaluations and validations: top1 and top5, or map for "sigmoid".
+
+        The main one is the first: a sweep plots it, and early stopping ranks validations by it and then by the loss.
+        """
         return classification_metrics(num_classes, exclusive=self.activation == "softmax")
 
     def score(self, predictions: "Predictions") -> dict[str, float]:
         """Returns the values of `metrics`, and further results for results.json, by name.
+
+        Validations call it too, and use the values of `metrics`.
 
         Raises:
             UserError: a metric is not finite.
@@ -97,6 +103,7 @@ class ClipTask:
 
     def check(self, config: "TrainConfig", manifest: "Manifest") -> None:
         self.class_weights(config, manifest)
+        check_metrics(metrics_to_json(self.metrics(len(self.classes(manifest)))))
         split = validation_split(config.dataset)
         if split and not manifest.split(split).records:
             raise UserError(f"validation split {split!r} of {manifest.folder} must have at least one record")
@@ -195,8 +202,17 @@ class ClipTask:
     def validation(self, model: "Network", config: "TrainConfig", manifest: "Manifest", split: str) -> "ClipValidation":
         from x3d_tf.evaluation.validation import ClipValidation
 
-        sampling, resize = config.dataset.frame_sampling, config.expansion.test_size
-        return ClipValidation(self._classifier(model), manifest, split, sampling, resize, self.make_example())
+        classifier = self._classifier(model)
+        return ClipValidation(
+            classifier,
+            manifest,
+            split,
+            metrics=self.metrics(classifier.num_classes),
+            score=self.score,
+            frame_sampling=config.dataset.frame_sampling,
+            resize=config.expansion.test_size,
+            make_example=self.make_example(),
+        )
 
     def report_folder(self, run: "RunFolder", settings: "EvalConfig", views: int | str | None = None) -> Path:
         return folder_of(run, settings, views)

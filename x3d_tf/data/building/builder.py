@@ -282,7 +282,7 @@ def _record_source(video: Video, labels: tuple[int, ...]) -> "RecordSource":
 
     if video.key_frame is not None:  # names the record alone, because its segment follows from it
         return RecordSource(video.name, labels, key_frame=video.key_frame, annotation=video.annotation)
-    return RecordSource(video.name, labels, video.start, video.end)
+    return RecordSource(video.name, labels, video.start, video.end, timed=video.timed)
 
 
 class _Estimate:

@@ -25,6 +25,7 @@ from x3d_tf.processes import TimedOut, Worker, WorkerDied
 
 TIMEOUT = 600.0  # default time limit per video in seconds
 _START = 300.0  # time limit for starting a worker in seconds: importing from a cold network disk is slow
+_END_TOLERANCE = 1.0  # seconds: lists state times in whole seconds
 _TRIES = 2  # a worker may also die of a lack of memory that is not the video's fault
 
 Result = EncodedVideo | VideoError
@@ -65,6 +66,12 @@ def encode_or_error(video: Video, short_side: int, quality: int) -> Result:
             encoded = encode_video(video.path, short_side, quality, video.start, video.end)
     except VideoError as error:
         return VideoError(error.path, f"{error.reason} (key frame {video.media_id})") if video.annotation else error
+    last = encoded.start + len(encoded.frames) / encoded.fps
+    if video.must_cover_segment and video.end is not None and last < video.end - _END_TOLERANCE:
+        return VideoError(video.path, f"ends at {last:.1f} s, before the end of its segment, {video.end:g} s")
+    annotated = max((label.end for label in video.timed), default=0.0)
+    if last < annotated - _END_TOLERANCE:
+        return VideoError(video.path, f"ends at {last:.1f} s, before the end of an annotation, {annotated:g} s")
     if video.annotation is not None:
         index = frame_at(video.annotation.second, encoded.start, encoded.fps)
         if index >= len(encoded.frames):

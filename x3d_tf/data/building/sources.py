@@ -17,7 +17,7 @@ from x3d_tf.data.video.decode import VideoError
 from x3d_tf.data.video.image_sequences import FOLDER_FPS, FileState
 from x3d_tf.errors import require
 from x3d_tf.text import whole
-from x3d_tf.types import Annotation, AnnotationKind
+from x3d_tf.types import Annotation, AnnotationKind, TimedLabel
 
 SPLIT_NAMES = ("train", "val", "test")  # recognised without --splits
 _SPELLINGS = {"training": "train", "valid": "val", "validate": "val", "validation": "val", "testing": "test"}
@@ -36,6 +36,8 @@ class Video(NamedTuple):
         annotation: annotation of the key frame; None except for action detection.
         state: size and time of the file when the build began, to detect changes; None disables the check.
         frame_rate: images per second, for a folder of frames.
+        must_cover_segment: the file must last until `end`; otherwise the record may end earlier, with the file.
+        timed: its classes with their times; empty if they apply to the complete video.
     """
 
     path: Path
@@ -47,6 +49,8 @@ class Video(NamedTuple):
     annotation: Annotation | None = None
     state: FileState | None = None
     frame_rate: float = FOLDER_FPS
+    must_cover_segment: bool = False
+    timed: tuple[TimedLabel, ...] = ()
 
     @property
     def media_id(self) -> str:

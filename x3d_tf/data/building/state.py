@@ -226,13 +226,15 @@ def _stale_shards(folder: BuildFolder, sources: Sources, changed: set[tuple[str,
 
 
 def _describe(sources: Sources, states: Mapping[Path, FileState]) -> list[list[Any]]:
-    """Returns a row for each record: split, name, classes, times, file size and time, and hash of an annotation."""
+    """Returns a row for each record: split, name, classes, times, file size and time, hash of annotations."""
     rows = []
     for split, videos in sources.splits.items():
         for video in videos:
             row = [split, video.media_id, list(video.classes), video.start, video.end, *states[video.path]]
             if video.annotation is not None:
                 row.append(hashlib.sha256(repr(video.annotation).encode()).hexdigest())
+            if video.timed:
+                row.append(hashlib.sha256(repr(video.timed).encode()).hexdigest())
             rows.append(row)
     return rows
 

@@ -19,6 +19,7 @@ from x3d_tf.data.ava_files import (
     read_exclusions,
     read_label_map,
 )
+from x3d_tf.data.building.listed import entries_by_name
 from x3d_tf.data.building.sources import Sources, Video, shuffle_by_hash
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.records.index import KeyFrameInfo
@@ -47,6 +48,7 @@ class Ava:
     name: str
     videos: Mapping[str, int] = field(default_factory=dict)
     requires = ("videos", "boxes")
+    flips = True
 
     @property
     def accepts(self) -> tuple[str, ...]:
@@ -113,7 +115,7 @@ def find_key_frames(
         unknown = sorted(set(files_by_split or ()) - set(boxes))
         require(not unknown, name, f"be for splits that have boxes ({', '.join(boxes)})", unknown)
     actions = ava_actions() if label_map is None else read_label_map(label_map)
-    names, files = _class_names(actions), _files_by_name(videos)
+    names, files = _class_names(actions), entries_by_name(videos)
     splits: dict[str, list[Video]] = {}
     unusable: dict[str, VideoError] = {}
     frames: dict[str, list[KeyFrame]] = {}
@@ -152,22 +154,6 @@ def _shuffle_films(members: list[Video], seed: int) -> list[Video]:
     films = {video.name: Video(video.path, video.name, ()) for video in members}
     ranks = {film.name: rank for rank, film in enumerate(shuffle_by_hash([*films.values()], seed))}
     return sorted(members, key=lambda video: (ranks[video.name], video.start))
-
-
-def _files_by_name(videos: Path) -> dict[str, Path]:
-    """Returns files by their names without extension, and folders by their names.
-
-    Raises:
-        UserError: two entries have the same name.
-    """
-    found: dict[str, Path] = {}
-    for entry in sorted(videos.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        name = entry.name if entry.is_dir() else entry.stem
-        require(name not in found, f"videos: {videos}", "hold each video only once", [str(found.get(name)), str(entry)])
-        found[name] = entry
-    return found
 
 
 def _class_names(actions: LabelMap) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ class DataSet(Protocol):
         name: name in manifests, settings and flags.
         requires: names of the `Inputs` that must be given.
         accepts: names of other `Inputs` that are read.
+        flips: False if a horizontal flip changes the class of a video.
     """
 
     @property
@@ -78,6 +79,9 @@ class DataSet(Protocol):
 
     @property
     def accepts(self) -> tuple[str, ...]: ...
+
+    @property
+    def flips(self) -> bool: ...
 
     def sources(self, inputs: Inputs) -> Sources:
         """Returns the videos of each split with their classes, the missing ones, and the kind of annotation.

@@ -1,13 +1,10 @@
 """The data set `csv`: videos that a csv file lists, with their classes, splits and segments. Imports no TensorFlow."""
 
-import csv
-import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from x3d_tf import csv_files
 from x3d_tf.data.building.sources import (
@@ -41,6 +38,7 @@ class Csv:
     name = "csv"
     requires = ("csv",)
     accepts = ("videos", "splits", "split", "classes")
+    flips = True
 
     def sources(self, inputs: Inputs) -> Sources:
         """Returns the videos; see `read_csv`."""
@@ -155,8 +153,7 @@ def _read_rows(table: Path) -> tuple[list[str], Iterator[_Row]]:
     """Returns the columns of a csv file and an iterator over its rows."""
     text = read_text(table, "csv")
     delimiter = _detect_delimiter(text)
-    reader = csv_files.Reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    lines = _numbered_rows(table, reader)
+    lines = csv_files.numbered_rows(table, text, delimiter)
     header = [name.strip() for name in next(lines, (1, []))[1]]
     for name in COLUMNS[:2]:
         require(name in header, f"{table}, line 1", f"have a column {name}", header)
@@ -185,20 +182,6 @@ def _detect_delimiter(text: str) -> str:
         return len(names & set(COLUMNS))
 
     return max(_DELIMITERS, key=columns)
-
-
-def _numbered_rows(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yields the non-empty rows, each with the number of its first line."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{table}, line {line} is not valid csv: {error}") from error
-        if cells:
-            yield line, cells
 
 
 def _parse_video(row: _Row, base: Path, classes: ClassList | None) -> Video:

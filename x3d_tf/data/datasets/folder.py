@@ -28,6 +28,7 @@ class Folder:
     name = "folder"
     requires = ("videos",)
     accepts = ("splits", "split", "classes")
+    flips = True
 
     def sources(self, inputs: Inputs) -> Sources:
         """Returns the videos; see `find_videos`."""

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from x3d_tf.data.datasets.base import DATA_SETS, SyntheticDataSet
+from x3d_tf.data.datasets.base import DATA_SETS, DataSet, SyntheticDataSet
 from x3d_tf.data.records.index import Record, Split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
@@ -67,19 +67,25 @@ class DatasetSpec:
         require(0 <= fraction < 1, "DatasetSpec.validation_fraction", "be in [0, 1)", fraction)
         exclusive = not (fraction and self.validation_split)
         require(exclusive, "DatasetSpec.validation_fraction", "be 0 if validation_split is set", fraction)
-        synthetic = self.synthetic
-        if synthetic is not None and not synthetic.flips:
-            rule = f"be False for {self.name}: flipping would change the classes of its videos"
-            require(not self.flip, "DatasetSpec.flip", rule, self.flip)
+        if self.name != ANY:
+            _check_flip(self, self._data_set(), self.name)
 
     @property
     def synthetic(self) -> SyntheticDataSet | None:
         """The data set if it is synthetic, else None; raises `UserError` if no data set has the name."""
+        data_set = None if self.name == ANY else self._data_set()
+        return data_set if isinstance(data_set, SyntheticDataSet) else None
+
+    def _data_set(self) -> DataSet | SyntheticDataSet:
         try:
-            data_set = None if self.name == ANY else DATA_SETS.get(self.name)
+            return DATA_SETS.get(self.name)
         except UserError as error:
             raise UserError(f"DatasetSpec.name: {error}") from error
-        return data_set if isinstance(data_set, SyntheticDataSet) else None
+
+
+def _check_flip(spec: DatasetSpec, data_set: DataSet | SyntheticDataSet, name: str) -> None:
+    rule = f"be False for {name}: flipping would change the classes of its videos"
+    require(data_set.flips or not spec.flip, "DatasetSpec.flip", rule, spec.flip)
 
 
 def with_default_splits(spec: DatasetSpec, names: Collection[str]) -> DatasetSpec:
@@ -100,8 +106,14 @@ def validation_split(spec: DatasetSpec) -> str | None:
 
 
 def open_for_training(spec: DatasetSpec) -> tuple[Manifest, DatasetSpec]:
-    """Opens a dataset like `open_dataset`, and returns its settings with the default splits for training."""
+    """Opens a dataset like `open_dataset`, and returns its settings with the default splits for training.
+
+    Raises:
+        UserError: see `open_dataset`; also if training would flip videos whose class a flip changes.
+    """
     manifest = _open_manifest(spec)
+    if manifest.dataset in DATA_SETS.names():  # not those of a plugin that is not loaded
+        _check_flip(spec, DATA_SETS.get(manifest.dataset), manifest.dataset)
     spec = with_default_splits(spec, manifest.splits)
     manifest = hold_out(manifest, spec)
     _require_records(manifest, spec.train_split, spec.eval_split)

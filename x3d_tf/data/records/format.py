@@ -21,13 +21,16 @@ from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, Pixels, VideoError, encode_jpeg, frame_at
 from x3d_tf.errors import UserError
 from x3d_tf.files import os_errors_as_write_error, temporary_path
-from x3d_tf.types import Annotation, Box, Storage
+from x3d_tf.types import Annotation, Box, Storage, TimedLabel
 
 _CONTEXT = {
     "clip/label/index": tf.io.RaggedFeature(tf.int64),
     "clip/label/string": tf.io.RaggedFeature(tf.string),
     "clip/media_id": tf.io.FixedLenFeature([], tf.string),
     "image/frame_rate": tf.io.FixedLenFeature([], tf.float32),
+    "segment/start/timestamp": tf.io.RaggedFeature(tf.int64),  # absent unless labels are timed
+    "segment/end/timestamp": tf.io.RaggedFeature(tf.int64),
+    "segment/label/index": tf.io.RaggedFeature(tf.int64),
 }
 _LENGTH_BYTES = 8  # of a record's length field, which is followed by its checksum
 _READERS = 16  # shards whose headers are read in parallel
@@ -51,6 +54,7 @@ class RecordSource(NamedTuple):
     Attributes:
         video, labels, start, end, key_frame: see `index.Record`.
         annotation: annotation of the key frame, for action detection.
+        timed: labels with their times; empty if `labels` apply to the complete record.
     """
 
     video: str
@@ -59,11 +63,25 @@ class RecordSource(NamedTuple):
     end: float | None = None
     key_frame: int | None = None
     annotation: Annotation | None = None
+    timed: tuple[TimedLabel, ...] = ()
 
     @property
     def media_id(self) -> str:
         """Name of the record."""
         return media_id(self.video, self.start, self.end, self.key_frame)
+
+
+class ParsedTimes(NamedTuple):
+    """Labels with their times, as tensors.
+
+    Attributes:
+        labels: class indices, int64 [n].
+        starts, ends: first and last microsecond after the record's first frame, int64 [n].
+    """
+
+    labels: tf.Tensor
+    starts: tf.Tensor
+    ends: tf.Tensor
 
 
 class ParsedRecord(NamedTuple):
@@ -76,6 +94,7 @@ class ParsedRecord(NamedTuple):
         fps: frames per second, float32 scalar.
         media_id: name of the record, string scalar.
         serialized: serialized record, string scalar.
+        timed: labels with their times; empty if `labels` apply to the complete record.
     """
 
     frames: tf.Tensor
@@ -84,6 +103,7 @@ class ParsedRecord(NamedTuple):
     fps: tf.Tensor
     media_id: tf.Tensor
     serialized: tf.Tensor
+    timed: ParsedTimes
 
 
 class ParsedAnnotation(NamedTuple):
@@ -115,6 +135,8 @@ def encode_record(video: EncodedVideo, source: RecordSource, classes: Sequence[s
         "image/format": _bytes([b"JPEG"]),
         "image/frame_rate": tf.train.Feature(float_list=tf.train.FloatList(value=[video.fps])),
     }
+    if source.timed:
+        context |= _segments(source.timed, video.start, classes)
     microseconds = [round(index * 1e6 / video.fps) for index in range(len(video.frames))]
     frames = {
         "image/encoded": tf.train.FeatureList(feature=[_bytes([jpeg]) for jpeg in video.frames]),
@@ -126,6 +148,20 @@ def encode_record(video: EncodedVideo, source: RecordSource, classes: Sequence[s
         context=tf.train.Features(feature=context), feature_lists=tf.train.FeatureLists(feature_list=frames)
     )
     return bytes(example.SerializeToString(deterministic=True))  # otherwise the order of map entries varies
+
+
+def _segments(timed: Sequence[TimedLabel], start: float, classes: Sequence[str]) -> dict[str, tf.train.Feature]:
+    """Returns MediaSequence's features of segments; times count from the record's first frame, at second `start`."""
+
+    def microseconds(second: float) -> int:
+        return round((second - start) * 1e6)
+
+    return {
+        "segment/start/timestamp": _ints([microseconds(label.start) for label in timed]),
+        "segment/end/timestamp": _ints([microseconds(label.end) for label in timed]),
+        "segment/label/index": _ints([label.label for label in timed]),
+        "segment/label/string": _bytes([classes[label.label].encode() for label in timed]),
+    }
 
 
 def _regions(annotation: Annotation, key_frame: int, microseconds: Sequence[int]) -> dict[str, tf.train.FeatureList]:
@@ -280,6 +316,9 @@ def parse_record(serialized: tf.Tensor) -> ParsedRecord:
         context["image/frame_rate"],
         context["clip/media_id"],
         serialized,
+        ParsedTimes(
+            context["segment/label/index"], context["segment/start/timestamp"], context["segment/end/timestamp"]
+        ),
     )
 
 

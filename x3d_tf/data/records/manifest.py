@@ -42,7 +42,7 @@ _MAX_TEXT = 4096  # characters of a setting or a video's name
 
 _LABELS: dict[AnnotationKind, tuple[int, float, str]] = {  # labels per record: minimum, maximum, and the rule
     "single_label": (1, 1, "be exactly one"),
-    "multi_label": (1, math.inf, "be one or more, ascending"),
+    "multi_label": (0, math.inf, "be ascending"),
     "detection": (0, math.inf, "be ascending"),
 }
 _T = TypeVar("_T")
@@ -59,7 +59,7 @@ class Manifest:
         splits: splits by name.
         settings: settings of the build, numbers or strings, for information and comparison.
         stored: storage format of the frames.
-        task: kind of annotation: "single_label" if every record has exactly one label, "multi_label" if one or more,
+        task: kind of annotation: "single_label" if every record has exactly one label, "multi_label" if any number,
             "detection" if records hold a key frame, each of whose boxes has any number of labels.
         key_frames: common properties of key frames; None unless the task is "detection".
         original: the manifest of the stored records if this one divides their splits differently, else None.

@@ -1,0 +1,71 @@
+"""The data set `ucf101`. Imports no TensorFlow.
+
+Its lists are `trainlist0N.txt` and `testlist0N.txt`, one pair for each of its three splits, and `classInd.txt`.
+"""
+
+from pathlib import Path, PurePosixPath
+
+from x3d_tf.data.building.listed import ClassNames, Entry, VideoFiles, collect
+from x3d_tf.data.building.sources import Sources
+from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.errors import UserError, require
+from x3d_tf.files import read_text
+from x3d_tf.text import check_class_name
+
+
+class Ucf101:
+    """Videos of 101 human actions, each with one class."""
+
+    name = "ucf101"
+    requires = ("videos", "lists", "classes")
+    accepts = ()
+    flips = True
+
+    def sources(self, inputs: Inputs) -> Sources:
+        """Returns the videos of the lists; the files are found by their names, in any folder.
+
+        Raises:
+            UserError: a list cannot be read or a line breaks its rule; the message names file and line.
+        """
+        classes = ClassNames(_read_classes(inputs.path("classes")), f"the classes in {inputs.classes}")
+        files = VideoFiles(inputs.path("videos"))
+        lists = {split: _read_list(path, classes, files) for split, path in inputs.lists.items()}
+        return collect(files.folder, lists, classes.names, inputs.seed)
+
+
+DATASETS = (Ucf101(),)
+
+
+def _read_classes(path: Path) -> list[str]:
+    """Reads lines of a number, counted from 1, and a class name."""
+    names: list[str] = []
+    for line, text in enumerate(read_text(path, "classes").splitlines(), 1):
+        if not text.strip():
+            continue
+        number, _, name = text.strip().partition(" ")
+        rule = f"be {len(names) + 1} and a class name, because the numbers count the lines"
+        require(number == str(len(names) + 1) and bool(name), f"{path}, line {line}", rule, text)
+        check_class_name(name, f"{path}, line {line}")
+        require(name not in names, f"{path}, line {line}", "not repeat a class", name)
+        names.append(name)
+    require(bool(names), str(path), "list at least one class")
+    return names
+
+
+def _read_list(path: Path, classes: ClassNames, files: VideoFiles) -> list[Entry]:
+    """Reads lines of CLASS/VIDEO.avi, in training lists followed by the number of the class."""
+    entries = []
+    for line, text in enumerate(read_text(path, "lists").splitlines(), 1):
+        where = f"{path}, line {line}"
+        if not text.strip():
+            continue
+        video, _, number = text.strip().partition(" ")
+        parts = PurePosixPath(video).parts
+        if len(parts) != 2:
+            raise UserError(f"{where} must be CLASS/VIDEO, in training lists followed by a class number, got {text!r}")
+        label, stem = classes.find(parts[0], f"{where}: the class"), PurePosixPath(parts[1]).stem
+        if number:
+            numbered = classes.at(number.strip(), f"{where}: the class number", first=1)
+            require(numbered == label, f"{where}: the class number", f"be that of {label}", number)
+        entries.append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label)))
+    return entries
