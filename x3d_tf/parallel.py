@@ -68,24 +68,25 @@ def use_single_threaded_ops(num_parallel: int) -> None:
 
 
 def divide_devices(number: int, processes: int) -> None:
-    """Gives this process its share of the machine: of the CPU cores, and one GPU, which several processes may share.
+    """Gives this process its share of the CPU cores, and one GPU if there are several processes.
 
-    Must be called before TensorFlow computes anything; has no effect later.
+    GPU memory is allocated as needed, because processes may share a GPU. Must be called before TensorFlow computes
+    anything; has no effect later.
 
     Args:
         number: number of this process, from 0.
-        processes: number of processes. The devices of a single process do not change.
+        processes: number of processes.
     """
-    if processes == 1:
-        return
-    gpus, cores = tf.config.list_physical_devices("GPU"), max(1, available_cpus() // processes)
+    gpus = tf.config.list_physical_devices("GPU")
     with contextlib.suppress(RuntimeError):  # TensorFlow is already initialised
-        tf.config.threading.set_inter_op_parallelism_threads(cores)
-        tf.config.threading.set_intra_op_parallelism_threads(cores)
-        if gpus:
-            gpu = gpus[number % len(gpus)]
-            tf.config.set_visible_devices(gpu, "GPU")
-            tf.config.experimental.set_memory_growth(gpu, processes > len(gpus))
+        if processes > 1:
+            cores = max(1, available_cpus() // processes)
+            tf.config.threading.set_inter_op_parallelism_threads(cores)
+            tf.config.threading.set_intra_op_parallelism_threads(cores)
+            gpus = gpus[number % len(gpus) :][:1] if gpus else []
+            tf.config.set_visible_devices(gpus, "GPU")
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
 
 
 def num_batch_slices(clips: int | None, group: int) -> int:
