@@ -10,6 +10,7 @@ from x3d_tf.config import Recipe, TrainConfig
 from x3d_tf.data.datasets.base import DATA_SETS
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.data.sampling import frame_indices
+from x3d_tf.evaluation.published import TABLE_A1, Ablation
 from x3d_tf.training.checks import check_batch
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,21 @@ def test_the_recipes_of_pyslowfast_equal_their_python(name: str, classes: int) -
     file = f"gin/kinetics{classes}/pyslowfast/{name}.gin"
     assert parse(file) == kinetics(name, classes, recipe, 8 if name == "x3d_l" else 16)
     assert f"--gin_file={file}" in (ROOT / file).read_text()
+
+
+ABLATIONS = {"dense, equal GMACs": "dense_equal_cost", "dense": "dense", "ReLU for swish": "relu", "no SE": "no_se"}
+
+
+@pytest.mark.parametrize("row", TABLE_A1, ids=lambda row: f"{row.network} {row.change}")
+def test_the_ablations_are_those_of_appendix_b(row: Ablation) -> None:
+    file = f"gin/ablations/{row.network}_{ABLATIONS[row.change]}.gin"
+    plain = parse(f"gin/kinetics400/{row.network}.gin")
+    gamma_b = row.gamma_b or plain.expansion.gamma_b
+    options = replace(row.options, bn_group=plain.model.bn_group, drop_connect=plain.model.drop_connect)
+    assert parse(file) == replace(plain, model=options, expansion=replace(plain.expansion, gamma_b=gamma_b))
+    difference = f"{abs(row.difference)} points {'above' if row.difference > 0 else 'below'}"
+    text = (ROOT / file).read_text()
+    assert difference in text and f"--gin_file={file}" in text
 
 
 @pytest.mark.parametrize(

@@ -366,7 +366,7 @@ def test_versions(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(models, "open_model", lambda path, detectors: {str(model_file()): source}[path])
+    monkeypatch.setattr(models, "open_model", lambda path, inputs: {str(model_file()): source}[path])
     output = tmp_path / "serving" / "hugs"
     run(model=model_file(), output=output)
     assert f"written: {output / '1'}" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.records.index import Record
@@ -17,9 +17,6 @@ from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import STRIDE_FPS
 from x3d_tf.modeling.expansion import BASE_SCALE
 from x3d_tf.text import binding_flag, counted, plural
-
-if TYPE_CHECKING:
-    from x3d_tf.tasks.base import Task
 
 MIN_CLIP_COVERAGE = 0.8  # of the clip's duration, for most videos; gin/few_videos.gin was measured at 0.87
 MAX_EPOCHS = 300  # the paper's recipe trains for 256 epochs of Kinetics-400, and for 512 of Kinetics-600
@@ -29,7 +26,20 @@ MIN_SCALED_STEPS = 100  # steps that a recipe must keep when it is scaled to a l
 MAX_IMBALANCE = 5  # ratio of the most frequent to the rarest class
 
 
-def print_advice(manifest: Manifest, config: TrainConfig, task: "Task") -> None:
+class Adviser(Protocol):
+    """What advice needs of a task; see `tasks.base.Task`."""
+
+    @property
+    def sample(self) -> str: ...
+
+    def classes(self, manifest: Manifest) -> tuple[str, ...]: ...
+
+    def training_records(self, manifest: Manifest, split: str) -> Sequence[Record]: ...
+
+    def advice(self, config: TrainConfig, manifest: Manifest) -> list[str]: ...
+
+
+def print_advice(manifest: Manifest, config: TrainConfig, task: Adviser) -> None:
     """Measures the frames of a sample of the records and prints `advice` to stderr.
 
     Raises:
@@ -41,7 +51,7 @@ def print_advice(manifest: Manifest, config: TrainConfig, task: "Task") -> None:
         print(f"warning: {text}", file=sys.stderr)
 
 
-def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: "Task") -> list[str]:
+def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: Adviser) -> list[str]:
     """Returns warnings about training records that do not fit the configuration.
 
     Synthetic data sets are exempt from all but the check of the batch: they have recipes of their own.
