@@ -46,8 +46,9 @@ def plan_lines(search: Search, setup: SearchSetup, speed: Speed, processes: int 
     yield f"measuring {counted(min(_MEASURED, len(plan.first)), 'candidate')}"
     hours = hours_expected(plan, setup, speed) / processes
     shared = f", {processes} at a time" if processes > 1 else ""
+    expected = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     yield (
-        f"expected: {hours:.1f} hours{shared}. This is an estimate from a few training steps on this machine; it "
+        f"expected: {expected}{shared}. This is an estimate from a few training steps on this machine; it "
         "assumes that the time is proportional to the multiply-adds"
     )
 
