@@ -25,7 +25,14 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # These start first: a long file that starts last leaves the other test processes idle.
 LONG_FILES = (
     *("test_loop.py", "test_forward.py", "test_step.py", "test_detector_training.py", "test_prediction.py"),
-    *("test_classification.py", "test_verify.py", "test_tflite.py", "test_x3d.py", "test_saved_model.py"),
+    *(
+        "test_classification.py",
+        "test_expand.py",
+        "test_verify.py",
+        "test_tflite.py",
+        "test_x3d.py",
+        "test_saved_model.py",
+    ),
     *("test_tasks.py", "test_input_pipeline.py"),
 )
 

@@ -11,6 +11,7 @@ from x3d_tf import VARIANTS, Expansion, ModelOptions, gin_config
 from x3d_tf.config import Detection, Recipe, TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
+from x3d_tf.search.config import ExpandConfig
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = sorted(path.stem for path in (ROOT / "gin").glob("x*.gin"))
@@ -90,6 +91,35 @@ def test_the_recipes_for_ava_equal_their_python(name: str, version: str) -> None
     assert f"--gin_file={file}" in (ROOT / file).read_text()
 
 
+def test_the_recipe_for_the_expansion_search_equals_its_python() -> None:
+    config, expand = gin_config.parse_expand(["gin/expand.gin"], ["ExpandConfig.budget_gmacs=0.6"])
+    assert expand == ExpandConfig(budget_gmacs=0.6)
+    assert config == TrainConfig(
+        dataset=DatasetSpec(name="moving_shapes", records="data/moving_shapes", flip=False, validation_fraction=0.2),
+        recipe=SHORT,
+        checkpoint_steps=80,
+    )
+    assert "--gin_file=gin/expand.gin" in (ROOT / "gin/expand.gin").read_text()
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        ([], "ExpandConfig.budget_gmacs must be given, in GMACs"),
+        (
+            ["ExpandConfig.budget_gmacs=1", "ExpandConfig.axes=('width', 'dept')"],
+            r"ExpandConfig.axes must have names from .*did you mean depth\?",
+        ),
+        (["ExpandConfig.budget=3", "ExpandConfig.cost='flops'"], "ExpandConfig.cost must be one of macs, params"),
+        (["ExpandConfig.budgets=3"], "the setting of ExpandConfig must be one of budget_gmacs, .*, got 'budgets'"),
+        (["ExpandConfig.budget_gmacs=1", "typo/ExpandConfig.seeds=2"], "unused bindings: typo/ExpandConfig.seeds"),
+    ],
+)
+def test_settings_of_the_expansion_search_are_checked(bindings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        gin_config.parse_expand(["gin/x2d.gin"], bindings)
+
+
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "gin").rglob("*.gin"))
 
 
@@ -134,11 +164,15 @@ def test_the_texts_can_be_parsed_again(tmp_path: Path) -> None:
         ),
         (
             "Expansio.gamma_b=1.5",
-            r"group of settings must be one of Expansion, ModelOptions.*, got 'Expansio'; did you mean Expansion\?",
+            r"group of settings must be one of Expansion, ModelOptions.*, got 'Expansio'; did you mean Expansion\b",
         ),
         ("DatasetSpec.records=folder", "String values need their own quotes"),
         ("typo/Expansion.gamma_b=1.5", "unused bindings: typo/Expansion.gamma_b"),
         ("macro=3", "unused bindings: %macro"),
+        (
+            "ExpandConfig.budget_gmacs=0.6",
+            "unused bindings: ExpandConfig.budget_gmacs; only python -m x3d_tf.expand uses ExpandConfig",
+        ),
         ("TrainConfig.expansion=3", "unused bindings: TrainConfig.expansion"),
         ('Expansion.gamma_b="a"', "Expansion.gamma_b must be float, got 'a'"),
         ("Expansion.gamma_t=1.5", "Expansion.gamma_t must be int, got 1.5"),
@@ -217,7 +251,7 @@ def test_imports_are_rejected_in_included_files(evil: Path) -> None:
 )
 def test_references_to_other_packages_are_rejected(reference: str, evil: Path) -> None:
     (evil / "a.gin").write_text(f"Expansion.gamma_tau = 1\nExpansion.gamma_b = {reference}\n")
-    with pytest.raises(ValueError, match=r"^a\.gin, line 2: @.*must be one of Expansion, .*TrainConfig, got '"):
+    with pytest.raises(ValueError, match=r"^a\.gin, line 2: @.*must be one of Expansion, .*ExpandConfig, got '"):
         gin_config.parse(["a.gin"])
 
 
@@ -225,7 +259,7 @@ def test_references_to_other_packages_are_rejected(reference: str, evil: Path) -
     "binding", ["gin.singleton.constructor=1", "gin.macro.value=1", "subprocess.getoutput.cmd='ls'"]
 )
 def test_bindings_of_other_packages_are_rejected(binding: str) -> None:
-    with pytest.raises(ValueError, match=r"must be one of Expansion, .*TrainConfig, got '"):
+    with pytest.raises(ValueError, match=r"must be one of Expansion, .*ExpandConfig, got '"):
         gin_config.parse(["gin/x3d_s.gin"], [binding])
 
 
@@ -360,7 +394,9 @@ def test_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert gin_config.find_recipe("gin/x3d_s.gin").read_text() == "# mine"
 
 
-@pytest.mark.parametrize("command", ["complexity", "train", "evaluate", "build_records", "predict", "preview"])
+@pytest.mark.parametrize(
+    "command", ["complexity", "train", "evaluate", "expand", "build_records", "predict", "preview"]
+)
 def test_help_has_an_example(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"x3d_tf.{command}", "--help"], capture_output=True, text=True, cwd=ROOT

@@ -57,3 +57,23 @@ def test_slices_divide_groups_evenly(
 
 def test_gpus_compute_the_batch_at_once(uncompiled: None) -> None:
     assert parallel.num_batch_slices(8, 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "cores", "visible"),
+    [(0, 1, None, ["a", "b"]), (0, 2, 4, ["a"]), (1, 2, 4, ["b"]), (2, 3, 2, ["a"]), (9, 20, 1, ["b"])],
+)
+def test_processes_share_cores_and_gpus(
+    monkeypatch: pytest.MonkeyPatch, number: int, processes: int, cores: int | None, visible: list[str]
+) -> None:
+    """There are two GPUs and eight cores."""
+    calls: dict[str, list[object]] = {"threads": [], "visible": [], "growth": []}
+    monkeypatch.setattr(parallel, "available_cpus", lambda: 8)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["a", "b"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda gpus, kind: calls["visible"].append(gpus))
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, grows: calls["growth"].append(gpu))
+    for name in ("inter", "intra"):
+        monkeypatch.setattr(tf.config.threading, f"set_{name}_op_parallelism_threads", calls["threads"].append)
+    parallel.divide_devices(number, processes)
+    assert calls["growth"] == visible
+    assert (calls["threads"], calls["visible"]) == (([cores] * 2, [visible]) if cores else ([], []))

@@ -14,7 +14,7 @@ from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.axes import AXES
 from x3d_tf.search.candidates import Candidate, Phase, Result, Score, are_tied
-from x3d_tf.search.config import SearchConfig
+from x3d_tf.search.config import CostName, ExpandConfig
 from x3d_tf.search.replay import PATH
 from x3d_tf.search.search import Search, estimate
 
@@ -22,6 +22,12 @@ TINY = Expansion(gamma_tau=1.0, gamma_t=1, gamma_s=32 / 112, gamma_d=0.2)
 PAPER = [step for step in PATH if step.label.isdigit()]
 PHASES: dict[int, Phase] = {}  # by the step, of the search that follows the paper's axes
 Scorer = Callable[[Candidate], Score]
+
+
+def settings(budgets: tuple[float, ...], cost: CostName = "macs", **others: Any) -> ExpandConfig:
+    """Returns the settings of a search with these budgets, in the unit of the cost."""
+    final = {"budget_gmacs" if cost == "macs" else "budget": budgets[-1]}
+    return ExpandConfig(cost=cost, intermediate_budgets=budgets[:-1], **final, **others)
 
 
 def scored(search: Search, score: Scorer) -> Search:
@@ -38,8 +44,8 @@ def prefers(*axes: str | None) -> Scorer:
     return lambda candidate: Score(0.5 + 0.1 * (candidate.axis == axes[candidate.step]))
 
 
-def tiny(**settings: Any) -> Search:
-    return Search(SearchConfig(**({"budgets": (0.05,)} | settings)), TINY, num_classes=4)
+def tiny(budgets: tuple[float, ...] = (0.05,), **others: Any) -> Search:
+    return Search(settings(budgets, **others), TINY, num_classes=4)
 
 
 def unlimited(*axes: str | None) -> Search:
@@ -61,7 +67,7 @@ def paper() -> Search:
         PHASES.setdefault(candidate.step, candidate.phase)
         return prefer(candidate)
 
-    return scored(Search(SearchConfig(budgets=budgets)), score)
+    return scored(Search(settings(budgets)), score)
 
 
 def test_the_search_follows_the_papers_axes(paper: Search) -> None:
@@ -100,7 +106,7 @@ def test_the_rule_increases_the_regularisation_after_a_deviation() -> None:
         search.record(pending[0], score(pending[0]))
     strengths = [(phase.bn_group, phase.drop_connect) for phase in phases.values()]
     assert strengths == [(16, 0.0), (16, 0.0), (8, 0.0), (8, 0.1), (8, 0.1), (8, 0.2), (8, 0.2)]
-    with pytest.raises(UserError, match=r'Score.training must be measured if SearchConfig.regularisation is "rule"'):
+    with pytest.raises(UserError, match=r'Score.training must be measured if ExpandConfig.regularisation is "rule"'):
         scored(tiny(regularisation="rule"), lambda _: Score(0.5))
 
 
@@ -232,12 +238,12 @@ def test_a_budget_near_the_network_needs_no_contraction() -> None:
 
 
 def test_the_parent_is_taken_if_no_contraction_is_larger() -> None:
-    """Three frames exceed the budget, and two are the parent."""
+    """Three frames exceed the budget, and two are the parent. A wider bottleneck would not."""
     start = replace(TINY, gamma_t=2)
     two, three, four = (cost(replace(TINY, gamma_t=frames), num_classes=4).macs / 1e9 for frames in (2, 3, 4))
     budget = 1.2 * two
     assert budget * 1.01 < three < four
-    config = SearchConfig(budgets=(budget,), axes=("fast",))
+    config = settings((budget,), axes=("fast", "bottleneck"))
     search = scored(Search(config, start, num_classes=4), prefers(None, "fast"))
     assert [(step.number, step.contracts) for step in search.steps] == [(1, False)]
     assert [member.result for member in search.family] == [None]  # the start network, which is not scored
@@ -266,96 +272,108 @@ def test_latency_limits_the_search() -> None:
         return 3.0 * network.gamma_t + network.gamma_s
 
     search = scored(
-        Search(SearchConfig(cost="latency", budgets=(18.0,)), TINY, num_classes=4, latency=latency),
+        Search(settings(cost="latency", budgets=(18.0,)), TINY, num_classes=4, latency=latency),
         prefers(None, "fast", "fast", "fast"),
     )
     (member,) = search.family
     assert member.result is not None
     assert (member.result.network.step, member.result.network.contracts) == (3, True)
     assert member.result.network.expansion.gamma_t == 5  # 15.3 ms; six frames take 18.3
-    with pytest.raises(UserError, match=r'SearchConfig.cost must not be "latency" where no function measures it'):
-        Search(SearchConfig(cost="latency"))
+    with pytest.raises(UserError, match=r'ExpandConfig.cost must not be "latency" where no function measures it'):
+        Search(ExpandConfig(cost="latency", budget=9.0))
 
 
 def test_steps_end_with_the_limits() -> None:
     search = scored(tiny(budgets=(9.0,), max_steps=2), prefers(*["fast"] * 3))
     assert (len(search.steps), search.family) == (2, [])
     largest = replace(TINY, gamma_s=16.0, gamma_d=0.2)
-    assert Search(SearchConfig(budgets=(900.0,), axes=("spatial",)), largest).pending() == ()
+    assert Search(settings((900.0,), axes=("spatial",)), largest).pending() == ()
 
 
 def test_the_plan_counts_the_trainings() -> None:
     """The paper counts 30 trainings for X3D-XS; two of them are the same at one frame."""
-    plan = estimate(Search(SearchConfig(budgets=(0.6,))))
+    plan = estimate(Search(settings((0.6,))))
     assert (plan.steps, len(plan.first)) == (5, 5)
     assert 25 <= plan.trainings - 1 <= 30  # with a contraction
     assert math.isclose(plan.gmacs, 6 * 1.17, rel_tol=0.1)
-    assert estimate(Search(SearchConfig(budgets=(0.6,), seeds=3))).trainings == 3 * plan.trainings
-    halved = estimate(Search(SearchConfig(budgets=(0.6,), halving=0.25)))
+    assert estimate(Search(settings((0.6,), seeds=3))).trainings == 3 * plan.trainings
+    halved = estimate(Search(settings((0.6,), halving=0.25)))
     assert plan.trainings < halved.trainings < 2 * plan.trainings
     assert halved.gmacs < plan.gmacs
 
 
 def test_the_plan_follows_the_cost_that_is_limited() -> None:
-    plan = estimate(Search(SearchConfig(budgets=(6.0,), cost="params")))
+    plan = estimate(Search(settings((6.0,), cost="params")))
     assert plan.steps == 2  # 1.63, 3.3, 6.5 million
 
 
 def test_differences_of_frames_keep_two_frames() -> None:
     start, options = replace(TINY, gamma_t=2), ModelOptions(input="difference")
-    config = SearchConfig(budgets=(0.006,), contraction="all", axes=("fast", "spatial"))
+    config = settings((0.006,), contraction="all", axes=("fast", "spatial"))
     search = scored(Search(config, start, options=options, num_classes=4), prefers(None, *["fast"] * 9))
     assert search.family
     with pytest.raises(UserError, match=r"Expansion\.gamma_t must be at least 2"):
-        Search(SearchConfig(), TINY, options=options)
+        Search(settings((2.0,)), TINY, options=options)
 
 
 def test_a_budget_is_met_with_one_percent_more() -> None:
     xs = cost("x3d_xs").macs  # 0.605 GMACs for 0.6
-    assert not SearchConfig().exceeds(xs, 0.6) and SearchConfig().is_near(xs, 0.6)
-    assert SearchConfig().exceeds(xs, 0.599)
-    assert SearchConfig(cost="latency").exceeds(1.02, 1.0) and not SearchConfig(cost="params").exceeds(1.0e6, 1.0)
+    macs = settings((2.0,))
+    assert not macs.exceeds(xs, 0.6) and macs.is_near(xs, 0.6) and macs.exceeds(xs, 0.599)
+    assert settings((2.0,), "latency").exceeds(1.02, 1.0) and not settings((2.0,), "params").exceeds(1.0e6, 1.0)
 
 
 def test_options_and_classes_change_the_cost() -> None:
-    plain, other = tiny(), Search(SearchConfig(), TINY, options=ModelOptions(se="none"), num_classes=9)
+    plain, other = tiny(), Search(settings((2.0,)), TINY, options=ModelOptions(se="none"), num_classes=9)
     assert plain.pending()[0].network.cost == cost(plain.pending()[0].expansion, num_classes=4)
     expected = cost(other.pending()[0].expansion, num_classes=9, options=ModelOptions(se="none"))
     assert other.pending()[0].network.cost == expected
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
-        ({"budgets": ()}, r"SearchConfig.budgets must be positive and ascending, got \(\)"),
-        ({"budgets": (2.0, 2.0)}, "SearchConfig.budgets must be positive and ascending"),
-        ({"budgets": (0.0,)}, "SearchConfig.budgets must be positive and ascending"),
-        ({"budgets": (float("nan"),)}, "SearchConfig.budgets must be positive and ascending"),
-        ({"budgets": 2.0}, "SearchConfig.budgets must be tuple"),
-        ({"cost": "flops"}, "SearchConfig.cost must be one of macs, params, activations, latency, got 'flops'"),
-        ({"axes": ("fast", "with")}, r"SearchConfig.axes must have names from fast, .* \(did you mean width\?\), got"),
-        ({"axes": ()}, "SearchConfig.axes must name at least one axis"),
-        ({"axes": ("fast", "fast")}, "SearchConfig.axes must have distinct names"),
-        ({"seeds": 0}, r"SearchConfig.seeds must be in \[1, 100\], got 0"),
-        ({"keep": 101}, r"SearchConfig.keep must be in \[1, 100\], got 101"),
-        ({"max_steps": 0}, "SearchConfig.max_steps must be in"),
-        ({"halving": 1.0}, r"SearchConfig.halving must be in \[0, 1\), got 1.0"),
-        ({"contraction": "none"}, "SearchConfig.contraction must be one of last, all, got 'none'"),
-        ({"regularisation": "none"}, "SearchConfig.regularisation must be one of fixed, rule"),
-        ({"deviation": -0.1}, "SearchConfig.deviation must be at least 0, got -0.1"),
-        ({"first_stride": 0.0}, "SearchConfig.first_stride must be positive, got 0.0"),
+        ({"budget_gmacs": None}, "ExpandConfig.budget_gmacs must be given, in GMACs"),
+        ({"budget_gmacs": 0.0}, "ExpandConfig.budget_gmacs must be positive, got 0.0"),
+        ({"budget_gmacs": float("nan")}, "ExpandConfig.budget_gmacs must be positive, got nan"),
+        ({"budget": 2.0}, 'budget must not be set for the cost "macs": ExpandConfig.budget_gmacs states its budget'),
+        (
+            {"cost": "latency"},
+            'budget_gmacs must not be set for the cost "latency": ExpandConfig.budget states its budget, got 2.0',
+        ),
+        ({"cost": "params", "budget_gmacs": None}, "ExpandConfig.budget must be given, in M parameters"),
+        ({"intermediate_budgets": (2.0,)}, r"intermediate_budgets must be .* below ExpandConfig.budget_gmacs = 2, got"),
+        ({"intermediate_budgets": (1.0, 0.5)}, "ExpandConfig.intermediate_budgets must be positive, ascending"),
+        ({"intermediate_budgets": 1.0}, "ExpandConfig.intermediate_budgets must be tuple"),
+        ({"cost": "flops"}, "ExpandConfig.cost must be one of macs, params, activations, latency, got 'flops'"),
+        ({"axes": ("fast", "with")}, r"ExpandConfig.axes must have names from fast, .* \(did you mean width\?\), got"),
+        ({"axes": ()}, "ExpandConfig.axes must name at least one axis"),
+        ({"axes": ("fast", "fast")}, "ExpandConfig.axes must have distinct names"),
+        ({"seeds": 0}, r"ExpandConfig.seeds must be in \[1, 100\], got 0"),
+        ({"keep": 101}, r"ExpandConfig.keep must be in \[1, 100\], got 101"),
+        ({"max_steps": 0}, "ExpandConfig.max_steps must be in"),
+        ({"halving": 1.0}, r"ExpandConfig.halving must be in \[0, 1\), got 1.0"),
+        ({"contraction": "none"}, "ExpandConfig.contraction must be one of last, all, got 'none'"),
+        ({"regularisation": "none"}, "ExpandConfig.regularisation must be one of fixed, rule"),
+        ({"deviation": -0.1}, "ExpandConfig.deviation must be at least 0, got -0.1"),
+        ({"first_stride": 0.0}, "ExpandConfig.first_stride must be positive, got 0.0"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SearchConfig(**settings)
+        ExpandConfig(**({"budget_gmacs": 2.0} | changes))
 
 
 def test_the_budget_exceeds_the_start() -> None:
-    with pytest.raises(
-        UserError, match=r"SearchConfig.budgets must exceed the cost of the start network, 0.02066 GMACs"
-    ):
-        Search(SearchConfig(budgets=(0.02,)))
+    rule = "exceed the cost of the start network, 0.02066 GMACs"
+    with pytest.raises(UserError, match=rf"ExpandConfig.budget_gmacs must {rule}, got 0.02"):
+        Search(settings((0.02,)))
+    with pytest.raises(UserError, match=rf"ExpandConfig.intermediate_budgets must {rule}, got 0.02"):
+        Search(settings((0.02, 1.0)))
+    rule = "leave room for an expansion of the start network, which has 0.02066 GMACs"
+    with pytest.raises(UserError, match=rf"ExpandConfig.budget_gmacs must {rule}, got 0.0208"):
+        Search(settings((0.0208,), axes=("fast",)))
+    assert Search(settings((0.0208,), axes=("fast", "bottleneck"))).pending()  # a few channels fit
 
 
 @pytest.mark.parametrize(

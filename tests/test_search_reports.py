@@ -12,7 +12,7 @@ from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import VARIANTS, Expansion
 from x3d_tf.search import reports
 from x3d_tf.search.candidates import Candidate, Result, Score
-from x3d_tf.search.config import SearchConfig
+from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.replay import PATH, path_table
 from x3d_tf.search.search import Search
 
@@ -57,7 +57,7 @@ def test_the_published_networks_on_the_path_have_their_exact_costs() -> None:
 @pytest.fixture(scope="module")
 def search() -> Search:
     """A search whose widest candidates fail, with a tie in step 2 and a contraction."""
-    found = Search(SearchConfig(budgets=(0.0125,), contraction="all", halving=0.5), TINY, num_classes=4)
+    found = Search(ExpandConfig(budget_gmacs=0.0125, contraction="all", halving=0.5), TINY, num_classes=4)
     while pending := found.pending():
         for candidate in pending:
             found.record(candidate, score(candidate))

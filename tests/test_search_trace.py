@@ -18,14 +18,14 @@ from x3d_tf.errors import UserError
 from x3d_tf.files import WriteError
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.candidates import Candidate, Score
-from x3d_tf.search.config import SearchConfig
+from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import SerialExecutor
 from x3d_tf.search.loop import drive, load_search, run_search
 from x3d_tf.search.search import Search
 from x3d_tf.search.trace import TRACE_NAME, open_trace
 
 TINY = Expansion(gamma_tau=1.0, gamma_t=1, gamma_s=32 / 112, gamma_d=0.2)
-CONFIG = SearchConfig(budgets=(0.03,), seeds=2, halving=0.5, keep=2, contraction="all")
+CONFIG = ExpandConfig(budget_gmacs=0.03, seeds=2, halving=0.5, keep=2, contraction="all")
 
 
 def noise(candidate: Candidate) -> Score:
@@ -77,7 +77,7 @@ def written(folder: Path, content: bytes) -> Path:
 
 def test_a_line_states_the_candidate_and_its_score(complete: tuple[Search, bytes]) -> None:
     header, *lines = [json.loads(line) for line in complete[1].splitlines()]
-    assert header["settings"]["SearchConfig.budgets"] == [0.03]
+    assert header["settings"]["ExpandConfig.budget_gmacs"] == 0.03
     assert header["settings"]["Expansion.gamma_d"] == 0.2
     assert header["settings"]["ModelOptions.se"] == "alternate"
     assert lines[0] == {
@@ -136,7 +136,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_search_trace import noise, search_in
-from x3d_tf.search.config import SearchConfig
+from x3d_tf.search.config import ExpandConfig
 
 def score(candidate):
     score.count = score.count + 1 if candidate.step == 3 else 0
@@ -145,12 +145,12 @@ def score(candidate):
     return noise(candidate)
 
 score.count = 0
-search_in(Path(sys.argv[1]), score, config=SearchConfig(budgets=(0.03,)))
+search_in(Path(sys.argv[1]), score, config=ExpandConfig(budget_gmacs=0.03))
 """
 
 
 def test_a_search_killed_in_candidate_4_of_step_3_continues_there(tmp_path: Path) -> None:
-    config = SearchConfig(budgets=(0.03,))
+    config = ExpandConfig(budget_gmacs=0.03)
     uninterrupted = search_in(tmp_path / "complete", config=config)
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(Path(__file__).parent)]
     assert subprocess.run(command).returncode == -signal.SIGKILL
@@ -252,8 +252,8 @@ def test_a_file_without_settings_is_an_error(content: bytes, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"config": SearchConfig(budgets=(0.05,), seeds=2, halving=0.5, keep=2)}, "SearchConfig.budgets"),
-        ({"config": SearchConfig(budgets=(0.03,), seeds=3, halving=0.5, keep=2)}, "SearchConfig.seeds"),
+        ({"config": ExpandConfig(budget_gmacs=0.05, seeds=2, halving=0.5, keep=2)}, "ExpandConfig.budget_gmacs"),
+        ({"config": ExpandConfig(budget_gmacs=0.03, seeds=3, halving=0.5, keep=2)}, "ExpandConfig.seeds"),
         ({"settings": {"Recipe.steps": 100}}, "Recipe.steps"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_trace_of_other_settings_is_not_continued(
 
 
 def test_a_score_is_written_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = Search(SearchConfig(budgets=(0.03,), axes=("fast",)), TINY, num_classes=4)
+    search = Search(ExpandConfig(budget_gmacs=0.03, axes=("fast",)), TINY, num_classes=4)
     with open_trace(tmp_path, {}) as trace, monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
         with pytest.raises(WriteError, match="I/O error"):
@@ -334,7 +334,7 @@ def test_a_step_without_success_is_an_error_and_scored_again(tmp_path: Path) -> 
     def out_of_memory(candidate: Candidate) -> Score:
         raise MemoryError(f"no memory for {candidate.axis}\nsecond line")
 
-    config = SearchConfig(budgets=(0.03,))
+    config = ExpandConfig(budget_gmacs=0.03)
     message = (
         r"every candidate of step 1 failed \(fast: MemoryError: no memory for fast; spatial: .*\)\. Correct the cause"
     )
@@ -363,7 +363,7 @@ def test_latencies_are_measured_once(tmp_path: Path) -> None:
         measured.append(network)
         return network.gamma_t * (1 + network.gamma_s) + 0.01 * len(measured)  # never the same twice
 
-    config = SearchConfig(budgets=(12.0,), cost="latency")
+    config = ExpandConfig(budget=12.0, cost="latency")
     with pytest.raises(Interrupted):
         search_in(tmp_path, interrupted_after(8), config=config, latency=latency)
     search = search_in(tmp_path, config=config, latency=latency)
@@ -377,7 +377,7 @@ def test_latencies_are_measured_once(tmp_path: Path) -> None:
 
 
 def test_the_rule_needs_training_scores(tmp_path: Path) -> None:
-    config = SearchConfig(budgets=(0.03,), regularisation="rule")
+    config = ExpandConfig(budget_gmacs=0.03, regularisation="rule")
     with pytest.raises(UserError, match=r"Score.training must be measured"):
         search_in(tmp_path, lambda _: Score(0.5), config=config)
     assert len((tmp_path / TRACE_NAME).read_bytes().splitlines()) == 1  # the search can be repeated
@@ -395,7 +395,7 @@ def test_a_search_is_loaded_from_its_trace(count: int | None, complete: tuple[Se
 
 
 def test_a_search_of_latencies_is_loaded_from_its_trace(tmp_path: Path) -> None:
-    config = SearchConfig(budgets=(12.0,), cost="latency")
+    config = ExpandConfig(budget=12.0, cost="latency")
     with pytest.raises(Interrupted):
         search_in(tmp_path, interrupted_after(8), config=config, latency=lambda network: 2.0 * network.gamma_t)
     assert len(load_search(tmp_path).steps) == 1
@@ -405,7 +405,7 @@ def test_a_folder_without_a_search_is_an_error(complete: tuple[Search, bytes], t
     with pytest.raises(UserError, match=r"must be the folder of a search, with trace\.jsonl"):
         load_search(tmp_path)
     header, rest = complete[1].split(b"\n", 1)
-    for changes in ({}, {"SearchConfig.more": 1}, {"Expansion.gamma_b": -1}, {"num_classes": "4"}):
+    for changes in ({}, {"ExpandConfig.more": 1}, {"Expansion.gamma_b": -1}, {"num_classes": "4"}):
         settings = json.loads(header)["settings"] | changes if changes else {}
         content = edited(header, settings=settings) + rest
         with pytest.raises(UserError, match=f"{TRACE_NAME}, line 1 must hold the settings of a search"):
@@ -413,7 +413,7 @@ def test_a_folder_without_a_search_is_an_error(complete: tuple[Search, bytes], t
 
 
 def test_random_damage_is_never_another_exception(tmp_path: Path) -> None:
-    search_in(tmp_path, config=SearchConfig(budgets=(0.006,)))
+    search_in(tmp_path, config=ExpandConfig(budget_gmacs=0.006))
     content, generator = (tmp_path / TRACE_NAME).read_bytes(), random.Random(0)
     insertions = (b"9" * 500, b"null", b"true", b"-", b"\n", b"[", b"{}", b'"', b"1e999", b"\0", b"\xff")
     outcomes = set()

@@ -1,6 +1,7 @@
 """Validation during training: the held-out videos and the score."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 
 import x3d_tf
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import HELD_OUT, DatasetSpec, hold_out
+from x3d_tf.data.datasets.spec import HELD_OUT, DatasetSpec, hold_out, open_dataset, open_for_training
 from x3d_tf.data.records.index import Record, Shard, Split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation import validation as validation_module
 from x3d_tf.evaluation.classification_reports import Predictions
+from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.metrics import TOP1
 from x3d_tf.evaluation.multiview import SplitPredictions
 from x3d_tf.evaluation.validation import ClipValidation
@@ -46,7 +48,7 @@ def spec(fraction: float) -> DatasetSpec:
 
 def test_a_part_of_each_class_is_held_out() -> None:
     manifest = manifest_of({0: 20, 1: 10, 2: 2, 3: 1})
-    splits = hold_out(manifest, spec(0.2), seed=0).splits
+    splits = hold_out(manifest, spec(0.2)).splits
     counts = {name: np.bincount([r.labels[0] for r in split.records], minlength=4) for name, split in splits.items()}
     assert counts[HELD_OUT].tolist() == [4, 2, 1, 0]
     assert counts["train"].tolist() == [16, 8, 1, 1]
@@ -63,34 +65,53 @@ def test_segments_of_a_file_stay_together() -> None:
         for i, record in enumerate(whole.splits["train"].records[2:])
     )
     manifest = dataclasses.replace(whole, splits={"train": Split(whole.splits["train"].shards, pieces)})
-    splits = hold_out(manifest, spec(0.3), seed=0).splits
+    splits = hold_out(manifest, spec(0.3)).splits
     files = {name: {record.video for record in split.records} for name, split in splits.items()}
     assert not files["train"] & files[HELD_OUT]
     assert files["train"] | files[HELD_OUT] == {f"{i}.mp4" for i in range(8)}
 
 
-def test_the_choice_depends_on_names_and_seed_alone() -> None:
+def test_the_choice_depends_on_names_alone() -> None:
     manifest = manifest_of({0: 20})
     split = manifest.splits["train"]
     shuffled = dataclasses.replace(manifest, splits={"train": Split(split.shards, split.records[::-1])})
     chosen = [
-        {record.media_id for record in hold_out(m, spec(0.2), seed).splits[HELD_OUT].records}
-        for m, seed in ((manifest, 0), (shuffled, 0), (manifest, 1))
+        {record.media_id for record in hold_out(m, spec(0.2)).splits[HELD_OUT].records} for m in (manifest, shuffled)
     ]
-    assert chosen[0] == chosen[1] != chosen[2]
+    order = sorted(split.records, key=lambda record: hashlib.sha256(f"0:{record.video}".encode()).digest())
+    assert chosen[0] == chosen[1] == {record.media_id for record in order[:4]}
+
+
+def test_the_fingerprint_stays_that_of_the_stored_records() -> None:
+    manifest = manifest_of({0: 20})
+    held_out = hold_out(manifest, spec(0.2))
+    assert held_out.fingerprint() == manifest.fingerprint()
+    assert dataclasses.replace(held_out, original=None).fingerprint() != manifest.fingerprint()
+
+
+def test_evaluations_know_the_split_held_out(records: Path) -> None:
+    dataset = DatasetSpec(str(records), eval_split="train", validation_fraction=0.3)
+    manifest = open_dataset(dataset)
+    assert {name: len(split.records) for name, split in manifest.splits.items()} == {"train": 3, HELD_OUT: 2}
+    opened, resolved = open_for_training(dataset)
+    assert (opened, resolved) == (manifest, dataset)
+    config = TrainConfig(dataset=dataset)
+    assert open_dataset(EvalConfig(split=HELD_OUT).dataset_of(config)) == manifest
+    # Other records are not divided: the videos held out were those of the training records.
+    assert HELD_OUT not in open_dataset(EvalConfig(records=str(records)).dataset_of(config)).splits
 
 
 def test_nothing_is_held_out_by_default() -> None:
     manifest = manifest_of({0: 4})
-    assert hold_out(manifest, spec(0), 0) is manifest
+    assert hold_out(manifest, spec(0)) is manifest
 
 
 def test_too_few_videos_to_hold_out() -> None:
     with pytest.raises(ValueError, match="requires at least two videos of a class in split 'train'"):
-        hold_out(manifest_of({0: 1, 1: 1}), spec(0.5), 0)
-    twice = hold_out(manifest_of({0: 4}), spec(0.5), 0)
+        hold_out(manifest_of({0: 1, 1: 1}), spec(0.5))
+    twice = hold_out(manifest_of({0: 4}), spec(0.5))
     with pytest.raises(ValueError, match=r'set DatasetSpec.validation_split="validation" instead'):
-        hold_out(twice, spec(0.5), 0)
+        hold_out(twice, spec(0.5))
 
 
 @pytest.fixture(scope="module")

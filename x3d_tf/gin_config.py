@@ -1,4 +1,4 @@
-"""Builds a checked `TrainConfig` from gin files and command-line bindings.
+"""Builds a checked `TrainConfig`, and an `ExpandConfig`, from gin files and command-line bindings.
 
 This is the only module that imports gin. It clears gin's global state before and after each use. Imports no TensorFlow.
 """
@@ -6,11 +6,11 @@ This is the only module that imports gin. It clears gin's global state before an
 import dataclasses
 import re
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import gin
 from absl import flags
@@ -18,15 +18,17 @@ from gin import config_parser
 
 from x3d_tf.config import PARTS, TrainConfig
 from x3d_tf.errors import UserError, require
+from x3d_tf.search.config import ExpandConfig
 from x3d_tf.text import did_you_mean
 
 flags.disclaim_key_flags()  # so that a command's --help lists --gin_file
 
-_CONFIGURABLES = (*PARTS.values(), TrainConfig)
+_CONFIGURABLES = (*PARTS.values(), TrainConfig, ExpandConfig)
 for _configurable in _CONFIGURABLES:
     gin.register(_configurable, module="x3d_tf")
 _SETTINGS = {part.__name__: [field.name for field in dataclasses.fields(part)] for part in _CONFIGURABLES}
 _MACRO = "gin.macro"
+_T = TypeVar("_T")
 
 _SYNTAX_ERRORS = {  # start of a message of gin -> rule to print instead
     "Expected newline": "a line must end after its value, and strings need quotes",
@@ -92,8 +94,37 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> ParsedConfig:
 
     Raises:
         UserError: a missing file, a syntax error, an import, a recursive include or one outside the two folders, an
-            unknown name, a value out of range or an unused binding.
+            unknown name, a value out of range or an unused binding. Bindings of `ExpandConfig` are unused here.
     """
+
+    def build() -> ParsedConfig:
+        config = _train_config()
+        _raise_unused()
+        return ParsedConfig(config, gin.config_str(), gin.operative_config_str())
+
+    return _built(files, bindings, build)
+
+
+def parse_expand(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[TrainConfig, ExpandConfig]:
+    """Reads the settings of an expansion search, which also apply to its trainings, as `parse` does."""
+
+    def build() -> tuple[TrainConfig, ExpandConfig]:
+        configs = _train_config(), gin.get_configurable(ExpandConfig)()
+        _raise_unused()
+        return configs
+
+    return _built(files, bindings, build)
+
+
+def _train_config() -> TrainConfig:
+    """Returns the configuration that gin's bindings give."""
+    parts = {name: gin.get_configurable(part)() for name, part in PARTS.items()}
+    config: TrainConfig = gin.get_configurable(TrainConfig)(**parts)
+    return config
+
+
+def _built(files: Sequence[str], bindings: Sequence[str], build: Callable[[], _T]) -> _T:
+    """Returns what `build` returns while the bindings of the files and of the command line apply."""
     reader = _Reader()
     for file in files:
         reader.read_file(find_recipe(file))
@@ -104,10 +135,7 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> ParsedConfig:
     try:
         for binding in reader.bindings:
             gin.bind_parameter(binding.key, binding.value)
-        parts = {name: gin.get_configurable(part)() for name, part in PARTS.items()}
-        config = gin.get_configurable(TrainConfig)(**parts)
-        _raise_unused()
-        return ParsedConfig(config, gin.config_str(), gin.operative_config_str())
+        return build()
     except UserError as error:
         raise UserError(str(error).splitlines()[0]) from None  # gin appends lines about the call
     except RecursionError:
@@ -382,6 +410,10 @@ def _nested(value: Any, macros: Mapping[str, Any], place: str, depth: int = 0) -
 
 def _raise_unused() -> None:
     unused = sorted(set(_bindings(gin.config._CONFIG)) - set(_bindings(gin.config._OPERATIVE_CONFIG)))
+    if unused and all(name.startswith(f"{ExpandConfig.__name__}.") for name in unused):
+        raise UserError(
+            f"unused bindings: {_shortened(', '.join(unused))}; only python -m x3d_tf.expand uses ExpandConfig"
+        )
     if unused:
         raise UserError(
             f"unused bindings: {_shortened(', '.join(unused))}; scopes are not supported, so bind a setting by its own "

@@ -67,6 +67,28 @@ def use_single_threaded_ops(num_parallel: int) -> None:
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
+def divide_devices(number: int, processes: int) -> None:
+    """Gives this process its share of the CPU cores, and one GPU if there are several processes.
+
+    GPU memory is allocated as needed, because processes may share a GPU. Must be called before TensorFlow computes
+    anything; has no effect later.
+
+    Args:
+        number: number of this process, from 0.
+        processes: number of processes.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    with contextlib.suppress(RuntimeError):  # TensorFlow is already initialised
+        if processes > 1:
+            cores = max(1, available_cpus() // processes)
+            tf.config.threading.set_inter_op_parallelism_threads(cores)
+            tf.config.threading.set_intra_op_parallelism_threads(cores)
+            gpus = gpus[number % len(gpus) :][:1] if gpus else []
+            tf.config.set_visible_devices(gpus, "GPU")
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+
+
 def num_batch_slices(clips: int | None, group: int) -> int:
     """Returns the number of equal slices of a training batch to process in parallel, at most the number of cores.
 

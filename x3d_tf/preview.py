@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from x3d_tf import commands, gin_config
-from x3d_tf.data.datasets.spec import hold_out, open_dataset, with_default_splits
+from x3d_tf.data.datasets.spec import open_for_training
 from x3d_tf.errors import require
 from x3d_tf.runs.advice import print_advice
 from x3d_tf.startup import starting_tensorflow
@@ -43,9 +43,8 @@ def main() -> None:
     spec = config.dataset
     if FLAGS.records:
         spec = replace(spec, name="records", records=FLAGS.records)
-    manifest = open_dataset(replace(spec, eval_split=spec.train_split))  # the records may have no test split yet
-    spec = with_default_splits(spec, manifest.splits)
-    manifest = hold_out(manifest, spec, config.seed)
+    spec = replace(spec, eval_split=spec.train_split)  # the records may have no test split yet
+    manifest, spec = open_for_training(spec)
     task = task_of_records(config, manifest)
     with starting_tensorflow():
         import tensorflow  # noqa: F401  the task imports it

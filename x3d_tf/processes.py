@@ -77,6 +77,10 @@ class Worker:
         self._process.terminate()
         self._process.join()
 
+    def stop(self) -> None:
+        """Sends SIGTERM to the process; a pending `ask` raises `WorkerDied` once it has exited."""
+        self._process.terminate()
+
     def kill(self, grace: float = 5) -> None:
         """Kills the process immediately; a pending `ask` raises `WorkerDied`.
 

@@ -114,6 +114,11 @@ class Registry(Generic[_T]):
         return cast(_T, item)
 
 
+def plugins() -> tuple[str, ...]:
+    """Returns the names of the loaded plugins, for worker processes to load."""
+    return tuple(_plugins)
+
+
 def _missing(item: object, protocol: type) -> list[str]:
     """Returns the members of a Protocol that an object lacks."""
     return [name for name in dir(protocol) if not name.startswith("_") and not hasattr(item, name)]

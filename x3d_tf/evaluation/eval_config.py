@@ -77,7 +77,8 @@ class EvalConfig:
         dataset = replace(config.dataset, eval_split=self.split or config.dataset.eval_split)
         if self.records is None:
             return dataset
-        return replace(dataset, name=ANY, records=self.records, train_split=dataset.eval_split)
+        dataset = replace(dataset, train_split=dataset.eval_split, validation_split=None, validation_fraction=0.0)
+        return replace(dataset, name=ANY, records=self.records)
 
     def suffix(self, config: TrainConfig) -> str:
         """Returns the suffix of the report's folder name for settings that differ from the run's."""

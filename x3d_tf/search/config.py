@@ -25,13 +25,16 @@ _MAX_KEEP = 100
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class ExpandConfig:
     """Settings of the expansion search (paper, section 3.3 and appendix A.3).
 
     Attributes:
-        budgets: costs to reach, ascending, in GMACs, millions of parameters or activations, or milliseconds, as `cost`
-            says. The search ends with the last one. At each of the others a network of the family is found, and the
-            expansion continues from the network before its contraction, as for the paper's X3D-S.
+        budget_gmacs: the cost at which the search ends, for the cost "macs": GMACs per training clip.
+        budget: the cost at which the search ends, for the other costs: millions of parameters or activations, or
+            milliseconds per clip.
+        intermediate_budgets: further costs, ascending and below the final one, in its unit. A network of the family is
+            found for each of them, and the expansion continues from the network before its contraction, as for the
+            paper's X3D-S.
         cost: the cost that budgets limit and that decides between equal scores. "params" counts all trainable
             parameters, "latency" is measured. Factors are always solved for multiply-adds.
         axes: names of the axes, from fast, temporal, spatial, depth, width and bottleneck. Of candidates with equal
@@ -53,7 +56,9 @@ class SearchConfig:
         SettingTypeError, UserError: names the field, the rule and the value received.
     """
 
-    budgets: tuple[float, ...] = (2.0,)
+    budget_gmacs: float | None = None
+    budget: float | None = None
+    intermediate_budgets: tuple[float, ...] = ()
     cost: CostName = "macs"
     axes: tuple[str, ...] = tuple(AXES)
     seeds: int = 1
@@ -67,20 +72,44 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        ascending = all(low < high for low, high in itertools.pairwise((0.0, *self.budgets, math.inf)))
-        require(ascending and bool(self.budgets), "SearchConfig.budgets", "be positive and ascending", self.budgets)
-        require(len(self.axes) > 0, "SearchConfig.axes", "name at least one axis", self.axes)
+        unused = "budget" if self.cost == "macs" else "budget_gmacs"
+        rule = f'not be set for the cost "{self.cost}": {self.budget_setting} states its budget'
+        require(getattr(self, unused) is None, f"ExpandConfig.{unused}", rule, getattr(self, unused))
+        final = self.budget_gmacs if self.cost == "macs" else self.budget
+        require(final is not None, self.budget_setting, f"be given, in {UNITS[self.cost][0]}")
+        require(0 < (final or 0) < math.inf, self.budget_setting, "be positive", final)
+        ascending = all(low < high for low, high in itertools.pairwise((0.0, *self.budgets)))
+        rule = f"be positive, ascending and below {self.budget_setting} = {final:g}"
+        require(ascending, "ExpandConfig.intermediate_budgets", rule, self.intermediate_budgets)
+        require(len(self.axes) > 0, "ExpandConfig.axes", "name at least one axis", self.axes)
         for name in self.axes:
             question = did_you_mean(name, AXES)
             rule = f"have names from {', '.join(AXES)}" + (f" ({question})" if question else "")
-            require(name in AXES, "SearchConfig.axes", rule, name)
-        require(len(set(self.axes)) == len(self.axes), "SearchConfig.axes", "have distinct names", self.axes)
+            require(name in AXES, "ExpandConfig.axes", rule, name)
+        require(len(set(self.axes)) == len(self.axes), "ExpandConfig.axes", "have distinct names", self.axes)
         for field, most in (("seeds", _MAX_SEEDS), ("keep", _MAX_KEEP), ("max_steps", _MAX_STEPS)):
             value = getattr(self, field)
-            require(1 <= value <= most, f"SearchConfig.{field}", f"be in [1, {most}]", value)
-        require(0 <= self.halving < 1, "SearchConfig.halving", "be in [0, 1)", self.halving)
-        require(0 <= self.deviation < math.inf, "SearchConfig.deviation", "be at least 0", self.deviation)
-        require(0 < self.first_stride < math.inf, "SearchConfig.first_stride", "be positive", self.first_stride)
+            require(1 <= value <= most, f"ExpandConfig.{field}", f"be in [1, {most}]", value)
+        require(0 <= self.halving < 1, "ExpandConfig.halving", "be in [0, 1)", self.halving)
+        require(0 <= self.deviation < math.inf, "ExpandConfig.deviation", "be at least 0", self.deviation)
+        require(0 < self.first_stride < math.inf, "ExpandConfig.first_stride", "be positive", self.first_stride)
+
+    @property
+    def budget_setting(self) -> str:
+        """Name of the setting that states the final budget."""
+        return "ExpandConfig.budget_gmacs" if self.cost == "macs" else "ExpandConfig.budget"
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """All budgets in ascending order, in the unit of the cost."""
+        final = self.budget_gmacs if self.cost == "macs" else self.budget
+        assert final is not None
+        return (*self.intermediate_budgets, final)
+
+    @property
+    def first_budget_setting(self) -> str:
+        """Name of the setting that states the first budget."""
+        return "ExpandConfig.intermediate_budgets" if self.intermediate_budgets else self.budget_setting
 
     def exceeds(self, cost: float, budget: float) -> bool:
         """Returns True if a cost, in the unit in which it is counted, exceeds a budget by more than 1 %."""

@@ -1,12 +1,33 @@
-"""Scoring of the candidates of a search: one after another, or by another executor. Imports no TensorFlow."""
+"""Scoring of the candidates of a search: in this process, in worker processes, or by another executor.
 
+Imports no TensorFlow.
+"""
+
+import errno
+import os
+import queue
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import Any, Protocol
 
-from x3d_tf.errors import first_line
+from tqdm import tqdm
+
+from x3d_tf import registry, signals, startup
+from x3d_tf.errors import UserError, first_line
 from x3d_tf.files import WriteError
+from x3d_tf.processes import Worker, WorkerDied
 from x3d_tf.search.candidates import Candidate, Score
+from x3d_tf.terminal import Terminal
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STOPPED = 143  # exit status of a worker that was asked to stop by SIGTERM
 
 
 class Executor(Protocol):
@@ -14,6 +35,16 @@ class Executor(Protocol):
 
     def scores(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Score]]:
         """Yields each candidate with its score as soon as it is known, in any order."""
+
+
+class Training(Protocol):
+    """Trains and validates candidates; picklable."""
+
+    def __call__(self, candidate: Candidate) -> Score:
+        """Returns the score. An exception is a failure of the candidate, except `WriteError`."""
+
+    def log(self, candidate: Candidate) -> Path:
+        """Returns the file, in an existing folder, that gets the output of the process during the training."""
 
 
 class SerialExecutor:
@@ -30,12 +61,185 @@ class SerialExecutor:
     def scores(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Score]]:
         """Yields each candidate with its score, in the given order."""
         for candidate in candidates:
-            started = time.monotonic()
+            yield candidate, scored(self._score, candidate)
+
+
+def scored(score: Callable[[Candidate], Score], candidate: Candidate) -> Score:
+    """Returns the score of a candidate; that of a failure if `score` raises an exception other than `WriteError`."""
+    started = time.monotonic()
+    try:
+        return score(candidate)
+    except WriteError:
+        raise
+    except Exception as error:  # training can raise anything, such as errors of the device's memory
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise WriteError(f"{error.filename or 'a file'} cannot be written: {error.strerror}") from error
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return Score(None, seconds=time.monotonic() - started, reason=f"{kind}{first_line(error)}")
+
+
+class ProcessExecutor:
+    """Scores candidates in worker processes, each of which scores one after another. A context manager.
+
+    A process that dies, for example because the system is out of memory, is a failure of its candidate; a new process
+    scores the next one. On Ctrl-C and after errors the processes are asked to stop, so that they save checkpoints.
+
+    Args:
+        trainings: the trainings, one for each process.
+    """
+
+    def __init__(self, trainings: Sequence[Training]) -> None:
+        self._remotes = [Remote(training) for training in trainings]
+        self._free: queue.SimpleQueue[Remote] = queue.SimpleQueue()
+        for remote in self._remotes:
+            self._free.put(remote)
+
+    def __enter__(self) -> "ProcessExecutor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for remote in self._remotes:
+            remote.stop()
+
+    def scores(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Score]]:
+        """Yields each candidate with its score as soon as it is known.
+
+        Raises:
+            WriteError: a file of a training cannot be written.
+            Terminated: a process got SIGTERM, which schedulers send to all processes.
+        """
+        with ThreadPoolExecutor(len(self._remotes)) as threads:  # they wait for the replies
+            futures = {threads.submit(self._score, candidate): candidate for candidate in candidates}
             try:
-                score = self._score(candidate)
-            except WriteError:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                for remote in self._remotes:
+                    remote.stop()
                 raise
-            except Exception as error:  # training can raise anything, such as errors of the device's memory
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                score = Score(None, seconds=time.monotonic() - started, reason=reason)
-            yield candidate, score
+
+    def _score(self, candidate: Candidate) -> Score:
+        remote, started = self._free.get(), time.monotonic()
+        try:
+            score: Score = remote.ask(candidate)
+            return score
+        except WorkerDied as error:
+            if error.status in (_STOPPED, -signal.SIGTERM):
+                raise signals.Terminated from error
+            hint = " (out of memory?)" if error.status == -signal.SIGKILL else ""
+            return Score(None, seconds=time.monotonic() - started, reason=f"{error}{hint}")
+        finally:
+            self._free.put(remote)
+
+
+class Remote:
+    """A training in a worker process, which starts on first use and again after it has died.
+
+    Args:
+        training: the training.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._worker: Worker | None = None
+        self._stopped, self._lock = False, threading.Lock()
+
+    def ask(self, candidate: Candidate) -> Score:
+        """Returns the score of a candidate.
+
+        Raises:
+            WriteError: a file of the training cannot be written.
+            WorkerDied: the process has died.
+        """
+        score: Score = self._request("", candidate)
+        return score
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Returns the result of a method of the training.
+
+        Raises:
+            UserError: the method raised an exception, or the process has died.
+        """
+        try:
+            return self._request(method, *arguments)
+        except WorkerDied as error:
+            raise UserError(f"{method}: {error}") from error
+
+    def _request(self, *request: Any) -> Any:
+        with self._lock:
+            if self._stopped:
+                raise WorkerDied(_STOPPED)
+            if self._worker is None:
+                mode, plugins = startup.mode(), registry.plugins()
+                self._worker = Worker(_serve, self._training, mode, plugins)
+            worker = self._worker
+        try:
+            return worker.ask(*request)
+        except WorkerDied:
+            self._worker = None
+            raise
+
+    def stop(self) -> None:
+        """Asks the process to stop; a pending request raises `WorkerDied` when it has saved its checkpoint."""
+        with self._lock:
+            self._stopped = True
+            if self._worker is not None:
+                self._worker.stop()
+
+
+def _serve(pipe: Any, training: Training, mode: startup.Mode, plugins: Sequence[str]) -> None:
+    """Serves requests (method, arguments) until the pipe is closed or the process is asked to stop."""
+    startup.set_mode(mode)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    signals.install_stop_handlers()
+    tqdm.set_lock(threading.RLock())  # the default lock is shared by processes, and leaks if this one is killed
+    for plugin in plugins:
+        registry.load_plugin(plugin)
+    try:
+        while True:
+            method, *arguments = pipe.recv()
+            pipe.send(_reply(training, method, arguments))
+    except EOFError:
+        return
+    except KeyboardInterrupt:
+        os._exit(_STOPPED)  # without waiting for TensorFlow's threads
+
+
+def _reply(training: Training, method: str, arguments: Sequence[Any]) -> Any:
+    """Returns the reply to a request, or the exception to raise in the parent."""
+    try:
+        if not method:
+            with _output_to(training.log(arguments[0])):
+                return scored(training, arguments[0])
+        with _output_to(Path(os.devnull)):
+            return getattr(training, method)(*arguments)
+    except UserError as error:
+        return error
+    except Exception as error:  # training code can raise anything, also what cannot be pickled
+        return UserError(f"{method or 'training'}: {type(error).__name__}: {first_line(error)}")
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Appends the output of this process to a file within the block, also that of TensorFlow's C++ code."""
+    before = sys.stdout, sys.stderr
+    with path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        # A full disk is noticed where checkpoints are written, not where messages are.
+        sys.stdout = sys.stderr = Terminal(file, bars=True)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            with suppress(OSError):
+                file.flush()
+
+
+def _exit_with_parent() -> None:
+    """Ends this process when its parent has died: it would train on, and lock the run folder of its candidate."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

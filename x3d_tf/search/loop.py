@@ -8,17 +8,18 @@ from x3d_tf.errors import UserError
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.candidates import Candidate, Score
-from x3d_tf.search.config import SearchConfig
+from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import Executor
 from x3d_tf.search.search import Latency, Search
 from x3d_tf.search.trace import Trace, open_trace, read_trace
+from x3d_tf.signals import held_back
 
 OnScore = Callable[[Search, Candidate, Score], None]
 
 
 def run_search(
     folder: Path,
-    config: SearchConfig,
+    config: ExpandConfig,
     executor: Executor,
     start: Expansion | None = None,
     *,
@@ -70,7 +71,7 @@ def load_search(folder: Path) -> Search:
         group, _, setting = name.rpartition(".")
         groups.setdefault(group, {})[setting] = tuple(value) if isinstance(value, list) else value
     try:
-        config, start = SearchConfig(**groups["SearchConfig"]), Expansion(**groups["Expansion"])
+        config, start = ExpandConfig(**groups["ExpandConfig"]), Expansion(**groups["Expansion"])
         options, classes = ModelOptions(**groups["ModelOptions"]), groups[""]["num_classes"]
         search = Search(config, start, options=options, num_classes=classes, latency=trace.measured)
     except (ValueError, TypeError, KeyError) as error:
@@ -95,7 +96,8 @@ def drive(search: Search, executor: Executor, trace: Trace, on_score: OnScore | 
     while pending := search.pending():
         for candidate, score in executor.scores(pending):
             search.check(score)
-            trace.append(candidate, score)
+            with held_back():  # Ctrl-C must not tear the line
+                trace.append(candidate, score)
             search.record(candidate, score)
             if on_score:
                 on_score(search, candidate, score)

@@ -14,8 +14,8 @@ from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.axes import AXES, RATE, contracted, expanded
-from x3d_tf.search.candidates import PHASE_STEPS, PHASES, Candidate, Network, Result, Score, are_tied, ranked
-from x3d_tf.search.config import SearchConfig
+from x3d_tf.search.candidates import PHASE_STEPS, PHASES, Candidate, Network, Phase, Result, Score, are_tied, ranked
+from x3d_tf.search.config import ExpandConfig
 
 Latency = Callable[[Expansion], float]  # milliseconds of a network
 
@@ -29,6 +29,7 @@ class Step:
     Attributes:
         number: number of the step, from 1. A contraction has that of the expansion that exceeded the budget.
         contracts: True for a contraction.
+        phase: regularisation of the trainings.
         results: the scored networks, in the order of the axes. With halving, those of the second round.
         dropped: with halving, the networks that only the first round scored.
         kept: the best networks, best first, which the next step expands.
@@ -37,6 +38,7 @@ class Step:
 
     number: int
     contracts: bool
+    phase: Phase
     results: tuple[Result, ...]
     dropped: tuple[Result, ...]
     kept: tuple[Result, ...]
@@ -83,13 +85,13 @@ class Search:
         failures: reason for each axis if all networks of a round failed. Their candidates are pending again.
 
     Raises:
-        UserError: the first budget does not exceed the cost of the start network, or the cost is the latency and there
-            is no function that measures it.
+        UserError: the first budget does not exceed the cost of the start network or is too near to it for an expansion,
+            or the cost is the latency and there is no function that measures it.
     """
 
     def __init__(
         self,
-        config: SearchConfig,
+        config: ExpandConfig,
         start: Expansion | None = None,
         *,
         options: ModelOptions | None = None,
@@ -105,19 +107,21 @@ class Search:
         self._dropped: tuple[Result, ...] = ()
         self._phase = 0
         self._round: dict[Candidate, Score | None] = {}
-        first = self.budgeted(self.start)
-        rule = f"exceed the cost of the start network, {config.text(first)}"
-        require(not config.exceeds(first, config.budgets[0]), "SearchConfig.budgets", rule, config.budgets)
+        self._check_first_budget()
         self._expand()
+        networks = [candidate.network for candidate in self._round]
+        meets = any(self._fits(network.expansion) or self._contractions(network) for network in networks)
+        rule = f"leave room for an expansion of the start network, which has {config.text(self.budgeted(self.start))}"
+        require(meets or not networks, config.first_budget_setting, rule, self._budget)
 
     def pending(self) -> tuple[Candidate, ...]:
         """Returns the candidates to score now, in any order; none if the search is finished."""
         return tuple(candidate for candidate, score in self._round.items() if score is None)
 
     def check(self, score: Score) -> None:
-        """Raises `UserError` if a score lacks the training score that `SearchConfig.regularisation` needs."""
+        """Raises `UserError` if a score lacks the training score that `ExpandConfig.regularisation` needs."""
         complete = self.config.regularisation == "fixed" or score.reason is not None or score.training is not None
-        require(complete, "Score.training", 'be measured if SearchConfig.regularisation is "rule"')
+        require(complete, "Score.training", 'be measured if ExpandConfig.regularisation is "rule"')
 
     def record(self, candidate: Candidate, score: Score) -> None:
         """Records the score of a pending candidate. The last score of a round ends it."""
@@ -143,8 +147,13 @@ class Search:
         if self.config.cost != "latency":
             return float(getattr(self._cost(expansion), self.config.cost))
         if self.latency is None:
-            raise UserError('SearchConfig.cost must not be "latency" where no function measures it')
+            raise UserError('ExpandConfig.cost must not be "latency" where no function measures it')
         return self.latency(expansion)
+
+    def _check_first_budget(self) -> None:
+        cost, first = self.budgeted(self.start), self._budget
+        rule = f"exceed the cost of the start network, {self.config.text(cost)}"
+        require(not self.config.exceeds(cost, first), self.config.first_budget_setting, rule, first)
 
     def _end_round(self) -> None:
         """Chooses among the networks of a round, or has the better half scored with the complete schedule."""
@@ -154,14 +163,15 @@ class Search:
             self.failures = {result.network.axis: result.reason or "" for result in results}
             self._round = dict.fromkeys(self._round)
             return
-        if next(iter(self._round)).share < 1:
+        first = next(iter(self._round))
+        if first.share < 1:
             better = best[: max(self.config.keep, math.ceil(len(results) / 2))]
             self._dropped = tuple(result for result in results if result not in better)
             self._ask([result.network for result in results if result in better])
             return
         network, tied = results[0].network, len(best) > 1 and are_tied(*best[:2])
         kept = tuple(best[: 1 if network.contracts else self.config.keep])
-        self.steps.append(Step(network.step, network.contracts, tuple(results), self._dropped, kept, tied))
+        self.steps.append(Step(network.step, network.contracts, first.phase, tuple(results), self._dropped, kept, tied))
         self._dropped = ()
         if network.contracts:
             self.family.append(Member(self._budget, kept[0]))

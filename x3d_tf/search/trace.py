@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from x3d_tf.errors import UserError, require
-from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
+from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited, temporary_path
 from x3d_tf.locks import locked
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.candidates import Candidate, Score
@@ -102,9 +102,21 @@ class Trace:
                 os.close(descriptor)
 
 
+def require_search_folder(folder: Path) -> None:
+    """Raises `UserError` if a folder holds files, but not those of a search. It need not exist."""
+    path = folder / TRACE_NAME
+    ours = {temporary_path(path), folder / _LOCK_NAME}  # of a search that was killed at once
+    foreign = folder.exists() and not folder.is_dir()
+    foreign = foreign or (folder.is_dir() and not path.is_file() and bool(set(folder.iterdir()) - ours))
+    if foreign:
+        raise UserError(f"{folder} exists and is not the folder of a search, with {TRACE_NAME}; choose another folder")
+
+
 @contextmanager
 def open_trace(folder: Path, settings: Mapping[str, Any]) -> Iterator[Trace]:
     """Opens the trace of a search in its work folder, and locks the folder within the block.
+
+    A trace without scores is replaced if its settings differ.
 
     Args:
         folder: the work folder, which is created if it does not exist.
@@ -112,18 +124,22 @@ def open_trace(folder: Path, settings: Mapping[str, Any]) -> Iterator[Trace]:
 
     Raises:
         UserError: the trace is of a search with other settings, a line other than the last is damaged (names the file,
-            the line and the rule), or another process is searching in the folder. A damaged last line, which an
-            interruption leaves, is removed with a warning, so that its candidate is scored again.
+            the line and the rule), the folder is not that of a search, or another process is searching in it. A damaged
+            last line, which an interruption leaves, is removed with a warning, so that its candidate is scored again.
         WriteError: the folder cannot be written.
     """
     path = folder / TRACE_NAME
+    require_search_folder(folder)
     with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / _LOCK_NAME, f"another process is searching in {folder}", "wait for it, or use another folder"):
+        first, wanted = _encoded({"format": _FORMAT, "settings": settings}), json.loads(json.dumps(settings))
         if not path.exists():
-            atomic_write(path, _encoded({"format": _FORMAT, "settings": settings}))
+            atomic_write(path, first)
         before, lines, intact = _read(path)
-        wanted = json.loads(json.dumps(settings))
+        if before != wanted and all("latency_ms" in line for line in lines.values()):
+            atomic_write(path, first)  # nothing was scored: a setting may have been corrected
+            before, lines, intact = _read(path)
         for name in (*wanted, *before):
             rule = f"have the settings of this search, {name} = {wanted.get(name)!r} (continue it with its settings)"
             require(before.get(name) == wanted.get(name), f"{path}, line 1", rule, before.get(name))

@@ -120,6 +120,9 @@ class Task(Evaluator, Protocol):
     def classes(self, manifest: "Manifest") -> tuple[str, ...]:
         """Returns the names of the network's outputs."""
 
+    def metrics(self, num_classes: int) -> tuple[Metric, ...]:
+        """Returns the metrics of an evaluation, the main one first."""
+
     def training_records(self, manifest: "Manifest", split: str) -> "Sequence[Record]":
         """Returns the records of a split that are trained on."""
 

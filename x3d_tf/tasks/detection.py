@@ -12,7 +12,9 @@ from x3d_tf.data.records.index import with_labels
 from x3d_tf.data.sampling import key_frame_contract
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import EvalConfig, detector_report_folder
+from x3d_tf.evaluation.metrics import MAP
 from x3d_tf.tasks.base import Suggestion
+from x3d_tf.types import Metric
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -65,6 +67,9 @@ class Detection:
 
     def classes(self, manifest: "Manifest") -> tuple[str, ...]:
         return manifest.classes
+
+    def metrics(self, num_classes: int) -> tuple[Metric, ...]:
+        return (MAP,)
 
     def training_records(self, manifest: "Manifest", split: str) -> "Sequence[Record]":
         return with_labels(manifest.split(split).records)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.datasets.spec import hold_out, open_for_training, validation_split
+from x3d_tf.data.datasets.spec import open_for_training, validation_split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
@@ -22,13 +22,11 @@ class CheckedRun:
 
     Attributes:
         config: the configuration, with the default splits of the records.
-        fingerprint: fingerprint of the manifest of the records.
         records: the manifest, with the videos held out for validation in a split of their own.
         task: the task of the run.
     """
 
     config: TrainConfig
-    fingerprint: str
     records: Manifest
     task: Task
 
@@ -60,11 +58,11 @@ def open_records(config: TrainConfig) -> CheckedRun:
     Raises:
         UserError: the records are missing or do not suit the configuration. Names the setting, the rule and the value.
     """
-    manifest, dataset = open_for_training(config.dataset)
+    records, dataset = open_for_training(config.dataset)
     config = replace(config, dataset=dataset)
-    records, task = hold_out(manifest, dataset, config.seed), task_of_records(config, manifest)
+    task = task_of_records(config, records)
     check_records(config, records, task)
-    return CheckedRun(config, manifest.fingerprint(), records, task)
+    return CheckedRun(config, records, task)
 
 
 def check_records(config: TrainConfig, records: Manifest, task: Task) -> None:

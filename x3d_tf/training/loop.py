@@ -88,7 +88,7 @@ def train_checked(
     strategy = strategy or tf.distribute.MirroredStrategy()
     check_batch(checked.config, strategy.num_replicas_in_sync)
     with run.training():
-        run.open(checked.config, {run.fingerprint.name: checked.fingerprint, **(texts or {})})
+        run.open(checked.config, {run.fingerprint.name: checked.records.fingerprint(), **(texts or {})})
         if not run.model.is_file():  # another process may have finished the run in the meantime
             _train(checked, run, strategy, allow_other_groups)
 
@@ -103,7 +103,7 @@ def _train(checked: CheckedRun, run: RunFolder, strategy: tf.distribute.Strategy
         task.save_preview(config, records, run.preview)
     tell("building the network")
     trainer = Trainer(config, records, strategy, task)
-    trainer.fit(run, checked.fingerprint, allow_other_groups=allow_other_groups)
+    trainer.fit(run, records.fingerprint(), allow_other_groups=allow_other_groups)
     print("Saving the model.")
     atomic_write(run.labels, "".join(f"{name}\n" for name in trainer.classes).encode())
     atomic_write(run.input, json.dumps(task.input_contract(trainer.model), indent=1).encode())
@@ -177,7 +177,7 @@ class Trainer:
         if first and self._is_checkpoint(first):  # the validation may have been interrupted; repeating it is harmless
             self._refresh_statistics(first)
             self._validate(run, history, first)
-        batches, step = iter(self._batches(first)), first
+        batches, step = iter(self.batches(first)), first
         self.step.trace(batches)  # outside of `held_back`, because it takes long and may be interrupted
         while step < self.steps and not self._is_patience_exhausted(history):
             count = self._steps_until_pause(step)
@@ -202,7 +202,7 @@ class Trainer:
         if self.statistics is None:
             return
         # the batches that follow this step, so that a resumed run computes the same statistics
-        batches, micro_batches = iter(self._batches(step)), self.config.execution.accumulation
+        batches, micro_batches = iter(self.batches(step)), self.config.execution.accumulation
         with self._eval_weights():
             self.statistics.refresh(batches, self.config.recipe.precise_bn_batches * micro_batches)
             if self.step.average is not None:
@@ -261,7 +261,8 @@ class Trainer:
         history.writer.flush()  # last, because flushing may fail
         print(f"\nstopped after step {step}; run the same command again to resume", file=sys.stderr)
 
-    def _batches(self, first: int) -> tf.distribute.DistributedDataset:
+    def batches(self, first: int = 0) -> tf.distribute.DistributedDataset:
+        """Returns the batches of the steps after `first`, for `TrainStep`, as an iterable of the strategy."""
         config = self.config
 
         def for_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:

@@ -37,7 +37,7 @@ class DatasetSpec:
         validation_split: name of the split for validation in training. Defaults to "val" or "validation" if the records
             have it and it is neither `train_split` nor `eval_split`, otherwise no validation.
         validation_fraction: fraction of each class's training videos, in (0, 1), held out for validation if the records
-            have no validation split.
+            have no validation split. The videos do not depend on the seed. Their split has the name "validation".
         name: "records" for the records of any data set; otherwise the name of the data set that the records must be of.
             A synthetic data set such as "moving_shapes" is created in the folder on first use.
 
@@ -115,18 +115,20 @@ def open_for_training(spec: DatasetSpec) -> tuple[Manifest, DatasetSpec]:
     if manifest.dataset in DATA_SETS.names():  # not those of a plugin that is not loaded
         _check_flip(spec, DATA_SETS.get(manifest.dataset), manifest.dataset)
     spec = with_default_splits(spec, manifest.splits)
+    manifest = hold_out(manifest, spec)
     _require_records(manifest, spec.train_split, spec.eval_split)
     return manifest, spec
 
 
 def open_dataset(spec: DatasetSpec) -> Manifest:
-    """Returns the manifest of a dataset, and creates a synthetic dataset first.
+    """Returns the manifest of a dataset, with the split held out for validation; creates a synthetic dataset first.
 
     Raises:
         UserError: the records do not exist (the message names the command that builds them), are damaged, or lack a
-            split.
+            split; see also `hold_out`.
     """
     manifest = _open_manifest(spec)
+    manifest = hold_out(manifest, with_default_splits(spec, manifest.splits))
     _require_records(manifest, spec.train_split, spec.eval_split)
     return manifest
 
@@ -156,12 +158,12 @@ def require_annotations(manifest: Manifest, kinds: Sequence[str]) -> None:
     )
 
 
-def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
+def hold_out(manifest: Manifest, spec: DatasetSpec) -> Manifest:
     """Moves a fraction of the training videos to the split "validation", if `validation_fraction` is set.
 
-    Videos are chosen by a hash of their names, independent of their order. All segments and all key frames of a video
-    stay together. The fraction applies to each class; videos with several classes form one more group, as do all videos
-    with key frames.
+    Videos are chosen by a hash of their names, independent of their order and of the seed of a run. All segments and
+    all key frames of a video stay together. The fraction applies to each class; videos with several classes form one
+    more group, as do all videos with key frames.
 
     Raises:
         UserError: the training split has too few videos, or a split "validation" already exists.
@@ -174,7 +176,7 @@ def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
             "DatasetSpec.validation_fraction"
         )
     split = manifest.split(spec.train_split)
-    held_out = _choose_videos(split.records, spec.validation_fraction, seed)
+    held_out = _choose_videos(split.records, spec.validation_fraction)
     if not held_out:
         raise UserError(
             f"DatasetSpec.validation_fraction requires at least two videos of a class in split {spec.train_split!r} of "
@@ -184,10 +186,10 @@ def hold_out(manifest: Manifest, spec: DatasetSpec, seed: int) -> Manifest:
         spec.train_split: replace(split, records=tuple(r for r in split.records if r.video not in held_out)),
         HELD_OUT: Split(split.shards, tuple(r for r in split.records if r.video in held_out)),
     }
-    return replace(manifest, splits=manifest.splits | parts)
+    return replace(manifest, splits=manifest.splits | parts, original=manifest)
 
 
-def _choose_videos(records: tuple[Record, ...], fraction: float, seed: int) -> set[str]:
+def _choose_videos(records: tuple[Record, ...], fraction: float) -> set[str]:
     labels: dict[str, set[int]] = defaultdict(set)
     has_key_frames = any(record.key_frame is not None for record in records)
     for record in records:
@@ -198,6 +200,6 @@ def _choose_videos(records: tuple[Record, ...], fraction: float, seed: int) -> s
         groups[next(iter(video_labels)) if single else None].append(name)
     chosen: set[str] = set()
     for videos in groups.values():
-        videos.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+        videos.sort(key=lambda name: hashlib.sha256(f"0:{name}".encode()).digest())
         chosen |= set(videos[: min(max(round(fraction * len(videos)), 1), len(videos) - 1)])
     return chosen

@@ -62,6 +62,7 @@ class Manifest:
         task: kind of annotation: "single_label" if every record has exactly one label, "multi_label" if any number,
             "detection" if records hold a key frame, each of whose boxes has any number of labels.
         key_frames: common properties of key frames; None unless the task is "detection".
+        original: the manifest of the stored records if this one divides their splits differently, else None.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Manifest:
     stored: Storage
     task: AnnotationKind = "single_label"
     key_frames: KeyFrameInfo | None = None
+    original: "Manifest | None" = None
 
     def split(self, name: str) -> Split:
         """Returns a split after checking that its shards exist with the sizes in the manifest.
@@ -97,8 +99,10 @@ class Manifest:
     def fingerprint(self) -> str:
         """Returns a hash of the data set's name, task, classes, storage format, shards and records.
 
-        The hash does not depend on the folder's path or on the settings.
+        The hash does not depend on the folder's path, on the settings or on how a run divides the stored splits.
         """
+        if self.original is not None:
+            return self.original.fingerprint()
         content = self._content()
         del content["settings"]
         return checksum(content)

@@ -1,0 +1,203 @@
+"""Expands a small network step by step to a budget: the paper's search for X3D.
+
+Each step trains the network, expanded to twice its cost along each of six axes, and continues from the best one:
+  python -m x3d_tf.expand --gin_file=gin/expand.gin --gin_bindings='ExpandConfig.budget_gmacs=0.6' --workdir=runs/expand
+
+The start network is Expansion.* of the configuration, and its data set and recipe train every candidate. The candidates
+are compared on the validation split. Run the same command again to continue an interrupted search.
+
+Print the candidates of the first step and the expected duration, and train nothing:
+  python -m x3d_tf.expand --gin_file=gin/expand.gin --gin_bindings='ExpandConfig.budget_gmacs=0.6' --dry_run
+
+Print the steps that the paper published, with their costs:
+  python -m x3d_tf.expand --replay=paper
+
+Draw the picture of a search again from its trace:
+  python -m x3d_tf.expand --plot=runs/expand
+
+The work folder gets trace.jsonl (all scores), candidates/ (a run folder for each training), family/ (a gin file for
+each step), staircase.png, and at the end found.gin, found/ (the run folder of the found network) and report.md.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from x3d_tf import commands, gin_config
+from x3d_tf.config import TrainConfig
+from x3d_tf.errors import UserError
+from x3d_tf.files import WriteError
+from x3d_tf.modeling.expansion import name_of
+from x3d_tf.search.candidates import Candidate, Score
+from x3d_tf.search.config import ExpandConfig
+from x3d_tf.search.executor import Executor, ProcessExecutor, Remote
+from x3d_tf.search.loop import load_search, run_search
+from x3d_tf.search.outputs import STAIRCASE_NAME, SearchFolder
+from x3d_tf.search.planning import plan_lines
+from x3d_tf.search.replay import path_table
+from x3d_tf.search.reports import candidate_table, family_table, save_staircase, step_table
+from x3d_tf.search.search import Search
+from x3d_tf.search.trace import read_trace, require_search_folder
+from x3d_tf.search.training import CandidateTraining, SearchSetup, check_settings, open_setup
+from x3d_tf.startup import starting_tensorflow
+from x3d_tf.text import counted
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    gin_config.define_flags(required=False)
+    flags.DEFINE_string("workdir", None, "Work folder. Defaults to runs/<name of the first gin file>.")
+    flags.DEFINE_integer(
+        "parallel",
+        1,
+        "Number of processes that train candidates, among which CPU cores and GPUs are divided. Other numbers of cores "
+        "round differently, so keep it when you continue a search. Defaults to 1.",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool("dry_run", False, "Print the first candidates and an estimate of the duration; train nothing.")
+    flags.DEFINE_enum("replay", None, ["paper"], "Print the published expansion path and its costs.")
+    flags.DEFINE_string("plot", None, f"Work folder of a search whose {STAIRCASE_NAME} is drawn from its trace.")
+
+
+def main() -> None:
+    """Runs the search that the flags configure, or prints or draws what they select."""
+    modes = [f"--{name}" for name in ("gin_file", "replay", "plot") if FLAGS[name].value]
+    if len(modes) != 1:
+        raise UserError(f"one of --gin_file, --replay and --plot is required, got {' and '.join(modes) or 'none'}")
+    if FLAGS.replay:
+        print("\n".join(path_table()))
+    elif FLAGS.plot:
+        _plot(Path(FLAGS.plot))
+    else:
+        config, expand = gin_config.parse_expand(FLAGS.gin_file, FLAGS.gin_bindings or [])
+        folder = Path(FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}")
+        require_search_folder(folder)
+        check_settings(config)
+        _create_records(config)
+        setup = open_setup(config)
+        if FLAGS.dry_run:
+            _print_plan(setup, expand, folder)
+        else:
+            _search(setup, expand, folder)
+
+
+def _plot(folder: Path) -> None:
+    search, (settings, _) = load_search(folder), read_trace(folder)
+    if not search.steps:
+        raise UserError(f"{folder} must hold a search with at least one finished step")
+    save_staircase(search, folder / STAIRCASE_NAME, str(settings.get("metric", "score"))[:100])
+    print(f"written: {folder / STAIRCASE_NAME}")
+
+
+def _create_records(config: TrainConfig) -> None:
+    """Creates the records of a synthetic data set, without the GPUs, which the processes of the search need."""
+    if config.dataset.synthetic is not None and not Path(config.dataset.records).exists():
+        with starting_tensorflow(devices=False):
+            import tensorflow  # noqa: F401  takes seconds
+        config.dataset.synthetic.open(Path(config.dataset.records))
+
+
+def _training(setup: SearchSetup, folder: Path, worker: int = 0, processes: int = 1) -> CandidateTraining:
+    return CandidateTraining(setup.training, setup.num_classes, setup.metric, folder, (worker, processes))
+
+
+def _print_plan(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
+    measuring = Remote(_training(setup, folder))
+    try:
+        latency = functools.partial(measuring.call, "latency") if expand.cost == "latency" else None
+        start, options = setup.config.expansion, setup.config.model
+        search = Search(expand, start, options=options, num_classes=setup.num_classes, latency=latency)
+        for line in plan_lines(search, setup, functools.partial(measuring.call, "speed"), FLAGS.parallel):
+            print(line, flush=True)
+    finally:
+        measuring.stop()
+
+
+def _search(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
+    files, processes = SearchFolder(folder, setup), FLAGS.parallel
+    measuring = Remote(_training(setup, folder))
+    try:
+        with ProcessExecutor([_training(setup, folder, number, processes) for number in range(processes)]) as executor:
+            printing = Printing(executor, files, setup.metric.label)
+            search = run_search(
+                folder,
+                expand,
+                printing,
+                setup.config.expansion,
+                options=setup.config.model,
+                num_classes=setup.num_classes,
+                latency=functools.partial(measuring.call, "latency") if expand.cost == "latency" else None,
+                settings=setup.identity,
+                on_score=printing.end_step,
+            )
+        if not printing.scored and files.report.is_file():
+            print(f"{folder} is already finished ({files.report} exists)")
+            return
+        result = files.write_end(search)
+    except KeyboardInterrupt:
+        print(f"\nstopped; run the same command again to continue the search in {folder}", file=sys.stderr)
+        raise
+    except WriteError as error:
+        raise WriteError(f"{error}. Run the same command again to continue the search in {folder}") from error
+    finally:
+        measuring.stop()
+    print("\n".join(family_table(search, search.latency)))
+    print(
+        f"found:      {name_of(result.network.expansion)}: {files.found_gin} and its run folder {files.found.root}\n"
+        f"family:     {files.family}: a gin file for each step\n"
+        f"report:     {files.report} and {files.staircase}\n"
+        f"candidates: {files.candidates}: histories, and model.keras of the chosen networks; no checkpoints"
+    )
+
+
+class Printing:
+    """An executor that prints the candidates of a round and their scores.
+
+    Args:
+        executor: scores the candidates.
+        files: the work folder, whose files are written after each step.
+        metric: name of the score.
+
+    Attributes:
+        scored: number of candidates scored.
+    """
+
+    def __init__(self, executor: Executor, files: SearchFolder, metric: str) -> None:
+        self._executor, self._files, self._metric = executor, files, metric
+        self.scored = 0
+
+    def scores(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Score]]:
+        """Yields each candidate with its score."""
+        first = candidates[0]
+        kind = "contraction of step" if first.network.contracts else "step"
+        share = f", {first.share:.0%} of the schedule" if first.share < 1 else ""
+        print(f"{kind} {first.step}: {counted(len(candidates), 'training')} (logs: {self._files.candidates}){share}")
+        print("\n".join(candidate_table(candidates)), flush=True)
+        for number, (candidate, score) in enumerate(self._executor.scores(candidates), start=1):
+            self.scored += 1
+            seed = f" seed {candidate.seed}" if candidate.seed else ""
+            network = f"{candidate.axis}{seed}, {candidate.network.cost.macs / 1e9:.4f} GMACs"
+            place = f"{kind} {candidate.step}, {number} of {len(candidates)}"
+            print(f"{place}: {network}: {self._text(score)}, {score.seconds:.0f} s", flush=True)
+            yield candidate, score
+
+    def _text(self, score: Score) -> str:
+        if score.value is None:
+            return f"failed: {score.reason}"
+        return f"{self._metric} {score.value:.4f} ± {score.standard_error:.4f}"
+
+    def end_step(self, search: Search, candidate: Candidate, score: Score) -> None:
+        """Prints the table of a step and writes its files if the score was its last one."""
+        if search.steps and any(result.network == candidate.network for result in search.steps[-1].results):
+            print("\n".join(step_table(search.steps[-1])), flush=True)
+            self._files.write_steps(search)
+
+
+if __name__ == "__main__":
+    define_flags()
+    commands.run(main)
