@@ -16,7 +16,8 @@ from x3d_tf.data.building.sources import Sources, Video, shuffle_by_hash
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, first_few, require
-from x3d_tf.text import counted, did_you_mean, whole
+from x3d_tf.files import read_text
+from x3d_tf.text import check_class_name, counted, did_you_mean, whole
 from x3d_tf.types import AnnotationKind, TimedLabel
 
 # Files of other kinds, such as a downloader's ID.info.json or ID.mp4.part, are not videos.
@@ -134,6 +135,32 @@ class ClassNames:
         inside = index is not None and first <= index <= last
         require(inside, where, f"be a number in {first}..{last}, of {self._source}", number)
         return self.names[(index or 0) - first]
+
+
+def read_numbered_classes(path: Path, number: str, first: int = 0) -> list[str]:
+    """Reads lines of a class number and a class name, in the order of the numbers.
+
+    Args:
+        path: the file.
+        number: format of the numbers, such as "c{:03d}".
+        first: number of the first class.
+
+    Raises:
+        UserError: the file cannot be read or a line breaks its rule; the message names file and line.
+    """
+    names: list[str] = []
+    for line, text in enumerate(read_text(path, "classes").splitlines(), 1):
+        if not text.strip():
+            continue
+        found, _, name = text.strip().partition(" ")
+        expected = number.format(first + len(names))
+        rule = f"be {expected} and a class name, because the numbers count the lines"
+        require(found == expected and bool(name), f"{path}, line {line}", rule, text)
+        check_class_name(name, f"{path}, line {line}")
+        require(name not in names, f"{path}, line {line}", "not repeat a class", name)
+        names.append(name)
+    require(bool(names), str(path), "list at least one class")
+    return names
 
 
 class Entry(NamedTuple):

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 from x3d_tf import csv_files
-from x3d_tf.data.building.listed import ClassNames, Entry, collect, entries_by_name
+from x3d_tf.data.building.listed import ClassNames, Entry, collect, entries_by_name, read_numbered_classes
 from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
-from x3d_tf.text import check_class_name, decimal
+from x3d_tf.text import decimal
 from x3d_tf.types import TimedLabel
 
 FRAME_RATE = 24.0  # images per second of the published folders of frames
@@ -41,7 +41,9 @@ class Charades:
         """
         folder, rate = inputs.path("videos"), FRAME_RATE if inputs.frame_rate is None else inputs.frame_rate
         require(0 < rate <= 1000, "frame_rate", "be above 0 and at most 1000 images per second", rate)
-        classes = ClassNames(_read_classes(inputs.path("classes")), f"the classes in {inputs.classes}")
+        classes = ClassNames(
+            read_numbered_classes(inputs.path("classes"), "c{:03d}"), f"the classes in {inputs.classes}"
+        )
         if not folder.is_dir():
             raise UserError(f"videos: {folder} is not a folder")
         files = entries_by_name(folder)
@@ -50,22 +52,6 @@ class Charades:
 
 
 DATASETS = (Charades(),)
-
-
-def _read_classes(path: Path) -> list[str]:
-    """Reads lines of a class number, c000 and so on, and a name."""
-    names: list[str] = []
-    for line, text in enumerate(read_text(path, "classes").splitlines(), 1):
-        if not text.strip():
-            continue
-        number, _, name = text.strip().partition(" ")
-        rule = f"be c{len(names):03d} and a class name, because the numbers count the lines"
-        require(number == f"c{len(names):03d}" and bool(name), f"{path}, line {line}", rule, text)
-        check_class_name(name, f"{path}, line {line}")
-        require(name not in names, f"{path}, line {line}", "not repeat a class", name)
-        names.append(name)
-    require(bool(names), str(path), "list at least one class")
-    return names
 
 
 def _read_list(path: Path, classes: ClassNames, files: dict[str, Path]) -> list[Entry]:

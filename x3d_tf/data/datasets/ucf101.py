@@ -5,12 +5,11 @@ Its lists are `trainlist0N.txt` and `testlist0N.txt`, one pair for each of its t
 
 from pathlib import Path, PurePosixPath
 
-from x3d_tf.data.building.listed import ClassNames, Entry, VideoFiles, collect
+from x3d_tf.data.building.listed import ClassNames, Entry, VideoFiles, collect, read_numbered_classes
 from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
-from x3d_tf.text import check_class_name
 
 
 class Ucf101:
@@ -27,29 +26,15 @@ class Ucf101:
         Raises:
             UserError: a list cannot be read or a line breaks its rule; the message names file and line.
         """
-        classes = ClassNames(_read_classes(inputs.path("classes")), f"the classes in {inputs.classes}")
+        classes = ClassNames(
+            read_numbered_classes(inputs.path("classes"), "{}", first=1), f"the classes in {inputs.classes}"
+        )
         files = VideoFiles(inputs.path("videos"))
         lists = {split: _read_list(path, classes, files) for split, path in inputs.lists.items()}
         return collect(files.folder, lists, classes.names, inputs.seed)
 
 
 DATASETS = (Ucf101(),)
-
-
-def _read_classes(path: Path) -> list[str]:
-    """Reads lines of a number, counted from 1, and a class name."""
-    names: list[str] = []
-    for line, text in enumerate(read_text(path, "classes").splitlines(), 1):
-        if not text.strip():
-            continue
-        number, _, name = text.strip().partition(" ")
-        rule = f"be {len(names) + 1} and a class name, because the numbers count the lines"
-        require(number == str(len(names) + 1) and bool(name), f"{path}, line {line}", rule, text)
-        check_class_name(name, f"{path}, line {line}")
-        require(name not in names, f"{path}, line {line}", "not repeat a class", name)
-        names.append(name)
-    require(bool(names), str(path), "list at least one class")
-    return names
 
 
 def _read_list(path: Path, classes: ClassNames, files: VideoFiles) -> list[Entry]:
