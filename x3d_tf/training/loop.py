@@ -87,13 +87,16 @@ def train_checked(
         raise UserError("strategy must use the devices of a single machine, got a MultiWorkerMirroredStrategy")
     strategy = strategy or tf.distribute.MirroredStrategy()
     check_batch(checked.config, strategy.num_replicas_in_sync)
+    fingerprint = checked.records.fingerprint()  # takes a second for the records of Kinetics
     with run.training():
-        run.open(checked.config, {run.fingerprint.name: checked.records.fingerprint(), **(texts or {})})
+        run.open(checked.config, {run.fingerprint.name: fingerprint, **(texts or {})})
         if not run.model.is_file():  # another process may have finished the run in the meantime
-            _train(checked, run, strategy, allow_other_groups)
+            _train(checked, fingerprint, run, strategy, allow_other_groups)
 
 
-def _train(checked: CheckedRun, run: RunFolder, strategy: tf.distribute.Strategy, allow_other_groups: bool) -> None:
+def _train(
+    checked: CheckedRun, fingerprint: str, run: RunFolder, strategy: tf.distribute.Strategy, allow_other_groups: bool
+) -> None:
     config, records, task = checked.config, checked.records, checked.task
     print(_describe_splits(records, config))
     if not run.has_checkpoint:  # settings can no longer be changed after the first checkpoint
@@ -103,7 +106,7 @@ def _train(checked: CheckedRun, run: RunFolder, strategy: tf.distribute.Strategy
         task.save_preview(config, records, run.preview)
     tell("building the network")
     trainer = Trainer(config, records, strategy, task)
-    trainer.fit(run, records.fingerprint(), allow_other_groups=allow_other_groups)
+    trainer.fit(run, fingerprint, allow_other_groups=allow_other_groups)
     print("Saving the model.")
     atomic_write(run.labels, "".join(f"{name}\n" for name in trainer.classes).encode())
     atomic_write(run.input, json.dumps(task.input_contract(trainer.model), indent=1).encode())
