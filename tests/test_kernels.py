@@ -73,15 +73,16 @@ def test_the_gradient_of_one_clip_ignores_uninitialized_memory(monkeypatch: pyte
 
 @pytest.mark.parametrize("side", [6, 7])
 @pytest.mark.parametrize("shapes", ["static", "open"])
+@pytest.mark.parametrize("channels", [4, 16])
 @pytest.mark.parametrize("form", [kernels.pointwise_conv3d, layers.pointwise_conv3d], ids=["tensorflow", "keras.ops"])
-def test_strided_pointwise_convolution(side: int, shapes: str, form: Any) -> None:
+def test_strided_pointwise_convolution(side: int, shapes: str, channels: int, form: Any) -> None:
     draw = np.random.default_rng(0)
-    x, kernel = draw.standard_normal((2, 3, side, side, 4)), draw.standard_normal((4, 5))
+    x, kernel = draw.standard_normal((2, 3, side, side, channels)), draw.standard_normal((channels, 5))
     picked = x[:, :, ::2, ::2]
     upstream = draw.standard_normal((*picked.shape[:4], 5))
     x_gradient = np.zeros_like(x)
     x_gradient[:, :, ::2, ::2] = upstream @ kernel.T
-    signature = tf.TensorSpec(x.shape if shapes == "static" else (None, None, None, None, 4), tf.float32)
+    signature = tf.TensorSpec(x.shape if shapes == "static" else (None, None, None, None, channels), tf.float32)
 
     @tf.function(input_signature=[signature, tf.TensorSpec(kernel.shape, tf.float32)])
     def run(x: Any, kernel: Any) -> Any:
@@ -94,6 +95,24 @@ def test_strided_pointwise_convolution(side: int, shapes: str, form: Any) -> Non
     expected = (picked @ kernel, x_gradient, np.einsum("nthwc,nthwd->cd", picked, upstream))
     for actual, reference in zip(run(x.astype("float32"), kernel.astype("float32")), expected):
         assert_close(actual, reference)
+
+
+@pytest.mark.parametrize("channels", [8, 12])
+def test_the_gradient_of_a_narrow_strided_convolution_stays_within_its_memory(channels: int) -> None:
+    """oneDNN's kernel crashes the process for such widths; see `kernels.pointwise_conv3d`."""
+    x, kernel = tf.random.stateless_normal((32, 1, 112, 112, channels), (0, 0)), tf.ones((channels, 24))
+
+    @tf.function
+    def gradient(x: Any, kernel: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            y = kernels.pointwise_conv3d(x, kernel, 2)
+        return tape.gradient(y, kernel)
+
+    for _ in range(3):
+        actual = gradient(x, kernel)
+    sums = x.numpy()[:, :, ::2, ::2].sum((0, 1, 2, 3), dtype="float64")
+    np.testing.assert_allclose(actual, np.tile(sums[:, None], 24), rtol=1e-3, atol=0.5)
 
 
 def test_batch_norm_gradients_equal_automatic_ones(float64: None) -> None:

@@ -13,6 +13,8 @@ import tensorflow as tf
 
 from x3d_tf.modeling.kernels import active_kernels
 
+_SAFE_CHANNELS = 16  # smallest width for which oneDNN's gradient of a strided 1x1 convolution stays within its memory
+
 
 def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Traces a function once for all layers of equal shapes.
@@ -150,7 +152,8 @@ def _padding(kernel: Any, stride: int) -> Any:
 def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
     """Applies a 1x1x1 convolution to every `stride`-th row and column.
 
-    It is computed as a 2-D convolution, because strided slices take 4 times as long.
+    It is computed as a 2-D convolution, because strided slices take 4 times as long. Narrow inputs are sliced all the
+    same: for them, oneDNN's gradient of the strided convolution (TensorFlow 2.21, AVX-512) corrupts the heap.
 
     Args:
         x: (N, T, H, W, C); the first four may be dynamic.
@@ -160,6 +163,8 @@ def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
     Returns:
         (N, T, ceil(H / stride), ceil(W / stride), filters).
     """
+    if stride > 1 and kernel.shape[0] < _SAFE_CHANNELS:
+        x, stride = x[:, :, ::stride, ::stride], 1
     n, t, *image = _shape(x)
     y = tf.nn.conv2d(tf.reshape(x, [n * t, *image]), kernel[None, None], stride, "VALID")
     return tf.reshape(y, [n, t, *_shape(y)[1:]])
