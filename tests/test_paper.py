@@ -10,6 +10,8 @@ from report_settings import detection_settings, settings
 from x3d_tf import VARIANTS
 from x3d_tf.evaluation.paper import (
     ACCURACIES,
+    FIGURE_2_POINTS,
+    FIGURE_3_POINTS,
     PRECISIONS,
     PublishedAccuracy,
     PublishedPrecision,
@@ -33,6 +35,22 @@ def test_the_published_figures_are_the_papers(shared_data: Path) -> None:
             }
             assert printed == ({value} if value is not None else set()), (ours, metric)
     assert {row.network for row in ACCURACIES} == set(VARIANTS)
+
+
+def test_the_points_for_pictures_are_the_papers() -> None:
+    """Typed in from section 4.1, Table 2 and appendix B; costs of 10 clips are ten times those of Table 2."""
+    path = [("X2D", 0.02067, 47.75), ("γb", 0.0414, 55.0), ("X3D-XS", 0.6, 68.6), ("X3D-M", 4.73, 74.6)]
+    path += [("X3D-L", 18.37, 76.8), ("X3D-XL", 35.84, 78.4)]
+    beside = [("γd", 0.0414, 51.3), ("X3D-S", 1.96, 72.9)]
+    assert [point[:3] for point in FIGURE_2_POINTS] == path + beside
+    assert [point.joined for point in FIGURE_2_POINTS] == [False] + 5 * [True] + 2 * [False]
+    costs = {"X3D-XS": 6.0, "X3D-M": 47.3, "X3D-L": 183.7, "X3D-XL": 358.4, "X3D-XXL": 1435, "CSN-50": 119}
+    costs |= {"X3D-S": 19.6, "CSN-101": 159}
+    first, *others = FIGURE_3_POINTS
+    assert first == ("", 5.9, 71.4, 3, False)
+    assert {point.name: point.gmacs for point in others} == pytest.approx(costs)
+    assert {point.views for point in others} == {10}
+    assert [point.name for point in others if point.joined] == ["X3D-S"] == [others[0].name]
 
 
 @pytest.mark.parametrize(

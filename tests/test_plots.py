@@ -12,6 +12,7 @@ from PIL import Image
 
 from x3d_tf import plots
 from x3d_tf.evaluation.metrics import TOP1
+from x3d_tf.evaluation.paper import FIGURE_2_POINTS, FIGURE_3_POINTS
 from x3d_tf.types import Metric
 
 NAMES = ("hug", "pushing something from left to right, " * 6, "走路 跑步", "дом", "a$^{$b", "\x1b[2J")
@@ -34,14 +35,25 @@ def precisions(classes: int) -> Picture:
 
 
 def sweep(count: int) -> Picture:
-    points = [(1.963 * k, 1 - 0.1 / k) for k in range(1, count + 1)]
-    return lambda path: plots.save_sweep(points, range(1, count + 1), path, TITLE * 2, TOP1, "video")
+    curve = plots.CostCurve("x3d_s", [(1.963 * k, 1 - 0.1 / k, k) for k in range(1, count + 1)])
+    panels = plots.CostPanels("", TOP1, "video", [curve])
+    return lambda path: plots.save_inference_cost([panels], path, TITLE * 2)
 
 
-def staircase(steps: int) -> Picture:
+def sweeps(networks: int, rows: int) -> Picture:
+    curves = [
+        plots.CostCurve(f"{name} {n}", [(0.001 * 4**n * k, 0.2 + 0.02 * n - 0.1 / k, k) for k in (1, 3, 10)])
+        for n, name in zip(range(networks), names(networks))
+    ]
+    panels = plots.CostPanels(TITLE * 2, TOP1, "video", curves, FIGURE_3_POINTS)
+    return lambda path: plots.save_inference_cost([panels] * rows, path, TITLE)
+
+
+def staircase(steps: int, *paper: plots.PaperPoint) -> Picture:
     winners = [(0.04 * 2**step, 1 - 0.5 / (step + 1)) for step in range(steps)]
     points = [(f"X-{name}", cost, score - 0.1 * name, 0.01) for cost, score in winners for name in range(7)]
-    return lambda path: plots.save_staircase(points, winners, path, TITLE * 2, "top-1")
+    contractions = [(winners[-1], (0.03 * 2 ** (steps - 1), 0.4))]
+    return lambda path: plots.save_staircase(points, winners, contractions, path, TITLE * 2, "top-1", paper)
 
 
 def history(count: int, every: int = 0) -> list[dict[str, float]]:
@@ -89,7 +101,9 @@ PICTURES = {
     **{f"confusion matrix of {count} classes": confusion(count) for count in (2, 6, 60, 61)},
     **{f"precisions of {count} classes": precisions(count) for count in (0, 2, 80)},
     **{f"sweep of {count} points": sweep(count) for count in (1, 5)},
+    **{f"sweeps of {networks} networks, {rows} rows": sweeps(networks, rows) for networks, rows in ((3, 1), (6, 2))},
     **{f"staircase of {count} steps": staircase(count) for count in (1, 13)},
+    "staircase with the paper's path": staircase(5, *FIGURE_2_POINTS),
     **{f"curves of {count} rows": curves(count) for count in (0, 1, 2000)},
     **{f"curves of {count} rows with validation": curves(count, 8) for count in (16, 2000)},
     "curves of other metrics": other_curves(4),
@@ -228,30 +242,110 @@ def test_long_names_are_shortened_in_the_middle(name: str, length: int, expected
     assert plots.shortened(name, length) == expected
 
 
+def at(line: Any) -> tuple[float, float]:
+    """Returns the place of a line of one point."""
+    return (line.get_xdata().item(), line.get_ydata().item())
+
+
 @pytest.mark.parametrize(
     ("metric", "values", "label"),
     [(TOP1, [50, 60, 65], "top-1 in %"), (Metric("mae", "number", label="error"), [0.5, 0.6, 0.65], "error")],
 )
 def test_the_axes_of_a_sweep_have_plain_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, values: list[float], label: str
+    figures: list[Any], tmp_path: Path, metric: Metric, values: list[float], label: str
 ) -> None:
-    from matplotlib.figure import Figure
+    curve = plots.CostCurve("x3d_s", [(1.963, 0.5, 1), (5.888, 0.6, 3), (19.63, 0.65, 10)])
+    plots.save_inference_cost([plots.CostPanels("", metric, "video", [curve])], tmp_path / "a.png", "title")
+    panels = figures[0].axes
+    assert [axes.get_xscale() for axes in panels] == ["linear", "log"]
+    for axes in panels:
+        line, *points = axes.lines
+        assert line.get_xdata().tolist() == [1.963, 5.888, 19.63] and line.get_ydata().tolist() == values
+        assert [at(point) for point in points] == list(zip([1.963, 5.888, 19.63], values))
+        assert (axes.get_ylabel(), axes.get_xlabel()[:15]) == (label, "GMACs per video")
+    ticks = [[text.get_text() for text in axes.get_xticklabels()] for axes in panels]
+    assert ticks[1] == ["1.5", "2", "3", "4", "5", "6", "8", "10", "15", "20"]
+    assert not any("$" in text for text in ticks[0])
 
-    drawn: list[list[str]] = []
 
-    def look(figure: Figure, path: Path, **_: object) -> None:
-        figure.canvas.draw()
-        path.touch()
-        drawn.extend([label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes)
-        assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
-        assert all(axes.lines[0].get_ydata().tolist() == values for axes in figure.axes)
-        assert all((axes.get_ylabel(), axes.get_xlabel()[:15]) == (label, "GMACs per video") for axes in figure.axes)
+def test_networks_have_colours_and_numbers_of_clips_have_markers(figures: list[Any], tmp_path: Path) -> None:
+    first = plots.CostCurve("a", [(1, 0.5, 1), (3, 0.6, 3)])
+    second = plots.CostCurve("b", [(6, 0.7, 3), (20, 0.8, 10)])
+    rows = [plots.CostPanels(name, TOP1, "video", curves) for name, curves in (("x", [first, second]), ("y", [second]))]
+    plots.save_inference_cost(rows, tmp_path / "a.png", "title")
+    networks, views = (
+        {text.get_text(): handle for text, handle in zip(legend.texts, legend.legend_handles)}
+        for legend in figures[0].legends
+    )
+    assert list(networks) == ["a", "b"] and list(views) == ["K=1", "K=3", "K=10"]
+    assert networks["a"].get_color() != networks["b"].get_color()
+    assert len({handle.get_marker() for handle in views.values()}) == 3
+    assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["x", "", "y", ""]
+    for axes, expected in zip(figures[0].axes, (2 * [first, second], 2 * [first, second], [second], [second])):
+        points = {at(line): line for line in axes.lines if len(line.get_xdata()) == 1}
+        for curve in expected:
+            for cost, value, count in curve.points:
+                point = points[cost, 100 * value]
+                assert point.get_marker() == views[f"K={count}"].get_marker()
+                assert point.get_color() == networks[curve.name].get_color()
+        assert len(points) == (4 if first in expected else 2)
 
-    monkeypatch.setattr(Figure, "savefig", look)
-    points = [(1.963, 0.5), (5.888, 0.6), (19.63, 0.65)]
-    plots.save_sweep(points, (1, 3, 10), tmp_path / "sweep.png", "title", metric, "video")
-    assert drawn[1] == ["1.96", "5.89", "19.6"]
-    assert not any("$" in label for label in drawn[0])
+
+def test_the_papers_points_are_grey_and_labelled(figures: list[Any], tmp_path: Path) -> None:
+    curve = plots.CostCurve("ours", [(0.5, 0.2, 1), (5, 0.3, 10)])
+    paper = [plots.PaperPoint("", 5.9, 71.4, 3), plots.PaperPoint("S", 19.6, 72.9, 10, joined=True)]
+    paper.append(plots.PaperPoint("CSN", 119, 70.8, 10))
+    plots.save_inference_cost([plots.CostPanels("", TOP1, "video", [curve], paper)], tmp_path / "a.png", "title")
+    staircase(5, *paper)(tmp_path / "b.png")
+    linear, log = figures[0].axes
+    for axes in (linear, log, figures[1].axes[0]):
+        grey = [line for line in axes.lines if line.get_color() == "0.55" and len(line.get_xdata())]
+        assert [[*line.get_xdata()] for line in grey if len(line.get_xdata()) == 2] == [[5.9, 19.6]]
+        assert [at(line) for line in grey if len(line.get_xdata()) == 1] == [(5.9, 71.4), (19.6, 72.9), (119, 70.8)]
+        assert {text.get_text() for text in axes.texts} == {"", "S", "CSN"}
+        assert axes.get_ylim()[0] < 20 and axes.get_ylim()[1] > 72.9
+    assert log.get_xlim()[1] > 119 and linear.get_xlim() == pytest.approx((0, 5.3))  # ours alone
+    for figure in figures:
+        labels = [" ".join(text.get_text().split()) for text in figure.legends[0].texts]
+        assert labels.count("paper: Kinetics-400, not measured here") == 1
+
+
+def test_without_the_papers_points_no_legend_names_it(figures: list[Any], tmp_path: Path) -> None:
+    sweep(5)(tmp_path / "a.png")
+    staircase(5)(tmp_path / "b.png")
+    assert not [text for figure in figures for text in figure.legends[0].texts if "paper" in text.get_text()]
+
+
+def test_a_staircase_has_its_path_and_its_contraction(figures: list[Any], tmp_path: Path) -> None:
+    winners = [(0.04, 0.5), (0.08, 0.6), (0.16, 0.7)]
+    points = [("X-Fast", *place, 0.01) for place in winners] + [("contraction", 0.12, 0.65, 0.02)]
+    contractions = [((0.16, 0.7), (0.12, 0.65))]
+    plots.save_staircase(points, winners, contractions, tmp_path / "a.png", "title", "top-1")
+    axes = figures[0].axes[0]
+    path, dotted, chosen, *_ = axes.lines
+    assert path.get_drawstyle() == "steps-post" and [*map(float, path.get_ydata())] == [50, 60, 70]
+    assert list(dotted.get_xdata()) == [0.16, 0.12] and dotted.get_linestyle() == ":"
+    assert list(chosen.get_xdata()) == [0.04, 0.08, 0.16, 0.12] and chosen.get_markerfacecolor() == "none"
+    legend = figures[0].legends[0]
+    assert [text.get_text() for text in legend.texts] == ["path", "chosen", "X-Fast", "contraction"]
+    figures[0].draw_without_rendering()
+    assert legend.get_window_extent().x0 > axes.get_window_extent().x1  # hides no point
+    fast, contraction = axes.containers
+    assert [tuple(map(float, segment[:, 1])) for segment in contraction[2][0].get_segments()] == [(63, 67)]
+    assert len(fast[2][0].get_segments()) == 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.03, 0.06, [0.03, 0.04, 0.05, 0.06]),
+        (0.03, 1.1, [0.05, 0.1, 0.2, 0.5, 1]),
+        (7, 10.6, [8, 10]),
+        (1e-6, 1.1, [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1]),
+    ],
+)
+def test_logarithmic_axes_have_a_few_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert plots.log_ticks(low, high) == pytest.approx(expected)
 
 
 def test_class_names_are_drawn_as_they_are(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from x3d_tf import VARIANTS, complexity
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.paper_tables import paper_tables
 from x3d_tf.evaluation.published import (
+    FIGURE_2_STEP_1,
+    FIGURE_3,
     TABLE_1,
     TABLE_2,
     TABLE_3,
@@ -98,6 +100,24 @@ def test_the_layers_are_those_of_the_paper(printed: list[dict[str, str]]) -> Non
         assert [table.gmacs, table.params, table.top1] == costs
     first = {(row["metric"], float(row["value"])) for row in printed if row["table"] == "T1"}
     assert first == {("mflops", round(1000 * TABLE_1.gmacs, 6)), ("params", TABLE_1.params)}
+
+
+def test_the_points_of_figures_are_those_of_the_paper(printed: list[dict[str, str]]) -> None:
+    def points(table: str, cost: str) -> set[tuple[str, str, float, float]]:
+        rows = [row for row in printed if row["table"] == table and row["metric"] in ("top1", cost)]
+        values = {(row["model"], row["views"], row["metric"]): float(row["value"]) for row in rows}
+        keys = {(model, views) for model, views, metric in values if metric == "top1"}
+        return {(*key, values[*key, "top1"], values[*key, cost]) for key in keys}
+
+    first = {("X2D", "10-Center", TABLE_1.top1, TABLE_1.gmacs)}
+    for row in FIGURE_2_STEP_1:
+        first.add((f"X2D+step1 {row.model.replace('γ', 'gamma_')}", f"{row.views}-Center", row.top1, row.gmacs))
+    assert first == {(*key, round(mmacs / 1000, 7)) for *key, mmacs in points("F2", "mflops")}
+    ending = {True: "Center", False: "clip"}
+    third = {(row.model, f"{row.views}-{ending[bool(row.network)]}", row.top1, row.video_gmacs) for row in FIGURE_3}
+    assert third == points("F3", "gflops")
+    for row in FIGURE_3[:2]:  # the printed costs of all clips are those of Table 2 times their number, rounded
+        assert row.video_gmacs == round(1.963 * row.views, 1)
 
 
 def test_the_ablations_are_those_of_the_paper(printed: list[dict[str, str]]) -> None:

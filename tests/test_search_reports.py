@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from x3d_tf import plots
+from x3d_tf.evaluation.paper import FIGURE_2_POINTS
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import VARIANTS, Expansion
 from x3d_tf.search import reports
@@ -136,8 +137,8 @@ def test_the_picture_shows_every_score_and_the_path(
         save(*arguments)
 
     monkeypatch.setattr(plots, "save_staircase", spy)
-    reports.save_staircase(search, tmp_path / "a.png", "top-1")
-    points, winners = drawn[:2]
+    reports.save_staircase(search, tmp_path / "a.png", "top-1", FIGURE_2_POINTS)
+    points, winners, contractions = drawn[:3]
     assert len(points) == len(reports.all_results(search)) and len(winners) == len(search.winners())
     assert all((cost, value) in [point[1:3] for point in points] for cost, value in winners)
     names = [name for name, _ in itertools.groupby(points, key=lambda point: point[0])]
@@ -145,4 +146,7 @@ def test_the_picture_shows_every_score_and_the_path(
         names == ["X-Fast", "X-Temporal", "X-Spatial", "X-Depth", "X-Bottleneck", "contraction"][: len(names)] or names
     )
     assert len(names) == len(set(names)) and names[-1] == "contraction"
+    (contracted,) = [step.best for step in search.steps if step.contracts]
+    assert contractions == [(winners[-1], (contracted.network.cost.macs / 1e9, contracted.value))]
+    assert drawn[-1] == FIGURE_2_POINTS
     assert Image.open(tmp_path / "a.png").size[0] > 500

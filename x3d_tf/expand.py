@@ -12,8 +12,11 @@ Print the candidates of the first step and the expected duration, and train noth
 Print the steps that the paper published, with their costs:
   python -m x3d_tf.expand --replay=paper
 
-Draw the picture of a search again from its trace:
-  python -m x3d_tf.expand --plot=runs/expand
+Draw the pictures of a search again from its trace and its reports, with the paper's points beside them:
+  python -m x3d_tf.expand --plot=runs/expand --paper
+
+Compare the cost of inference of several networks, with 1 to 10 clips per video; each was evaluated with --sweep:
+  python -m x3d_tf.expand --plot=runs
 
 The work folder gets trace.jsonl (all scores), candidates/ (a run folder for each training), family/ (a gin file for
 each step), staircase.png, and at the end found.gin, found/ (the run folder of the found network) and report.md.
@@ -29,6 +32,9 @@ from absl import flags
 from x3d_tf import commands, gin_config
 from x3d_tf.config import TrainConfig
 from x3d_tf.errors import UserError
+from x3d_tf.evaluation.inference_cost import INFERENCE_COST_NAME, save_inference_cost
+from x3d_tf.evaluation.metrics import TOP1
+from x3d_tf.evaluation.paper import FIGURE_2_POINTS
 from x3d_tf.files import WriteError
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.search.candidates import Candidate, Score
@@ -40,7 +46,7 @@ from x3d_tf.search.planning import plan_lines
 from x3d_tf.search.replay import path_table
 from x3d_tf.search.reports import candidate_table, family_table, save_staircase, step_table
 from x3d_tf.search.search import Search
-from x3d_tf.search.trace import read_trace, require_search_folder
+from x3d_tf.search.trace import TRACE_NAME, read_trace, require_search_folder
 from x3d_tf.search.training import CandidateTraining, SearchSetup, check_settings, open_setup
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.text import counted
@@ -61,7 +67,13 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("dry_run", False, "Print the first candidates and an estimate of the duration; train nothing.")
     flags.DEFINE_enum("replay", None, ["paper"], "Print the published expansion path and its costs.")
-    flags.DEFINE_string("plot", None, f"Work folder of a search whose {STAIRCASE_NAME} is drawn from its trace.")
+    flags.DEFINE_string(
+        "plot",
+        None,
+        f"Folder to draw pictures of, without training: {STAIRCASE_NAME} from the trace of a search, and "
+        f"{INFERENCE_COST_NAME} from the reports of evaluations with --sweep in its run folders.",
+    )
+    flags.DEFINE_bool("paper", False, "Add the points that the paper prints, for Kinetics-400, to the pictures.")
 
 
 def main() -> None:
@@ -69,10 +81,12 @@ def main() -> None:
     modes = [f"--{name}" for name in ("gin_file", "replay", "plot") if FLAGS[name].value]
     if len(modes) != 1:
         raise UserError(f"one of --gin_file, --replay and --plot is required, got {' and '.join(modes) or 'none'}")
+    if FLAGS.paper and not FLAGS.plot:
+        raise UserError("--paper requires --plot, the folder to draw pictures of")
     if FLAGS.replay:
         print("\n".join(path_table()))
     elif FLAGS.plot:
-        _plot(Path(FLAGS.plot))
+        _plot(Path(FLAGS.plot), paper=FLAGS.paper)
     else:
         config, expand = gin_config.parse_expand(FLAGS.gin_file, FLAGS.gin_bindings or [])
         folder = Path(FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}")
@@ -86,12 +100,34 @@ def main() -> None:
             _search(setup, expand, folder)
 
 
-def _plot(folder: Path) -> None:
+def _plot(folder: Path, *, paper: bool) -> None:
+    """Draws the pictures of what a folder holds, and prints which ones."""
+    needed = {
+        STAIRCASE_NAME: f"{TRACE_NAME} of a search with a finished step",
+        INFERENCE_COST_NAME: "run folders with reports of python -m x3d_tf.evaluate --sweep",
+    }
+    drawn = {
+        STAIRCASE_NAME: _plot_staircase(folder, folder / STAIRCASE_NAME, paper=paper),
+        INFERENCE_COST_NAME: save_inference_cost(folder, folder / INFERENCE_COST_NAME, paper=paper),
+    }
+    if not any(drawn.values()):
+        raise UserError(f"{folder} must hold {', or '.join(needed.values())}")
+    for name, lines in drawn.items():
+        missing = f"not drawn: {name}, for which {folder} would need {needed[name]}"
+        print("\n  ".join([f"written: {folder / name}", *lines]) if lines else missing)
+
+
+def _plot_staircase(folder: Path, path: Path, *, paper: bool) -> list[str]:
+    """Draws the picture of a search from its trace, and returns the lines that describe it; none without a search."""
+    if not (folder / TRACE_NAME).exists():
+        return []
     search, (settings, _) = load_search(folder), read_trace(folder)
     if not search.steps:
-        raise UserError(f"{folder} must hold a search with at least one finished step")
-    save_staircase(search, folder / STAIRCASE_NAME, str(settings.get("metric", "score"))[:100])
-    print(f"written: {folder / STAIRCASE_NAME}")
+        return []
+    metric = str(settings.get("metric", "score"))[:100]
+    save_staircase(search, path, metric, FIGURE_2_POINTS if paper and metric == TOP1.label else ())
+    lines = [f"{metric} of {counted(len(search.winners()), 'step')}"]
+    return lines + [f"the paper has no points for {metric}"] * (paper and metric != TOP1.label)
 
 
 def _create_records(config: TrainConfig) -> None:

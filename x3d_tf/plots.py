@@ -4,14 +4,15 @@ Axes are sized for their content, and the saved image is cropped to everything t
 therefore neither shrink the content nor are cut off.
 """
 
+import itertools
 import math
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from x3d_tf.terminal import one_line
 from x3d_tf.types import Metric
 
 _DPI = 110  # pixels per inch
-_MARKERS = "osD^vP*X"  # of the axes of an expansion search
+_PAPER_LABEL = "paper: Kinetics-400,\nnot measured here"
+_PAPER_LINE: dict[str, Any] = {"color": "0.55", "ls": "--", "lw": 1}
+_MARKERS = "osD^vPX<>"  # of axes of the expansion, or numbers of views
 _NAME_LENGTH = 32  # characters of a class name at an axis
 # Fallbacks for glyphs that matplotlib's default font lacks; only installed fonts are used.
 _FALLBACK_FONTS = (
@@ -28,6 +31,24 @@ _FALLBACK_FONTS = (
     *("PingFang SC", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Thai"),
     *("Noto Sans Bengali", "Noto Sans Tamil", "Nirmala UI", "Arial Unicode MS"),
 )
+
+
+class PaperPoint(NamedTuple):
+    """A point that the paper prints, drawn beside what was measured here.
+
+    Attributes:
+        name: its label; may be empty.
+        gmacs: cost in units of 1e9 multiply-adds: that of the horizontal axis.
+        percent: value of the metric in percent.
+        views: number of clips per video.
+        joined: whether a line joins it to the point before it.
+    """
+
+    name: str
+    gmacs: float
+    percent: float
+    views: int
+    joined: bool = False
 
 
 @contextmanager
@@ -186,76 +207,188 @@ def save_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path, t
                 axes.text(predicted, true, number, ha="center", va="center", color=colour, fontsize=points)
 
 
-def save_sweep(
-    points: Sequence[tuple[float, float]], clips: Sequence[int], path: Path, title: str, metric: Metric, sample: str
-) -> None:
-    """Saves a metric over the cost of a sample, on a linear and a logarithmic axis, as a PNG file.
+class CostCurve(NamedTuple):
+    """A metric of a network over the cost of a sample, for several numbers of views.
 
-    Args:
-        points: (GMACs of all views of a sample, value of the metric) for each number of clips.
-        clips: numbers of clips, printed next to the points.
-        path: file to write; an existing file is replaced.
-        title: title of the figure.
+    Attributes:
+        name: name of the network, for the legend.
+        points: (GMACs of all views of a sample, value of the metric, number of views), by ascending cost.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float, int]]
+
+
+class CostPanels(NamedTuple):
+    """The curves of networks that were evaluated on the same samples.
+
+    Attributes:
+        title: title of the two panels.
         metric: the metric; shares are drawn in percent.
         sample: noun for what the cost is of, such as "video".
+        curves: one curve or more.
+        paper: the paper's points, if the metric is theirs.
     """
-    share = metric.kind == "share"
-    costs, values = [cost for cost, _ in points], [100 * value if share else value for _, value in points]
-    with _figure(path, 10, 4, layout="constrained") as figure:
-        figure.suptitle(_wrap_title(title, 10))
-        for axes, scale in zip(figure.subplots(1, 2), ("linear", "log")):
-            axes.plot(costs, values, marker="o", clip_on=False)
-            axes.set(xscale=scale, xlabel=f"GMACs per {sample} ({scale})")
-            axes.set_ylabel(f"{metric.label} in %" if share else metric.label)
-            if share:
-                axes.set_ylim(*_percent_limits(values))
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            if scale == "log":  # the default labels are powers of ten
-                axes.set_xticks(costs, [f"{cost:.3g}" for cost in costs])
-                axes.minorticks_off()
-            else:
-                axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.margins(x=0.12)
-            axes.grid(alpha=0.3)
-            for x, y, number in zip(costs, values, clips):
-                axes.annotate(f"K={number}", (x, y), xytext=(5, -10), textcoords="offset points", fontsize=8)
+
+    title: str
+    metric: Metric
+    sample: str
+    curves: Sequence[CostCurve]
+    paper: Sequence[PaperPoint] = ()
+
+
+def save_inference_cost(rows: Sequence[CostPanels], path: Path, title: str) -> None:
+    """Saves a metric over the cost of a sample as a PNG file, on linear axes (left) and logarithmic ones (right).
+
+    The linear axes end at the networks' own costs, so that the paper's larger ones do not compress them.
+
+    Args:
+        rows: curves that share two panels, one row for each set of samples.
+        path: file to write; an existing file is replaced.
+        title: title of the figure.
+    """
+    names = dict.fromkeys(curve.name for row in rows for curve in row.curves)
+    looks = {name: _line(number // 2, number % 2) for number, name in enumerate(names)}
+    views = {point[2] for row in rows for curve in row.curves for point in curve.points}
+    views |= {point.views for row in rows for point in row.paper}
+    markers = dict(zip(sorted(views), itertools.cycle(_MARKERS)))
+    with _figure(path, 11, 1 + 3.7 * len(rows), layout="constrained") as figure:
+        figure.suptitle(_wrap_title(title, 11))
+        for row, panels in zip(rows, np.reshape(figure.subplots(len(rows), 2), (-1, 2))):
+            panels[0].set_title(_wrap_title(row.title, 11), loc="left", fontsize=9)
+            for axes, scale in zip(panels, ("linear", "log")):
+                _draw_cost_panel(axes, row, scale, looks, markers)
+        _cost_legends(figure, looks, markers, paper=any(row.paper for row in rows))
+
+
+def _draw_cost_panel(
+    axes: Any, row: CostPanels, scale: str, looks: Mapping[str, dict[str, Any]], markers: Mapping[int, str]
+) -> None:
+    share = row.metric.kind == "share"
+    values: list[float] = []
+    for curve in row.curves:
+        costs = [cost for cost, _, _ in curve.points]
+        scaled = [100 * value if share else value for _, value, _ in curve.points]
+        axes.plot(costs, scaled, **looks[curve.name])
+        for cost, value, (_, _, count) in zip(costs, scaled, curve.points):
+            axes.plot(cost, value, marker=markers[count], color=looks[curve.name]["color"], clip_on=False)
+        values += scaled
+    axes.set_xscale(scale)
+    _draw_paper(axes, row.paper, markers)
+    costs = [cost for curve in row.curves for cost, _, _ in curve.points]
+    if scale == "linear":
+        axes.set_xlim(0, 1.06 * max(costs))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        _set_log_axis(axes, costs + [point.gmacs for point in row.paper])
+    if share:
+        axes.set_ylim(*_percent_limits([*values, *(point.percent for point in row.paper)]))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xlabel=f"GMACs per {row.sample} ({scale})")
+    axes.set_ylabel(f"{row.metric.label} in %" if share else row.metric.label)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _cost_legends(figure: Any, looks: Mapping[str, dict[str, Any]], markers: Mapping[int, str], *, paper: bool) -> None:
+    """Draws the legends below the panels: networks to the left, and numbers of views to the right."""
+    from matplotlib.lines import Line2D
+
+    lines = [(shortened(name, 60), look) for name, look in looks.items()]
+    if paper:
+        lines.append((_PAPER_LABEL.replace("\n", " "), _PAPER_LINE))
+    longest = max(len(label) for label, _ in lines)
+    columns = max(1, int(7 / (0.6 + 0.08 * longest)))  # inches
+    handles = [Line2D([], [], label=label, **look) for label, look in lines]
+    _draw_outer_legend(figure, "lower left", handles, columns)
+    shapes = [Line2D([], [], label=f"K={k}", color="0.3", ls="", marker=marker) for k, marker in markers.items()]
+    _draw_outer_legend(figure, "lower right", shapes, min(len(shapes), 5))
 
 
 def save_staircase(
     points: Sequence[tuple[str, float, float, float]],
     winners: Sequence[tuple[float, float]],
+    contractions: Sequence[tuple[tuple[float, float], tuple[float, float]]],
     path: Path,
     title: str,
     metric: str,
+    paper: Sequence[PaperPoint] = (),
 ) -> None:
     """Saves the scored networks of an expansion search over their cost, and the path chosen, as a PNG file.
 
     Args:
         points: (name of the axis, GMACs, score in [0, 1], standard error of the score) of each network.
         winners: (GMACs, score in [0, 1]) of the network that each step chose, in the order of the steps.
+        contractions: the same of a winner that was contracted and of the network chosen for it, for each contraction.
         path: file to write; an existing file is replaced.
         title: title of the figure.
         metric: name of the score.
+        paper: the paper's points.
     """
     names = list(dict.fromkeys(name for name, *_ in points))
-    with _figure(path, 9, 5, layout="constrained") as figure:
+    with _figure(path, 11, 5.5, layout="constrained") as figure:
         axes = figure.subplots()
         axes.set_title(_wrap_title(title, 9), loc="left", fontsize=11)
-        axes.plot(*_percent(winners), color="0.4", drawstyle="steps-post", label="chosen", zorder=1)
-        axes.plot(*_percent(winners), color="0.4", ls="", marker="o", ms=14, mfc="none", zorder=1)
+        _draw_paper(axes, paper)
+        if paper:
+            axes.plot([], [], **_PAPER_LINE, marker="o", mfc="white", ms=5, label=_PAPER_LABEL)
+        axes.plot(*_percent(winners), color="0.6", lw=2, drawstyle="steps-post", label="path", zorder=1)
+        for pair in contractions:
+            axes.plot(*_percent(pair), color="0.6", lw=2, ls=":", zorder=1)
+        chosen = [*winners, *(contracted for _, contracted in contractions)]
+        axes.plot(*_percent(chosen), color="0.4", ls="", marker="o", ms=15, mfc="none", label="chosen", zorder=3)
         for number, name in enumerate(names):
             rows = [row for row in points if row[0] == name]
             errors = [100 * error for *_, error in rows]
             places = _percent([(cost, score) for _, cost, score, _ in rows])
-            marker = _MARKERS[number % len(_MARKERS)]
-            axes.errorbar(*places, yerr=errors, color=f"C{number}", ls="", marker=marker, ms=6, label=name, zorder=2)
+            look = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)], "mec": "white", "mew": 0.5}
+            size = 10 - 0.6 * number  # a marker does not hide one behind it
+            axes.errorbar(*places, yerr=errors, ls="", ms=size, elinewidth=1, label=name, zorder=2, **look)
         axes.set(xscale="log", xlabel="GMACs per clip (log)", ylabel=f"{metric} in %")
-        axes.set_xticks(_percent(winners)[0], [f"{cost:.3g}" for cost, _ in winners], fontsize=8)
-        axes.minorticks_off()
+        _set_log_axis(axes, [cost for _, cost, _, _ in points] + [point.gmacs for point in paper])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-        axes.legend(fontsize=8)
+        _draw_outer_legend(figure, "right upper", axes.get_legend_handles_labels()[0])
+
+
+def _draw_outer_legend(figure: Any, place: str, handles: Sequence[Any], columns: int = 1) -> None:
+    """Draws a legend beside the panels, where it hides no point."""
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches: room for the border of the legend
+    figure.legend(handles=handles, loc=f"outside {place}", ncols=columns, fontsize=8, borderaxespad=1)
+
+
+def _draw_paper(axes: Any, points: Sequence[PaperPoint], markers: Mapping[int, str] | None = None) -> None:
+    """Draws the paper's points in grey, with their names, behind what was measured here."""
+    for before, point in pairwise(points):
+        if point.joined:
+            axes.plot([before.gmacs, point.gmacs], [before.percent, point.percent], **_PAPER_LINE, zorder=0)
+    for number, point in enumerate(points):
+        place, grey = (point.gmacs, point.percent), _PAPER_LINE["color"]
+        marker = markers[point.views] if markers else "o"
+        axes.plot(*place, color=grey, mfc="white", ls="", marker=marker, ms=5, zorder=0)
+        side, up = (("top", -5), ("bottom", 5))[number % 2]  # names on one side would overlap
+        text = axes.annotate(point.name, place, (0, up), textcoords="offset points", annotation_clip=True, zorder=0)
+        text.set(color=grey, fontsize=7, ha="center", va=side)
+
+
+def _set_log_axis(axes: Any, costs: Sequence[float]) -> None:
+    """Sets the range of a logarithmic axis of costs, and round numbers as labels instead of powers of ten."""
+    low, high = min(costs) / 1.5, max(costs) * 1.5
+    ticks = log_ticks(low, high)
+    axes.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks], fontsize=9)
+    axes.minorticks_off()
+    axes.set_xlim(low, high)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Returns round numbers in a range of positive numbers, if possible at most 12; `high` is at least 1.5 `low`."""
+    decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    for digits in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)):
+        ticks = [tick for decade in decades for digit in digits if low <= (tick := digit * 10.0**decade) <= high]
+        if len(ticks) <= 12:
+            break
+    return ticks
 
 
 def _percent(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -22,6 +22,7 @@ class Row:
         test: mean of top-1 and top-5 on the test videos, in percent.
         map: mean average precision in percent.
         gmacs: multiply-adds for one view, in units of 1e9.
+        video_gmacs: multiply-adds for all views of a video, in units of 1e9.
         params: parameters in units of 1e6.
         limit: largest GMACs of the regime.
         printed_differences: differences from the row above, as printed: top-1, top-5, GMACs, parameters.
@@ -37,6 +38,7 @@ class Row:
     test: float | None = None
     map: float | None = None
     gmacs: float | None = None
+    video_gmacs: float | None = None
     params: float | None = None
     limit: float | None = None
     printed_differences: tuple[float, float, float, float] | None = None
@@ -94,7 +96,20 @@ class Ablation:
     recalled: tuple[float, float, float]
 
 
-X3D_S_3_CLIPS = Row(model="X3D-S", network="x3d_s", views=3, top1=71.4)  # appendix B
+# The best and the worst network of step 1, X2D with γb or γd expanded; section 4.1 states them.
+FIGURE_2_STEP_1 = (
+    Row(model="γb", views=10, top1=55.0, gmacs=0.0414),
+    Row(model="γd", views=10, top1=51.3, gmacs=0.0414),
+)
+
+# The points of Figures 3 and A.4 (validation videos) that appendix B states.
+X3D_S_3_CLIPS = Row(model="X3D-S", network="x3d_s", views=3, top1=71.4, video_gmacs=5.9)
+FIGURE_3 = (
+    X3D_S_3_CLIPS,
+    Row(model="X3D-S", network="x3d_s", views=10, top1=72.9, video_gmacs=19.6),
+    Row(model="CSN-50", views=10, top1=70.8, video_gmacs=119),
+    Row(model="CSN-101", views=10, top1=71.8, video_gmacs=159),
+)
 
 TABLE_2 = (
     Row(model="X3D-XS", network="x3d_xs", views=10, top1=68.6, top5=87.9, limit=0.6, gmacs=0.60, params=3.76),

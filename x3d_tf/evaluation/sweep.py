@@ -109,6 +109,8 @@ def _write(sweep: Sweep, evaluation: Evaluation) -> None:
     ]
     count = counted(rows[0]["samples"], evaluation.sample)
     title = f"{rows[0]['network']} on {rows[0]['records']}, {rows[0]['split']}, {count}"
-    points = [(row["gmacs_per_sample"], row[metrics[0].name]) for row in rows]
-    plots.save_sweep(points, CLIPS, sweep.folder / "sweep.png", title, metrics[0], evaluation.sample)
+    points = [(row["gmacs_per_sample"], row[metrics[0].name], k) for k, row in zip(CLIPS, rows)]
+    curve = plots.CostCurve(rows[0]["network"], points)
+    panels = plots.CostPanels("", metrics[0], evaluation.sample, [curve])
+    plots.save_inference_cost([panels], sweep.folder / "sweep.png", title)
     write_csv(sweep.folder / "sweep.csv", [header, *table])

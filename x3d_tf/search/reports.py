@@ -50,13 +50,14 @@ def _error(result: Result) -> str:
     return f" ± {result.standard_error:.4f}" if result.standard_error else ""
 
 
-def save_staircase(search: Search, path: Path, metric: str) -> None:
+def save_staircase(search: Search, path: Path, metric: str, paper: Sequence[plots.PaperPoint] = ()) -> None:
     """Saves a picture of the search as the paper's Figure 2: scores over costs, and the path.
 
     Args:
         search: a search with at least one finished step.
         path: PNG file to write; an existing file is replaced.
         metric: name of the score, such as "top-1".
+        paper: the paper's points.
     """
     titles = [axis.title for axis in AXES.values()] + ["contraction"]
     points = [
@@ -64,9 +65,10 @@ def save_staircase(search: Search, path: Path, metric: str) -> None:
         for row in all_results(search)
     ]
     points.sort(key=lambda point: titles.index(point[0]))
-    winners = [_place(winner) for winner in search.winners()]
+    winners = {step.number: _place(step.best) for step in search.steps if not step.contracts}
+    contractions = [(winners[step.number], _place(step.best)) for step in search.steps if step.contracts]
     title = f"expansion of {name_of(search.start)}"
-    plots.save_staircase(points, winners, path, title, metric)
+    plots.save_staircase(points, [*winners.values()], contractions, path, title, metric, paper)
 
 
 def _place(result: Result) -> tuple[float, float]:
