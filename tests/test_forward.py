@@ -129,7 +129,7 @@ def test_clips_in_parallel_with_recomputation(eager: None, monkeypatch: pytest.M
 
 
 def test_every_block_is_found() -> None:
-    names = dict(_blocks(x3d_tf.build_x3d("x3d_s", 2)))
+    names = {block.name: block.end for block in _blocks(x3d_tf.build_x3d("x3d_s", 2))}
     assert list(names)[:4] == ["res2_0", "res2_1", "res2_2", "res3_0"] and len(names) == 3 + 5 + 11 + 7
     assert names["res2_1"] == "res2_1" and names["res2_2"] == "res2"
 

@@ -15,7 +15,7 @@ from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import VARIANTS
 from x3d_tf.text import counted
 
-_NETWORK_OPTIONS = ("input", "stem_kernel", "se", "swish", "swish_before", "separable", "shortcut_norm")
+_NETWORK_OPTIONS = ("family", "input", "stem_kernel", "se", "swish", "swish_before", "separable", "shortcut_norm")
 _KINETICS = "kinetics400"  # name of the data set
 _AVA = {"ava_v2.1": "2.1", "ava_v2.2": "2.2"}  # versions by the name of the data set
 _VALIDATION = ("val", "validate", "validation")  # names of the official validation split
