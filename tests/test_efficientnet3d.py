@@ -29,6 +29,7 @@ from x3d_tf.training.transfer import load_pretrained
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
+ROOT = Path(__file__).parents[1]
 FAMILIES = ("efficientnet3d", "efficientnet3d_matched")
 # Stages of one to two blocks: all kinds of blocks occur. Only conv5 of the first family is wide, 256 channels.
 TINY = Expansion(gamma_tau=2, gamma_t=3, gamma_s=40 / 112, gamma_w=0.2, gamma_b=2.0, gamma_d=0.5)
@@ -412,7 +413,7 @@ def test_recipes_equal_their_python(variant: Any) -> None:
     plain = gin_config.parse(["gin/x3d_s.gin"]).config
     expected = dataclasses.replace(plain, expansion=variant.expansion, model=options(variant.family))
     assert gin_config.parse([file]).config == expected
-    text = (Path(__file__).parents[1] / file).read_text()
+    text = (ROOT / file).read_text()
     count = x3d_tf.cost(variant.name)
     assert f"--gin_file={file}" in text and "not measured" in text
     assert f"{count.macs / 1e9:.3f} GMACs per clip and {count.params / 1e6:.3f} M parameters" in text
@@ -421,3 +422,14 @@ def test_recipes_equal_their_python(variant: Any) -> None:
     kinetics = gin_config.parse([file, "gin/kinetics400/recipe.gin"]).config
     assert kinetics.expansion == variant.expansion and kinetics.dataset.name == "kinetics400"
     assert kinetics.recipe == gin_config.parse(["gin/kinetics400/x3d_m.gin"]).config.recipe
+
+
+def test_the_page_states_the_counted_costs() -> None:
+    page = (ROOT / "docs" / "kinetics.md").read_text(encoding="utf-8")
+    for name, variant in EFFICIENTNETS.items():
+        clip, count = variant.expansion.clip, x3d_tf.cost(name)
+        macs, params = count.macs / 1e9, count.params_paper / 1e6
+        cells = [name, f"{clip.frames} x {clip.size}²"]
+        for value, printed in ((macs, variant.published_macs), (params, variant.published_params)):
+            cells += [f"{value:.3f}", f"{printed:.2f}", f"{value / printed - 1:+.1%}".replace("%", " %")]
+        assert f"| {' | '.join(cells)} |" in page
