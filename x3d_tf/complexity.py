@@ -13,7 +13,7 @@ One GMAC is 1e9 multiply-accumulates. Counted per clip are convolutions, squeeze
 batch norm and activations are not. Parameters are counted in two ways: all trainable ones, and the paper's convention,
 which excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 from absl import flags
@@ -60,9 +60,8 @@ def main() -> None:
             print("\n" + "\n".join(layer_table(expansion, options, FLAGS.num_classes)))
 
 
-def variant_table(networks: Iterable[tuple[Expansion, ModelOptions]], num_classes: int) -> list[str]:
+def variant_table(networks: Sequence[tuple[Expansion, ModelOptions]], num_classes: int) -> list[str]:
     """Returns the lines of a table with one row per network: our cost, the paper's, and the relative difference."""
-    networks = list(networks)
     lines = [
         f"{'':12} {'one training clip':^31}   {'one clip, three-crop size':^31}   {'M parameters':^36}",
         f"{'network':12} {'T x S²':>9} {'GMACs':>8} {'paper':>6} {'diff':>6}"

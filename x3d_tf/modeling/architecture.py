@@ -217,7 +217,7 @@ class Architecture:
 
     @property
     def is_x3d(self) -> bool:
-        """Whether the network is an X3D: with projection shortcuts and fc1."""
+        """Returns True for an X3D, which has projection shortcuts and fc1."""
         return self.options.family == "x3d"
 
     @property
