@@ -93,7 +93,7 @@ class ExportableModel:
         model, clip = self.model, self.model.clip
         cost = cost_of(model)
         return {
-            "network": name_of(model.expansion),
+            "network": name_of(model.expansion, model.options.family),
             "created_by": f"x3d_tf {x3d_tf.__version__}",
             "task": model.task,
             "input": {

@@ -283,6 +283,7 @@ def test_the_published_path_is_printed(in_process: Call, capsys: pytest.CaptureF
             "DatasetSpec.validation_split must not be 'test', DatasetSpec.eval_split",
         ),
         (['TrainConfig.init="runs/a"'], "TrainConfig.init must be None for a search"),
+        (['ModelOptions.family="efficientnet3d"'], 'ModelOptions.family must be "x3d" for a search'),
         (["ModelOptions.bn_group=4"], "ModelOptions.bn_group must be 8, the default: the regularisation"),
         (["Recipe.batch=12"], r"Recipe.batch must be at most 8, the number of records in split 'train'.*got 24"),
         (["Recipe.steps=0"], "Recipe.steps must be at least 1"),

@@ -6,13 +6,14 @@ Bit-identical in eager mode; in a graph, TensorFlow reorders operations.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from training_steps import config_of, dataset, make
+from training_steps import TINY, config_of, dataset, make
 
 import x3d_tf
 from x3d_tf.config import Execution
@@ -29,6 +30,7 @@ def state_after(
     recipe: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     strategy: tf.distribute.Strategy | None = None,
+    expansion: x3d_tf.Expansion = TINY,
     times: int = 2,
     **execution: Any,
 ) -> dict[str, np.ndarray]:
@@ -36,6 +38,7 @@ def state_after(
     dropping = {"dropout": 0.5, "drop_connect": 0.2, "bn_group": 4} | (options or {})
     config = config_of(
         {"ema": 0.5} | (recipe or {}),
+        expansion=expansion,
         init="somewhere",  # frozen layers require initial weights
         model=x3d_tf.ModelOptions(**dropping),
         execution=Execution(recompute=recompute, **execution),
@@ -66,6 +69,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
         {"recipe": {"backbone_lr_factor": 0.0}},
         {"recipe": {"batch_norm": "frozen"}},
         {"options": {"separable": False, "input": "difference", "se": "none"}},
+        {"options": {"family": "efficientnet3d"}, "expansion": replace(TINY, gamma_w=0.2, gamma_b=2, gamma_d=0.4)},
     ],
     ids=str,
 )
@@ -129,7 +133,7 @@ def test_clips_in_parallel_with_recomputation(eager: None, monkeypatch: pytest.M
 
 
 def test_every_block_is_found() -> None:
-    names = dict(_blocks(x3d_tf.build_x3d("x3d_s", 2)))
+    names = {block.name: block.end for block in _blocks(x3d_tf.build_x3d("x3d_s", 2))}
     assert list(names)[:4] == ["res2_0", "res2_1", "res2_2", "res3_0"] and len(names) == 3 + 5 + 11 + 7
     assert names["res2_1"] == "res2_1" and names["res2_2"] == "res2"
 

@@ -380,7 +380,9 @@ def test_a_hostile_file_is_rejected_in_one_line(text: bytes, message: str, tmp_p
 
 
 def test_the_error_for_a_missing_file_lists_the_recipes() -> None:
-    with pytest.raises(ValueError, match=r"gin/nothing.gin: no such file.*gin/x3d_s.gin.* gin/data/, gin/kinetics400/"):
+    with pytest.raises(
+        ValueError, match=r"gin/nothing.gin: no such file.*gin/x3d_s.gin.* gin/data/, .*gin/kinetics400/"
+    ):
         gin_config.parse(["gin/nothing.gin"])
     with pytest.raises(ValueError, match=r"; did you mean gin/kinetics400/x3d_m.gin or .*\?"):
         gin_config.parse(["gin/kinetics400/x3dm.gin"])

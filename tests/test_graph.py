@@ -26,6 +26,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"input": "difference", "se": "all", "stem_kernel": 3},
     {"separable": False, "se": "none", "shortcut_norm": "on_width_change"},
     {"swish": False, "swish_before": True, "drop_connect": 0.5, "dropout": 0.0},
+    {"family": "efficientnet3d", "drop_connect": 0.5},
+    {"family": "efficientnet3d_matched", "se": "none", "input": "difference"},
 ]
 POOLS = ("global", "fixed_probabilities", "fixed_logits")
 
@@ -102,9 +104,12 @@ def test_the_graph_reads_nothing_of_its_tensors() -> None:
     assert called == METHODS
 
 
-@pytest.mark.parametrize("head", [None, "full", "simple", "frame"])
-def test_layers_have_the_names_that_the_graph_gives_them(head: Any) -> None:
-    options = ModelOptions(drop_connect=0.5)
+@pytest.mark.parametrize(
+    ("head", "family"),
+    [(None, "x3d"), ("full", "x3d"), ("simple", "x3d"), ("frame", "x3d"), (None, "efficientnet3d")],
+)
+def test_layers_have_the_names_that_the_graph_gives_them(head: Any, family: Any) -> None:
+    options = ModelOptions(family=family, drop_connect=0.5)
     recorder = walk(SMALL, options, head, "sigmoid" if head else "softmax", 3)
     build: Any = x3d_tf.build_detector if head else x3d_tf.build_x3d
     model = build(SMALL, 3, **({"head": head} if head else {}), options=options)

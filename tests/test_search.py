@@ -316,6 +316,11 @@ def test_differences_of_frames_keep_two_frames() -> None:
         Search(settings((2.0,)), TINY, options=options)
 
 
+def test_other_families_are_refused() -> None:
+    with pytest.raises(UserError, match=r'ModelOptions\.family must be "x3d" for a search: the axes expand X2D, got'):
+        Search(settings((2.0,)), TINY, options=ModelOptions(family="efficientnet3d"))
+
+
 def test_a_budget_is_met_with_one_percent_more() -> None:
     xs = cost("x3d_xs").macs  # 0.605 GMACs for 0.6
     macs = settings((2.0,))

@@ -1,4 +1,4 @@
-"""Prints the computational cost of X3D networks next to the paper's figures.
+"""Prints the computational cost of X3D and EfficientNet3D networks next to the paper's figures.
 
 All published networks:
   python -m x3d_tf.complexity
@@ -13,20 +13,21 @@ One GMAC is 1e9 multiply-accumulates. Counted per clip are convolutions, squeeze
 batch norm and activations are not. Parameters are counted in two ways: all trainable ones, and the paper's convention,
 which excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 from absl import flags
 
 from x3d_tf import commands, gin_config
 from x3d_tf.errors import UserError
-from x3d_tf.evaluation.paper_tables import paper_tables
+from x3d_tf.evaluation.paper_tables import EFFICIENTNET_NOTE, paper_tables
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.cost import Cost, cost, layer_costs
-from x3d_tf.modeling.expansion import VARIANTS, Expansion, Variant, name_of
+from x3d_tf.modeling.expansion import EFFICIENTNETS, VARIANTS, Expansion, Variant, name_of
 from x3d_tf.search.replay import path_table
 
 FLAGS = flags.FLAGS
+_VARIANTS = VARIANTS | EFFICIENTNETS
 
 
 def define_flags() -> None:
@@ -50,16 +51,16 @@ def main() -> None:
         return
     if FLAGS.gin_file:
         parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
-        networks, options = [parsed.config.expansion], parsed.config.model
+        networks = [(parsed.config.expansion, parsed.config.model)]
     else:
-        networks, options = [variant.expansion for variant in VARIANTS.values()], ModelOptions()
-    print("\n".join(variant_table(networks, options, FLAGS.num_classes)))
+        networks = [(row.expansion, ModelOptions(family=row.family)) for row in _VARIANTS.values()]
+    print("\n".join(variant_table(networks, FLAGS.num_classes)))
     if FLAGS.layers:
-        for expansion in networks:
+        for expansion, options in networks:
             print("\n" + "\n".join(layer_table(expansion, options, FLAGS.num_classes)))
 
 
-def variant_table(networks: Iterable[Expansion], options: ModelOptions, num_classes: int) -> list[str]:
+def variant_table(networks: Sequence[tuple[Expansion, ModelOptions]], num_classes: int) -> list[str]:
     """Returns the lines of a table with one row per network: our cost, the paper's, and the relative difference."""
     lines = [
         f"{'':12} {'one training clip':^31}   {'one clip, three-crop size':^31}   {'M parameters':^36}",
@@ -67,28 +68,31 @@ def variant_table(networks: Iterable[Expansion], options: ModelOptions, num_clas
         f"   {'T x S²':>9} {'GMACs':>8} {'paper':>6} {'diff':>6}"
         f"   {'trainable':>9} {'as in the paper':>15} {'paper':>6} {'diff':>6}",
     ]
-    for expansion in networks:
+    for expansion, options in networks:
         lines += _variant_row(expansion, options, num_classes)
-    return lines
+    has_efficientnet = any(options.family != "x3d" for _, options in networks)
+    return [*lines, EFFICIENTNET_NOTE] if has_efficientnet else lines
 
 
 def _variant_row(expansion: Expansion, options: ModelOptions, num_classes: int) -> list[str]:
-    name, clip = name_of(expansion), expansion.clip
-    published = VARIANTS.get(name) if (options, num_classes) == (ModelOptions(), 400) else None
+    name, clip = name_of(expansion, options.family), expansion.clip
+    is_unchanged = (options, num_classes) == (ModelOptions(family=options.family), 400)
+    published = _VARIANTS.get(name) if is_unchanged else None
     test_clip = replace(clip, size=expansion.test_size)
     count = cost(expansion, num_classes=num_classes, options=options)
     test = cost(expansion, test_clip, num_classes=num_classes, options=options)
+    is_short = published is not None and len(name) <= 12
     row = (
-        f"{name if published else '':12}"
+        f"{name if is_short else '':12}"
         f" {_shape(clip.frames, clip.size)} {_beside_published(count.macs / 1e9, published, 'macs')}"
         f"   {_shape(clip.frames, test_clip.size)} {_beside_published(test.macs / 1e9, published, 'test_macs')}"
         f"   {count.params / 1e6:9.4f} {_beside_published(count.params_paper / 1e6, published, 'params', width=15)}"
     )
-    return [row] if published else [name + (f" with {_changes(options)}" if _changes(options) else ""), row]
+    return [row] if is_short else [name + (f" with {_changes(options)}" if _changes(options) else ""), row]
 
 
 def _changes(options: ModelOptions) -> str:
-    default = ModelOptions()
+    default = ModelOptions(family=options.family)
     return ", ".join(f"{key}={value}" for key, value in vars(options).items() if value != getattr(default, key))
 
 
@@ -106,10 +110,8 @@ def _beside_published(value: float, published: Variant | None, figure: str, widt
 def layer_table(expansion: Expansion, options: ModelOptions, num_classes: int) -> list[str]:
     """Returns the lines of a table with one row per layer, for the training clip."""
     rows = layer_costs(expansion, num_classes=num_classes, options=options)
-    total = sum((row.cost for row in rows), Cost())
-    lines = [
-        f"{name_of(expansion):24} {'T x H x W x C':>20} {'MACs':>16} {'share':>6} {'parameters':>11} {'outputs':>11}"
-    ]
+    total, name = sum((row.cost for row in rows), Cost()), name_of(expansion, options.family)
+    lines = [f"{name:24} {'T x H x W x C':>20} {'MACs':>16} {'share':>6} {'parameters':>11} {'outputs':>11}"]
     for row in rows:
         shape, count = " x ".join(map(str, row.shape)), row.cost
         lines.append(

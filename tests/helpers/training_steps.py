@@ -46,7 +46,7 @@ def make(
 ) -> tuple[x3d_tf.X3D, TrainStep]:
     keras.utils.set_random_seed(0)
     with precision_scope(config.execution.precision):
-        model = x3d_tf.X3D(TINY, CLASSES, config.model, activation=activation)
+        model = x3d_tf.X3D(config.expansion, CLASSES, config.model, activation=activation)
     for layer in model.layers:  # a new residual block is the identity, which would hide most of the network
         if isinstance(layer, GhostBatchNorm):
             layer.gamma.assign(np.ones(layer.gamma.shape))

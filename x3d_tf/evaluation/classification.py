@@ -73,7 +73,7 @@ class ClipEvaluation:
             options=model.options,
         )
         return {
-            "network": name_of(model.expansion),
+            "network": name_of(model.expansion, model.options.family),
             **self.weights,
             "records": str(self.manifest.folder),
             "records_sha256": self.manifest.fingerprint(),

@@ -185,7 +185,7 @@ class DetectorEvaluation:
         model, detection = self.model, self.config.detection
         side, cost, split = model.eval_size, cost_of(model), self.manifest.split(self.split)
         return {
-            "network": name_of(model.expansion),
+            "network": name_of(model.expansion, model.options.family),
             "head": model.head,
             "records": str(self.manifest.folder),
             "records_sha256": self.manifest.fingerprint(),

@@ -15,13 +15,14 @@ from x3d_tf.evaluation.published import (
     TABLE_1,
     TABLE_2,
     TABLE_4,
+    TABLE_7_VALIDATION,
     TABLE_8,
     X3D_S_3_CLIPS,
     Row,
 )
 from x3d_tf.evaluation.reports import stated_metrics
 from x3d_tf.modeling.architecture import ModelOptions
-from x3d_tf.modeling.expansion import VARIANTS
+from x3d_tf.modeling.expansion import EFFICIENTNETS, VARIANTS
 from x3d_tf.plots import PaperPoint
 from x3d_tf.text import counted
 
@@ -61,6 +62,7 @@ ACCURACIES = (
     *_accuracies(TABLE_2, "10-Center", "Table 2"),
     *_accuracies([X3D_S_3_CLIPS], "3-Center", "appendix B"),
     *_accuracies(TABLE_4, "10-LeftCenterRight", "Table 4"),
+    *_accuracies([row for row in TABLE_7_VALIDATION if row.network in EFFICIENTNETS], "10-Center", "Table 7"),
 )
 
 
@@ -148,7 +150,7 @@ def differences(results: Mapping[str, Any], published: PublishedAccuracy | Publi
     """
     if isinstance(published, PublishedPrecision):
         return _detection_differences(results, published)
-    expansion = VARIANTS[published.network].expansion
+    expansion = (VARIANTS | EFFICIENTNETS)[published.network].expansion
     size = expansion.clip.size if published.views.endswith("-Center") else expansion.test_size
     changed = _changed_options(results)
     kinetics = is_kinetics400(results)
@@ -167,6 +169,7 @@ def differences(results: Mapping[str, Any], published: PublishedAccuracy | Publi
         "other head pooling": larger and results.get("head_pool") != "fixed_probabilities",
         "views not averaged": results.get("combine", "mean") != "mean",
         f"other network ({', '.join(changed)})": bool(changed),
+        "other network (the paper does not define its own)": published.network in EFFICIENTNETS,
     }
     return [name for name, holds in found.items() if holds]
 

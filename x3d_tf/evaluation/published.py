@@ -14,7 +14,7 @@ class Row:
 
     Attributes:
         model: name in the table.
-        network: name of the variant if it is one of X3D.
+        network: name of the variant if it is one of X3D or EfficientNet3D.
         pretrained: dataset of the pre-training, "-" for none.
         views: number of views per video, None for "N/A".
         top1: top-1 accuracy in percent.
@@ -161,7 +161,9 @@ TABLE_4 = (
 
 # On the validation and on the test videos. Some differences do not follow from the figures beside them.
 TABLE_7_VALIDATION = (
-    Row(model="EfficientNet3D-B0", views=10, top1=66.7, top5=86.6, gmacs=0.74, params=3.30),
+    Row(
+        model="EfficientNet3D-B0", network="efficientnet3d_b0", views=10, top1=66.7, top5=86.6, gmacs=0.74, params=3.30
+    ),
     Row(
         model="X3D-XS",
         network="x3d_xs",
@@ -172,7 +174,9 @@ TABLE_7_VALIDATION = (
         params=3.76,
         printed_differences=(1.9, 1.3, -1.4, 0.5),
     ),
-    Row(model="EfficientNet3D-B3", views=10, top1=72.4, top5=89.6, gmacs=6.91, params=8.19),
+    Row(
+        model="EfficientNet3D-B3", network="efficientnet3d_b3", views=10, top1=72.4, top5=89.6, gmacs=6.91, params=8.19
+    ),
     Row(
         model="X3D-M",
         network="x3d_m",
@@ -183,7 +187,15 @@ TABLE_7_VALIDATION = (
         params=3.76,
         printed_differences=(2.2, 2.1, -2.2, -4.4),
     ),
-    Row(model="EfficientNet3D-B4", views=10, top1=74.5, top5=90.6, gmacs=23.80, params=12.16),
+    Row(
+        model="EfficientNet3D-B4",
+        network="efficientnet3d_b4",
+        views=10,
+        top1=74.5,
+        top5=90.6,
+        gmacs=23.80,
+        params=12.16,
+    ),
     Row(
         model="X3D-L",
         network="x3d_l",
@@ -196,7 +208,9 @@ TABLE_7_VALIDATION = (
     ),
 )
 TABLE_7_TEST = (
-    Row(model="EfficientNet3D-B0", views=10, top1=64.8, top5=85.4, gmacs=0.74, params=3.30),
+    Row(
+        model="EfficientNet3D-B0", network="efficientnet3d_b0", views=10, top1=64.8, top5=85.4, gmacs=0.74, params=3.30
+    ),
     Row(
         model="X3D-XS",
         network="x3d_xs",
@@ -207,7 +221,9 @@ TABLE_7_TEST = (
         params=3.76,
         printed_differences=(1.8, 1.4, -1.4, 0.5),
     ),
-    Row(model="EfficientNet3D-B3", views=10, top1=69.9, top5=88.1, gmacs=6.91, params=8.19),
+    Row(
+        model="EfficientNet3D-B3", network="efficientnet3d_b3", views=10, top1=69.9, top5=88.1, gmacs=6.91, params=8.19
+    ),
     Row(
         model="X3D-M",
         network="x3d_m",
@@ -218,7 +234,15 @@ TABLE_7_TEST = (
         params=3.76,
         printed_differences=(2.1, 2.7, -2.2, -4.4),
     ),
-    Row(model="EfficientNet3D-B4", views=10, top1=71.8, top5=88.9, gmacs=23.80, params=12.16),
+    Row(
+        model="EfficientNet3D-B4",
+        network="efficientnet3d_b4",
+        views=10,
+        top1=71.8,
+        top5=88.9,
+        gmacs=23.80,
+        params=12.16,
+    ),
     Row(
         model="X3D-L",
         network="x3d_l",

@@ -78,7 +78,7 @@ class ClassifyJob:
             hop=self.hop,
             thumbnails=_SHEET_FRAMES if self.contact_sheet else 0,
         )
-        network = name_of(model.expansion)
+        network = name_of(model.expansion, model.options.family)
         about = {"model": self.model, "network": network, "task": model.task, "window": self.window}
         tally = _Tally(SHEET_ROWS if self.contact_sheet else 0)
         show = print_videos if self.window is None else print_windows

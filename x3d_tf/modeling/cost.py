@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
-from x3d_tf.modeling.architecture import REGION_BINS, ModelOptions, plan, require_classes
-from x3d_tf.modeling.expansion import Expansion, as_expansion
+from x3d_tf.modeling.architecture import REGION_BINS, ModelOptions, plan, require_classes, resolve
+from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.modeling.graph import DetectionHead, detection_graph, graph, require_head
 from x3d_tf.modeling.parts import Function
 from x3d_tf.types import ClipSpec
@@ -57,7 +57,7 @@ def cost(
     """Returns the cost of a network for one clip.
 
     Args:
-        network: name of a variant, or an expansion.
+        network: name of a variant of X3D or EfficientNet3D, or an expansion.
         clip: input clip, of which only frames and size matter. Defaults to the training clip.
         num_classes: number of outputs of the classifier or the detector.
         options: options of the network. Defaults to `ModelOptions()`.
@@ -82,7 +82,8 @@ def layer_costs(
     require_classes(num_classes)
     if head is not None:
         require_head(head)
-    return _rows(as_expansion(network), clip, num_classes, options, head)
+    expansion, options = resolve(network, options)
+    return _rows(expansion, clip, num_classes, options, head)
 
 
 def parameters(
@@ -99,7 +100,7 @@ def _rows(
     expansion: Expansion,
     clip: ClipSpec | None,
     num_classes: int | None,
-    options: ModelOptions | None,
+    options: ModelOptions,
     head: DetectionHead | None,
 ) -> list[LayerCost]:
     architecture, parts, clip = plan(expansion, options), CountingParts(), clip or expansion.clip

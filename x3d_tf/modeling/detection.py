@@ -10,8 +10,8 @@ from typing import Any
 import keras
 
 from x3d_tf.errors import require
-from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
-from x3d_tf.modeling.expansion import Expansion, as_expansion
+from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, resolve
+from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.modeling.graph import DetectionHead, detection_graph, require_head, require_task
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.parts import Parts
@@ -32,11 +32,11 @@ def build_detector(
     `x3d_tf.training.transfer.load_pretrained` initializes it from a classifier.
 
     Args:
-        network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
+        network: a variant or any `Expansion`; see `build_x3d`.
         num_classes: number of actions; a box may have any number of them. Defaults to the 80 actions of AVA.
-        head: "full" has conv5 and fc1, which matches the paper's parameter count; "simple" is one linear layer on res5;
-            "frame" is "full" without RoIAlign: it ignores the boxes and gives each the scores of the full frame, as a
-            baseline.
+        head: "full" has conv5 and fc1, which matches the paper's parameter count; "simple" is one linear layer on the
+            last stage; "frame" is "full" without RoIAlign: it ignores the boxes and gives each the scores of the full
+            frame, as a baseline. EfficientNet3D has no fc1.
         options: what the factors do not determine; `head_pool` must be "global". Defaults to `ModelOptions()`.
         name: name of the model. Defaults to the name of the variant plus "_detector".
 
@@ -52,7 +52,8 @@ def build_detector(
         >>> detector = build_detector("x3d_m", num_classes=80)
         >>> scores = detector({"clip": clips, "boxes": boxes})
     """
-    return Detector(as_expansion(network), num_classes, options or ModelOptions(), head=head, name=name)
+    expansion, options = resolve(network, options)
+    return Detector(expansion, num_classes, options, head=head, name=name)
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
@@ -89,11 +90,11 @@ class Detector(Network):
             inputs["clip"], inputs["boxes"], architecture, parts, head=head, num_classes=num_classes
         )
         scores = parts.probabilities(logits, self.activation, "scores")
-        name = name or f"{layer_name(expansion)}_detector"
+        name = name or f"{layer_name(expansion, options.family)}_detector"
         super().__init__(inputs=inputs, outputs=scores, name=name, **kwargs)
         self.expansion, self.options, self.num_classes, self.head = expansion, options, num_classes, head
         self.task = task
-        self.backbone_end = "res5" if head == "simple" else "conv5"
+        self.backbone_end = architecture.last_stage if head == "simple" else "conv5"
 
     @property
     def eval_size(self) -> int:

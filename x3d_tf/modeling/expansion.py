@@ -1,7 +1,9 @@
 """The six expansion factors of X3D and the networks published in the paper. Imports no TensorFlow."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from x3d_tf.errors import check_field_types, require
 from x3d_tf.types import ClipSpec
@@ -14,6 +16,8 @@ MAX_FRAMES = 1024
 MAX_SIDE = 2048  # pixels
 MAX_STRIDE = 1000  # source frames
 
+Family = Literal["x3d", "efficientnet3d", "efficientnet3d_matched"]
+
 
 @dataclass(frozen=True)
 class Expansion:
@@ -21,6 +25,9 @@ class Expansion:
 
     Clips have at most 1,024 frames of 2,048 x 2,048 pixels, at most 1,000 source frames apart. `architecture.plan`
     checks the limits of the other factors.
+
+    In EfficientNet3D (see `ModelOptions.family`), γw and γd are EfficientNet's coefficients of width and depth, and γb
+    is the expansion of its inverted bottlenecks.
 
     Attributes:
         gamma_tau: temporal stride, in source frames.
@@ -83,6 +90,7 @@ class Variant:
         published_params: parameters in units of 1e6, in the paper's convention (see `cost`).
         source: table of the paper that prints both.
         published_test_macs: multiply-adds for one clip of 30-view evaluation, in units of 1e9, if Table 4 prints them.
+        family: family of networks that the factors expand; see `ModelOptions.family`.
     """
 
     name: str
@@ -91,6 +99,7 @@ class Variant:
     published_params: float
     source: str
     published_test_macs: float | None = None
+    family: Family = "x3d"
 
 
 _XS_S, _L_XXL = 160 / 112, 312 / 112  # published crops of 160 and 312 pixels; 112√2 and 112·2√2 are 158.4 and 316.8
@@ -110,8 +119,34 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def as_expansion(network: "str | Expansion") -> Expansion:
+def _efficientnet(
+    size: str, expansion: Expansion, macs: float, params: float, family: Family = "efficientnet3d"
+) -> Variant:
+    return Variant(f"{family}_{size}", expansion, macs, params, "Table 7", family=family)
+
+
+# The paper prints costs, but neither clips nor layers. The clips here bring the multiply-adds near the printed ones and
+# span about 80 source frames, as those of X3D-M; width and depth are the official coefficients.
+_MATCHED: Family = "efficientnet3d_matched"
+EFFICIENTNETS: dict[str, Variant] = {
+    row.name: row
+    for row in (
+        _efficientnet("b0", Expansion(16.0, 5, 128 / 112, 1.0, 6.0, 1.0), 0.74, 3.30),
+        _efficientnet("b3", Expansion(8.0, 10, 164 / 112, 1.2, 6.0, 1.4), 6.91, 8.19),
+        _efficientnet("b4", Expansion(6.0, 14, 220 / 112, 1.4, 6.0, 1.8), 23.80, 12.16),
+        _efficientnet("b0", Expansion(10.0, 8, 1.0, 1.0, 4.0, 1.0), 0.74, 3.30, _MATCHED),
+        _efficientnet("b3", Expansion(6.0, 13, 172 / 112, 1.2, 4.0, 1.4), 6.91, 8.19, _MATCHED),
+        _efficientnet("b4", Expansion(5.0, 16, 232 / 112, 1.4, 4.0, 1.8), 23.80, 12.16, _MATCHED),
+    )
+}
+
+
+def as_expansion(network: "str | Expansion", variants: Mapping[str, Variant] = VARIANTS) -> Expansion:
     """Returns the expansion of a variant by its name; an `Expansion` is returned unchanged.
+
+    Args:
+        network: the name, or the expansion.
+        variants: the known variants by name. Defaults to those of X3D.
 
     Raises:
         ValueError: unknown name. The message lists the known ones.
@@ -121,15 +156,15 @@ def as_expansion(network: "str | Expansion") -> Expansion:
         return network
     if not isinstance(network, str):
         raise TypeError(f"a network must be the name of a variant or an Expansion, got {network!r}")
-    if network not in VARIANTS:
-        raise ValueError(f"unknown variant {network!r}; known: {', '.join(VARIANTS)}, or any Expansion(...)")
-    return VARIANTS[network].expansion
+    if network not in variants:
+        raise ValueError(f"unknown variant {network!r}; known: {', '.join(variants)}, or any Expansion(...)")
+    return variants[network].expansion
 
 
-def name_of(expansion: Expansion) -> str:
+def name_of(expansion: Expansion, family: Family = "x3d") -> str:
     """Returns the name of the variant, or the factors: `x3d(tau=6,t=13,s=1.429,w=1,b=1.5,d=2.2)`."""
-    for variant in VARIANTS.values():
-        if variant.expansion == expansion:
+    for variant in (*VARIANTS.values(), *EFFICIENTNETS.values()):
+        if (variant.expansion, variant.family) == (expansion, family):
             return variant.name
     factors = (f"{key.removeprefix('gamma_')}={value:.4g}" for key, value in vars(expansion).items())
-    return f"x3d({','.join(factors)})"
+    return f"{family}({','.join(factors)})"

@@ -1,4 +1,4 @@
-"""X3D as calls of `Parts`, in execution order: the only definition of the network. Imports no TensorFlow.
+"""X3D and EfficientNet3D as calls of `Parts`, in execution order: their only definition. Imports no TensorFlow.
 
 A function gets its widths from the architecture and reads no attribute of a tensor.
 """
@@ -27,7 +27,7 @@ def graph(
     num_classes: int | None,
     activation: Activation,
 ) -> Tensor:
-    """Builds the complete classifier (paper, Table 1).
+    """Builds the complete classifier (paper, Table 1, or EfficientNet3D of section 4.3).
 
     Args:
         clips: (N, T, H, W, 3), RGB in 0..255.
@@ -48,7 +48,7 @@ def graph(
         x = parts.window_pool(parts.time_mean(x), pool_window(train_size), "pool5")
     if num_classes is None:
         return x
-    x = fc2(fc1(x, parts), num_classes, architecture, parts)
+    x = fc2(fc1(x, architecture, parts), num_classes, architecture, parts)
     if pool == "fixed_logits":
         x = parts.spatial_mean(x)
     elif pool == "fixed_probabilities":
@@ -90,7 +90,7 @@ def detection_graph(
     else:
         x = parts.spatial_max(parts.regions(x, boxes, clips, "regions"))
     if head != "simple":
-        x = fc1(x, parts)
+        x = fc1(x, architecture, parts)
     return fc2(x, num_classes, architecture, parts)
 
 
@@ -135,7 +135,7 @@ def require_head(head: object) -> None:
 
 
 def backbone(clips: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
-    """Builds the network up to res5. The arguments are those of `graph`."""
+    """Builds the network up to its last stage. The arguments are those of `graph`."""
     options = architecture.options
     x = parts.normalize(clips, "normalize")
     if options.input == "difference":
@@ -149,20 +149,21 @@ def backbone(clips: Tensor, architecture: Architecture, parts: Parts[Tensor]) ->
 
 
 def block(x: Tensor, plan: BlockPlan, options: ModelOptions, parts: Parts[Tensor]) -> Tensor:
-    """Builds a residual block (paper, appendix A.3)."""
+    """Builds a block (paper, appendix A.3); one without a shortcut ends in ReLU too: no bottleneck is linear."""
     name, shortcut = plan.name, x
-    if plan.projects:
+    if plan.shortcut == "projection":
         shortcut = parts.pointwise(x, plan.width, f"{name}_shortcut", plan.stride)
         if plan.shortcut_norm:
             shortcut = parts.norm(shortcut, f"{name}_shortcut_bn")
+    if plan.expands:
+        if options.separable:
+            x = parts.pointwise(x, plan.inner_width, f"{name}_conv_a")
+        else:
+            x = parts.conv(x, plan.inner_width, (3, 1, 1), f"{name}_conv_a")
+        x = parts.norm(x, f"{name}_conv_a_bn")
+        x = parts.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
     if options.separable:
-        x = parts.pointwise(x, plan.inner_width, f"{name}_conv_a")
-    else:
-        x = parts.conv(x, plan.inner_width, (3, 1, 1), f"{name}_conv_a")
-    x = parts.norm(x, f"{name}_conv_a_bn")
-    x = parts.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
-    if options.separable:
-        x = parts.channelwise(x, (3, 3, 3), f"{name}_conv_b", plan.stride)
+        x = parts.channelwise(x, plan.kernel, f"{name}_conv_b", plan.stride)
     else:
         x = parts.conv(x, plan.inner_width, (1, 3, 3), f"{name}_conv_b", plan.stride)
     x = parts.norm(x, f"{name}_conv_b_bn")
@@ -170,9 +171,10 @@ def block(x: Tensor, plan: BlockPlan, options: ModelOptions, parts: Parts[Tensor
         x = squeeze_excitation(x, plan.inner_width, f"{name}_se", parts)
     x = parts.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
     x = parts.pointwise(x, plan.width, f"{name}_conv_c")
-    x = parts.norm(x, f"{name}_conv_c_bn", ends_branch=True)
-    x = parts.drop_branch(x, plan.drop_rate, f"{name}_drop")
-    return parts.activation(parts.add(shortcut, x, f"{name}_add"), "relu", plan.end)
+    x = parts.norm(x, f"{name}_conv_c_bn", ends_branch=plan.shortcut is not None)
+    if plan.shortcut is not None:
+        x = parts.add(shortcut, parts.drop_branch(x, plan.drop_rate, f"{name}_drop"), f"{name}_add")
+    return parts.activation(x, "relu", plan.end)
 
 
 def squeeze_excitation(x: Tensor, width: int, name: str, parts: Parts[Tensor]) -> Tensor:
@@ -189,9 +191,9 @@ def conv5(x: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor
     return parts.activation(parts.norm(x, "conv5_bn"), "relu", "conv5")
 
 
-def fc1(x: Tensor, parts: Parts[Tensor]) -> Tensor:
-    """Builds the hidden layer of the head."""
-    return parts.dense(x, FC1_WIDTH, "fc1", function="relu", bias=False)
+def fc1(x: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
+    """Builds the hidden layer of the head, which EfficientNet3D lacks."""
+    return parts.dense(x, FC1_WIDTH, "fc1", function="relu", bias=False) if architecture.is_x3d else x
 
 
 def fc2(x: Tensor, num_classes: int, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:

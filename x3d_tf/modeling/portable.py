@@ -1,7 +1,7 @@
 """The portable form of a network, built from stock Keras layers: its file loads in Keras without this package.
 
 It has the same graph and layer names as the trainable network, a fixed clip size, and probabilities as its output. A
-channel-wise 3-D kernel becomes three depthwise 2-D kernels, `NAME_0` to `NAME_2`, one per temporal tap.
+channel-wise 3-D kernel becomes depthwise 2-D kernels, `NAME_0`, `NAME_1` and so on, one per temporal tap.
 """
 
 import math

@@ -6,9 +6,9 @@ from typing import Any
 import keras
 
 from x3d_tf.errors import require
-from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes
+from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, resolve
 from x3d_tf.modeling.cost import Cost, cost
-from x3d_tf.modeling.expansion import Expansion, as_expansion, name_of
+from x3d_tf.modeling.expansion import Expansion, Family, name_of
 from x3d_tf.modeling.graph import DetectionHead, graph, require_task, task_and_activation
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.layers import RequireWindow
@@ -29,7 +29,8 @@ def build_x3d(
     """Builds a network with randomly initialized weights.
 
     Args:
-        network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl) or any `Expansion`.
+        network: a variant (x2d, x3d_xs, x3d_s, x3d_m, x3d_l, x3d_xl, x3d_xxl, and EfficientNet3D's efficientnet3d_b0,
+            _b3, _b4 and efficientnet3d_matched_b0, _b3, _b4) or any `Expansion`.
         num_classes: number of outputs of the classifier.
         include_top: False stops before fc1: the output is then pool5, (N, channels).
         activation: "softmax" for networks that choose one class, "sigmoid" for networks that decide on each class by
@@ -42,6 +43,7 @@ def build_x3d(
     Returns:
         A model that maps clips (N, T, H, W, 3), RGB in 0..255, uint8 or float, of any T, H and W, to logits (N,
         num_classes). The outputs of its layers conv1, res2, ..., res5, conv5, pool5 and fc1 can be used as features.
+        EfficientNet3D has res2 to res8, and no fc1.
 
     Raises:
         ValueError, TypeError: an unknown variant, or a value of the wrong type or out of range.
@@ -50,9 +52,9 @@ def build_x3d(
     Example:
         >>> model = build_x3d("x3d_m", num_classes=10, options=ModelOptions(drop_connect=0.1))
     """
-    options = options or ModelOptions()
+    expansion, options = resolve(network, options)
     return X3D(
-        as_expansion(network),
+        expansion,
         num_classes,
         options,
         include_top=include_top,
@@ -154,7 +156,7 @@ class X3D(Network):
             num_classes=num_classes if include_top else None,
             activation=activation,
         )
-        super().__init__(inputs=clips, outputs=outputs, name=name or layer_name(expansion), **kwargs)
+        super().__init__(inputs=clips, outputs=outputs, name=name or layer_name(expansion, options.family), **kwargs)
         self.expansion, self.options = expansion, options
         self.num_classes, self.include_top = num_classes, include_top
         self.activation, self.task = activation, task
@@ -188,6 +190,6 @@ def cost_of(model: Network) -> Cost:
     return cost(model.expansion, clip, num_classes=model.num_classes, options=model.options, head=model.head)
 
 
-def layer_name(expansion: Expansion) -> str:
+def layer_name(expansion: Expansion, family: Family) -> str:
     """Returns the default name of a model, with only the characters that Keras allows."""
-    return "".join(c if c.isalnum() else "_" for c in name_of(expansion)).strip("_")
+    return "".join(c if c.isalnum() else "_" for c in name_of(expansion, family)).strip("_")

@@ -11,8 +11,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from x3d_tf.errors import UserError
-from x3d_tf.modeling.architecture import BASE_DEPTHS, BASE_WIDTHS, MAX_BLOCKS, MAX_CHANNELS, StagePlan, plan
+from x3d_tf.errors import UserError, require
+from x3d_tf.modeling.architecture import (
+    BASE_DEPTHS,
+    BASE_WIDTHS,
+    MAX_BLOCKS,
+    MAX_CHANNELS,
+    ModelOptions,
+    StagePlan,
+    plan,
+)
 from x3d_tf.modeling.expansion import BASE_CROP, BASE_SCALE, MAX_FRAMES, MAX_SIDE, Expansion
 
 RATE = 2  # ĉ, the factor by which a step increases the cost (paper, section 3.3)
@@ -81,6 +89,12 @@ AXES: dict[str, Axis] = {
         Axis("bottleneck", "γb", "X-Bottleneck", "gamma_b", 2.25, "appendix A.3"),
     )
 }
+
+
+def require_x3d(options: ModelOptions) -> None:
+    """Raises `UserError` unless the options are those of an X3D, whose stages the settings of the axes follow."""
+    rule = 'be "x3d" for a search: the axes expand X2D'
+    require(options.family == "x3d", "ModelOptions.family", rule, options.family)
 
 
 def expanded(

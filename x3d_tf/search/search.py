@@ -13,7 +13,7 @@ from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import Expansion
-from x3d_tf.search.axes import AXES, RATE, contracted, expanded
+from x3d_tf.search.axes import AXES, RATE, contracted, expanded, require_x3d
 from x3d_tf.search.candidates import PHASE_STEPS, PHASES, Candidate, Network, Phase, Result, Score, are_tied, ranked
 from x3d_tf.search.config import ExpandConfig
 
@@ -86,7 +86,7 @@ class Search:
 
     Raises:
         UserError: the first budget does not exceed the cost of the start network or is too near to it for an expansion,
-            or the cost is the latency and there is no function that measures it.
+            or the cost is the latency and there is no function that measures it, or the networks are not X3D.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Search:
         num_classes: int = 400,
         latency: Latency | None = None,
     ) -> None:
+        require_x3d(options or ModelOptions())
         self.config, self.start = config, start or Expansion()
         self.latency = latency
         self._cost = functools.partial(_cost, num_classes=num_classes, options=options)

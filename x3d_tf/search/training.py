@@ -23,6 +23,7 @@ from x3d_tf.files import os_errors_as_write_error
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.search.axes import require_x3d
 from x3d_tf.search.candidates import PHASES, Candidate, Phase, Score
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import Task, find, task_of_model, task_of_records
@@ -78,6 +79,7 @@ def check_settings(config: TrainConfig) -> None:
     default = ModelOptions()
     rule = "be None for a search, whose networks differ in width and depth"
     require(config.init is None, "TrainConfig.init", rule, config.init)
+    require_x3d(config.model)
     for name in ("bn_group", "drop_connect"):
         value = getattr(config.model, name)
         rule = f"be {getattr(default, name)}, the default: the regularisation of each step of a search replaces it"

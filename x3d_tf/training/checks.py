@@ -109,7 +109,7 @@ def require_compatible(
     Raises:
         UserError: the networks have another width, depth, input or activation.
     """
-    for name in ("input", "swish", "swish_before", "shortcut_norm"):  # weight shapes do not reveal these
+    for name in ("family", "input", "swish", "swish_before", "shortcut_norm"):  # weight shapes do not reveal these
         their_value, our_value = getattr(theirs[1], name), getattr(ours[1], name)
         if their_value != our_value:
             value = f'"{their_value}"' if isinstance(their_value, str) else their_value

@@ -5,6 +5,7 @@ the complete batch and therefore take all slices at once. With gradient checkpoi
 its input, and the backward pass runs the segment again.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from x3d_tf.modeling.architecture import plan
+from x3d_tf.modeling.architecture import BlockPlan, plan
 from x3d_tf.modeling.layers import Dropout, GhostBatchNorm
 from x3d_tf.modeling.x3d import Network
 from x3d_tf.parallel import num_batch_slices
@@ -69,9 +70,9 @@ def _uncut(model: Network) -> Iterator[_Cut]:
 
 
 def _cut_at_blocks(model: Network) -> Iterator[_Cut]:
-    """Yields segments that keep only the outputs of the stem and of the residual blocks."""
+    """Yields segments that keep only the outputs of the stem and of the blocks."""
     x = model.get_layer("clip").output
-    for name in ("conv1", *(end for _, end in _blocks(model))):
+    for name in ("conv1", *(block.end for block in _blocks(model))):
         y = model.get_layer(name).output
         yield [x], y, True
         x = y
@@ -86,21 +87,21 @@ def _cut_at_convolutions(model: Network) -> Iterator[_Cut]:
     """
     x = model.get_layer("conv1").output
     yield [model.get_layer("clip").output], x, False
-    for block, end in _blocks(model):
-        a, b, c = (model.get_layer(f"{block}_conv_{role}").output for role in "abc")
-        y = model.get_layer(end).output
-        yield [x], a, False
-        yield [a], b, True
-        yield [b], c, True
-        yield [x, c], y, False
+    for block in _blocks(model):
+        roles = "abc" if block.expands else "bc"
+        convolutions = [model.get_layer(f"{block.name}_conv_{role}").output for role in roles]
+        yield [x], convolutions[0], False
+        for before, after in itertools.pairwise(convolutions):
+            yield [before], after, True
+        y = model.get_layer(block.end).output
+        yield [x, convolutions[-1]], y, False
         x = y
     yield [x], model.get_layer(model.backbone_end).output, False
 
 
-def _blocks(model: Network) -> Iterator[tuple[str, str]]:
-    """Yields the names of the residual blocks in order, each with the name of its last layer."""
-    for block in plan(model.expansion, model.options).blocks():
-        yield block.name, block.end
+def _blocks(model: Network) -> Iterator[BlockPlan]:
+    """Yields the blocks in order."""
+    return plan(model.expansion, model.options).blocks()
 
 
 def _layers_between(producers: dict[int, Any], inputs: Iterable[Any], output: Any) -> list[Any]:

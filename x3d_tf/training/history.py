@@ -140,5 +140,5 @@ class History:
         """Draws the learning curves and flushes the TensorBoard file."""
         self.writer.flush()
         validated = self.validation.metrics if self.validation else ()
-        title = name_of(self.config.expansion)
+        title = name_of(self.config.expansion, self.config.model.family)
         plots.save_curves(self.rows, self.run.curves, title, training=self.metrics, validation=validated)

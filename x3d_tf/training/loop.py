@@ -288,8 +288,9 @@ class Trainer:
         clips = self.batch // devices // config.execution.accumulation
         slices = num_batch_slices(clips, config.model.bn_group)
         in_parallel = f" ({slices} batch slices in parallel)" if slices > 1 else ""
+        network = name_of(config.expansion, config.model.family)
         return (
-            f"Training {name_of(config.expansion)} ({macs / 1e9:.3f} GMACs per clip) in {run.root} on "
+            f"Training {network} ({macs / 1e9:.3f} GMACs per clip) in {run.root} on "
             f"{counted(devices, 'device')}{in_parallel}: {counted(self.steps, 'step')} with a batch of "
             f"{counted(self.batch, 'clip')}{scaled}, {self._describe_groups()}"
         )

@@ -160,7 +160,9 @@ def names(architecture: Architecture, naming: Naming) -> Iterator[WeightName]:
     yield from _expand(_STEM, naming)
     for block in architecture.blocks():
         indices = {"stage": block.stage + 2, "number": block.stage + 1, "block": block.index}
-        shortcut = (_SHORTCUT, *((_SHORTCUT_NORM,) if block.shortcut_norm else ())) if block.projects else ()
+        shortcut = (
+            (_SHORTCUT, *((_SHORTCUT_NORM,) if block.shortcut_norm else ())) if block.shortcut == "projection" else ()
+        )
         rows = (*shortcut, *_CONV_A, *_CONV_B, *(_SE if block.se else ()), *_CONV_C)
         yield from _expand(rows, naming, architecture.options.separable, _PREFIXES, indices)
     yield from _expand(_HEAD, naming)
