@@ -15,7 +15,7 @@ from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import validation_split
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.errors import UserError
+from x3d_tf.errors import UserError, require
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
@@ -45,6 +45,7 @@ def train(
     strategy: tf.distribute.Strategy | None = None,
     texts: Mapping[str, str] | None = None,
     allow_other_groups: bool = False,
+    validates: bool = True,
 ) -> RunFolder:
     """Trains a network and saves it. If `workdir` contains an interrupted run, resumes it.
 
@@ -56,6 +57,7 @@ def train(
         texts: contents of additional files, by name, written to the run folder before the first step.
         allow_other_groups: whether to resume even if another number of devices or another `Execution.accumulation`
             changes the batch-norm groups, and therefore the result.
+        validates: whether to evaluate on the validation split at each checkpoint; early stopping requires it.
 
     Returns:
         The run folder, which contains `model.keras`.
@@ -70,7 +72,15 @@ def train(
         print(f"{run.root} is already finished ({run.model} exists)")
         return run
     check_settings(config, run)
-    train_checked(open_records(config), run, strategy=strategy, texts=texts, allow_other_groups=allow_other_groups)
+    require(validates or not config.recipe.patience, "validates", "be True if Recipe.patience is set", validates)
+    train_checked(
+        open_records(config),
+        run,
+        strategy=strategy,
+        texts=texts,
+        allow_other_groups=allow_other_groups,
+        validates=validates,
+    )
     return run
 
 
@@ -81,6 +91,7 @@ def train_checked(
     strategy: tf.distribute.Strategy | None = None,
     texts: Mapping[str, str] | None = None,
     allow_other_groups: bool = False,
+    validates: bool = True,
 ) -> None:
     """Trains as `train` does, after `check_settings` and `open_records`, which need no TensorFlow."""
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
@@ -91,11 +102,16 @@ def train_checked(
     with run.training():
         run.open(checked.config, {run.fingerprint.name: fingerprint, **(texts or {})})
         if not run.model.is_file():  # another process may have finished the run in the meantime
-            _train(checked, fingerprint, run, strategy, allow_other_groups)
+            _train(checked, fingerprint, run, strategy, allow_other_groups, validates)
 
 
 def _train(
-    checked: CheckedRun, fingerprint: str, run: RunFolder, strategy: tf.distribute.Strategy, allow_other_groups: bool
+    checked: CheckedRun,
+    fingerprint: str,
+    run: RunFolder,
+    strategy: tf.distribute.Strategy,
+    allow_other_groups: bool,
+    validates: bool,
 ) -> None:
     config, records, task = checked.config, checked.records, checked.task
     print(_describe_splits(records, config))
@@ -105,7 +121,7 @@ def _train(
         tell(f"saving a preview of the first training clips: {run.preview}")
         task.save_preview(config, records, run.preview)
     tell("building the network")
-    trainer = Trainer(config, records, strategy, task)
+    trainer = Trainer(config, records, strategy, task, validates=validates)
     trainer.fit(run, fingerprint, allow_other_groups=allow_other_groups)
     print("Saving the model.")
     atomic_write(run.labels, "".join(f"{name}\n" for name in trainer.classes).encode())
@@ -123,9 +139,18 @@ class Trainer:
         manifest: the manifest of the records, including the split held out for validation.
         strategy: the distribution strategy.
         task: the task of the run.
+        validates: see `train`.
     """
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, strategy: tf.distribute.Strategy, task: Task) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        manifest: Manifest,
+        strategy: tf.distribute.Strategy,
+        task: Task,
+        *,
+        validates: bool = True,
+    ) -> None:
         self.config, self.manifest, self.strategy, self.task = config, manifest, strategy, task
         self.steps, self.batch = config.recipe.scaled_steps, config.recipe.batch
         self.classes = task.classes(manifest)
@@ -139,7 +164,7 @@ class Trainer:
             self.step = TrainStep(self.model, config, strategy, task.loss(config, manifest))
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
-        split = validation_split(config.dataset)
+        split = validation_split(config.dataset) if validates else None
         self.validation = task.validation(self.model, config, manifest, split) if split else None
 
     def fit(self, run: RunFolder, records: str, *, allow_other_groups: bool = False) -> None:

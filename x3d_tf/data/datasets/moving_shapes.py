@@ -1,8 +1,11 @@
-"""Synthetic dataset moving_shapes, whose classes are directions of motion and differ in nothing else.
+"""Synthetic datasets whose classes are directions of motion and differ in nothing else: moving_shapes, shaking_shapes.
 
 A video shifts a picture, so that frame t is a shifted copy of frame t of the same video in any other direction. The
 shift of the middle frame is uniform over the torus, so that single frames have the same distribution in all classes: a
-network that sees no motion stays at chance. The module imports no TensorFlow until records are created.
+network that sees no motion stays at chance.
+
+In shaking_shapes a random shift of each frame hides the motion between few frames: the more frames a network sees, and
+the longer its clips, the more videos can be told apart. The module imports no TensorFlow until records are created.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +24,7 @@ SPEEDS = (0.4, 0.8)  # range in pixels per frame; each frame's shift is rounded 
 GROUND_LEVELS, SHAPE_LEVELS = (0, 64), (160, 256)
 SHAPES = (3, 5)  # range of shapes per video
 RADII = (10, 20)  # pixels
+SHAKING = 5.0  # standard deviation of the shifts of single frames of shaking_shapes, rows and columns, in pixels
 
 
 class MovingShapes(ShiftedPictures):
@@ -46,7 +50,17 @@ class MovingShapes(ShiftedPictures):
         return shifts(seed, name)
 
 
-DATASETS = (MovingShapes(),)
+class ShakingShapes(MovingShapes):
+    """The synthetic data set with a random shift of each frame, created on first use."""
+
+    name = "shaking_shapes"
+
+    def shifts(self, seed: int, name: str) -> NDArray[np.int64]:
+        shaking = np.random.default_rng((seed, 2)).normal(0, SHAKING, (FRAMES, 2))
+        return shifts(seed, name) + np.round(shaking).astype(np.int64)
+
+
+DATASETS = (MovingShapes(), ShakingShapes())
 
 
 def draw_picture(seed: int) -> Picture:
