@@ -151,6 +151,9 @@ def test_a_search_of_two_steps(run: Call, finished: Path, settings: Path, capsys
     assert [(found["split"], found["samples"], found["views"]) for found in reports] == 4 * [
         ("validation", 4, "1-Center")
     ]
+    # One evaluation on the validation split suffices: none in training, unless Recipe.patience is set.
+    histories = [RunFolder(path.parent).read_history() for path in finished.rglob("history.csv")]
+    assert len(histories) == 4 and not any("validation" in name for rows in histories for row in rows for name in row)
     # Of the losers only histories are kept; the winner of step 2 is the found network.
     assert not [*finished.rglob("ckpt-*")]
     models = [path.parent for path in finished.rglob("model.keras")]

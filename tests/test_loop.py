@@ -109,6 +109,13 @@ def test_a_finished_run_is_left_alone(finished: RunFolder, capsys: pytest.Captur
         train(config_of(Path("deleted"), seed=7), finished.root)
 
 
+def test_early_stopping_requires_validation(records: Path, tmp_path: Path) -> None:
+    config = config_of(records, recipe=replace(SHORT, patience=2))
+    with pytest.raises(ValueError, match=r"validates must be True if Recipe.patience is set, got False"):
+        train(config, tmp_path / "run", validates=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_records_are_opened_once(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     load = Manifest.load

@@ -71,6 +71,16 @@ def test_videos_start_anywhere_at_any_speed() -> None:
     assert np.abs(quarters - 225).max() < 5 * 13
 
 
+def test_shaking_adds_shifts_that_are_the_same_in_all_directions() -> None:
+    plain, shaking = moving_shapes.MovingShapes(), moving_shapes.ShakingShapes()
+    added = {name: shaking.shifts(4, name) - plain.shifts(4, name) for name in DIRECTIONS}
+    assert all((values == added["left"]).all() for values in added.values())
+    values = np.stack([shaking.shifts(seed, "up") - plain.shifts(seed, "up") for seed in range(200)])
+    assert abs(values.mean()) < 5 * 3 / np.sqrt(values.size)
+    assert values.std() == pytest.approx(np.sqrt(9 + 1 / 12), rel=0.02)  # rounding adds the variance 1/12
+    assert abs(np.mean(values[:, 1:] * values[:, :-1])) < 0.5  # frames are independent
+
+
 @pytest.mark.usefixtures("few")
 def test_records_hold_those_videos(tmp_path: Path) -> None:
     manifest = open_dataset(spec(tmp_path / "a" / "shapes"))

@@ -21,6 +21,7 @@ from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import SerialExecutor
 from x3d_tf.search.loop import drive, load_search, run_search
+from x3d_tf.search.reports import family_table, pareto_table
 from x3d_tf.search.search import Search
 from x3d_tf.search.trace import TRACE_NAME, open_trace
 
@@ -374,6 +375,25 @@ def test_latencies_are_measured_once(tmp_path: Path) -> None:
     assert (tmp_path / TRACE_NAME).read_bytes() == content
     with pytest.raises(UserError, match="a latency must be a positive number of milliseconds, got nan"):
         search_in(tmp_path / "other", config=config, latency=lambda _: float("nan"))
+
+
+def test_latencies_that_are_no_cost_are_measured_for_the_tables_alone(tmp_path: Path) -> None:
+    measured: list[Expansion] = []
+
+    def latency(network: Expansion) -> float:
+        measured.append(network)
+        return 12.5 * network.gamma_t
+
+    search = search_in(tmp_path, latency=latency)
+    assert search.steps == search_in(tmp_path / "without").steps
+    results = [result.network.expansion for step in search.steps for result in step.results]
+    assert {step.best.network.expansion for step in search.steps} <= set(measured) < set(results)
+    assert len(measured) == len(set(measured))
+    tables = family_table(search) + pareto_table(search)
+    assert tables == family_table(load_search(tmp_path)) + pareto_table(load_search(tmp_path))
+    assert " 12.50 " in "\n".join(tables) and "inf" not in "\n".join(tables)
+    search_in(tmp_path, refuse, latency=latency)
+    assert len(measured) == len(set(measured))
 
 
 def test_the_rule_needs_training_scores(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def _search(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
                 setup.config.expansion,
                 options=setup.config.model,
                 num_classes=setup.num_classes,
-                latency=functools.partial(measuring.call, "latency") if expand.cost == "latency" else None,
+                latency=functools.partial(measuring.call, "latency"),
                 settings=setup.identity,
                 on_score=printing.end_step,
             )
@@ -182,7 +182,7 @@ def _search(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
         raise WriteError(f"{error}. Run the same command again to continue the search in {folder}") from error
     finally:
         measuring.stop()
-    print("\n".join(family_table(search, search.latency)))
+    print("\n".join(family_table(search)))
     print(
         f"found:      {name_of(result.network.expansion)}: {files.found_gin} and its run folder {files.found.root}\n"
         f"family:     {files.family}: a gin file for each step\n"

@@ -10,9 +10,12 @@ from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import Executor
+from x3d_tf.search.reports import reported
 from x3d_tf.search.search import Latency, Search
 from x3d_tf.search.trace import Trace, open_trace, read_trace
 from x3d_tf.signals import held_back
+from x3d_tf.terminal import tell
+from x3d_tf.text import counted
 
 OnScore = Callable[[Search, Candidate, Score], None]
 
@@ -39,6 +42,7 @@ def run_search(
         options: options of the networks. Defaults to `ModelOptions()`.
         num_classes: number of classes, for the cost.
         latency: measures the latency of a network in milliseconds; required by the cost "latency".
+            With other costs, it is measured at the end, for the tables.
         settings: further settings that determine the scores, such as those of the training, by name. A trace with
             others is not continued.
         on_score: called after each score is recorded, for example to print `search.steps`.
@@ -56,7 +60,17 @@ def run_search(
         search = Search(config, start, options=options, num_classes=num_classes, latency=measured)
         trace.resume(search)
         drive(search, executor, trace, on_score)
+        if measured:
+            measure_reported(search, measured)
     return search
+
+
+def measure_reported(search: Search, latency: Latency) -> None:
+    """Measures the latency of the networks in the tables of a finished search, so that the trace holds it."""
+    networks = dict.fromkeys(result.network.expansion for result in reported(search))
+    tell(f"measuring the latency of {counted(len(networks), 'network')}")
+    for expansion in networks:
+        latency(expansion)
 
 
 def load_search(folder: Path) -> Search:

@@ -111,7 +111,7 @@ class SearchFolder:
         )
 
     def _report_lines(self, search: Search, result: Result) -> list[str]:
-        setup, config, latency = self._setup, search.config, search.latency
+        setup, config = self._setup, search.config
         unit, split = UNITS[config.cost][0], setup.records.splits[setup.split]
         trained = [row for step in search.steps for row in (*step.results, *step.dropped)]
         seconds, trainings = sum(row.seconds for row in trained), sum(len(row.scores) for row in trained)
@@ -135,8 +135,8 @@ class SearchFolder:
             reason = f"at ExpandConfig.max_steps = {config.max_steps}, or at the limits of the factors"
             lines += ["", f"The search ended before the budget, {reason}."]
         sections = [
-            ("Family: the network that each step chose", family_table(search, latency)),
-            ("Networks that no other one dominates", pareto_table(search, latency)),
+            ("Family: the network that each step chose", family_table(search)),
+            ("Networks that no other one dominates", pareto_table(search)),
             *((f"Step {step.number}{', contraction' * step.contracts}", step_table(step)) for step in search.steps),
         ]
         for title, table in sections:

@@ -99,22 +99,30 @@ def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
     return tuple(first) != tuple(second) and all(low <= high for low, high in zip(first, second))
 
 
-def pareto_table(search: Search, latency: Latency | None = None) -> list[str]:
+def reported(search: Search) -> list[Result]:
+    """Returns the results whose networks are in the tables of the family and of the networks that none dominates."""
+    return [step.best for step in search.steps] + _front(search)
+
+
+def _front(search: Search) -> list[Result]:
+    # Where the latency is not the cost, it is not worth the time to measure all networks.
+    return pareto(all_results(search), search.latency if search.config.cost == "latency" else None)
+
+
+def pareto_table(search: Search) -> list[str]:
     """Returns the lines of a table of the networks that no other one dominates; notes those of the family."""
     chosen = {member.result for member in search.family}
-    return _result_rows(
-        pareto(all_results(search), latency), latency, lambda result: "family" if result in chosen else ""
-    )
+    return _result_rows(_front(search), search.latency, lambda result: "family" if result in chosen else "")
 
 
-def family_table(search: Search, latency: Latency | None = None) -> list[str]:
+def family_table(search: Search) -> list[str]:
     """Returns the lines of a table with the winner of each step and the contracted networks, in their order."""
     budgets: dict[Result, list[str]] = {}
     for member in search.family:
         if member.result:
             budgets.setdefault(member.result, []).append(f"for {member.budget:g} {UNITS[search.config.cost][0]}")
     rows = [step.best for step in search.steps]
-    return _result_rows(rows, latency, lambda result: ", ".join(budgets.get(result, [])))
+    return _result_rows(rows, search.latency, lambda result: ", ".join(budgets.get(result, [])))
 
 
 def _result_rows(results: Sequence[Result], latency: Latency | None, note: Callable[[Result], str]) -> list[str]:
