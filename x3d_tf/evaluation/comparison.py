@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from x3d_tf.csv_files import Verbatim
@@ -11,32 +12,43 @@ from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import TOP1, wilson_interval
 from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, differences, published_for
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_report, refuse_to_replace, stated_metrics, write_csv
+from x3d_tf.evaluation.split_means import SplitMean, split_means
 from x3d_tf.files import atomic_write
-from x3d_tf.terminal import one_line
+from x3d_tf.terminal import one_line, tell
 from x3d_tf.text import counted, plural
+from x3d_tf.types import Metric
 
 _PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
-_TEXTS = ("report", "network", "records", "split", "views", "paper")  # aligned to the left
+_TEXTS = ("report", "network", "records", "split", "official split", "views", "paper")  # aligned to the left
 _EMPTY = "-"
 FEW_SAMPLES = 400  # with fewer, the confidence interval of a top-1 of 50 % is 10 points wide or more
 
 
 def find_reports(paths: Sequence[str]) -> list[Report]:
-    """Reads the reports of runs.
+    """Reads the reports of runs. Invalid ones are left out, with a warning.
 
     Args:
         paths: run folders, whose reports are all read, or folders of single reports.
 
     Raises:
-        UserError: a path has no report, or a report is invalid.
+        UserError: a path has no report, or no report is valid.
     """
     reports: list[Report] = []
+    errors: list[UserError] = []
     for path in map(Path, paths):
         inside = sorted((path / "evaluation").glob(f"*/{RESULTS_NAME}"))
         files = [path / RESULTS_NAME] if (path / RESULTS_NAME).is_file() else inside
         if not files:
             raise UserError(f"{path} has no report; create one with: python -m x3d_tf.evaluate --run={path}")
-        reports += [read_report(file.parent) for file in files]
+        for file in files:
+            try:
+                reports.append(read_report(file.parent))
+            except UserError as error:
+                errors.append(error)
+    if not reports:
+        raise errors[0]
+    for invalid in errors:
+        tell(f"warning: a report is left out: {invalid}")
     return reports
 
 
@@ -55,13 +67,18 @@ class Column(NamedTuple):
 def table(reports: Sequence[Report]) -> list[dict[str, str]]:
     """Returns one row per report, as a dict from column to text. Columns that are empty in all rows are omitted.
 
-    Shares are in percent. "GMACs a video" is the cost of a clip times the number of clips per video. "paper" states
-    whether the measured result is comparable to the paper's.
+    Reports on all official splits of a data set are followed by a row of their means; see `split_means`. Shares are in
+    percent. "GMACs a video" is the cost of a clip times the number of clips per video. "paper" states whether the
+    measured result is comparable to the paper's.
 
     Raises:
         UserError: two columns cannot be told apart.
     """
-    groups = [_groups(report) for report in reports]
+    means = split_means(reports).means
+    groups = []
+    for report in reports:
+        groups.append(_groups(report))
+        groups += [_mean_groups(mean) for mean in means if mean.last is report]
     columns = [column for group in zip(*groups) for column in dict.fromkeys(name for cells in group for name in cells)]
     rows = [{column: cell for cells in group for column, cell in cells.items()} for group in groups]
     names = _distinct_names(columns)
@@ -93,16 +110,37 @@ def _groups(report: Report) -> tuple[dict[Column, str], ...]:
         "paper": _verdict(r),
     }
     return (
-        {Column(name): cell for name, cell in (folders | {"split": r["split"]}).items()},
+        {Column(name): cell for name, cell in (folders | {"split": r["split"], **_official_split(r)}).items()},
         {Column(plural(r["sample"]), "samples"): str(r["samples"])},
         {Column("views"): r["views"]},
-        {
-            Column(metric.label, f"{metric.name}, {metric.kind}"): Verbatim(metric.cell(r[metric.name]))
-            for metric in stated_metrics(r)
-        },
+        {_column(metric): Verbatim(metric.cell(r[metric.name])) for metric in stated_metrics(r)},
         {Column(f"GMACs a {r['sample']}"): _cost(r)},
         {Column(name): cell for name, cell in last.items()},
     )
+
+
+def _column(metric: Metric) -> Column:
+    return Column(metric.label, f"{metric.name}, {metric.kind}")
+
+
+def _official_split(results: Mapping[str, Any]) -> dict[str, str]:
+    number = results.get("official_split")
+    return {} if number is None else {"official split": f"{number} of {results['official_splits']}"}
+
+
+def _mean_groups(mean: SplitMean) -> tuple[dict[Column, str], ...]:
+    """Returns the cells of a row of means: those that its reports share, the means, and the values on each split."""
+    place, samples, views, _, *rest = (
+        {name: cell if all(other[name] == cell for other in cells) else _EMPTY for name, cell in cells[0].items()}
+        for cells in zip(*map(_groups, mean.reports))
+    )
+    values = mean.values()
+    main = next(iter(values))
+    numbers = ", ".join(str(report.results["official_split"]) for report in mean.reports)
+    place |= {Column("report"): "mean", Column("official split"): f"{numbers} of {len(mean.reports)}"}
+    means: dict[Column, str] = {_column(name): Verbatim(name.cell(fmean(found))) for name, found in values.items()}
+    means[Column(f"{main.label} on each split")] = Verbatim(", ".join(map(main.cell, values[main])))
+    return place, samples, views, means, *rest
 
 
 def _cost(results: Mapping[str, Any]) -> str:
@@ -189,14 +227,17 @@ def compare(paths: Sequence[str], *, output: str | None = None, overwrite: bool 
         The rows of `table`.
 
     Raises:
-        UserError: a path has no report, a report is invalid, or a table exists.
+        UserError: a path has no report, no report is valid, or a table exists.
     """
     require(bool(paths), "paths", "have at least one run", paths)
     if output:
         for name in ("comparison.csv", "comparison.md"):
             refuse_to_replace(Path(output) / name, overwrite)
-    rows = table(find_reports(paths))
+    reports = find_reports(paths)
+    rows = table(reports)
     print(as_text(rows))
+    for note in split_means(reports).notes:
+        tell(note)
     if output:
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from x3d_tf import csv_files
+from x3d_tf.data.records.index import MAX_OFFICIAL_SPLITS
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.interfaces import Evaluation, Report
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
@@ -173,6 +174,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     - sample: a noun for what is counted, such as "key frame"
     - samples, classes: integers of at least 1
     - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params: optional
+    - official_split, official_splits: its number and how many there are, optional
+    - training: an object with settings_sha256, and init or null, optional
     - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
 
     Raises:
@@ -201,10 +204,31 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in _COUNTS:
         value = settings.get(name)
         require(value is None or _is_count(value), name, "be an integer in 0..1e15, or null", value)
+    _check_official_split(settings)
+    _check_training(settings.get("training"))
     cost = settings["gmacs_per_sample"]
     at_most = cost <= 1e6 * settings["gmacs_per_clip"]
     require(at_most, "gmacs_per_sample", "be at most 1,000,000 times gmacs_per_clip", cost)
     check_metrics(settings.get("metrics"))
+
+
+def _check_official_split(settings: Mapping[str, Any]) -> None:
+    number: Any = settings.get("official_split")
+    count: Any = settings.get("official_splits")
+    if (number, count) != (None, None):
+        valid = _is_count(count) and 1 <= count <= MAX_OFFICIAL_SPLITS
+        require(valid, "official_splits", f"be an integer in 1..{MAX_OFFICIAL_SPLITS}", count)
+        valid = _is_count(number) and 1 <= number <= count
+        require(valid, "official_split", f"be an integer in 1..{count}, of official_splits", number)
+
+
+def _check_training(training: Any) -> None:
+    """Checks what trained the network; see `RunFolder.training_record`."""
+    if training is not None:
+        require(isinstance(training, dict), "training", "be an object or null", training)
+        digest, init = training.get("settings_sha256"), training.get("init")
+        require(isinstance(digest, str), "training.settings_sha256", "be a string", digest)
+        require(init is None or isinstance(init, str), "training.init", "be a string or null", init)
 
 
 def check_metrics(stated: Any) -> None:
@@ -250,7 +274,7 @@ def stated_metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
     return tuple(Metric(**entry) for entry in results["metrics"])
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST
 
 
@@ -260,7 +284,8 @@ def _is_number(value: Any) -> bool:
 
 def differing_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Returns the names of the settings whose values differ from those in a report. Ignores settings it lacks."""
-    compared = {name for name in settings if name in results} - {"weights"}  # the same file may have several paths
+    paths = {"weights", "training"}  # the same file may have several, and its hash identifies it
+    compared = {name for name in settings if name in results} - paths
     if "records_sha256" in compared:
         compared.discard("records")
     return sorted(name for name in compared if results[name] != settings[name])

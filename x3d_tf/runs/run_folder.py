@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from x3d_tf import csv_files
 from x3d_tf.config import TrainConfig
@@ -135,6 +136,17 @@ class RunFolder:
             return TrainConfig.from_json(read_limited(self.config, SMALL).decode())
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{self.config}: {error}") from error
+
+    def training_record(self) -> dict[str, Any]:
+        """Returns what trained the network, for reports.
+
+        Returns:
+            settings_sha256: hash of the settings that determine the result, without paths; see
+                `TrainConfig.fingerprint`.
+            init: path of the initial weights; None for random ones.
+        """
+        config = self.read_config()
+        return {"settings_sha256": config.fingerprint(), "init": config.init}
 
     def with_default_splits(self, config: TrainConfig) -> TrainConfig:
         """Returns the configuration with the default splits that the run was started with.
