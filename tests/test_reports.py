@@ -112,6 +112,7 @@ def metric(name: str = "top1", kind: str = "share", label: str = "a") -> dict[st
         ({"gmacs_per_clip": 1e-300}, "gmacs_per_sample must be at most 1,000,000 times gmacs_per_clip, got "),
         ({"gmacs_per_clip": -2, "gmacs_per_sample": -20}, r"gmacs_per_clip must be a number in \[0, 1e15\], got -2"),
         ({"gmacs_per_clip": 0, "gmacs_per_sample": -1}, r"gmacs_per_sample must be a number in \[0, 1e15\], got -1"),
+        ({"params_paper": "3"}, r"params_paper must be a number in \[0, 1e15\], got '3'"),
         ({"params": -1}, r"params must be a number in \[0, 1e15\], got -1"),
         ({"samples": 2 * 10**15}, r"samples must be an integer in 1\.\.1e15, got 2000000000000000"),
         ({"network": "x3d_s\n| a |"}, r"network must be one printable line, got 'x3d_s\\n\| a \|'"),

@@ -91,6 +91,7 @@ class ClipEvaluation:
             "gmacs_per_clip": count.macs / 1e9,
             "gmacs_per_sample": count.macs * views.views / 1e9,
             "params": count.params,
+            "params_paper": count.params_paper,
             "frames": model.clip.frames,
             "stride": model.clip.stride,
             "resize": views.resize,

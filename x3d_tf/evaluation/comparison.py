@@ -1,7 +1,7 @@
 """Comparison table of several reports, with the paper's results for the same networks. Imports no TensorFlow."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from x3d_tf.csv_files import Verbatim
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.interfaces import Report
-from x3d_tf.evaluation.metrics import TOP1, wilson_interval
-from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, differences, published_for
+from x3d_tf.evaluation.metrics import MAP, TOP1, TOP5, wilson_interval
+from x3d_tf.evaluation.paper import MEAN, PROTOCOLS, Published, differences, is_on, published_for, reproductions_for
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_report, refuse_to_replace, stated_metrics, write_csv
 from x3d_tf.evaluation.split_means import SplitMean, split_means
 from x3d_tf.files import atomic_write
@@ -18,8 +18,12 @@ from x3d_tf.terminal import one_line, tell
 from x3d_tf.text import counted, plural
 from x3d_tf.types import Metric
 
-_PAPERS_TOP1, _PAPERS_MAP = "paper's top-1", "paper's mAP"
-_TEXTS = ("report", "network", "records", "split", "official split", "views", "paper")  # aligned to the left
+_MEAN = Metric(MEAN, "share", label="mean of top-1 and top-5")
+_LABELS = {metric.name: metric.label for metric in (TOP1, TOP5, MAP, _MEAN)}
+_PUBLISHERS = ("paper", "PySlowFast", "pytorchvideo")
+# Columns of the table in the summary of a report.
+_RESULT, _VIEWS, _PARAMETERS, _VERDICT = "result", "GMACs x views", "M parameters as in the paper", "measured is"
+_TEXTS = ("report", "network", "records", "split", "official split", "views", *_PUBLISHERS, _RESULT, _VERDICT)  # left
 _EMPTY = "-"
 FEW_SAMPLES = 400  # with fewer, the confidence interval of a top-1 of 50 % is 10 points wide or more
 
@@ -101,21 +105,14 @@ def _distinct_names(columns: Sequence[Column]) -> dict[Column, str]:
 def _groups(report: Report) -> tuple[dict[Column, str], ...]:
     """Returns the cells of a report in groups, whose columns follow each other in the table."""
     r = report.results
-    published = published_for(r)
     folders = {"report": one_line(report.folder), "network": r["network"], "records": one_line(r["records"])}
-    last = {
-        "M parameters": _parameters(r),
-        _PAPERS_TOP1: f"{published.top1:.4g}" if isinstance(published, PublishedAccuracy) else _EMPTY,
-        _PAPERS_MAP: f"{published.map:.4g}" if isinstance(published, PublishedPrecision) else _EMPTY,
-        "paper": _verdict(r),
-    }
     return (
         {Column(name): cell for name, cell in (folders | {"split": r["split"], **_official_split(r)}).items()},
         {Column(plural(r["sample"]), "samples"): str(r["samples"])},
         {Column("views"): r["views"]},
-        {_column(metric): Verbatim(metric.cell(r[metric.name])) for metric in stated_metrics(r)},
+        {_column(metric): Verbatim(metric.cell(value)) for metric, value in _values(r).items()},
         {Column(f"GMACs a {r['sample']}"): _cost(r)},
-        {Column(name): cell for name, cell in last.items()},
+        {Column(name): cell for name, cell in ({"M parameters": _parameters(r)} | _published_cells(r)).items()},
     )
 
 
@@ -152,46 +149,89 @@ def _parameters(results: Mapping[str, Any]) -> str:
     return f"{results['params'] / 1e6:.3f}" if "params" in results else _EMPTY
 
 
-def _verdict(results: Mapping[str, Any]) -> str:
-    published = published_for(results)
-    if published is None:
-        return _EMPTY
+def _values(results: Mapping[str, Any]) -> dict[Metric, float]:
+    """Returns the values of the metrics, the main one first.
+
+    On the test videos of Kinetics, the mean of top-1 and top-5 is added, which is the paper's accuracy on them.
+    """
+    values = {metric: results[metric.name] for metric in stated_metrics(results)}
+    if {TOP1, TOP5} <= values.keys() and results["split"] == "test" and _is_on_kinetics(results):
+        values[_MEAN] = (values[TOP1] + values[TOP5]) / 2
+    return values
+
+
+def _is_on_kinetics(results: Mapping[str, Any]) -> bool:
+    return any(is_on(results, name) for name in ("kinetics400", "kinetics600"))
+
+
+def _published_cells(results: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the published figures for a network, by whose they are, and whether the report is comparable to them."""
+    published = (*published_for(results), *reproductions_for(results))
+    cells: dict[str, str] = {}
+    for by in _PUBLISHERS:
+        rows = [row for row in published if row.by == by]  # several differ in the pre-training only
+        for name, label in _LABELS.items():
+            figures = [_figure(row.figures[name]) for row in rows if name in row.figures]
+            cells[f"{by}'s {label}"] = ", ".join(figures) or _EMPTY
+        cells[by] = f"{_verdict(results, rows[0])} ({_source(rows)})" if rows else _EMPTY
+    return cells
+
+
+def _verdict(results: Mapping[str, Any], published: Published) -> str:
     differing = differences(results, published)
-    source = _source(published)
-    return f"not comparable: {', '.join(differing)} ({source})" if differing else f"comparable ({source})"
+    return f"not comparable: {', '.join(differing)}" if differing else "comparable"
 
 
-def _source(published: PublishedAccuracy | PublishedPrecision) -> str:
-    if isinstance(published, PublishedPrecision):
-        weights = f"pre-trained on {published.pretrained}"
-        return f"Table 8, AVA v{published.version}, {weights}, {published.gmacs} GMACs per clip"
-    return f"{published.source}, {published.views}"
+def _source(rows: Sequence[Published]) -> str:
+    """Returns the source of results that differ in the pre-training only."""
+    first = rows[0]
+    place = first.views or f"{PROTOCOLS[first.dataset].title}, {first.gmacs} GMACs per clip"
+    trained = f", pre-trained on {' or '.join(row.pretrained for row in rows)}" if first.pretrained != "-" else ""
+    return f"{first.source}, {place}{trained}"
 
 
 def describe(report: Report) -> str:
     """Returns a summary of a report for the terminal.
 
     The first line states the metrics and the evaluation settings. If there are fewer than `FEW_SAMPLES` samples, a
-    second line gives the confidence interval of top-1. If the records are those of the paper's dataset, a last line
-    gives the paper's result.
+    second line gives the confidence interval of top-1. If the records are of a data set with published results for the
+    network, or of Kinetics, a table in the columns of the paper follows.
     """
     r = report.results
-    metrics, sample, count = stated_metrics(r), r["sample"], r["samples"]
+    values, sample, count = _values(r), r["sample"], r["samples"]
     line = (
         f"{r['network']} on {one_line(r['records'])}, split {r['split']}: "
-        f"{', '.join(metric.labelled(r[metric.name]) for metric in metrics)} ({counted(count, sample)}, "
+        f"{', '.join(metric.labelled(value) for metric, value in values.items())} ({counted(count, sample)}, "
         f"{counted(r['classes'], 'class')}, {r['views']}, {_cost(r)} GMACs per {sample}, "
         f"{_parameters(r)} M parameters)"
     )
-    if TOP1 in metrics and count < FEW_SAMPLES:
-        low, high = wilson_interval(r[TOP1.name], count)
+    if TOP1 in values and count < FEW_SAMPLES:
+        low, high = wilson_interval(values[TOP1], count)
         interval = f"{100 * low:.0f} % to {100 * high:.0f} %"
         line += f"\n95 % confidence interval of top-1 on so few {plural(sample)}: {interval}"
-    if (published := published_for(r)) is None or "other data" in differences(r, published):
+    published = [row for row in (*published_for(r), *reproductions_for(r)) if is_on(r, row.dataset)]
+    if not published and not (TOP1 in values and _is_on_kinetics(r)):
         return line
-    if isinstance(published, PublishedPrecision):
-        return f"{line}\nmAP in the paper on AVA: {published.map:.4g} %, {_verdict(r)}"
-    return f"{line}\ntop-1 in the paper on Kinetics-400: {published.top1:.4g} %, {_verdict(r)}"
+    rows = [_measured_row(r, values), *(_published_row(r, row, values) for row in published)]
+    return f"{line}\n{as_text(rows)}"
+
+
+def _measured_row(results: Mapping[str, Any], values: Mapping[Metric, float]) -> dict[str, str]:
+    """Returns the row of a report in a table in the columns of the paper, with the parameters as the paper counts."""
+    params = f"{results['params_paper'] / 1e6:.3f}" if "params_paper" in results else _EMPTY
+    cells = {metric.label: metric.cell(value) for metric, value in values.items()}
+    return {_RESULT: "measured", **cells, _VIEWS: _cost(results), _PARAMETERS: params, _VERDICT: _EMPTY}
+
+
+def _published_row(results: Mapping[str, Any], row: Published, metrics: Iterable[Metric]) -> dict[str, str]:
+    values = {metric.label: _figure(row.figures.get(metric.name)) for metric in metrics}
+    cost = _EMPTY if row.gmacs is None else f"{_figure(row.gmacs)} x {row.num_views}"
+    name = f"{row.by}, {_source([row])}"
+    return {_RESULT: name, **values, _VIEWS: cost, _PARAMETERS: _figure(row.params), _VERDICT: _verdict(results, row)}
+
+
+def _figure(value: float | None) -> str:
+    return _EMPTY if value is None else str(float(value))
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:

@@ -214,6 +214,7 @@ class DetectorEvaluation:
             "gmacs_per_clip": cost.macs / 1e9,
             "gmacs_per_sample": cost.macs / 1e9,
             "params": cost.params,
+            "params_paper": cost.params_paper,
             **self.weights,
             "seed": self.seed,
         }

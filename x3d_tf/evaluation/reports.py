@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {  # settings that the comparison with th
     "combine": get_args(Combine),
 }
 _COUNTS = ("videos_expected", "videos_present", "key_frames_missing")
+_PARAMETERS = ("params", "params_paper")
 _LONGEST = 100  # characters of the data set's name
 _LARGEST = 10**15  # largest absolute value accepted in results.json
 _MOST_METRICS = 20
@@ -173,7 +174,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     - network, split, views: a line of text each; records: a text; dataset: a short text, optional
     - sample: a noun for what is counted, such as "key frame"
     - samples, classes: integers of at least 1
-    - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params: optional
+    - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params, params_paper: optional, see `modeling.cost.Cost`
     - official_split, official_splits: its number and how many there are, optional
     - training: an object with settings_sha256, and init or null, optional
     - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
@@ -193,8 +194,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in ("samples", "classes"):
         value = settings.get(name)
         require(_is_count(value) and value != 0, name, "be an integer in 1..1e15", value)
-    for name in ("gmacs_per_clip", "gmacs_per_sample", "params"):
-        value = settings.get(name, 0 if name == "params" else None)
+    for name in ("gmacs_per_clip", "gmacs_per_sample", *_PARAMETERS):
+        value = settings.get(name, 0 if name in _PARAMETERS else None)
         require(_is_number(value) and value >= 0, name, "be a number in [0, 1e15]", value)
     for name, values in _CHOICES.items():
         value = settings.get(name, values[0])
