@@ -104,6 +104,20 @@ def test_charades_is_shown_beside_both_figures_of_table_6() -> None:
     assert row["paper"] == f"comparable ({source})"
 
 
+def test_the_table_states_the_recipe() -> None:
+    """Names of files may be anything."""
+    recipe = {"gin_files": ["gin/x3d_m.gin", "./a\x1b\n.gin"], "changed_settings": ["Recipe.batch", "Recipe.steps"]}
+    training = {"settings_sha256": "1", "init": None}
+    results = settings() | {"top1": 0.7, "top5": 0.9}
+    found = [{"training": training | recipe}, {"training": training | recipe | {"changed_settings": []}}]
+    rows = table([Report(Path("a"), results | extra) for extra in (*found, {"training": training}, {})])
+    assert [row["recipe"] for row in rows] == [
+        "gin/x3d_m.gin, ./a\\x1b\\n.gin; changed: Recipe.batch, Recipe.steps",
+        "gin/x3d_m.gin, ./a\\x1b\\n.gin",
+        *("-", "-"),
+    ]
+
+
 def test_reproductions_have_columns_of_their_own() -> None:
     ours = Report(Path("a"), settings(clip_starts="slowfast") | {"top1": 0.73, "top5": 0.9})
     other = Report(Path("b"), settings(dataset="folder") | {"top1": 0.73, "top5": 0.9})

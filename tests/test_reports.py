@@ -98,6 +98,7 @@ def metric(name: str = "top1", kind: str = "share", label: str = "a") -> dict[st
         ({"official_split": 1, "official_splits": 10**9}, r"official_splits must be an integer in 1\.\.100, got 1000"),
         ({"training": "x"}, "training must be an object or null, got 'x'"),
         ({"training": {"settings_sha256": 1}}, r"training\.settings_sha256 must be a string, got 1"),
+        ({"training": {"settings_sha256": "", "gin_files": 1}}, r"training\.gin_files must be a list .*, got 1"),
         ({"training": {"settings_sha256": "", "init": []}}, r"training\.init must be a string or null, got \[\]"),
         ({"combine": "sum"}, "combine must be one of mean, max, got 'sum'"),
         ({"frame_sampling": ["exact"]}, r"frame_sampling must be one of slowfast, exact, got \['exact'\]"),

@@ -14,6 +14,7 @@ from x3d_tf.evaluation.paper import MEAN, PROTOCOLS, Published, differences, is_
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_report, refuse_to_replace, stated_metrics, write_csv
 from x3d_tf.evaluation.split_means import SplitMean, split_means
 from x3d_tf.files import atomic_write
+from x3d_tf.runs.run_folder import RECIPE_FIELDS
 from x3d_tf.terminal import one_line, tell
 from x3d_tf.text import counted, plural
 from x3d_tf.types import Metric
@@ -23,7 +24,8 @@ _LABELS = {metric.name: metric.label for metric in (TOP1, TOP5, MAP, _MEAN)}
 _PUBLISHERS = ("paper", "PySlowFast", "pytorchvideo")
 # Columns of the table in the summary of a report.
 _RESULT, _VIEWS, _PARAMETERS, _VERDICT = "result", "GMACs x views", "M parameters as in the paper", "measured is"
-_TEXTS = ("report", "network", "records", "split", "official split", "views", *_PUBLISHERS, _RESULT, _VERDICT)  # left
+_PLACE = ("report", "network", "records", "split", "official split", "views", "recipe")
+_TEXTS = (*_PLACE, *_PUBLISHERS, _RESULT, _VERDICT)  # columns that are aligned to the left
 _EMPTY = "-"
 FEW_SAMPLES = 400  # with fewer, the confidence interval of a top-1 of 50 % is 10 points wide or more
 
@@ -112,7 +114,10 @@ def _groups(report: Report) -> tuple[dict[Column, str], ...]:
         {Column("views"): r["views"]},
         {_column(metric): Verbatim(metric.cell(value)) for metric, value in _values(r).items()},
         {Column(f"GMACs a {r['sample']}"): _cost(r)},
-        {Column(name): cell for name, cell in ({"M parameters": _parameters(r)} | _published_cells(r)).items()},
+        {
+            Column(name): cell
+            for name, cell in ({"M parameters": _parameters(r), "recipe": _recipe(r)} | _published_cells(r)).items()
+        },
     )
 
 
@@ -147,6 +152,13 @@ def _cost(results: Mapping[str, Any]) -> str:
 
 def _parameters(results: Mapping[str, Any]) -> str:
     return f"{results['params'] / 1e6:.3f}" if "params" in results else _EMPTY
+
+
+def _recipe(results: Mapping[str, Any]) -> str:
+    """Returns the gin files that a network was trained with, and the settings that were changed after them."""
+    training = results.get("training") or {}
+    files, changed = (", ".join(map(one_line, training.get(name, ()))) for name in RECIPE_FIELDS)
+    return files + (f"; changed: {changed}" if changed else "") or _EMPTY
 
 
 def _values(results: Mapping[str, Any]) -> dict[Metric, float]:

@@ -18,6 +18,7 @@ from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.interfaces import Evaluation, Report
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
+from x3d_tf.runs.run_folder import RECIPE_FIELDS, names_from_json
 from x3d_tf.types import ClipStarts, Combine, FrameSampling, Metric
 
 RESULTS_NAME = "results.json"
@@ -176,7 +177,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     - samples, classes: integers of at least 1
     - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params, params_paper: optional, see `modeling.cost.Cost`
     - official_split, official_splits: its number and how many there are, optional
-    - training: an object with settings_sha256, and init or null, optional
+    - training: an object with settings_sha256, init or null, and optionally the names of `RECIPE_FIELDS`; optional
     - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
 
     Raises:
@@ -230,6 +231,8 @@ def _check_training(training: Any) -> None:
         digest, init = training.get("settings_sha256"), training.get("init")
         require(isinstance(digest, str), "training.settings_sha256", "be a string", digest)
         require(init is None or isinstance(init, str), "training.init", "be a string or null", init)
+        for name in training.keys() & set(RECIPE_FIELDS):
+            names_from_json(training[name], f"training.{name}")
 
 
 def check_metrics(stated: Any) -> None:
