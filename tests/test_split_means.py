@@ -89,6 +89,16 @@ def test_reports_that_differ_are_not_averaged(changes: dict[str, Any]) -> None:
     )
 
 
+def test_reports_of_model_files_are_not_averaged() -> None:
+    found = split_means(reports(*(on_split(number, training=None) for number in (1, 2, 3))))
+    assert found.means == () and len(found.notes) == 3
+    assert found.notes[1] == (
+        "no mean over the 3 official splits of ucf101 for runs/b: a report of a model file does not state the recipe"
+    )
+    alone = split_means(reports(on_split(1, training=None, official_splits=1)))
+    assert alone.means == () and len(alone.notes) == 1
+
+
 def test_a_split_with_two_reports_is_not_averaged() -> None:
     found = reports(on_split(1), on_split(2), on_split(3), on_split(2))
     assert split_means(found).means == ()

@@ -51,7 +51,8 @@ def split_means(reports: Sequence[Report]) -> SplitMeans:
     means, notes = [], []
     for members in _groups(reports).values():
         by_number = {report.results["official_split"]: report for report in members}
-        if len(by_number) == len(members) == members[0].results["official_splits"]:
+        results = members[0].results
+        if len(by_number) == len(members) == results["official_splits"] and results.get("training"):
             means.append(SplitMean(tuple(by_number[number] for number in sorted(by_number)), members[-1]))
         else:
             notes.append(_note(members))
@@ -59,18 +60,18 @@ def split_means(reports: Sequence[Report]) -> SplitMeans:
 
 
 def _groups(reports: Sequence[Report]) -> dict[str, list[Report]]:
-    """Returns the reports on official splits whose recipe is known, grouped by all that must be equal."""
+    """Returns the reports on official splits, grouped by all that must be equal; those of model files one by one."""
     groups: dict[str, list[Report]] = {}
-    for report in reports:
-        results = report.results
-        if results.get("official_split") is not None and results.get("training") is not None:
-            groups.setdefault(repr([*_settings(results)]), []).append(report)
+    for number, report in enumerate(reports):
+        if report.results.get("official_split") is not None:
+            groups.setdefault(repr([*_settings(report.results, number)]), []).append(report)
     return groups
 
 
-def _settings(results: Mapping[str, Any]) -> Iterator[Any]:
+def _settings(results: Mapping[str, Any], number: int) -> Iterator[Any]:
     yield from map(results.get, _SAME)
-    yield from map(results["training"].get, ("settings_sha256", "init"))
+    training = results.get("training")
+    yield from map(training.get, ("settings_sha256", "init")) if training else [number]
 
 
 def _note(members: Sequence[Report]) -> str:
@@ -79,7 +80,9 @@ def _note(members: Sequence[Report]) -> str:
     numbers = [report.results["official_split"] for report in members]
     missing = [str(number) for number in range(1, results["official_splits"] + 1) if number not in numbers]
     twice = next((number for number in numbers if numbers.count(number) > 1), None)
-    if twice is None:
+    if results.get("training") is None:
+        why = "a report of a model file does not state the recipe"
+    elif twice is None:
         why = f"there is no report of the same recipe and views on split {first_few(missing)}"
     else:
         folders = [one_line(report.folder) for report in members if report.results["official_split"] == twice]
