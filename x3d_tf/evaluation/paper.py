@@ -132,6 +132,7 @@ def _means(rows: Iterable[Row], source: str, views: str) -> Iterator[Published]:
 
 
 def _with_stride(rows: Iterable[Published], tau: float) -> Iterator[Published]:
+    """Yields the results with another temporal stride of the network, γτ."""
     for row in rows:
         expansion = replace(row.expansion, gamma_tau=tau)
         yield replace(row, expansion=expansion, network=name_of(expansion))
@@ -249,11 +250,11 @@ def _clip_differences(results: Mapping[str, Any], published: Published, protocol
     size = expansion.clip.size if published.views.endswith("-Center") else expansion.test_size
     larger = size > expansion.clip.size  # otherwise all poolings agree
     changed = _changed_options(results)
+    other_starts = "unknown clip starts" if starts is None else "other clip starts"
     combined = "views not averaged" if protocol.combine == "mean" else "views averaged"
     return {
         "other views": results["views"] != published.views,
-        "unknown clip starts" if starts is None else "other clip starts": results.get("clip_starts", "offset")
-        != starts,
+        other_starts: results.get("clip_starts", "offset") != starts,
         "other frame sampling": results.get("frame_sampling", "slowfast") != protocol.frame_sampling,
         "other crop": (results.get("resize"), results.get("crop")) != (expansion.test_size, size)
         or bool(results.get("stretch")),
