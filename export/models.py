@@ -125,6 +125,7 @@ class ExportableModel:
             "seed": self.run.seed,
             "init": self.run.init,
             "settings_sha256": self.run.fingerprint(),
+            **run.read_recipe(),
             "tested": [_tested(results) for results in _valid_results(run)],
         }
 

@@ -16,6 +16,7 @@ from report_settings import precision_of
 import x3d_tf
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import DatasetSpec
+from x3d_tf.data.records.index import OfficialSplit
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation import classification, running
 from x3d_tf.evaluation import sweep as sweep_module
@@ -162,7 +163,9 @@ def test_a_model_file_is_evaluated_with_its_own_settings(run: RunFolder, records
     settings: dict[str, Any] = {"records": str(records), "split": "train", "temporal_views": 1}
     of_file = evaluate_file(run.model, output=str(tmp_path / "report"), **settings)
     assert (of_file.folder / "predictions.csv").read_bytes() == (of_run.folder / "predictions.csv").read_bytes()
-    assert of_file.results | {"seed": 0, "records": of_run.results["records"]} == of_run.results
+    of_training = {"settings_sha256": run.read_config().fingerprint(), "init": None}
+    known = {"seed": 0, "records": of_run.results["records"], "training": of_training}
+    assert of_file.results | known == of_run.results and "training" not in of_file.results
     with pytest.raises(UserError, match="already has a report"):
         evaluate_file(run.model, output=str(tmp_path / "report"), **settings)
     with pytest.raises(UserError, match="requires --records and --split"):
@@ -274,7 +277,7 @@ class Several(SimpleNamespace):
     """Stands in for a manifest of multi-label records."""
 
     folder, classes, task = Path("several"), ("b", "a", "c"), "multi_label"  # not in the order of the model
-    dataset, stored = "several", Storage(256, 95)
+    dataset, stored, official_split = "several", Storage(256, 95), OfficialSplit(2, 3)
 
     def split(self, _: str) -> Any:
         labels = [(0,), (0, 1), (1,), (0, 1)]
@@ -304,6 +307,7 @@ def test_multi_label_models_report_map(monkeypatch: pytest.MonkeyPatch, tmp_path
     precisions = [average_precision_score(truth[:, c], scores[:, c]) for c in (0, 1)]
     assert report.results["map"] == pytest.approx(np.mean(precisions), abs=1e-12)
     assert report.results["classes_with_positives"] == 2
+    assert (report.results["official_split"], report.results["official_splits"]) == (2, 3)
     assert not {"top1", "top5"} & set(report.results)
     assert sorted(path.name for path in report.folder.iterdir()) == ["per_class.csv", "predictions.csv", "results.json"]
     with (report.folder / "predictions.csv").open() as stream:

@@ -131,7 +131,10 @@ def test_a_data_set_in_one_module_is_built_and_trained_on(tmp_path: Path, in_pro
         open_dataset(DatasetSpec(str(records), name="csv"))
 
     (tmp_path / "run.gin").write_text(f'{TRAIN}DatasetSpec.records = "{records}"\n')
-    in_process(train, f"--gin_file={tmp_path / 'run.gin'}", f"--workdir={tmp_path / 'run'}")
+    flags = [f"--gin_file={tmp_path / 'run.gin'}", "--gin_bindings=TrainConfig.seed=4", f"--workdir={tmp_path / 'run'}"]
+    in_process(train, *flags)
     results = json.loads((tmp_path / "run" / "evaluation" / "records_test_1center" / "results.json").read_text())
     stated = {name: results[name] for name in ("dataset", "samples", "videos_expected", "videos_present", "combine")}
     assert stated == {"dataset": "toy", "samples": 1, "videos_expected": 2, "videos_present": 1, "combine": "mean"}
+    recipe = {"gin_files": ["./run.gin"], "changed_settings": ["TrainConfig.seed"]}
+    assert {name: results["training"][name] for name in recipe} == recipe

@@ -378,7 +378,7 @@ def test_boxes_of_a_person_detector_are_required_where_they_are_evaluated(folder
     manifest = replace(manifest, splits=manifest.splits | held_out, key_frames=key_frames)
     dataset = DatasetSpec(str(folder / "records"), validation_fraction=0.5)
     config = replace(config_of(folder, dataset=dataset), detection=Detection(eval_boxes="proposals"))
-    with pytest.raises(UserError, match=r"Detection\.eval_boxes for split 'train' of .* must be \"annotated\""):
+    with pytest.raises(UserError, match=r"^Detection\.eval_boxes must be \"annotated\" for split 'train' of"):
         find("detection").check(config, manifest)
 
 
@@ -403,7 +403,8 @@ def test_checkpoints_of_a_detector_are_evaluated(run: Any) -> None:
 
 
 def test_views_of_a_detector_cannot_be_set(run: Any) -> None:
-    with pytest.raises(UserError, match=r"use --run and the settings of the run, got \['temporal_views'\]"):
+    message = r"EvalConfig\.temporal_views must not be set for a detector, .* around each key frame, got 3"
+    with pytest.raises(UserError, match=message):
         evaluate_run(run, temporal_views=3)
 
 

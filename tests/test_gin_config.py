@@ -1,5 +1,6 @@
 """Configuration files: the shipped recipes, syntax errors, and hostile files."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -407,3 +408,22 @@ def test_help_has_an_example(command: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     listed = done.stdout.split("\nflags:\n")[1]
     assert "--[no]verbose" in listed and "pdb" not in listed  # pdb: a flag of absl
+
+
+def test_the_names_of_files_and_changed_settings_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file beside the working folder is no recipe of this package, even if it has the name of one."""
+    (tmp_path / "gin").mkdir()
+    for name in ("x3d_s.gin", "mine.gin"):
+        (tmp_path / "gin" / name).write_text("Recipe.steps = 7\n")
+    monkeypatch.chdir(tmp_path)
+    files = ["gin/kinetics400/pyslowfast/x3d_m.gin", "kinetics400/x3d_m.gin", "gin/x3d_s.gin"]
+    files += [str(tmp_path / "gin" / "mine.gin"), str(ROOT / "gin" / "few_videos.gin")]
+    bindings = ["Recipe.batch = 64\nRecipe.steps = 5", 'TrainConfig.init = "a"', "few = 8", "Recipe.batch = %few"]
+    parsed = gin_config.parse(files, bindings)
+    names = ["gin/kinetics400/pyslowfast/x3d_m.gin", "gin/kinetics400/x3d_m.gin", "./x3d_s.gin", "./mine.gin"]
+    assert parsed.files == (*names, "gin/few_videos.gin")
+    assert parsed.changed == ("Recipe.batch", "Recipe.steps", "TrainConfig.init", "%few")
+    assert json.loads(parsed.recipe_json()) == {
+        "gin_files": [*parsed.files],
+        "changed_settings": [*parsed.changed],
+    }

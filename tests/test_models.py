@@ -50,7 +50,16 @@ def test_the_card_of_a_run_describes_its_training(run: Path, source: ExportableM
     assert card["training"]["run"] == "mine"
     assert (card["training"]["records"], card["training"]["seed"]) == ("data/mine", 5)
     assert card["training"]["tested"] == []
+    assert "gin_files" not in card["training"]  # it was not started by the command
     assert str(run.parent) not in json.dumps(card)  # paths stay private
+
+
+def test_the_card_states_the_recipe(run: Path, source: ExportableModel, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "mine")
+    recipe = {"gin_files": ["gin/kinetics400/x3d_m.gin"], "changed_settings": ["Recipe.batch"]}
+    (tmp_path / "mine" / "recipe.json").write_text(json.dumps(recipe))
+    training = replace(source, path=tmp_path / "mine").card()["training"]
+    assert {name: training[name] for name in recipe} == recipe
 
 
 def test_the_card_states_the_metrics_of_the_reports(run: Path, source: ExportableModel, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from x3d_tf import expand, plots
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.inference_cost import find_sweeps, save_inference_cost
 from x3d_tf.evaluation.metrics import TOP1
-from x3d_tf.evaluation.paper import FIGURE_2_POINTS, FIGURE_3_POINTS
+from x3d_tf.evaluation.paper_points import FIGURE_2_POINTS, FIGURE_3_POINTS
 from x3d_tf.evaluation.reports import metrics_to_json
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import ExpandConfig

@@ -12,7 +12,7 @@ from PIL import Image
 
 from x3d_tf import plots
 from x3d_tf.evaluation.metrics import TOP1
-from x3d_tf.evaluation.paper import FIGURE_2_POINTS, FIGURE_3_POINTS
+from x3d_tf.evaluation.paper_points import FIGURE_2_POINTS, FIGURE_3_POINTS
 from x3d_tf.types import Metric
 
 NAMES = ("hug", "pushing something from left to right, " * 6, "走路 跑步", "дом", "a$^{$b", "\x1b[2J")

@@ -17,6 +17,8 @@ from x3d_tf.evaluation.published import (
     TABLE_2,
     TABLE_3,
     TABLE_4,
+    TABLE_5,
+    TABLE_6,
     TABLE_7_TEST,
     TABLE_7_VALIDATION,
     TABLE_8,
@@ -72,6 +74,8 @@ def test_the_rows_are_those_of_the_paper(printed: list[dict[str, str]]) -> None:
     assert figures(TABLE_2, "T2") == of_csv(printed, "T2", lambda row: "")
     halves = figures(TABLE_7_VALIDATION, "T7", split="val") | figures(TABLE_7_TEST, "T7", split="test")
     assert halves == of_csv(printed, "T7", lambda row: row["split"])
+    assert figures(TABLE_5, "T5") == of_csv(printed, "T5", lambda row: "")
+    assert figures(TABLE_6, "T6") == of_csv(printed, "T6", lambda row: "")
     assert figures(TABLE_8, "T8") == of_csv(printed, "T8", lambda row: row["dataset"])
     fourth = of_csv(printed, "T4", lambda row: "")
     # The list states the pre-training of top-1, top-5 and costs only.
@@ -79,10 +83,10 @@ def test_the_rows_are_those_of_the_paper(printed: list[dict[str, str]]) -> None:
     ours = figures(TABLE_4, "T4")
     assert {row for row in ours if row[2] != "test_avg"} == {row for row in fourth if row[2] != "test_avg"}
     assert {row[:4] for row in ours if row[2] == "test_avg"} == tests
-    views = {
-        (plain(row["model"]), row["views"]) for row in printed if (row["table"], row["metric"]) == ("T4", "params")
-    }
-    assert {(plain(row.model), str(row.views or "N/A")) for row in TABLE_4} == views
+    for name, metric, table in (("T4", "params", TABLE_4), ("T5", "top1", TABLE_5), ("T6", "mAP", TABLE_6)):
+        rows = [row for row in printed if (row["table"], row["metric"]) == (name, metric)]
+        views = {(plain(row["model"]), row["views"]) for row in rows}
+        assert {(plain(row.model), str(row.views or "N/A")) for row in table} == views
 
 
 def test_the_layers_are_those_of_the_paper(printed: list[dict[str, str]]) -> None:
@@ -168,11 +172,23 @@ def test_the_command_prints_every_table(in_process: Callable[..., None], capsys:
     in_process(complexity, "--paper")
     text = capsys.readouterr().out
     titles = [line.partition(":")[0] for line in text.splitlines() if line.startswith(("Table", "Figure"))]
-    assert titles == [*(f"Table {name}" for name in ("1", "2", "3", "4", "7", "7", "8", "A.1")), "Figure 2"]
-    for row in (*TABLE_2, *TABLE_4, *TABLE_7_VALIDATION, *TABLE_7_TEST, *TABLE_8):
-        line = next(line for line in text.splitlines() if row.model in line and str(row.gmacs) in line.split())
+    assert titles == [*(f"Table {name}" for name in ("1", "2", "3", "4", "5", "6", "7", "7", "8", "A.1")), "Figure 2"]
+    for row in (*TABLE_2, *TABLE_4, *TABLE_5, *TABLE_6, *TABLE_7_VALIDATION, *TABLE_7_TEST, *TABLE_8):
+        gmacs = "-" if row.gmacs is None else str(row.gmacs)
+        line = next(line for line in text.splitlines() if row.model in line and gmacs in line.split())
         assert ("%" in line) == bool(row.network), line  # a counted cost, or only the printed one
-    for value in ("17.604", "365.415", "34.803", "1.949", "0.6053", "6.1800", "10.3358"):
+    for value in (
+        "4.1710",
+        "11.4013",
+        "10.4936",
+        "17.604",
+        "365.415",
+        "34.803",
+        "1.949",
+        "0.6053",
+        "6.1800",
+        "10.3358",
+    ):
         assert value in text
     assert "recalled from the public version" in text and "not verified" in text
     assert text.count("x3d_xxl") == 1 and len(text.partition("Figure 2")[2].splitlines()) == len(PATH) + 4

@@ -1,5 +1,6 @@
 """Run folders: resuming with the same settings, one process at a time, and no silent restart from scratch."""
 
+import json
 import os
 import re
 import subprocess
@@ -208,3 +209,34 @@ def test_a_run_resumes_without_naming_the_default_splits(tmp_path: Path) -> None
     assert run.check(run.with_default_splits(CONFIG))
     with pytest.raises(UserError, match="seed was 0, now 1"):
         run.check(run.with_default_splits(replace(CONFIG, seed=1)))
+
+
+RECIPE = {"gin_files": ["gin/kinetics400/x3d_m.gin"], "changed_settings": ["Recipe.batch"]}
+
+
+def test_a_run_states_its_recipe(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.open(replace(CONFIG, init="runs/a"), {"recipe.json": json.dumps(RECIPE)})
+    of_settings = {"settings_sha256": CONFIG.fingerprint(), "init": "runs/a"}  # the hash excludes paths
+    assert run.training_record() == of_settings | RECIPE
+    run.open(CONFIG, {})  # started again by a program: there was no checkpoint
+    assert run.training_record() == of_settings | {"init": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", r"the file must contain a JSON object, got \[1\]"),
+        ("[" * 100_000, "maximum recursion depth"),
+        (json.dumps(RECIPE | {"gin_files": None}), "gin_files must be a list of at most 10000 names, got None"),
+        (json.dumps(RECIPE | {"gin_files": ["a"] * 10_001}), "gin_files must be a list of at most 10000 names"),
+        (json.dumps(RECIPE | {"gin_files": [3]}), "gin_files must be names of 1 to 4096 characters, got 3"),
+        (json.dumps(RECIPE | {"changed_settings": [""]}), "changed_settings must be names of 1 to 4096 characters"),
+    ],
+)
+def test_a_damaged_recipe_is_reported(tmp_path: Path, content: str, message: str) -> None:
+    run = begun(tmp_path / "run")
+    run.recipe.write_text(content)
+    with pytest.raises(UserError, match=rf"recipe\.json is damaged: {message}.*Restore it from a copy, or delete it"):
+        run.read_recipe()

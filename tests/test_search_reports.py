@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from x3d_tf import plots
-from x3d_tf.evaluation.paper import FIGURE_2_POINTS
+from x3d_tf.evaluation.paper_points import FIGURE_2_POINTS
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import VARIANTS, Expansion
 from x3d_tf.search import reports

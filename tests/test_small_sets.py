@@ -67,6 +67,47 @@ def test_ucf101(tmp_path: Path) -> None:
     }
     assert sources.classes == ("Basketball", "HandstandPushups")
     assert sources.expected == {"train": 2, "test": 2} and len(sources.unusable) == 1
+    assert sources.official_split == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "official"),
+    [(("trainlist03.txt", "testlist03.txt"), (3, 3)), (("mine.txt", "testlist02.txt"), None)],
+)
+def test_the_names_of_the_lists_state_the_official_split(
+    tmp_path: Path, names: tuple[str, str], official: tuple[int, int] | None
+) -> None:
+    touch(tmp_path / "videos", "a.avi", "b.avi")
+    texts = dict(zip(names, ("Basketball/a.avi 1\n", "Basketball/b.avi\n")), classes="1 Basketball\n")
+    sources = build(tmp_path, "ucf101", texts, dict(zip(("train", "test"), names)), "classes")
+    assert sources.official_split == official
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_the_manifest_states_the_official_split(tmp_path: Path, official: bool) -> None:
+    from x3d_tf.data.building.builder import build_records
+    from x3d_tf.data.records.manifest import Manifest
+
+    names = ("trainlist02.txt", "testlist02.txt" if official else "mine.txt")
+    for name, video in zip(names, "ab"):
+        write_video(tmp_path / "videos" / f"{video}.mp4", numbered_frames(3))
+        (tmp_path / name).write_text(f"Basketball/{video}.avi\n")
+    (tmp_path / "classes").write_text("1 Basketball\n")
+    lists = {split: tmp_path / name for split, name in zip(("train", "test"), names)}
+    inputs = Inputs(videos=tmp_path / "videos", lists=lists, classes=tmp_path / "classes")
+    build_records(inputs, tmp_path / "records", dataset="ucf101", short_side=32, progress=False)
+    manifest = Manifest.load(tmp_path / "records")
+    assert manifest.official_split == ((2, 3) if official else None)
+    for wrong in ({"official_split": 4}, {"official_splits": "3"}, {"official_splits": 10**9}):  # untrusted
+        assert replace(manifest, settings=manifest.settings | wrong).official_split is None
+
+
+def test_lists_of_different_official_splits_are_refused(tmp_path: Path) -> None:
+    """Their training and test videos overlap."""
+    lists = {"train": "trainlist01.txt", "test": "testlist02.txt"}
+    message = r"--lists must be of one of the three official splits, got \['trainlist01.txt', 'testlist02.txt'\]"
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, "ucf101", {}, lists, "classes")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +159,9 @@ def test_hmdb51(tmp_path: Path) -> None:
     }
     assert {v.name: v.path.parent.name for v in sources.splits["train"]}["brush_hair/b"] == "brush_hair"
     assert sources.classes == ("brush_hair", "wave") and sources.expected == {"train": 2, "test": 3}
-    assert set(found(hmdb51(tmp_path, {}, "split2"))["test"]) == {"wave/#20_Rhythm_0"}
+    second = hmdb51(tmp_path, {}, "split2")
+    assert set(found(second)["test"]) == {"wave/#20_Rhythm_0"}
+    assert (sources.official_split, second.official_split) == ((1, 3), (2, 3))
 
 
 @pytest.mark.parametrize(

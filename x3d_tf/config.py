@@ -12,7 +12,7 @@ from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.modeling.graph import DetectionHead
-from x3d_tf.types import MAX_VIEWS, NAME_RULE, Combine, is_name
+from x3d_tf.types import MAX_VIEWS, NAME_RULE, Combine, EvalBoxes, is_name
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Detection:
     head: DetectionHead = "full"
     proposal_iou: float = 0.9
     negatives: bool = False
-    eval_boxes: Literal["proposals", "annotated"] = "proposals"
+    eval_boxes: EvalBoxes = "proposals"
     score: float = 0.8
     validation_every: int = 1
 

@@ -26,8 +26,10 @@ where γ is Expansion.gamma_s, and takes a centre crop of 112γ. K-LeftCenterRig
 crops of 128γ instead. The probabilities of all views are averaged (--combine). The metric for multi-label models is
 mAP, the mean of the average precision over the classes with positive examples.
 
-A detector is evaluated on one centre crop around each key frame of its test split, with frame mAP at IoU 0.5.
---records, --split, --views and --crops do not apply to detectors.
+A detector is evaluated on one centre crop around each key frame, with frame mAP at IoU 0.5. --records, --split,
+--eval_boxes and --box_score apply to it, and the flags for clips, such as --views and --crops, do not:
+  python -m x3d_tf.evaluate --run=runs/ava --eval_boxes=annotated
+  python -m x3d_tf.evaluate --model=detector.keras --records=data/ava_v2.2 --split=val --output=reports/ava
 """
 
 from pathlib import Path
@@ -36,7 +38,7 @@ from typing import Any
 from absl import flags
 
 from x3d_tf import commands
-from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
+from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
@@ -48,7 +50,18 @@ from x3d_tf.terminal import tell
 
 FLAGS = flags.FLAGS
 
-_EVAL_FLAGS = ("records", "split", "views", "crops", "clip_starts", "frame_sampling", "combine", "head_pool")
+_SETTINGS = {  # fields of EvalConfig, with the flags that set them
+    "records": "records",
+    "split": "split",
+    "temporal_views": "views",
+    "spatial_crops": "crops",
+    "clip_starts": "clip_starts",
+    "frame_sampling": "frame_sampling",
+    "combine": "combine",
+    "head_pool": "head_pool",
+    "eval_boxes": "eval_boxes",
+    "box_score": "box_score",
+}
 
 
 def define_flags() -> None:
@@ -110,6 +123,20 @@ def define_flags() -> None:
         "Pooling of the head for the larger crops of --crops=3: global, over all positions; or fixed, over windows of "
         "the training size, whose probabilities or logits are averaged. Defaults to the network's setting.",
     )
+    flags.DEFINE_enum(
+        "eval_boxes",
+        None,
+        ["proposals", "annotated"],
+        "Boxes to evaluate a detector on: those of the person detector, or the annotated ones. Defaults to the run's "
+        "setting, or to proposals for a model file.",
+    )
+    flags.DEFINE_float(
+        "box_score",
+        None,
+        "Minimum score of the person detector's boxes. Defaults to the run's setting, or to 0.8 for a model file.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
     flags.DEFINE_string("output", None, "Report folder. Defaults to a folder in the run's evaluation/.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing report.")
 
@@ -153,23 +180,17 @@ def main() -> None:
 
 def _check_paths() -> Task:
     """Checks paths, records and settings before importing TensorFlow, which takes seconds. Returns the task."""
-    eval_config, report = EvalConfig(**_eval_settings()), Path(FLAGS.output or "")
-    if FLAGS.run:
-        run = RunFolder(FLAGS.run)
-        task = task_of_run(run) if FLAGS.watch else task_of_model(run.root)  # --watch needs no model yet
-        dataset = eval_config.dataset_of(run.read_config())
-        if not FLAGS.output:
-            report = task.report_folder(run, eval_config)
-    else:
-        task = task_of_model(FLAGS.model)
-        dataset = DatasetSpec(FLAGS.records, train_split=FLAGS.split, eval_split=FLAGS.split)
+    eval_config, model = EvalConfig(**_eval_settings()), FLAGS.run or FLAGS.model
+    run = RunFolder(FLAGS.run) if FLAGS.run else None
+    task = task_of_run(run) if run and FLAGS.watch else task_of_model(model)  # --watch needs no model yet
+    dataset = eval_config.dataset_of(run.read_config() if run else None)
+    report = Path(FLAGS.output) if FLAGS.output or not run else task.report_folder(run, eval_config)
     if FLAGS.sweep and not task.sweeps:
-        model = FLAGS.run or FLAGS.model
         raise UserError(f"--sweep must not be given for {model}: the task {task.name} has a fixed number of clips")
     if dataset.synthetic is None:
-        manifest, model = open_dataset(dataset), FLAGS.run or FLAGS.model
+        manifest = open_dataset(dataset)
         if not FLAGS.watch:
-            task.check_evaluation(describe(model), eval_config, manifest)
+            task.check_evaluation(describe(model), eval_config, manifest, run)
     if not (FLAGS.watch or FLAGS.sweep):  # they keep existing reports
         refuse_to_replace(report / RESULTS_NAME, FLAGS.overwrite)
     return task
@@ -190,16 +211,7 @@ def _score_detections() -> None:
 
 
 def _eval_settings() -> dict[str, Any]:
-    return {
-        "records": FLAGS.records,
-        "split": FLAGS.split,
-        "temporal_views": FLAGS.views,
-        "spatial_crops": int(FLAGS.crops),
-        "clip_starts": FLAGS.clip_starts,
-        "frame_sampling": FLAGS.frame_sampling,
-        "combine": FLAGS.combine,
-        "head_pool": FLAGS.head_pool,
-    }
+    return {field: FLAGS[flag].value for field, flag in _SETTINGS.items()} | {"spatial_crops": int(FLAGS.crops)}
 
 
 def _check_flags() -> None:
@@ -215,9 +227,9 @@ def _check_flags() -> None:
             raise UserError(f"{', '.join(found)} must not be given {why}")
 
     if FLAGS.compare:
-        reject((*_EVAL_FLAGS, "sweep", "watch"), "with --compare, which only reads existing reports")
+        reject((*_SETTINGS.values(), "sweep", "watch"), "with --compare, which only reads existing reports")
     if FLAGS.detections:
-        reject((*_EVAL_FLAGS, "sweep", "watch"), "with --detections, which only reads csv files")
+        reject((*_SETTINGS.values(), "sweep", "watch"), "with --detections, which only reads csv files")
         if not FLAGS.groundtruth:
             raise UserError(f"--detections={FLAGS.detections} requires --groundtruth, the csv of the annotated boxes")
     else:
@@ -237,10 +249,5 @@ if __name__ == "__main__":
     define_flags()
     commands.run(
         main,
-        settings={
-            "EvalConfig.spatial_crops": "crops",
-            "EvalConfig.temporal_views": "views",
-            "EvalConfig.records": "records",
-            "EvalConfig.split": "split",
-        },
+        settings={f"EvalConfig.{field}": flag for field, flag in _SETTINGS.items()},
     )

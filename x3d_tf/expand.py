@@ -34,7 +34,7 @@ from x3d_tf.config import TrainConfig
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.inference_cost import INFERENCE_COST_NAME, save_inference_cost
 from x3d_tf.evaluation.metrics import TOP1
-from x3d_tf.evaluation.paper import FIGURE_2_POINTS
+from x3d_tf.evaluation.paper_points import FIGURE_2_POINTS
 from x3d_tf.files import WriteError
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.search.candidates import Candidate, Score

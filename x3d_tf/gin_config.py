@@ -4,6 +4,7 @@ This is the only module that imports gin. It clears gin's global state before an
 """
 
 import dataclasses
+import json
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,11 +61,20 @@ class ParsedConfig:
         config: the configuration.
         text: all bindings, as the text of a gin file.
         operative_text: all values in use, defaults included, as the text of a gin file.
+        files: names of the given files, in their order: `gin/kinetics400/x3d_m.gin` for a recipe of this package,
+            `./mine.gin` for any other file, whatever its folder. Included files are not listed.
+        changed: names of the settings that bindings set after the files, such as `Recipe.steps`.
     """
 
     config: TrainConfig
     text: str
     operative_text: str
+    files: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    def recipe_json(self) -> str:
+        """Returns the files and the changed settings as JSON, for the run folder; see `RunFolder.read_recipe`."""
+        return json.dumps({"gin_files": self.files, "changed_settings": self.changed}, indent=1)
 
 
 def define_flags(*, required: bool) -> None:
@@ -97,10 +107,12 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> ParsedConfig:
             unknown name, a value out of range or an unused binding. Bindings of `ExpandConfig` are unused here.
     """
 
-    def build() -> ParsedConfig:
+    def build(read: Sequence[_Binding]) -> ParsedConfig:
         config = _train_config()
         _raise_unused()
-        return ParsedConfig(config, gin.config_str(), gin.operative_config_str())
+        changed = tuple(dict.fromkeys(binding.name for binding in read if binding.from_command_line))
+        names = tuple(map(_recipe_name, files))
+        return ParsedConfig(config, gin.config_str(), gin.operative_config_str(), names, changed)
 
     return _built(files, bindings, build)
 
@@ -108,7 +120,7 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> ParsedConfig:
 def parse_expand(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[TrainConfig, ExpandConfig]:
     """Reads the settings of an expansion search, which also apply to its trainings, as `parse` does."""
 
-    def build() -> tuple[TrainConfig, ExpandConfig]:
+    def build(_: Sequence[_Binding]) -> tuple[TrainConfig, ExpandConfig]:
         configs = _train_config(), gin.get_configurable(ExpandConfig)()
         _raise_unused()
         return configs
@@ -123,8 +135,8 @@ def _train_config() -> TrainConfig:
     return config
 
 
-def _built(files: Sequence[str], bindings: Sequence[str], build: Callable[[], _T]) -> _T:
-    """Returns what `build` returns while the bindings of the files and of the command line apply."""
+def _built(files: Sequence[str], bindings: Sequence[str], build: "Callable[[Sequence[_Binding]], _T]") -> _T:
+    """Returns what `build` returns for the bindings of the files and of the command line, while they apply."""
     reader = _Reader()
     for file in files:
         reader.read_file(find_recipe(file))
@@ -135,7 +147,7 @@ def _built(files: Sequence[str], bindings: Sequence[str], build: Callable[[], _T
     try:
         for binding in reader.bindings:
             gin.bind_parameter(binding.key, binding.value)
-        return build()
+        return build(reader.bindings)
     except UserError as error:
         raise UserError(str(error).splitlines()[0]) from None  # gin appends lines about the call
     except RecursionError:
@@ -159,6 +171,14 @@ def find_recipe(file: str) -> Path:
     if _is_file(recipe):
         return recipe
     raise UserError(f"--gin_file={file}: no such file or recipe; available recipes: {_known_recipes(file)}")
+
+
+def _recipe_name(file: str) -> str:
+    """Returns the name of a file that `find_recipe` finds, from which recipes of this package can be told."""
+    recipes, path = _recipes().resolve(), find_recipe(file).resolve()
+    if path.is_relative_to(recipes):
+        return f"gin/{path.relative_to(recipes).as_posix()}"
+    return f"./{Path(file).name}"  # without folders, because model cards state it
 
 
 def _is_file(path: Path) -> bool:
@@ -210,11 +230,19 @@ class _Binding:
         key: (scope, configurable, parameter), as in gin.
         value: literals, macros and references to this package's configurables.
         place: file and line, or the command-line flag, for messages.
+        from_command_line: True if no file has it.
     """
 
     key: tuple[str, str, str]
     value: Any
     place: str
+    from_command_line: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the setting, such as `Recipe.steps`, or of the macro, such as `%steps`."""
+        scope, part, setting = self.key
+        return f"%{scope}" if part == _MACRO else f"{part.removeprefix('x3d_tf.')}.{setting}"
 
 
 class _Reader:
@@ -259,7 +287,7 @@ class _Reader:
             elif isinstance(statement, config_parser.BlockDeclaration):
                 _require_part(statement.selector, place)
             else:
-                self.bindings.append(_binding(statement, place))
+                self.bindings.append(_binding(statement, place, source.folder is None))
 
 
 def _read_file(file: Path) -> str:
@@ -353,14 +381,15 @@ def _require_part(selector: str, place: str) -> str:
     return f"x3d_tf.{name}"
 
 
-def _binding(statement: Any, place: str) -> _Binding:
+def _binding(statement: Any, place: str, from_command_line: bool) -> _Binding:
     scope, selector, setting, value, _ = statement
     if not setting:
-        return _Binding((f"{scope}/{selector}" if scope else selector, _MACRO, "value"), value, place)
+        key = (f"{scope}/{selector}" if scope else selector, _MACRO, "value")
+        return _Binding(key, value, place, from_command_line)
     part = _require_part(selector, place)
     known = _SETTINGS[part.removeprefix("x3d_tf.")]
     _require_known(setting, known, f"{place}: the setting of {selector}")
-    return _Binding((scope, part, setting), value, place)
+    return _Binding((scope, part, setting), value, place, from_command_line)
 
 
 def _require_known(name: str, known: Iterable[str], what: str) -> None:

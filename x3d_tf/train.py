@@ -59,6 +59,7 @@ def main() -> None:
         print(f"{run.root} is already finished ({run.model} exists)")
     else:
         texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
+        texts[run.recipe.name] = parsed.recipe_json()
         train_checked(checked, run, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
     task = task_of_model(run.root)
     report = task.report_folder(run, EvalConfig())

@@ -15,11 +15,17 @@ def key_frames_of(manifest: Manifest) -> KeyFrameInfo:
     return manifest.key_frames
 
 
-def require_proposals(manifest: Manifest, split: str) -> None:
-    """Raises `UserError` if the records of a split were built without the boxes of a person detector."""
+def require_proposals(manifest: Manifest, split: str, setting: str = "Detection.eval_boxes") -> None:
+    """Raises `UserError` if the records of a split were built without the boxes of a person detector.
+
+    Args:
+        manifest: the manifest of the records.
+        split: name of the split.
+        setting: name of the setting that requires these boxes, for the message.
+    """
     known = split in key_frames_of(manifest).proposals
-    rule = 'be "annotated" for records that were built without --proposals for that split'
-    require(known, f"Detection.eval_boxes for split {split!r} of {manifest.folder}", rule, "proposals")
+    rule = f'be "annotated" for split {split!r} of {manifest.folder}, which was built without --proposals'
+    require(known, setting, rule, "proposals")
 
 
 def validation_key_frames(manifest: Manifest, split: str, every: int) -> Manifest:

@@ -66,6 +66,7 @@ class ClipEvaluation:
     def settings(self) -> dict[str, Any]:
         """Returns the settings as results.json states them."""
         model, views, split = self.model, self.views, self.manifest.split(self.split)
+        number, splits = self.manifest.official_split or (None, None)
         count = cost(
             model.expansion,
             replace(model.clip, size=views.crop),
@@ -79,6 +80,8 @@ class ClipEvaluation:
             "records_sha256": self.manifest.fingerprint(),
             "dataset": self.manifest.dataset,
             "split": self.split,
+            "official_split": number,
+            "official_splits": splits,
             "task": model.task,
             "samples": len(split.records),
             "videos_expected": split.expected,
@@ -88,6 +91,7 @@ class ClipEvaluation:
             "gmacs_per_clip": count.macs / 1e9,
             "gmacs_per_sample": count.macs * views.views / 1e9,
             "params": count.params,
+            "params_paper": count.params_paper,
             "frames": model.clip.frames,
             "stride": model.clip.stride,
             "resize": views.resize,

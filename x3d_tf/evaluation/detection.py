@@ -11,13 +11,12 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf.config import Detection, TrainConfig
+from x3d_tf.config import Detection
 from x3d_tf.data.ava_files import BoxTable, KeyFrame, one_row_per_action
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.data.detection_pipeline import evaluation_key_frames
 from x3d_tf.data.input_pipeline import record_errors_as_user_errors
-from x3d_tf.data.key_frames import actions_to_evaluate, key_frames_of, require_boxes, require_proposals
+from x3d_tf.data.key_frames import actions_to_evaluate, key_frames_of, require_boxes
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.detection_reports import (
@@ -46,7 +45,7 @@ class SplitDetections:
     Attributes:
         records: index of each box's record in the split, int64 [n].
         boxes: x1, y1, x2, y2 relative to the frame, in [0, 1], float32 [n, 4].
-        scores: float32 [n, classes].
+        scores: float32 [n, classes of the records].
         truth_records: index of each annotated box's record, int64 [m]. A box with several classes has several rows.
         truth_boxes: annotated boxes, float32 [m, 4].
         truth_labels: class of each annotated box, int64 [m].
@@ -84,7 +83,7 @@ def detect_split(
 
     Args:
         model: the detector.
-        manifest: the manifest of the records.
+        manifest: the manifest of the records, whose classes are among the model's.
         split: name of the split.
         detection: the settings that select the boxes to evaluate.
         progress: whether to show a progress bar on stderr.
@@ -94,6 +93,7 @@ def detect_split(
     """
     side = model.expansion.test_size
     compute_scores = compile_detector(model, side)
+    columns = [model.class_names.index(name) for name in manifest.classes]
     batches = evaluation_key_frames(
         manifest,
         split,
@@ -122,7 +122,7 @@ def detect_split(
                 record = int(annotations.record[index])
                 outside += int((~is_nonempty(inputs["boxes"][index, :count]).numpy()).sum())
                 labels = annotations.labels[index].numpy()[annotated]
-                found = (np.full(count, record), boxes, scores[index, :count])
+                found = (np.full(count, record), boxes, scores[index, :count][:, columns])
                 rows.append((*found, np.full(len(labels), record), truth, labels))
             bar.update(len(scores))
     if outside and progress:
@@ -155,25 +155,31 @@ def score_split(
 
 
 class DetectorEvaluation:
-    """A detector of a run, and the key frames and boxes to evaluate it on: those of the run.
+    """A detector, and the key frames and boxes to evaluate it on.
 
     Args:
         model: the detector.
         weights: origin of the weights, for the report.
-        config: the configuration of the run.
-
-    Raises:
-        UserError: the records are missing, or were built without the boxes to evaluate.
+        manifest: the manifest of the records, which have the boxes to evaluate. Their classes are among the model's.
+        split: name of the split to evaluate.
+        detection: the settings that select the boxes.
+        seed: seed of the run; None for a model file.
     """
 
     metrics = METRICS
     sample = "key frame"
 
-    def __init__(self, model: Detector, weights: dict[str, Any], config: TrainConfig) -> None:
-        self.model, self.weights, self.config = model, weights, config
-        self.manifest, self.split = open_dataset(config.dataset), config.dataset.eval_split
-        if config.detection.eval_boxes == "proposals":
-            require_proposals(self.manifest, self.split)
+    def __init__(
+        self,
+        model: Detector,
+        weights: dict[str, Any],
+        manifest: Manifest,
+        split: str,
+        detection: Detection,
+        seed: int | None,
+    ) -> None:
+        self.model, self.weights, self.seed = model, weights, seed
+        self.manifest, self.split, self.detection = manifest, split, detection
         records = len(self.manifest.split(self.split).records)
         self.missing = max(key_frames_of(self.manifest).listed.get(self.split, records) - records, 0)
 
@@ -182,7 +188,7 @@ class DetectorEvaluation:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings as results.json states them."""
-        model, detection = self.model, self.config.detection
+        model, detection = self.model, self.detection
         side, cost, split = model.eval_size, cost_of(model), self.manifest.split(self.split)
         return {
             "network": name_of(model.expansion, model.options.family),
@@ -208,8 +214,9 @@ class DetectorEvaluation:
             "gmacs_per_clip": cost.macs / 1e9,
             "gmacs_per_sample": cost.macs / 1e9,
             "params": cost.params,
+            "params_paper": cost.params_paper,
             **self.weights,
-            "seed": self.config.seed,
+            "seed": self.seed,
         }
 
     def measure(self) -> dict[str, Any]:
@@ -233,4 +240,4 @@ class DetectorEvaluation:
         return report
 
     def _score(self) -> tuple[BoxTable, DetectionScores]:
-        return score_split(self.model, self.manifest, self.split, self.config.detection)
+        return score_split(self.model, self.manifest, self.split, self.detection)

@@ -1,20 +1,23 @@
 """Evaluation settings, and the default folders of reports. Imports no TensorFlow."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from x3d_tf.config import TrainConfig
+from x3d_tf.config import Detection, TrainConfig
 from x3d_tf.data.datasets.spec import ANY, DatasetSpec
 from x3d_tf.data.sampling import FrameSampling
-from x3d_tf.errors import check_field_types, require
+from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.runs.run_folder import RunFolder
-from x3d_tf.types import ClipStarts, Combine, ViewSpec
+from x3d_tf.types import ClipStarts, Combine, EvalBoxes, ViewSpec
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import X3D
 
 HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
+OF_CLIPS = ("temporal_views", "spatial_crops", "clip_starts", "frame_sampling", "combine", "head_pool")
+OF_BOXES = ("eval_boxes", "box_score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,9 @@ class EvalConfig:
         combine: how the probabilities of a video's views are combined: "mean", or "max" for each class.
         head_pool: pooling of crops larger than the training crop; see `ModelOptions.head_pool`. Only has an effect with
             three crops.
+        eval_boxes: for a detector, the boxes to evaluate; see `config.Detection`. A model file does not store it; it
+            defaults to "proposals" for one.
+        box_score: for a detector, the minimum score of the person detector's boxes. Defaults to 0.8 for a model file.
 
     Raises:
         SettingTypeError, UserError: a setting is invalid; names the setting, the rule and the value received.
@@ -45,6 +51,8 @@ class EvalConfig:
     frame_sampling: FrameSampling | None = None
     combine: Combine | None = None
     head_pool: HeadPool | None = None
+    eval_boxes: EvalBoxes | None = None
+    box_score: float | None = None
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -53,6 +61,15 @@ class EvalConfig:
             require(getattr(self, name) != "", f"EvalConfig.{name}", "not be empty", getattr(self, name))
         at_least_one = self.temporal_views is None or self.temporal_views >= 1
         require(at_least_one, "EvalConfig.temporal_views", "be at least 1", self.temporal_views)
+        inside = self.box_score is None or 0 <= self.box_score <= 1
+        require(inside, "EvalConfig.box_score", "be in [0, 1]", self.box_score)
+
+    def require_unset(self, names: Sequence[str], reason: str) -> None:
+        """Raises `UserError` if one of these settings is not the default; the message ends with the reason."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            value = getattr(self, name)
+            require(value == defaults[name], f"EvalConfig.{name}", f"not be set {reason}", value)
 
     def check_crops(self, stretch: bool) -> None:
         """Raises `UserError` for several crops of stretched frames."""
@@ -72,13 +89,33 @@ class EvalConfig:
             stretch=model.stretch,
         )
 
-    def dataset_of(self, config: TrainConfig) -> DatasetSpec:
-        """Returns the dataset to evaluate: that of the run, with `records` and `split` replaced if set."""
+    def dataset_of(self, config: TrainConfig | None) -> DatasetSpec:
+        """Returns the dataset to evaluate: that of the run, with `records` and `split` replaced if set.
+
+        Args:
+            config: the configuration of the run; None for a model file.
+
+        Raises:
+            UserError: `records` or `split` is missing for a model file.
+        """
+        if config is None:
+            if self.records is None or self.split is None:
+                raise UserError("evaluating a model file requires --records and --split")
+            return DatasetSpec(self.records, train_split=self.split, eval_split=self.split)
         dataset = replace(config.dataset, eval_split=self.split or config.dataset.eval_split)
         if self.records is None:
             return dataset
         dataset = replace(dataset, train_split=dataset.eval_split, validation_split=None, validation_fraction=0.0)
         return replace(dataset, name=ANY, records=self.records)
+
+    def boxes_of(self, config: TrainConfig | None) -> Detection:
+        """Returns the settings that select the boxes: those of the run, or the defaults for a model file.
+
+        `eval_boxes` and `score` are replaced if set here.
+        """
+        detection = config.detection if config else Detection()
+        score = detection.score if self.box_score is None else self.box_score
+        return replace(detection, eval_boxes=self.eval_boxes or detection.eval_boxes, score=score)
 
     def suffix(self, config: TrainConfig) -> str:
         """Returns the suffix of the report's folder name for settings that differ from the run's."""
@@ -107,8 +144,9 @@ def report_folder(run: RunFolder, dataset: DatasetSpec, views: int | str) -> Pat
     return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{ending}"
 
 
-def detector_report_folder(run: RunFolder) -> Path:
+def detector_report_folder(run: RunFolder, eval_config: EvalConfig) -> Path:
     """Returns the default report folder of a detector."""
     config = run.read_config()
-    dataset = config.dataset
-    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{config.detection.eval_boxes}"
+    dataset, detection = eval_config.dataset_of(config), eval_config.boxes_of(config)
+    suffix = f"_score{detection.score:g}" if detection.score != config.detection.score else ""
+    return run.evaluations / f"{Path(dataset.records).name}_{dataset.eval_split}_{detection.eval_boxes}{suffix}"

@@ -13,7 +13,7 @@ from x3d_tf import plots
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import TOP1
-from x3d_tf.evaluation.paper import FIGURE_3_POINTS
+from x3d_tf.evaluation.paper_points import FIGURE_3_POINTS
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_report, stated_metrics
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted

@@ -1,5 +1,7 @@
 """Figures printed in the paper: accuracies, costs and layer sizes, of X3D and of the methods it is compared with.
 
+Besides, the accuracies that PySlowFast and pytorchvideo publish for the X3D networks that they trained.
+
 GMACs are the paper's "GFLOPs", for one clip or view. Imports no TensorFlow.
 """
 
@@ -158,6 +160,31 @@ TABLE_4 = (
     Row(model="X3D-XXL", network="x3d_xxl", views=30, top1=80.4, top5=94.6, test=86.7, gmacs=194.1, params=20.3),
 )
 
+_K400, _K600 = "Kinetics-400", "Kinetics-600"
+
+# Kinetics-600. The paper prints the parameters of the networks with 400 classes.
+TABLE_5 = (
+    Row(model="I3D", top1=71.9, top5=90.1, gmacs=108, params=12),
+    Row(model="Oct-I3D + NL", pretrained=_IMAGENET, views=30, top1=76.0, gmacs=25.6, params=12),
+    Row(model="SlowFast 4x16, R50", views=30, top1=78.8, top5=94.0, gmacs=36.1, params=34.4),
+    Row(model="SlowFast 16x8, R101+NL", views=30, top1=81.8, top5=95.1, gmacs=234, params=59.9),
+    Row(model="X3D-M", network="x3d_m", views=30, top1=78.8, top5=94.5, gmacs=6.2, params=3.8),
+    Row(model="X3D-XL", network="x3d_xl", views=30, top1=81.9, top5=95.5, gmacs=48.4, params=11.0),
+)
+
+# Charades. The paper prints the parameters of the networks with 400 classes.
+_BOTH = f"{_IMAGENET}+{_K400}"
+TABLE_6 = (
+    Row(model="Nonlocal", pretrained=_BOTH, views=30, map=37.5, gmacs=544, params=54.3),
+    Row(model="STRG + NL", pretrained=_BOTH, views=30, map=39.7, gmacs=630, params=58.3),
+    Row(model="Timeception", pretrained=_K400, map=41.1),
+    Row(model="LFB + NL", pretrained=_K400, views=30, map=42.5, gmacs=529, params=122),
+    Row(model="SlowFast 16x8 + NL", pretrained=_K400, views=30, map=42.5, gmacs=234, params=59.9),
+    Row(model="SlowFast 16x8 + NL", pretrained=_K600, views=30, map=45.2, gmacs=234, params=59.9),
+    Row(model="X3D-XL", network="x3d_xl", pretrained=_K400, views=30, map=43.4, gmacs=48.4, params=11.0),
+    Row(model="X3D-XL", network="x3d_xl", pretrained=_K600, views=30, map=47.1, gmacs=48.4, params=11.0),
+)
+
 
 # On the validation and on the test videos. Some differences do not follow from the figures beside them.
 TABLE_7_VALIDATION = (
@@ -255,7 +282,6 @@ TABLE_7_TEST = (
     ),
 )
 
-_K400, _K600 = "Kinetics-400", "Kinetics-600"
 TABLE_8 = (
     Row(model="LFB, R50+NL", dataset="2.1", pretrained=_K400, map=25.8, gmacs=529, params=73.6),
     Row(model="LFB, R101+NL", dataset="2.1", pretrained=_K400, map=26.8, gmacs=677, params=122),
@@ -277,4 +303,25 @@ TABLE_A1 = (
     Ablation("x3d_xl", "dense", _DENSE, None, 0.8, (79.2, 365.4, 95.1)),
     Ablation("x3d_xl", "ReLU for swish", _RELU, None, -0.4, (78.0, 35.84, 11.0)),
     Ablation("x3d_xl", "no SE", _NO_SE, None, -1.3, (77.1, 35.84, 10.4)),
+)
+
+# Not the paper's: accuracies on the validation videos of Kinetics-400 of the networks that PySlowFast trained, with its
+# own recipe (its MODEL_ZOO.md).
+PYSLOWFAST = (
+    Row(model="X3D-XS", network="x3d_xs", views=10, top1=68.7),
+    Row(model="X3D-XS", network="x3d_xs", views=30, top1=69.5),
+    Row(model="X3D-S", network="x3d_s", views=10, top1=73.1),
+    Row(model="X3D-S", network="x3d_s", views=30, top1=73.5),
+    Row(model="X3D-M", network="x3d_m", views=10, top1=75.1),
+    Row(model="X3D-M", network="x3d_m", views=30, top1=76.2),
+    Row(model="X3D-L", network="x3d_l", views=10, top1=76.9),
+    Row(model="X3D-L", network="x3d_l", views=30, top1=77.5),
+)
+
+# The same for pytorchvideo (pytorchvideo/models/hub/x3d.py).
+PYTORCHVIDEO = (
+    Row(model="X3D-XS", network="x3d_xs", views=30, top1=69.12),
+    Row(model="X3D-S", network="x3d_s", views=30, top1=73.33),
+    Row(model="X3D-M", network="x3d_m", views=30, top1=75.94),
+    Row(model="X3D-L", network="x3d_l", views=30, top1=77.44),
 )

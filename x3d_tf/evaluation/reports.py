@@ -13,10 +13,12 @@ from typing import Any, get_args
 import numpy as np
 
 from x3d_tf import csv_files
+from x3d_tf.data.records.index import MAX_OFFICIAL_SPLITS
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.interfaces import Evaluation, Report
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited
 from x3d_tf.locks import locked
+from x3d_tf.runs.run_folder import RECIPE_FIELDS, names_from_json
 from x3d_tf.types import ClipStarts, Combine, FrameSampling, Metric
 
 RESULTS_NAME = "results.json"
@@ -27,6 +29,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {  # settings that the comparison with th
     "combine": get_args(Combine),
 }
 _COUNTS = ("videos_expected", "videos_present", "key_frames_missing")
+_PARAMETERS = ("params", "params_paper")
 _LONGEST = 100  # characters of the data set's name
 _LARGEST = 10**15  # largest absolute value accepted in results.json
 _MOST_METRICS = 20
@@ -172,7 +175,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     - network, split, views: a line of text each; records: a text; dataset: a short text, optional
     - sample: a noun for what is counted, such as "key frame"
     - samples, classes: integers of at least 1
-    - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params: optional
+    - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params, params_paper: optional, see `modeling.cost.Cost`
+    - official_split, official_splits: its number and how many there are, optional
+    - training: an object with settings_sha256, init or null, and optionally the names of `RECIPE_FIELDS`; optional
     - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
 
     Raises:
@@ -190,8 +195,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in ("samples", "classes"):
         value = settings.get(name)
         require(_is_count(value) and value != 0, name, "be an integer in 1..1e15", value)
-    for name in ("gmacs_per_clip", "gmacs_per_sample", "params"):
-        value = settings.get(name, 0 if name == "params" else None)
+    for name in ("gmacs_per_clip", "gmacs_per_sample", *_PARAMETERS):
+        value = settings.get(name, 0 if name in _PARAMETERS else None)
         require(_is_number(value) and value >= 0, name, "be a number in [0, 1e15]", value)
     for name, values in _CHOICES.items():
         value = settings.get(name, values[0])
@@ -201,10 +206,33 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in _COUNTS:
         value = settings.get(name)
         require(value is None or _is_count(value), name, "be an integer in 0..1e15, or null", value)
+    _check_official_split(settings)
+    _check_training(settings.get("training"))
     cost = settings["gmacs_per_sample"]
     at_most = cost <= 1e6 * settings["gmacs_per_clip"]
     require(at_most, "gmacs_per_sample", "be at most 1,000,000 times gmacs_per_clip", cost)
     check_metrics(settings.get("metrics"))
+
+
+def _check_official_split(settings: Mapping[str, Any]) -> None:
+    number: Any = settings.get("official_split")
+    count: Any = settings.get("official_splits")
+    if (number, count) != (None, None):
+        valid = _is_count(count) and 1 <= count <= MAX_OFFICIAL_SPLITS
+        require(valid, "official_splits", f"be an integer in 1..{MAX_OFFICIAL_SPLITS}", count)
+        valid = _is_count(number) and 1 <= number <= count
+        require(valid, "official_split", f"be an integer in 1..{count}, of official_splits", number)
+
+
+def _check_training(training: Any) -> None:
+    """Checks what trained the network; see `RunFolder.training_record`."""
+    if training is not None:
+        require(isinstance(training, dict), "training", "be an object or null", training)
+        digest, init = training.get("settings_sha256"), training.get("init")
+        require(isinstance(digest, str), "training.settings_sha256", "be a string", digest)
+        require(init is None or isinstance(init, str), "training.init", "be a string or null", init)
+        for name in training.keys() & set(RECIPE_FIELDS):
+            names_from_json(training[name], f"training.{name}")
 
 
 def check_metrics(stated: Any) -> None:
@@ -250,7 +278,7 @@ def stated_metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
     return tuple(Metric(**entry) for entry in results["metrics"])
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST
 
 
@@ -260,7 +288,8 @@ def _is_number(value: Any) -> bool:
 
 def differing_settings(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Returns the names of the settings whose values differ from those in a report. Ignores settings it lacks."""
-    compared = {name for name in settings if name in results} - {"weights"}  # the same file may have several paths
+    paths = {"weights", "training"}  # the same file may have several, and its hash identifies it
+    compared = {name for name in settings if name in results} - paths
     if "records_sha256" in compared:
         compared.discard("records")
     return sorted(name for name in compared if results[name] != settings[name])

@@ -35,6 +35,11 @@ def evaluate_run(
     return _evaluate(run.root, task, Path(output) if output else folder, eval_config, run, overwrite)
 
 
+def weights_of_run(run: RunFolder) -> dict[str, Any]:
+    """Returns the origin of the weights of a finished run, for its reports: the file, its hash, and the training."""
+    return {**weights_of(run.root), "training": run.training_record()}
+
+
 def evaluate_file(
     file: str | Path, task: Evaluator, *, output: str, overwrite: bool = False, **settings: Any
 ) -> Report:
@@ -58,6 +63,7 @@ def _evaluate(
     path: Path, task: Evaluator, folder: Path, settings: EvalConfig, run: RunFolder | None, overwrite: bool
 ) -> Report:
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
-    report = task.evaluation(load(path), weights_of(path), settings, run).report(folder)
+    weights = weights_of_run(run) if run else weights_of(path)
+    report = task.evaluation(load(path), weights, settings, run).report(folder)
     print(describe(report))
     return report

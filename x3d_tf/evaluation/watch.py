@@ -98,7 +98,11 @@ class _Watch:
             self._evaluate(new[0], model)
 
     def _evaluate(self, step: int, model: Network) -> None:
-        weights = {"weights": str(self.run.checkpoints / f"ckpt-{step}"), "step": step}
+        weights = {
+            "weights": str(self.run.checkpoints / f"ckpt-{step}"),
+            "step": step,
+            "training": self.run.training_record(),
+        }
         evaluation = self.task.evaluation(model, weights, self.eval_config, self.run)
         settings = settings_of(evaluation)
         for earlier, results in self.results.items():

@@ -1,27 +1,41 @@
 """The run folder: its files, and the check that a run with the same settings resumes in it. Imports no TensorFlow."""
 
 import csv
+import json
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from x3d_tf import csv_files
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import with_default_splits
-from x3d_tf.errors import UserError
+from x3d_tf.errors import UserError, require
 from x3d_tf.files import SMALL, atomic_write, os_errors_as_write_error, read_limited, temporary_path
 from x3d_tf.locks import locked
 
 HISTORY_FIELDS = ("step", "epoch", "learning_rate", "loss", "clips_per_second")  # in every row of history.csv
+RECIPE_FIELDS = ("gin_files", "changed_settings")  # of recipe.json
+_MOST_NAMES, _LONGEST_NAME = 10_000, 4096  # in recipe.json; the names of a command are fewer and shorter
 _LARGEST = 1e100  # largest absolute value accepted in history.csv
 _INDEX = re.compile(r"ckpt-(0|[1-9][0-9]{0,17})\.index", re.ASCII)
 _TRAINED = (
     "This run has written a checkpoint. If its checkpoints go missing, this file prevents training from silently "
     "starting again at step 0.\n"
 )
+
+
+def names_from_json(value: Any, where: str) -> list[str]:
+    """Returns untrusted names of files or settings; raises `UserError` unless they are few and short."""
+    valid = isinstance(value, list) and len(value) <= _MOST_NAMES
+    require(valid, where, f"be a list of at most {_MOST_NAMES} names", value)
+    for name in value:
+        valid = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME
+        require(valid, where, f"be names of 1 to {_LONGEST_NAME} characters", name)
+    return list(value)
 
 
 def checkpoint_step(name: str) -> int | None:
@@ -34,8 +48,8 @@ class RunFolder:
     """Paths and small files of a run.
 
     Before the first step: `config.json` (all settings), `config.gin` and `operative_config.gin` (the same as gin text,
-    for reading), `records.sha256` (fingerprint of the manifest of the records) and `preview.png` (the first training
-    clips as the network sees them).
+    for reading), `recipe.json` (names of the gin files and of the settings changed after them), `records.sha256`
+    (fingerprint of the manifest of the records) and `preview.png` (the first training clips as the network sees them).
 
     During training: `checkpoints/`, `history.csv`, `curves.png`, `tensorboard/`, `trained.txt` (marks that a checkpoint
     was written), `.lock` (the process that trains), and with early stopping `best.keras` (the best network so far).
@@ -54,6 +68,7 @@ class RunFolder:
         self.best = self.root / "best.keras"
         self.model = self.root / "model.keras"
         self.fingerprint = self.root / "records.sha256"
+        self.recipe = self.root / "recipe.json"
         self.labels = self.root / "labels.txt"
         self.input = self.root / "input.json"
         self.evaluations = self.root / "evaluation"
@@ -91,7 +106,7 @@ class RunFolder:
         if self.check(config):
             return
         if self.config.is_file():
-            for path in (self.history, self.preview):  # left by a run that never reached a checkpoint
+            for path in (self.history, self.preview, self.recipe):  # left by a run that never reached a checkpoint
                 path.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
         atomic_write(self.config, config.to_json().encode())  # first: it marks the folder as a run folder
@@ -135,6 +150,42 @@ class RunFolder:
             return TrainConfig.from_json(read_limited(self.config, SMALL).decode())
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{self.config}: {error}") from error
+
+    def training_record(self) -> dict[str, Any]:
+        """Returns what trained the network, for reports.
+
+        Returns:
+            settings_sha256: hash of the settings that determine the result, without paths; see
+                `TrainConfig.fingerprint`.
+            init: path of the initial weights; None for random ones.
+            gin_files, changed_settings: see `read_recipe`.
+
+        Raises:
+            UserError: the configuration or the recipe is damaged.
+        """
+        config = self.read_config()
+        return {"settings_sha256": config.fingerprint(), "init": config.init, **self.read_recipe()}
+
+    def read_recipe(self) -> dict[str, list[str]]:
+        """Reads which recipe the run was started with.
+
+        Returns:
+            gin_files: names of the gin files of the command, in their order. Those of this package begin with `gin/`.
+            changed_settings: names of the settings that the command changed after the files.
+
+            Empty for a run that was not started by the command.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.recipe.is_file():
+            return {}
+        try:
+            found = json.loads(read_limited(self.recipe, SMALL))
+            require(isinstance(found, dict), "the file", "contain a JSON object", found)
+            return {name: names_from_json(found.get(name), name) for name in RECIPE_FIELDS}
+        except (ValueError, RecursionError, UserError) as error:
+            raise UserError(f"{self.recipe} is damaged: {error}. Restore it from a copy, or delete it") from error
 
     def with_default_splits(self, config: TrainConfig) -> TrainConfig:
         """Returns the configuration with the default splits that the run was started with.

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from x3d_tf.data.datasets.spec import open_dataset, require_annotations
+from x3d_tf.errors import UserError, first_few
 from x3d_tf.evaluation.interfaces import Evaluator, Validation
 from x3d_tf.modeling.archive import describe
 from x3d_tf.registry import Registry
+from x3d_tf.text import counted
 from x3d_tf.types import Metric
 
 if TYPE_CHECKING:
@@ -163,13 +165,20 @@ class Task(Evaluator, Protocol):
     def validation(self, model: "Network", config: "TrainConfig", manifest: "Manifest", split: str) -> Validation:
         """Returns the validation of a run."""
 
-    def check_evaluation(self, network: "Metadata | Network", settings: "EvalConfig", manifest: "Manifest") -> None:
+    def check_evaluation(
+        self,
+        network: "Metadata | Network",
+        settings: "EvalConfig",
+        manifest: "Manifest",
+        run: "RunFolder | None" = None,
+    ) -> None:
         """Checks the settings and the records of an evaluation before TensorFlow starts.
 
         Args:
             network: the network or its metadata.
             settings: the settings.
             manifest: the manifest of the records.
+            run: the run folder; None for a model file.
 
         Raises:
             UserError: the records do not suit the network; a setting does not fit the task or the network.
@@ -184,6 +193,18 @@ class Task(Evaluator, Protocol):
 
     def prediction_job(self, options: Mapping[str, Any], paths: Sequence[Path]) -> PredictionJob:
         """Returns the job of the predict command; it may set the threads of TensorFlow."""
+
+
+def require_known_classes(network: "Metadata | Network", classes: Sequence[str], records: Path) -> None:
+    """Raises `UserError` if records have classes that the network does not have."""
+    known = set(network.class_names)
+    unknown = [name for name in classes if name not in known]
+    if unknown:
+        raise UserError(
+            f"{records} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}. "
+            f"The model has {len(network.class_names)}: {first_few(network.class_names)}. Fine-tune it on the new "
+            "classes (TrainConfig.init)"
+        )
 
 
 _REGISTRY = Registry[Task]("task", "x3d_tf.tasks", "TASKS", (Task,))

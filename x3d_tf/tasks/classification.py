@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset, require_annotations, validation_split
+from x3d_tf.data.datasets.spec import open_dataset, require_annotations, validation_split
 from x3d_tf.data.sampling import clip_contract, require_windows
-from x3d_tf.errors import UserError, first_few, require
-from x3d_tf.evaluation.eval_config import folder_of
+from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.eval_config import OF_BOXES, folder_of
 from x3d_tf.evaluation.metrics import classification_metrics
 from x3d_tf.evaluation.reports import check_metrics, metrics_to_json
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
-from x3d_tf.tasks.base import Suggestion
-from x3d_tf.text import binding_flag, counted
+from x3d_tf.tasks.base import Suggestion, require_known_classes
+from x3d_tf.text import binding_flag
 from x3d_tf.types import Metric
 
 if TYPE_CHECKING:
@@ -223,16 +223,13 @@ class ClipTask:
         from x3d_tf.evaluation.classification import ClipEvaluation, with_head_pool
 
         config = run.read_config() if run else None
-        if config is not None:
-            dataset, test_views = settings.dataset_of(config), config.test_views
-            frame_sampling, combine = dataset.frame_sampling, config.combine
-        elif settings.records is None or settings.split is None:
-            raise UserError(f"evaluating the model file {weights['weights']} requires --records and --split")
-        else:
-            dataset = DatasetSpec(settings.records, train_split=settings.split, eval_split=settings.split)
+        dataset = settings.dataset_of(config)
+        if config is None:
             test_views, frame_sampling, combine = model.test_views, model.frame_sampling, model.combine
+        else:
+            test_views, frame_sampling, combine = config.test_views, dataset.frame_sampling, config.combine
         manifest = open_dataset(dataset)
-        self.check_evaluation(model, settings, manifest)
+        self.check_evaluation(model, settings, manifest, run)
         classifier = with_head_pool(self._classifier(model), settings.head_pool)
         return ClipEvaluation(
             model=classifier,
@@ -258,19 +255,19 @@ class ClipTask:
             raise UserError(f"the task {self.name} requires a network that classifies clips, got a detector")
         return model
 
-    def check_evaluation(self, network: "Metadata | Network", settings: "EvalConfig", manifest: "Manifest") -> None:
+    def check_evaluation(
+        self,
+        network: "Metadata | Network",
+        settings: "EvalConfig",
+        manifest: "Manifest",
+        run: "RunFolder | None" = None,
+    ) -> None:
         require_annotations(manifest, self.annotations)
         rule = f"be {self.activation!r} for the task {self.name}"
         require(network.activation == self.activation, "the activation of the network", rule, network.activation)
         settings.check_crops(network.stretch)
-        known = set(network.class_names)
-        unknown = [name for name in self.classes(manifest) if name not in known]
-        if unknown:
-            raise UserError(
-                f"{manifest.folder} has {counted(len(unknown), 'class')} unknown to the model: {first_few(unknown)}. "
-                f"The model has {len(network.class_names)}: {first_few(network.class_names)}. Fine-tune it on the new "
-                "classes (TrainConfig.init)"
-            )
+        settings.require_unset(OF_BOXES, f"for the task {self.name}, which has no boxes")
+        require_known_classes(network, self.classes(manifest), manifest.folder)
 
     def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:
         require_windows(metadata.expansion.clip, options["window"], options["hop"])

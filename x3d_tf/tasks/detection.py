@@ -1,19 +1,18 @@
 """Detection of actions: any number of classes per box on the key frame of a clip. Imports no TensorFlow."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from x3d_tf import commands
-from x3d_tf.data.datasets.spec import require_annotations, validation_split
+from x3d_tf.data.datasets.spec import open_dataset, require_annotations, validation_split
 from x3d_tf.data.key_frames import require_boxes, require_proposals, validation_key_frames
 from x3d_tf.data.records.index import with_labels
 from x3d_tf.data.sampling import key_frame_contract
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.eval_config import EvalConfig, detector_report_folder
+from x3d_tf.evaluation.eval_config import OF_CLIPS, detector_report_folder
 from x3d_tf.evaluation.metrics import MAP
-from x3d_tf.tasks.base import Suggestion
+from x3d_tf.tasks.base import Suggestion, require_known_classes
 from x3d_tf.types import Metric
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from x3d_tf.data.records.index import Record
     from x3d_tf.data.records.manifest import Manifest
     from x3d_tf.evaluation.detection import DetectorEvaluation
+    from x3d_tf.evaluation.eval_config import EvalConfig
     from x3d_tf.evaluation.validation import KeyFrameValidation
     from x3d_tf.inference.jobs import DetectJob
     from x3d_tf.losses import BoxLoss
@@ -133,24 +133,36 @@ class Detection:
         return KeyFrameValidation(_detector(model), manifest, split, config.detection)
 
     def report_folder(self, run: "RunFolder", settings: "EvalConfig", views: int | str | None = None) -> Path:
-        _require_settings_of_the_run(settings)
-        return detector_report_folder(run)
+        _require_no_clips(settings)
+        return detector_report_folder(run, settings)
 
     def evaluation(
         self, model: "Network", weights: dict[str, Any], settings: "EvalConfig", run: "RunFolder | None"
     ) -> "DetectorEvaluation":
         from x3d_tf.evaluation.detection import DetectorEvaluation
 
-        if run is None:
-            raise UserError(
-                f"{weights['weights']} is a detector, which is evaluated with the settings of its run: --run"
-            )
-        _require_settings_of_the_run(settings)
-        return DetectorEvaluation(_detector(model), weights, run.read_config())
+        config = run.read_config() if run else None
+        dataset, detection = settings.dataset_of(config), settings.boxes_of(config)
+        manifest = open_dataset(dataset)
+        self.check_evaluation(model, settings, manifest, run)
+        seed = config.seed if config else None
+        return DetectorEvaluation(_detector(model), weights, manifest, dataset.eval_split, detection, seed)
 
-    def check_evaluation(self, network: "Metadata | Network", settings: EvalConfig, manifest: "Manifest") -> None:
+    def check_evaluation(
+        self,
+        network: "Metadata | Network",
+        settings: "EvalConfig",
+        manifest: "Manifest",
+        run: "RunFolder | None" = None,
+    ) -> None:
         require_annotations(manifest, self.annotations)
-        _require_settings_of_the_run(settings)
+        _require_no_clips(settings)
+        require_known_classes(network, manifest.classes, manifest.folder)
+        config = run.read_config() if run else None
+        split = settings.dataset_of(config).eval_split
+        require_boxes(manifest, split)
+        if settings.boxes_of(config).eval_boxes == "proposals":
+            require_proposals(manifest, split, "EvalConfig.eval_boxes")
 
     def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:
         if (options["boxes"] is None) == (options["person_detector"] is None):
@@ -193,12 +205,8 @@ def _detector(model: "Network") -> "Detector":
     return model
 
 
-def _require_settings_of_the_run(settings: EvalConfig) -> None:
-    default = EvalConfig()
-    changed = sorted(
-        item.name for item in fields(settings) if getattr(settings, item.name) != getattr(default, item.name)
-    )
-    require(not changed, "the evaluation of a detector", "use --run and the settings of the run", changed)
+def _require_no_clips(settings: "EvalConfig") -> None:
+    settings.require_unset(OF_CLIPS, "for a detector, which is evaluated on one clip around each key frame")
 
 
 TASKS: "tuple[Task, ...]" = (Detection(),)

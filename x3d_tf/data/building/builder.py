@@ -125,7 +125,7 @@ def build_records(
         if folder.is_finished:
             result = BuildResult(_load_manifest(folder), folder.count_failures(), was_finished=True)
         else:
-            result = _Build(folder, sources, encoding, progress).run(data_set.name, {"seed": inputs.seed})
+            result = _Build(folder, sources, encoding, progress).run(data_set.name, _settings(inputs, sources))
         folder.clean()
     return result
 
@@ -145,6 +145,13 @@ def _identity(dataset: str, inputs: Inputs, encoding: _EncodingSettings, sources
         "videos_per_shard": index.VIDEOS_PER_SHARD,
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}  # as in JSON
+
+
+def _settings(inputs: Inputs, sources: Sources) -> dict[str, int | float | str]:
+    """Returns the settings that the manifest states."""
+    official = sources.official_split
+    splits = {} if official is None else {"official_split": official.number, "official_splits": official.total}
+    return {"seed": inputs.seed, **splits}
 
 
 def _check_splits(sources: Sources) -> None:

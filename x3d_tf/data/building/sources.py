@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from x3d_tf.data.building import class_names
 from x3d_tf.data.class_lists import read_classes
-from x3d_tf.data.records.index import KeyFrameInfo, media_id
+from x3d_tf.data.records.index import KeyFrameInfo, OfficialSplit, media_id
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.data.video.image_sequences import FOLDER_FPS, FileState
 from x3d_tf.errors import require
@@ -69,6 +69,7 @@ class Sources:
         task: kind of annotation of the records.
         expected: number of videos that the data set lists for each split, including missing ones; empty without a list.
         key_frames: common properties of key frames; None except for action detection.
+        official_split: the official division that the splits are of, for data sets with several.
     """
 
     splits: dict[str, list[Video]]
@@ -77,6 +78,7 @@ class Sources:
     task: AnnotationKind
     expected: Mapping[str, int] = field(default_factory=dict)
     key_frames: KeyFrameInfo | None = None
+    official_split: OfficialSplit | None = None
 
 
 def parse_split_name(name: str) -> str | None:

@@ -4,11 +4,13 @@ Its lists are files `CLASS_test_splitN.txt`, one for each class and each of the 
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from x3d_tf.data.building.listed import ClassNames, Entry, VideoFiles, collect
 from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.records.index import OfficialSplit
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
 from x3d_tf.text import check_class_name
@@ -43,7 +45,8 @@ class Hmdb51:
         lists: dict[str, list[Entry]] = {"train": [], "test": []}
         for label in classes.names:
             _read_table(tables[label], label, files, lists)
-        return collect(files.folder, lists, classes.names, inputs.seed)
+        found = collect(files.folder, lists, classes.names, inputs.seed)
+        return replace(found, official_split=OfficialSplit(_SPLITS.index(split) + 1, len(_SPLITS)))
 
 
 DATASETS = (Hmdb51(),)

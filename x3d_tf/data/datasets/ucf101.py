@@ -3,13 +3,19 @@
 Its lists are `trainlist0N.txt` and `testlist0N.txt`, one pair for each of its three splits, and `classInd.txt`.
 """
 
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from x3d_tf.data.building.listed import ClassNames, Entry, VideoFiles, collect, read_numbered_classes
 from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.records.index import OfficialSplit
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
+
+_LIST = re.compile(r"(?:train|test)list0([1-3])\.txt")
 
 
 class Ucf101:
@@ -24,17 +30,28 @@ class Ucf101:
         """Returns the videos of the lists; the files are found by their names, in any folder.
 
         Raises:
-            UserError: a list cannot be read or a line breaks its rule; the message names file and line.
+            UserError: the lists are of different official splits; a list cannot be read or a line breaks its rule, in
+                which case the message names file and line.
         """
+        official = _official_split(inputs.lists)
         classes = ClassNames(
             read_numbered_classes(inputs.path("classes"), "{}", first=1), f"the classes in {inputs.classes}"
         )
         files = VideoFiles(inputs.path("videos"))
         lists = {split: _read_list(path, classes, files) for split, path in inputs.lists.items()}
-        return collect(files.folder, lists, classes.names, inputs.seed)
+        return replace(collect(files.folder, lists, classes.names, inputs.seed), official_split=official)
 
 
 DATASETS = (Ucf101(),)
+
+
+def _official_split(lists: Mapping[str, Path]) -> OfficialSplit | None:
+    """Returns the official split that the names of the lists state; None if a list has another name."""
+    names = [path.name for path in lists.values()]
+    matches = [_LIST.fullmatch(name) for name in names]
+    numbers = {int(match[1]) for match in matches if match}
+    require(len(numbers) <= 1, "--lists", "be of one of the three official splits", names)
+    return OfficialSplit(numbers.pop(), 3) if numbers and all(matches) else None
 
 
 def _read_list(path: Path, classes: ClassNames, files: VideoFiles) -> list[Entry]:

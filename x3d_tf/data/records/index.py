@@ -12,6 +12,8 @@ MAX_SECONDS = 1e9  # of a time in a video
 LARGEST = 2**62  # of positions, lengths and counts
 _MAX_MARGIN = 60  # seconds; a larger margin would let clips pass that are longer than any record of a key frame
 
+MAX_OFFICIAL_SPLITS = 100  # the comparison of reports lists those that are missing
+
 VIDEOS_PER_SHARD = 64  # a few hundred megabytes, at 4 to 10 MB per ten-second video
 
 
@@ -95,6 +97,20 @@ class Split:
     def present(self) -> int:
         """Number of videos with at least one record."""
         return len({record.video for record in self.records})
+
+
+class OfficialSplit(NamedTuple):
+    """One of the official divisions of a data set into training and test videos.
+
+    UCF101 and HMDB51 have three, and their published figures are means over the three.
+
+    Attributes:
+        number: its number, 1..`total`.
+        total: how many the data set has.
+    """
+
+    number: int
+    total: int
 
 
 @dataclass(frozen=True)

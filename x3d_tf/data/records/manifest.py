@@ -22,8 +22,10 @@ from x3d_tf.data.records.index import (
     FOOTER_BYTES,
     HEADER_BYTES,
     LARGEST,
+    MAX_OFFICIAL_SPLITS,
     MAX_SECONDS,
     KeyFrameInfo,
+    OfficialSplit,
     Record,
     Shard,
     Split,
@@ -91,6 +93,14 @@ class Manifest:
             size = path.stat().st_size
             require(size == shard.bytes, f"size of {path}", f"be {shard.bytes} bytes, as in {MANIFEST_NAME}", size)
         return self.splits[name]
+
+    @property
+    def official_split(self) -> OfficialSplit | None:
+        """The official division that the splits are of, for a data set with several; None if the build stated none."""
+        number, total = (self.settings.get(name) for name in ("official_split", "official_splits"))
+        if type(number) is int and type(total) is int and 1 <= number <= total <= MAX_OFFICIAL_SPLITS:
+            return OfficialSplit(number, total)
+        return None
 
     def with_records(self, name: str, records: Sequence[Record]) -> "Manifest":
         """Returns a copy in which the named split has only these records."""
