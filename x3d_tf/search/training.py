@@ -188,7 +188,7 @@ class CandidateTraining:
             shutil.rmtree(run.root)  # without weights: an earlier search finished the step, and its trace was damaged
         try:
             # The final evaluation is on the validation split too: another one, in training, would only take time.
-            train(config, run.root, validates=config.recipe.patience > 0)
+            train(config, run.root, validates=config.recipe.needs_validation)
             task = task_of_model(run.root)
             folder = task.report_folder(run, EvalConfig())
             report = read_report(folder) if (folder / RESULTS_NAME).is_file() else evaluate_run(run, task)

@@ -77,8 +77,11 @@ def check_records(config: TrainConfig, records: Manifest, task: Task) -> None:
         UserError: a setting does not suit the records or the task. Names the setting and the rule.
     """
     dataset, recipe = config.dataset, config.recipe
-    rule = 'be 0 without validation: a "val" split, DatasetSpec.validation_split or DatasetSpec.validation_fraction'
-    require(bool(validation_split(dataset)) or not recipe.patience, "Recipe.patience", rule, recipe.patience)
+    reason = 'without validation: a "val" split, DatasetSpec.validation_split or DatasetSpec.validation_fraction'
+    validated = bool(validation_split(dataset))
+    require(validated or not recipe.patience, "Recipe.patience", f"be 0 {reason}", recipe.patience)
+    rule = f'not be "plateau" {reason}'
+    require(validated or recipe.schedule != "plateau", "Recipe.schedule", rule)
     available = len(task.training_records(records, dataset.train_split))
     rest = " that are not held out for validation" if dataset.validation_fraction else ""
     rule = f"be at most {available}, the number of records in split {dataset.train_split!r}{rest}"

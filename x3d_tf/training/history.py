@@ -14,7 +14,7 @@ from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 from x3d_tf.tasks.base import Validation
-from x3d_tf.training.schedule import build_schedule
+from x3d_tf.training.schedule import Schedule
 from x3d_tf.types import Metric
 
 _VALIDATION = "validation_"  # prefix of the columns with the metrics of validations
@@ -26,6 +26,7 @@ class History:
     Args:
         run: the run folder. Rows of its history after step `first` are dropped: those steps will be repeated.
         config: the configuration of the run.
+        schedule: the learning-rate schedule of the optimizer.
         steps_per_epoch: number of steps per epoch.
         first: number of steps already taken, 0 for a new run.
         metrics: the metrics of a training step besides the loss.
@@ -36,14 +37,14 @@ class History:
         self,
         run: RunFolder,
         config: TrainConfig,
+        schedule: Schedule,
         steps_per_epoch: int,
         first: int,
         metrics: Sequence[Metric],
         validation: Validation | None = None,
     ) -> None:
-        self.run, self.config, self.steps_per_epoch = run, config, steps_per_epoch
+        self.run, self.config, self.schedule, self.steps_per_epoch = run, config, schedule, steps_per_epoch
         self.metrics, self.validation = metrics, validation
-        self.schedule = build_schedule(config.recipe)
         trained = [metric.name for metric in metrics]
         validated = [_VALIDATION + metric.name for metric in validation.metrics] if validation else []
         self.columns = (*HISTORY_FIELDS, *trained, *validated)

@@ -32,6 +32,7 @@ from x3d_tf.text import counted
 from x3d_tf.training.checks import CheckedRun, check_batch, check_settings, open_records
 from x3d_tf.training.history import History
 from x3d_tf.training.precise_bn import PreciseStatistics
+from x3d_tf.training.schedule import PlateauWithWarmup
 from x3d_tf.training.step import TrainStep, precision_scope
 from x3d_tf.training.transfer import load_pretrained
 
@@ -57,7 +58,8 @@ def train(
         texts: contents of additional files, by name, written to the run folder before the first step.
         allow_other_groups: whether to resume even if another number of devices or another `Execution.accumulation`
             changes the batch-norm groups, and therefore the result.
-        validates: whether to evaluate on the validation split at each checkpoint; early stopping requires it.
+        validates: whether to evaluate on the validation split at each checkpoint; early stopping and the schedule
+            "plateau" require it.
 
     Returns:
         The run folder, which contains `model.keras`.
@@ -72,7 +74,8 @@ def train(
         print(f"{run.root} is already finished ({run.model} exists)")
         return run
     check_settings(config, run)
-    require(validates or not config.recipe.patience, "validates", "be True if Recipe.patience is set", validates)
+    rule = 'be True if Recipe.patience is set or Recipe.schedule is "plateau"'
+    require(validates or not config.recipe.needs_validation, "validates", rule, validates)
     train_checked(
         open_records(config),
         run,
@@ -184,7 +187,7 @@ class Trainer:
             self._load_initial_weights()
         steps_per_epoch = len(self.task.training_records(self.manifest, self.config.dataset.train_split)) // self.batch
         metrics = self.step.loss.metrics
-        history = History(run, self.config, steps_per_epoch, first, metrics, self.validation)
+        history = History(run, self.config, self.step.schedule, steps_per_epoch, first, metrics, self.validation)
         print(self._describe(run) + (f", resuming from the checkpoint of step {first}" if first else ""))
         self._warn_about_small_groups(origin)
         tell("compiling the training step: on a slow machine the first step may take a minute or two")
@@ -237,15 +240,24 @@ class Trainer:
                 self.step.average.copy_statistics()
 
     def _validate(self, run: RunFolder, history: History, step: int) -> None:
-        """Evaluates the network on the validation split; with early stopping, saves it if it is the best so far."""
+        """Evaluates the network on the validation split.
+
+        With early stopping, saves it if it is the best so far. The schedule "plateau" may divide the learning rate.
+        """
         if self.validation is None:
             return
         with self._eval_weights():
             scores = self.validation()
             measured = (f"validation_{metric.text(scores[metric.name])}" for metric in self.validation.metrics)
             tqdm.write(f"step {step}: {', '.join(measured)}")
-            if history.add_validation(step, scores) and self.config.recipe.patience:
+            improved = history.add_validation(step, scores)
+            if improved and self.config.recipe.patience:
                 save(self.model, run.best, self.classes, overwrite=True)
+        # last, so that a validation that is interrupted and repeated counts once
+        schedule = self.step.schedule
+        if isinstance(schedule, PlateauWithWarmup) and schedule.count(step, improved=improved) and step < self.steps:
+            validations = counted(schedule.validations, "validation")
+            tqdm.write(f"step {step}: no improvement in {validations}, learning rate {float(schedule(step)):g}")
 
     def _steps_until_pause(self, step: int) -> int:
         """Returns the number of steps of the next call, at most up to the next checkpoint or, if near, log row."""
@@ -382,6 +394,7 @@ def _describe_splits(manifest: Manifest, config: TrainConfig) -> str:
         if name
     ]
     text = f"Splits: {', '.join(parts)}."
-    if validation == dataset.eval_split and config.recipe.patience:
-        text += f" Early stopping selects the best step on {validation}, so its results are optimistically biased."
+    if validation == dataset.eval_split and config.recipe.needs_validation:
+        chosen = "Early stopping selects the best step" if config.recipe.patience else "The learning rate is chosen"
+        text += f" {chosen} on {validation}, so its results are optimistically biased."
     return text
