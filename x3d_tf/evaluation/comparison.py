@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from x3d_tf.csv_files import Verbatim
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import TOP1, wilson_interval
 from x3d_tf.evaluation.paper import PublishedAccuracy, PublishedPrecision, differences, published_for
@@ -134,8 +134,8 @@ def describe(report: Report) -> str:
     """Returns a summary of a report for the terminal.
 
     The first line states the metrics and the evaluation settings. If there are fewer than `FEW_SAMPLES` samples, a
-    second line gives the confidence interval of top-1. If the records are those of the paper's dataset, a last line
-    gives the paper's result.
+    second line gives the confidence interval of top-1. If mAP ignores classes, a line names them. If the records are
+    those of the paper's dataset, a last line gives the paper's result.
     """
     r = report.results
     metrics, sample, count = stated_metrics(r), r["sample"], r["samples"]
@@ -149,6 +149,9 @@ def describe(report: Report) -> str:
         low, high = wilson_interval(r[TOP1.name], count)
         interval = f"{100 * low:.0f} % to {100 * high:.0f} %"
         line += f"\n95 % confidence interval of top-1 on so few {plural(sample)}: {interval}"
+    if ignored := r.get("classes_without_positives"):
+        names = first_few([one_line(name) for name in ignored])
+        line += f"\nignored for mAP: {counted(len(ignored), 'class')} without positives ({names})"
     if (published := published_for(r)) is None or "other data" in differences(r, published):
         return line
     if isinstance(published, PublishedPrecision):
