@@ -38,6 +38,9 @@ class Recipe:
         plateau_validations: for the schedule "plateau", the number of successive validations without improvement after
             which the learning rate is divided by 10. They are counted from the last division, the last improvement or
             the end of the warm-up, whichever is later. Improvement has the same meaning as for `patience`.
+        multigrid: "long" starts each stage of the schedule "steps" but the last with small clips in large batches, see
+            `training.multigrid` (Wu et al., CVPR 2020). The number of clips stays the same, and the number of steps
+            falls. "none" trains on clips of one shape.
         momentum: Nesterov momentum.
         weight_decay: L2 weight decay, added to the gradients of all weights except those of batch norm.
         ema: decay, in [0, 1), of an exponential moving average (EMA) of all weights, which is evaluated and saved in
@@ -67,6 +70,7 @@ class Recipe:
     warmup_start: float = 0.1
     schedule: Literal["cosine", "steps", "plateau"] = "cosine"
     plateau_validations: int = 0
+    multigrid: Literal["none", "long"] = "none"
     momentum: float = 0.9
     weight_decay: float = 5e-5
     ema: float = 0.0
@@ -89,6 +93,8 @@ class Recipe:
         rule = 'be given if, and only if, Recipe.schedule is "steps"'
         require(bool(decays) == (self.schedule == "steps"), "Recipe.decay_fractions", rule, decays)
         self._check_plateau()
+        multigrid, rule = self.multigrid, 'be "none" unless Recipe.schedule is "steps"'
+        require(multigrid == "none" or self.schedule == "steps", "Recipe.multigrid", rule, multigrid)
         require(0 <= self.warmup_start <= 1, "Recipe.warmup_start", "be in [0, 1]", self.warmup_start)
         require(0 <= self.momentum < 1, "Recipe.momentum", "be in [0, 1)", self.momentum)
         for name in ("weight_decay", "precise_bn_batches", "backbone_lr_factor", "patience"):
@@ -248,6 +254,12 @@ class TrainConfig:
         initialized = self.init is not None or not self.recipe.frozen_norms
         rule = "be given if Recipe.batch_norm or Recipe.backbone_lr_factor freezes weights"
         require(initialized, "TrainConfig.init", rule, self.init)
+        if self.recipe.multigrid != "none":
+            reason = "for multigrid training (Recipe.multigrid)"
+            rule = f"be at least 4 {reason}"
+            require(self.expansion.gamma_t >= 4, "Expansion.gamma_t", rule, self.expansion.gamma_t)
+            rule = f'be "global" {reason}, whose clips may be smaller than the windows'
+            require(self.model.head_pool == "global", "ModelOptions.head_pool", rule, self.model.head_pool)
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings by their gin names: `{"Expansion.gamma_tau": 6.0, ...}`."""

@@ -79,6 +79,8 @@ def check_settings(config: TrainConfig) -> None:
     default = ModelOptions()
     rule = "be None for a search, whose networks differ in width and depth"
     require(config.init is None, "TrainConfig.init", rule, config.init)
+    multigrid, rule = config.recipe.multigrid, 'be "none" for a search, whose networks differ in frames and crops'
+    require(multigrid == "none", "Recipe.multigrid", rule, multigrid)
     require_x3d(config.model)
     for name in ("bn_group", "drop_connect"):
         value = getattr(config.model, name)

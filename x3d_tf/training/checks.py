@@ -14,6 +14,7 @@ from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.tasks.base import Task, find, task_of_records
 from x3d_tf.text import binding_flag, counted
+from x3d_tf.training.multigrid import phases_of
 
 
 @dataclass(frozen=True)
@@ -164,3 +165,7 @@ def check_batch(config: TrainConfig, devices: int) -> None:
     unit = "device and micro-batch" if micro_batches > 1 else "device"
     rule = f"give a multiple of ModelOptions.bn_group = {group} clips per {unit}, or fewer than that{suggestion}"
     require(clips <= group or clips % group == 0, "Recipe.batch", rule, clips)
+    for factor in phases_of(config).clips:
+        larger = clips * factor
+        rule = f"give a multiple of ModelOptions.bn_group = {group} clips per {unit} in a batch {factor} times as large"
+        require(larger <= group or larger % group == 0, "Recipe.batch", f"{rule} too (Recipe.multigrid)", larger)

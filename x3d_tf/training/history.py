@@ -14,6 +14,7 @@ from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 from x3d_tf.tasks.base import Validation
+from x3d_tf.training.multigrid import Phases
 from x3d_tf.training.schedule import Schedule
 from x3d_tf.types import Metric
 
@@ -27,7 +28,8 @@ class History:
         run: the run folder. Rows of its history after step `first` are dropped: those steps will be repeated.
         config: the configuration of the run.
         schedule: the learning-rate schedule of the optimizer.
-        steps_per_epoch: number of steps per epoch.
+        phases: the phases of the run.
+        steps_per_epoch: number of steps of the plain schedule per epoch.
         first: number of steps already taken, 0 for a new run.
         metrics: the metrics of a training step besides the loss.
         validation: the validation of the run, if any.
@@ -38,12 +40,14 @@ class History:
         run: RunFolder,
         config: TrainConfig,
         schedule: Schedule,
+        phases: Phases,
         steps_per_epoch: int,
         first: int,
         metrics: Sequence[Metric],
         validation: Validation | None = None,
     ) -> None:
-        self.run, self.config, self.schedule, self.steps_per_epoch = run, config, schedule, steps_per_epoch
+        self.run, self.config, self.schedule = run, config, schedule
+        self.phases, self.steps_per_epoch = phases, steps_per_epoch
         self.metrics, self.validation = metrics, validation
         trained = [metric.name for metric in metrics]
         validated = [_VALIDATION + metric.name for metric in validation.metrics] if validation else []
@@ -76,13 +80,14 @@ class History:
         for metric in self.metrics:
             for offset, value in enumerate(values[metric.name], start=step - len(losses) + 1):
                 require(math.isfinite(value), f"{metric.name} at step {offset}", "be finite", float(value))
+        seen, before = (self.phases.plain_steps(number) for number in (step, step - len(losses)))
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
         row = {
             "step": step,
-            "epoch": step / self.steps_per_epoch,
+            "epoch": seen / self.steps_per_epoch,
             "learning_rate": float(self.schedule(step - 1)),
             "loss": float(np.mean(losses)),
-            "clips_per_second": len(losses) * self.config.recipe.batch / elapsed,
+            "clips_per_second": (seen - before) * self.config.recipe.batch / elapsed,
         }
         for metric in self.metrics:
             measured = values[metric.name]

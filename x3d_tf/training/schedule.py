@@ -8,7 +8,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from x3d_tf.config import Recipe
+from x3d_tf.config import Recipe, TrainConfig
+from x3d_tf.training.multigrid import Phases, phases_of
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
@@ -111,11 +112,40 @@ def _with_warmup(step: Any, rate: Any, steps: int, first: float, last: float) ->
     return ops.where(step < steps, first + (last - first) * step / steps, rate) if steps else rate
 
 
-Schedule = CosineWithWarmup | StepsWithWarmup | PlateauWithWarmup
+class MultigridSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule in proportion to the batch of each phase, as a function of the clips seen instead of the steps.
+
+    Args:
+        plain: the schedule of the plain batch.
+        phases: the phases of the run.
+    """
+
+    def __init__(self, plain: CosineWithWarmup | StepsWithWarmup | PlateauWithWarmup, phases: Phases) -> None:
+        self.plain, self.phases = plain, phases
+
+    def __call__(self, step: Any) -> Any:
+        step = ops.cast(step, keras.config.floatx())
+        plain_step, factor = step, ops.ones_like(step)
+        for phase in self.phases.phases:
+            begun = step >= phase.first
+            plain_step = ops.where(begun, phase.plain + (step - phase.first) * phase.factor, plain_step)
+            factor = ops.where(begun, float(phase.factor), factor)
+        return factor * self.plain(plain_step)
 
 
-def build_schedule(recipe: Recipe) -> Schedule:
-    """Builds the learning-rate schedule of a recipe, scaled to its batch size. Call it in the strategy's scope."""
+Schedule = CosineWithWarmup | StepsWithWarmup | PlateauWithWarmup | MultigridSchedule
+
+
+def schedule_of(config: TrainConfig) -> Schedule:
+    """Returns the learning-rate schedule of a run. Call it in the strategy's scope."""
+    plain = build_schedule(config.recipe)
+    if config.recipe.multigrid == "none":
+        return plain
+    return MultigridSchedule(plain, phases_of(config))
+
+
+def build_schedule(recipe: Recipe) -> CosineWithWarmup | StepsWithWarmup | PlateauWithWarmup:
+    """Builds the schedule of a recipe for batches of `Recipe.batch` clips. Call it in the strategy's scope."""
     peak, warmup = recipe.scaled_learning_rate, (recipe.scaled_warmup_steps, recipe.warmup_start)
     if recipe.schedule == "steps":
         return StepsWithWarmup(peak, recipe.scaled_decay_steps, *warmup)

@@ -14,7 +14,7 @@ from x3d_tf.tasks.base import Loss
 from x3d_tf.training.ema import MovingAverage
 from x3d_tf.training.forward import forward_of
 from x3d_tf.training.optimizer import SGD
-from x3d_tf.training.schedule import PlateauWithWarmup, Schedule, build_schedule
+from x3d_tf.training.schedule import PlateauWithWarmup, Schedule, schedule_of
 from x3d_tf.training.update import AccumulatedUpdate, LossScale, Update
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -50,7 +50,7 @@ class TrainStep:
         self.model, self._strategy, self.loss = model, strategy, loss
         freeze(model, recipe)
         self._forward = forward_of(model, execution.recompute)
-        self.schedule = build_schedule(recipe)
+        self.schedule = schedule_of(config)
         self.optimizer = _optimizer(model, recipe, self.schedule)
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
         self._update = _update(self.optimizer, model, execution)
