@@ -1,5 +1,10 @@
 """Charades: its official lists, actions with times in records, and the targets of clips and of complete videos."""
 
+import json
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs, choose
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.errors import UserError
+from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.types import TimedLabel
 
 HEADER = "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length\n"
@@ -184,3 +190,54 @@ def test_changed_actions_are_another_build(tmp_path: Path) -> None:
     inputs, _ = charades(tmp_path, train=row("AAAAA", "c000 0.5 1"))
     with pytest.raises(UserError, match="holds a build of another video: AAAAA of split train has changed since"):
         build_records(inputs, tmp_path / "records", dataset="charades", short_side=48, progress=False)
+
+
+ROOT = Path(__file__).parents[1]
+TINY = Expansion(gamma_t=4, gamma_tau=1.25, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
+BINDINGS = [f"Expansion.{name}={value}" for name, value in vars(TINY).items()]
+BINDINGS += ["Recipe.steps=4", "Recipe.batch=4", "Recipe.reference_batch=4", "TrainConfig.checkpoint_steps=1"]
+
+
+def write_official_files(root: Path) -> None:
+    """Writes twelve short videos, the lists and Kinetics networks, under the names that docs/charades.md uses."""
+    import x3d_tf
+
+    for split, names in (("train", "ABCDEFGH"), ("test", "IJKL")):
+        texts = [row(5 * name, f"c00{ord(name) % 3} 0.00 1.20;c001 0.50 1.00") for name in names]
+        (root / f"Charades_v1_{split}.csv").write_text(HEADER + "".join(texts))
+        for name in names:
+            write_video(root / "Charades_v1_480" / f"{5 * name}.mp4", numbered_frames(36), fps=24)
+    (root / "Charades_v1_classes.txt").write_text(CLASSES)
+    model = x3d_tf.build_x3d(TINY, 5)
+    for classes in (400, 600):
+        (root / "runs" / f"x3d_xl_kinetics{classes}").mkdir(parents=True)
+        x3d_tf.save(model, root / "runs" / f"x3d_xl_kinetics{classes}" / "model.keras", list("abcde"))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_on_tiny_data(tmp_path: Path) -> None:
+    """With a small network and four steps."""
+    write_official_files(tmp_path)
+    (tmp_path / "gin").symlink_to(ROOT / "gin")
+    page = (ROOT / "docs" / "charades.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    commands = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    assert len(commands) == 6
+    printed = {}
+    for command in commands:
+        words = [sys.executable, *shlex.split(command)[1:]]
+        if "x3d_tf.train" in command:
+            words += [f"--gin_bindings={binding}" for binding in BINDINGS]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed[command] = done.stdout
+    results = json.loads(
+        (tmp_path / "runs/charades_k400/evaluation/charades_test_10leftcenterright/results.json").read_text()
+    )
+    assert (results["views"], results["combine"], results["samples"]) == ("10-LeftCenterRight", "max", 4)
+    assert results["classes_without_positives"] == ["Smiling"]
+    assert 0 < results["map"] <= 1
+    assert all("newly initialised: fc2" in text for command, text in printed.items() if "x3d_tf.train" in command)
+    assert "10-LeftCenterRight" in printed[commands[-1]]
+    rows = (tmp_path / "runs/charades_plateau/history.csv").read_text().splitlines()
+    assert "validation_map" in rows[0] and len(rows) == 5

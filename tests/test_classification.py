@@ -288,7 +288,9 @@ class Several(SimpleNamespace):
         return "0" * 64
 
 
-def test_multi_label_models_report_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, network: x3d_tf.X3D) -> None:
+def test_multi_label_models_report_map(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, network: x3d_tf.X3D, capsys: pytest.CaptureFixture[str]
+) -> None:
     from sklearn.metrics import average_precision_score
 
     scores = np.array([[0.1, 0.9, 0.5], [0.6, 0.4, 0.5], [0.2, 0.6, 0.1], [0.6, 0.8, 0.0]], np.float32)
@@ -308,6 +310,8 @@ def test_multi_label_models_report_map(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert report.results["map"] == pytest.approx(np.mean(precisions), abs=1e-12)
     assert report.results["classes_with_positives"] == 2
     assert (report.results["official_split"], report.results["official_splits"]) == (2, 3)
+    assert report.results["classes_without_positives"] == ["c"]
+    assert "ignored for mAP: 1 class without positives (c)" in capsys.readouterr().out
     assert not {"top1", "top5"} & set(report.results)
     assert sorted(path.name for path in report.folder.iterdir()) == ["per_class.csv", "predictions.csv", "results.json"]
     with (report.folder / "predictions.csv").open() as stream:

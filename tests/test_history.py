@@ -11,6 +11,8 @@ from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.history import History
+from x3d_tf.training.multigrid import phases_of
+from x3d_tf.training.schedule import schedule_of
 from x3d_tf.types import Metric
 
 METRICS = (Metric("box_top1", "share"), Metric("boxes_left_out", "count", "boxes outside the crops"))
@@ -30,7 +32,7 @@ class MapValidation:
 
 
 def history_of(run: RunFolder, first: int = 0) -> History:
-    return History(run, CONFIG, 10, first, METRICS, MapValidation())
+    return History(run, CONFIG, schedule_of(CONFIG), phases_of(CONFIG), 10, first, METRICS, MapValidation())
 
 
 def add_steps(history: History, losses: list[float], left_out: float) -> None:

@@ -124,7 +124,8 @@ def test_the_recipes_of_small_data_sets(name: str) -> None:
     assert all(f"--gin_file={file}" in text for file in files)
 
 
-def test_the_recipe_of_charades_equals_its_python() -> None:
+@pytest.mark.parametrize(("classes", "figure"), [(400, 43.4), (600, 47.1)])
+def test_the_recipes_of_charades_equal_their_python(classes: int, figure: float) -> None:
     recipe = Recipe(
         batch=16,
         reference_batch=16,
@@ -141,11 +142,17 @@ def test_the_recipe_of_charades_equals_its_python() -> None:
         ModelOptions(drop_connect=0.1),
         DatasetSpec("data/charades", frame_sampling="exact", name="charades"),
         recipe,
+        init=f"runs/x3d_xl_kinetics{classes}",
         combine="max",
         checkpoint_steps=1000,
     )
-    assert parse("gin/charades/x3d_xl.gin") == expected
-    assert (recipe.scaled_warmup_steps, recipe.scaled_decay_steps) == (1684, (17_263, 20_632))
+    file = f"gin/charades/x3d_xl_k{classes}.gin"
+    assert parse(file) == expected
+    text = (ROOT / file).read_text()
+    assert f"--gin_file={file}" in text and f"{figure} % mAP in the paper (Table 6)" in text
+    assert expected.init in (ROOT / f"gin/kinetics{classes}/x3d_xl.gin").read_text()  # the folder of its command
+    assert (expected.model.bn_group, recipe.batch) == (8, 16)
+    check_batch(expected, 2)  # two batch-norm groups of 8 clips, on one device or on two
     clip = expected.expansion.clip
     spaced = frame_indices(0.0, 1000, 24.0, clip, "exact")
     assert spaced.tolist() == [10 * number for number in range(16)]  # 16 frames with a stride of 10

@@ -47,6 +47,18 @@ def test_the_learning_rate_of_every_step(file: str, peak: float, steps: int, war
     np.testing.assert_allclose(np.asarray(rates), expected, atol=2e-6 * peak)
 
 
+@pytest.mark.parametrize("file", ["charades/x3d_xl_k400", "charades/x3d_xl_k600"])
+def test_the_learning_rate_of_every_step_of_charades(file: str) -> None:
+    """A line over 4 of 57 epochs from 1e-4 to 0.02, then a tenth after 41 epochs and after 49; 24,000 steps."""
+    recipe = gin_config.parse([f"gin/{file}.gin"]).config.recipe
+    numbers = np.arange(24_000)
+    first, second = (round(24_000 / 57 * epochs) for epochs in (41, 49))
+    constant = 0.02 * 0.1 ** ((numbers >= first).astype(int) + (numbers >= second))
+    expected = np.where(numbers < 1684, 1e-4 + 0.0199 * numbers / 1684, constant)
+    np.testing.assert_allclose(np.asarray(build_schedule(recipe)(numbers)), expected, rtol=1e-5)
+    assert recipe.scaled_steps == 24_000 and recipe.weight_decay == 1e-5
+
+
 def test_a_schedule_without_warmup_starts_at_its_peak() -> None:
     assert float(build_schedule(Recipe(warmup_fraction=0))(0)) == pytest.approx(1.6)
 

@@ -33,7 +33,14 @@ class Recipe:
             after which the learning rate is divided by 10.
         warmup_start: learning rate at the start of the warm-up, as a fraction of η.
         schedule: "cosine" decays along half a cosine period from η to 0; "steps" is constant between
-            `decay_fractions`.
+            `decay_fractions`; "plateau" divides the learning rate by 10 each time that validation stops improving,
+            which requires validation (paper, appendices A.1 and A.2: "when validation error saturates").
+        plateau_validations: for the schedule "plateau", the number of successive validations without improvement after
+            which the learning rate is divided by 10. They are counted from the last division, the last improvement or
+            the end of the warm-up, whichever is later. Improvement has the same meaning as for `patience`.
+        multigrid: "long" starts each stage of the schedule "steps" but the last with small clips in large batches, see
+            `training.multigrid` (Wu et al., CVPR 2020). The number of clips stays the same, and the number of steps
+            falls. "none" trains on clips of one shape.
         momentum: Nesterov momentum.
         weight_decay: L2 weight decay, added to the gradients of all weights except those of batch norm.
         ema: decay, in [0, 1), of an exponential moving average (EMA) of all weights, which is evaluated and saved in
@@ -47,7 +54,8 @@ class Recipe:
         class_weights: "balanced" weights each clip's loss by the inverse frequency of its class, so that all classes
             contribute equally; "none" weights all clips equally.
         patience: early stopping after this number of successive validations without improvement; the run then saves
-            the best checkpoint. 0 disables early stopping and saves the last step.
+            the best checkpoint. 0 disables early stopping and saves the last step. With the schedule "plateau" it must
+            be greater than `plateau_validations`, otherwise the run would stop before the first division.
 
     Raises:
         TypeError, ValueError: names the field, the rule and the value received.
@@ -60,7 +68,9 @@ class Recipe:
     warmup_fraction: float = 2 / 15
     decay_fractions: tuple[float, ...] = ()
     warmup_start: float = 0.1
-    schedule: Literal["cosine", "steps"] = "cosine"
+    schedule: Literal["cosine", "steps", "plateau"] = "cosine"
+    plateau_validations: int = 0
+    multigrid: Literal["none", "long"] = "none"
     momentum: float = 0.9
     weight_decay: float = 5e-5
     ema: float = 0.0
@@ -82,6 +92,9 @@ class Recipe:
         require(rising, "Recipe.decay_fractions", rule, decays)
         rule = 'be given if, and only if, Recipe.schedule is "steps"'
         require(bool(decays) == (self.schedule == "steps"), "Recipe.decay_fractions", rule, decays)
+        self._check_plateau()
+        multigrid, rule = self.multigrid, 'be "none" unless Recipe.schedule is "steps"'
+        require(multigrid == "none" or self.schedule == "steps", "Recipe.multigrid", rule, multigrid)
         require(0 <= self.warmup_start <= 1, "Recipe.warmup_start", "be in [0, 1]", self.warmup_start)
         require(0 <= self.momentum < 1, "Recipe.momentum", "be in [0, 1)", self.momentum)
         for name in ("weight_decay", "precise_bn_batches", "backbone_lr_factor", "patience"):
@@ -90,6 +103,18 @@ class Recipe:
         precise = self.precise_bn_batches
         rule = "be 0 if batch norm is frozen (Recipe.batch_norm, Recipe.backbone_lr_factor)"
         require(not (precise and self.frozen_norms), "Recipe.precise_bn_batches", rule, precise)
+
+    def _check_plateau(self) -> None:
+        validations, patience, plateau = self.plateau_validations, self.patience, self.schedule == "plateau"
+        rule = 'be at least 1 if Recipe.schedule is "plateau", otherwise 0'
+        require(validations >= 1 if plateau else validations == 0, "Recipe.plateau_validations", rule, validations)
+        rule = f"be 0 or greater than Recipe.plateau_validations = {validations}"
+        require(not (plateau and patience) or patience > validations, "Recipe.patience", rule, patience)
+
+    @property
+    def needs_validation(self) -> bool:
+        """True if training depends on the results of validations."""
+        return self.patience > 0 or self.schedule == "plateau"
 
     @property
     def frozen_norms(self) -> bool:
@@ -229,6 +254,12 @@ class TrainConfig:
         initialized = self.init is not None or not self.recipe.frozen_norms
         rule = "be given if Recipe.batch_norm or Recipe.backbone_lr_factor freezes weights"
         require(initialized, "TrainConfig.init", rule, self.init)
+        if self.recipe.multigrid != "none":
+            reason = "for multigrid training (Recipe.multigrid)"
+            rule = f"be at least 4 {reason}"
+            require(self.expansion.gamma_t >= 4, "Expansion.gamma_t", rule, self.expansion.gamma_t)
+            rule = f'be "global" {reason}, whose clips may be smaller than the windows'
+            require(self.model.head_pool == "global", "ModelOptions.head_pool", rule, self.model.head_pool)
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings by their gin names: `{"Expansion.gamma_tau": 6.0, ...}`."""

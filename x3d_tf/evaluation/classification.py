@@ -50,7 +50,7 @@ class ClipEvaluation:
     classes: tuple[str, ...]
     make_example: MakeExample | None
     metrics: tuple[Metric, ...]
-    score: Callable[[Predictions], dict[str, float]]
+    score: Callable[[Predictions], dict[str, Any]]
     sample: str
     split: str
     views: ViewSpec
@@ -123,7 +123,7 @@ class ClipEvaluation:
         names = self.model.class_names
         return Predictions(videos, names, found.probabilities, self._truth(found), self.model.activation == "softmax")
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, Any]:
         """Runs the network on all views of all videos and returns the measured values."""
         return self.score(self.predict())
 

@@ -48,26 +48,29 @@ class Predictions:
         """The class of each video, (videos,), if classes are exclusive."""
         return self.truth.argmax(axis=1)
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, Any]:
         """Returns the results for results.json, by name.
 
         For exclusive classes: top1, top5 and their mean, which the paper reports for test sets. Otherwise:
-        map, the mean average precision over the classes that have positives, and the number of these classes.
+        map, the mean average precision over the classes that have positives, the number of these classes, and the names
+        of the others.
 
         Raises:
             UserError: a metric is not finite, such as map if no class has positives. Names the metric.
         """
         values = self._values()
         for name, value in values.items():
-            require(math.isfinite(value), name, f"be finite on the {counted(len(self.videos), 'video')}", value)
+            if isinstance(value, float):
+                require(math.isfinite(value), name, f"be finite on the {counted(len(self.videos), 'video')}", value)
         return values
 
-    def _values(self) -> dict[str, float]:
+    def _values(self) -> dict[str, Any]:
         if not self.exclusive:
-            positive = int(self.truth.any(axis=0).sum())
+            positive = self.truth.any(axis=0)
             return {
                 MAP.name: mean_average_precision(self.probabilities, self.truth),
-                "classes_with_positives": positive,
+                "classes_with_positives": int(positive.sum()),
+                "classes_without_positives": [self.class_names[number] for number in np.flatnonzero(~positive)],
             }
         top1, top5 = (top_k_accuracy(self.probabilities, self.labels, k) for k in (1, 5))
         return {TOP1.name: top1, TOP5.name: top5, "mean_of_top1_and_top5": (top1 + top5) / 2}

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from x3d_tf.csv_files import Verbatim
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.metrics import MAP, TOP1, TOP5, wilson_interval
 from x3d_tf.evaluation.paper import MEAN, PROTOCOLS, Published, differences, is_on, published_for, reproductions_for
@@ -206,8 +206,8 @@ def describe(report: Report) -> str:
     """Returns a summary of a report for the terminal.
 
     The first line states the metrics and the evaluation settings. If there are fewer than `FEW_SAMPLES` samples, a
-    second line gives the confidence interval of top-1. If the records are of a data set with published results for the
-    network, or of Kinetics, a table in the columns of the paper follows.
+    second line gives the confidence interval of top-1. If mAP ignores classes, a line names them. If the records are of a
+    data set with published results for the network, or of Kinetics, a table in the columns of the paper follows.
     """
     r = report.results
     values, sample, count = _values(r), r["sample"], r["samples"]
@@ -221,6 +221,9 @@ def describe(report: Report) -> str:
         low, high = wilson_interval(values[TOP1], count)
         interval = f"{100 * low:.0f} % to {100 * high:.0f} %"
         line += f"\n95 % confidence interval of top-1 on so few {plural(sample)}: {interval}"
+    if ignored := r.get("classes_without_positives"):
+        names = first_few([one_line(name) for name in ignored])
+        line += f"\nignored for mAP: {counted(len(ignored), 'class')} without positives ({names})"
     published = [row for row in (*published_for(r), *reproductions_for(r)) if is_on(r, row.dataset)]
     if not published and not (TOP1 in values and _is_on_kinetics(r)):
         return line

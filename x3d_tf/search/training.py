@@ -79,6 +79,8 @@ def check_settings(config: TrainConfig) -> None:
     default = ModelOptions()
     rule = "be None for a search, whose networks differ in width and depth"
     require(config.init is None, "TrainConfig.init", rule, config.init)
+    multigrid, rule = config.recipe.multigrid, 'be "none" for a search, whose networks differ in frames and crops'
+    require(multigrid == "none", "Recipe.multigrid", rule, multigrid)
     require_x3d(config.model)
     for name in ("bn_group", "drop_connect"):
         value = getattr(config.model, name)
@@ -188,7 +190,7 @@ class CandidateTraining:
             shutil.rmtree(run.root)  # without weights: an earlier search finished the step, and its trace was damaged
         try:
             # The final evaluation is on the validation split too: another one, in training, would only take time.
-            train(config, run.root, validates=config.recipe.patience > 0)
+            train(config, run.root, validates=config.recipe.needs_validation)
             task = task_of_model(run.root)
             folder = task.report_folder(run, EvalConfig())
             report = read_report(folder) if (folder / RESULTS_NAME).is_file() else evaluate_run(run, task)

@@ -81,7 +81,7 @@ class ClipTask:
         """
         return classification_metrics(num_classes, exclusive=self.activation == "softmax")
 
-    def score(self, predictions: "Predictions") -> dict[str, float]:
+    def score(self, predictions: "Predictions") -> dict[str, Any]:
         """Returns the values of `metrics`, and further results for results.json, by name.
 
         Validations call it too, and use the values of `metrics`.

@@ -52,6 +52,8 @@ class Detection:
         require(not dataset.stretch, "DatasetSpec.stretch", f"be False {reason}", dataset.stretch)
         sampling = dataset.frame_sampling
         require(sampling == "slowfast", "DatasetSpec.frame_sampling", f"be 'slowfast' {reason}", sampling)
+        multigrid, rule = config.recipe.multigrid, f'be "none" for the task {self.name}, whose boxes it does not batch'
+        require(multigrid == "none", "Recipe.multigrid", rule, multigrid)
         require(weights == "none", "Recipe.class_weights", f'be "none" for the task {self.name}', weights)
         require_boxes(manifest, dataset.eval_split)
         validated = validation_split(dataset)

@@ -14,6 +14,7 @@ from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.tasks.base import Task, find, task_of_records
 from x3d_tf.text import binding_flag, counted
+from x3d_tf.training.multigrid import phases_of
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,11 @@ def check_records(config: TrainConfig, records: Manifest, task: Task) -> None:
         UserError: a setting does not suit the records or the task. Names the setting and the rule.
     """
     dataset, recipe = config.dataset, config.recipe
-    rule = 'be 0 without validation: a "val" split, DatasetSpec.validation_split or DatasetSpec.validation_fraction'
-    require(bool(validation_split(dataset)) or not recipe.patience, "Recipe.patience", rule, recipe.patience)
+    reason = 'without validation: a "val" split, DatasetSpec.validation_split or DatasetSpec.validation_fraction'
+    validated = bool(validation_split(dataset))
+    require(validated or not recipe.patience, "Recipe.patience", f"be 0 {reason}", recipe.patience)
+    rule = f'not be "plateau" {reason}'
+    require(validated or recipe.schedule != "plateau", "Recipe.schedule", rule)
     available = len(task.training_records(records, dataset.train_split))
     rest = " that are not held out for validation" if dataset.validation_fraction else ""
     rule = f"be at most {available}, the number of records in split {dataset.train_split!r}{rest}"
@@ -161,3 +165,7 @@ def check_batch(config: TrainConfig, devices: int) -> None:
     unit = "device and micro-batch" if micro_batches > 1 else "device"
     rule = f"give a multiple of ModelOptions.bn_group = {group} clips per {unit}, or fewer than that{suggestion}"
     require(clips <= group or clips % group == 0, "Recipe.batch", rule, clips)
+    for factor in phases_of(config).clips:
+        larger = clips * factor
+        rule = f"give a multiple of ModelOptions.bn_group = {group} clips per {unit} in a batch {factor} times as large"
+        require(larger <= group or larger % group == 0, "Recipe.batch", f"{rule} too (Recipe.multigrid)", larger)

@@ -14,7 +14,8 @@ from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runs.event_files import EventFile
 from x3d_tf.runs.run_folder import HISTORY_FIELDS, RunFolder
 from x3d_tf.tasks.base import Validation
-from x3d_tf.training.schedule import build_schedule
+from x3d_tf.training.multigrid import Phases
+from x3d_tf.training.schedule import Schedule
 from x3d_tf.types import Metric
 
 _VALIDATION = "validation_"  # prefix of the columns with the metrics of validations
@@ -26,7 +27,9 @@ class History:
     Args:
         run: the run folder. Rows of its history after step `first` are dropped: those steps will be repeated.
         config: the configuration of the run.
-        steps_per_epoch: number of steps per epoch.
+        schedule: the learning-rate schedule of the optimizer.
+        phases: the phases of the run.
+        steps_per_epoch: number of steps of the plain schedule per epoch.
         first: number of steps already taken, 0 for a new run.
         metrics: the metrics of a training step besides the loss.
         validation: the validation of the run, if any.
@@ -36,14 +39,16 @@ class History:
         self,
         run: RunFolder,
         config: TrainConfig,
+        schedule: Schedule,
+        phases: Phases,
         steps_per_epoch: int,
         first: int,
         metrics: Sequence[Metric],
         validation: Validation | None = None,
     ) -> None:
-        self.run, self.config, self.steps_per_epoch = run, config, steps_per_epoch
+        self.run, self.config, self.schedule = run, config, schedule
+        self.phases, self.steps_per_epoch = phases, steps_per_epoch
         self.metrics, self.validation = metrics, validation
-        self.schedule = build_schedule(config.recipe)
         trained = [metric.name for metric in metrics]
         validated = [_VALIDATION + metric.name for metric in validation.metrics] if validation else []
         self.columns = (*HISTORY_FIELDS, *trained, *validated)
@@ -75,13 +80,14 @@ class History:
         for metric in self.metrics:
             for offset, value in enumerate(values[metric.name], start=step - len(losses) + 1):
                 require(math.isfinite(value), f"{metric.name} at step {offset}", "be finite", float(value))
+        seen, before = (self.phases.plain_steps(number) for number in (step, step - len(losses)))
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
         row = {
             "step": step,
-            "epoch": step / self.steps_per_epoch,
+            "epoch": seen / self.steps_per_epoch,
             "learning_rate": float(self.schedule(step - 1)),
             "loss": float(np.mean(losses)),
-            "clips_per_second": len(losses) * self.config.recipe.batch / elapsed,
+            "clips_per_second": (seen - before) * self.config.recipe.batch / elapsed,
         }
         for metric in self.metrics:
             measured = values[metric.name]

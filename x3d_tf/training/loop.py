@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from x3d_tf.runs.advice import print_advice
 from x3d_tf.runs.checkpoints import Checkpoints, Origin
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.signals import held_back
-from x3d_tf.tasks.base import Task
+from x3d_tf.tasks.base import Loss, Task
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
 from x3d_tf.training.checks import CheckedRun, check_batch, check_settings, open_records
 from x3d_tf.training.history import History
+from x3d_tf.training.multigrid import LossByBatch, phases_of
 from x3d_tf.training.precise_bn import PreciseStatistics
+from x3d_tf.training.schedule import PlateauWithWarmup
 from x3d_tf.training.step import TrainStep, precision_scope
 from x3d_tf.training.transfer import load_pretrained
 
@@ -57,7 +60,8 @@ def train(
         texts: contents of additional files, by name, written to the run folder before the first step.
         allow_other_groups: whether to resume even if another number of devices or another `Execution.accumulation`
             changes the batch-norm groups, and therefore the result.
-        validates: whether to evaluate on the validation split at each checkpoint; early stopping requires it.
+        validates: whether to evaluate on the validation split at each checkpoint; early stopping and the schedule
+            "plateau" require it.
 
     Returns:
         The run folder, which contains `model.keras`.
@@ -72,7 +76,8 @@ def train(
         print(f"{run.root} is already finished ({run.model} exists)")
         return run
     check_settings(config, run)
-    require(validates or not config.recipe.patience, "validates", "be True if Recipe.patience is set", validates)
+    rule = 'be True if Recipe.patience is set or Recipe.schedule is "plateau"'
+    require(validates or not config.recipe.needs_validation, "validates", rule, validates)
     train_checked(
         open_records(config),
         run,
@@ -152,7 +157,8 @@ class Trainer:
         validates: bool = True,
     ) -> None:
         self.config, self.manifest, self.strategy, self.task = config, manifest, strategy, task
-        self.steps, self.batch = config.recipe.scaled_steps, config.recipe.batch
+        self.phases, self.batch = phases_of(config), config.recipe.batch
+        self.steps = self.phases.steps
         self.classes = task.classes(manifest)
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
@@ -161,7 +167,7 @@ class Trainer:
             self.model.class_names, self.model.stored = self.classes, manifest.stored
             self.model.stretch, self.model.frame_sampling = config.dataset.stretch, config.dataset.frame_sampling
             self.model.test_views, self.model.combine = config.test_views, config.combine
-            self.step = TrainStep(self.model, config, strategy, task.loss(config, manifest))
+            self.step = TrainStep(self.model, config, strategy, self._loss())
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
         split = validation_split(config.dataset) if validates else None
@@ -184,7 +190,8 @@ class Trainer:
             self._load_initial_weights()
         steps_per_epoch = len(self.task.training_records(self.manifest, self.config.dataset.train_split)) // self.batch
         metrics = self.step.loss.metrics
-        history = History(run, self.config, steps_per_epoch, first, metrics, self.validation)
+        schedule = self.step.schedule
+        history = History(run, self.config, schedule, self.phases, steps_per_epoch, first, metrics, self.validation)
         print(self._describe(run) + (f", resuming from the checkpoint of step {first}" if first else ""))
         self._warn_about_small_groups(origin)
         tell("compiling the training step: on a slow machine the first step may take a minute or two")
@@ -205,9 +212,11 @@ class Trainer:
         if first and self._is_checkpoint(first):  # the validation may have been interrupted; repeating it is harmless
             self._refresh_statistics(first)
             self._validate(run, history, first)
-        batches, step = iter(self.batches(first)), first
-        self.step.trace(batches)  # outside of `held_back`, because it takes long and may be interrupted
+        step, end = first, first
         while step < self.steps and not self._is_patience_exhausted(history):
+            if step == end:
+                batches, end = iter(self.batches(step)), self.phases.at(step).end
+                self.step.trace(batches)  # outside of `held_back`, because it takes long and may be interrupted
             count = self._steps_until_pause(step)
             with held_back():  # the history must contain every step taken
                 history.add(self.step(batches, count))
@@ -230,26 +239,35 @@ class Trainer:
         if self.statistics is None:
             return
         # the batches that follow this step, so that a resumed run computes the same statistics
-        batches, micro_batches = iter(self.batches(step)), self.config.execution.accumulation
+        batches, micro_batches = iter(self.batches(step, full=True)), self.config.execution.accumulation
         with self._eval_weights():
             self.statistics.refresh(batches, self.config.recipe.precise_bn_batches * micro_batches)
             if self.step.average is not None:
                 self.step.average.copy_statistics()
 
     def _validate(self, run: RunFolder, history: History, step: int) -> None:
-        """Evaluates the network on the validation split; with early stopping, saves it if it is the best so far."""
+        """Evaluates the network on the validation split.
+
+        With early stopping, saves it if it is the best so far. The schedule "plateau" may divide the learning rate.
+        """
         if self.validation is None:
             return
         with self._eval_weights():
             scores = self.validation()
             measured = (f"validation_{metric.text(scores[metric.name])}" for metric in self.validation.metrics)
             tqdm.write(f"step {step}: {', '.join(measured)}")
-            if history.add_validation(step, scores) and self.config.recipe.patience:
+            improved = history.add_validation(step, scores)
+            if improved and self.config.recipe.patience:
                 save(self.model, run.best, self.classes, overwrite=True)
+        # last, so that a validation that is interrupted and repeated counts once
+        schedule = self.step.schedule
+        if isinstance(schedule, PlateauWithWarmup) and schedule.count(step, improved=improved) and step < self.steps:
+            validations = counted(schedule.validations, "validation")
+            tqdm.write(f"step {step}: no improvement in {validations}, learning rate {float(schedule(step)):g}")
 
     def _steps_until_pause(self, step: int) -> int:
-        """Returns the number of steps of the next call, at most up to the next checkpoint or, if near, log row."""
-        count = min(self.config.execution.steps_per_execution, self.steps - step)
+        """Returns the number of steps of the next call, at most up to the next checkpoint, phase or near log row."""
+        count = min(self.config.execution.steps_per_execution, self.phases.at(step).end - step)
         intervals = [self.config.checkpoint_steps] + ([_LOG_STEPS] if count <= _LOG_STEPS else [])
         return min([count, *(interval - step % interval for interval in intervals)])
 
@@ -289,20 +307,41 @@ class Trainer:
         history.writer.flush()  # last, because flushing may fail
         print(f"\nstopped after step {step}; run the same command again to resume", file=sys.stderr)
 
-    def batches(self, first: int = 0) -> tf.distribute.DistributedDataset:
-        """Returns the batches of the steps after `first`, for `TrainStep`, as an iterable of the strategy."""
-        config = self.config
+    def batches(self, first: int = 0, *, full: bool = False) -> tf.distribute.DistributedDataset:
+        """Returns the batches of the steps after `first`, for `TrainStep`, as an iterable of the strategy.
+
+        Args:
+            first: number of steps before.
+            full: whether the clips have the shape of the network and come in the plain batch, instead of those of the
+                phase. They are the clips that follow step `first` in both cases.
+        """
+        phase, config, factor = self.phases.at(first), self.config, 1
+        if not full and phase.factor != 1:
+            factor, recipe = phase.factor, replace(config.recipe, multigrid="none")  # the phase is not divided again
+            config = replace(config, expansion=phase.expansion, recipe=recipe)
 
         def for_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
-            return self.task.training_clips(
+            size = context.get_per_replica_batch_size(self.batch) // config.execution.accumulation
+            clips = self.task.training_clips(
                 config,
                 self.manifest,
-                start_step=first,
+                start_step=self.phases.plain_steps(first),
                 worker=(context.input_pipeline_id, context.num_input_pipelines),
-                replica_batch=context.get_per_replica_batch_size(self.batch) // config.execution.accumulation,
+                replica_batch=size,
             )
+            return clips if factor == 1 else clips.rebatch(factor * size, drop_remainder=True).prefetch(1)
 
         return self.strategy.distribute_datasets_from_function(for_worker)
+
+    def _loss(self) -> Loss:
+        """Returns the loss of the run, which depends on the number of clips per step."""
+        if self.config.recipe.multigrid == "none":
+            return self.task.loss(self.config, self.manifest)
+        clips, losses = self.batch // self.strategy.num_replicas_in_sync // self.config.execution.accumulation, {}
+        for factor in self.phases.clips:
+            recipe = replace(self.config.recipe, batch=factor * self.batch)
+            losses[factor * clips] = self.task.loss(replace(self.config, recipe=recipe), self.manifest)
+        return LossByBatch(losses)
 
     def _describe(self, run: RunFolder) -> str:
         devices, config = self.strategy.num_replicas_in_sync, self.config
@@ -314,10 +353,24 @@ class Trainer:
         slices = num_batch_slices(clips, config.model.bn_group)
         in_parallel = f" ({slices} batch slices in parallel)" if slices > 1 else ""
         network = name_of(config.expansion, config.model.family)
+        largest = self.batch * max(self.phases.clips)
+        batch = counted(self.batch, "clip") if largest == self.batch else f"{self.batch} to {largest} clips"
         return (
             f"Training {network} ({macs / 1e9:.3f} GMACs per clip) in {run.root} on "
             f"{counted(devices, 'device')}{in_parallel}: {counted(self.steps, 'step')} with a batch of "
-            f"{counted(self.batch, 'clip')}{scaled}, {self._describe_groups()}"
+            f"{batch}{scaled}, {self._describe_groups()}{self._describe_shapes()}"
+        )
+
+    def _describe_shapes(self) -> str:
+        """Returns a line for multigrid training that states the shapes of its clips, else nothing."""
+        if self.config.recipe.multigrid == "none":
+            return ""
+        shapes = [f"{factor * self.batch} x {clip.frames} x {clip.size}²" for factor, clip in self.phases.clips.items()]
+        plain = counted(self.config.recipe.scaled_steps, "step")
+        return (
+            f"\nMultigrid training sees the clips of {plain} with a batch of {counted(self.batch, 'clip')} in "
+            f"{counted(len(shapes), 'input shape')}, each of which is compiled once: {', '.join(shapes)} "
+            "(clips x frames x pixels)"
         )
 
     def _batch_norm_groups(self) -> tuple[int, int]:
@@ -382,6 +435,7 @@ def _describe_splits(manifest: Manifest, config: TrainConfig) -> str:
         if name
     ]
     text = f"Splits: {', '.join(parts)}."
-    if validation == dataset.eval_split and config.recipe.patience:
-        text += f" Early stopping selects the best step on {validation}, so its results are optimistically biased."
+    if validation == dataset.eval_split and config.recipe.needs_validation:
+        chosen = "Early stopping selects the best step" if config.recipe.patience else "The learning rate is chosen"
+        text += f" {chosen} on {validation}, so its results are optimistically biased."
     return text

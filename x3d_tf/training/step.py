@@ -14,7 +14,7 @@ from x3d_tf.tasks.base import Loss
 from x3d_tf.training.ema import MovingAverage
 from x3d_tf.training.forward import forward_of
 from x3d_tf.training.optimizer import SGD
-from x3d_tf.training.schedule import build_schedule
+from x3d_tf.training.schedule import PlateauWithWarmup, Schedule, schedule_of
 from x3d_tf.training.update import AccumulatedUpdate, LossScale, Update
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -40,6 +40,9 @@ class TrainStep:
         config: the configuration of the run.
         strategy: the distribution strategy.
         loss: the loss and the metrics of the run's task.
+
+    Attributes:
+        schedule: the learning-rate schedule, a function of the number of steps taken before.
     """
 
     def __init__(self, model: Network, config: TrainConfig, strategy: tf.distribute.Strategy, loss: Loss) -> None:
@@ -47,7 +50,8 @@ class TrainStep:
         self.model, self._strategy, self.loss = model, strategy, loss
         freeze(model, recipe)
         self._forward = forward_of(model, execution.recompute)
-        self.optimizer = _optimizer(model, recipe)
+        self.schedule = schedule_of(config)
+        self.optimizer = _optimizer(model, recipe, self.schedule)
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
         self._update = _update(self.optimizer, model, execution)
         self._run_steps = tf.function(self._single_step if execution.steps_per_execution == 1 else self._step_loop)
@@ -71,10 +75,12 @@ class TrainStep:
 
     @property
     def variables(self) -> dict[str, list[Any]]:
-        """The variables to save besides the network's, by role: optimizer, EMA and loss scale."""
+        """The variables to save besides the network's, by role: optimizer, EMA, plateau and loss scale."""
         roles = {"optimizer": [variable.value for variable in self.optimizer.variables]}
         if self.average is not None:
             roles["average"] = self.average.variables
+        if isinstance(self.schedule, PlateauWithWarmup):
+            roles["plateau"] = self.schedule.variables
         return roles | self._update.state
 
     @property
@@ -149,8 +155,8 @@ def _update(optimizer: SGD, model: Network, execution: Execution) -> Update:
     return AccumulatedUpdate(optimizer, model, execution.accumulation, scale)
 
 
-def _optimizer(model: Network, recipe: Recipe) -> SGD:
-    optimizer = SGD(build_schedule(recipe), recipe.momentum, l2=recipe.weight_decay)
+def _optimizer(model: Network, recipe: Recipe, schedule: Schedule) -> SGD:
+    optimizer = SGD(schedule, recipe.momentum, l2=recipe.weight_decay)
     norms = [layer for layer in model.layers if isinstance(layer, GhostBatchNorm)]
     optimizer.exclude(weight for norm in norms for weight in norm.trainable_weights)
     if recipe.backbone_lr_factor != 1:
