@@ -202,7 +202,7 @@ def test_a_run_validates_on_an_existing_split(
     video = [noise_video(seed, 4, height=48, width=48) for seed in range(4)]
     started: list[TrainConfig] = []
 
-    def start(config: TrainConfig, *_: Any) -> None:
+    def start(config: TrainConfig, *_: Any, **__: Any) -> None:
         started.append(config)
         raise KeyboardInterrupt
 

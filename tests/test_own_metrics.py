@@ -173,15 +173,16 @@ def test_columns_that_cannot_be_told_apart_are_an_error() -> None:
 
 def test_a_sweep_tabulates_and_plots_the_main_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    save = plots.save_sweep
-    monkeypatch.setattr(plots, "save_sweep", lambda *arguments: (drawn.append(arguments), save(*arguments)))
+    save = plots.save_inference_cost
+    monkeypatch.setattr(plots, "save_inference_cost", lambda *arguments: (drawn.append(arguments), save(*arguments)))
     found = sweep.sweep_file("model.keras", Task(), output=str(tmp_path))
     header, first, *_, last = rows_of(tmp_path / "sweep.csv")
     assert header == ["clips", "views", "gmacs_per_sample", "drift", "halves"]
     assert (first, last) == (["1", "1-Center", "2", "-0.0315", "0.25"], ["10", "10-Center", "20", "-0.315", "0.25"])
-    ((points, _, path, title, metric, sample),) = drawn
-    assert points == [(2.0 * k, pytest.approx(-0.0315 * k)) for k in sweep.CLIPS]
-    assert (title, metric, sample) == ("x3d_s on data/mine, val, 7 body parts", DRIFT, "body part")
+    (((panels,), path, title),) = drawn
+    (curve,) = panels.curves
+    assert curve.points == [(2.0 * k, pytest.approx(-0.0315 * k), k) for k in sweep.CLIPS]
+    assert (title, panels.metric, panels.sample) == ("x3d_s on data/mine, val, 7 body parts", DRIFT, "body part")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [report.results for report in sweep.sweep_file("m", Task(), output=str(tmp_path)).reports] == [
         report.results for report in found.reports

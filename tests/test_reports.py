@@ -92,6 +92,8 @@ def metric(name: str = "top1", kind: str = "share", label: str = "a") -> dict[st
         ({"videos_expected": -1}, "videos_expected must be an integer in 0..1e15, or null, got -1"),
         ({"videos_present": "40"}, "videos_present must be an integer in 0..1e15, or null, got '40'"),
         ({"key_frames_missing": True}, "key_frames_missing must be an integer in 0..1e15, or null, got True"),
+        ({"classes_without_positives": "c"}, "classes_without_positives must be a list of names, got 'c'"),
+        ({"classes_without_positives": [3]}, r"classes_without_positives must be a list of names, got \[3\]"),
         ({"official_split": 1}, r"official_splits must be an integer in 1\.\.100, got None"),
         ({"official_splits": 3}, r"official_split must be an integer in 1\.\.3, of official_splits, got None"),
         ({"official_split": 4, "official_splits": 3}, r"official_split must be an integer in 1\.\.3, .*, got 4"),

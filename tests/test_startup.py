@@ -142,7 +142,7 @@ INVALID = [  # command, arguments, part of its error message
     ("x3d_tf.train", [NETWORK, "--gin_bindings=Recipe.steps=abc"], "'abc' is not a valid value"),
     ("x3d_tf.expand", [NETWORK, "--workdir=nix"], "ExpandConfig.budget_gmacs must be given, in GMACs"),
     ("x3d_tf.expand", [NETWORK, "--gin_bindings=ExpandConfig.budget_gmacs=1", "--workdir=tests"], "tests exists and"),
-    ("x3d_tf.expand", ["--plot=nix"], "nix must be the folder of a search, with trace.jsonl"),
+    ("x3d_tf.expand", ["--plot=nix"], "nix must hold trace.jsonl of a search"),
     ("x3d_tf.preview", [*RECORDS, "--output=nix.png"], "nix/manifest.json does not exist"),
     ("x3d_tf.preview", [NETWORK, "--output=nix.jpg"], "--output must end in .png"),
     ("x3d_tf.evaluate", ["--run=nix"], "nix: no such model file or run folder"),

@@ -206,8 +206,8 @@ def describe(report: Report) -> str:
     """Returns a summary of a report for the terminal.
 
     The first line states the metrics and the evaluation settings. If there are fewer than `FEW_SAMPLES` samples, a
-    second line gives the confidence interval of top-1. If mAP ignores classes, a line names them. If the records are of a
-    data set with published results for the network, or of Kinetics, a table in the columns of the paper follows.
+    second line gives the confidence interval of top-1. If mAP ignores classes, a line names them. If the records are of
+    a data set with published results for the network, or of Kinetics, a table in the columns of the paper follows.
     """
     r = report.results
     values, sample, count = _values(r), r["sample"], r["samples"]

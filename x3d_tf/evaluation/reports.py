@@ -176,6 +176,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     - sample: a noun for what is counted, such as "key frame"
     - samples, classes: integers of at least 1
     - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params, params_paper: optional, see `modeling.cost.Cost`
+    - classes_without_positives: a list of names, optional
     - official_split, official_splits: its number and how many there are, optional
     - training: an object with settings_sha256, init or null, and optionally the names of `RECIPE_FIELDS`; optional
     - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
@@ -206,6 +207,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in _COUNTS:
         value = settings.get(name)
         require(value is None or _is_count(value), name, "be an integer in 0..1e15, or null", value)
+    ignored = settings.get("classes_without_positives", [])
+    valid = isinstance(ignored, list) and all(isinstance(name, str) for name in ignored)
+    require(valid, "classes_without_positives", "be a list of names", ignored)
     _check_official_split(settings)
     _check_training(settings.get("training"))
     cost = settings["gmacs_per_sample"]
