@@ -5,7 +5,7 @@
 The networks are trained as the candidates of the search, with as many seeds. All but X2D have the multiply-adds of the
 found network, up to 10 %:
 
-  found         the network of the search, with its trainings
+  found         the network of the search, with its trainings; trained again if the folder has the trace alone
   paper's path  the start network of the search, expanded along the axes of the paper's first steps
   X2D           the paper's start network, which sees one frame of 112 pixels
   random NN     the start network, expanded along random axes, as many as steps of the search
@@ -77,14 +77,15 @@ def main() -> None:
     best = found(search)
     networks = dict(draw_networks(search, setup.num_classes, config.model, settings.seed))
     phase = next(step.phase for step in search.steps if best in step.results)
-    results = train(networks, setup, phase, len(best.scores), settings.workdir, settings.parallel)
-    runs = {"found": _found_runs(settings.search, setup, best, phase)}
-    for name, result in results.items():
-        trained = [Candidate(result.network, seed, 1.0, phase) for seed in range(len(result.scores))]
+    runs, results = {"found": _found_runs(settings.search, setup, best, phase)}, {"found": best}
+    if not all(run.model.is_file() for run in runs["found"]):
+        networks = {"found": best.network, **networks}
+    results |= train(networks, setup, phase, len(best.scores), settings.workdir, settings.parallel)
+    for name, network in networks.items():
+        trained = [Candidate(network, seed, 1.0, phase) for seed in range(len(best.scores))]
         runs[name] = [candidate_run(settings.workdir, setup.training, candidate) for candidate in trained]
     rows = [
-        Compared(name, result, tuple(_test_score(run, setup) for run in runs[name]))
-        for name, result in {"found": best, **results}.items()
+        Compared(name, result, tuple(_test_score(run, setup) for run in runs[name])) for name, result in results.items()
     ]
     print("\n".join(table(rows, setup.metric.label)))
     content = [{"name": row.name, "network": name_of(row.result.network.expansion), **_figures(row)} for row in rows]
