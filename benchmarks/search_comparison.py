@@ -21,9 +21,10 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from command import run
@@ -45,7 +46,8 @@ from x3d_tf.search.loop import load_search
 from x3d_tf.search.outputs import SearchFolder, found
 from x3d_tf.search.replay import PATH
 from x3d_tf.search.search import Search
-from x3d_tf.search.training import CandidateTraining, SearchSetup, candidate_run, open_setup
+from x3d_tf.search.trace import read_trace
+from x3d_tf.search.training import CandidateTraining, SearchSetup, candidate_run, check_settings, open_setup
 
 PAPER_AXES = [step.axis for step in PATH if step.axis and not step.label.endswith("c")]
 LARGEST_DIFFERENCE = 0.1  # of multiply-adds, relative to the found network
@@ -54,7 +56,7 @@ _DRAWS = 1000
 
 @dataclass(frozen=True)
 class Compared:
-    """A network with its scores: the validation scores of its trainings, and their scores on the test split."""
+    """A network with the validation scores of its trainings and, if none failed, their scores on the test split."""
 
     name: str
     result: Result
@@ -72,8 +74,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random networks. Defaults to 0")
     settings = parser.parse_args()
     config, _ = gin_config.parse_expand(settings.gin_file, settings.gin_bindings)
+    check_settings(config)
     setup, search = open_setup(config), load_search(settings.search)
     require(not search.pending(), "--search", "name the folder of a finished search", settings.search)
+    require_same_trainings(setup, read_trace(settings.search)[0])
     best = found(search)
     networks = dict(draw_networks(search, setup.num_classes, config.model, settings.seed))
     phase = next(step.phase for step in search.steps if best in step.results)
@@ -85,24 +89,35 @@ def main() -> None:
         trained = [Candidate(network, seed, 1.0, phase) for seed in range(len(best.scores))]
         runs[name] = [candidate_run(settings.workdir, setup.training, candidate) for candidate in trained]
     rows = [
-        Compared(name, result, tuple(_test_score(run, setup) for run in runs[name])) for name, result in results.items()
+        Compared(name, result, () if result.reason else tuple(_test_score(run, setup) for run in runs[name]))
+        for name, result in results.items()
     ]
     print("\n".join(table(rows, setup.metric.label)))
     content = [{"name": row.name, "network": name_of(row.result.network.expansion), **_figures(row)} for row in rows]
     atomic_write(settings.workdir / "comparison.json", json.dumps(content, indent=1).encode())
 
 
+def require_same_trainings(setup: SearchSetup, searched: Mapping[str, Any]) -> None:
+    """Raises `UserError` unless the trainings have the settings of the search, as its trace states them."""
+    for name, value in json.loads(json.dumps(setup.identity)).items():
+        require(value == searched.get(name), name, f"be {searched.get(name)!r}, as in the search", value)
+
+
 def draw_networks(search: Search, num_classes: int, options: ModelOptions, seed: int) -> Iterator[tuple[str, Network]]:
     """Yields the networks to train by name: that of the paper's path, X2D, then random ones.
 
     Raises:
-        UserError: no network along random axes has the multiply-adds of the found one.
+        UserError: no network along random axes, or not that of the paper's path, has the multiply-adds of the found
+            one.
     """
     best, steps = found(search).network, len(search.winners())
 
     @functools.cache
     def count(expansion: Expansion) -> int:
         return cost(expansion, num_classes=num_classes, options=options).macs
+
+    def is_equal(expansion: Expansion) -> bool:
+        return abs(count(expansion) / best.cost.macs - 1) <= LARGEST_DIFFERENCE
 
     def along(axes: Sequence[str]) -> Expansion:
         network = search.start
@@ -120,12 +135,15 @@ def draw_networks(search: Search, num_classes: int, options: ModelOptions, seed:
     trained = [row for step in search.steps for row in step.results]
     spent = sum(row.network.cost.macs * len(row.scores) for row in trained)
     number = max(1, spent // 2 // (best.cost.macs * len(found(search).scores)))
-    yield described("paper's path", along(PAPER_AXES[:steps]))
+    papers = along(PAPER_AXES[:steps])
+    rule = f"have the multiply-adds of the found network, {best.cost.macs}, up to {LARGEST_DIFFERENCE:.0%}"
+    require(is_equal(papers), "the network of the paper's path", rule, count(papers))
+    yield described("paper's path", papers)
     yield described("X2D", Expansion())
     random, drawn = np.random.default_rng(seed), dict[Expansion, None]()
     for _ in range(_DRAWS):
         expansion = along(random.choice(list(search.config.axes), steps).tolist())
-        if abs(count(expansion) / best.cost.macs - 1) <= LARGEST_DIFFERENCE:
+        if is_equal(expansion):
             drawn.setdefault(expansion)
         if len(drawn) == number:
             break
@@ -176,22 +194,29 @@ def _test_score(run: RunFolder, setup: SearchSetup) -> Score:
 
 def table(rows: Sequence[Compared], metric: str) -> list[str]:
     """Returns the lines of a table with one row per network; marks the best random one on the validation split."""
-    randoms = [row for row in rows if row.name.startswith("random")]
-    best = max(randoms, key=lambda row: row.result.value)
+    randoms = [row for row in rows if row.name.startswith("random") and row.result.reason is None]
+    best = max(randoms, key=lambda row: row.result.value, default=None)
     lines = [f"{'network':14} {'GMACs':>8} {'M params':>8}  {f'validation {metric}':20} {f'test {metric}':20}  factors"]
     for row in rows:
-        network, test = row.result.network, Result(row.result.network, row.test)
+        network = row.result.network
         lines.append(
             f"{row.name + ' *' * (row is best):14} {network.cost.macs / 1e9:8.4f} {network.cost.params / 1e6:8.3f}"
-            f"  {_score(row.result):20} {_score(test):20}  {name_of(network.expansion)}"
+            f"  {_score(row.result):20} {_score(_tested(row)):20}  {name_of(network.expansion)}"
+            + (f": {row.result.reason}" if row.result.reason else "")
         )
-    values = [Result(row.result.network, row.test).value for row in randoms]
-    mean, note = statistics.fmean(values), "* the best random network on the validation split"
+    if best is None:
+        return lines
+    mean = statistics.fmean(_tested(row).value for row in randoms)
+    note = "* the best random network on the validation split"
     return [*lines, f"{note}; the mean of the random networks on the test split is {mean:.4f}"]
 
 
+def _tested(row: Compared) -> Result:
+    return Result(row.result.network, row.test or row.result.scores)
+
+
 def _score(result: Result) -> str:
-    return f"{result.value:.4f} ± {result.standard_error:.4f}"
+    return "failed" if result.reason else f"{result.value:.4f} ± {result.standard_error:.4f}"
 
 
 def _figures(row: Compared) -> dict[str, object]:

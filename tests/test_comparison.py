@@ -55,7 +55,7 @@ def summary_table(**changes: Any) -> list[list[str]]:
 def test_the_summary_has_the_columns_of_the_paper() -> None:
     """Figures typed in from Table 4 and from the pages of PySlowFast and pytorchvideo."""
     assert summary_table() == [
-        ["result", "top-1", "top-5", "GMACs x views", "M parameters as in the paper", "measured is"],
+        ["result", "top-1", "top-5", "GMACs x views", "M parameters as in the paper", "comparison"],
         ["measured", "76.1", "92.4", "6.181 x 30", "3.761", "-"],
         ["paper, Table 4, 10-LeftCenterRight", "76.0", "92.3", "6.2 x 30", "3.8", "comparable"],
         [

@@ -249,8 +249,8 @@ def test_the_plan_estimates_the_duration(run: Call, tmp_path: Path, capsys: pyte
     assert "step 1: 2 trainings\naxis" in printed and "X-Bottleneck" in printed
     assert "the paper: 30 trainings to 0.6 GMACs, 6 x (0.04 + 0.08 + 0.15 + 0.30 + 0.60) = 7.02 GMACs" in printed
     assert "to 0.0045 GMACs: 2 steps, 5 trainings, whose clips have 0.02 GMACs in sum" in printed
-    # 2 steps of 8 clips; 4 videos, 1 clip each at the checkpoint and at the end
-    assert "each training: 16 clips of the split train, 8 of validation" in printed
+    # 2 steps of 8 clips; 4 videos, 1 clip each at the end
+    assert "each training: 16 clips of the split train, 4 of validation" in printed
     assert "This is an estimate" in printed
     assert not (tmp_path / "search").exists()
 

@@ -203,6 +203,11 @@ def test_a_run_traces_each_shape_once_and_resumes_exactly(
         ({}, {"expansion": replace(TINY, gamma_t=3)}, r"Expansion.gamma_t must be at least 4 for multigrid .*, got 3"),
         (
             {},
+            {"expansion": replace(TINY, gamma_t=7), "model": x3d_tf.ModelOptions(input="difference")},
+            r"Expansion.gamma_t must be at least 8 for multigrid .*, got 7",
+        ),
+        (
+            {},
             {"model": x3d_tf.ModelOptions(head_pool="fixed_logits")},
             r"ModelOptions.head_pool must be \"global\" for multigrid",
         ),

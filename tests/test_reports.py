@@ -94,6 +94,10 @@ def metric(name: str = "top1", kind: str = "share", label: str = "a") -> dict[st
         ({"key_frames_missing": True}, "key_frames_missing must be an integer in 0..1e15, or null, got True"),
         ({"classes_without_positives": "c"}, "classes_without_positives must be a list of names, got 'c'"),
         ({"classes_without_positives": [3]}, r"classes_without_positives must be a list of names, got \[3\]"),
+        (
+            {"official_split": 1, "official_splits": 3, "dataset": ""},
+            "dataset must be given if official_splits is, got ''",
+        ),
         ({"official_split": 1}, r"official_splits must be an integer in 1\.\.100, got None"),
         ({"official_splits": 3}, r"official_split must be an integer in 1\.\.3, of official_splits, got None"),
         ({"official_split": 4, "official_splits": 3}, r"official_split must be an integer in 1\.\.3, .*, got 4"),
@@ -101,6 +105,10 @@ def metric(name: str = "top1", kind: str = "share", label: str = "a") -> dict[st
         ({"training": "x"}, "training must be an object or null, got 'x'"),
         ({"training": {"settings_sha256": 1}}, r"training\.settings_sha256 must be a string, got 1"),
         ({"training": {"settings_sha256": "", "gin_files": 1}}, r"training\.gin_files must be a list .*, got 1"),
+        (
+            {"training": {"settings_sha256": "", "records_sha256": 1}},
+            r"training\.records_sha256 must be a string or null",
+        ),
         ({"training": {"settings_sha256": "", "init": []}}, r"training\.init must be a string or null, got \[\]"),
         ({"combine": "sum"}, "combine must be one of mean, max, got 'sum'"),
         ({"frame_sampling": ["exact"]}, r"frame_sampling must be one of slowfast, exact, got \['exact'\]"),

@@ -216,8 +216,8 @@ RECIPE = {"gin_files": ["gin/kinetics400/x3d_m.gin"], "changed_settings": ["Reci
 
 def test_a_run_states_its_recipe(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    run.open(replace(CONFIG, init="runs/a"), {"recipe.json": json.dumps(RECIPE)})
-    of_settings = {"settings_sha256": CONFIG.fingerprint(), "init": "runs/a"}  # the hash excludes paths
+    run.open(replace(CONFIG, init="runs/a"), {"recipe.json": json.dumps(RECIPE), "records.sha256": "f00d"})
+    of_settings = {"settings_sha256": CONFIG.fingerprint(), "init": "runs/a", "records_sha256": "f00d"}
     assert run.training_record() == of_settings | RECIPE
     run.open(CONFIG, {})  # started again by a program: there was no checkpoint
     assert run.training_record() == of_settings | {"init": None}

@@ -1,5 +1,8 @@
 """The networks that benchmarks/search_comparison.py draws, and its table. No TensorFlow."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import search_comparison
 from search_comparison import Compared, draw_networks, table
@@ -60,6 +63,22 @@ def test_a_search_without_equals_is_refused(search: Search, monkeypatch: pytest.
     monkeypatch.setattr(search_comparison, "LARGEST_DIFFERENCE", -1.0)
     with pytest.raises(ValueError, match="must have a network whose cost other axes reach"):
         list(draw_networks(search, 4, ModelOptions(), seed=0))
+
+
+def test_another_configuration_than_that_of_the_search_is_refused() -> None:
+    setup: Any = SimpleNamespace(identity={"Recipe.steps": 500, "Recipe.decay_fractions": ()})
+    search_comparison.require_same_trainings(setup, {"Recipe.steps": 500, "Recipe.decay_fractions": []})
+    with pytest.raises(ValueError, match=r"^Recipe\.steps must be 300, as in the search, got 500"):
+        search_comparison.require_same_trainings(setup, {"Recipe.steps": 300, "Recipe.decay_fractions": []})
+
+
+def test_a_failed_training_does_not_hide_the_others(networks: dict[str, Network]) -> None:
+    first, second = [network for name, network in networks.items() if name.startswith("random")][:2]
+    failed = Compared("random 01", Result(first, (Score(0.9), Score(None, reason="the loss is nan"))), ())
+    lines = table([failed, Compared("random 02", Result(second, (Score(0.5),)), (Score(0.4),))], "top-1")
+    assert lines[1].count("failed") == 2 and lines[1].endswith(": the loss is nan")
+    assert "random 02 *" in lines[2] and lines[-1].endswith("is 0.4000")
+    assert len(table([failed], "top-1")) == 2
 
 
 def test_the_table_marks_the_best_random_network_on_the_validation_split(networks: dict[str, Network]) -> None:

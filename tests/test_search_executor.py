@@ -96,6 +96,14 @@ def test_one_process_scores_in_order_and_writes_logs(tmp_path: Path) -> None:
     assert (tmp_path / "fast.log").read_text() == 2 * "training fast\n"
 
 
+def test_ended_processes_have_exited_and_start_again(tmp_path: Path) -> None:
+    with ProcessExecutor([Fake(tmp_path)]) as executor:
+        first = {int(score.training or 0) for score in scores(executor).values()}
+        executor.end()
+        assert len(first) == 1 and not Path(f"/proc/{first.pop()}").exists()
+        assert len(scores(executor)) == len(candidates())
+
+
 def test_a_killed_process_is_a_failure_of_its_candidate(tmp_path: Path) -> None:
     failing = (("spatial", "SIGKILL"), ("width", "raise"))
     with ProcessExecutor([Fake(tmp_path, failing)]) as executor:

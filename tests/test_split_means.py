@@ -27,7 +27,8 @@ def on_split(number: int, **changes: Any) -> dict[str, Any]:
             classes=101,
             samples=3700 + number,
             weights_sha256=str(number),
-            training={"settings_sha256": "5e7", "init": "runs/x3d_s"},
+            records_sha256=f"of {number}",
+            training={"settings_sha256": "5e7", "init": "runs/x3d_s", "records_sha256": f"of {number}"},
             top1=TOP1S[number],
             top5=0.99,
         )
@@ -53,8 +54,10 @@ def test_a_row_of_means_follows_the_last_of_the_splits() -> None:
 
 
 def test_two_runs_on_all_splits_give_two_means() -> None:
-    other = {"training": {"settings_sha256": "a11", "init": "runs/x3d_s"}}
-    mixed = [on_split(number) | (other if second else {}) for number in (1, 2, 3) for second in (False, True)]
+    def other(number: int) -> dict[str, Any]:
+        return {"training": {"settings_sha256": "a11", "init": "runs/x3d_s", "records_sha256": f"of {number}"}}
+
+    mixed = [on_split(number) | (other(number) if second else {}) for number in (1, 2, 3) for second in (False, True)]
     assert [row["report"] for row in table(reports(*mixed))].count("mean") == 2
     assert [[report.folder.name for report in mean.reports] for mean in split_means(reports(*mixed)).means] == [
         ["a", "c", "e"],
@@ -84,8 +87,19 @@ def test_reports_that_differ_are_not_averaged(changes: dict[str, Any]) -> None:
     found = reports(on_split(1), on_split(2), on_split(3, **changes))
     assert [row["report"] for row in table(found)] == ["runs/a", "runs/b", "runs/c"]
     assert split_means(found).notes[0] == (
-        "no mean over the 3 official splits of ucf101 for runs/a: there is no report of the same recipe and views on "
+        "no mean over the 3 official splits of ucf101 for runs/a: no report of the same recipe and views exists for "
         "split 3"
+    )
+
+
+def test_networks_are_not_averaged_on_videos_that_trained_them() -> None:
+    """One run, trained on split 1 and evaluated on all: the other test lists have training videos of split 1."""
+    training = {"settings_sha256": "5e7", "init": "runs/x3d_s", "records_sha256": "of 1"}
+    found = split_means(reports(*(on_split(number, training=training) for number in (1, 2, 3))))
+    assert found.means == ()
+    assert found.notes == (
+        "no mean over the 3 official splits of ucf101 for runs/a: the networks of runs/b, runs/c were trained on other "
+        "records, which may hold the test videos",
     )
 
 

@@ -12,7 +12,7 @@ from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.modeling.graph import DetectionHead
-from x3d_tf.types import MAX_VIEWS, NAME_RULE, Combine, EvalBoxes, is_name
+from x3d_tf.types import MAX_VIEWS, NAME_RULE, BoxSource, Combine, is_name
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Detection:
     head: DetectionHead = "full"
     proposal_iou: float = 0.9
     negatives: bool = False
-    eval_boxes: EvalBoxes = "proposals"
+    eval_boxes: BoxSource = "proposals"
     score: float = 0.8
     validation_every: int = 1
 
@@ -256,8 +256,9 @@ class TrainConfig:
         require(initialized, "TrainConfig.init", rule, self.init)
         if self.recipe.multigrid != "none":
             reason = "for multigrid training (Recipe.multigrid)"
-            rule = f"be at least 4 {reason}"
-            require(self.expansion.gamma_t >= 4, "Expansion.gamma_t", rule, self.expansion.gamma_t)
+            fewest = 8 if self.model.input == "difference" else 4  # the shortest clips have a quarter of the frames
+            rule = f"be at least {fewest} {reason}"
+            require(self.expansion.gamma_t >= fewest, "Expansion.gamma_t", rule, self.expansion.gamma_t)
             rule = f'be "global" {reason}, whose clips may be smaller than the windows'
             require(self.model.head_pool == "global", "ModelOptions.head_pool", rule, self.model.head_pool)
 

@@ -170,6 +170,7 @@ def _search(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
                 latency=functools.partial(measuring.call, "latency"),
                 settings=setup.identity,
                 on_score=printing.end_step,
+                on_scored=executor.end,
             )
         if not printing.scored and files.report.is_file():
             print(f"{folder} is already finished ({files.report} exists)")

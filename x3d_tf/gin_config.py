@@ -107,10 +107,10 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> ParsedConfig:
             unknown name, a value out of range or an unused binding. Bindings of `ExpandConfig` are unused here.
     """
 
-    def build(read: Sequence[_Binding]) -> ParsedConfig:
+    def build(of_command_line: Sequence[_Binding]) -> ParsedConfig:
         config = _train_config()
         _raise_unused()
-        changed = tuple(dict.fromkeys(binding.name for binding in read if binding.from_command_line))
+        changed = tuple(dict.fromkeys(binding.name for binding in of_command_line))
         names = tuple(map(_recipe_name, files))
         return ParsedConfig(config, gin.config_str(), gin.operative_config_str(), names, changed)
 
@@ -136,10 +136,11 @@ def _train_config() -> TrainConfig:
 
 
 def _built(files: Sequence[str], bindings: Sequence[str], build: "Callable[[Sequence[_Binding]], _T]") -> _T:
-    """Returns what `build` returns for the bindings of the files and of the command line, while they apply."""
+    """Returns what `build` returns for the bindings of the command line, while those of the files apply too."""
     reader = _Reader()
     for file in files:
         reader.read_file(find_recipe(file))
+    of_files = len(reader.bindings)  # the files that the command line includes are not among `files`
     for line in bindings:
         reader.read_source(_Source(f"--gin_bindings={_shortened(line)}", line, None))
     _check_values(reader.bindings)
@@ -147,7 +148,7 @@ def _built(files: Sequence[str], bindings: Sequence[str], build: "Callable[[Sequ
     try:
         for binding in reader.bindings:
             gin.bind_parameter(binding.key, binding.value)
-        return build(reader.bindings)
+        return build(reader.bindings[of_files:])
     except UserError as error:
         raise UserError(str(error).splitlines()[0]) from None  # gin appends lines about the call
     except RecursionError:
@@ -230,13 +231,11 @@ class _Binding:
         key: (scope, configurable, parameter), as in gin.
         value: literals, macros and references to this package's configurables.
         place: file and line, or the command-line flag, for messages.
-        from_command_line: True if no file has it.
     """
 
     key: tuple[str, str, str]
     value: Any
     place: str
-    from_command_line: bool
 
     @property
     def name(self) -> str:
@@ -287,7 +286,7 @@ class _Reader:
             elif isinstance(statement, config_parser.BlockDeclaration):
                 _require_part(statement.selector, place)
             else:
-                self.bindings.append(_binding(statement, place, source.folder is None))
+                self.bindings.append(_binding(statement, place))
 
 
 def _read_file(file: Path) -> str:
@@ -381,15 +380,15 @@ def _require_part(selector: str, place: str) -> str:
     return f"x3d_tf.{name}"
 
 
-def _binding(statement: Any, place: str, from_command_line: bool) -> _Binding:
+def _binding(statement: Any, place: str) -> _Binding:
     scope, selector, setting, value, _ = statement
     if not setting:
         key = (f"{scope}/{selector}" if scope else selector, _MACRO, "value")
-        return _Binding(key, value, place, from_command_line)
+        return _Binding(key, value, place)
     part = _require_part(selector, place)
     known = _SETTINGS[part.removeprefix("x3d_tf.")]
     _require_known(setting, known, f"{place}: the setting of {selector}")
-    return _Binding((scope, part, setting), value, place, from_command_line)
+    return _Binding((scope, part, setting), value, place)
 
 
 def _require_known(name: str, known: Iterable[str], what: str) -> None:

@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]
 FrameSampling = Literal["slowfast", "exact"]
 ClipStarts = Literal["offset", "slowfast"]
 Combine = Literal["mean", "max"]  # how the probabilities of a video's views are combined
-EvalBoxes = Literal["proposals", "annotated"]
+BoxSource = Literal["proposals", "annotated"]
 
 NAME_RULE = "be a name of at most 64 lower-case letters, digits and _, and start with a letter"
 _NAME = re.compile("[a-z][a-z0-9_]{0,63}")

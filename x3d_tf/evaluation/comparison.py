@@ -23,7 +23,7 @@ _MEAN = Metric(MEAN, "share", label="mean of top-1 and top-5")
 _LABELS = {metric.name: metric.label for metric in (TOP1, TOP5, MAP, _MEAN)}
 _PUBLISHERS = ("paper", "PySlowFast", "pytorchvideo")
 # Columns of the table in the summary of a report.
-_RESULT, _VIEWS, _PARAMETERS, _VERDICT = "result", "GMACs x views", "M parameters as in the paper", "measured is"
+_RESULT, _VIEWS, _PARAMETERS, _VERDICT = "result", "GMACs x views", "M parameters as in the paper", "comparison"
 _PLACE = ("report", "network", "records", "split", "official split", "views", "recipe")
 _TEXTS = (*_PLACE, *_PUBLISHERS, _RESULT, _VERDICT)  # columns that are aligned to the left
 _EMPTY = "-"

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Literal
 from x3d_tf.config import Detection, TrainConfig
 from x3d_tf.data.datasets.spec import ANY, DatasetSpec
 from x3d_tf.data.sampling import FrameSampling
-from x3d_tf.errors import UserError, check_field_types, require
+from x3d_tf.errors import check_field_types, require
 from x3d_tf.runs.run_folder import RunFolder
-from x3d_tf.types import ClipStarts, Combine, EvalBoxes, ViewSpec
+from x3d_tf.types import BoxSource, ClipStarts, Combine, ViewSpec
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import X3D
 
 HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
-OF_CLIPS = ("temporal_views", "spatial_crops", "clip_starts", "frame_sampling", "combine", "head_pool")
-OF_BOXES = ("eval_boxes", "box_score")
+CLIP_SETTINGS = ("temporal_views", "spatial_crops", "clip_starts", "frame_sampling", "combine", "head_pool")
+BOX_SETTINGS = ("eval_boxes", "box_score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class EvalConfig:
     frame_sampling: FrameSampling | None = None
     combine: Combine | None = None
     head_pool: HeadPool | None = None
-    eval_boxes: EvalBoxes | None = None
+    eval_boxes: BoxSource | None = None
     box_score: float | None = None
 
     def __post_init__(self) -> None:
@@ -99,8 +99,9 @@ class EvalConfig:
             UserError: `records` or `split` is missing for a model file.
         """
         if config is None:
-            if self.records is None or self.split is None:
-                raise UserError("evaluating a model file requires --records and --split")
+            require(self.records is not None, "EvalConfig.records", "be given for a model file")
+            require(self.split is not None, "EvalConfig.split", "be given for a model file")
+            assert self.records is not None and self.split is not None
             return DatasetSpec(self.records, train_split=self.split, eval_split=self.split)
         dataset = replace(config.dataset, eval_split=self.split or config.dataset.eval_split)
         if self.records is None:

@@ -178,7 +178,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params, params_paper: optional, see `modeling.cost.Cost`
     - classes_without_positives: a list of names, optional
     - official_split, official_splits: its number and how many there are, optional
-    - training: an object with settings_sha256, init or null, and optionally the names of `RECIPE_FIELDS`; optional
+    - training: an object with settings_sha256, init or null, and optionally records_sha256 and the names of
+      `RECIPE_FIELDS`; optional
     - metrics: a list of 1 to 20 objects with name, kind and label; see `Metric`
 
     Raises:
@@ -222,6 +223,8 @@ def _check_official_split(settings: Mapping[str, Any]) -> None:
     number: Any = settings.get("official_split")
     count: Any = settings.get("official_splits")
     if (number, count) != (None, None):
+        dataset = settings.get("dataset")
+        require(bool(dataset), "dataset", "be given if official_splits is", dataset)
         valid = _is_count(count) and 1 <= count <= MAX_OFFICIAL_SPLITS
         require(valid, "official_splits", f"be an integer in 1..{MAX_OFFICIAL_SPLITS}", count)
         valid = _is_count(number) and 1 <= number <= count
@@ -235,6 +238,8 @@ def _check_training(training: Any) -> None:
         digest, init = training.get("settings_sha256"), training.get("init")
         require(isinstance(digest, str), "training.settings_sha256", "be a string", digest)
         require(init is None or isinstance(init, str), "training.init", "be a string or null", init)
+        records = training.get("records_sha256")
+        require(records is None or isinstance(records, str), "training.records_sha256", "be a string or null", records)
         for name in training.keys() & set(RECIPE_FIELDS):
             names_from_json(training[name], f"training.{name}")
 

@@ -46,13 +46,15 @@ def split_means(reports: Sequence[Report]) -> SplitMeans:
     """Finds the reports to average: those of one network, recipe and evaluation on all official splits of a data set.
 
     The recipe is the same if all settings of the runs are, and the path of the initial weights; only the folders of
-    the records may differ. Reports of model files are never averaged, because the files do not state their recipe.
+    the records may differ. Reports of model files are never averaged, because the files do not state their recipe, nor
+    are those on other records than the network was trained on: its training videos may be among their test videos.
     """
     means, notes = [], []
     for members in _groups(reports).values():
         by_number = {report.results["official_split"]: report for report in members}
         results = members[0].results
-        if len(by_number) == len(members) == results["official_splits"] and results.get("training"):
+        complete = len(by_number) == len(members) == results["official_splits"]
+        if complete and results.get("training") and not any(map(_is_on_other_records, members)):
             means.append(SplitMean(tuple(by_number[number] for number in sorted(by_number)), members[-1]))
         else:
             notes.append(_note(members))
@@ -74,6 +76,12 @@ def _settings(results: Mapping[str, Any], number: int) -> Iterator[Any]:
     yield from map(training.get, ("settings_sha256", "init")) if training else [number]
 
 
+def _is_on_other_records(report: Report) -> bool:
+    """Returns True if a report is on other records than those that the network was trained on."""
+    trained = report.results["training"].get("records_sha256")
+    return trained is None or trained != report.results.get("records_sha256")
+
+
 def _note(members: Sequence[Report]) -> str:
     """Returns the reason why reports are not averaged."""
     results = members[0].results
@@ -82,8 +90,10 @@ def _note(members: Sequence[Report]) -> str:
     twice = next((number for number in numbers if numbers.count(number) > 1), None)
     if results.get("training") is None:
         why = "a report of a model file does not state the recipe"
+    elif others := [one_line(report.folder) for report in members if _is_on_other_records(report)]:
+        why = f"the networks of {first_few(others)} were trained on other records, which may hold the test videos"
     elif twice is None:
-        why = f"there is no report of the same recipe and views on split {first_few(missing)}"
+        why = f"no report of the same recipe and views exists for split {first_few(missing)}"
     else:
         folders = [one_line(report.folder) for report in members if report.results["official_split"] == twice]
         why = f"split {twice} has {len(folders)} reports: {first_few(folders)}"

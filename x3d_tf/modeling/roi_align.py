@@ -6,14 +6,14 @@ from keras import ops
 
 from x3d_tf.modeling.architecture import REGION_BINS
 
-_STRIDE = 32  # pixels of a clip per cell of res5, even if the last cell extends beyond the clip
+_STRIDE = 32  # pixels of a clip per cell of the last feature maps, even if the last cell extends beyond the clip
 
 
 def regions(maps: Any, boxes: Any, height: Any, width: Any) -> Any:
     """Pools the last feature maps in boxes of the clip, using `roi_align` with half-cell alignment.
 
     Args:
-        maps: feature maps of res5 or conv5, (N, H, W, C), floating point.
+        maps: feature maps of the last stage or conv5, (N, H, W, C), floating point.
         boxes: (N, B, 4): x1, y1, x2, y2 in [0, 1] of the clip. Values outside this range are clipped.
         height, width: size of the clip in pixels.
 

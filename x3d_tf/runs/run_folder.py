@@ -158,13 +158,19 @@ class RunFolder:
             settings_sha256: hash of the settings that determine the result, without paths; see
                 `TrainConfig.fingerprint`.
             init: path of the initial weights; None for random ones.
+            records_sha256: fingerprint of the records that the network was trained on; None if the run has lost it.
             gin_files, changed_settings: see `read_recipe`.
 
         Raises:
             UserError: the configuration or the recipe is damaged.
         """
         config = self.read_config()
-        return {"settings_sha256": config.fingerprint(), "init": config.init, **self.read_recipe()}
+        return {
+            "settings_sha256": config.fingerprint(),
+            "init": config.init,
+            "records_sha256": self._read_fingerprint() if self.fingerprint.is_file() else None,
+            **self.read_recipe(),
+        }
 
     def read_recipe(self) -> dict[str, list[str]]:
         """Reads which recipe the run was started with.
@@ -205,16 +211,20 @@ class RunFolder:
 
     def require_records(self, fingerprint: str) -> None:
         """Raises `UserError` unless the run was trained on the records with this fingerprint."""
-        try:
-            ours = read_limited(self.fingerprint, SMALL).decode("ascii", "replace").strip()
-        except OSError as error:
-            raise UserError(f"{self.fingerprint} cannot be read: {error.strerror}") from error
+        ours = self._read_fingerprint()
         if ours != fingerprint:
             raise UserError(
                 f"{self.root} was trained on other records than those of DatasetSpec.records: the manifest's "
                 f"fingerprint is {fingerprint[:12]}, that of the run is {ours[:12]}. Set DatasetSpec.records to the "
                 "original records"
             )
+
+    def _read_fingerprint(self) -> str:
+        """Returns the fingerprint of the records that the run was trained on."""
+        try:
+            return read_limited(self.fingerprint, SMALL).decode("ascii", "replace").strip()
+        except OSError as error:
+            raise UserError(f"{self.fingerprint} cannot be read: {error.strerror}") from error
 
     def mark_trained(self) -> None:
         """Marks the run as having written a checkpoint."""

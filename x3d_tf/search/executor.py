@@ -27,6 +27,7 @@ from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.terminal import Terminal
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_GRACE = 5.0  # seconds that an idle process may take to exit
 _STOPPED = 143  # exit status of a worker that was asked to stop by SIGTERM
 
 
@@ -100,6 +101,11 @@ class ProcessExecutor:
     def __exit__(self, *_: object) -> None:
         for remote in self._remotes:
             remote.stop()
+
+    def end(self) -> None:
+        """Ends the processes, which must not be scoring, so that they free the memory of their devices."""
+        for remote in self._remotes:
+            remote.end()
 
     def scores(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Score]]:
         """Yields each candidate with its score as soon as it is known.
@@ -179,6 +185,12 @@ class Remote:
         except WorkerDied:
             self._worker = None
             raise
+
+    def end(self) -> None:
+        """Ends the process, which must be idle, and waits for it. It starts again on the next use."""
+        if self._worker is not None:
+            self._worker.end(_GRACE)
+            self._worker = None
 
     def stop(self) -> None:
         """Asks the process to stop; a pending request raises `WorkerDied` when it has saved its checkpoint."""

@@ -31,6 +31,7 @@ def run_search(
     latency: Latency | None = None,
     settings: Mapping[str, Any] | None = None,
     on_score: OnScore | None = None,
+    on_scored: Callable[[], None] | None = None,
 ) -> Search:
     """Runs a search, or continues the one that the trace in a folder holds, and returns it finished.
 
@@ -46,6 +47,7 @@ def run_search(
         settings: further settings that determine the scores, such as those of the training, by name. A trace with
             others is not continued.
         on_score: called after each score is recorded, for example to print `search.steps`.
+        on_scored: called after the last score, before latencies are measured, for example to free devices.
 
     Raises:
         UserError: the trace is damaged or of another search (see `open_trace`), or all networks of a round failed.
@@ -60,6 +62,8 @@ def run_search(
         search = Search(config, start, options=options, num_classes=num_classes, latency=measured)
         trace.resume(search)
         drive(search, executor, trace, on_score)
+        if on_scored:
+            on_scored()
         if measured:
             measure_reported(search, measured)
     return search

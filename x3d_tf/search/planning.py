@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Iterator
 
-from x3d_tf.data.datasets.spec import validation_split
 from x3d_tf.search.candidates import PHASES, Candidate
 from x3d_tf.search.config import UNITS
 from x3d_tf.search.reports import candidate_table
@@ -57,7 +56,7 @@ def clips_per_training(setup: SearchSetup) -> tuple[int, int]:
     """Returns the numbers of training clips and of validation clips of a training with the complete schedule."""
     config = regularised(setup.training, PHASES[0])
     steps, videos = config.recipe.scaled_steps, len(setup.records.splits[setup.split].records)
-    validations = -(-steps // config.checkpoint_steps) if validation_split(config.dataset) else 0
+    validations = -(-steps // config.checkpoint_steps) if config.recipe.needs_validation else 0
     return steps * config.recipe.batch, videos * (config.test_views + validations)
 
 

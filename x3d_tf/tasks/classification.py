@@ -9,7 +9,7 @@ import numpy as np
 from x3d_tf.data.datasets.spec import open_dataset, require_annotations, validation_split
 from x3d_tf.data.sampling import clip_contract, require_windows
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.eval_config import OF_BOXES, folder_of
+from x3d_tf.evaluation.eval_config import BOX_SETTINGS, folder_of
 from x3d_tf.evaluation.metrics import classification_metrics
 from x3d_tf.evaluation.reports import check_metrics, metrics_to_json
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
@@ -266,7 +266,7 @@ class ClipTask:
         rule = f"be {self.activation!r} for the task {self.name}"
         require(network.activation == self.activation, "the activation of the network", rule, network.activation)
         settings.check_crops(network.stretch)
-        settings.require_unset(OF_BOXES, f"for the task {self.name}, which has no boxes")
+        settings.require_unset(BOX_SETTINGS, f"for the task {self.name}, which has no boxes")
         require_known_classes(network, self.classes(manifest), manifest.folder)
 
     def check_prediction(self, metadata: "Metadata", options: Mapping[str, Any], paths: Sequence[Path]) -> None:

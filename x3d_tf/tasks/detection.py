@@ -10,7 +10,7 @@ from x3d_tf.data.key_frames import require_boxes, require_proposals, validation_
 from x3d_tf.data.records.index import with_labels
 from x3d_tf.data.sampling import key_frame_contract
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.eval_config import OF_CLIPS, detector_report_folder
+from x3d_tf.evaluation.eval_config import CLIP_SETTINGS, detector_report_folder
 from x3d_tf.evaluation.metrics import MAP
 from x3d_tf.tasks.base import Suggestion, require_known_classes
 from x3d_tf.types import Metric
@@ -52,7 +52,7 @@ class Detection:
         require(not dataset.stretch, "DatasetSpec.stretch", f"be False {reason}", dataset.stretch)
         sampling = dataset.frame_sampling
         require(sampling == "slowfast", "DatasetSpec.frame_sampling", f"be 'slowfast' {reason}", sampling)
-        multigrid, rule = config.recipe.multigrid, f'be "none" for the task {self.name}, whose boxes it does not batch'
+        multigrid, rule = config.recipe.multigrid, f'be "none" for the task {self.name}, whose batches cannot be joined'
         require(multigrid == "none", "Recipe.multigrid", rule, multigrid)
         require(weights == "none", "Recipe.class_weights", f'be "none" for the task {self.name}', weights)
         require_boxes(manifest, dataset.eval_split)
@@ -208,7 +208,7 @@ def _detector(model: "Network") -> "Detector":
 
 
 def _require_no_clips(settings: "EvalConfig") -> None:
-    settings.require_unset(OF_CLIPS, "for a detector, which is evaluated on one clip around each key frame")
+    settings.require_unset(CLIP_SETTINGS, "for a detector, which is evaluated on one clip around each key frame")
 
 
 TASKS: "tuple[Task, ...]" = (Detection(),)

@@ -115,6 +115,8 @@ def _with_warmup(step: Any, rate: Any, steps: int, first: float, last: float) ->
 class MultigridSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """A schedule in proportion to the batch of each phase, as a function of the clips seen instead of the steps.
 
+    It cannot be saved with an optimizer: it follows from the configuration.
+
     Args:
         plain: the schedule of the plain batch.
         phases: the phases of the run.

@@ -152,8 +152,8 @@ def _padding(kernel: Any, stride: int) -> Any:
 def pointwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
     """Applies a 1x1x1 convolution to every `stride`-th row and column.
 
-    It is computed as a 2-D convolution, because strided slices take 4 times as long. Narrow inputs are sliced all the
-    same: for them, oneDNN's gradient of the strided convolution (TensorFlow 2.21, AVX-512) corrupts the heap.
+    It is computed as a 2-D convolution, because strided slices take 4 times as long. Narrow inputs are sliced
+    nevertheless: for them, oneDNN's gradient of the strided convolution (TensorFlow 2.21, AVX-512) corrupts the heap.
 
     Args:
         x: (N, T, H, W, C); the first four may be dynamic.
