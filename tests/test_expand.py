@@ -62,14 +62,19 @@ class InProcess(SerialExecutor):
     def __exit__(self, *_: object) -> None:
         pass
 
+    def end(self) -> None:
+        pass
+
 
 class Local:
-    """Calls the methods of a training in the process of the tests."""
+    """Calls the methods of a training in the process of the tests, but for the latency."""
 
     def __init__(self, training: CandidateTraining) -> None:
         self._training = training
 
     def call(self, method: str, *arguments: Any) -> Any:
+        if method == "latency":
+            return 1.25 * arguments[0].gamma_t
         return getattr(self._training, method)(*arguments)
 
     def stop(self) -> None:
@@ -115,9 +120,9 @@ def run(in_process: Call, settings: Path) -> Call:
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a trace after the first, without durations."""
+    """Returns the scores in a trace, without durations."""
     lines = [json.loads(line) for line in (folder / TRACE_NAME).read_text().splitlines()[1:]]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines if "score" in line]
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -163,6 +168,7 @@ def test_a_search_of_two_steps(run: Call, finished: Path, settings: Path, capsys
     assert sorted(path.name for path in (finished / "family").iterdir()) == ["step01.gin", "step02.gin"]
     text = (finished / "report.md").read_text()
     assert "top-1 on the split validation, 4 videos" in text and "## Step 2" in text
+    assert " ms  network" in text and f" {1.25 * x3d_tf.load(finished / 'found').expansion.gamma_t:.2f}  x3d(" in text
     assert (finished / "staircase.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -221,8 +227,8 @@ def test_a_damaged_last_line_is_scored_again(
 ) -> None:
     folder = tmp_path / "search"
     shutil.copytree(finished, folder)
-    content = (folder / TRACE_NAME).read_bytes()
-    (folder / TRACE_NAME).write_bytes(content[:-9])
+    scores = (folder / TRACE_NAME).read_bytes().splitlines(keepends=True)[:5]  # without the latencies
+    (folder / TRACE_NAME).write_bytes(b"".join(scores)[:-9])
     run(folder)
     assert "line 5, the last one, is damaged" in capsys.readouterr().err
     assert lines_of(folder) == lines_of(finished)

@@ -60,8 +60,11 @@ def test_random_networks_cost_half_of_the_search(search: Search, networks: dict[
 
 
 def test_a_search_without_equals_is_refused(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_comparison, "LARGEST_DIFFERENCE", -1.0)
+    monkeypatch.setattr(search_comparison, "_DRAWS", 0)
     with pytest.raises(ValueError, match="must have a network whose cost other axes reach"):
+        list(draw_networks(search, 4, ModelOptions(), seed=0))
+    monkeypatch.setattr(search_comparison, "LARGEST_DIFFERENCE", -1.0)
+    with pytest.raises(ValueError, match=r"the network of the paper's path must have the multiply-adds of .*, got \d+"):
         list(draw_networks(search, 4, ModelOptions(), seed=0))
 
 
