@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from x3d_tf.data.datasets import dominoes
-from x3d_tf.data.datasets.dominoes import DIRECTIONS, draw_picture, draw_texture, shifts
+from x3d_tf.data.datasets.dominoes import DIRECTIONS, SIDE, draw_picture, draw_texture, shifts
 from x3d_tf.data.datasets.spec import DatasetSpec, open_dataset
 
 
@@ -15,7 +15,7 @@ def test_the_pairs_of_a_class_are_adjacent_in_its_direction() -> None:
         bright = draw_texture(7, name)
         pairs = {}
         for other, (rows, columns) in DIRECTIONS.items():  # the naive count
-            shifted = [[bright[(y - rows) % 256, (x - columns) % 256] for x in range(256)] for y in range(256)]
+            shifted = [[bright[(y - rows) % SIDE, (x - columns) % SIDE] for x in range(SIDE)] for y in range(SIDE)]
             pairs[other] = np.logical_and(bright, shifted).mean()
         chance = bright.mean() ** 2
         assert pairs.pop(name) > 2 * chance
@@ -42,7 +42,7 @@ def test_half_the_size_hides_the_direction() -> None:
 
     def visible(reduce: int) -> float:
         texture = {name: draw_texture(3, name).astype(float) for name in ("horizontal", "vertical")}
-        small = {k: v.reshape(256 // reduce, reduce, 256 // reduce, reduce).mean((1, 3)) for k, v in texture.items()}
+        small = {k: v.reshape(SIDE // reduce, reduce, SIDE // reduce, reduce).mean((1, 3)) for k, v in texture.items()}
         lag = {k: np.corrcoef(v[:, 1:].ravel(), v[:, :-1].ravel())[0, 1] for k, v in small.items()}
         return lag["horizontal"] - lag["vertical"]
 

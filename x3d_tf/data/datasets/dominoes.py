@@ -16,13 +16,14 @@ from x3d_tf.data.datasets.synthetic import Picture, ShiftedPictures, torus
 # Rows and columns from the first pixel of a domino to the second.
 DIRECTIONS = {"diagonal_down": (1, 1), "diagonal_up": (-1, 1), "horizontal": (0, 1), "vertical": (1, 0)}
 VIDEOS = {"train": 400, "test": 100}
-FRAMES, FPS, SIDE = 16, 30.0, 256
+FRAMES, FPS = 16, 30.0
+SIDE = 320  # a crop of 224 pixels is of training frames scaled to 256..320: no frame of it is enlarged, which blurs
 SPEEDS = (0.5, 2.0)  # range in pixels per frame; each frame's shift is rounded to integers
 DENSITY = 0.15  # dominoes that begin at a pixel
 GROUND_LEVELS, SHAPE_LEVELS = (0, 64), (160, 256)  # ranges of red, green and blue values, exclusive
 DARK = 3  # the pixels of a shape outside of dominoes are darker by this factor
 SHAPES = (3, 5)  # range of shapes per video
-RADII = (25, 40)  # pixels
+RADII = (31, 50)  # pixels
 
 
 class Dominoes(ShiftedPictures):
@@ -31,7 +32,7 @@ class Dominoes(ShiftedPictures):
     name = "dominoes"
     flips = False  # the diagonals would swap
     side, frames, fps = SIDE, FRAMES, FPS
-    settings: Mapping[str, int | float | str] = {"version": 1}
+    settings: Mapping[str, int | float | str] = {"version": 2}
 
     @property
     def classes(self) -> Sequence[str]:
