@@ -24,7 +24,7 @@ SPEEDS = (0.4, 0.8)  # range in pixels per frame; each frame's shift is rounded 
 GROUND_LEVELS, SHAPE_LEVELS = (0, 64), (160, 256)
 SHAPES = (3, 5)  # range of shapes per video
 RADII = (10, 20)  # pixels
-SHAKING = 3.0  # standard deviation of the shifts of single frames of shaking_shapes, rows and columns, in pixels
+SHAKING = 7.0  # standard deviation of the shifts of single frames of shaking_shapes, rows and columns, in pixels
 
 
 class MovingShapes(ShiftedPictures):
