@@ -231,9 +231,8 @@ def test_the_commands_of_the_page_run_on_tiny_data(tmp_path: Path) -> None:
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         printed[command] = done.stdout
-    results = json.loads(
-        (tmp_path / "runs/charades_k400/evaluation/charades_test_10leftcenterright/results.json").read_text()
-    )
+    report = tmp_path / "runs/charades_k400/evaluation/charades_test_10leftcenterright_fixed_probabilities"
+    results = json.loads((report / "results.json").read_text())
     assert (results["views"], results["combine"], results["samples"]) == ("10-LeftCenterRight", "max", 4)
     assert results["classes_without_positives"] == ["Smiling"]
     assert 0 < results["map"] <= 1
