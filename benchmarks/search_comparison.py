@@ -19,7 +19,6 @@ the seeds. Run the same command again to continue after an interruption.
 import argparse
 import functools
 import json
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,6 @@ from command import run
 
 from x3d_tf import gin_config
 from x3d_tf.errors import require
-from x3d_tf.evaluation.eval_config import EvalConfig
-from x3d_tf.evaluation.reports import RESULTS_NAME, read_report
-from x3d_tf.evaluation.running import evaluate_run
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.cost import cost
@@ -42,12 +38,12 @@ from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.search.axes import AXES, RATE, expanded
 from x3d_tf.search.candidates import Candidate, Network, Phase, Result, Score
 from x3d_tf.search.executor import ProcessExecutor
-from x3d_tf.search.loop import load_search
+from x3d_tf.search.loop import search_of
 from x3d_tf.search.outputs import SearchFolder, found
 from x3d_tf.search.replay import PATH
 from x3d_tf.search.search import Search
 from x3d_tf.search.trace import read_trace
-from x3d_tf.search.training import CandidateTraining, SearchSetup, candidate_run, check_settings, open_setup
+from x3d_tf.search.training import CandidateTraining, SearchSetup, candidate_run, check_settings, measured, open_setup
 
 PAPER_AXES = [step.axis for step in PATH if step.axis and not step.label.endswith("c")]
 LARGEST_DIFFERENCE = 0.1  # of multiply-adds, relative to the found network
@@ -75,9 +71,10 @@ def main() -> None:
     settings = parser.parse_args()
     config, _ = gin_config.parse_expand(settings.gin_file, settings.gin_bindings)
     check_settings(config)
-    setup, search = open_setup(config), load_search(settings.search)
+    setup, (searched, trace) = open_setup(config), read_trace(settings.search)
+    search = search_of(searched, trace)
     require(not search.pending(), "--search", "name the folder of a finished search", settings.search)
-    require_same_trainings(setup, read_trace(settings.search)[0])
+    require_same_trainings(setup, searched)
     best = found(search)
     networks = dict(draw_networks(search, setup.num_classes, config.model, settings.seed))
     phase = next(step.phase for step in search.steps if best in step.results)
@@ -86,7 +83,7 @@ def main() -> None:
         networks = {"found": best.network, **networks}
     results |= train(networks, setup, phase, len(best.scores), settings.workdir, settings.parallel)
     for name, network in networks.items():
-        trained = [Candidate(network, seed, 1.0, phase) for seed in range(len(best.scores))]
+        trained = trainings_of(network, phase, len(best.scores))
         runs[name] = [candidate_run(settings.workdir, setup.training, candidate) for candidate in trained]
     rows = [
         Compared(name, result, () if result.reason else tuple(_test_score(run, setup) for run in runs[name]))
@@ -152,12 +149,17 @@ def draw_networks(search: Search, num_classes: int, options: ModelOptions, seed:
         yield described(f"random {index:02}", expansion)
 
 
+def trainings_of(network: Network, phase: Phase, seeds: int) -> list[Candidate]:
+    """Returns the trainings of a network with the complete schedule, one for each seed."""
+    return [Candidate(network, seed, 1.0, phase) for seed in range(seeds)]
+
+
 def train(
     networks: dict[str, Network], setup: SearchSetup, phase: Phase, seeds: int, folder: Path, processes: int
 ) -> dict[str, Result]:
     """Trains networks as the search trains its candidates, and returns their validation scores by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    candidates = [Candidate(network, seed, 1.0, phase) for network in networks.values() for seed in range(seeds)]
+    candidates = [training for network in networks.values() for training in trainings_of(network, phase, seeds)]
     trainings = [
         CandidateTraining(setup.training, setup.num_classes, setup.metric, folder, (number, processes))
         for number in range(processes)
@@ -169,14 +171,14 @@ def train(
             outcome = score.reason or f"{setup.metric.label} {score.value:.4f}"
             print(f"{len(scores)} of {len(candidates)}: {candidate.axis} seed {candidate.seed}: {outcome}", flush=True)
     return {
-        name: Result(network, tuple(scores[Candidate(network, seed, 1.0, phase)] for seed in range(seeds)))
+        name: Result(network, tuple(scores[training] for training in trainings_of(network, phase, seeds)))
         for name, network in networks.items()
     }
 
 
 def _found_runs(folder: Path, setup: SearchSetup, best: Result, phase: Phase) -> list[RunFolder]:
     """Returns the run folders of the found network: the search moves that of the first seed."""
-    others = [Candidate(best.network, seed, 1.0, phase) for seed in range(1, len(best.scores))]
+    _, *others = trainings_of(best.network, phase, len(best.scores))
     return [
         SearchFolder(folder, setup).found,
         *(candidate_run(folder, setup.training, candidate) for candidate in others),
@@ -184,12 +186,7 @@ def _found_runs(folder: Path, setup: SearchSetup, best: Result, phase: Phase) ->
 
 
 def _test_score(run: RunFolder, setup: SearchSetup) -> Score:
-    settings = EvalConfig(split=setup.config.dataset.eval_split)
-    folder = setup.task.report_folder(run, settings)
-    is_evaluated = (folder / RESULTS_NAME).is_file()
-    report = read_report(folder) if is_evaluated else evaluate_run(run, setup.task, split=settings.split)
-    value = float(report.results[setup.metric.name])
-    return Score(value, math.sqrt(value * (1 - value) / report.results["samples"]))
+    return Score(*measured(run, setup.task, setup.metric, setup.config.dataset.eval_split))
 
 
 def table(rows: Sequence[Compared], metric: str) -> list[str]:

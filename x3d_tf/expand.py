@@ -40,7 +40,7 @@ from x3d_tf.modeling.expansion import name_of
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import Executor, ProcessExecutor, Remote
-from x3d_tf.search.loop import load_search, run_search
+from x3d_tf.search.loop import run_search, search_of
 from x3d_tf.search.outputs import STAIRCASE_NAME, SearchFolder
 from x3d_tf.search.planning import plan_lines
 from x3d_tf.search.replay import path_table
@@ -121,7 +121,8 @@ def _plot_staircase(folder: Path, path: Path, *, paper: bool) -> list[str]:
     """Draws the picture of a search from its trace, and returns the lines that describe it; none without a search."""
     if not (folder / TRACE_NAME).exists():
         return []
-    search, (settings, _) = load_search(folder), read_trace(folder)
+    settings, trace = read_trace(folder)
+    search = search_of(settings, trace)
     if not search.steps:
         return []
     metric = str(settings.get("metric", "score"))[:100]

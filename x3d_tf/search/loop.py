@@ -83,7 +83,15 @@ def load_search(folder: Path) -> Search:
     Raises:
         UserError: the folder holds no trace, or a damaged one.
     """
-    settings, trace = read_trace(folder)
+    return search_of(*read_trace(folder))
+
+
+def search_of(settings: Mapping[str, Any], trace: Trace) -> Search:
+    """Returns the search of a trace that `read_trace` has read.
+
+    Raises:
+        UserError: the trace is damaged.
+    """
     groups: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         group, _, setting = name.rpartition(".")

@@ -182,7 +182,6 @@ class CandidateTraining:
         self._start_tensorflow()
         import keras
 
-        from x3d_tf.evaluation.running import evaluate_run
         from x3d_tf.training.loop import train
 
         run, config = candidate_run(self.folder, self.config, candidate), candidate_config(self.config, candidate)
@@ -191,15 +190,11 @@ class CandidateTraining:
         try:
             # The final evaluation is on the validation split too: another one, in training, would only take time.
             train(config, run.root, validates=config.recipe.needs_validation)
-            task = task_of_model(run.root)
-            folder = task.report_folder(run, EvalConfig())
-            report = read_report(folder) if (folder / RESULTS_NAME).is_file() else evaluate_run(run, task)
+            value, error = measured(run, task_of_model(run.root), self.metric)
         finally:
             keras.backend.clear_session()
             gc.collect()
         shutil.rmtree(run.checkpoints, ignore_errors=True)
-        value = float(report.results[self.metric.name])
-        error = math.sqrt(value * (1 - value) / report.results["samples"])
         return Score(value, error, time.monotonic() - started, training_score(run, self.metric))
 
     def log(self, candidate: Candidate) -> Path:
@@ -265,6 +260,31 @@ class CandidateTraining:
             clips = [config.recipe.batch // config.execution.accumulation for config in configs]
             slices = (num_batch_slices(*pair) for pair in zip(clips, (config.model.bn_group for config in configs)))
             use_single_threaded_ops(min(slices))
+
+
+def measured(run: RunFolder, task: Task, metric: Metric, split: str | None = None) -> tuple[float, float]:
+    """Returns a share that a run reaches on a split, and its standard error from the number of samples.
+
+    An existing report is read. Otherwise the run is evaluated, which starts TensorFlow.
+
+    Args:
+        run: the run, with `model.keras`.
+        task: the task of the run.
+        metric: a metric of the task.
+        split: name of the split. Defaults to that of the run's final evaluation.
+
+    Raises:
+        UserError: the report is damaged, or the evaluation failed.
+    """
+    folder = task.report_folder(run, EvalConfig(split=split))
+    if (folder / RESULTS_NAME).is_file():
+        report = read_report(folder)
+    else:
+        from x3d_tf.evaluation.running import evaluate_run
+
+        report = evaluate_run(run, task, split=split)
+    value = float(report.results[metric.name])
+    return value, math.sqrt(value * (1 - value) / report.results["samples"])
 
 
 def training_score(run: RunFolder, metric: Metric) -> float | None:
