@@ -38,7 +38,10 @@ DatasetSpec.name = "toy"
 def test_the_data_sets_of_the_package() -> None:
     names = ("ava", "ava_v2.1", "ava_v2.2", "charades", "csv", "dominoes", "folder", "hmdb51")
     names += ("kinetics400", "kinetics600", "kinetics700")
-    assert DATA_SETS.names() == (*names, "moving_shapes", "shaking_shapes", "something_something_v2", "ucf101")
+    assert DATA_SETS.names() == (
+        *names,
+        *("moving_shapes", "sequence_examples", "shaking_shapes", "something_something_v2", "ucf101"),
+    )
     synthetic = [name for name in DATA_SETS.names() if isinstance(DATA_SETS.get(name), SyntheticDataSet)]
     assert synthetic == ["dominoes", "moving_shapes", "shaking_shapes"]
 

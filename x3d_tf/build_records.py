@@ -26,6 +26,10 @@ Published data sets by name, with their own lists, one per split (docs/kinetics.
   python -m x3d_tf.build_records --dataset=kinetics400 --videos=kinetics400 --output=data/kinetics400 \\
       --lists=train=train.csv --lists=val=validate.csv
 
+TFRecord files that Model Garden, MediaSequence or DMVR wrote (docs/training.md):
+  python -m x3d_tf.build_records --dataset=sequence_examples --lists='train=shards/train-*' --classes=classes.txt \\
+      --frame_rate=25 --output=data/my_records
+
 Other data sets by name, from an installed package or a module of your own:
   python -m x3d_tf.build_records --plugin=my_data --dataset=my_data --videos=my_videos --output=data/my_records
 
@@ -96,7 +100,8 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "lists",
         None,
-        "SPLIT=FILE: list of a split's videos in the format of the --dataset; repeat the flag for each split.",
+        "SPLIT=FILE: list of a split's videos in the format of the --dataset; repeat the flag for each split. For "
+        "sequence_examples, TFRecord files, such as 'train=shards/train-*'.",
     )
     flags.DEFINE_multi_string(
         "boxes",
@@ -121,7 +126,11 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "starts_at", None, "Timestamp of the first frame in seconds, for --boxes. Defaults to 900, as in AVA."
     )
-    flags.DEFINE_float("frame_rate", None, "Frame rate of folders of frames, for --boxes. Defaults to 30.")
+    flags.DEFINE_float(
+        "frame_rate",
+        None,
+        "Frame rate of folders of frames and of TFRecord files. Defaults to 30 for --boxes, 24 for charades.",
+    )
     flags.DEFINE_string(
         "output",
         None,

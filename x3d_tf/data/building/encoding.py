@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from x3d_tf.data.building.sequence_examples import encode_example
 from x3d_tf.data.building.sources import Video
 from x3d_tf.data.video import image_sequences
 from x3d_tf.data.video.decode import EncodedVideo, VideoError, encode_video, frame_at
@@ -54,11 +55,13 @@ def encode_or_error(video: Video, short_side: int, quality: int) -> Result:
     """Returns the encoded frames of a video, or the error if it cannot be encoded.
 
     Args:
-        video: video file or folder of frames.
+        video: video file, folder of frames or SequenceExample.
         short_side, quality: see `decode.encode_video`.
     """
     try:
-        if video.path.is_dir():
+        if video.example is not None:
+            encoded = encode_example(video.path, video.example, short_side, quality, video.frame_rate)
+        elif video.path.is_dir():
             encoded = image_sequences.encode_folder(
                 video.path, short_side, quality, video.start, video.end, video.frame_rate
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from x3d_tf.data.building import class_names
+from x3d_tf.data.building.sequence_examples import Example
 from x3d_tf.data.class_lists import read_classes
 from x3d_tf.data.records.index import KeyFrameInfo, OfficialSplit, media_id
 from x3d_tf.data.video.decode import VideoError
@@ -35,9 +36,10 @@ class Video(NamedTuple):
         key_frame: second of the key frame, as annotated; None except for action detection.
         annotation: annotation of the key frame; None except for action detection.
         state: size and time of the file when the build began, to detect changes; None disables the check.
-        frame_rate: images per second, for a folder of frames.
+        frame_rate: images per second, for a folder of frames or a SequenceExample.
         must_cover_segment: the file must last until `end`; otherwise the record may end earlier, with the file.
         timed: its classes with their times; empty if they apply to the complete video.
+        example: position and length of the SequenceExample in a TFRecord file; None for all others.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Video(NamedTuple):
     frame_rate: float = FOLDER_FPS
     must_cover_segment: bool = False
     timed: tuple[TimedLabel, ...] = ()
+    example: Example | None = None
 
     @property
     def media_id(self) -> str:

@@ -48,7 +48,7 @@ def encode_folder(
     sizes: dict[tuple[int, int], None] = {}
     total = 0
     for path, count in _between(images, start, end, fps).items():
-        jpeg, size = _to_jpeg(path, short_side, quality)
+        jpeg, size = to_jpeg(_read_image(path), path, short_side, quality)
         sizes.setdefault(size)
         if len(sizes) > 1:
             before, now = sizes
@@ -146,20 +146,34 @@ def _list_images(folder: Path, changed: int) -> list[tuple[int, Path]]:
     return sorted(numbers.items())
 
 
-def _to_jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
-    """Returns the image as a JPEG file, with its height and width."""
+def _read_image(path: Path) -> bytes:
+    if not path.is_file():  # reading a pipe may never end
+        raise VideoError(path, "is not a file")
     try:
-        if not path.is_file():  # reading a pipe may never end
-            raise VideoError(path, "is not a file")
-        content = path.read_bytes()
+        return path.read_bytes()
+    except OSError as error:
+        raise VideoError(path, f"cannot be read: {error.strerror}") from error
+
+
+def to_jpeg(content: bytes, path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
+    """Returns an image as an RGB JPEG file, with its height and width. A JPEG file that fits is returned unchanged.
+
+    Args:
+        content: JPEG or PNG file.
+        path: its path, for messages.
+        short_side: largest short side in pixels; larger images are scaled down.
+        quality: JPEG quality, 1..95.
+
+    Raises:
+        VideoError: the image cannot be decoded.
+    """
+    try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:  # excludes Pillow's other decoders
             height, width = image.height, image.width
             if min(height, width) <= short_side and image.format == "JPEG" and image.mode == "RGB":
                 image.load()  # raises if the file is damaged
                 return content, (height, width)
             pixels = image.convert("RGB")
-    except VideoError:
-        raise
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise VideoError(path, f"cannot be read as an image: {error}") from error
     if min(height, width) > short_side:
