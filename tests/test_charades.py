@@ -1,7 +1,6 @@
 """Charades: its official lists, actions with times in records, and the targets of clips and of complete videos."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pages import commands
 from PIL import Image
 from video_fixtures import number_of, numbered_frames, write_video
 
@@ -219,12 +219,10 @@ def test_the_commands_of_the_page_run_on_tiny_data(tmp_path: Path) -> None:
     """With a small network and four steps."""
     write_official_files(tmp_path)
     (tmp_path / "gin").symlink_to(ROOT / "gin")
-    page = (ROOT / "docs" / "charades.md").read_text()
-    blocks = re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    commands = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
-    assert len(commands) == 6
+    page = commands("charades.md")
+    assert len(page) == 6
     printed = {}
-    for command in commands:
+    for command in page:
         words = [sys.executable, *shlex.split(command)[1:]]
         if "x3d_tf.train" in command:
             words += [f"--gin_bindings={binding}" for binding in BINDINGS]
@@ -237,6 +235,6 @@ def test_the_commands_of_the_page_run_on_tiny_data(tmp_path: Path) -> None:
     assert results["classes_without_positives"] == ["Smiling"]
     assert 0 < results["map"] <= 1
     assert all("newly initialised: fc2" in text for command, text in printed.items() if "x3d_tf.train" in command)
-    assert "10-LeftCenterRight" in printed[commands[-1]]
+    assert "10-LeftCenterRight" in printed[page[-1]]
     rows = (tmp_path / "runs/charades_plateau/history.csv").read_text().splitlines()
     assert "validation_map" in rows[0] and len(rows) == 5
