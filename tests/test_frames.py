@@ -67,8 +67,8 @@ def test_bytes_that_are_not_a_record(record: bytes) -> None:
 
 def test_the_search_stops_after_the_listed_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     record = encode_record(noise_video(0, 9), RecordSource("film", (0,)), ["sit"])
-    taken, real = [], frames._frame_spans
-    monkeypatch.setattr(frames, "_frame_spans", lambda data: (taken.append(span) or span for span in real(data)))
+    taken, real = [], frames.frame_spans
+    monkeypatch.setattr(frames, "frame_spans", lambda data: (taken.append(span) or span for span in real(data)))
     with pytest.raises(ValueError, match="it has more than 4 frames"):
         frames_of(record, 4)
     assert len(taken) == 5

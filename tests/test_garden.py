@@ -62,10 +62,11 @@ def test_records_of_model_garden_train_here(garden: Path, tmp_path: Path) -> Non
     manifest = Manifest.load(output)
     assert {name: len(split.records) for name, split in manifest.splits.items()} == {"train": 6, "test": 2}
     records = {record.media_id: record for record in manifest.splits["train"].records}
-    names = [f"train-00000-of-00001.tfrecord:{number}" for number in range(6)]
+    file = tmp_path / "train-00000-of-00001.tfrecord"
+    names = [f"train/{file.name}:{number}" for number in range(6)]
     assert [records[name].labels for name in names] == [(0,), (1,)] * 3
     assert {(record.frames, record.fps) for record in records.values()} == {(8, 25.0)}
-    for number, serialized in enumerate(tf.data.TFRecordDataset(str(tmp_path / names[0].split(":")[0]))):
+    for number, serialized in enumerate(tf.data.TFRecordDataset(str(file))):
         stored = tf.train.SequenceExample.FromString(serialized.numpy()).feature_lists.feature_list["image/encoded"]
         greys = [tf.io.decode_jpeg(frame.bytes_list.value[0]).numpy().mean() for frame in stored.feature]
         np.testing.assert_allclose(greys, 10 * number + np.arange(8), atol=1)

@@ -42,7 +42,7 @@ def test_only_jpeg_and_png_are_read(tmp_path: Path) -> None:
     for form in ("GIF", "TIFF", "BMP", "PPM", "WEBP", "EPS"):
         (tmp_path / form).mkdir()
         Image.fromarray(numbered_frames(1)[0]).save(tmp_path / form / "1.jpg", form)
-        with pytest.raises(VideoError, match="cannot be read as an image: cannot identify image file"):
+        with pytest.raises(VideoError, match="cannot be read as an image: it is not a JPEG or PNG image"):
             encode_folder(tmp_path / form)
 
 

@@ -1,6 +1,7 @@
 """Records from the TFRecord files of other tools: the data set `sequence_examples`."""
 
 import csv
+import gzip
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from video_fixtures import noise_video, write_records
 
 from x3d_tf.data.building.builder import build_records
 from x3d_tf.data.building.encoding import encode_or_error
-from x3d_tf.data.building.sequence_examples import LABELS, NAME, RATE, read_contexts
+from x3d_tf.data.building.sequence_examples import END, LABELS, NAME, RATE, START
 from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs, choose
 from x3d_tf.data.records.manifest import Manifest
@@ -46,7 +47,7 @@ def example(images: Sequence[bytes], context: Mapping[str, tf.train.Feature]) ->
     ).SerializeToString()
 
 
-def gardens(label: int = 1) -> bytes:
+def model_garden_example(label: int = 1) -> bytes:
     """An example with the two features that Model Garden requires."""
     return example([image(number) for number in range(5)], {LABELS: feature(label)})
 
@@ -75,25 +76,25 @@ def encoded(found: Sources, name: str, short_side: int = 256) -> EncodedVideo | 
 
 
 def test_records_with_the_features_that_model_garden_requires(tmp_path: Path) -> None:
-    write(tmp_path / "train-00000-of-00002", gardens(2), gardens(0))
-    write(tmp_path / "train-00001-of-00002", gardens(1))
+    write(tmp_path / "train-00000-of-00002", model_garden_example(2), model_garden_example(0))
+    write(tmp_path / "train-00001-of-00002", model_garden_example(1))
     found = sources(tmp_path)
     classes = {video.name: video.classes for video in found.splits["train"]}
     shards = ("train-00000-of-00002", "train-00001-of-00002")
     assert classes == {
-        f"{shards[0]}:0": ("shot put",),
-        f"{shards[0]}:1": ("running",),
-        f"{shards[1]}:0": ("high jump",),
+        f"train/{shards[0]}:0": ("shot put",),
+        f"train/{shards[0]}:1": ("running",),
+        f"train/{shards[1]}:0": ("high jump",),
     }
     assert (found.task, found.classes, found.unusable) == ("single_label", CLASSES, [])
-    video = encoded(found, f"{shards[0]}:1")
+    video = encoded(found, f"train/{shards[0]}:1")
     assert video == EncodedVideo([image(number) for number in range(5)], 12.0)  # unchanged
 
 
 def test_frames_are_scaled_and_other_formats_converted(tmp_path: Path) -> None:
     images = [image(number, kind="PNG") for number in range(3)]
-    write(tmp_path / "train", example(images, {LABELS: feature(0)}), gardens())
-    for name, short_side, expected in (("train:0", 32, (48, 32)), ("train:1", 16, (24, 16))):
+    write(tmp_path / "train", example(images, {LABELS: feature(0)}), model_garden_example())
+    for name, short_side, expected in (("train/train:0", 32, (48, 32)), ("train/train:1", 16, (24, 16))):
         video = encoded(sources(tmp_path), name, short_side)
         assert isinstance(video, EncodedVideo)
         for number, jpeg in enumerate(video.frames):
@@ -122,22 +123,44 @@ def test_the_task_follows_from_the_numbers_of_labels(tmp_path: Path) -> None:
     none = example([image(0)], {LABELS: tf.train.Feature(int64_list=tf.train.Int64List())})
     several = example([image(0)], {LABELS: feature(2, 0, 2)})
     for other, classes in ((none, ()), (several, ("shot put", "running"))):
-        write(tmp_path / "train", gardens(), other)
+        write(tmp_path / "train", model_garden_example(), other)
         found = sources(tmp_path)
         assert found.task == "multi_label"
-        assert {video.name: video.classes for video in found.splits["train"]}["train:1"] == classes
+        assert {video.name: video.classes for video in found.splits["train"]}["train/train:1"] == classes
 
 
-def test_names_and_frame_rates_of_records(tmp_path: Path) -> None:
-    """A repeated name is replaced. The rate of a record comes before the one given. The first context is long."""
+def test_names_times_and_frame_rates_of_records(tmp_path: Path) -> None:
+    """The rate of a record comes before the one given. The first context is longer than what is read at first."""
     contexts: list[dict[str, tf.train.Feature]] = [
         {NAME: feature(b"a"), RATE: feature(25.0), "text": feature(b"z" * 99_999)},
+        {NAME: feature(b"a"), START: feature(1_500_000), END: feature(4_000_000), RATE: feature(20)},
+        {RATE: feature(0.0)},
         {NAME: feature(b"a")},
-        {NAME: feature(b"x" * 2000)},
     ]
     write(tmp_path / "train", *(example([image(0)], {LABELS: feature(1)} | context) for context in contexts))
-    found = {video.name: video.frame_rate for video in sources(tmp_path).splits["train"]}
-    assert found == {"a": 25.0, "train:1": 12.0, "train:2": 12.0}
+    found = sources(tmp_path)
+    rates = {(video.name, video.start, video.end): video.frame_rate for video in found.splits["train"]}
+    assert rates == {("a", 0.0, None): 25.0, ("a", 1.5, 4.0): 20.0, ("train/train:2", 0.0, None): 12.0}
+    (repeated,) = found.unusable
+    assert repeated.reason == f"has a record 3 that repeats the name and the times of {tmp_path}/train, record 0"
+    assert found.expected == {"train": 4}
+
+
+def test_files_of_equal_names_in_two_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / split / "data", model_garden_example(), model_garden_example())
+    given = replace(inputs(tmp_path), lists={split: tmp_path / split / "data" for split in ("train", "test")})
+    result = build_records(given, tmp_path / "records", dataset="sequence_examples", short_side=32, progress=False)
+    names = {name: {record.media_id for record in part.records} for name, part in result.manifest.splits.items()}
+    assert names == {split: {f"{split}/data:0", f"{split}/data:1"} for split in ("train", "test")}
+
+
+def test_another_frame_rate_is_another_build(tmp_path: Path) -> None:
+    write(tmp_path / "train", model_garden_example())
+    settings: dict[str, Any] = {"dataset": "sequence_examples", "short_side": 32, "progress": False}
+    build_records(inputs(tmp_path), tmp_path / "records", **settings)
+    with pytest.raises(UserError, match=r"holds a build with frame_rate = 12.0, not 24.0"):
+        build_records(inputs(tmp_path, 24.0), tmp_path / "records", **settings)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +172,19 @@ def test_names_and_frame_rates_of_records(tmp_path: Path) -> None:
             "train",
             "record 0: clip/label/index must be in 0..2, as in --classes, got 3",
         ),
-        ({LABELS: feature(-1)}, 1.0, "train", "train, record 0: clip/label/index must be in 0..2"),
+        ({LABELS: feature(-2)}, 1.0, "train", "train, record 0: clip/label/index must be in 0..2"),
+        (
+            {LABELS: feature(1), RATE: feature(1e-30)},
+            1.0,
+            "train",
+            "image/frame_rate must be in 0.017..1000 frames",
+        ),
+        (
+            {LABELS: feature(1), START: feature(5), END: feature(5)},
+            1.0,
+            "train",
+            "record 0: clip/start/timestamp must be before clip/end/timestamp",
+        ),
         (
             {LABELS: feature(1), "clip/label/text": feature(b"running")},
             1.0,
@@ -162,7 +197,7 @@ def test_names_and_frame_rates_of_records(tmp_path: Path) -> None:
             "train",
             "--frame_rate must be given: .*, record 0 states no image/frame_rate",
         ),
-        ({LABELS: feature(1)}, 0.0, "train", "frame_rate must be above 0 and at most 1000, got 0"),
+        ({LABELS: feature(1)}, 0.0, "train", r"frame_rate must be in 0.017..1000 frames per second, got 0"),
         ({LABELS: feature(1)}, 1.0, "test-*", "--lists=train must be a TFRecord file, or a pattern that matches some"),
     ],
 )
@@ -186,57 +221,75 @@ def test_names_of_classes_may_be_spelled_differently(tmp_path: Path) -> None:
 
 
 def test_unusable_records_are_left_out(tmp_path: Path) -> None:
-    bad = [
+    """All intact records of damaged files are kept."""
+    write(
+        tmp_path / "train-0",
         example([image(0)], {}),
-        example([image(0)], {LABELS: feature(0), RATE: feature(float("nan"))}),
-        gardens(),
-    ]
-    write(tmp_path / "train-0", *bad)
-    damaged = bytearray(write(tmp_path / "train-1", gardens(), gardens()).read_bytes())
+        example([image(0)], {LABELS: feature(-1)}),
+        model_garden_example(),
+        b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01" + bytes(100),
+        b"\x0a\x7f" + bytes(200),
+        model_garden_example(),
+    )
+    damaged = bytearray(write(tmp_path / "train-1", model_garden_example(), model_garden_example()).read_bytes())
     damaged[len(damaged) // 2 - 200] ^= 1  # in a frame of the first record
     (tmp_path / "train-1").write_bytes(damaged)
-    content = write(tmp_path / "train-2", gardens(), gardens()).read_bytes()
+    content = write(tmp_path / "train-2", model_garden_example(), model_garden_example()).read_bytes()
     (tmp_path / "train-2").write_bytes(content[:-1])
     (tmp_path / "train-3").write_bytes(b"not a TFRecord file, as its first bytes show")
-    write(tmp_path / "train-4", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
+    (tmp_path / "train-4").write_bytes(gzip.compress(content))
     different = [image(0), image(1, (16, 16))]
-    write(tmp_path / "train-5", *(example(images, {LABELS: feature(0)}) for images in ([], different)))
-    write(tmp_path / "train-6", example([b"no image"], {LABELS: feature(0)}))
+    write(tmp_path / "train-5", *(example(images, {LABELS: feature(0)}) for images in ([], different, [b"no image"])))
+    with (tmp_path / "train-6").open("wb") as file:
+        file.write(content)
+        file.truncate(10**9)  # a download that did not finish
+    (tmp_path / "train-0.frames").touch()
     settings: dict[str, Any] = {"dataset": "sequence_examples", "short_side": 32, "progress": False}
     result = build_records(inputs(tmp_path), tmp_path / "records", **settings)
     names = {record.media_id for record in result.manifest.splits["train"].records}
-    assert names == {"train-0:2", "train-1:1", "train-2:0"}
+    kept = ("train-0:2", "train-0:5", "train-1:1", "train-2:0", "train-6:0", "train-6:1")
+    assert names == {f"train/{name}" for name in kept}
     with (tmp_path / "records" / "failures.csv").open(newline="") as file:
         found = {(Path(path).relative_to(tmp_path).parts[0], reason) for path, reason in list(csv.reader(file))[1:]}
-    reasons = {
-        ("train-0", "has no clip/label/index in record 0"),
-        ("train-0", "has a frame rate of nan in record 1"),
-        ("train-1", "has a damaged record at byte 12: its checksum differs"),
-        ("train-2", "is truncated or not a TFRecord file: record 1 does not fit into it"),
-        ("train-3", "is truncated or not a TFRecord file: record 0 does not fit into it"),
-        ("train-4", "is not a file of SequenceExamples: the context of record 0 is too long"),
-        ("train-5", "has a record at byte 12 without frames in image/encoded"),
+    no_header = "is truncated, damaged or not a TFRecord file: record {} has no valid header"
+    assert found == {
+        ("train-0", "has a record 0 without clip/label/index"),
+        ("train-0", "has a record 1 with the label -1"),
+        ("train-0", "has a record 3 that is not a SequenceExample: its context has 18446744073709551615 bytes"),
+        ("train-0", "has a record 4 that is not a SequenceExample: it is not a protocol buffer"),
+        ("train-1", "has a damaged record 0, at byte 12: its checksum differs"),
+        ("train-2", no_header.format(1)),
+        ("train-3", no_header.format(0)),
+        ("train-4", "is compressed; decompress it first"),
+        ("train-5", "has a record 0 without frames: it has no image/encoded"),
+        ("train-5", "has a record 1 whose frame 1 has the size (16, 16), not (32, 48)"),
+        ("train-5", "has a record 2 whose frame 0 cannot be read: it is not a JPEG or PNG image"),
+        ("train-6", no_header.format(2)),
     }
-    assert reasons <= found
-    assert {name for name, _ in found - reasons} == {"train-5", "train-6"} and len(found) == len(reasons) + 2
+    assert result.manifest.splits["train"].expected == 14
 
 
 def test_any_changed_byte_is_found(tmp_path: Path) -> None:
     """A record is unusable or unchanged; nothing else is raised."""
-    content = write(tmp_path / "train", gardens()).read_bytes()
-    (whole,) = sources(tmp_path).splits["train"]
-    expected = encode_or_error(whole, 256, 95)
+    content = write(tmp_path / "train", model_garden_example()).read_bytes()
+    (intact,) = sources(tmp_path).splits["train"]
+    expected = encode_or_error(intact, 256, 95)
     outcomes = set()
-    for position in range(0, len(content), 7):
+    for position in range(0, len(content), 5):
         damaged = bytearray(content)
         damaged[position] ^= 0x40
         (tmp_path / "train").write_bytes(damaged)
-        try:
-            contexts = list(read_contexts(tmp_path / "train"))
-        except VideoError:
-            outcomes.add("listed")
-            continue
-        result = encode_or_error(whole._replace(example=contexts[0][0]), 256, 95)
-        assert isinstance(result, VideoError) or result == expected
-        outcomes.add(type(result).__name__)
-    assert outcomes == {"listed", "VideoError"}
+        found = sources(tmp_path)
+        results = [encode_or_error(video, 256, 95) for video in found.splits["train"]]
+        assert all(isinstance(result, VideoError) or result == expected for result in results)
+        outcomes.add((len(found.unusable), *(type(result).__name__ for result in results)))
+    assert outcomes == {(1,), (0, "VideoError")}
+
+
+def test_labels_that_change_during_the_build(tmp_path: Path) -> None:
+    write(tmp_path / "train", model_garden_example(1))
+    (video,) = sources(tmp_path).splits["train"]
+    write(tmp_path / "train", model_garden_example(2))
+    changed = encode_or_error(video, 256, 95)
+    assert isinstance(changed, VideoError)
+    assert changed.reason == "has a record 0 whose labels have changed during the build"

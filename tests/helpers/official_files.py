@@ -1,7 +1,7 @@
 """Synthetic videos and their lists in the official formats, under the names that the documentation uses.
 
-The classes are directions in which a picture moves, and differ in nothing else: single frames tell nothing. Left and
-right are one class, because the recipes mirror clips.
+The classes are directions in which a picture moves, and differ in nothing else: single frames look alike. Left and right
+are one class, because the recipes mirror clips.
 """
 
 import csv
@@ -93,16 +93,16 @@ def write_kinetics(root: Path, counts: Mapping[str, int]) -> Listed:
 
     A clip has 3 seconds. Of ten videos, one is complete: 5 seconds, of which the list names 3, and another class moves
     before and after them. Of twenty, one is missing. Of a hundred, one is a file that cannot be decoded. Half of the
-    files are in the folders of their classes.
+    files are in the folders of their classes. Classes are drawn at random.
     """
     folder, videos, damaged, missing = root / "kinetics400" / "videos", list[Drawn](), 0, 0
-    names = list(KINETICS)
+    names, rng = list(KINETICS), random.Random(0)
     for split, count in counts.items():
         rows = []
         for number in range(count):
             seed = len(videos) + missing + damaged
             youtube_id = f"{split[:5]:_<5}{number:06d}"
-            name, other = (names[(number + offset) % len(names)] for offset in (0, 1))
+            name, other = rng.sample(names, 2)
             start = 1 if number % 10 == 5 else 10
             rows.append((name, youtube_id, start, start + 3, split))
             within = folder / name.replace(" ", "_") if number % 8 < 4 else folder

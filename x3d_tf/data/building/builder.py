@@ -136,6 +136,7 @@ def _identity(dataset: str, inputs: Inputs, encoding: _EncodingSettings, sources
     settings = {
         "dataset": dataset,
         "seed": inputs.seed,
+        "frame_rate": inputs.frame_rate,
         "splits": inputs.splits,
         "split": inputs.split,
         "expected": dict(sources.expected),
@@ -295,15 +296,15 @@ def _record_source(video: Video, labels: tuple[int, ...]) -> "RecordSource":
 class _Estimate:
     """Estimate of the bytes still to write, from the first videos, whose order is random.
 
-    Assumes that sizes are proportional to durations if all videos have end times, to file sizes if all videos are
-    complete files, and equal otherwise.
+    Assumes that sizes are proportional to durations if all videos have end times, to stored sizes if all videos are
+    complete files or records, and equal otherwise.
     """
 
     def __init__(self, videos: Sequence[Video]) -> None:
         if all(video.end is not None for video in videos):
             self._weights = [(video.end or 0.0) - video.start for video in videos]
         elif all(video.start == 0.0 and video.end is None for video in videos):
-            self._weights = [_file_size(video.path) for video in videos]
+            self._weights = [_stored_size(video) for video in videos]
         else:
             self._weights = [1.0] * len(videos)
         self._count = 0
@@ -330,9 +331,11 @@ def _load_manifest(folder: BuildFolder) -> Manifest:
     return manifest
 
 
-def _file_size(path: Path) -> float:
+def _stored_size(video: Video) -> float:
+    if video.example is not None:
+        return float(video.example.length)
     try:
-        return float(path.stat().st_size)
+        return float(video.path.stat().st_size)
     except OSError:
         return 0.0
 

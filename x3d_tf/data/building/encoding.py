@@ -1,6 +1,6 @@
 """Encodes videos as the JPEG frames of their records, in worker processes.
 
-Imports no TensorFlow: the workers import this module and only decode.
+Imports no TensorFlow, which keeps the workers small.
 """
 
 import os

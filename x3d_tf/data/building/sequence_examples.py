@@ -1,10 +1,11 @@
 """Videos in the SequenceExamples of TFRecord files, as Model Garden, DMVR and MediaSequence write them.
 
 Model Garden reads the frames `image/encoded` and the labels `clip/label/index` alone. The other features are optional.
-Imports no TensorFlow at the top. Its protocol buffers are imported when a record is read, but no device is started.
+The files are untrusted. Imports no TensorFlow.
 """
 
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,25 +13,40 @@ from typing import NamedTuple
 import numpy as np
 
 from x3d_tf.crc32c import crc32c
+from x3d_tf.data.records.frames import frame_spans
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES
+from x3d_tf.data.records.wire import Span, fields, inside, varint
 from x3d_tf.data.video.decode import MAX_RECORD_BYTES, EncodedVideo, VideoError
 from x3d_tf.data.video.image_sequences import to_jpeg
-from x3d_tf.files import require_regular
+from x3d_tf.errors import UserError
+from x3d_tf.files import SMALL, require_regular
 
 LABELS, NAME, RATE = "clip/label/index", "clip/media_id", "image/frame_rate"
 LABEL_NAMES = ("clip/label/string", "clip/label/text")  # of MediaSequence and of DMVR
-FRAMES = "image/encoded"
+START, END = "clip/start/timestamp", "clip/end/timestamp"
 
 _LENGTH_BYTES = 8
-_HEAD = 1 << 16  # bytes that are read of each record to find its context
-_CONTEXT_TAG = b"\x0a"  # of the field `context`, which is written first
+_CHECKSUM_BYTES = 4
+_HEAD = 1 << 12  # bytes that are read of each record to find its context
+_CONTEXT = 1  # number of the field of a SequenceExample, which is written first
+_BYTES_LIST, _FLOAT_LIST, _INT_LIST = 1, 2, 3  # numbers of the fields of a Feature
+_MOST_VALUES = 1 << 16  # of a feature of the context
+_GZIP = b"\x1f\x8b"
 
 
 class Example(NamedTuple):
-    """A SequenceExample in a TFRecord file: position and number of its bytes."""
+    """A SequenceExample in a TFRecord file.
 
+    Attributes:
+        number: number of the record in the file, from 0.
+        offset, length: position and number of its bytes.
+        labels: class indices when it was listed.
+    """
+
+    number: int
     offset: int
     length: int
+    labels: tuple[int, ...] | None = None
 
 
 class Context(NamedTuple):
@@ -39,74 +55,143 @@ class Context(NamedTuple):
     Attributes:
         labels: class indices; None if the feature does not exist.
         label_names: class names; empty if no feature has them.
-        name: name of the video, or None.
-        frame_rate: frames per second, or None.
+        name: name of the video; empty if no feature has it.
+        frame_rate: frames per second; None if no feature has it, or 0.
+        start, end: microsecond of the video at which the record starts and ends; None if no feature has them.
     """
 
     labels: tuple[int, ...] | None
     label_names: tuple[str, ...]
-    name: str | None
+    name: str
     frame_rate: float | None
+    start: int | None
+    end: int | None
 
 
-def read_contexts(path: Path) -> Iterator[tuple[Example, Context]]:
-    """Yields the records of a TFRecord file with their metadata. Reads no frames, and verifies no checksums.
+class Listing(NamedTuple):
+    """The records of a TFRecord file with their metadata or errors, and the error that ends the file early."""
+
+    records: list[tuple[Example, Context | VideoError]]
+    error: VideoError | None
+
+
+def list_examples(path: Path) -> Listing:
+    """Lists the records of a TFRecord file. Reads no frames. The checksums of the metadata are not verified.
 
     Raises:
-        VideoError: the file cannot be read, is truncated or is no TFRecord file. Its intact records are yielded first.
+        UserError: the path is not a file.
     """
     try:
         require_regular(path)
         with path.open("rb", buffering=0) as file:
-            end, position, number = os.fstat(file.fileno()).st_size, 0, 0
-            while position < end:
-                offset = position + HEADER_BYTES
-                length = int.from_bytes(os.pread(file.fileno(), _LENGTH_BYTES, position), "little")
-                position = offset + length + FOOTER_BYTES
-                if length > MAX_RECORD_BYTES or position > end:
-                    raise VideoError(path, f"is truncated or not a TFRecord file: record {number} does not fit into it")
-                yield Example(offset, length), _context(path, file.fileno(), Example(offset, length), number)
-                number += 1
+            examples, error = _walk(path, file.fileno())
+            return Listing([(example, _context_or_error(path, file.fileno(), example)) for example in examples], error)
     except OSError as error:
-        raise VideoError(path, f"cannot be read: {error.strerror}") from error
+        return Listing([], VideoError(path, f"cannot be read: {error.strerror}"))
 
 
-def _context(path: Path, file: int, example: Example, number: int) -> Context:
-    import tensorflow as tf
-    from google.protobuf.message import DecodeError
+def _walk(path: Path, file: int) -> tuple[list[Example], VideoError | None]:
+    """Returns the records up to the first header that is not valid, and the error at that place."""
+    size, position = os.fstat(file).st_size, 0
+    examples, headers, bad = list[Example](), list[bytes](), False
+    while position < size and not bad:
+        header = os.pread(file, HEADER_BYTES, position)
+        length = int.from_bytes(header[:_LENGTH_BYTES], "little")
+        offset = position + HEADER_BYTES
+        position = offset + length + FOOTER_BYTES
+        bad = not 0 < length <= MAX_RECORD_BYTES or position > size  # unwritten parts of files are zeros
+        if not bad:
+            examples.append(Example(len(examples), offset, length))
+            headers.append(header)
+    starts = np.arange(len(headers), dtype=np.int64) * HEADER_BYTES
+    checksums = crc32c(b"".join(headers), starts, np.full(len(headers), _LENGTH_BYTES, np.int64))
+    intact = [_masked(int(value)) == _stated(header, _LENGTH_BYTES) for value, header in zip(checksums, headers)]
+    if not all(intact):
+        examples, bad = examples[: intact.index(False)], True
+    if not bad:
+        return examples, None
+    if not examples and os.pread(file, 2, 0) == _GZIP:
+        return [], VideoError(path, "is compressed; decompress it first")
+    reason = f"is truncated, damaged or not a TFRecord file: record {len(examples)} has no valid header"
+    return examples, VideoError(path, reason)
 
-    head = os.pread(file, min(example.length, _HEAD), example.offset)
-    size = start = 0
-    if head.startswith(_CONTEXT_TAG):
-        size, start = _varint(head)
-    if start + size > example.length:
-        raise VideoError(path, f"is not a file of SequenceExamples: the context of record {number} is too long")
-    content = head[start : start + size]
-    if start + size > len(head):
-        content = os.pread(file, size, example.offset + start)
+
+def _context_or_error(path: Path, file: int, example: Example) -> Context | VideoError:
     try:
-        features = tf.train.Features.FromString(content).feature
-    except DecodeError as error:
-        raise VideoError(path, f"is not a file of SequenceExamples: record {number} cannot be parsed") from error
-    names = next((features[name].bytes_list.value for name in LABEL_NAMES if name in features), ())
-    rates = features[RATE].float_list.value if RATE in features else ()
-    media_ids = features[NAME].bytes_list.value if NAME in features else ()
+        return _context(_context_bytes(file, example))
+    except ValueError as error:
+        return VideoError(path, f"has a record {example.number} that is not a SequenceExample: {error}")
+
+
+def _context_bytes(file: int, example: Example) -> bytes:
+    head = os.pread(file, min(example.length, _HEAD), example.offset)
+    tag, begin = varint(head, 0, len(head))
+    if tag != _CONTEXT << 3 | 2:  # a field of bytes
+        return b""
+    size, begin = varint(head, begin, len(head))
+    if size > min(SMALL, example.length - begin):
+        raise ValueError(f"its context has {size} bytes")
+    return head[begin : begin + size] if begin + size <= len(head) else os.pread(file, size, example.offset + begin)
+
+
+def _context(data: bytes) -> Context:
+    """Parses a context: entry > key, feature > list > values."""
+    features: dict[bytes, Span] = {}
+    for entry in fields(data, 0, len(data), 1):
+        keys, values = ([*fields(data, *entry, number)] for number in (1, 2))
+        if len(keys) != 1 or len(values) != 1:
+            raise ValueError("its context is not a map")
+        features[data[slice(*keys[0])]] = values[0]
+    names = [_texts(data, features.get(name.encode())) for name in LABEL_NAMES]
+    rates = _floats(data, features.get(RATE.encode())) + _ints(data, features.get(RATE.encode()))
+    start, end = (_ints(data, features.get(name.encode())) for name in (START, END))
     return Context(
-        tuple(features[LABELS].int64_list.value) if LABELS in features else None,
-        tuple(name.decode("utf-8", "replace") for name in names),
-        media_ids[0].decode("utf-8", "replace") if media_ids else None,
-        rates[0] if rates else None,
+        tuple(_ints(data, features[LABELS.encode()])) if LABELS.encode() in features else None,
+        tuple(names[0] or names[1]),
+        "".join(_texts(data, features.get(NAME.encode()))[:1]),
+        next((rate for rate in rates if rate), None),
+        start[0] if start else None,
+        end[0] if end else None,
     )
 
 
-def _varint(head: bytes) -> tuple[int, int]:
-    """Returns the length of a field that begins with a tag of one byte, and the position of its content."""
-    size = 0
-    for index, byte in enumerate(head[1:11]):
-        size |= (byte & 0x7F) << 7 * index
-        if byte < 0x80:
-            return size, index + 2
-    return MAX_RECORD_BYTES, 1  # too long for any record
+def _values(data: bytes, feature: Span | None, kind: int) -> Iterator[Span]:
+    """Yields the values of a feature; all numbers of a feature are one packed value."""
+    return inside(data, fields(data, *feature, kind) if feature else (), 1)
+
+
+def _ints(data: bytes, feature: Span | None) -> list[int]:
+    values: list[int] = []
+    for begin, end in _values(data, feature, _INT_LIST):
+        while begin < end:
+            value, begin = varint(data, begin, end)
+            values.append(value - (1 << 64) if value >> 63 else value)
+            if len(values) > _MOST_VALUES:
+                raise ValueError(f"a feature has more than {_MOST_VALUES} values")
+    return values
+
+
+def _floats(data: bytes, feature: Span | None) -> list[float]:
+    (begin, end) = next(_values(data, feature, _FLOAT_LIST), (0, 0))
+    return [*struct.unpack_from("<f", data, begin)] if end - begin >= _CHECKSUM_BYTES else []
+
+
+def _texts(data: bytes, feature: Span | None) -> list[str]:
+    values: list[str] = []
+    for span in _values(data, feature, _BYTES_LIST):
+        values.append(data[slice(*span)].decode("utf-8", "replace"))
+        if len(values) > _MOST_VALUES:
+            raise ValueError(f"a feature has more than {_MOST_VALUES} values")
+    return values
+
+
+def is_intact(path: Path, example: Example) -> bool:
+    """Returns True if the checksums of a record match its bytes."""
+    try:
+        _read(path, example)
+    except VideoError:
+        return False
+    return True
 
 
 def encode_example(path: Path, example: Example, short_side: int, quality: int, fps: float) -> EncodedVideo:
@@ -119,42 +204,65 @@ def encode_example(path: Path, example: Example, short_side: int, quality: int, 
         fps: frames per second.
 
     Raises:
-        VideoError: the record is damaged, has no frames, or has frames that cannot be decoded or differ in size.
+        VideoError: the record is damaged, has other labels than when it was listed, or has no frames; or its frames
+            cannot be decoded, differ in size or exceed 1 GiB.
     """
-    import tensorflow as tf
-    from google.protobuf.message import DecodeError
-
+    record, where = _read(path, example), f"has a record {example.number}"
+    frames: list[bytes] = []
+    sizes: dict[tuple[int, int], None] = {}
     try:
-        stored = tf.train.SequenceExample.FromString(_read(path, example))
-    except DecodeError as error:
-        raise VideoError(path, f"has a record at byte {example.offset} that is not a SequenceExample") from error
-    lists = stored.feature_lists.feature_list
-    images = [feature.bytes_list.value for feature in lists[FRAMES].feature] if FRAMES in lists else []
-    if not images or not all(len(image) == 1 for image in images):
-        raise VideoError(path, f"has a record at byte {example.offset} without frames in {FRAMES}")
-    where = path / f"record at byte {example.offset}"
-    frames, sizes = zip(*(to_jpeg(image[0], where, short_side, quality) for image in images))
-    if len(set(sizes)) > 1:
-        raise VideoError(path, f"has a record at byte {example.offset} whose frames differ in size")
-    return EncodedVideo(list(frames), float(np.float32(fps)))
+        if _context(_first_field(record)).labels != example.labels:
+            raise VideoError(path, f"{where} whose labels have changed during the build")
+        total = 0
+        for begin, end in frame_spans(record):
+            jpeg, size = to_jpeg(record[begin:end], short_side, quality)
+            sizes.setdefault(size)
+            frames.append(jpeg)
+            total += len(jpeg)
+            if total > MAX_RECORD_BYTES:
+                raise VideoError(path, f"{where} whose frames exceed {MAX_RECORD_BYTES} bytes as JPEG")
+            if len(sizes) > 1:
+                before, now = sizes
+                raise VideoError(path, f"{where} whose frame {len(frames) - 1} has the size {now}, not {before}")
+    except VideoError:
+        raise
+    except ValueError as error:
+        raise VideoError(path, f"{where} whose frame {len(frames)} cannot be read: {error}") from error
+    if not frames:
+        raise VideoError(path, f"{where} without frames: it has no image/encoded")
+    return EncodedVideo(frames, float(np.float32(fps)))
+
+
+def _first_field(record: bytes) -> bytes:
+    span = next(fields(record, 0, len(record), _CONTEXT), (0, 0))
+    return record[slice(*span)]
 
 
 def _read(path: Path, example: Example) -> bytes:
-    """Reads the bytes of a record and verifies both checksums."""
+    """Reads the bytes of a record and verifies both checksums.
+
+    Raises:
+        VideoError: the file cannot be read, or a checksum differs.
+    """
+    size = HEADER_BYTES + example.length + FOOTER_BYTES
     try:
         require_regular(path)
         with path.open("rb", buffering=0) as file:
-            start = example.offset - HEADER_BYTES
-            content = os.pread(file.fileno(), HEADER_BYTES + example.length + FOOTER_BYTES, start)
+            content = os.pread(file.fileno(), size, example.offset - HEADER_BYTES)
     except OSError as error:
         raise VideoError(path, f"cannot be read: {error.strerror}") from error
-    if len(content) == HEADER_BYTES + example.length + FOOTER_BYTES:
-        spans = np.array([0, HEADER_BYTES]), np.array([_LENGTH_BYTES, example.length])
+    except UserError as error:  # the file was replaced
+        raise VideoError(path, "is no longer a file") from error
+    if len(content) == size:
+        spans = np.array([0, HEADER_BYTES], np.int64), np.array([_LENGTH_BYTES, example.length], np.int64)
         checksums = [_masked(int(value)) for value in crc32c(content, *spans)]
-        stated = [int.from_bytes(content[at : at + 4], "little") for at in (_LENGTH_BYTES, len(content) - 4)]
-        if checksums == stated:
+        if checksums == [_stated(content, _LENGTH_BYTES), _stated(content, size - FOOTER_BYTES)]:
             return content[HEADER_BYTES:-FOOTER_BYTES]
-    raise VideoError(path, f"has a damaged record at byte {example.offset}: its checksum differs")
+    raise VideoError(path, f"has a damaged record {example.number}, at byte {example.offset}: its checksum differs")
+
+
+def _stated(content: bytes, position: int) -> int:
+    return int.from_bytes(content[position : position + _CHECKSUM_BYTES], "little")
 
 
 def _masked(checksum: int) -> int:

@@ -28,7 +28,7 @@ class Video(NamedTuple):
     """A video to build a record from.
 
     Attributes:
-        path: path of the video file, or of the folder of frames.
+        path: path of the video file, of the folder of frames, or of a TFRecord file.
         name: name of the video in the records.
         classes: distinct names of its classes.
         start: second of the file at which the record starts.
@@ -39,7 +39,7 @@ class Video(NamedTuple):
         frame_rate: images per second, for a folder of frames or a SequenceExample.
         must_cover_segment: the file must last until `end`; otherwise the record may end earlier, with the file.
         timed: its classes with their times; empty if they apply to the complete video.
-        example: position and length of the SequenceExample in a TFRecord file; None for all others.
+        example: the record of a TFRecord file; None for all others.
     """
 
     path: Path

@@ -24,13 +24,12 @@ from x3d_tf.data.building.sources import Sources, Video, shuffle_by_hash
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.records.index import KeyFrameInfo
 from x3d_tf.data.video.decode import VideoError
-from x3d_tf.data.video.image_sequences import FOLDER_FPS
+from x3d_tf.data.video.image_sequences import FOLDER_FPS, check_frame_rate
 from x3d_tf.errors import UserError, require
 from x3d_tf.types import Annotation, Box
 
 AVA_START_SECONDS = 900.0  # seconds; timestamp at which AVA's video files begin
 MARGIN = 41 / 30  # seconds stored before and after a key frame: X3D-M looks at 40 frames at 30 frames per second
-_FASTEST = 1000.0  # highest frame rate of a folder of frames
 # Videos of each split of AVA v2.1 and v2.2 (Gu et al., "AVA: A Video Dataset of Spatio-temporally Localized Atomic
 # Visual Actions", CVPR 2018). The test split has no public boxes.
 _VIDEOS = {"train": 235, "val": 64}
@@ -107,8 +106,7 @@ def find_key_frames(
             of range, or no video exists.
     """
     require(0 <= starts_at < math.inf, "starts_at", "be at least 0 seconds", starts_at)
-    rule = f"be above 0 and at most {_FASTEST:g} images per second"
-    require(0 < frame_rate <= _FASTEST, "frame_rate", rule, frame_rate)
+    check_frame_rate(frame_rate, "frame_rate")
     if not videos.is_dir():
         raise UserError(f"videos: {videos} is not a folder")
     for name, files_by_split in (("proposals", proposals), ("exclusions", exclusions)):

@@ -28,7 +28,7 @@ class Inputs:
         exclusions: csv file of the key frames to leave out of each split.
         label_map: .pbtxt file of the actions.
         starts_at: timestamp of the first frame of the videos, in seconds.
-        frame_rate: images per second, for folders of frames.
+        frame_rate: frames per second, for folders of frames and for records that state none.
         splits: names of the splits.
         split: fraction of the videos for the split "test".
         classes: text file of the class names, in the order of their labels.

@@ -10,6 +10,7 @@ from x3d_tf import csv_files
 from x3d_tf.data.building.listed import ClassNames, Entry, collect, entries_by_name, read_numbered_classes
 from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.video.image_sequences import check_frame_rate
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
 from x3d_tf.text import decimal
@@ -40,7 +41,7 @@ class Charades:
             UserError: a list cannot be read or a line breaks its rule; the message names file and line.
         """
         folder, rate = inputs.path("videos"), FRAME_RATE if inputs.frame_rate is None else inputs.frame_rate
-        require(0 < rate <= 1000, "frame_rate", "be above 0 and at most 1000 images per second", rate)
+        check_frame_rate(rate, "frame_rate")
         classes = ClassNames(
             read_numbered_classes(inputs.path("classes"), "c{:03d}"), f"the classes in {inputs.classes}"
         )

@@ -1,23 +1,29 @@
 """The data set `sequence_examples`: videos in TFRecord files that other tools wrote, such as Model Garden's.
 
-Imports no TensorFlow until the files are read.
+Imports no TensorFlow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from x3d_tf.data.building.listed import plain
-from x3d_tf.data.building.sequence_examples import LABELS, RATE, Context, Example, read_contexts
+from x3d_tf.data.building.sequence_examples import LABELS, RATE, Context, Example, is_intact, list_examples
 from x3d_tf.data.building.sources import Sources, Video, shuffle_by_hash
 from x3d_tf.data.class_lists import read_classes
 from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.records.index import MAX_SECONDS
 from x3d_tf.data.video.decode import VideoError
+from x3d_tf.data.video.image_sequences import check_frame_rate
 from x3d_tf.errors import UserError, require
-from x3d_tf.startup import starting_tensorflow
+from x3d_tf.types import AnnotationKind
 
+_THREADS = 16  # hides the latency of network disks
 _LONGEST_NAME = 1000  # characters
-_FASTEST = 1000.0  # frames per second
+_UNLABELLED = -1
 
 
 class SequenceExamples:
@@ -31,72 +37,118 @@ class SequenceExamples:
     def sources(self, inputs: Inputs) -> Sources:
         """Returns the records of the files. Each list is a TFRecord file, or a pattern such as `shards/train-*`.
 
-        Records are named by their `clip/media_id`, or else by file and number. Records that state no frame rate have
+        Videos are named by `clip/media_id`, or else by split, file and number. Records that state no frame rate have
         that of the inputs. The task is multi-label if any record has no label or several.
 
         Raises:
             UserError: a pattern matches no file; a label is not in the class list, or has another name there; or a
                 record states no frame rate and none is given.
         """
-        classes = read_classes(inputs.path("classes"))
-        rate = inputs.frame_rate
-        require(rate is None or 0 < rate <= _FASTEST, "frame_rate", f"be above 0 and at most {_FASTEST:g}", rate)
-        unusable: list[VideoError] = []
-        splits: dict[str, list[Video]] = {}
-        names: set[str] = set()
-        with starting_tensorflow(devices=False):
-            import tensorflow as tf  # noqa: F401
-        for split, pattern in inputs.lists.items():
-            videos = [_video(found, names, classes, rate) for found in _records(split, pattern, unusable)]
-            splits[split] = shuffle_by_hash([video for video in videos if isinstance(video, Video)], inputs.seed)
-            unusable += [video for video in videos if isinstance(video, VideoError)]
-        counts = {len(video.classes) for videos in splits.values() for video in videos}
-        return Sources(splits, unusable, classes, "multi_label" if counts - {1} else "single_label")
+        if inputs.frame_rate is not None:
+            check_frame_rate(inputs.frame_rate, "frame_rate")
+        videos = _Videos(read_classes(inputs.path("classes")), inputs.frame_rate)
+        records = _list_records(inputs, videos.unusable)
+        splits, expected = {}, {}
+        for split in inputs.lists:
+            listed = [record for record in records if record.split == split]
+            splits[split] = shuffle_by_hash([*videos.of(listed)], inputs.seed)
+            expected[split] = len(listed)
+        counts = {len(video.classes) for found in splits.values() for video in found}
+        task: AnnotationKind = "multi_label" if counts - {1} else "single_label"
+        return Sources(splits, videos.unusable, videos.classes, task, expected)
 
 
 DATASETS = (SequenceExamples(),)
 
 
-class _Found(NamedTuple):
-    """A record: its file, its number in it, its position and its metadata."""
+class _Record(NamedTuple):
+    """A record with its metadata, or the error that it has none."""
 
+    split: str
     file: Path
-    number: int
     example: Example
-    context: Context
+    context: Context | VideoError
+
+    def __str__(self) -> str:
+        return f"{self.file}, record {self.example.number}"
 
 
-def _records(split: str, pattern: Path, unusable: list[VideoError]) -> Iterator[_Found]:
-    """Yields the records of the files of a pattern; appends damaged files to `unusable`."""
-    files = sorted(pattern.parent.glob(pattern.name)) if pattern.name else []
-    require(bool(files), f"--lists={split}", "be a TFRecord file, or a pattern that matches some", str(pattern))
-    for file in files:
+def _list_records(inputs: Inputs, unusable: list[VideoError]) -> list[_Record]:
+    """Lists the records of all files, in the order of the files; appends files that end early to `unusable`."""
+    files = [(split, file) for split, pattern in inputs.lists.items() for file in _files(split, pattern)]
+    records: list[_Record] = []
+    with ThreadPoolExecutor(_THREADS) as threads:
+        listings = threads.map(list_examples, [file for _, file in files])
+        bar = tqdm(listings, total=len(files), unit="file", desc="reading labels", disable=None, leave=False)
+        for (split, file), listing in zip(files, bar, strict=True):
+            records += [_Record(split, file, *found) for found in listing.records]
+            unusable += [listing.error] if listing.error is not None else []
+    return records
+
+
+def _files(split: str, pattern: Path) -> list[Path]:
+    found = sorted(file for file in pattern.parent.glob(pattern.name or "*") if file.suffix != ".frames")
+    require(bool(found), f"--lists={split}", "be a TFRecord file, or a pattern that matches some", str(pattern))
+    return found
+
+
+class _Videos:
+    """Makes videos of records; collects the unusable ones."""
+
+    def __init__(self, classes: Sequence[str], frame_rate: float | None) -> None:
+        self.classes, self.frame_rate = tuple(classes), frame_rate
+        self.unusable: list[VideoError] = []
+        self._seen: dict[str, _Record] = {}  # by media id
+
+    def of(self, records: Iterable[_Record]) -> Iterator[Video]:
+        """Yields the usable records as videos."""
+        for record in records:
+            found = self._video(record)
+            if isinstance(found, VideoError):
+                self.unusable.append(found)
+            elif (first := self._seen.setdefault(found.media_id, record)) is record:
+                yield found
+            else:
+                number, reason = record.example.number, f"the name and the times of {first}"
+                self.unusable.append(VideoError(record.file, f"has a record {number} that repeats {reason}"))
+
+    def _video(self, record: _Record) -> Video | VideoError:
+        context, example = record.context, record.example
+        if isinstance(context, VideoError):
+            return context
+        if context.labels is None:
+            return VideoError(record.file, f"has a record {example.number} without {LABELS}")
+        if _UNLABELLED in context.labels:
+            return VideoError(record.file, f"has a record {example.number} with the label {_UNLABELLED}")
+        rate = context.frame_rate or self.frame_rate
         try:
-            for number, (example, context) in enumerate(read_contexts(file)):
-                yield _Found(file, number, example, context)
-        except VideoError as error:
-            unusable.append(error)
+            self._check_labels(record, context.labels, context.label_names)
+            if rate is None:
+                raise UserError(f"--frame_rate must be given: {record} states no {RATE}")
+            check_frame_rate(rate, f"{record}: {RATE}")
+            start, end = _segment(record, context)
+        except UserError:
+            if is_intact(record.file, example):
+                raise
+            return VideoError(record.file, f"has a damaged record {example.number}: its checksum differs")
+        name = context.name[:_LONGEST_NAME] or f"{record.split}/{record.file.name}:{example.number}"
+        labels = tuple(self.classes[label] for label in dict.fromkeys(context.labels))
+        example = example._replace(labels=context.labels)
+        return Video(record.file, name, labels, start, end, frame_rate=rate, example=example)
+
+    def _check_labels(self, record: _Record, labels: Sequence[int], names: Sequence[str]) -> None:
+        last = len(self.classes) - 1
+        for label in labels:
+            require(0 <= label <= last, f"{record}: {LABELS}", f"be in 0..{last}, as in --classes", label)
+        for label, stated in zip(labels, names if len(names) == len(labels) else ()):
+            rule = f"be that of class {label} in --classes, {self.classes[label]!r}"
+            require(plain(stated) == plain(self.classes[label]), f"{record}: the name of its label", rule, stated)
 
 
-def _video(found: _Found, names: set[str], classes: Sequence[str], rate: float | None) -> Video | VideoError:
-    """Returns a record as a video; adds its name to `names`."""
-    file, number, example, context = found
-    where = f"{file}, record {number}"
-    if context.labels is None:
-        return VideoError(file, f"has no {LABELS} in record {number}")
-    for index, label in enumerate(context.labels):
-        require(0 <= label < len(classes), f"{where}: {LABELS}", f"be in 0..{len(classes) - 1}, as in --classes", label)
-        stated = context.label_names[index] if len(context.label_names) == len(context.labels) else classes[label]
-        rule = f"be that of class {label} in --classes, {classes[label]!r}"
-        require(plain(stated) == plain(classes[label]), f"{where}: the name of its label", rule, stated)
-    fps = rate if context.frame_rate is None else context.frame_rate
-    if fps is None:
-        raise UserError(f"--frame_rate must be given: {where} states no {RATE}")
-    if not 0 < fps <= _FASTEST:
-        return VideoError(file, f"has a frame rate of {fps:g} in record {number}")
-    name = context.name
-    if not name or name in names or len(name) > _LONGEST_NAME:
-        name = f"{file.name}:{number}"
-    names.add(name)
-    labels = tuple(classes[label] for label in dict.fromkeys(context.labels))
-    return Video(file, name, labels, frame_rate=fps, example=example)
+def _segment(record: _Record, context: Context) -> tuple[float, float | None]:
+    """Returns the seconds of the video at which the record starts and ends."""
+    if context.start is None or context.end is None:
+        return 0.0, None
+    start, end = context.start / 1e6, context.end / 1e6
+    require(0 <= start < end <= MAX_SECONDS, f"{record}: clip/start/timestamp", "be before clip/end/timestamp", start)
+    return start, end

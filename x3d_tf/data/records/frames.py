@@ -22,7 +22,7 @@ the shard, so it can always be made again.
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,14 +34,13 @@ from tqdm import tqdm
 from x3d_tf.crc32c import crc32c
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
+from x3d_tf.data.records.wire import fields, inside
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import atomic_write, read_limited
 
 _MAGIC, _VERSION = b"X3DFRAME", 1
 _HEADER = struct.Struct("<8sIIQQ32s")
 _DIGEST_BYTES = 32
-_BYTES, _VARINT = 2, 0  # wire types of protocol buffers
-_SKIPPED = {1: 8, 5: 4}  # bytes of the wire types of fixed size
 _FRAMES = b"image/encoded"
 
 
@@ -83,7 +82,7 @@ def frames_of(record: bytes, listed: int, offset: int = 0) -> FrameTable:
     Raises:
         ValueError: the bytes are not a record with frames, or it has more than `listed`.
     """
-    found = list(islice(_frame_spans(record), listed + 1))
+    found = list(islice(frame_spans(record), listed + 1))
     if len(found) > listed:
         raise ValueError(f"it has more than {listed} frames")
     spans = np.array(found, np.int64).reshape(-1, 2)
@@ -276,49 +275,17 @@ def frames_of_shard(path: Path, shard: Shard, records: Sequence[Record]) -> Fram
     return join(tables)
 
 
-def _frame_spans(record: bytes) -> Iterator[tuple[int, int]]:
-    """Yields the begin and the end of each frame: feature_lists > entry > list > feature > bytes_list > value."""
-    lists = _inside(record, [(0, len(record))], 2)
-    for entry in _inside(record, lists, 1):
-        if [record[slice(*key)] for key in _fields(record, *entry, 1)] == [_FRAMES]:
-            for feature in _inside(record, _fields(record, *entry, 2), 1):
-                values = [*islice(_inside(record, _fields(record, *feature, 1), 1), 2)]
+def frame_spans(record: bytes) -> Iterator[tuple[int, int]]:
+    """Yields the begin and the end of each frame: feature_lists > entry > list > feature > bytes_list > value.
+
+    Raises:
+        ValueError: the bytes are not a record with frames.
+    """
+    lists = inside(record, [(0, len(record))], 2)
+    for entry in inside(record, lists, 1):
+        if [record[slice(*key)] for key in fields(record, *entry, 1)] == [_FRAMES]:
+            for feature in inside(record, fields(record, *entry, 2), 1):
+                values = [*islice(inside(record, fields(record, *feature, 1), 1), 2)]
                 if len(values) != 1:
                     raise ValueError(f"a frame must be one file, got {'several' if values else 'none'}")
                 yield values[0]
-
-
-def _inside(data: bytes, messages: Iterable[tuple[int, int]], wanted: int) -> Iterator[tuple[int, int]]:
-    """Yields the fields of bytes with a number in each message."""
-    for begin, end in messages:
-        yield from _fields(data, begin, end, wanted)
-
-
-def _fields(data: bytes, begin: int, end: int, wanted: int) -> Iterator[tuple[int, int]]:
-    """Yields the begin and the end of each field of bytes with a number, in the message `data[begin:end]`."""
-    while begin < end:
-        tag, begin = _varint(data, begin, end)
-        number, kind = tag >> 3, tag & 7
-        if kind == _VARINT:
-            _, begin = _varint(data, begin, end)
-            continue
-        length, begin = _varint(data, begin, end) if kind == _BYTES else (_SKIPPED.get(kind), begin)
-        if length is None or length > end - begin:
-            raise ValueError("it is not a protocol buffer")
-        if kind == _BYTES and number == wanted:
-            yield begin, begin + length
-        begin += length
-
-
-def _varint(data: bytes, begin: int, end: int) -> tuple[int, int]:
-    """Returns the number of variable length at a position, and the position after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if begin >= end:
-            break
-        byte = data[begin]
-        begin += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, begin
-    raise ValueError("it is not a protocol buffer")

@@ -15,8 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from x3d_tf.data.sampling import resized_shape
 from x3d_tf.data.video.decode import MAX_RECORD_BYTES, EncodedVideo, VideoError, encode_jpeg, first_from
 from x3d_tf.data.video.timeline import LONGEST_GAP
+from x3d_tf.errors import require
 
 FOLDER_FPS = 30.0  # default images per second, as extracted from AVA's videos
+SLOWEST, FASTEST = 1 / LONGEST_GAP, 1000.0  # frames per second
 FileState = tuple[int, int]  # size and modification time of a file, or a fingerprint of a folder
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -48,7 +50,7 @@ def encode_folder(
     sizes: dict[tuple[int, int], None] = {}
     total = 0
     for path, count in _between(images, start, end, fps).items():
-        jpeg, size = to_jpeg(_read_image(path), path, short_side, quality)
+        jpeg, size = _image_to_jpeg(path, short_side, quality)
         sizes.setdefault(size)
         if len(sizes) > 1:
             before, now = sizes
@@ -60,6 +62,12 @@ def encode_folder(
     if not frames:
         raise VideoError(folder, f"ends before {start:g} s: it has {len(images)} images at {fps:g} per second")
     return EncodedVideo(frames, float(np.float32(fps)), first_from(start, fps) / fps)
+
+
+def check_frame_rate(rate: float, where: str) -> None:
+    """Raises `UserError` unless a frame rate is in 1/60..1000 per second; `where` begins the message."""
+    rule = f"be in {SLOWEST:.3f}..{FASTEST:g} frames per second"
+    require(SLOWEST <= rate <= FASTEST, where, rule, rate)
 
 
 def folder_state(folder: Path) -> FileState:
@@ -146,26 +154,28 @@ def _list_images(folder: Path, changed: int) -> list[tuple[int, Path]]:
     return sorted(numbers.items())
 
 
-def _read_image(path: Path) -> bytes:
-    if not path.is_file():  # reading a pipe may never end
-        raise VideoError(path, "is not a file")
+def _image_to_jpeg(path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
+    """Returns an image file as `to_jpeg` does; raises VideoError."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise VideoError(path, f"cannot be read: {error.strerror}") from error
+        if not path.is_file():  # reading a pipe may never end
+            raise VideoError(path, "is not a file")
+        return to_jpeg(path.read_bytes(), short_side, quality)
+    except VideoError:
+        raise
+    except (OSError, ValueError) as error:
+        raise VideoError(path, f"cannot be read as an image: {error}") from error
 
 
-def to_jpeg(content: bytes, path: Path, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
+def to_jpeg(content: bytes, short_side: int, quality: int) -> tuple[bytes, tuple[int, int]]:
     """Returns an image as an RGB JPEG file, with its height and width. A JPEG file that fits is returned unchanged.
 
     Args:
         content: JPEG or PNG file.
-        path: its path, for messages.
         short_side: largest short side in pixels; larger images are scaled down.
         quality: JPEG quality, 1..95.
 
     Raises:
-        VideoError: the image cannot be decoded.
+        ValueError: the image cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:  # excludes Pillow's other decoders
@@ -174,8 +184,10 @@ def to_jpeg(content: bytes, path: Path, short_side: int, quality: int) -> tuple[
                 image.load()  # raises if the file is damaged
                 return content, (height, width)
             pixels = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise VideoError(path, f"cannot be read as an image: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError("it is not a JPEG or PNG image") from error
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
     if min(height, width) > short_side:
         height, width = (int(side) for side in resized_shape(height, width, short_side))
         pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)

@@ -1,0 +1,56 @@
+"""Fields of serialized protocol buffers, as spans of their bytes. For untrusted bytes. Imports no TensorFlow."""
+
+from collections.abc import Iterable, Iterator
+
+_BYTES, _VARINT = 2, 0  # wire types
+_SKIPPED = {1: 8, 5: 4}  # bytes of the wire types of fixed size
+
+Span = tuple[int, int]  # first byte, and the one after the last
+
+
+def inside(data: bytes, messages: Iterable[Span], wanted: int) -> Iterator[Span]:
+    """Yields the fields of bytes with a number in each message.
+
+    Raises:
+        ValueError: a message is not a protocol buffer.
+    """
+    for begin, end in messages:
+        yield from fields(data, begin, end, wanted)
+
+
+def fields(data: bytes, begin: int, end: int, wanted: int) -> Iterator[Span]:
+    """Yields each field of bytes with a number in the message `data[begin:end]`.
+
+    Raises:
+        ValueError: the message is not a protocol buffer.
+    """
+    while begin < end:
+        tag, begin = varint(data, begin, end)
+        number, kind = tag >> 3, tag & 7
+        if kind == _VARINT:
+            _, begin = varint(data, begin, end)
+            continue
+        length, begin = varint(data, begin, end) if kind == _BYTES else (_SKIPPED.get(kind), begin)
+        if length is None or length > end - begin:
+            raise ValueError("it is not a protocol buffer")
+        if kind == _BYTES and number == wanted:
+            yield begin, begin + length
+        begin += length
+
+
+def varint(data: bytes, begin: int, end: int) -> tuple[int, int]:
+    """Returns the number of variable length at a position, and the position after it.
+
+    Raises:
+        ValueError: the number does not end before `end`, or has more than ten bytes.
+    """
+    value = 0
+    for shift in range(0, 70, 7):
+        if begin >= end:
+            break
+        byte = data[begin]
+        begin += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, begin
+    raise ValueError("it is not a protocol buffer")
