@@ -1,7 +1,7 @@
 """Synthetic videos and their lists in the official formats, under the names that the documentation uses.
 
-The classes are directions in which a picture moves, and differ in nothing else: single frames look alike. Left and right
-are one class, because the recipes mirror clips.
+The classes are directions in which a picture moves, and differ in nothing else: single frames look alike. Left and
+right are one class, because the recipes mirror clips.
 """
 
 import csv
