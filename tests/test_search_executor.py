@@ -15,6 +15,7 @@ from test_search_trace import CONFIG, TINY, noise, search_in
 from x3d_tf import registry
 from x3d_tf.errors import UserError
 from x3d_tf.files import WriteError
+from x3d_tf.search import executor as executor_module
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import ProcessExecutor, Remote, SerialExecutor, scored
@@ -94,6 +95,14 @@ def test_one_process_scores_in_order_and_writes_logs(tmp_path: Path) -> None:
     processes = {score.training for _, score in found}
     assert len(processes) == 1 and processes != {os.getpid()}
     assert (tmp_path / "fast.log").read_text() == 2 * "training fast\n"
+
+
+def test_processes_are_replaced_before_their_memory_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_module, "TRAININGS_PER_PROCESS", 4)
+    with ProcessExecutor([Fake(tmp_path)]) as executor:
+        found = [score.training for _, score in [*executor.scores(candidates()), *executor.scores(candidates())]]
+    assert [found.count(process) for process in dict.fromkeys(found)] == [4, 4, 2]
+    assert not any(Path(f"/proc/{int(process or 0)}").exists() for process in found[:8])
 
 
 def test_ended_processes_have_exited_and_start_again(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.terminal import Terminal
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TRAININGS_PER_PROCESS = 10  # TensorFlow keeps about 180 MB of each training (measured) until its process ends
 _GRACE = 5.0  # seconds that an idle process may take to exit
 _STOPPED = 143  # exit status of a worker that was asked to stop by SIGTERM
 
@@ -82,6 +83,7 @@ def scored(score: Callable[[Candidate], Score], candidate: Candidate) -> Score:
 class ProcessExecutor:
     """Scores candidates in worker processes, each of which scores one after another. A context manager.
 
+    After every `TRAININGS_PER_PROCESS` candidates, a new process takes the place of an old one.
     A process that dies, for example because the system is out of memory, is a failure of its candidate; a new process
     scores the next one. On Ctrl-C and after errors the processes are asked to stop, so that they save checkpoints.
 
@@ -149,6 +151,7 @@ class Remote:
     def __init__(self, training: Training) -> None:
         self._training = training
         self._worker: Worker | None = None
+        self._trainings = 0  # of the process
         self._stopped, self._lock = False, threading.Lock()
 
     def ask(self, candidate: Candidate) -> Score:
@@ -158,7 +161,10 @@ class Remote:
             WriteError: a file of the training cannot be written.
             WorkerDied: the process has died.
         """
+        if self._trainings == TRAININGS_PER_PROCESS:
+            self.end()
         score: Score = self._request("", candidate)
+        self._trainings += 1
         return score
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -178,7 +184,7 @@ class Remote:
                 raise WorkerDied(_STOPPED)
             if self._worker is None:
                 mode, plugins = startup.mode(), registry.plugins()
-                self._worker = Worker(_serve, self._training, mode, plugins)
+                self._worker, self._trainings = Worker(_serve, self._training, mode, plugins), 0
             worker = self._worker
         try:
             return worker.ask(*request)
