@@ -105,11 +105,15 @@ class Detector(Network):
         return self.get_layer("fc2").output
 
     def with_parts(self, clip: Any, parts: Parts[Any], options: ModelOptions | None = None) -> keras.Model:
-        inputs, architecture = _inputs(clip), plan(self.expansion, options or self.options)
+        inputs = _inputs(clip)
+        return keras.Model(inputs, self.probabilities(inputs, parts, options), name=self.name)
+
+    def probabilities(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
+        architecture = plan(self.expansion, options or self.options)
         logits = detection_graph(
             inputs["clip"], inputs["boxes"], architecture, parts, head=self.head, num_classes=self.num_classes
         )
-        return keras.Model(inputs, parts.probabilities(logits, self.activation, "scores"), name=self.name)
+        return parts.probabilities(logits, self.activation, "scores")
 
     def get_config(self) -> dict[str, Any]:
         return {

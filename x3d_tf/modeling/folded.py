@@ -42,17 +42,8 @@ def fold(model: Network, *, size: int | None = None, batch: int | None = None) -
         ValueError: the model is not a trainable network or has no classifier, `batch` is below 1, or `size` is smaller
             than the windows of the head's pooling.
     """
-    trainable = isinstance(model, Network)
-    rule = "be a trainable network, from build_x3d, build_detector or load"
-    require(trainable, "the model", rule, type(model).__name__)
-    require(model.include_top, "the network of a folded model", "have its classifier (include_top)", model.include_top)
-    require(batch is None or batch >= 1, "batch", "be at least 1", batch)
-    size = size or model.eval_size
-    require_window(model.options, size, model.clip.size)
+    size, options = inference_size_and_options(model, size, batch)
     clip = keras.Input((model.clip.frames, size, size, 3), batch_size=batch, name="clip")
-    options = model.options
-    if pool_window(size) == pool_window(model.clip.size):  # with one window all poolings agree
-        options = dataclasses.replace(options, head_pool="global")
     weights = folded_weights(model)
     parts = FoldedParts(weights, zero_pixel(model.options), model.clip.frames, batch)
     app = model.with_parts(clip, parts, options)
@@ -60,6 +51,24 @@ def fold(model: Network, *, size: int | None = None, batch: int | None = None) -
         if isinstance(layer, layers.Dense):  # squeeze-excitation and head; the parts set the others
             layer.set_weights(weights[layer.name][: len(layer.weights)])
     return app
+
+
+def inference_size_and_options(model: Network, size: int | None, batch: int | None) -> tuple[int, ModelOptions]:
+    """Checks the arguments of an inference form, see `fold`, and returns the side of its clip and its options.
+
+    Clips that are no larger than the training crop have one window, for which all poolings of the head agree: the
+    options then state the simplest.
+    """
+    trainable = isinstance(model, Network)
+    rule = "be a trainable network, from build_x3d, build_detector or load"
+    require(trainable, "the model", rule, type(model).__name__)
+    require(model.include_top, "the network of a folded model", "have its classifier (include_top)", model.include_top)
+    require(batch is None or batch >= 1, "batch", "be at least 1", batch)
+    size, options = size or model.eval_size, model.options
+    require_window(options, size, model.clip.size)
+    if pool_window(size) == pool_window(model.clip.size):
+        options = dataclasses.replace(options, head_pool="global")
+    return size, options
 
 
 def folded_weights(model: Network) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -120,6 +120,16 @@ class Network(keras.Model):
         """
         raise NotImplementedError
 
+    def probabilities(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
+        """Builds this network, which has a classifier, from parts of any framework, and returns its probabilities.
+
+        Args:
+            inputs: tensors of the parts, as the network takes them: the clips; or a dictionary of "clip" and "boxes".
+            parts: creates the layers.
+            options: options that replace those of the network.
+        """
+        raise NotImplementedError
+
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Network":
         parsed = {"expansion": Expansion(**config["expansion"]), "options": ModelOptions(**config["options"])}
@@ -162,15 +172,18 @@ class X3D(Network):
         self.activation, self.task = activation, task
 
     def with_parts(self, clip: Any, parts: Parts[Any], options: ModelOptions | None = None) -> keras.Model:
+        return keras.Model(clip, self.probabilities(clip, parts, options), name=self.name)
+
+    def probabilities(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
         logits = graph(
-            clip,
+            inputs,
             plan(self.expansion, options or self.options),
             parts,
             train_size=self.clip.size,
             num_classes=self.num_classes,
             activation=self.activation,
         )
-        return keras.Model(clip, parts.probabilities(logits, self.activation, "probabilities"), name=self.name)
+        return parts.probabilities(logits, self.activation, "probabilities")
 
     def get_config(self) -> dict[str, Any]:
         return {
