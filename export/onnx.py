@@ -1,18 +1,21 @@
-"""Exports ONNX and OpenVINO files with Keras' exporters.
+"""Exports ONNX and OpenVINO files.
 
   python -m export.onnx --model=runs/mine --output=exported/mine
-  python -m export.onnx --model=runs/mine --output=exported/mine --formats=onnx --batch=0
+  python -m export.onnx --model=runs/mine --output=exported/mine --formats=onnx --runtime=openvino --batch=0
 
 The first command writes NAME.onnx, and NAME.xml with NAME.bin, where NAME is the name of the run folder or .keras file.
-Input: clips, uint8 (N, T, S, S, 3), RGB. Output: probabilities, float32 (N, classes). The batch size N is 1, or the
-value of --batch; --batch=0 makes it dynamic, which is much slower in OpenVINO.
+Input: clips, uint8 (N, T, S, S, 3), RGB. Output: probabilities, float32 (N, classes). A detector also takes boxes,
+float32 (N, B, 4), of any number B, and returns scores, float32 (N, B, classes). The batch size N is 1, or the value of
+--batch; --batch=0 makes it dynamic. All other sizes are fixed.
 The files contain the class names and the model card: as the metadata properties "labels" and "card" in ONNX, and as
 runtime information of the same names under "x3d_tf" in OpenVINO.
 
-ONNX requires pip install 'x3d_tf[onnx]', OpenVINO requires pip install 'x3d_tf[openvino]'. Both formats are exported
-from the inference network with folded batch norms. Keras' ONNX exporter does not support networks with separate batch
-norms: it turns the mean and the variance of a normalization layer into model inputs. Keras' OpenVINO exporter adds an
-output for every swish; these outputs are removed here.
+Any runtime reads any .onnx file, but runtimes differ in the form of the channel-wise 3-D convolutions that is fastest.
+--runtime=onnxruntime, the default, writes one 2-D convolution per temporal tap, --runtime=openvino one grouped 3-D
+convolution. The entry "onnx" of the card states the form. The .xml file always has the form for OpenVINO.
+
+ONNX requires pip install 'x3d_tf[onnx]', OpenVINO requires pip install 'x3d_tf[openvino]'. Both formats have folded
+batch norms. The OpenVINO file is converted from the ONNX graph.
 
 On CPUs with bfloat16, OpenVINO computes in bfloat16 by default, which is faster but changes the third significant digit
 of the probabilities. For float32 use compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).
@@ -21,28 +24,31 @@ of the probabilities. For float32 use compile_model(path, "CPU", {"INFERENCE_PRE
 import importlib.util
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from absl import flags
 
 from x3d_tf import commands
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import os_errors_as_write_error, temporary_path
-from x3d_tf.modeling.archive import require_classifier
+from x3d_tf.modeling.archive import describe
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
 
 if TYPE_CHECKING:
     from .models import ExportableModel
+    from .onnx_parts import Form
 
 FLAGS = flags.FLAGS
 
+Runtime = Literal["onnxruntime", "openvino"]
+
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".bin", ".xml")}  # the last one identifies the artefact
-PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino", "scipy")}  # imported by Keras' exporters
+PACKAGES = {"onnx": ("onnx",), "openvino": ("onnx", "openvino")}
+FASTEST: dict[Runtime, "Form"] = {"onnxruntime": "taps", "openvino": "grouped"}
 
 
 def define_flags() -> None:
@@ -50,6 +56,9 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
     flags.DEFINE_list("formats", ["onnx", "openvino"], "Comma-separated formats to write: onnx, openvino.")
+    flags.DEFINE_enum(
+        "runtime", "onnxruntime", get_args(Runtime), "Runtime to optimize the .onnx file for; it runs in both."
+    )
     flags.DEFINE_integer("batch", 1, "Batch size; 0 makes it dynamic.", lower_bound=0)
     flags.DEFINE_bool("overwrite", False, "Replace existing files. Defaults to false.")
 
@@ -57,20 +66,26 @@ def define_flags() -> None:
 def main() -> None:
     """Runs the command."""
     require_formats(FLAGS.formats)
-    require_classifier(FLAGS.model)
+    detects = describe(FLAGS.model).detection_head is not None
     with starting_tensorflow():
         from .models import open_model
 
     tell(f"loading {FLAGS.model}")
     written = export_formats(
-        open_model(FLAGS.model), Path(FLAGS.output), FLAGS.formats, batch=FLAGS.batch or None, overwrite=FLAGS.overwrite
+        open_model(FLAGS.model, inputs=("clip", "boxes")),
+        Path(FLAGS.output),
+        FLAGS.formats,
+        runtime=FLAGS.runtime,
+        batch=FLAGS.batch or None,
+        overwrite=FLAGS.overwrite,
     )
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    print(
-        "To verify them against the model on real videos:\n"
-        f"  python -m {__spec__.parent}.verify --model={FLAGS.model} --artefacts={FLAGS.output} --clips=FOLDER"
-    )
+    if not detects:  # export.verify runs classifiers
+        print(
+            "To verify them against the model on real videos:\n"
+            f"  python -m {__spec__.parent}.verify --model={FLAGS.model} --artefacts={FLAGS.output} --clips=FOLDER"
+        )
 
 
 def require_formats(formats: list[str]) -> None:
@@ -85,7 +100,13 @@ def require_formats(formats: list[str]) -> None:
 
 
 def export_formats(
-    source: "ExportableModel", folder: Path, formats: list[str], *, batch: int | None = 1, overwrite: bool = False
+    source: "ExportableModel",
+    folder: Path,
+    formats: list[str],
+    *,
+    runtime: Runtime = "onnxruntime",
+    batch: int | None = 1,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Writes a model as ONNX and OpenVINO files, atomically.
 
@@ -93,6 +114,7 @@ def export_formats(
         source: the model, from `open_model`.
         folder: output folder, created if missing.
         formats: list of "onnx" and "openvino".
+        runtime: runtime to optimize the .onnx file for.
         batch: batch size; None is dynamic.
         overwrite: whether to replace existing files.
 
@@ -108,21 +130,13 @@ def export_formats(
     existing = [str(path) for path in outputs if path.exists()]
     if existing and not overwrite:
         raise UserError(f"already exists: {', '.join(existing)}; choose another --output, or replace with --overwrite")
-    import keras
-
-    from x3d_tf.modeling.folded import fold
-
-    network = fold(source.model, batch=batch)
-    spec = keras.InputSpec(shape=network.input_shape, dtype="uint8", name="clips")
     for format_name in formats:
-        with _scratch_folder(folder / source.name) as scratch, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations within Keras' exporters
+        with _scratch_folder(folder / source.name) as scratch:
             path = scratch / f"{source.name}{SUFFIXES[format_name][-1]}"
-            tell(f"converting to {folder / path.name}")
+            tell(f"writing {folder / path.name}")
             try:
-                network.export(str(path), verbose=False, format=format_name, input_signature=[spec])
-                _FINISHERS[format_name](path, source, batch)
-            except ImportError as error:  # an installed package is broken, or Keras requires another one
+                _WRITERS[format_name](path, source, runtime, batch)
+            except ImportError as error:  # an installed package is broken
                 reason, install = " ".join(str(error).split()), f"pip install 'x3d_tf[{format_name}]'"
                 raise UserError(f"--formats={format_name} failed: {reason}; {install}") from error
             for suffix in SUFFIXES[format_name]:
@@ -147,45 +161,47 @@ def _scratch_folder(output: Path) -> Iterator[Path]:
                     folder.rmdir()
 
 
-def _finish_onnx(path: Path, source: "ExportableModel", batch: int | None) -> None:
-    """Names the output and the dynamic batch dimension, and adds the labels and the model card."""
+def _write_onnx(path: Path, source: "ExportableModel", runtime: Runtime, batch: int | None) -> None:
     import onnx
 
-    model = onnx.load(path)
-    (output,) = model.graph.output
-    for node in model.graph.node:
-        node.output[:] = ["probabilities" if name == output.name else name for name in node.output]
-    output.name = "probabilities"
-    for tensor in (*model.graph.input, output):
-        clips = tensor.type.tensor_type.shape.dim[0]
-        if not clips.HasField("dim_value"):
-            clips.dim_param = "N"
-    onnx.helper.set_model_props(model, _metadata(source, batch))
-    onnx.checker.check_model(model)
+    from .onnx_parts import onnx_model
+
+    model = onnx_model(source.model, FASTEST[runtime], batch=batch)
+    onnx.helper.set_model_props(model, _metadata(source, model, "ONNX", runtime))
+    onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
 
-def _finish_openvino(path: Path, source: "ExportableModel", batch: int | None) -> None:
-    """Removes the extra outputs, names the remaining one, and adds the labels and the model card."""
+def _write_openvino(path: Path, source: "ExportableModel", runtime: Runtime, batch: int | None) -> None:
+    import onnx
     import openvino
 
-    model = openvino.Core().read_model(path)
-    probabilities = model.outputs[0]
-    probabilities.tensor.set_names({"probabilities"})
-    model = openvino.Model([probabilities], model.get_parameters(), source.name)
-    for name, text in _metadata(source, batch).items():
+    from .onnx_parts import onnx_model
+
+    graph = onnx_model(source.model, FASTEST["openvino"], batch=batch)
+    onnx.save(graph, path.with_suffix(".onnx"))
+    # Not openvino.convert_model, which sends usage data to the vendor unless the user has opted out.
+    model = openvino.Core().read_model(path.with_suffix(".onnx"))
+    for name, text in _metadata(source, graph, "OpenVINO", "openvino").items():
         model.set_rt_info(text, ["x3d_tf", name])
-    finished = path.with_name("finished.xml")  # the original file is still memory-mapped
-    openvino.serialize(model, str(finished))
-    for suffix in SUFFIXES["openvino"]:
-        finished.with_suffix(suffix).replace(path.with_suffix(suffix))
+    openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _metadata(source: "ExportableModel", batch: int | None) -> dict[str, str]:
-    return {"labels": "\n".join(source.class_names), "card": json.dumps(source.card(batch), ensure_ascii=False)}
+def _metadata(source: "ExportableModel", model: Any, artefact: str, runtime: Runtime) -> dict[str, str]:
+    """Returns the class names and the model card, which describes the ONNX graph `model`."""
+    from .onnx_parts import OPSET, shapes
+
+    sizes = shapes(model)
+    batch = sizes["clips"][0]
+    card = {
+        **source.card(batch if isinstance(batch, int) else None),
+        "artefact": artefact,
+        "onnx": {"opset": OPSET, "form": FASTEST[runtime], "runtime": runtime, "shapes": sizes},
+    }
+    return {"labels": "\n".join(source.class_names), "card": json.dumps(card, ensure_ascii=False)}
 
 
-_FINISHERS: dict[str, Any] = {"onnx": _finish_onnx, "openvino": _finish_openvino}
+_WRITERS: dict[str, Any] = {"onnx": _write_onnx, "openvino": _write_openvino}
 
 if __name__ == "__main__":
     define_flags()

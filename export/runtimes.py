@@ -241,7 +241,8 @@ class _OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        (self._input,) = self._session.get_inputs()
+        self._input, *others = self._session.get_inputs()
+        require(not others, str(path), "have one input, clips", [self._input.name, *(entry.name for entry in others)])
         batch, *clip = (size if isinstance(size, int) else None for size in self._input.shape)
         self.batch, self.clip = batch, tuple(clip)
         self._dtype = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}[self._input.type]
@@ -276,6 +277,8 @@ class _OpenVINO:
         require(weights.is_file(), str(path), f"have its weights file {weights.name} in the same folder")
         core = openvino.Core()
         model = core.read_model(path)
+        names = [port.any_name for port in model.inputs]
+        require(len(names) == 1, str(path), "have one input, clips", names)
         has_card = model.has_rt_info(["x3d_tf", "card"])
         self.card = str(model.get_rt_info(["x3d_tf", "card"]).astype(str)) if has_card else ""
         self.operators = Counter(node.get_type_name() for node in model.get_ordered_ops())
