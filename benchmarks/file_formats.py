@@ -5,7 +5,7 @@ The writers write a file to the folder of a case. The openers return the functio
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from measuring import Case
@@ -38,11 +38,12 @@ def write_tflite(case: Case, file: str, format_name: str) -> None:
     (Path(case.folder) / file).write_bytes(content)
 
 
-def write_exported(case: Case, format_name: str) -> None:
-    """Writes `NETWORK.onnx` or `NETWORK.xml` with the case's batch size."""
+def write_exported(case: Case, format_name: str, runtime: Literal["onnxruntime", "openvino"]) -> None:
+    """Writes `for_RUNTIME/NETWORK.onnx` or `for_RUNTIME/NETWORK.xml` with the case's batch size."""
     from x3d_tf.export.onnx import export_formats
 
-    export_formats(_open_source(case), Path(case.folder), [format_name], batch=case.batch)
+    folder = Path(case.folder) / f"for_{runtime}"
+    export_formats(_open_source(case), folder, [format_name], runtime=runtime, batch=case.batch)
 
 
 def _open_source(case: Case) -> Any:

@@ -52,12 +52,19 @@ def torch(name: str, precision: str = "float32", **settings: object) -> Implemen
 
 
 def exported(
-    name: str, process: str, function: str, format_name: str, *, exact: bool = True, **settings: str
+    name: str,
+    process: str,
+    function: str,
+    format_name: str,
+    *,
+    written_for: str,
+    exact: bool = True,
+    **settings: str,
 ) -> Implementation:
-    """Returns the file that our exporter writes for the format "onnx" or "openvino"."""
-    file = {"onnx": "{network}.onnx", "openvino": "{network}.xml"}[format_name]
+    """Returns the file of the format "onnx" or "openvino" that our exporter writes with `--runtime=written_for`."""
+    file = f"for_{written_for}/{{network}}.{'onnx' if format_name == 'onnx' else 'xml'}"
     run = Job(process, f"file_formats:{function}", {"file": file, **settings})
-    write = Job("export", "file_formats:write_exported", {"format_name": format_name})
+    write = Job("export", "file_formats:write_exported", {"format_name": format_name, "runtime": written_for})
     return Implementation(name, "ours", run, write, exact=exact)
 
 
@@ -86,9 +93,13 @@ IMPLEMENTATIONS = (
     tflite("TFLite float16", "float16"),
     tflite("TFLite dynamic", "dynamic"),
     tflite("TFLite int8", "int8"),
-    exported("ONNX", "ONNX Runtime", "ours", "onnx", runtime="onnxruntime"),
-    exported("OpenVINO", "OpenVINO", "ours", "openvino", runtime="openvino"),
-    exported("OpenVINO bf16", "OpenVINO", "openvino", "openvino", exact=False, precision="bf16"),
+    exported("ONNX", "ONNX Runtime", "ours", "onnx", written_for="onnxruntime", runtime="onnxruntime"),
+    exported("ONNX grouped", "ONNX Runtime", "ours", "onnx", written_for="openvino", runtime="onnxruntime"),
+    exported("OpenVINO", "OpenVINO", "ours", "openvino", written_for="openvino", runtime="openvino"),
+    exported("OpenVINO taps", "OpenVINO", "openvino", "onnx", written_for="onnxruntime", precision="f32"),
+    exported(
+        "OpenVINO bf16", "OpenVINO", "openvino", "openvino", written_for="openvino", exact=False, precision="bf16"
+    ),
     torch("torch eager"),
     torch("torch channels_last_3d", layout="channels_last_3d"),
     torch("torch compile", compiled=True),

@@ -17,7 +17,7 @@ from x3d_tf.processes import available_cpus
 
 PACKAGES = (
     *("x3d-tf", "tensorflow", "keras", "numpy", "torch", "pytorchvideo"),
-    *("onnx", "onnxruntime", "tf2onnx", "openvino", "ai-edge-litert"),
+    *("onnx", "onnxruntime", "openvino", "ai-edge-litert"),
 )
 # Prefixes of environment variables that affect the speed of frameworks.
 VARIABLES = (

@@ -169,6 +169,6 @@ def open_model(path: str | Path, *, inputs: Collection[str] = ("clip",)) -> Expo
     if others:
         raise UserError(
             f"{path} has the input {others[0]} besides the clip, which this format does not support; export it as a "
-            "SavedModel"
+            "SavedModel, or as an ONNX or OpenVINO file"
         )
     return source

@@ -232,9 +232,8 @@ class OnnxParts:
 
     def _constant(self, name: str, array: NDArray[Any]) -> str:
         """Adds a constant, with 32-bit floats, and returns its name."""
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
-        self.constants.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
+        dtype = np.float32 if array.dtype == np.float64 else array.dtype
+        self.constants.append(onnx.numpy_helper.from_array(np.asarray(array, dtype, order="C"), name))
         return name
 
     def _convolve(
@@ -288,8 +287,8 @@ class OnnxParts:
         """Returns the numbers of the clips, int64 (N, 1)."""
         if self.batch:
             return np.arange(self.batch)[:, None]
-        count = self._append("Shape", f"{name}/batch", boxes, end=1)
-        limit = self._append("Squeeze", f"{name}/limit", count, np.array([0]))
+        shape = self._append("Shape", f"{name}/batch", boxes)
+        limit = self._append("Gather", f"{name}/limit", shape, np.array(0))
         numbers = self._append("Range", f"{name}/numbers", np.array(0), limit, np.array(1))
         return self._append("Unsqueeze", f"{name}/column", numbers, np.array([1]))
 
@@ -298,9 +297,9 @@ class OnnxParts:
         # The peak is subtracted so that no class underflows in all windows.
         peak = self._append("ReduceMax", f"{name}/peak", x, axes=[1, 2], keepdims=1)
         scaled = self._append("Exp", f"{name}/exp", self._append("Sub", f"{name}/difference", x, peak))
-        mean = self._append("ReduceMean", f"{name}/mean", scaled, axes=[1, 2], keepdims=0)
-        log = self._append("Log", f"{name}/log", mean)
-        return self._append("Add", name, log, self._append("Squeeze", f"{name}/row", peak, np.array([1, 2])), like=x)
+        mean = self._append("ReduceMean", f"{name}/mean", scaled, axes=[1, 2], keepdims=1)
+        logs = self._append("Add", f"{name}/sum", self._append("Log", f"{name}/log", mean), peak)
+        return self._append("Flatten", name, logs, like=x, axis=1)
 
 
 class GroupedParts(OnnxParts):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_efficientnet3d as mobile
 from test_folded import TINY, clips, network, probabilities
+from test_graph import assert_has_all_methods
 
 import x3d_tf
 from x3d_tf.modeling.graph import DetectionHead
@@ -243,6 +244,11 @@ def test_onnx_runtime_has_its_fast_layout_for_all_convolutions(tmp_path: Path) -
     if "com.microsoft.nchwc" not in found:
         pytest.skip("this processor has no blocked layout")
     assert found == {"com.microsoft.nchwc": operators(written("taps", 1))["Conv"]}
+
+
+@every_form
+def test_the_forms_have_the_methods_of_the_protocol(form: Any) -> None:
+    assert_has_all_methods(onnx_parts._FORMS[form])
 
 
 def test_invalid_arguments_are_named() -> None:

@@ -1,8 +1,8 @@
 """The operations that a network consists of, as a protocol. Imports no TensorFlow.
 
 `graph` defines the networks as calls of these methods. Each form of a network is a class that implements them for
-tensors of its own kind: `keras_parts.TrainableParts`, `portable.PortableParts`, `folded.FoldedParts`, and
-`cost.CountingParts`.
+tensors of its own kind: `keras_parts.TrainableParts`, `portable.PortableParts`, `folded.FoldedParts`,
+`cost.CountingParts`, and the two of `export/onnx_parts.py`.
 """
 
 from typing import Literal, Protocol, TypeVar
