@@ -175,6 +175,7 @@ def _write_onnx(path: Path, source: "ExportableModel", runtime: Runtime, batch: 
 def _write_openvino(path: Path, source: "ExportableModel", runtime: Runtime, batch: int | None) -> None:
     import onnx
     import openvino
+    from openvino.passes import ConstantFolding, Manager
 
     from .onnx_parts import onnx_model
 
@@ -182,6 +183,9 @@ def _write_openvino(path: Path, source: "ExportableModel", runtime: Runtime, bat
     onnx.save(graph, path.with_suffix(".onnx"))
     # Not openvino.convert_model, which sends usage data to the vendor unless the user has opted out.
     model = openvino.Core().read_model(path.with_suffix(".onnx"))
+    passes = Manager()
+    passes.register_pass(ConstantFolding())  # sizes that the runtime would otherwise compute when it loads the file
+    passes.run_passes(model)
     for name, text in _metadata(source, graph, "OpenVINO", "openvino").items():
         model.set_rt_info(text, ["x3d_tf", name])
     openvino.save_model(model, path, compress_to_fp16=False)

@@ -95,6 +95,8 @@ def openvino_facts(path: Path) -> dict:
     facts = {name: model.get_rt_info(["x3d_tf", name]).astype(str) for name in ("labels", "card")}
     constants = [node for node in model.get_ordered_ops() if node.get_type_name() == "Constant"]
     assert {node.get_element_type().to_dtype().name for node in constants} <= {"float32", "int64", "int32"}
+    shape = list(model.inputs[0].get_partial_shape())
+    assert shape[0].is_dynamic or not any(node.get_type_name() == "ShapeOf" for node in model.get_ordered_ops())
     # (groups, outputs of a group, inputs of a group, frames, rows, columns)
     (kernel,) = (
         list(node.input_value(1).get_shape())
