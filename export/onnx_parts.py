@@ -17,17 +17,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from x3d_tf.modeling.architecture import REGION_BINS
-from x3d_tf.modeling.folded import folded_weights, inference_size_and_options, zero_pixel
+from x3d_tf.modeling.architecture import MAP_STRIDE, REGION_BINS
+from x3d_tf.modeling.folded import FoldedWeights, require_batch, size_and_options
 from x3d_tf.modeling.parts import Function
-from x3d_tf.modeling.x3d import Network
+from x3d_tf.modeling.x3d import Network, require_classifier
 
 Form = Literal["grouped", "taps"]
-Weights = dict[str, tuple[np.ndarray, np.ndarray]]
 
 OPSET, IR_VERSION = 17, 8  # the file format that belongs to the operator set; both are older than the runtimes required
 CHANNEL_MULTIPLE = 4  # ONNX Runtime's fast layout of images (NCHWc) requires it of depthwise convolutions
-_STRIDE = 32  # pixels of a clip per cell of the last feature maps
 
 
 def onnx_model(model: Network, form: Form, *, size: int | None = None, batch: int | None = 1) -> Any:
@@ -46,16 +44,18 @@ def onnx_model(model: Network, form: Form, *, size: int | None = None, batch: in
     Raises:
         ValueError: see `fold`.
     """
-    size, options = inference_size_and_options(model, size, batch)
-    detects, count = model.head is not None, batch or "N"
-    parts = _FORMS[form](folded_weights(model), zero_pixel(options), model.clip.frames, size, batch)
+    require_classifier(model)
+    require_batch(batch)
+    size, options = size_and_options(model, size)
+    detects, batch_size = model.head is not None, batch or "N"
+    parts = _FORMS[form](FoldedWeights(model), model.clip.frames, size, batch)
     clips, boxes = Value("clips", 3, (size, size)), Value("boxes")
-    output = model.probabilities({"clip": clips, "boxes": boxes} if detects else clips, parts, options)
+    output = model.apply_parts({"clip": clips, "boxes": boxes} if detects else clips, parts, options)
     tensor, types = onnx.helper.make_tensor_value_info, onnx.TensorProto
-    inputs = [tensor(clips.name, types.UINT8, [count, model.clip.frames, size, size, 3])]
+    inputs = [tensor(clips.name, types.UINT8, [batch_size, model.clip.frames, size, size, 3])]
     if detects:
-        inputs.append(tensor(boxes.name, types.FLOAT, [count, "B", 4]))
-    shape = [count, *(["B"] if detects else []), model.num_classes]
+        inputs.append(tensor(boxes.name, types.FLOAT, [batch_size, "B", 4]))
+    shape = [batch_size, *(["B"] if detects else []), model.num_classes]
     outputs = [tensor(output.name, types.FLOAT, shape)]
     graph = onnx.helper.make_graph(parts.nodes, model.name, inputs, outputs, parts.constants)
     opsets = [onnx.helper.make_opsetid("", OPSET)]
@@ -91,8 +91,7 @@ class OnnxParts:
     The head computes on (N, C, H, W) up to the pooling, and with the channels last from then on.
 
     Args:
-        weights: see `folded_weights`.
-        zero_pixel: see `folded.zero_pixel`.
+        weights: kernels and biases of the layers.
         frames: number of frames of the clips, T.
         size: side of the clips in pixels.
         batch: batch size N; None for a dynamic one.
@@ -104,9 +103,8 @@ class OnnxParts:
 
     channel_multiple = 1
 
-    def __init__(self, weights: Weights, zero_pixel: float, frames: int, size: int, batch: int | None) -> None:
-        self.weights, self.zero_pixel = weights, zero_pixel
-        self.frames, self.size, self.batch = frames, size, batch
+    def __init__(self, weights: FoldedWeights, frames: int, size: int, batch: int | None) -> None:
+        self.weights, self.frames, self.size, self.batch = weights, frames, size, batch
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
 
@@ -167,7 +165,7 @@ class OnnxParts:
             coordinate_transformation_mode="half_pixel",
             output_height=REGION_BINS,
             output_width=REGION_BINS,
-            spatial_scale=1 / _STRIDE,
+            spatial_scale=1 / MAP_STRIDE,
         )
         bins = np.array([x.channels, REGION_BINS, REGION_BINS])
         shape = self._append("Concat", f"{name}/shape", grid, bins, axis=0)
@@ -314,7 +312,7 @@ class GroupedParts(OnnxParts):
 
     def conv(self, x: Value, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Value:
         weights, bias = self.weights[name]
-        padding = self.zero_pixel if name == "conv1_xy" else 0.0
+        padding = self.weights.padding(name)
         return self._convolve(x, weights.transpose(4, 3, 0, 1, 2), bias, name, stride=stride, padding=padding)
 
     def pointwise(self, x: Value, filters: int, name: str, stride: int = 1) -> Value:
@@ -358,7 +356,7 @@ class TapsParts(OnnxParts):
         weights, bias = self.weights[name]
         if kernel[0] > 1:
             return self._convolve_over_time(x, weights[:, 0, 0].transpose(2, 1, 0)[..., None], bias, name)
-        padding = self.zero_pixel if name == "conv1_xy" else 0.0
+        padding = self.weights.padding(name)
         return self._convolve(x, weights[0].transpose(3, 2, 0, 1), bias, name, stride=stride, padding=padding)
 
     def pointwise(self, x: Value, filters: int, name: str, stride: int = 1) -> Value:

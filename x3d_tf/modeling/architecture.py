@@ -15,6 +15,7 @@ from x3d_tf.modeling.expansion import EFFICIENTNETS, VARIANTS, Expansion, Family
 BASE_WIDTHS = (24, 48, 96, 192)  # res2..res5 of X2D, paper Table 1; conv1 has the width of res2
 BASE_DEPTHS = (1, 2, 5, 3)
 FC1_WIDTH = 2048
+MAP_STRIDE = 32  # pixels of a clip per cell of the last feature maps, even if the last cell extends beyond the clip
 REGION_BINS = 7  # bins along each axis of a box (PySlowFast `DETECTION.ROI_XFORM_RESOLUTION`)
 STAGE_NAMES = tuple(f"res{number}" for number in range(2, 9))  # X3D has the first four, EfficientNet3D all
 
@@ -349,7 +350,7 @@ def se_width(inner_width: int) -> int:
 
 def pool_window(train_size: int) -> int:
     """Returns the window side of the head's fixed poolings: positions of conv5 for a crop of `train_size` pixels."""
-    return math.ceil(train_size / 32)
+    return math.ceil(train_size / MAP_STRIDE)
 
 
 def require_window(options: ModelOptions, size: int, train_size: int) -> None:
@@ -364,7 +365,7 @@ def require_window(options: ModelOptions, size: int, train_size: int) -> None:
 
 def window_rule(options: ModelOptions, train_size: int) -> tuple[int, str]:
     """Returns the smallest valid side of a clip in pixels, and the rule as text for a message."""
-    smallest = 1 if options.head_pool == "global" else 32 * (pool_window(train_size) - 1) + 1
+    smallest = 1 if options.head_pool == "global" else MAP_STRIDE * (pool_window(train_size) - 1) + 1
     rule = (
         f'be at least {smallest} pixels if ModelOptions.head_pool is "{options.head_pool}", which averages over '
         f"windows of the training crop of {train_size} pixels"

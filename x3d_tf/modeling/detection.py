@@ -84,7 +84,8 @@ class Detector(Network):
         require_task(task, self.activation, detects=True)
         pool = options.head_pool
         require(pool == "global", "ModelOptions.head_pool", 'be "global" for a detector, which pools boxes', pool)
-        inputs, parts = _inputs(keras.Input((None, None, None, 3), name="clip")), TrainableParts(options.bn_group)
+        inputs = self._keras_inputs(keras.Input((None, None, None, 3), name="clip"))
+        parts = TrainableParts(options.bn_group)
         architecture = plan(expansion, options)
         logits = detection_graph(
             inputs["clip"], inputs["boxes"], architecture, parts, head=head, num_classes=num_classes
@@ -104,16 +105,16 @@ class Detector(Network):
     def logits(self) -> Any:
         return self.get_layer("fc2").output
 
-    def with_parts(self, clip: Any, parts: Parts[Any], options: ModelOptions | None = None) -> keras.Model:
-        inputs = _inputs(clip)
-        return keras.Model(inputs, self.probabilities(inputs, parts, options), name=self.name)
-
-    def probabilities(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
+    def apply_parts(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
         architecture = plan(self.expansion, options or self.options)
         logits = detection_graph(
             inputs["clip"], inputs["boxes"], architecture, parts, head=self.head, num_classes=self.num_classes
         )
         return parts.probabilities(logits, self.activation, "scores")
+
+    @staticmethod
+    def _keras_inputs(clip: Any) -> dict[str, Any]:
+        return {"clip": clip, "boxes": keras.Input((None, 4), batch_size=clip.shape[0], name="boxes")}
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -124,8 +125,3 @@ class Detector(Network):
             "task": self.task,
             "name": self.name,
         }
-
-
-def _inputs(clip: Any) -> dict[str, Any]:
-    """Returns the inputs of a detector for the Keras input of its clips."""
-    return {"clip": clip, "boxes": keras.Input((None, 4), batch_size=clip.shape[0], name="boxes")}

@@ -21,7 +21,7 @@ from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import ModelOptions, pool_window, require_window
 from x3d_tf.modeling.keras_parts import MEAN, STD, KerasParts
 from x3d_tf.modeling.layers import ChannelwiseConv3D, Conv3D, GhostBatchNorm, PointwiseConv3D
-from x3d_tf.modeling.x3d import Network
+from x3d_tf.modeling.x3d import Network, require_classifier
 
 
 def fold(model: Network, *, size: int | None = None, batch: int | None = None) -> keras.Model:
@@ -42,28 +42,32 @@ def fold(model: Network, *, size: int | None = None, batch: int | None = None) -
         ValueError: the model is not a trainable network or has no classifier, `batch` is below 1, or `size` is smaller
             than the windows of the head's pooling.
     """
-    size, options = inference_size_and_options(model, size, batch)
+    require_classifier(model)
+    require_batch(batch)
+    size, options = size_and_options(model, size)
     clip = keras.Input((model.clip.frames, size, size, 3), batch_size=batch, name="clip")
-    weights = folded_weights(model)
-    parts = FoldedParts(weights, zero_pixel(model.options), model.clip.frames, batch)
-    app = model.with_parts(clip, parts, options)
+    weights = FoldedWeights(model)
+    app = model.with_parts(clip, FoldedParts(weights, model.clip.frames, batch), options)
     for layer in app.layers:
         if isinstance(layer, layers.Dense):  # squeeze-excitation and head; the parts set the others
             layer.set_weights(weights[layer.name][: len(layer.weights)])
     return app
 
 
-def inference_size_and_options(model: Network, size: int | None, batch: int | None) -> tuple[int, ModelOptions]:
-    """Checks the arguments of an inference form, see `fold`, and returns the side of its clip and its options.
+def require_batch(batch: int | None) -> None:
+    """Raises `UserError` unless the batch size is at least 1, or None."""
+    require(batch is None or batch >= 1, "batch", "be at least 1", batch)
+
+
+def size_and_options(model: Network, size: int | None) -> tuple[int, ModelOptions]:
+    """Returns the side of an inference form's clip, see `fold`, and the options of its network.
 
     Clips that are no larger than the training crop have one window, for which all poolings of the head agree: the
     options then state the simplest.
+
+    Raises:
+        UserError: `size` is smaller than the windows of the head's pooling.
     """
-    trainable = isinstance(model, Network)
-    rule = "be a trainable network, from build_x3d, build_detector or load"
-    require(trainable, "the model", rule, type(model).__name__)
-    require(model.include_top, "the network of a folded model", "have its classifier (include_top)", model.include_top)
-    require(batch is None or batch >= 1, "batch", "be at least 1", batch)
     size, options = size or model.eval_size, model.options
     require_window(options, size, model.clip.size)
     if pool_window(size) == pool_window(model.clip.size):
@@ -71,12 +75,30 @@ def inference_size_and_options(model: Network, size: int | None, batch: int | No
     return size, options
 
 
-def folded_weights(model: Network) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns kernel and bias, in double precision, of each convolution and dense layer of a network, by layer name.
+class FoldedWeights:
+    """Kernel and bias, in double precision, of each convolution and dense layer of a network, by layer name.
 
-    The batch norm after a convolution is folded into it. The normalization of the pixels is folded into conv1_xy, which
-    must then pad with `zero_pixel`. Layers without bias get zeros.
+    The batch norm after a convolution is folded into it, and the normalization of the pixels into conv1_xy. Layers
+    without bias get zeros.
     """
+
+    def __init__(self, model: Network) -> None:
+        self._zero_pixel = 0.0 if model.options.input == "difference" else MEAN
+        self._layers = _without_norms(model)
+        kernel, bias = self._layers["conv1_xy"]
+        kernel = kernel / STD
+        self._layers["conv1_xy"] = kernel, bias - self._zero_pixel * kernel.sum((0, 1, 2, 3))
+
+    def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._layers[name]
+
+    def padding(self, name: str) -> float:
+        """Returns the value that a convolution pads with: that of its input that is zero in the trainable network."""
+        return self._zero_pixel if name == "conv1_xy" else 0.0
+
+
+def _without_norms(model: Network) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns kernel and bias by layer name, with the batch norms folded in."""
     norms = {id(layer.input): layer for layer in model.layers if isinstance(layer, GhostBatchNorm)}
     weights = {}
     for layer in model.layers:
@@ -88,31 +110,20 @@ def folded_weights(model: Network) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 scale = gamma / np.sqrt(variance + norm.epsilon)
                 kernel, bias = kernel * scale, beta - mean * scale
             weights[layer.name] = kernel, bias
-    kernel, bias = weights["conv1_xy"]
-    kernel = kernel / STD
-    weights["conv1_xy"] = kernel, bias - zero_pixel(model.options) * kernel.sum((0, 1, 2, 3))
     return weights
-
-
-def zero_pixel(options: ModelOptions) -> float:
-    """Returns the value of conv1_xy's folded input that stands for zero in the trainable network."""
-    return 0.0 if options.input == "difference" else MEAN
 
 
 class FoldedParts(KerasParts):
     """Creates stock Keras layers with folded weights, for feature maps (T N, H, W, C); see `parts.Parts`.
 
     Args:
-        weights: see `folded_weights`.
-        zero_pixel: see `zero_pixel`.
+        weights: kernels and biases of the layers.
         frames: number of frames of the clips, T.
         batch: batch size N; None for any.
     """
 
-    def __init__(
-        self, weights: dict[str, tuple[np.ndarray, np.ndarray]], zero_pixel: float, frames: int, batch: int | None
-    ) -> None:
-        self.weights, self.zero_pixel, self.frames, self.batch = weights, zero_pixel, frames, batch
+    def __init__(self, weights: FoldedWeights, frames: int, batch: int | None) -> None:
+        self.weights, self.frames, self.batch = weights, frames, batch
 
     def normalize(self, x: Any, name: str) -> Any:
         return _to_time_major(x)  # the normalization is folded into the first convolution
@@ -133,7 +144,7 @@ class FoldedParts(KerasParts):
             return self._to_images(
                 _apply_with_weights(layer, self._to_time_rows(x), weights[:, :, 0], bias), x, filters
             )
-        x = _pad(x, kernel[1:], self.zero_pixel if name == "conv1_xy" else 0.0)
+        x = _pad(x, kernel[1:], self.weights.padding(name))
         return _apply_with_weights(layers.Conv2D(filters, kernel[1:], strides=stride, name=name), x, weights[0], bias)
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:

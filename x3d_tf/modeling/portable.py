@@ -17,7 +17,7 @@ from x3d_tf.modeling.architecture import require_window
 from x3d_tf.modeling.keras_parts import ClipParts
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
-from x3d_tf.modeling.x3d import Network
+from x3d_tf.modeling.x3d import Network, require_classifier
 
 
 def portable(model: Network, class_names: Sequence[str] | None = None, *, size: int | None = None) -> keras.Model:
@@ -38,13 +38,7 @@ def portable(model: Network, class_names: Sequence[str] | None = None, *, size: 
         ValueError: the network has no classifier, the number of names differs from the number of outputs, or `size` is
             smaller than the windows of the head's pooling.
     """
-    trainable = isinstance(model, Network)
-    require(
-        trainable, "the model", "be a trainable network, from build_x3d, build_detector or load", type(model).__name__
-    )
-    require(
-        model.include_top, "the network of a portable model", "have its classifier (include_top)", model.include_top
-    )
+    require_classifier(model)
     names, size = class_names_or_numbers(class_names, model.num_classes), size or model.eval_size
     require(len(names) == model.num_classes, "class_names", f"have {model.num_classes} entries", len(names))
     app = build_portable(model, size)

@@ -4,9 +4,7 @@ from typing import Any
 
 from keras import ops
 
-from x3d_tf.modeling.architecture import REGION_BINS
-
-_STRIDE = 32  # pixels of a clip per cell of the last feature maps, even if the last cell extends beyond the clip
+from x3d_tf.modeling.architecture import MAP_STRIDE, REGION_BINS
 
 
 def regions(maps: Any, boxes: Any, height: Any, width: Any) -> Any:
@@ -23,7 +21,7 @@ def regions(maps: Any, boxes: Any, height: Any, width: Any) -> Any:
     sides = ops.cast(ops.stack([width, height, width, height]), maps.dtype)
     # Not ops.clip, because the network's input has the name "clip".
     boxes = ops.minimum(ops.maximum(ops.cast(boxes, maps.dtype), 0.0), 1.0) * sides
-    return roi_align(maps, boxes, size=REGION_BINS, scale=1 / _STRIDE)
+    return roi_align(maps, boxes, size=REGION_BINS, scale=1 / MAP_STRIDE)
 
 
 def roi_align(

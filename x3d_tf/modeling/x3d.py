@@ -118,17 +118,26 @@ class Network(keras.Model):
             parts: creates the layers.
             options: options that replace those of the network.
         """
-        raise NotImplementedError
+        inputs = self._keras_inputs(clip)
+        return keras.Model(inputs, self.apply_parts(inputs, parts, options), name=self.name)
 
-    def probabilities(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
-        """Builds this network, which has a classifier, from parts of any framework, and returns its probabilities.
+    def apply_parts(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
+        """Builds this network, which has a classifier, from parts of any framework.
 
         Args:
             inputs: tensors of the parts, as the network takes them: the clips; or a dictionary of "clip" and "boxes".
             parts: creates the layers.
             options: options that replace those of the network.
+
+        Returns:
+            The tensor of the probabilities.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def _keras_inputs(clip: Any) -> Any:
+        """Returns the inputs of the network for the Keras input of its clips."""
+        return clip
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Network":
@@ -171,10 +180,7 @@ class X3D(Network):
         self.num_classes, self.include_top = num_classes, include_top
         self.activation, self.task = activation, task
 
-    def with_parts(self, clip: Any, parts: Parts[Any], options: ModelOptions | None = None) -> keras.Model:
-        return keras.Model(clip, self.probabilities(clip, parts, options), name=self.name)
-
-    def probabilities(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
+    def apply_parts(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
         logits = graph(
             inputs,
             plan(self.expansion, options or self.options),
@@ -195,6 +201,13 @@ class X3D(Network):
             "task": self.task,
             "name": self.name,
         }
+
+
+def require_classifier(model: Network) -> None:
+    """Raises `UserError` unless the model is a trainable network with its classifier, as all other forms require."""
+    trainable, rule = isinstance(model, Network), "be a trainable network, from build_x3d, build_detector or load"
+    require(trainable, "the model", rule, type(model).__name__)
+    require(model.include_top, "the network", "have its classifier (include_top)", model.include_top)
 
 
 def cost_of(model: Network) -> Cost:
