@@ -149,24 +149,32 @@ class OnnxParts:
         return self._append("ReduceMax", "spatial_max", x, like=x, axes=[-2, -1], keepdims=0)
 
     def regions(self, x: Value, boxes: Value, clips: Value, name: str) -> Value:
-        unit = self._append("Clip", f"{name}/unit", boxes, np.float32(0), np.float32(1))
-        pixels = self._append("Mul", f"{name}/pixels", unit, np.float32(self.size))
-        rows = self._append("Reshape", f"{name}/boxes", pixels, np.array([-1, 4]))
-        # [N, B] of the clip that each box belongs to
-        grid = self._append("Shape", f"{name}/grid", boxes, end=2)
-        clip = self._append("Expand", f"{name}/clip", self._clip_numbers(boxes, name), grid)
+        # [N, B], with N of the maps: ONNX Runtime then refuses boxes of another number of clips
+        number = self._append("Shape", f"{name}/number", x, end=1)
+        count = self._append("Shape", f"{name}/count", boxes, start=1, end=2)
+        grid = self._append("Concat", f"{name}/grid", number, count, axis=0)
+        shape = self._append("Concat", f"{name}/boxes_shape", grid, np.array([4]), axis=0)
+        checked = self._append("Reshape", f"{name}/checked", boxes, shape, allowzero=1)
+        flat_boxes = self._append("Reshape", f"{name}/boxes", checked, np.array([-1, 4]))
+        unit = self._append("Clip", f"{name}/unit", flat_boxes, np.float32(0), np.float32(1))
+        valid = self._have_area(flat_boxes, unit, name)
+        safe = self._append("Where", f"{name}/safe", valid, unit, np.array([[0, 0, 1, 1]], np.float32))
+        pixels = self._append("Mul", f"{name}/pixels", safe, np.float32(self.size))
+        clip = self._append("Expand", f"{name}/clip", self._clip_numbers(number, name), grid)
         clip = self._append("Reshape", f"{name}/clips", clip, np.array([-1]))
         y = self._append(
             "RoiAlign",
             f"{name}/align",
             x,
-            rows,
+            pixels,
             clip,
             coordinate_transformation_mode="half_pixel",
             output_height=REGION_BINS,
             output_width=REGION_BINS,
             spatial_scale=1 / MAP_STRIDE,
         )
+        valid = self._append("Unsqueeze", f"{name}/valid", valid, np.array([2, 3]))
+        y = self._append("Where", f"{name}/masked", valid, y, np.float32(0))
         bins = np.array([x.channels, REGION_BINS, REGION_BINS])
         shape = self._append("Concat", f"{name}/shape", grid, bins, axis=0)
         return self._append("Reshape", name, y, shape, like=x, allowzero=1)  # there may be no boxes
@@ -229,8 +237,8 @@ class OnnxParts:
         return Value(name, like.channels, like.sides) if like else Value(name)
 
     def _constant(self, name: str, array: NDArray[Any]) -> str:
-        """Adds a constant, with 32-bit floats, and returns its name."""
-        dtype = np.float32 if array.dtype == np.float64 else array.dtype
+        """Adds a constant, of 32-bit floats or 64-bit integers on any platform, and returns its name."""
+        dtype = np.float32 if np.issubdtype(array.dtype, np.floating) else np.int64
         self.constants.append(onnx.numpy_helper.from_array(np.asarray(array, dtype, order="C"), name))
         return name
 
@@ -281,12 +289,26 @@ class OnnxParts:
             group=outputs if channelwise else 1,
         )
 
-    def _clip_numbers(self, boxes: Value, name: str) -> "Value | NDArray[Any]":
-        """Returns the numbers of the clips, int64 (N, 1)."""
+    def _have_area(self, boxes: Value, unit: Value, name: str) -> Value:
+        """Computes which boxes (K, 4), clipped to `unit`, have an area: (K, 1); false for NaN and swapped corners.
+
+        RoIAlign of the runtimes is not defined for the others; OpenVINO may return NaN.
+        """
+        masks = []
+        for which, value in (("raw", boxes), ("unit", unit)):  # clipping may replace NaN by a number
+            start = self._append("Slice", f"{name}/{which}_start", value, np.array([0]), np.array([2]), np.array([1]))
+            end = self._append("Slice", f"{name}/{which}_end", value, np.array([2]), np.array([4]), np.array([1]))
+            less = self._append("Less", f"{name}/{which}_less", start, end)
+            masks.append(self._append("Cast", f"{name}/{which}_mask", less, to=onnx.TensorProto.FLOAT))
+        both = self._append("Mul", f"{name}/masks", *masks)
+        smallest = self._append("ReduceMin", f"{name}/smallest", both, axes=[1], keepdims=1)
+        return self._append("Cast", f"{name}/have_area", smallest, to=onnx.TensorProto.BOOL)
+
+    def _clip_numbers(self, number: Value, name: str) -> "Value | NDArray[Any]":
+        """Returns the numbers of the clips, int64 (N, 1), given [N]."""
         if self.batch:
             return np.arange(self.batch)[:, None]
-        shape = self._append("Shape", f"{name}/batch", boxes)
-        limit = self._append("Gather", f"{name}/limit", shape, np.array(0))
+        limit = self._append("Gather", f"{name}/limit", number, np.array(0))
         numbers = self._append("Range", f"{name}/numbers", np.array(0), limit, np.array(1))
         return self._append("Unsqueeze", f"{name}/column", numbers, np.array([1]))
 
