@@ -167,8 +167,6 @@ def open_model(path: str | Path, *, inputs: Collection[str] = ("clip",)) -> Expo
     source = ExportableModel(path, model, names, run.read_config() if run.config.is_file() else None)
     others = [name for name in source.inputs if name not in inputs]
     if others:
-        raise UserError(
-            f"{path} has the input {others[0]} besides the clip, which this format does not support; export it as a "
-            "SavedModel, or as an ONNX or OpenVINO file"
-        )
+        hint = "; export it as a SavedModel, or as an ONNX or OpenVINO file" if others == ["boxes"] else ""
+        raise UserError(f"{path} has the input {others[0]} besides the clip, which this format does not support{hint}")
     return source

@@ -6,13 +6,13 @@
 The first command writes NAME.onnx, and NAME.xml with NAME.bin, where NAME is the name of the run folder or .keras file.
 Input: clips, uint8 (N, T, S, S, 3), RGB. Output: probabilities, float32 (N, classes). A detector also takes boxes,
 float32 (N, B, 4), of any number B, and returns scores, float32 (N, B, classes). The batch size N is 1, or the value of
---batch; --batch=0 makes it dynamic. All other sizes are fixed.
+--batch; --batch=0 makes it dynamic. T, S and the number of classes are fixed.
 The files contain the class names and the model card: as the metadata properties "labels" and "card" in ONNX, and as
 runtime information of the same names under "x3d_tf" in OpenVINO.
 
-Any runtime reads any .onnx file, but runtimes differ in the form of the channel-wise 3-D convolutions that is fastest.
---runtime=onnxruntime, the default, writes one 2-D convolution per temporal tap, --runtime=openvino one grouped 3-D
-convolution. The entry "onnx" of the card states the form. The .xml file always has the form for OpenVINO.
+The .onnx file has one of two forms, which both runtimes run. --runtime=onnxruntime, the default, writes a channel-wise
+3-D convolution as one 2-D convolution per temporal tap, --runtime=openvino as one grouped 3-D convolution. The entry
+"onnx" of the card states the form. The .xml file always has the form for OpenVINO.
 
 ONNX requires pip install 'x3d_tf[onnx]', OpenVINO requires pip install 'x3d_tf[openvino]'. Both formats have folded
 batch norms. The OpenVINO file is converted from the ONNX graph.
@@ -55,11 +55,17 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
-    flags.DEFINE_list("formats", ["onnx", "openvino"], "Comma-separated formats to write: onnx, openvino.")
-    flags.DEFINE_enum(
-        "runtime", "onnxruntime", get_args(Runtime), "Runtime to optimize the .onnx file for; it runs in both."
+    flags.DEFINE_list(
+        "formats", ["onnx", "openvino"], "Comma-separated formats to write: onnx, openvino. Defaults to both."
     )
-    flags.DEFINE_integer("batch", 1, "Batch size; 0 makes it dynamic.", lower_bound=0)
+    flags.DEFINE_enum(
+        "runtime",
+        "onnxruntime",
+        get_args(Runtime),
+        "Runtime that the .onnx file is intended for; it runs in both. No effect on the .xml file. "
+        "Defaults to onnxruntime.",
+    )
+    flags.DEFINE_integer("batch", 1, "Batch size; 0 makes it dynamic. Defaults to 1.", lower_bound=0)
     flags.DEFINE_bool("overwrite", False, "Replace existing files. Defaults to false.")
 
 
@@ -114,7 +120,7 @@ def export_formats(
         source: the model, from `open_model`.
         folder: output folder, created if missing.
         formats: list of "onnx" and "openvino".
-        runtime: runtime to optimize the .onnx file for.
+        runtime: runtime that the .onnx file is intended for; it runs in both.
         batch: batch size; None is dynamic.
         overwrite: whether to replace existing files.
 

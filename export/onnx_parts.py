@@ -3,10 +3,11 @@
 Batch norms and the normalization of the pixels are folded into the convolutions, as in `modeling.folded`. The forms
 differ in the layout of the feature maps and in the channel-wise 3-D convolutions:
 
-- "grouped": (N, C, T, H, W), and one grouped 3-D convolution. OpenVINO has fast kernels for it.
-- "taps": one image per frame, (T N, C, H, W), and one depthwise 2-D convolution per temporal tap, which are added.
-  The fast kernels of ONNX Runtime are for 2-D convolutions, and for depthwise ones only if the number of channels is a
-  multiple of 4. All numbers of channels are therefore rounded up; the additional channels are zero.
+- "grouped", intended for OpenVINO: (N, C, T, H, W), and one grouped 3-D convolution.
+- "taps", intended for ONNX Runtime: one image per frame, (T N, C, H, W), and one depthwise 2-D convolution per temporal
+  tap, which are added. The blocked layout of ONNX Runtime (NCHWc) is for 2-D convolutions, and for depthwise ones only
+  if the number of channels is a multiple of 4. All numbers of channels are therefore rounded up; the additional
+  channels are zero.
 """
 
 import math
@@ -24,8 +25,8 @@ from x3d_tf.modeling.x3d import Network, require_classifier
 
 Form = Literal["grouped", "taps"]
 
-OPSET, IR_VERSION = 17, 8  # the file format that belongs to the operator set; both are older than the runtimes required
-CHANNEL_MULTIPLE = 4  # ONNX Runtime's fast layout of images (NCHWc) requires it of depthwise convolutions
+OPSET, IR_VERSION = 17, 8  # of ONNX 1.12, which is older than the oldest runtimes that setup.cfg allows
+CHANNEL_MULTIPLE = 4  # ONNX Runtime's blocked layout requires it of depthwise convolutions
 
 
 def onnx_model(model: Network, form: Form, *, size: int | None = None, batch: int | None = 1) -> Any:
