@@ -60,7 +60,9 @@ def onnx_model(model: Network, form: Form, *, size: int | None = None, batch: in
     outputs = [tensor(output.name, types.FLOAT, shape)]
     graph = onnx.helper.make_graph(parts.nodes, model.name, inputs, outputs, parts.constants)
     opsets = [onnx.helper.make_opsetid("", OPSET)]
-    return onnx.helper.make_model(graph, producer_name="x3d_tf", opset_imports=opsets, ir_version=IR_VERSION)
+    converted = onnx.helper.make_model(graph, producer_name="x3d_tf", opset_imports=opsets, ir_version=IR_VERSION)
+    onnx.checker.check_model(converted, full_check=True)
+    return converted
 
 
 def shapes(model: Any) -> dict[str, list[int | str]]:
@@ -78,7 +80,7 @@ class Value:
     Attributes:
         name: its name, which is also that of the node that computes it.
         channels: number of channels, including the additional ones that are zero.
-        sides: height and width of feature maps.
+        sides: height and width of feature maps; not kept up to date in the head.
     """
 
     name: str
@@ -188,7 +190,7 @@ class OnnxParts:
 
     def dense(self, x: Value, units: int, name: str, *, function: Function | None = None, bias: bool = True) -> Value:
         kernel, offset = self.weights[name]
-        y = self._append("MatMul", name, x, _enlarge(kernel, 0, x.channels), like=Value("", units))
+        y = self._append("MatMul", name, x, _zero_pad(kernel, 0, x.channels), like=Value("", units))
         if bias:
             y = self._append("Add", f"{name}/bias", y, offset, like=y)
         return self.activation(y, function, f"{name}/{function}") if function else y
@@ -266,8 +268,8 @@ class OnnxParts:
             padding: value to pad with.
         """
         outputs = -(-len(kernel) // self.channel_multiple) * self.channel_multiple
-        kernel = _enlarge(kernel, 0, outputs)
-        kernel = kernel if channelwise else _enlarge(kernel, 1, x.channels)
+        kernel = _zero_pad(kernel, 0, outputs)
+        kernel = kernel if channelwise else _zero_pad(kernel, 1, x.channels)
         spatial = kernel.shape[2:]
         half, value = [side // 2 for side in spatial], x
         if padding:  # the operator pads with zeros
@@ -276,7 +278,7 @@ class OnnxParts:
             half = [0] * len(spatial)
         weights = [self._constant(f"{name}/kernel", kernel)]
         if bias is not None and bias.any():
-            weights.append(self._constant(f"{name}/bias", _enlarge(bias, 0, outputs)))
+            weights.append(self._constant(f"{name}/bias", _zero_pad(bias, 0, outputs)))
         sides = tuple(-(-side // stride) for side in x.sides)
         return self._append(
             "Conv",
@@ -313,6 +315,13 @@ class OnnxParts:
         numbers = self._append("Range", f"{name}/numbers", np.array(0), limit, np.array(1))
         return self._append("Unsqueeze", f"{name}/column", numbers, np.array([1]))
 
+    def _subtract_frames(self, x: Value, name: str, *, axis: int) -> Value:
+        """Subtracts each frame from the next; frames are numbered along `axis`."""
+        axes, end = np.array([axis]), np.array([np.iinfo(np.int64).max])
+        later = self._append("Slice", f"{name}/later", x, np.array([1]), end, axes)
+        earlier = self._append("Slice", f"{name}/earlier", x, np.array([0]), np.array([-1]), axes)
+        return self._append("Sub", name, later, earlier, like=x)
+
     def _log_mean(self, x: Value, name: str) -> Value:
         """Computes the logarithm of the mean over all positions, (N, C), given logarithms (N, H, W, C)."""
         # The peak is subtracted so that no class underflows in all windows.
@@ -331,7 +340,7 @@ class GroupedParts(OnnxParts):
         return self._append("Cast", name, y, like=x, to=onnx.TensorProto.FLOAT)
 
     def difference(self, x: Value, name: str) -> Value:
-        return _subtract_frames(self, x, name, axis=2)
+        return self._subtract_frames(x, name, axis=2)
 
     def conv(self, x: Value, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Value:
         weights, bias = self.weights[name]
@@ -348,7 +357,7 @@ class GroupedParts(OnnxParts):
         return self._convolve(x, kernels, bias, name, stride=stride, channelwise=True)
 
     def mean(self, x: Value, name: str) -> Value:
-        return self._append("GlobalAveragePool", name, x, like=x)
+        return self._append("GlobalAveragePool", name, x, like=Value("", x.channels, (1, 1)))
 
     def scale(self, x: Value, factors: Value, name: str) -> Value:
         return self._append("Mul", name, x, factors, like=x)
@@ -371,7 +380,7 @@ class TapsParts(OnnxParts):
 
     def difference(self, x: Value, name: str) -> Value:
         rows = self._append("Reshape", f"{name}/frames", x, np.array([self.frames, -1]), like=x)
-        y = _subtract_frames(self, rows, f"{name}/rows", axis=0)
+        y = self._subtract_frames(rows, f"{name}/rows", axis=0)
         self.frames -= 1
         return self._to_images(y, name)
 
@@ -404,7 +413,7 @@ class TapsParts(OnnxParts):
     def mean(self, x: Value, name: str) -> Value:
         frames = self._append("GlobalAveragePool", f"{name}/frames", x)
         shape = np.array([self.frames, self.batch or -1, x.channels, 1, 1])
-        return self._mean_over_frames(frames, shape, name, x)
+        return self._mean_over_frames(frames, shape, name, Value("", x.channels, (1, 1)))
 
     def scale(self, x: Value, factors: Value, name: str) -> Value:
         if self.batch != 1:
@@ -450,15 +459,7 @@ class TapsParts(OnnxParts):
 _FORMS: dict[Form, type[GroupedParts] | type[TapsParts]] = {"grouped": GroupedParts, "taps": TapsParts}
 
 
-def _subtract_frames(parts: OnnxParts, x: Value, name: str, *, axis: int) -> Value:
-    """Subtracts each frame from the next; frames are numbered along `axis`."""
-    axes, end = np.array([axis]), np.array([np.iinfo(np.int64).max])
-    later = parts._append("Slice", f"{name}/later", x, np.array([1]), end, axes)
-    earlier = parts._append("Slice", f"{name}/earlier", x, np.array([0]), np.array([-1]), axes)
-    return parts._append("Sub", name, later, earlier, like=x)
-
-
-def _enlarge(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+def _zero_pad(array: np.ndarray, axis: int, size: int) -> np.ndarray:
     """Appends zeros along an axis until it has `size` entries."""
     missing = size - array.shape[axis]
     return np.pad(array, [(0, missing if number == axis else 0) for number in range(array.ndim)])
