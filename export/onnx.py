@@ -33,7 +33,7 @@ from absl import flags
 
 from x3d_tf import commands
 from x3d_tf.errors import UserError, require
-from x3d_tf.files import os_errors_as_write_error, temporary_path
+from x3d_tf.files import commit_file, os_errors_as_write_error, temporary_path
 from x3d_tf.modeling.archive import describe
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
@@ -48,7 +48,8 @@ Runtime = Literal["onnxruntime", "openvino"]
 
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".bin", ".xml")}  # the last one identifies the artefact
 PACKAGES = {"onnx": ("onnx",), "openvino": ("onnx", "openvino")}
-FASTEST: dict[Runtime, "Form"] = {"onnxruntime": "taps", "openvino": "grouped"}
+# The forms intended for the runtimes.
+FORMS: dict[Runtime, "Form"] = {"onnxruntime": "taps", "openvino": "grouped"}
 
 
 def define_flags() -> None:
@@ -72,13 +73,14 @@ def define_flags() -> None:
 def main() -> None:
     """Runs the command."""
     require_formats(FLAGS.formats)
-    detects = describe(FLAGS.model).detection_head is not None
+    describe(FLAGS.model)  # errors in the file appear before TensorFlow starts
     with starting_tensorflow():
         from .models import open_model
 
     tell(f"loading {FLAGS.model}")
+    source = open_model(FLAGS.model, inputs=("clip", "boxes"))
     written = export_formats(
-        open_model(FLAGS.model, inputs=("clip", "boxes")),
+        source,
         Path(FLAGS.output),
         FLAGS.formats,
         runtime=FLAGS.runtime,
@@ -87,7 +89,7 @@ def main() -> None:
     )
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    if not detects:  # export.verify runs classifiers
+    if source.inputs == ("clip",):  # export.verify runs classifiers
         print(
             "To verify them against the model on real videos:\n"
             f"  python -m {__spec__.parent}.verify --model={FLAGS.model} --artefacts={FLAGS.output} --clips=FOLDER"
@@ -114,7 +116,10 @@ def export_formats(
     batch: int | None = 1,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Writes a model as ONNX and OpenVINO files, atomically.
+    """Writes a model as ONNX and OpenVINO files.
+
+    Files appear when they are complete. An .xml file appears after its .bin file, and a replaced .xml file is deleted
+    before, so that the two always belong together.
 
     Args:
         source: the model, from `open_model`.
@@ -128,10 +133,12 @@ def export_formats(
         The written files.
 
     Raises:
-        UserError: a format is unknown, or its packages are not installed; a file exists and `overwrite` is false.
+        UserError: a format or the runtime is unknown, or packages are not installed; a file exists and `overwrite` is
+            false.
         WriteError: a file cannot be written.
     """
     require_formats(formats)
+    require(runtime in FORMS, "runtime", f"be one of {', '.join(FORMS)}", runtime)
     outputs = [folder / f"{source.name}{suffix}" for format_name in formats for suffix in SUFFIXES[format_name]]
     existing = [str(path) for path in outputs if path.exists()]
     if existing and not overwrite:
@@ -145,9 +152,16 @@ def export_formats(
             except ImportError as error:  # an installed package is broken
                 reason, install = " ".join(str(error).split()), f"pip install 'x3d_tf[{format_name}]'"
                 raise UserError(f"--formats={format_name} failed: {reason}; {install}") from error
-            for suffix in SUFFIXES[format_name]:
-                path.with_suffix(suffix).replace(folder / f"{source.name}{suffix}")
+            _publish([path.with_suffix(suffix) for suffix in SUFFIXES[format_name]], folder)
     return outputs
+
+
+def _publish(partial: list[Path], folder: Path) -> None:
+    """Moves the complete files of an artefact to `folder`; the last one identifies the artefact."""
+    if len(partial) > 1:
+        (folder / partial[-1].name).unlink(missing_ok=True)  # it must not read the new weights
+    for path in partial:
+        commit_file(path, folder / path.name)
 
 
 @contextmanager
@@ -172,29 +186,30 @@ def _write_onnx(path: Path, source: "ExportableModel", runtime: Runtime, batch: 
 
     from .onnx_parts import onnx_model
 
-    model = onnx_model(source.model, FASTEST[runtime], batch=batch)
+    model = onnx_model(source.model, FORMS[runtime], batch=batch)
     onnx.helper.set_model_props(model, _metadata(source, model, "ONNX", runtime))
-    onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
 
 def _write_openvino(path: Path, source: "ExportableModel", runtime: Runtime, batch: int | None) -> None:
-    import onnx
     import openvino
     from openvino.passes import ConstantFolding, Manager
 
     from .onnx_parts import onnx_model
 
-    graph = onnx_model(source.model, FASTEST["openvino"], batch=batch)
-    onnx.save(graph, path.with_suffix(".onnx"))
-    # Not openvino.convert_model, which sends usage data to the vendor unless the user has opted out.
-    model = openvino.Core().read_model(path.with_suffix(".onnx"))
+    graph, core = onnx_model(source.model, FORMS["openvino"], batch=batch), openvino.Core()
+    # Not openvino.convert_model, which reports the conversion to the vendor unless the user has opted out.
+    model = core.read_model(graph.SerializeToString())
     passes = Manager()
     passes.register_pass(ConstantFolding())  # sizes that the runtime would otherwise compute when it loads the file
     passes.run_passes(model)
     for name, text in _metadata(source, graph, "OpenVINO", "openvino").items():
         model.set_rt_info(text, ["x3d_tf", name])
-    openvino.save_model(model, path, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, path, compress_to_fp16=False)
+        core.read_model(path)  # fails if the files are incomplete
+    except RuntimeError as error:  # OpenVINO's form of an OSError
+        raise OSError(" ".join(str(error).split())) from error
 
 
 def _metadata(source: "ExportableModel", model: Any, artefact: str, runtime: Runtime) -> dict[str, str]:
@@ -206,7 +221,7 @@ def _metadata(source: "ExportableModel", model: Any, artefact: str, runtime: Run
     card = {
         **source.card(batch if isinstance(batch, int) else None),
         "artefact": artefact,
-        "onnx": {"opset": OPSET, "form": FASTEST[runtime], "runtime": runtime, "shapes": sizes},
+        "onnx": {"opset": OPSET, "form": FORMS[runtime], "runtime": runtime, "shapes": sizes},
     }
     return {"labels": "\n".join(source.class_names), "card": json.dumps(card, ensure_ascii=False)}
 

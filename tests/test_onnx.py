@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from x3d_tf.export.models import ExportableModel
 from x3d_tf.export.runtimes import Artefact, open_artefact, probabilities
 
 import x3d_tf
+from x3d_tf.files import WriteError
 
 NAMES = ("hug", "kick", "wave")
 
@@ -43,9 +45,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ExportableModel:
     ],
 )
 def test_outputs_match_the_network(
-    name: str, runtime: Any, batch: int | None, source: ExportableModel, tmp_path: Path
+    name: str,
+    runtime: Any,
+    batch: int | None,
+    source: ExportableModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    usage: list[object] = []  # what OpenVINO's tools would send to the vendor
+    if name == "openvino" and importlib.util.find_spec("openvino_telemetry"):
+        import openvino  # noqa: F401  # which reports its import
+
+        monkeypatch.setattr("openvino_telemetry.Telemetry", lambda *_, **settings: usage.append(settings))
     written = exporter.export_formats(source, tmp_path / "new", [name], runtime=runtime, batch=batch)
+    assert not usage
     assert sorted(written) == sorted((tmp_path / "new").iterdir())  # no hidden files are left
     assert {path.stem for path in written} == {"model"}
     runner = open_artefact(Artefact(written[-1], {"onnx": "onnxruntime"}.get(name, name)), threads=1)
@@ -116,17 +129,27 @@ def detector() -> x3d_tf.Detector:
 
 
 @pytest.mark.parametrize(
-    ("name", "batch"),
-    [pytest.param("onnx", 1, marks=NEEDS_ONNX), pytest.param("openvino", None, marks=NEEDS_OPENVINO)],
+    ("name", "runtime", "batch"),
+    [
+        pytest.param("onnx", "openvino", 1, marks=NEEDS_ONNX),
+        pytest.param("openvino", "onnxruntime", None, marks=NEEDS_OPENVINO),
+    ],
 )
 def test_a_detector_through_the_command(
-    name: str, batch: int | None, tmp_path: Path, in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    name: str,
+    runtime: str,
+    batch: int | None,
+    tmp_path: Path,
+    in_process: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     x3d_tf.save(detector(), tmp_path / "model.keras", NAMES)
     out = tmp_path / "out"
-    in_process(
-        exporter, f"--model={tmp_path / 'model.keras'}", f"--output={out}", f"--formats={name}", f"--batch={batch or 0}"
-    )
+    out.mkdir()
+    for suffix in exporter.SUFFIXES[name]:
+        (out / f"model{suffix}").write_text("an earlier export")
+    settings = [f"--formats={name}", f"--runtime={runtime}", f"--batch={batch or 0}", "--overwrite"]
+    in_process(exporter, f"--model={tmp_path / 'model.keras'}", f"--output={out}", *settings)
     printed = capsys.readouterr().out
     assert "written: " in printed and "export.verify" not in printed  # which runs classifiers only
     (path,) = (path for path in out.iterdir() if path.suffix in (".onnx", ".xml"))
@@ -136,6 +159,10 @@ def test_a_detector_through_the_command(
     expected = np.asarray(detector()({"clip": clips, "boxes": boxes}))
     assert np.ptp(expected, axis=1).max() > 1e-3
     np.testing.assert_allclose(scores(path)({"clips": clips, "boxes": boxes}), expected, atol=1e-5)
+    card = json.loads({"onnx": onnx_facts, "openvino": openvino_facts}[name](path)["card"])["onnx"]
+    size: int | str = batch or "N"
+    assert (card["form"], card["runtime"]) == ("grouped", "openvino")
+    assert card["shapes"] == {"clips": [size, 4, side, side, 3], "boxes": [size, "B", 4], "scores": [size, "B", 3]}
     with pytest.raises(ValueError, match=r"must have one input, clips, got \['clips', 'boxes'\]"):
         open_artefact(Artefact(path, {".onnx": "onnxruntime", ".xml": "openvino"}[path.suffix]), threads=1)
 
@@ -193,6 +220,64 @@ def test_a_failed_export_leaves_no_files(
     monkeypatch.setattr(exporter, "require_formats", lambda _: None)
     monkeypatch.setitem(exporter._WRITERS, "openvino", fails)
     with pytest.raises(RuntimeError, match="in the last step"):
+        exporter.export_formats(source, tmp_path, ["openvino"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwrite_leaves_no_xml_file_beside_other_weights(
+    source: ExportableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(content: str) -> None:
+        def write(path: Path, *_: object) -> None:
+            for suffix in (".bin", ".xml"):
+                path.with_suffix(suffix).write_text(content)
+
+        monkeypatch.setitem(exporter._WRITERS, "openvino", write)
+        exporter.export_formats(source, tmp_path, ["openvino"], overwrite=True)
+
+    def files() -> dict[str, str]:
+        return {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    def interrupted(partial: Path, path: Path) -> None:
+        if path.suffix == ".xml":
+            raise KeyboardInterrupt
+        partial.replace(path)
+
+    monkeypatch.setattr(exporter, "require_formats", lambda _: None)
+    export("old")
+    export("new")
+    assert files() == {"model.bin": "new", "model.xml": "new"}
+    monkeypatch.setattr(exporter, "commit_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export("newer")
+    assert files() == {"model.bin": "newer"}
+
+
+def test_an_unknown_runtime_is_named(source: ExportableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "require_formats", lambda _: None)
+    with pytest.raises(ValueError, match="runtime must be one of onnxruntime, openvino, got 'other'"):
+        exporter.export_formats(source, tmp_path, ["onnx"], runtime="other")  # type: ignore[arg-type]
+
+
+@NEEDS_OPENVINO
+@pytest.mark.parametrize("fails", ["at once", "after half of the weights"])
+def test_openvino_files_that_cannot_be_written(
+    fails: str, source: ExportableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    save = openvino.save_model
+
+    def save_partly(model: Any, path: Path, **options: Any) -> None:
+        if fails == "at once":
+            raise RuntimeError("disk\nfull")
+        save(model, path, **options)
+        weights = path.with_suffix(".bin")
+        os.truncate(weights, weights.stat().st_size // 2)
+
+    monkeypatch.setattr(openvino, "save_model", save_partly)
+    reason = "disk full" if fails == "at once" else ".*bin"
+    with pytest.raises(WriteError, match=f"{re.escape(str(tmp_path / 'model'))} cannot be written: {reason}"):
         exporter.export_formats(source, tmp_path, ["openvino"])
     assert not list(tmp_path.iterdir())
 
