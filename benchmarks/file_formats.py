@@ -5,7 +5,7 @@ The writers write a file to the folder of a case. The openers return the functio
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from measuring import Case
@@ -14,6 +14,9 @@ from synthetic_clips import normalized, softmax, squares
 from x3d_tf.export.runtimes import Artefact, open_artefact
 
 from x3d_tf.errors import require
+
+if TYPE_CHECKING:
+    from x3d_tf.export.onnx import Runtime
 
 Call = Callable[[], NDArray[np.float32]]
 
@@ -38,7 +41,7 @@ def write_tflite(case: Case, file: str, format_name: str) -> None:
     (Path(case.folder) / file).write_bytes(content)
 
 
-def write_exported(case: Case, format_name: str, runtime: Literal["onnxruntime", "openvino"]) -> None:
+def write_exported(case: Case, format_name: str, runtime: "Runtime") -> None:
     """Writes `for_RUNTIME/NETWORK.onnx` or `for_RUNTIME/NETWORK.xml` with the case's batch size."""
     from x3d_tf.export.onnx import export_formats
 

@@ -95,7 +95,7 @@ IMPLEMENTATIONS = (
     tflite("TFLite int8", "int8"),
     exported("ONNX", "ONNX Runtime", "ours", "onnx", written_for="onnxruntime", runtime="onnxruntime"),
     exported("ONNX grouped", "ONNX Runtime", "ours", "onnx", written_for="openvino", runtime="onnxruntime"),
-    exported("OpenVINO", "OpenVINO", "ours", "openvino", written_for="openvino", runtime="openvino"),
+    exported("OpenVINO", "OpenVINO", "openvino", "openvino", written_for="openvino", precision="f32"),
     exported("OpenVINO taps", "OpenVINO", "openvino", "onnx", written_for="onnxruntime", precision="f32"),
     exported(
         "OpenVINO bf16", "OpenVINO", "openvino", "openvino", written_for="openvino", exact=False, precision="bf16"
