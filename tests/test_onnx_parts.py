@@ -14,7 +14,6 @@ from test_folded import TINY, clips, network, probabilities
 from test_graph import assert_has_all_methods
 
 import x3d_tf
-from x3d_tf.modeling.graph import DetectionHead
 from x3d_tf.modeling.layers import ChannelwiseConv3D, Conv3D, PointwiseConv3D
 
 onnx = pytest.importorskip("onnx")
@@ -91,8 +90,13 @@ def test_efficientnets(runtime: str, form: Any, family: int, options: dict[str, 
     model, pixels = mobile.network(mobile.FAMILIES[family], **options), mobile.clips(2)
     expected = mobile.softmax(model, pixels)
     assert np.ptp(expected, axis=0).max() > 1e-3
-    graph = onnx_parts.onnx_model(model, form, batch=batch)
-    assert_runs(RUNTIMES[runtime](graph), batch, pixels, expected)
+    assert_runs(RUNTIMES[runtime](written_family(form, family, batch, **options)), batch, pixels, expected)
+
+
+@functools.cache
+def written_family(form: Any, family: int, batch: int | None, **options: Any) -> Any:
+    """Returns the ONNX model of a network of `test_efficientnet3d`."""
+    return onnx_parts.onnx_model(mobile.network(mobile.FAMILIES[family], **options), form, batch=batch)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +136,19 @@ def detector(head: Any) -> x3d_tf.Detector:
     return model
 
 
-@pytest.mark.parametrize("batch", [1, 2, None])
-@pytest.mark.parametrize("head", get_args(DetectionHead))
+@functools.cache
+def written_detector(form: Any, head: Any, batch: int | None) -> Any:
+    """Returns the ONNX model of `detector` for clips of 96 pixels."""
+    return onnx_parts.onnx_model(detector(head), form, size=96, batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("head", "batch"), [("full", 1), ("full", 2), ("full", None), ("simple", None), ("frame", 1), ("frame", None)]
+)
 @every_form
 @every_runtime
 def test_detectors(runtime: str, form: Any, head: str, batch: int | None) -> None:
-    model = detector(head)
-    graph = onnx_parts.onnx_model(model, form, size=96, batch=batch)
-    run = RUNTIMES[runtime](graph)
+    model, run = detector(head), RUNTIMES[runtime](written_detector(form, head, batch))
     squares = np.random.default_rng(2).integers(0, 256, (batch or 2, 4, 12, 12, 3), dtype=np.uint8)
     pixels = squares.repeat(8, axis=2).repeat(8, axis=3)
     boxes = np.random.default_rng(3).uniform(-0.1, 1.1, (batch or 2, 4, 2, 2)).astype(np.float32)
@@ -164,7 +173,7 @@ def test_detectors(runtime: str, form: Any, head: str, batch: int | None) -> Non
 @every_runtime
 def test_boxes_of_another_number_of_clips_have_no_scores(runtime: str, form: Any, rows: int) -> None:
     """With clip numbers from the boxes, RoIAlign would read beyond the maps."""
-    graph = onnx_parts.onnx_model(detector("simple"), form, size=96, batch=None)
+    graph = written_detector(form, "simple", None)
     boxes = np.broadcast_to(np.array([0.1, 0.2, 0.8, 0.9], np.float32), (rows, 4, 4))
     try:
         found = RUNTIMES[runtime](graph)({"clips": clips(2, 96), "boxes": boxes})
@@ -175,10 +184,9 @@ def test_boxes_of_another_number_of_clips_have_no_scores(runtime: str, form: Any
         assert found.size == 0
 
 
-@every_form
-@every_runtime
-def test_detectors_of_efficientnets(runtime: str, form: Any) -> None:
-    """They have no fc1. This one sees one frame fewer than the clip has."""
+@functools.cache
+def mobile_detector() -> x3d_tf.Detector:
+    """Returns a detector without fc1, which sees one frame fewer than the clip has."""
     options = mobile.options(mobile.FAMILIES[0], input="difference")
     model = x3d_tf.build_detector(mobile.TINY, 3, options=options)
     source = mobile.network(mobile.FAMILIES[0], input="difference")
@@ -187,11 +195,24 @@ def test_detectors_of_efficientnets(runtime: str, form: Any) -> None:
             layer.set_weights(source.get_layer(layer.name).get_weights())
     kernel = model.get_layer("fc2").kernel
     kernel.assign(np.random.default_rng(0).normal(0, 0.1, kernel.shape))
+    return model
+
+
+@functools.cache
+def written_mobile_detector(form: Any) -> Any:
+    """Returns the ONNX model of `mobile_detector`."""
+    return onnx_parts.onnx_model(mobile_detector(), form, size=mobile.clips(1).shape[2], batch=2)
+
+
+@every_form
+@every_runtime
+def test_detectors_of_efficientnets(runtime: str, form: Any) -> None:
+    model = mobile_detector()
     pixels, boxes = mobile.clips(2), np.array([[0, 0, 0.5, 0.6], [0.4, 0.3, 1, 1]] * 2, np.float32).reshape(2, 2, 4)
     expected = np.asarray(model({"clip": pixels, "boxes": boxes}))
     assert np.ptp(expected, axis=0).max() > 1e-3 and np.ptp(expected, axis=1).max() > 1e-3
-    graph = onnx_parts.onnx_model(model, form, size=pixels.shape[2], batch=2)
-    np.testing.assert_allclose(RUNTIMES[runtime](graph)({"clips": pixels, "boxes": boxes}), expected, atol=1e-5)
+    run = RUNTIMES[runtime](written_mobile_detector(form))
+    np.testing.assert_allclose(run({"clips": pixels, "boxes": boxes}), expected, atol=1e-5)
 
 
 def operators(model: Any) -> Counter[str]:
@@ -266,9 +287,8 @@ def test_the_interface(form: str) -> None:
     assert model.ir_version == onnx_parts.IR_VERSION
     assert onnx_parts.shapes(model) == {"clips": ["N", 4, 64, 64, 3], "probabilities": ["N", 5]}
     assert onnx_parts.shapes(written(form, 1)) == {"clips": [1, 4, 64, 64, 3], "probabilities": [1, 5]}
-    boxed = onnx_parts.shapes(onnx_parts.onnx_model(detector("frame"), form, batch=None))  # type: ignore[arg-type]
-    side = detector("frame").eval_size
-    assert boxed == {"clips": ["N", 4, side, side, 3], "boxes": ["N", "B", 4], "scores": ["N", "B", 3]}
+    boxed = onnx_parts.shapes(written_detector(form, "frame", None))
+    assert boxed == {"clips": ["N", 4, 96, 96, 3], "boxes": ["N", "B", 4], "scores": ["N", "B", 3]}
     floats = {entry.data_type for entry in model.graph.initializer} - {onnx.TensorProto.INT64}
     assert floats == {onnx.TensorProto.FLOAT}
 
