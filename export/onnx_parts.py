@@ -152,7 +152,7 @@ class OnnxParts:
         return self._append("ReduceMax", "spatial_max", x, like=x, axes=[-2, -1], keepdims=0)
 
     def regions(self, x: Value, boxes: Value, clips: Value, name: str) -> Value:
-        # [N, B], with N of the maps: ONNX Runtime then refuses boxes of another number of clips
+        # [N, B] with N of the maps, so that boxes of another number of clips cannot name maps that do not exist
         number = self._append("Shape", f"{name}/number", x, end=1)
         count = self._append("Shape", f"{name}/count", boxes, start=1, end=2)
         grid = self._append("Concat", f"{name}/grid", number, count, axis=0)
