@@ -74,14 +74,14 @@ def ours(case: Case, file: str, runtime: str) -> Call:
 
 def openvino(case: Case, file: str, precision: str, *, peer: bool = False) -> Call:
     """Runs an .xml or .onnx file, ours or pytorchvideo's, in OpenVINO with the precision "f32" or "bf16"."""
-    import openvino
+    from x3d_tf.export.runtimes import import_openvino
 
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": case.threads,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    model = openvino.Core().compile_model(str(_path(case, file)), "CPU", settings)
+    model = import_openvino().Core().compile_model(str(_path(case, file)), "CPU", settings)
     clips = squares(case.network, case.batch)
     if not peer:
         return lambda: model(clips, share_inputs=True)[0]

@@ -38,6 +38,8 @@ from x3d_tf.modeling.archive import describe
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
 
+from .runtimes import import_openvino
+
 if TYPE_CHECKING:
     from .models import ExportableModel
     from .onnx_parts import Form
@@ -192,13 +194,12 @@ def _write_onnx(path: Path, source: "ExportableModel", runtime: Runtime, batch: 
 
 
 def _write_openvino(path: Path, source: "ExportableModel", runtime: Runtime, batch: int | None) -> None:
-    import openvino
+    openvino = import_openvino()
     from openvino.passes import ConstantFolding, Manager
 
     from .onnx_parts import onnx_model
 
     graph, core = onnx_model(source.model, FORMS["openvino"], batch=batch), openvino.Core()
-    # Not openvino.convert_model, which reports the conversion to the vendor unless the user has opted out.
     model = core.read_model(graph.SerializeToString())
     passes = Manager()
     passes.register_pass(ConstantFolding())  # sizes that the runtime would otherwise compute when it loads the file

@@ -3,6 +3,7 @@
 A runtime is imported when its first artefact is opened, so that a missing runtime raises an ImportError only then.
 """
 
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -261,6 +262,19 @@ def _onnx_operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
 
 
+def import_openvino() -> Any:
+    """Imports OpenVINO without its telemetry, which sends usage data on import unless the user has opted out."""
+    name = "openvino_telemetry"
+    before = {key: sys.modules.pop(key) for key in [*sys.modules] if key.partition(".")[0] == name}
+    sys.modules[name] = None  # type: ignore[assignment]  # the import fails, and OpenVINO uses a stub
+    try:
+        import openvino
+    finally:
+        del sys.modules[name]
+        sys.modules.update(before)
+    return openvino
+
+
 class _OpenVINO:
     """Runs an .xml file and its .bin file in OpenVINO on the CPU, in float32.
 
@@ -270,8 +284,7 @@ class _OpenVINO:
     format = "OpenVINO"
 
     def __init__(self, path: Path, threads: int) -> None:
-        import openvino
-
+        openvino = import_openvino()
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         weights = path.with_suffix(".bin")
         require(weights.is_file(), str(path), f"have its weights file {weights.name} in the same folder")

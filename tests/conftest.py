@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-os.environ.setdefault("CI", "true")  # otherwise OpenVINO sends usage data when it is imported
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # threads of small operations mostly wait, which takes CPU time
 

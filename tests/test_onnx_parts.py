@@ -1,6 +1,7 @@
 """Networks as ONNX graphs: their outputs in ONNX Runtime and OpenVINO, and their operators."""
 
 import functools
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from x3d_tf.modeling.layers import ChannelwiseConv3D, Conv3D, PointwiseConv3D
 
 onnx = pytest.importorskip("onnx")
 from x3d_tf.export import onnx_parts  # noqa: E402  # imports onnx
+from x3d_tf.export.runtimes import import_openvino  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
@@ -34,8 +36,9 @@ def onnxruntime(model: Any) -> Run:
 
 
 def openvino(model: Any) -> Run:
-    runtime = pytest.importorskip("openvino")
-    core = runtime.Core()
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("openvino is not installed")
+    core = import_openvino().Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
     return lambda inputs: compiled(inputs)[0]
