@@ -48,15 +48,15 @@ def onnx_model(model: Network, form: Form, *, size: int | None = None, batch: in
     require_classifier(model)
     require_batch(batch)
     size, options = size_and_options(model, size)
-    detects, batch_size = model.head is not None, batch or "N"
+    has_boxes, batch_size = isinstance(model.input, dict), batch or "N"
     parts = _FORMS[form](FoldedWeights(model), model.clip.frames, size, batch)
     clips, boxes = Value("clips", 3, (size, size)), Value("boxes")
-    output = model.apply_parts({"clip": clips, "boxes": boxes} if detects else clips, parts, options)
+    output = model.apply_parts({"clip": clips, "boxes": boxes} if has_boxes else clips, parts, options)
     tensor, types = onnx.helper.make_tensor_value_info, onnx.TensorProto
     inputs = [tensor(clips.name, types.UINT8, [batch_size, model.clip.frames, size, size, 3])]
-    if detects:
+    if has_boxes:
         inputs.append(tensor(boxes.name, types.FLOAT, [batch_size, "B", 4]))
-    shape = [batch_size, *(["B"] if detects else []), model.num_classes]
+    shape = [batch_size, *(["B"] if has_boxes else []), model.num_classes]
     outputs = [tensor(output.name, types.FLOAT, shape)]
     graph = onnx.helper.make_graph(parts.nodes, model.name, inputs, outputs, parts.constants)
     opsets = [onnx.helper.make_opsetid("", OPSET)]

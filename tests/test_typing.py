@@ -39,7 +39,7 @@ from x3d_tf.modeling.keras_parts import ClipParts
 
 build_x3d("x3d_s").with_parts(keras.Input((13, 160, 160, 3)), ClipParts())
 """,
-        'Argument 2 to "with_parts" of "X3D" has incompatible type "ClipParts"; expected "Parts[Any]"',
+        'Argument 2 to "with_parts" of "Network" has incompatible type "ClipParts"; expected "Parts[Any]"',
     ),
     "an option as a keyword": (
         """
