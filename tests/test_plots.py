@@ -51,7 +51,8 @@ def sweeps(networks: int, rows: int) -> Picture:
 
 def staircase(steps: int, *paper: plots.PaperPoint) -> Picture:
     winners = [(0.04 * 2**step, 1 - 0.5 / (step + 1)) for step in range(steps)]
-    points = [(f"X-{name}", cost, score - 0.1 * name, 0.01) for cost, score in winners for name in range(7)]
+    points = {f"X-{name}": [(cost, score - 0.1 * name, 0.01) for cost, score in winners] for name in range(7)}
+    points["no network"] = []
     contractions = [(winners[-1], (0.03 * 2 ** (steps - 1), 0.4))]
     return lambda path: plots.save_staircase(points, winners, contractions, path, TITLE * 2, "top-1", paper)
 
@@ -318,7 +319,7 @@ def test_without_the_papers_points_no_legend_names_it(figures: list[Any], tmp_pa
 
 def test_a_staircase_has_its_path_and_its_contraction(figures: list[Any], tmp_path: Path) -> None:
     winners = [(0.04, 0.5), (0.08, 0.6), (0.16, 0.7)]
-    points = [("X-Fast", *place, 0.01) for place in winners] + [("contraction", 0.12, 0.65, 0.02)]
+    points = {"X-Fast": [(*place, 0.01) for place in winners], "X-Depth": [], "contraction": [(0.12, 0.65, 0.02)]}
     contractions = [((0.16, 0.7), (0.12, 0.65))]
     plots.save_staircase(points, winners, contractions, tmp_path / "a.png", "title", "top-1")
     axes = figures[0].axes[0]
@@ -333,6 +334,7 @@ def test_a_staircase_has_its_path_and_its_contraction(figures: list[Any], tmp_pa
     fast, contraction = axes.containers
     assert [tuple(map(float, segment[:, 1])) for segment in contraction[2][0].get_segments()] == [(63, 67)]
     assert len(fast[2][0].get_segments()) == 3
+    assert [line[0].get_color() for line in axes.containers] == ["C0", "C2"]  # X-Depth keeps its colour
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def _cost_legends(figure: Any, looks: Mapping[str, dict[str, Any]], markers: Map
 
 
 def save_staircase(
-    points: Sequence[tuple[str, float, float, float]],
+    points: Mapping[str, Sequence[tuple[float, float, float]]],
     winners: Sequence[tuple[float, float]],
     contractions: Sequence[tuple[tuple[float, float], tuple[float, float]]],
     path: Path,
@@ -317,7 +317,8 @@ def save_staircase(
     """Saves the scored networks of an expansion search over their cost, and the path chosen, as a PNG file.
 
     Args:
-        points: (name of the axis, GMACs, score in [0, 1], standard error of the score) of each network.
+        points: (GMACs, score in [0, 1], standard error of the score) of each network, by the name of its axis. The
+            order of the names sets their colours and markers; axes without networks are not drawn.
         winners: (GMACs, score in [0, 1]) of the network that each step chose, in the order of the steps.
         contractions: the same of a winner that was contracted and of the network chosen for it, for each contraction.
         path: file to write; an existing file is replaced.
@@ -325,7 +326,6 @@ def save_staircase(
         metric: name of the score.
         paper: the paper's points.
     """
-    names = list(dict.fromkeys(name for name, *_ in points))
     with _figure(path, 11, 5.5, layout="constrained") as figure:
         axes = figure.subplots()
         axes.set_title(_wrap_title(title, 9), loc="left", fontsize=11)
@@ -337,15 +337,17 @@ def save_staircase(
             axes.plot(*_percent(pair), color="0.6", lw=2, ls=":", zorder=1)
         chosen = [*winners, *(contracted for _, contracted in contractions)]
         axes.plot(*_percent(chosen), color="0.4", ls="", marker="o", ms=15, mfc="none", label="chosen", zorder=3)
-        for number, name in enumerate(names):
-            rows = [row for row in points if row[0] == name]
+        for number, (name, rows) in enumerate(points.items()):
+            if not rows:
+                continue
             errors = [100 * error for *_, error in rows]
-            places = _percent([(cost, score) for _, cost, score, _ in rows])
+            places = _percent([(cost, score) for cost, score, _ in rows])
             look = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)], "mec": "white", "mew": 0.5}
             size = 10 - 0.6 * number  # a marker does not hide one behind it
             axes.errorbar(*places, yerr=errors, ls="", ms=size, elinewidth=1, label=name, zorder=2, **look)
         axes.set(xscale="log", xlabel="GMACs per clip (log)", ylabel=f"{metric} in %")
-        _set_log_axis(axes, [cost for _, cost, _, _ in points] + [point.gmacs for point in paper])
+        costs = [cost for rows in points.values() for cost, *_ in rows]
+        _set_log_axis(axes, costs + [point.gmacs for point in paper])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)

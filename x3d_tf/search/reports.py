@@ -60,11 +60,10 @@ def save_staircase(search: Search, path: Path, metric: str, paper: Sequence[plot
         paper: the paper's points.
     """
     titles = [axis.title for axis in AXES.values()] + ["contraction"]
-    points = [
-        ("contraction" if row.network.contracts else AXES[row.network.axis].title, *_place(row), row.standard_error)
-        for row in all_results(search)
-    ]
-    points.sort(key=lambda point: titles.index(point[0]))
+    points: dict[str, list[tuple[float, float, float]]] = {name: [] for name in titles}
+    for row in all_results(search):
+        name = "contraction" if row.network.contracts else AXES[row.network.axis].title
+        points[name].append((*_place(row), row.standard_error))
     winners = {step.number: _place(step.best) for step in search.steps if not step.contracts}
     contractions = [(winners[step.number], _place(step.best)) for step in search.steps if step.contracts]
     title = f"expansion of {name_of(search.start)}"
