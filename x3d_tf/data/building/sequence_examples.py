@@ -30,6 +30,7 @@ _CHECKSUM_BYTES = 4
 _HEAD = 1 << 12  # bytes that are read of each record to find its context
 _CONTEXT = 1  # number of the field of a SequenceExample, which is written first
 _BYTES_LIST, _FLOAT_LIST, _INT_LIST = 1, 2, 3  # numbers of the fields of a Feature
+_FLOAT = struct.Struct("<f")
 _MOST_VALUES = 1 << 16  # of a feature of the context
 _GZIP = b"\x1f\x8b"
 
@@ -136,19 +137,19 @@ def _context_bytes(file: int, example: Example) -> bytes:
 
 def _context(data: bytes) -> Context:
     """Parses a context: entry > key, feature > list > values."""
-    features: dict[bytes, Span] = {}
+    features: dict[str, Span] = {}
     for entry in fields(data, 0, len(data), 1):
         keys, values = ([*fields(data, *entry, number)] for number in (1, 2))
         if len(keys) != 1 or len(values) != 1:
             raise ValueError("its context is not a map")
-        features[data[slice(*keys[0])]] = values[0]
-    names = [_texts(data, features.get(name.encode())) for name in LABEL_NAMES]
-    rates = _floats(data, features.get(RATE.encode())) + _ints(data, features.get(RATE.encode()))
-    start, end = (_ints(data, features.get(name.encode())) for name in (START, END))
+        features[data[slice(*keys[0])].decode("utf-8", "replace")] = values[0]
+    names = [_texts(data, features.get(name)) for name in LABEL_NAMES]
+    rates = _floats(data, features.get(RATE)) + _ints(data, features.get(RATE))
+    start, end = (_ints(data, features.get(name)) for name in (START, END))
     return Context(
-        tuple(_ints(data, features[LABELS.encode()])) if LABELS.encode() in features else None,
+        tuple(_ints(data, features[LABELS])) if LABELS in features else None,
         tuple(names[0] or names[1]),
-        "".join(_texts(data, features.get(NAME.encode()))[:1]),
+        "".join(_texts(data, features.get(NAME))[:1]),
         next((rate for rate in rates if rate), None),
         start[0] if start else None,
         end[0] if end else None,
@@ -173,7 +174,7 @@ def _ints(data: bytes, feature: Span | None) -> list[int]:
 
 def _floats(data: bytes, feature: Span | None) -> list[float]:
     (begin, end) = next(_values(data, feature, _FLOAT_LIST), (0, 0))
-    return [*struct.unpack_from("<f", data, begin)] if end - begin >= _CHECKSUM_BYTES else []
+    return [*_FLOAT.unpack_from(data, begin)] if end - begin >= _FLOAT.size else []
 
 
 def _texts(data: bytes, feature: Span | None) -> list[str]:

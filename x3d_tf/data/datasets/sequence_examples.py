@@ -50,9 +50,8 @@ class SequenceExamples:
         records = _list_records(inputs, videos.unusable)
         splits, expected = {}, {}
         for split in inputs.lists:
-            listed = [record for record in records if record.split == split]
-            splits[split] = shuffle_by_hash([*videos.of(listed)], inputs.seed)
-            expected[split] = len(listed)
+            splits[split] = shuffle_by_hash([*videos.of(records[split])], inputs.seed)
+            expected[split] = len(records[split])
         counts = {len(video.classes) for found in splits.values() for video in found}
         task: AnnotationKind = "multi_label" if counts - {1} else "single_label"
         return Sources(splits, videos.unusable, videos.classes, task, expected)
@@ -73,15 +72,15 @@ class _Record(NamedTuple):
         return f"{self.file}, record {self.example.number}"
 
 
-def _list_records(inputs: Inputs, unusable: list[VideoError]) -> list[_Record]:
-    """Lists the records of all files, in the order of the files; appends files that end early to `unusable`."""
+def _list_records(inputs: Inputs, unusable: list[VideoError]) -> dict[str, list[_Record]]:
+    """Lists the records of each split, in the order of the files; appends files that end early to `unusable`."""
     files = [(split, file) for split, pattern in inputs.lists.items() for file in _files(split, pattern)]
-    records: list[_Record] = []
+    records: dict[str, list[_Record]] = {split: [] for split in inputs.lists}
     with ThreadPoolExecutor(_THREADS) as threads:
         listings = threads.map(list_examples, [file for _, file in files])
         bar = tqdm(listings, total=len(files), unit="file", desc="reading labels", disable=None, leave=False)
         for (split, file), listing in zip(files, bar, strict=True):
-            records += [_Record(split, file, *found) for found in listing.records]
+            records[split] += [_Record(split, file, *found) for found in listing.records]
             unusable += [listing.error] if listing.error is not None else []
     return records
 
