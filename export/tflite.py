@@ -199,7 +199,8 @@ def calibration_clips(source: "ExportableModel", calibration: Calibration, batch
     Raises:
         UserError: the records do not exist, lack the split or are damaged.
     """
-    from x3d_tf.data.input_pipeline import record_errors_as_user_errors, training_dataset
+    from x3d_tf.data.input_pipeline import training_dataset
+    from x3d_tf.data.records.table import record_errors_as_user_errors
 
     require(calibration.records is not None, "calibration.records", "be a folder of records", None)
     model, run = source.model, source.run

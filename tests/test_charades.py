@@ -105,8 +105,8 @@ def test_an_annotation_longer_than_its_video_is_unusable(tmp_path: Path) -> None
 def test_labels_of_frames_equal_a_loop(fps: float) -> None:
     import tensorflow as tf
 
-    from x3d_tf.data.input_pipeline import visible_labels
     from x3d_tf.data.records.format import ParsedTimes
+    from x3d_tf.data.records.table import visible_labels
 
     rng = np.random.default_rng(0)
     starts = np.concatenate([np.arange(0, 40, 4) / fps, rng.uniform(-0.5, 2, 30)])  # on frames, and between them

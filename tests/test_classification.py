@@ -94,13 +94,13 @@ def naive_probabilities(network: x3d_tf.X3D, records: Path, size: int, starts: l
     import keras
     import tensorflow as tf
 
-    from x3d_tf.data.records.format import parse_record
+    from x3d_tf.data.records.format import parse_frames
 
     conv5 = keras.Model(network.input, network.get_layer("conv5").output)
     fc1, fc2 = np.asarray(network.get_layer("fc1").kernel), network.get_layer("fc2")
     videos = []
     for serialized in tf.data.TFRecordDataset(sorted(map(str, records.glob("*.tfrecord")))):
-        frames = [tf.io.decode_jpeg(frame, dct_method="INTEGER_ACCURATE") for frame in parse_record(serialized).frames]
+        frames = [tf.io.decode_jpeg(frame, dct_method="INTEGER_ACCURATE") for frame in parse_frames(serialized)]
         frames = [tf.image.resize(frame, (size, size)).numpy() for frame in frames]
         found = []
         for start in starts:

@@ -5,28 +5,34 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import tensorflow as tf
-from video_fixtures import noise_video, write_small_shards
+from video_fixtures import noise_video, write_records, write_small_shards
 
 from x3d_tf import build_records
-from x3d_tf.crc32c import crc32c
+from x3d_tf.data.input_pipeline import evaluation_dataset
 from x3d_tf.data.records import frames
-from x3d_tf.data.records.format import RecordSource, encode_record, parse_record
+from x3d_tf.data.records.format import RecordSource, encode_record, parse_annotation, parse_frames, parse_record
 from x3d_tf.data.records.frames import (
+    SPAN,
     IndexResult,
-    frames_of,
     frames_path,
     index_records,
-    read_frames,
+    open_frames,
     read_frames_file,
+    read_spans,
     shards_of,
+    spans_of,
+    without_frames,
 )
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.reader import FrameReader, as_numbers, from_numbers
+from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.records.verify import verify_records
 from x3d_tf.errors import UserError
-from x3d_tf.types import Annotation
+from x3d_tf.types import Annotation, ClipSpec, TimedLabel, ViewSpec
 
 
 @pytest.fixture
@@ -36,14 +42,42 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
 
 def test_frames_are_those_of_the_complete_record(records: Manifest) -> None:
     """The order may be any, and frames may be repeated."""
-    for path, shard, members in shards_of(records):
-        table = read_frames_file(path, shard, members)
-        for number, (record, serialized) in enumerate(zip(members, tf.data.TFRecordDataset(str(path)), strict=True)):
-            expected = parse_record(serialized).frames.numpy().tolist()
-            assert len(expected) == record.frames
+    for name, split in records.splits.items():
+        reader = FrameReader(records, name)
+        stored = tf.data.TFRecordDataset([str(records.folder / shard.file) for shard in split.shards])
+        for number, (record, serialized) in enumerate(zip(split.records, stored, strict=True)):
+            expected = parse_frames(serialized).numpy().tolist()
+            _, spans = reader.read(number)
+            assert len(expected) == len(spans) == record.frames
             chosen = [*range(record.frames), 0, record.frames - 1, 1]
-            assert read_frames(path, table, number, chosen) == [expected[i] for i in chosen]
-            assert read_frames(path, table, number, []) == []
+            assert reader.frames(number, spans[chosen]) == [expected[i] for i in chosen]
+            assert reader.frames(number, spans[[2, 0]]) == [expected[2], expected[0]]
+            assert reader.frames(number, spans[:0]) == []
+
+
+def test_the_rest_of_a_record_is_complete(records: Manifest) -> None:
+    """The context and all other lists are equal."""
+    path = records.folder / records.splits["train"].shards[0].file
+    rest, _ = FrameReader(records, "train").read(1)
+    found = tf.train.SequenceExample.FromString(rest)
+    whole = tf.train.SequenceExample.FromString([*tf.data.TFRecordDataset(str(path))][1].numpy())
+    assert set(whole.feature_lists.feature_list) - set(found.feature_lists.feature_list) == {"image/encoded"}
+    del whole.feature_lists.feature_list["image/encoded"]
+    assert found == whole and len(found.feature_lists.feature_list["image/timestamp"].feature) == 4
+
+
+def test_records_of_a_smaller_manifest_are_found(records: Manifest) -> None:
+    """Runs may divide a split, or leave records out."""
+    last = records.splits["train"].records[-1]
+    alone = FrameReader(records.with_records("train", [last]), "train")
+    content, spans = alone.read(0)
+    assert parse_record(content).media_id.numpy().decode() == last.media_id and len(spans) == last.frames
+
+
+def test_spans_as_numbers() -> None:
+    spans = np.array([(2**61, 2**32 - 1, 2**32 - 1), (0, 0, 0)], SPAN)
+    assert as_numbers(spans).tolist() == [[2**61, 2**32 - 1, 2**32 - 1], [0, 0, 0]]
+    assert np.array_equal(from_numbers(as_numbers(spans)), spans)
 
 
 def test_frames_beside_boxes_are_found() -> None:
@@ -51,44 +85,129 @@ def test_frames_beside_boxes_are_found() -> None:
     video = noise_video(0, 5)
     annotation = Annotation(0.1, ((0.1, 0.1, 0.2, 0.2),), ((0,),), ((0.0, 0.0, 1.0, 1.0),), (0.5,))
     record = encode_record(video, RecordSource("film", (0,), key_frame=902, annotation=annotation), ["sit"])
-    table = frames_of(record, 5, offset=100)
-    spans = zip((table.offsets - 100).tolist(), table.lengths.tolist(), strict=True)
-    assert [record[begin : begin + length] for begin, length in spans] == video.frames
-    joined = b"".join(video.frames)
-    lengths = np.array([len(frame) for frame in video.frames])
-    assert table.checksums.tolist() == crc32c(joined, np.cumsum(lengths) - lengths, lengths).tolist()
+    spans = spans_of(record, 5, offset=100)
+    parts = [record[begin - 100 : begin - 100 + length] for begin, length, _ in spans.tolist()]
+    assert parts[1:-1] == video.frames
+    assert spans["crc"].tolist() == [google_crc32c.value(part) for part in parts]
+    assert (spans["offset"][0], spans["offset"][-1] + spans["length"][-1]) == (100, 100 + len(record))
+    found, expected = (parse_annotation(content) for content in (without_frames(parts[0], parts[-1]), record))
+    for one, other in zip(found, expected, strict=True):
+        assert one.numpy().tolist() == other.numpy().tolist()
+    assert found.boxes.shape == (1, 4) and int(found.key_frame) == 3
 
 
-@pytest.mark.parametrize("record", [b"\xff", b"\x12\xff\xff\xff\xff\x0f", b"\x0b", b"\x12" + b"\xff" * 20])
-def test_bytes_that_are_not_a_record(record: bytes) -> None:
-    with pytest.raises(ValueError, match="not a protocol buffer"):
-        frames_of(record, 1)
+def test_times_of_labels_are_found() -> None:
+    source = RecordSource("film", (0, 1), timed=(TimedLabel(1, 0.0, 0.1), TimedLabel(0, 0.1, 0.2)))
+    record = encode_record(noise_video(0, 5), source, ["sit", "run"])
+    spans = spans_of(record, 5)
+    before, after = (record[begin : begin + length] for begin, length, _ in spans[[0, -1]].tolist())
+    assert parse_record(without_frames(before, after)).timed.ends.numpy().tolist() == [100_000, 200_000]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"\xff", "not a protocol buffer"),
+        (b"\x12\xff\xff\xff\xff\x0f", "not a protocol buffer"),
+        (b"\x0b", "not a protocol buffer"),
+        (b"\x12" + b"\xff" * 20, "not a protocol buffer"),
+        (b"", "its frames are not its first feature list"),
+        (b"\x12\x00", "its frames are not its first feature list"),
+    ],
+)
+def test_bytes_that_are_not_a_record(record: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spans_of(record, 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("other first", "its frames are not its first feature list"),
+        ("lists twice", "its frames are not its first feature list"),
+        ("context last", "its frames are not its first feature list"),
+        ("context missing", "it does not begin with its context"),
+    ],
+)
+def test_records_of_another_layout_are_errors(layout: str, message: str) -> None:
+    """TensorFlow reads them, but the rest of such a record would not be complete."""
+    record = encode_record(noise_video(0, 3), RecordSource("film", (0,)), ["sit"])
+    example = tf.train.SequenceExample.FromString(record)
+    context = tf.train.SequenceExample(context=example.context).SerializeToString()
+    lists = tf.train.SequenceExample(feature_lists=example.feature_lists).SerializeToString(deterministic=True)
+    extra = tf.train.FeatureLists(feature_list={"a": tf.train.FeatureList()})
+    first = tf.train.SequenceExample(feature_lists=extra).SerializeToString()
+    if layout == "other first":
+        example.feature_lists.feature_list["a"].CopyFrom(tf.train.FeatureList())
+        record = example.SerializeToString(deterministic=True)
+    else:
+        orders = {"lists twice": context + lists + first, "context last": lists + context, "context missing": lists}
+        record = orders[layout]
+    assert len(parse_frames(record)) == 3
+    with pytest.raises(ValueError, match=message):
+        spans_of(record, 3)
 
 
 def test_the_search_stops_after_the_listed_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     record = encode_record(noise_video(0, 9), RecordSource("film", (0,)), ["sit"])
-    taken, real = [], frames.frame_spans
-    monkeypatch.setattr(frames, "frame_spans", lambda data: (taken.append(span) or span for span in real(data)))
+    taken, real = [], frames._frames_in
+    monkeypatch.setattr(frames, "_frames_in", lambda *args: (taken.append(span) or span for span in real(*args)))
     with pytest.raises(ValueError, match="it has more than 4 frames"):
-        frames_of(record, 4)
+        spans_of(record, 4)
     assert len(taken) == 5
-    assert len(frames_of(record, 9).offsets) == 9
+    with pytest.raises(ValueError, match="it has 9 frames"):
+        spans_of(record, 10)
+    assert len(spans_of(record, 9)) == 11
 
 
 def test_a_damaged_frame_is_an_error(records: Manifest) -> None:
-    path, shard, members = next(shards_of(records))
-    table = read_frames_file(path, shard, members)
+    path = records.folder / records.splits["train"].shards[0].file
+    reader = FrameReader(records, "train")
+    _, spans = reader.read(1)
     content = bytearray(path.read_bytes())
-    content[int(table.offsets[4]) + 9] ^= 1
+    content[int(spans["offset"][1]) + 9] ^= 1
     path.write_bytes(content)
-    assert len(read_frames(path, table, 1, [0, 2])) == 2
-    with pytest.raises(UserError, match=r"tfrecord: frame 1 of record 1 does not match its checksum"):
-        read_frames(path, table, 1, [0, 1, 2])
-    path.write_bytes(content[: int(table.offsets[4])])
-    with pytest.raises(UserError, match=r"does not match its checksum"):
-        read_frames(path, table, 1, [1])
-    with pytest.raises(UserError, match=r"chosen must be frames in 0\.\.3, got \[4\]"):
-        read_frames(path, table, 1, [4])
+    assert len(reader.frames(1, spans[[0, 2]])) == 2
+    message = rf"tfrecord: the {spans['length'][1]} bytes at {spans['offset'][1]} do not match their checksum"
+    with pytest.raises(UserError, match=message):
+        reader.frames(1, spans[:3])
+    path.write_bytes(content[: int(spans["offset"][1])])
+    with pytest.raises(UserError, match="do not match their checksum"):
+        reader.frames(1, spans[[1]])
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        reader.frames(1, spans[[1]])
+
+
+def test_a_damaged_context_is_an_error(records: Manifest) -> None:
+    """Bytes of the context and of the lists after the frames have checksums, too."""
+    split = records.splits["train"]
+    path, record = records.folder / split.shards[0].file, split.records[0]
+    content = path.read_bytes()
+    for position in (record.offset + 5, record.offset + record.length - 1):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(UserError, match="do not match their checksum"):
+            FrameReader(records, "train").read(0)
+
+
+def bytes_read() -> int:
+    """Returns the bytes that this process has read so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count the bytes that are read")
+def test_only_the_chosen_frames_are_read(tmp_path: Path) -> None:
+    """Neighbours are read together, with the few bytes between them."""
+    records = write_records(tmp_path, {"train": [noise_video(seed, 60, 256, 320) for seed in range(2)]})
+    reader = FrameReader(records, "train")
+    reader.read(0)  # imports what it needs
+    start = bytes_read()
+    _, spans = reader.read(1)
+    read, chosen = bytes_read() - start, spans[[3, 40, 41, 9]]
+    assert read < 20_000
+    reader.frames(1, chosen)
+    wanted = int(chosen["length"].sum())
+    assert wanted <= bytes_read() - start - read < wanted + 1000 and wanted > 100_000
 
 
 def sealed(content: bytes) -> bytes:
@@ -100,31 +219,32 @@ def patched(position: int, value: bytes) -> Callable[[bytes], bytes]:
     return lambda content: sealed(content[:position] + value + content[position + len(value) :])
 
 
-FIRST_OFFSET = 64 + 2 * 4  # after the header and the numbers of frames of two records with seven frames
-FIRST_LENGTH = FIRST_OFFSET + 7 * 8
+FIRST = 64 + 2 * 16  # the spans follow the header and two records, which have seven frames
+SIZE = FIRST + 16 * (7 + 2 * 2) + 32
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content[:-1], "size of .*frames must be 216 bytes, as manifest.json implies, got 215"),
-        (lambda content: content + b"x", "frames must have at most 216 bytes"),
-        (lambda content: b"", "size of .*frames must be 216 bytes, as manifest.json implies, got 0"),
+        (lambda content: content[:-1], f"has {SIZE - 1} bytes, but its header states {SIZE}. Write it again with"),
+        (lambda content: content + b"x", f"has {SIZE + 1} bytes, but its header states {SIZE}"),
+        (lambda content: b"", "has 0 bytes, fewer than a file of frames"),
         (lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:], "must match its own checksum"),
-        (patched(0, b"X3DFRAMF"), "must be a file of frames, version 1, got 1"),
-        (patched(8, b"\x02"), "must be a file of frames, version 1, got 2"),
-        (patched(12, b"\x03"), r"must have the sizes of its shard, got \[3, 7, \d+\]"),
-        (patched(24, b"\0"), "must have the sizes of its shard"),
-        (patched(32, b"\0" * 32), "must have the SHA-256 of its shard in manifest.json, got '0000"),
-        (patched(64, struct.pack("<2I", 4, 3)), r"must have the numbers of frames in manifest.json, got \[4, 3\]"),
-        (patched(FIRST_OFFSET, struct.pack("<Q", 2**64 - 1)), "frame 0 must lie inside its record"),
-        (patched(FIRST_OFFSET, struct.pack("<Q", 0)), "frame 0 must lie inside its record"),
-        (
-            patched(FIRST_OFFSET + 8, struct.pack("<Q", 13)),
-            "frame 1 must lie inside its record, after the frame",
-        ),
-        (patched(FIRST_LENGTH, struct.pack("<I", 0)), "frame 0 must lie inside its record"),
-        (patched(FIRST_LENGTH, struct.pack("<I", 2**32 - 1)), "frame 0 must lie inside its record"),
+        (patched(0, b"X3DFRAMF"), "is not a file of frames, version 2. Write it again with: .* --index"),
+        (patched(8, b"\x01"), "is not a file of frames, version 2"),
+        (lambda content: sealed(patched(12, b"\x01")(content)[:-16]), "must have the 2 records and 11 spans"),
+        (patched(24, b"\0"), "belongs to another shard than manifest.json lists"),
+        (patched(32, b"\0" * 32), "belongs to another shard than manifest.json lists"),
+        (patched(64, struct.pack("<q", 13)), r"record at byte 12 must be listed"),
+        (patched(64 + 8, struct.pack("<I", 7)), r"record at byte 12 must have 5 of 11 spans, got \(7, 5\)"),
+        (patched(64 + 12, struct.pack("<I", 4)), r"record at byte 12 must have 5 of 11 spans, got \(0, 4\)"),
+        (patched(FIRST, struct.pack("<q", 11)), "must have spans that lie inside the record"),
+        (patched(FIRST + 16, struct.pack("<q", -1)), "must have spans that lie inside the record"),
+        (patched(FIRST + 16, struct.pack("<q", 2**63 - 1)), "must have spans that lie inside the record"),
+        (patched(FIRST + 32, struct.pack("<q", 13)), "must have spans that lie inside the record"),
+        (patched(FIRST + 24, struct.pack("<I", 0)), "must have spans that lie inside the record"),
+        (patched(FIRST + 24, struct.pack("<I", 2**32 - 1)), "must have spans that lie inside the record"),
+        (patched(FIRST + 64 + 8, struct.pack("<I", 2**32 - 1)), "must have spans that lie inside the record"),
     ],
 )
 def test_a_file_of_frames_is_not_trusted(records: Manifest, change: Callable[[bytes], bytes], message: str) -> None:
@@ -138,15 +258,39 @@ def test_a_file_of_frames_is_not_trusted(records: Manifest, change: Callable[[by
     assert len(reports[0].frame_problems) == 1 and str(file) in reports[0].frame_problems[0]
 
 
+def test_a_file_that_shrinks_while_it_is_used(records: Manifest) -> None:
+    path, shard, members = next(shards_of(records))
+    opened, content = open_frames(path, shard), frames_path(path).read_bytes()
+    for size, message in ((70, "record at byte 12 must be listed"), (FIRST + 20, "must have 5 spans, got 1")):
+        frames_path(path).write_bytes(content[:size])
+        with pytest.raises(UserError, match=message):
+            read_spans(opened, members[0])
+    frames_path(path).unlink()
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_spans(opened, members[0])
+
+
 def test_wrong_positions_and_checksums_are_found_by_verifying(records: Manifest) -> None:
     path, shard, members = next(shards_of(records))
     file = frames_path(path)
-    checksums = FIRST_LENGTH + 7 * 4
-    file.write_bytes(patched(checksums, b"\0" * 4)(file.read_bytes()))
+    file.write_bytes(patched(FIRST + 16 + 12, b"\0" * 4)(file.read_bytes()))
     read_frames_file(path, shard, members)  # the values are possible
     report = next(verify_records(records.folder, progress=False))
     assert report.frame_problems == (f"{file} has other positions or checksums than the frames of its shard",)
     assert str(report).endswith(f"none damaged\n  {file} has other positions or checksums than the frames of its shard")
+
+
+def test_a_pipeline_names_a_file_that_is_missing_or_wrong(records: Manifest) -> None:
+    path, _, _ = next(shards_of(records))
+    file, clip = frames_path(path), ClipSpec(2, 1.0, 16)
+    views = ViewSpec(temporal_views=1, resize=20, crop=16)
+    file.write_bytes(patched(FIRST + 16 + 12, b"\0" * 4)(file.read_bytes()))  # the checksum of the first frame
+    message = "record 0 .*frames has other positions or checksums than the frames. Write it again with: .*--index"
+    with pytest.raises(UserError, match=message), record_errors_as_user_errors():
+        list(evaluation_dataset(records, "train", clip, views))
+    file.unlink()
+    with pytest.raises(UserError, match=r"cannot be read: No such file or directory\. Write it again with: .*--index"):
+        evaluation_dataset(records, "train", clip, views)
 
 
 def test_missing_files_are_made_again(
@@ -170,14 +314,14 @@ def test_an_interrupted_run_resumes(records: Manifest, monkeypatch: pytest.Monke
     files = [frames_path(path) for path, _, _ in shards_of(records)]
     for file in files:
         file.unlink()
-    real, calls = frames.frames_of_shard, iter(range(9))
+    real, calls = frames.spans_of_shard, iter(range(9))
 
     def stop_at_the_second(*arguments: object) -> object:
         if next(calls) == 1:
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(frames, "frames_of_shard", stop_at_the_second)
+    monkeypatch.setattr(frames, "spans_of_shard", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         index_records(records.folder, progress=False)
     assert [file.exists() for file in files] == [True, False, False]
@@ -188,7 +332,7 @@ def test_a_record_with_more_frames_than_listed_is_not_indexed(records: Manifest)
     path, shard, members = next(shards_of(records))
     members = [members[0]._replace(frames=2), *members[1:]]
     with pytest.raises(UserError, match=r"record 0 does not have the 2 frames that .*: it has more than 2 frames"):
-        frames.frames_of_shard(path, shard, members)
+        frames.spans_of_shard(path, shard, members)
 
 
 @pytest.mark.parametrize("damage", ["byte", "record", "gone"])
@@ -211,7 +355,6 @@ def test_damaged_shards_are_not_indexed(records: Manifest, damage: str) -> None:
 
 
 def test_frames_are_not_part_of_the_manifest(records: Manifest) -> None:
-    """Records without them stay valid."""
     for path, _, _ in shards_of(records):
         frames_path(path).unlink()
     assert Manifest.load(records.folder) == records

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,12 @@ from test_transforms import naive_resize
 from video_fixtures import noise_video, write_manifest, write_records
 
 from x3d_tf.data import input_pipeline
-from x3d_tf.data.input_pipeline import (
-    evaluation_dataset,
-    record_errors_as_user_errors,
-    sample_position,
-    training_dataset,
-)
+from x3d_tf.data.input_pipeline import evaluation_dataset, sample_position, training_dataset
+from x3d_tf.data.records import table
+from x3d_tf.data.records.frames import frames_path
 from x3d_tf.data.records.index import Split
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.sampling import crop_offsets, frame_indices, last_start, view_starts
 from x3d_tf.data.video.decode import EncodedVideo
 from x3d_tf.types import ClipSpec, ViewSpec
@@ -202,13 +201,13 @@ def test_views_equal_a_plain_loop(
 ) -> None:
     views = ViewSpec(temporal_views=4, spatial_crops=crops, resize=20, crop=16)
     jpegs = tf.Variable(0, dtype=tf.int64)
-    decode = input_pipeline.decode_frames
+    decode = table.decode_frames
 
     def counting(encoded: tf.Tensor) -> tf.Tensor:
         with tf.control_dependencies([jpegs.assign_add(tf.size(encoded, tf.int64))]):
             return decode(tf.identity(encoded))
 
-    monkeypatch.setattr(input_pipeline, "decode_frames", counting)
+    monkeypatch.setattr(table, "decode_frames", counting)
     dataset = evaluation_dataset(manifest, "train", CLIP, views, batch_videos=4, clip_starts=clip_starts)
     elements = list(dataset.as_numpy_iterator())
     assert [len(labels) for _, labels, _ in elements] == [4, 4, 3]
@@ -247,10 +246,11 @@ def damaged(manifest: Manifest, folder: Path, record: int, what: str) -> Manifes
     else:
         entries["splits"]["train"]["records"]["labels"][record] = [1]
     (folder / shard).write_bytes(content[:start] + bad + content[start + length :])
+    shutil.copy(frames_path(manifest.folder / shard), folder)
     return write_manifest(folder, entries)
 
 
-@pytest.mark.parametrize(("record", "what"), [(3, "header"), (6, "frame"), (0, "label")])
+@pytest.mark.parametrize(("record", "what"), [(3, "header"), (0, "frame"), (6, "label")])
 def test_an_unreadable_record_is_reported(manifest: Manifest, tmp_path: Path, record: int, what: str) -> None:
     bad = damaged(manifest, tmp_path, record, what)
     name = rf"train-00000-of-00001\.tfrecord: cannot read or decode record {record} of split train"
@@ -304,7 +304,6 @@ class Streams:
             "other": b"text" * (len(self.content) // 4) + bytes(len(self.content) % 4),
             "other length": self.content[:start] + framed(bytes(last.length - 16)) + framed(b""),
             "flipped": flipped(self.content, last.offset + last.length - 30),  # in the pixels of the last frame
-            "flipped length": flipped(self.content, start),
         }[what]
         self.put(damaged)
 
@@ -350,10 +349,9 @@ def rest(batches: Iterator[Any]) -> None:
         ("empty", "the file has 0 bytes"),
         ("gone", "the file does not exist"),
         ("directory", "it is not a file"),
-        ("other", r"its header states \d+ bytes, but the manifest lists \d+: the file was replaced"),
-        ("other length", r"its header states \d+ bytes, but the manifest lists \d+"),
+        ("other", "its bytes do not match their checksum"),
+        ("other length", r"its header states \d+ bytes, but \d+ are listed"),
         ("flipped", "its bytes do not match their checksum"),
-        ("flipped length", r"its header states \d+ bytes, but the manifest lists \d+"),
     ],
 )
 def test_damage_during_reading_is_an_error(streams: Streams, mode: str, what: str, cause: str) -> None:
@@ -458,6 +456,6 @@ def test_a_frame_with_too_many_pixels_is_not_decoded() -> None:
     sides = jpeg.index(b"\xff\xc0") + 5  # height and width, 16 bits each
     jpeg[sides : sides + 4] = (5793).to_bytes(2, "big") * 2  # 5792 x 5792 would be allowed
     with pytest.raises(tf.errors.InvalidArgumentError, match="too many pixels"):
-        input_pipeline.decode_frames(tf.constant([bytes(jpeg)]))
+        table.decode_frames(tf.constant([bytes(jpeg)]))
     with pytest.raises(tf.errors.InvalidArgumentError, match="too many pixels"):
-        tf.function(input_pipeline.decode_frames)(tf.constant([bytes(jpeg)]))
+        tf.function(table.decode_frames)(tf.constant([bytes(jpeg)]))

@@ -22,7 +22,7 @@ from x3d_tf.data.datasets.spec import DatasetSpec, hold_out
 from x3d_tf.data.detection_pipeline import evaluation_key_frames
 from x3d_tf.data.detection_pipeline import training_key_frames as train_clips
 from x3d_tf.data.key_frames import key_frames_of
-from x3d_tf.data.records.format import ParsedAnnotation, parse_annotation, parse_record
+from x3d_tf.data.records.format import ParsedAnnotation, parse_annotation, parse_frames
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.verify import verify_records
 from x3d_tf.errors import UserError
@@ -58,11 +58,12 @@ def records(folder: Path) -> Manifest:
     ).manifest
 
 
-def content(manifest: Manifest, media_id: str) -> tuple[Any, ParsedAnnotation]:
+def content(manifest: Manifest, media_id: str) -> tuple[list[bytes], ParsedAnnotation]:
+    """Returns the frames and the annotation of a record."""
     (record,) = (record for record in manifest.splits["train"].records if record.media_id == media_id)
     shard = manifest.folder / manifest.splits["train"].shards[record.shard].file
     data = tf.constant(shard.read_bytes()[record.offset : record.offset + record.length])
-    return parse_record(data), parse_annotation(data)
+    return parse_frames(data).numpy().tolist(), parse_annotation(data)
 
 
 def place(manifest: Manifest, media_id: str) -> int:
@@ -74,23 +75,23 @@ def test_records_hold_the_annotations_of_a_key_frame(records: Manifest) -> None:
     assert Manifest.load(records.folder) == records
     labels = {record.media_id: record.labels for record in records.splits["train"].records}
     assert labels == {"film,0902": (0, 3), "film,0904": (1,), "clip,0902": (0,), "film,0903": ()}
-    parsed, known = content(records, "film,0902")
+    frames, known = content(records, "film,0902")
     np.testing.assert_array_equal(known.boxes, np.float32([[0.25, 0.25, 0.75, 0.5]] * 2 + [[0.1, 0.1, 0.2, 0.2]]))
     assert known.labels.numpy().tolist() == [0, 3, -1]
     np.testing.assert_array_equal(known.proposals, np.float32([[0.26, 0.25, 0.75, 0.5], [0.1, 0.1, 0.2, 0.2]]))
     np.testing.assert_array_equal(known.scores, np.float32([0.95, 0.7]))
-    assert number_of(tf.io.decode_jpeg(parsed.frames[int(known.key_frame)]).numpy()) == 60 % 50
-    assert len(parsed.frames) == 60 + 41 - (60 - 41)  # frames 19 to 100
+    assert number_of(tf.io.decode_jpeg(frames[int(known.key_frame)]).numpy()) == 60 % 50
+    assert len(frames) == 60 + 41 - (60 - 41)  # frames 19 to 100
     _, nothing = content(records, "film,0903")
     assert nothing.boxes.shape == (0, 4) and nothing.labels.shape == (0,) and nothing.proposals.shape == (1, 4)
 
 
 def test_the_key_frame_index_at_other_rates_and_near_an_end(records: Manifest) -> None:
-    parsed, known = content(records, "clip,0902")
-    assert number_of(tf.io.decode_jpeg(parsed.frames[int(known.key_frame)]).numpy()) == 30
-    parsed, known = content(records, "film,0904")
-    assert number_of(tf.io.decode_jpeg(parsed.frames[int(known.key_frame)]).numpy()) == 120 % 50
-    assert len(parsed.frames) - int(known.key_frame) == 150 - 120  # to the end of the video
+    frames, known = content(records, "clip,0902")
+    assert number_of(tf.io.decode_jpeg(frames[int(known.key_frame)]).numpy()) == 30
+    frames, known = content(records, "film,0904")
+    assert number_of(tf.io.decode_jpeg(frames[int(known.key_frame)]).numpy()) == 120 % 50
+    assert len(frames) - int(known.key_frame) == 150 - 120  # to the end of the video
 
 
 def test_folders_of_frames_make_the_same_records(folder: Path, records: Manifest, tmp_path: Path) -> None:
@@ -103,12 +104,12 @@ def test_folders_of_frames_make_the_same_records(folder: Path, records: Manifest
     assert (key_frames_of(made.manifest).frame_rate, key_frames_of(records).frame_rate) == (30.0, None)
     for media_id in ("film,0902", "film,0904"):
         (ours, known), (theirs, same) = content(made.manifest, media_id), content(records, media_id)
-        assert len(ours.frames) == len(theirs.frames) and int(known.key_frame) == int(same.key_frame)
+        assert len(ours) == len(theirs) and int(known.key_frame) == int(same.key_frame)
         np.testing.assert_array_equal(known.boxes, same.boxes)
-        for a, b in zip(ours.frames.numpy(), theirs.frames.numpy()):
+        for a, b in zip(ours, theirs):
             assert number_of(tf.io.decode_jpeg(a).numpy()) == number_of(tf.io.decode_jpeg(b).numpy())
     first = (tmp_path / "videos" / "film" / "film_000061.jpg").read_bytes()
-    assert content(made.manifest, "film,0902")[0].frames[41].numpy() == first  # not coded again
+    assert content(made.manifest, "film,0902")[0][41] == first  # not coded again
 
 
 def test_proposals_of_other_splits_are_left_out(folder: Path, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_unusable_records_are_left_out(tmp_path: Path) -> None:
         ("train-0", "has a record 1 with the label -1"),
         ("train-0", "has a record 3 that is not a SequenceExample: its context has 18446744073709551615 bytes"),
         ("train-0", "has a record 4 that is not a SequenceExample: it is not a protocol buffer"),
-        ("train-1", "has a damaged record 0, at byte 12: its checksum differs"),
+        ("train-1", "has a damaged record 0, at byte 12: its bytes do not match their checksum"),
         ("train-2", no_header.format(1)),
         ("train-3", no_header.format(0)),
         ("train-4", "is compressed; decompress it first"),

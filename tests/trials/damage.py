@@ -37,7 +37,8 @@ def shard_reader(folder: str) -> Callable[..., dict[str, Answer]]:
     """Opens datasets on a folder of records; returns a function that reads them, or new ones, completely."""
     import tensorflow as tf
 
-    from x3d_tf.data.input_pipeline import evaluation_dataset, record_errors_as_user_errors, training_dataset
+    from x3d_tf.data.input_pipeline import evaluation_dataset, training_dataset
+    from x3d_tf.data.records.table import record_errors_as_user_errors
     from x3d_tf.data.records.verify import verify_records
     from x3d_tf.types import ClipSpec, ViewSpec
 

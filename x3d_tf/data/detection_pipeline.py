@@ -18,12 +18,10 @@ from x3d_tf.data.boxes import (
 )
 from x3d_tf.data.input_pipeline import (
     PARALLEL_VIDEOS,
-    RecordTable,
     SamplePosition,
     as_manifest,
     augmentation_randoms,
     check_jitter,
-    decode_frames,
     deterministic,
     jittered_short_side,
     replica_share,
@@ -33,6 +31,7 @@ from x3d_tf.data.key_frames import key_frames_of
 from x3d_tf.data.records.format import NO_LABEL, ParsedAnnotation, ParsedRecord, parse_annotation
 from x3d_tf.data.records.index import with_labels
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.table import RecordTable, StoredFrames
 from x3d_tf.data.sampling import STRIDE_FPS, key_frame_indices
 from x3d_tf.errors import UserError, require
 from x3d_tf.types import ClipSpec
@@ -193,12 +192,11 @@ def evaluation_key_frames(
 def _decoder(clip: ClipSpec) -> Any:
     """Returns the function that decodes the clip around a record's key frame and parses its annotation."""
 
-    def decode(parsed: ParsedRecord) -> tuple[tf.Tensor, ParsedAnnotation]:
+    def decode(parsed: ParsedRecord, frames: StoredFrames) -> tuple[tf.Tensor, ParsedAnnotation]:
         annotation = parse_annotation(parsed.serialized)
-        frames = tf.shape(parsed.frames, tf.int64)[0]
-        chosen = key_frame_indices(annotation.key_frame, frames, parsed.fps, clip, xp=tnp)
+        chosen = key_frame_indices(annotation.key_frame, frames.count, parsed.fps, clip, xp=tnp)
         unique, positions = tf.unique(chosen)  # frames are repeated at the ends of a video
-        pixels = tf.gather(decode_frames(tf.gather(parsed.frames, unique)), positions)
+        pixels = tf.gather(frames.decode(unique), positions)
         return tf.ensure_shape(pixels, (clip.frames, None, None, 3)), annotation
 
     return decode

@@ -1,44 +1,32 @@
 """tf.data pipelines from records to clips.
 
 The order of training clips depends only on seed and step: batch n consists of the slots from (n mod S)·batch on in a
-permutation for epoch n div S, where S = floor(records / batch). Records are read at the positions in the manifest, so a
-stream can start at any step, and each worker reads only its own share. Each read verifies the record's checksums and
-compares its length, labels and name with the manifest.
+permutation for epoch n div S, where S = floor(records / batch). Of each record only the frames of the clip are read, so
+a stream can start at any step, and each worker reads only its own share. Each read verifies the checksums of what it
+reads, and compares the record's labels and name with the manifest.
 """
 
-import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tensorflow.experimental.numpy as tnp
 
 from x3d_tf.data import transforms
-from x3d_tf.data.records.format import (
-    ParsedRecord,
-    ParsedTimes,
-    check_lengths,
-    decode_frame,
-    diagnose_record,
-    parse_record,
-    read_record,
-    verify_hint,
-)
+from x3d_tf.data.records.format import ParsedRecord
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.table import RecordTable, StoredFrames, record_errors_as_user_errors
 from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start, view_starts
-from x3d_tf.data.video.decode import TIME_TOLERANCE
 from x3d_tf.errors import UserError, require
 from x3d_tf.types import ClipSpec, ClipStarts, ViewSpec
 
 PARALLEL_VIDEOS = 4  # in evaluation
 
-# Makes the clip and the target of a task from a clip [T, S, S, 3], its serialized record, and a seed for the stateless
-# random functions of TensorFlow, int64 [2]. Runs in the graph of the input pipeline. The target must follow from the
-# record and the seed alone, not from the frames of the clip, because in evaluation a video has only one target.
+# Makes the clip and the target of a task from a clip [T, S, S, 3], its serialized record without frames, and a seed for
+# the stateless random functions of TensorFlow, int64 [2]. Runs in the graph of the input pipeline. The target must
+# follow from the record and the seed alone, not from the frames, because in evaluation a video has only one target.
 MakeExample = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
@@ -106,11 +94,10 @@ def training_dataset(
     def load(position: SamplePosition) -> tuple[tf.Tensor, tf.Tensor]:
         randoms = augmentation_randoms(seed, position)  # [5]
 
-        def decode(parsed: ParsedRecord) -> tuple[tf.Tensor, ...]:
-            frames = tf.shape(parsed.frames, tf.int64)[0]
-            start = randoms[0] * last_start(frames, parsed.fps, clip, xp=tnp)
-            chosen = frame_indices(start, frames, parsed.fps, clip, frame_sampling, xp=tnp)
-            pixels = decode_frames(tf.gather(parsed.frames, chosen))
+        def decode(parsed: ParsedRecord, frames: StoredFrames) -> tuple[tf.Tensor, ...]:
+            start = randoms[0] * last_start(frames.count, parsed.fps, clip, xp=tnp)
+            chosen = frame_indices(start, frames.count, parsed.fps, clip, frame_sampling, xp=tnp)
+            pixels = frames.decode(chosen)
             if make_example is not None:
                 return pixels, parsed.serialized
             return pixels, table.clip_target(position.record, parsed, chosen[0], chosen[-1])
@@ -130,7 +117,7 @@ def training_dataset(
 
 
 def training_positions(
-    table: "RecordTable", *, batch: int, seed: int, start_step: int, worker: tuple[int, int]
+    table: RecordTable, *, batch: int, seed: int, start_step: int, worker: tuple[int, int]
 ) -> tf.data.Dataset:
     """Returns a dataset of this worker's `SamplePosition`s; the arguments are those of `training_dataset`."""
     require(
@@ -228,12 +215,11 @@ def evaluation_dataset(
 
     @tf.autograph.experimental.do_not_convert  # plain graph code, whose errors should reach the caller as they are
     def load(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        def decode(parsed: ParsedRecord) -> tuple[tf.Tensor, ...]:
-            frames = tf.shape(parsed.frames, tf.int64)[0]
-            starts = view_starts(frames, parsed.fps, clip, views.temporal_views, clip_starts, xp=tnp)
-            chosen = frame_indices(starts, frames, parsed.fps, clip, frame_sampling, xp=tnp)  # [clips, T]
+        def decode(parsed: ParsedRecord, frames: StoredFrames) -> tuple[tf.Tensor, ...]:
+            starts = view_starts(frames.count, parsed.fps, clip, views.temporal_views, clip_starts, xp=tnp)
+            chosen = frame_indices(starts, frames.count, parsed.fps, clip, frame_sampling, xp=tnp)  # [clips, T]
             unique, positions = tf.unique(tf.reshape(chosen, [-1]))
-            pixels = decode_frames(tf.gather(parsed.frames, unique))
+            pixels = frames.decode(unique)
             positions = tf.reshape(positions, [views.temporal_views, clip.frames])
             return (pixels, positions) if make_example is None else (pixels, positions, parsed.serialized)
 
@@ -255,142 +241,6 @@ def evaluation_dataset(
     return videos.batch(batch_videos).prefetch(1).with_options(deterministic(tuned=False))
 
 
-@contextmanager
-def record_errors_as_user_errors() -> Iterator[None]:
-    """Re-raises TensorFlow's error about an unreadable record as a `UserError`.
-
-    The message names the shard, the record, the split and the cause.
-    """
-    try:
-        yield
-    except tf.errors.InvalidArgumentError as error:
-        found = _UNREADABLE.search(error.message)
-        if found is None:
-            raise
-        path, record, *numbers = found.groups()
-        offset, length, size = map(int, numbers)
-        raise UserError(
-            f"{path}: cannot read or decode record {record}, at byte {offset}: "
-            f"{diagnose_record(Path(path), offset, length, size)}. {verify_hint(Path(path))}"
-        ) from error
-
-
-# The error of `RecordTable.read`: path, record and split, offset, length, size of the shard.
-_UNREADABLE = re.compile(
-    r"assertion failed: \[(.*?): cannot read or decode record (\d+ of split .*?), "
-    r"at byte (\d+), (\d+) bytes of (\d+)\]",
-    re.DOTALL,
-)
-
-
-class RecordTable:
-    """Index of a split's records, as tensors."""
-
-    def __init__(self, manifest: Manifest, split: str) -> None:
-        part = manifest.split(split)
-        require(len(part.records) > 0, f"split {split!r} of {manifest.folder}", "contain records")
-        check_lengths(manifest, split)
-        self.split, self._count = split, len(part.records)
-        with tf.device("cpu"):  # tf.data runs on the CPU, but numeric constants are placed on a GPU by default
-            self._paths = tf.constant([os.fsencode(manifest.folder / shard.file) for shard in part.shards])
-            self._sizes = tf.constant([shard.bytes for shard in part.shards], tf.int64)
-            self._shard = tf.constant([record.shard for record in part.records], tf.int64)
-            self._offset = tf.constant([record.offset for record in part.records], tf.int64)
-            self._length = tf.constant([record.length for record in part.records], tf.int64)
-            self._media_id = tf.constant([record.media_id.encode(errors="replace") for record in part.records])
-            labels = [label for record in part.records for label in record.labels]
-            self._labels = tf.constant(labels, tf.int64)  # of all records, concatenated
-            ends = np.cumsum([0, *(len(record.labels) for record in part.records)])
-            self._first_label = tf.constant(ends, tf.int64)  # [records + 1]
-        self._classes = len(manifest.classes) if manifest.task == "multi_label" else None
-
-    def __len__(self) -> int:
-        return self._count
-
-    def labels(self, record: tf.Tensor) -> tf.Tensor:
-        """Returns the classes of a record, int64 [labels]; `record` is an int64 scalar."""
-        return self._labels[self._first_label[record] : self._first_label[record + 1]]
-
-    def target(self, record: tf.Tensor) -> tf.Tensor:
-        """Returns a record's training target: its class, int32, or for multi-label float32 [classes] of 0 and 1."""
-        if self._classes is None:
-            return tf.cast(self.labels(record)[0], tf.int32)
-        return _multi_hot(self.labels(record), self._classes)
-
-    def clip_target(self, record: tf.Tensor, parsed: ParsedRecord, first: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
-        """Returns the training target of the frames `first` to `last`: that of the record unless labels have times."""
-        if self._classes is None:
-            return self.target(record)
-        visible = visible_labels(parsed.timed, first, last, parsed.fps)
-        return tf.where(tf.size(parsed.timed.labels) > 0, _multi_hot(visible, self._classes), self.target(record))
-
-    def read(self, record: tf.Tensor, decode: Callable[[ParsedRecord], Any]) -> Any:
-        """Reads a record and returns the result of `decode`, a tensor or a tuple; `record` is an int64 scalar.
-
-        Every failure raises InvalidArgumentError with shard, record and split. The cause is logged, and
-        `record_errors_as_user_errors` reports it.
-        """
-        shard, offset, length = self._shard[record], self._offset[record], self._length[record]
-        path, size = self._paths[shard], self._sizes[shard]
-
-        def load(_: tf.Tensor) -> tuple[tf.Tensor, Any]:
-            parsed = parse_record(read_record(path, offset, length))
-            with tf.control_dependencies(self._check_listed(record, parsed)):
-                return tf.constant(True), decode(parsed)
-
-        # A graph cannot catch errors, but a dataset can skip a failing element; a second element then marks the skip.
-        # The file is read in the map, where an error consumes the element. A dataset over the file would fail again at
-        # each try, and `ignore_errors` would retry forever.
-        found = tf.data.Dataset.range(1).map(load).ignore_errors(log_warning=True)
-        placeholder = tf.nest.map_structure(_zeros, found.element_spec)  # begins with False
-        readable, content = found.concatenate(tf.data.Dataset.from_tensors(placeholder)).take(1).get_single_element()
-        byte, number, bytes_ = (tf.strings.as_string(value) for value in (offset, record, length))
-        description = [": cannot read or decode record ", number, f" of split {self.split}, at byte ", byte]
-        where = tf.strings.join([path, *description, ", ", bytes_, " bytes of ", tf.strings.as_string(size)])
-        with tf.control_dependencies([tf.debugging.Assert(readable, [where])]):
-            return tf.nest.map_structure(tf.identity, content)
-
-    def _check_listed(self, record: tf.Tensor, parsed: ParsedRecord) -> list[tf.Operation]:
-        """Returns assertions that a record has the labels and the name in the manifest."""
-        listed, message = self.labels(record), "shard and manifest are from different builds"
-        counts = tf.debugging.assert_equal(tf.size(parsed.labels), tf.size(listed), message)
-        with tf.control_dependencies([counts]):  # checked first, because unequal lengths may broadcast
-            labels = tf.debugging.assert_equal(parsed.labels, listed, message)
-        return [labels, tf.debugging.assert_equal(parsed.media_id, self._media_id[record], message)]
-
-
-def visible_labels(timed: ParsedTimes, first: tf.Tensor, last: tf.Tensor, fps: tf.Tensor) -> tf.Tensor:
-    """Returns the labels of the frames `first` to `last`, inclusive (as PySlowFast for Charades).
-
-    Args:
-        timed: labels with their times, which include their ends.
-        first, last: indices of frames, int64 scalars.
-        fps: frames per second, float32 scalar.
-
-    Returns:
-        Class indices, int64 [n]; a class may be repeated.
-    """
-    rate = tf.cast(fps, tf.float64) / 1e6  # frames per microsecond
-    begin = tf.math.ceil(tf.cast(timed.starts, tf.float64) * rate - TIME_TOLERANCE)  # first frame of each label
-    end = tf.math.floor(tf.cast(timed.ends, tf.float64) * rate + TIME_TOLERANCE)
-    begin, end = tf.maximum(begin, tf.cast(first, tf.float64)), tf.minimum(end, tf.cast(last, tf.float64))
-    return tf.boolean_mask(timed.labels, begin <= end)
-
-
-def _multi_hot(labels: tf.Tensor, classes: int) -> tf.Tensor:
-    """Returns float32 [classes], 1 for the given classes and 0 for others."""
-    return tf.minimum(tf.reduce_sum(tf.one_hot(labels, classes), axis=0), 1.0)
-
-
-def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
-    return tf.zeros([size or 0 for size in spec.shape], spec.dtype)
-
-
-def decode_frames(jpegs: tf.Tensor) -> tf.Tensor:
-    """Decodes JPEG files, string [n], to pixels, uint8 [n, height, width, 3]."""
-    return tf.map_fn(decode_frame, jpegs, fn_output_signature=tf.TensorSpec((None, None, 3), tf.uint8))
-
-
 def short_sides(manifest: Manifest, split: str, records: int = 8) -> list[int]:
     """Returns the short sides in pixels of the first frames of `records` records, spread over the split.
 
@@ -408,8 +258,8 @@ def short_sides(manifest: Manifest, split: str, records: int = 8) -> list[int]:
         return [int(min(shape_of(record)[:2])) for record in chosen]
 
 
-def _first_shape(parsed: ParsedRecord) -> tf.Tensor:
-    return tf.io.extract_jpeg_shape(parsed.frames[0])  # height, width, channels
+def _first_shape(_: ParsedRecord, frames: StoredFrames) -> tf.Tensor:
+    return tf.io.extract_jpeg_shape(frames.read(tf.zeros([1], tf.int64))[0])  # height, width, channels
 
 
 def augmentation_randoms(seed: int, position: SamplePosition) -> tf.Tensor:

@@ -11,11 +11,11 @@ from x3d_tf.data.boxes import is_nonempty
 from x3d_tf.data.input_pipeline import (
     SamplePosition,
     augmentation_randoms,
-    record_errors_as_user_errors,
     sample_position,
 )
 from x3d_tf.data.records.index import Record, with_labels
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start
 from x3d_tf.errors import require
 from x3d_tf.types import ClipSpec

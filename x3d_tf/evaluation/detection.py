@@ -15,9 +15,9 @@ from x3d_tf.config import Detection
 from x3d_tf.data.ava_files import BoxTable, KeyFrame, one_row_per_action
 from x3d_tf.data.boxes import is_nonempty
 from x3d_tf.data.detection_pipeline import evaluation_key_frames
-from x3d_tf.data.input_pipeline import record_errors_as_user_errors
 from x3d_tf.data.key_frames import actions_to_evaluate, key_frames_of, require_boxes
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.detection_reports import (
     METRICS,

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from x3d_tf.data.input_pipeline import MakeExample, evaluation_dataset, record_errors_as_user_errors
+from x3d_tf.data.input_pipeline import MakeExample, evaluation_dataset
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.views import CombinedViews

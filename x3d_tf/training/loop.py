@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import validation_split
-from x3d_tf.data.input_pipeline import record_errors_as_user_errors
 from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.cost import cost

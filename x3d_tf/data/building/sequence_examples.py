@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from x3d_tf.crc32c import crc32c
 from x3d_tf.data.records.frames import frame_spans
+from x3d_tf.data.records.framing import RecordError, read_record, stated_length
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES
 from x3d_tf.data.records.wire import Span, fields, inside, varint
 from x3d_tf.data.video.decode import MAX_RECORD_BYTES, EncodedVideo, VideoError
@@ -25,8 +25,6 @@ LABELS, NAME, RATE = "clip/label/index", "clip/media_id", "image/frame_rate"
 LABEL_NAMES = ("clip/label/string", "clip/label/text")  # of MediaSequence and of DMVR
 START, END = "clip/start/timestamp", "clip/end/timestamp"
 
-_LENGTH_BYTES = 8
-_CHECKSUM_BYTES = 4
 _HEAD = 1 << 12  # bytes that are read of each record to find its context
 _CONTEXT = 1  # number of the field of a SequenceExample, which is written first
 _BYTES_LIST, _FLOAT_LIST, _INT_LIST = 1, 2, 3  # numbers of the fields of a Feature
@@ -94,21 +92,14 @@ def list_examples(path: Path) -> Listing:
 def _walk(path: Path, file: int) -> tuple[list[Example], VideoError | None]:
     """Returns the records up to the first header that is not valid, and the error at that place."""
     size, position = os.fstat(file).st_size, 0
-    examples, headers, bad = list[Example](), list[bytes](), False
+    examples, bad = list[Example](), False
     while position < size and not bad:
-        header = os.pread(file, HEADER_BYTES, position)
-        length = int.from_bytes(header[:_LENGTH_BYTES], "little")
+        length = stated_length(os.pread(file, HEADER_BYTES, position))
         offset = position + HEADER_BYTES
-        position = offset + length + FOOTER_BYTES
-        bad = not 0 < length <= MAX_RECORD_BYTES or position > size  # unwritten parts of files are zeros
-        if not bad:
+        bad = length is None or not 0 < length <= MAX_RECORD_BYTES or offset + length + FOOTER_BYTES > size
+        if length is not None and not bad:
             examples.append(Example(len(examples), offset, length))
-            headers.append(header)
-    starts = np.arange(len(headers), dtype=np.int64) * HEADER_BYTES
-    checksums = crc32c(b"".join(headers), starts, np.full(len(headers), _LENGTH_BYTES, np.int64))
-    intact = [_masked(int(value)) == _stated(header, _LENGTH_BYTES) for value, header in zip(checksums, headers)]
-    if not all(intact):
-        examples, bad = examples[: intact.index(False)], True
+            position = offset + length + FOOTER_BYTES
     if not bad:
         return examples, None
     if not examples and os.pread(file, 2, 0) == _GZIP:
@@ -245,27 +236,12 @@ def _read(path: Path, example: Example) -> bytes:
     Raises:
         VideoError: the file cannot be read, or a checksum differs.
     """
-    size = HEADER_BYTES + example.length + FOOTER_BYTES
     try:
         require_regular(path)
-        with path.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), size, example.offset - HEADER_BYTES)
+        return read_record(path, example.offset, example.length)
     except OSError as error:
         raise VideoError(path, f"cannot be read: {error.strerror}") from error
     except UserError as error:  # the file was replaced
         raise VideoError(path, "is no longer a file") from error
-    if len(content) == size:
-        spans = np.array([0, HEADER_BYTES], np.int64), np.array([_LENGTH_BYTES, example.length], np.int64)
-        checksums = [_masked(int(value)) for value in crc32c(content, *spans)]
-        if checksums == [_stated(content, _LENGTH_BYTES), _stated(content, size - FOOTER_BYTES)]:
-            return content[HEADER_BYTES:-FOOTER_BYTES]
-    raise VideoError(path, f"has a damaged record {example.number}, at byte {example.offset}: its checksum differs")
-
-
-def _stated(content: bytes, position: int) -> int:
-    return int.from_bytes(content[position : position + _CHECKSUM_BYTES], "little")
-
-
-def _masked(checksum: int) -> int:
-    """Returns a checksum as TFRecord files store it."""
-    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    except RecordError as error:
+        raise VideoError(path, f"has a damaged record {example.number}, at byte {example.offset}: {error}") from error

@@ -6,20 +6,26 @@ Feature names follow MediaSequence, which Model Garden and DMVR also read. Only 
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from x3d_tf.data.records.frames import FrameTable, frames_of, frames_path, join, write_frames
+from x3d_tf.data.records.frames import (
+    Spans,
+    frames_path,
+    index_hint,
+    open_frames,
+    read_spans,
+    spans_of,
+    write_frames,
+)
+from x3d_tf.data.records.framing import RecordError, read_record
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, media_id, plan_shards
-from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, Pixels, VideoError, encode_jpeg, frame_at
-from x3d_tf.errors import UserError
 from x3d_tf.files import os_errors_as_write_error, temporary_path
 from x3d_tf.types import Annotation, Box, Storage, TimedLabel
 
@@ -32,8 +38,6 @@ _CONTEXT = {
     "segment/end/timestamp": tf.io.RaggedFeature(tf.int64),
     "segment/label/index": tf.io.RaggedFeature(tf.int64),
 }
-_LENGTH_BYTES = 8  # of a record's length field, which is followed by its checksum
-_READERS = 16  # shards whose headers are read in parallel
 NO_LABEL = -1  # label of a box without classes
 _PROPOSAL = "proposal"
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -85,19 +89,17 @@ class ParsedTimes(NamedTuple):
 
 
 class ParsedRecord(NamedTuple):
-    """The content of a record, as tensors.
+    """The content of a record without its frames, as tensors.
 
     Attributes:
-        frames: JPEG files, string [frames].
         labels: class indices, int64 [labels].
         names: class names, string [labels].
         fps: frames per second, float32 scalar.
         media_id: name of the record, string scalar.
-        serialized: serialized record, string scalar.
+        serialized: the record without its frames, a serialized SequenceExample, string scalar.
         timed: labels with their times; empty if `labels` apply to the complete record.
     """
 
-    frames: tf.Tensor
     labels: tf.Tensor
     names: tf.Tensor
     fps: tf.Tensor
@@ -224,93 +226,19 @@ def parse_annotation(serialized: tf.Tensor) -> ParsedAnnotation:
     )
 
 
-def read_record(path: tf.Tensor, offset: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
-    """Reads one record of a shard as a string scalar, in a graph or eagerly. Reads no other byte of the shard.
-
-    Args:
-        path: path of the shard, string scalar.
-        offset, length: position and number of the record's data bytes, as in `index.Record`, int64 scalars. The
-            record's header must state the same length; see `check_lengths`.
-
-    Raises:
-        tf.errors.OpError: the file cannot be read, the record has another length, or its bytes do not match its
-            checksums. The message does not name the record.
-    """
-    # Only the raw op accepts a start position: the public dataset reads all preceding records, and fixed-length
-    # record datasets verify no checksum. A buffer would read past the record.
-    variant = tf.raw_ops.TFRecordDatasetV2(
-        filenames=[path],
-        compression_type="",
-        buffer_size=tf.constant(0, tf.int64),
-        byte_offsets=[offset - HEADER_BYTES],
-    )
-    records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
-    record = records.take(1).get_single_element()
-    found = tf.strings.length(record)
-    same_length = tf.debugging.assert_equal(
-        found, tf.cast(length, tf.int32), "the record has another length than listed"
-    )
-    with tf.control_dependencies([same_length] if same_length is not None else []):  # None in eager mode
-        return tf.identity(record)
-
-
-def check_lengths(manifest: Manifest, split: str) -> None:
-    """Compares the record lengths in the shards of a split with those in the manifest.
-
-    TensorFlow allocates as much memory as a header states, and crashes if that fails. Call `Manifest.split` first: it
-    checks that the shards are complete.
-
-    Raises:
-        UserError: a length differs; the message names the shard, the record and both lengths.
-        OSError: a shard cannot be read.
-    """
-    part = manifest.splits[split]
-    by_shard: dict[int, list[tuple[int, Record]]] = {}
-    for number, record in enumerate(part.records):
-        by_shard.setdefault(record.shard, []).append((number, record))
-
-    def check(shard: int) -> None:
-        path = manifest.folder / part.shards[shard].file
-        with path.open("rb", buffering=0) as file:
-            for number, record in by_shard[shard]:
-                stated = _stated_length(file, record.offset)
-                if stated != record.length:
-                    where = f"{path}: record {number} of split {split}, at byte {record.offset}"
-                    raise UserError(f"{where}: {_length_mismatch(stated, record.length)}. {verify_hint(path)}")
-
-    with ThreadPoolExecutor(_READERS) as threads:  # hides the latency of network disks
-        for _ in threads.map(check, by_shard):
-            pass
-
-
-def _length_mismatch(stated: int, listed: int) -> str:
-    return f"its header states {stated} bytes, but the manifest lists {listed}: the file was replaced"
-
-
 def verify_hint(shard: Path) -> str:
     """Returns a sentence with the command that verifies the records in a shard's folder."""
     return f"List all damaged records with: python -m x3d_tf.build_records --output={shard.parent} --verify"
 
 
-def read_record_length(path: Path, offset: int) -> int:
-    """Reads the number of data bytes from the header of a record; `offset` is that of `index.Record`."""
-    with path.open("rb", buffering=0) as file:
-        return _stated_length(file, offset)
-
-
-def _stated_length(file: FileIO, offset: int) -> int:
-    return int.from_bytes(os.pread(file.fileno(), _LENGTH_BYTES, offset - HEADER_BYTES), "little")
-
-
 def parse_record(serialized: tf.Tensor) -> ParsedRecord:
-    """Parses a record without decoding its frames, in a graph or eagerly.
+    """Parses a record, with or without its frames, in a graph or eagerly.
 
     Raises:
         tf.errors.InvalidArgumentError: the bytes are not such a record.
     """
-    context, lists = tf.io.parse_single_sequence_example(serialized, _CONTEXT, _FRAMES)
+    context, _ = tf.io.parse_single_sequence_example(serialized, _CONTEXT, {})
     return ParsedRecord(
-        lists["image/encoded"],
         context["clip/label/index"],
         context["clip/label/string"],
         context["image/frame_rate"],
@@ -320,6 +248,16 @@ def parse_record(serialized: tf.Tensor) -> ParsedRecord:
             context["segment/label/index"], context["segment/start/timestamp"], context["segment/end/timestamp"]
         ),
     )
+
+
+def parse_frames(serialized: tf.Tensor) -> tf.Tensor:
+    """Returns the frames of a complete record, JPEG files, string [frames], in a graph or eagerly.
+
+    Raises:
+        tf.errors.InvalidArgumentError: the bytes are not a record with frames.
+    """
+    _, lists = tf.io.parse_single_sequence_example(serialized, {}, _FRAMES)
+    return lists["image/encoded"]
 
 
 def decode_frame(jpeg: tf.Tensor) -> tf.Tensor:
@@ -446,19 +384,19 @@ def write_shard(
         WriteError: the file cannot be written; no file is left.
     """
     written: list[Record] = []
-    frames: list[FrameTable] = []
+    spans: list[Spans] = []
     with ShardWriter(path) as writer:
         for source in sources:
             video = next(encoded)
             if isinstance(video, EncodedVideo):
                 content = encode_record(video, source, classes)
                 offset, length = writer.write(content)
-                frames.append(frames_of(content, len(video.frames), offset))
+                spans.append(spans_of(content, len(video.frames), offset))
                 identity = source.video, source.start, source.end, source.key_frame
                 written.append(Record(0, offset, length, len(video.frames), video.fps, source.labels, *identity))
             on_result(video)
     if written:
-        write_frames(path, writer.shard, join(frames))
+        write_frames(path, writer.shard, spans)
         return Split((writer.shard,), tuple(written))
     with os_errors_as_write_error(path):
         path.unlink()
@@ -498,25 +436,32 @@ def diagnose_record(path: Path, offset: int, length: int, size: int) -> str:
     if found != size:
         return f"the file has {found} bytes, but the manifest lists {size}: it was truncated or replaced"
     try:
-        stated = read_record_length(path, offset)
-        if stated != length:
-            return _length_mismatch(stated, length)
-        serialized = read_record(tf.constant(os.fsencode(path)), *tf.constant([offset, length], tf.int64))
+        record = read_record(path, offset, length)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-    except tf.errors.DataLossError:
-        return "its bytes do not match their checksum"
-    except tf.errors.OpError as error:
-        return f"it cannot be read: {error.message.rpartition('; ')[2]}"
+    except RecordError as error:
+        return str(error)
     try:
-        parsed = parse_record(serialized)
+        frames = parse_frames(record)
+        parse_record(record)
     except tf.errors.InvalidArgumentError:
         return "it is not a video record"
-    for number, jpeg in enumerate(parsed.frames):
+    for number, jpeg in enumerate(frames):
         try:
             decode_frame(jpeg)
         except tf.errors.InvalidArgumentError:
             return f"frame {number} is not a JPEG image of at most {MAX_PIXELS} pixels"
+    return _diagnose_frames(path, Record(0, offset, length, len(frames), 0.0, (), ""), record)
+
+
+def _diagnose_frames(path: Path, record: Record, content: bytes) -> str:
+    try:
+        found = read_spans(open_frames(path), record)
+        same = np.array_equal(found, spans_of(content, record.frames, record.offset))
+    except ValueError as error:  # also `UserError`
+        return str(error)
+    if not same:
+        return f"{frames_path(path)} has other positions or checksums than the frames. {index_hint(path)}"
     return "its labels, name or boxes differ from the manifest, or the read error was temporary"
 
 

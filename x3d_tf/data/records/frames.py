@@ -1,19 +1,19 @@
 """Position and checksum of each frame in a shard, in a small file beside it: `SHARD.frames`. Imports no TensorFlow.
 
-A clip needs a few frames of a record that holds hundreds. With this file they can be read and verified alone. All
-numbers are little-endian; R is the number of records and F the number of their frames:
+A clip needs a few frames of a record that holds hundreds. With this file they are read and verified alone. A record is
+divided into spans: the bytes before its frames, each frame (a JPEG file), and the bytes after its frames. All numbers
+are little-endian; R is the number of records and S the number of their spans:
 
-    8 bytes     the text "X3DFRAME"
-    uint32      format version, 1
-    uint32      R
-    uint64      F
-    uint64      size of the shard in bytes
-    32 bytes    SHA-256 of the shard
-    uint32 R    number of frames of each record, in the order of the shard
-    uint64 F    position in the shard of the first byte of each frame, a JPEG file
-    uint32 F    number of bytes of each frame
-    uint32 F    CRC-32C of each frame
-    32 bytes    SHA-256 of everything before
+    8 bytes       the text "X3DFRAME"
+    uint32        format version, 2
+    uint32        R
+    uint64        S
+    uint64        size of the shard in bytes
+    32 bytes      SHA-256 of the shard
+    16 bytes x R  for each record, in the order of the shard: int64 position of its first byte in the shard, uint32
+                  index of its first span, uint32 number of its spans
+    16 bytes x S  for each span: int64 position of its first byte in the shard, uint32 number of bytes, uint32 CRC-32C
+    32 bytes      SHA-256 of everything before
 
 The file is untrusted: it is compared with the manifest, and each value is checked before it is used. It follows from
 the shard, so it can always be made again.
@@ -26,44 +26,41 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf.crc32c import crc32c
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
-from x3d_tf.data.records.wire import fields, inside
+from x3d_tf.data.records.wire import Span, fields, inside, to_varint, varint
 from x3d_tf.errors import UserError, require
-from x3d_tf.files import atomic_write, read_limited
+from x3d_tf.files import LARGE, atomic_write, read_limited
 
-_MAGIC, _VERSION = b"X3DFRAME", 1
+_MAGIC, _VERSION = b"X3DFRAME", 2
 _HEADER = struct.Struct("<8sIIQQ32s")
+_RECORD = np.dtype([("offset", "<i8"), ("first", "<u4"), ("spans", "<u4")])
+SPAN = np.dtype([("offset", "<i8"), ("length", "<u4"), ("crc", "<u4")])
 _DIGEST_BYTES = 32
 _FRAMES = b"image/encoded"
+_CONTEXT, _LISTS = 1, 2  # fields of a SequenceExample
+
+Spans = NDArray[np.void]  # of the type SPAN
 
 
-@dataclass(frozen=True, eq=False)
-class FrameTable:
-    """Frames of the records of a shard, one record after the other.
+class FramesFile(NamedTuple):
+    """The file of a shard's frames, whose header was checked.
 
     Attributes:
-        counts: number of frames of each record, int64 [R].
-        offsets: position of each frame in the shard, int64 [F].
-        lengths: number of bytes of each frame, int64 [F].
-        checksums: CRC-32C of each frame, uint32 [F].
+        path: path of the file.
+        records, spans: numbers of records and spans.
     """
 
-    counts: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    checksums: NDArray[np.uint32]
-
-    def equals(self, other: "FrameTable") -> bool:
-        """Returns True if all values are equal."""
-        names = ("counts", "offsets", "lengths", "checksums")
-        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+    path: Path
+    records: int
+    spans: int
 
 
 def frames_path(shard: Path) -> Path:
@@ -71,134 +68,209 @@ def frames_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.frames")
 
 
-def frames_of(record: bytes, listed: int, offset: int = 0) -> FrameTable:
+def index_hint(shard: Path) -> str:
+    """Returns a sentence with the command that writes the file of a shard again."""
+    return f"Write it again with: python -m x3d_tf.build_records --output={shard.parent} --index"
+
+
+def spans_of(record: bytes, listed: int, offset: int = 0) -> Spans:
     """Finds the frames of a serialized record.
 
     Args:
-        record: the bytes of a `tf.train.SequenceExample`.
+        record: the bytes of a `tf.train.SequenceExample`, as `format.encode_record` writes it: the frames are the first
+            feature list.
         listed: number of frames that the record should have. The search ends with an error once it has more.
         offset: position of the record's first byte in the shard.
 
+    Returns:
+        `listed` + 2 spans: the bytes before the frames, the frames, and the bytes after them.
+
     Raises:
-        ValueError: the bytes are not a record with frames, or it has more than `listed`.
+        ValueError: the bytes are not such a record, or it has another number of frames.
     """
-    found = list(islice(frame_spans(record), listed + 1))
-    if len(found) > listed:
-        raise ValueError(f"it has more than {listed} frames")
-    spans = np.array(found, np.int64).reshape(-1, 2)
-    begins, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
-    return FrameTable(np.array([len(spans)], np.int64), begins + offset, lengths, crc32c(record, begins, lengths))
+    frames_list = _frames_list(record)
+    found = list(islice(_frames_in(record, frames_list), listed + 1))
+    if len(found) != listed or not found:
+        raise ValueError(f"it has {'more than ' if len(found) > listed else ''}{min(len(found), listed)} frames")
+    edges = [(0, found[0][0]), *found, (found[-1][1], len(record))]
+    if found[-1][1] != frames_list[1]:
+        raise ValueError("its last frame has other features")
+    without_frames(record[: found[0][0]], record[found[-1][1] :])  # raises an error unless it can be joined
+    rows = [(offset + begin, end - begin, google_crc32c.value(record[begin:end])) for begin, end in edges]
+    return np.array(rows, SPAN)
 
 
-def join(tables: Sequence[FrameTable]) -> FrameTable:
-    """Concatenates the tables of several records."""
-    empty = np.zeros(0, np.int64)
-    first = FrameTable(empty, empty, empty, np.zeros(0, np.uint32))
-    columns = zip(*((table.counts, table.offsets, table.lengths, table.checksums) for table in (first, *tables)))
-    return FrameTable(*(np.concatenate(column) for column in columns))
+def frame_spans(record: bytes) -> Iterator[Span]:
+    """Yields the begin and the end of each frame: feature_lists > entry > list > feature > bytes_list > value.
+
+    Raises:
+        ValueError: the bytes are not a record with frames.
+    """
+    for entry in inside(record, inside(record, [(0, len(record))], _LISTS), 1):
+        if _has_frames(record, entry):
+            yield from _frames_in(record, entry)
 
 
-def write_frames(shard_path: Path, shard: Shard, table: FrameTable) -> None:
+def _frames_list(record: bytes) -> Span:
+    """Returns the entry of the frames, which must be the first feature list."""
+    lists = list(islice(fields(record, 0, len(record), _LISTS), 2))
+    entries = list(inside(record, lists, 1))
+    first = len(lists) == 1 and lists[0][1] == len(record) and bool(entries) and _has_frames(record, entries[0])
+    if not first:
+        raise ValueError("its frames are not its first feature list")
+    return entries[0]
+
+
+def _has_frames(record: bytes, entry: Span) -> bool:
+    return [record[slice(*key)] for key in fields(record, *entry, 1)] == [_FRAMES]
+
+
+def _frames_in(record: bytes, entry: Span) -> Iterator[Span]:
+    for feature in inside(record, fields(record, *entry, 2), 1):
+        values = [*islice(inside(record, fields(record, *feature, 1), 1), 2)]
+        if len(values) != 1:
+            raise ValueError(f"a frame must be one file, got {'several' if values else 'none'}")
+        yield values[0]
+
+
+def without_frames(before: bytes, after: bytes) -> bytes:
+    """Returns a record without its frames: a SequenceExample with the same context and the other feature lists.
+
+    Args:
+        before: the bytes before the frames. They begin with the context.
+        after: the bytes after the frames: the entries of the other feature lists.
+
+    Raises:
+        ValueError: the bytes do not begin with a context.
+    """
+    tag, begin = varint(before, 0, len(before))
+    length, begin = varint(before, begin, len(before))
+    if tag != _CONTEXT << 3 | 2 or length > len(before) - begin:
+        raise ValueError("it does not begin with its context")
+    return before[: begin + length] + to_varint(_LISTS << 3 | 2) + to_varint(len(after)) + after
+
+
+def write_frames(shard_path: Path, shard: Shard, spans: Sequence[Spans]) -> None:
     """Writes the file of a shard atomically.
+
+    Args:
+        shard_path: path of the shard.
+        shard: the shard's entry in the manifest.
+        spans: spans of each record, from `spans_of`.
 
     Raises:
         WriteError: the file cannot be written.
     """
-    sizes = len(table.counts), len(table.offsets), shard.bytes
-    content = _HEADER.pack(_MAGIC, _VERSION, *sizes, bytes.fromhex(shard.sha256))
-    content += table.counts.astype("<u4").tobytes() + table.offsets.astype("<u8").tobytes()
-    content += table.lengths.astype("<u4").tobytes() + table.checksums.astype("<u4").tobytes()
+    content = _packed(shard, spans)
     atomic_write(frames_path(shard_path), content + hashlib.sha256(content).digest())
 
 
-def read_frames_file(shard_path: Path, shard: Shard, records: Sequence[Record]) -> FrameTable:
-    """Reads and checks the file of a shard.
+def _packed(shard: Shard, spans: Sequence[Spans]) -> bytes:
+    counts = np.array(list(map(len, spans)), np.int64)
+    records = np.zeros(len(spans), _RECORD)
+    records["offset"] = [part["offset"][0] for part in spans]
+    records["first"], records["spans"] = np.cumsum(counts) - counts, counts
+    header = _HEADER.pack(_MAGIC, _VERSION, len(spans), counts.sum(), shard.bytes, bytes.fromhex(shard.sha256))
+    return b"".join([header, records.tobytes(), *(part.tobytes() for part in spans)])
+
+
+def open_frames(shard_path: Path, shard: Shard | None = None) -> FramesFile:
+    """Checks the header and the size of the file of a shard.
+
+    Args:
+        shard_path: path of the shard.
+        shard: the shard's entry in the manifest; None does not compare them.
+
+    Raises:
+        UserError: the file does not exist, or is not that of the shard.
+    """
+    path = frames_path(shard_path)
+    try:
+        with path.open("rb") as file:
+            header, size = file.read(_HEADER.size), path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. {index_hint(shard_path)}") from error
+    hint = index_hint(shard_path)
+    if len(header) < _HEADER.size:
+        raise UserError(f"{path} has {size} bytes, fewer than a file of frames. {hint}")
+    magic, version, records, spans, shard_bytes, digest = _HEADER.unpack(header)
+    if (magic, version) != (_MAGIC, _VERSION):
+        raise UserError(f"{path} is not a file of frames, version {_VERSION}. {hint}")
+    if shard is not None and (shard_bytes, digest.hex()) != (shard.bytes, shard.sha256):
+        raise UserError(f"{path} belongs to another shard than {MANIFEST_NAME} lists. {hint}")
+    expected = _HEADER.size + _RECORD.itemsize * records + SPAN.itemsize * spans + _DIGEST_BYTES
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes, but its header states {expected}. {hint}")
+    return FramesFile(path, records, spans)
+
+
+def read_spans(file: FramesFile, record: Record) -> Spans:
+    """Reads the spans of one record.
+
+    Raises:
+        UserError: the file cannot be read, does not have the record, or a span does not lie inside the record, after
+            the span before it. The message names the record by its position.
+    """
+    where = f"{file.path}: record at byte {record.offset}"
+    try:
+        with file.path.open("rb", buffering=0) as opened:
+            records = np.frombuffer(_pread(opened.fileno(), _RECORD.itemsize * file.records, _HEADER.size), _RECORD)
+            number = int(np.searchsorted(records["offset"], record.offset))
+            found = number < len(records) and int(records["offset"][number]) == record.offset
+            require(found, where, "be listed")
+            first, count = int(records["first"][number]), int(records["spans"][number])
+            rule = f"have {record.frames + 2} of {file.spans} spans"
+            require(count == record.frames + 2 and first + count <= file.spans, where, rule, (first, count))
+            begin = _HEADER.size + _RECORD.itemsize * file.records + SPAN.itemsize * first
+            spans = np.frombuffer(_pread(opened.fileno(), SPAN.itemsize * count, begin), SPAN)
+    except OSError as error:
+        raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
+    require(len(spans) == count, where, f"have {count} spans", len(spans))
+    _check_spans(where, spans, record)
+    return spans
+
+
+def _pread(file: int, size: int, offset: int) -> bytes:
+    """Reads bytes of a file; the result is a whole number of 16-byte rows, also if the file ends before."""
+    content = os.pread(file, size, offset)
+    return content[: len(content) // SPAN.itemsize * SPAN.itemsize]
+
+
+def _check_spans(where: str, spans: Spans, record: Record) -> None:
+    """Raises `UserError` unless the spans lie inside their record, one after the other, and reach from end to end."""
+    begins, lengths, end = spans["offset"], spans["length"].astype(np.int64), record.offset + record.length
+    contained = (begins >= record.offset) & (begins <= end) & (lengths <= end - np.minimum(begins, end))
+    ordered = (begins[1:] >= (begins + lengths)[:-1]).all() and (lengths[1:-1] > 0).all()
+    complete = begins[0] == record.offset and begins[-1] + lengths[-1] == end
+    rule = "have spans that lie inside the record, each after the one before it"
+    require(bool(contained.all() and ordered and complete), where, rule)
+
+
+def read_frames_file(shard_path: Path, shard: Shard, records: Sequence[Record]) -> list[Spans]:
+    """Reads and checks the complete file of a shard.
 
     Args:
         shard_path: path of the shard.
         shard: the shard's entry in the manifest.
         records: all records of the shard in the manifest, in its order.
 
+    Returns:
+        The spans of each record.
+
     Raises:
         UserError: the file does not exist, is damaged, or does not fit the manifest.
     """
-    path = frames_path(shard_path)
-    count = sum(record.frames for record in records)
-    size = _HEADER.size + 4 * len(records) + 16 * count + _DIGEST_BYTES
+    file = open_frames(shard_path, shard)
+    counts = len(records), sum(record.frames + 2 for record in records)
+    rule = f"have the {counts[0]} records and {counts[1]} spans that {MANIFEST_NAME} implies"
+    require((file.records, file.spans) == counts, str(file.path), rule, (file.records, file.spans))
     try:
-        content = read_limited(path, size)  # the manifest bounds the size
+        content = read_limited(file.path, LARGE)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    require(len(content) == size, f"size of {path}", f"be {size} bytes, as {MANIFEST_NAME} implies", len(content))
+        raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
     same = hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
-    require(same, str(path), "match its own checksum: it is damaged")
-    magic, version, *sizes, digest = _HEADER.unpack_from(content)
-    require((magic, version) == (_MAGIC, _VERSION), str(path), f"be a file of frames, version {_VERSION}", version)
-    require(sizes == [len(records), count, shard.bytes], str(path), "have the sizes of its shard", sizes)
-    require(digest.hex() == shard.sha256, str(path), f"have the SHA-256 of its shard in {MANIFEST_NAME}", digest.hex())
-    table = _unpack(content, len(records), count)
-    _check_spans(path, table, records)
-    return table
-
-
-def _unpack(content: bytes, records: int, count: int) -> FrameTable:
-    position, columns = _HEADER.size, []
-    for dtype, number in (("<u4", records), ("<u8", count), ("<u4", count), ("<u4", count)):
-        columns.append(np.frombuffer(content, dtype, number, position))
-        position += columns[-1].nbytes
-    counts, offsets, lengths, checksums = columns
-    return FrameTable(
-        counts.astype(np.int64), offsets.astype(np.int64), lengths.astype(np.int64), checksums.astype(np.uint32)
-    )
-
-
-def _check_spans(path: Path, table: FrameTable, records: Sequence[Record]) -> None:
-    """Raises `UserError` unless each frame lies inside its record, after the frame before it."""
-    counts = np.array([record.frames for record in records], np.int64)
-    same = np.array_equal(table.counts, counts)
-    require(same, str(path), f"have the numbers of frames in {MANIFEST_NAME}", table.counts.tolist()[:10])
-    begins = np.repeat(np.array([record.offset for record in records], np.int64), counts)
-    ends = np.repeat(np.array([record.offset + record.length for record in records], np.int64), counts)
-    inside = (table.offsets >= begins) & (table.lengths > 0) & (table.lengths <= ends - table.offsets)
-    inside[1:] &= table.offsets[1:] >= (table.offsets + table.lengths)[:-1]
-    bad = int(inside.argmin()) if not inside.all() else 0
-    require(bool(inside.all()), f"{path}: frame {bad}", "lie inside its record, after the frame before it")
-
-
-def read_frames(shard_path: Path, table: FrameTable, record: int, chosen: Sequence[int]) -> list[bytes]:
-    """Reads frames of a record, and no other bytes of the shard.
-
-    Args:
-        shard_path: path of the shard.
-        table: the frames of the shard, from `read_frames_file`.
-        record: index of the record in the shard.
-        chosen: indices of the frames in the record.
-
-    Returns:
-        The frames as JPEG files, in the order of `chosen`.
-
-    Raises:
-        UserError: a frame does not exist, cannot be read, or does not match its checksum.
-    """
-    first, count = int(table.counts[:record].sum()), int(table.counts[record])
-    require(all(0 <= number < count for number in chosen), "chosen", f"be frames in 0..{count - 1}", list(chosen))
-    rows = first + np.array(chosen, np.int64)
-    offsets, lengths = table.offsets[rows], table.lengths[rows]
-    try:
-        with shard_path.open("rb", buffering=0) as file:
-            found = [os.pread(file.fileno(), n, at) for at, n in zip(offsets.tolist(), lengths.tolist())]
-    except OSError as error:
-        raise UserError(f"{shard_path} cannot be read: {error.strerror}") from error
-    ends = np.cumsum(list(map(len, found)))
-    complete = np.array_equal(np.diff(ends, prepend=0), lengths)
-    checksums = crc32c(b"".join(found), ends - lengths, lengths) if complete else np.zeros(len(found), np.uint32)
-    for number, frame, expected, crc in zip(chosen, found, table.checksums[rows], checksums):
-        if not complete or crc != expected:
-            where = f"{shard_path}: frame {number} of record {record}"
-            raise UserError(
-                f"{where} does not match its checksum ({len(frame)} bytes): the shard was damaged or replaced"
-            )
-    return found
+    require(same, str(file.path), "match its own checksum: it is damaged")
+    return [read_spans(file, record) for record in records]
 
 
 @dataclass(frozen=True)
@@ -225,7 +297,7 @@ def index_records(folder: str | Path, *, progress: bool = True) -> IndexResult:
                 read_frames_file(path, shard, records)
                 kept += 1
             except UserError:
-                write_frames(path, shard, frames_of_shard(path, shard, records))
+                write_frames(path, shard, spans_of_shard(path, shard, records))
                 written += 1
             bar.update(shard.bytes)
     return IndexResult(written, kept)
@@ -242,28 +314,29 @@ def shards_of(manifest: Manifest) -> Iterator[tuple[Path, Shard, list[Record]]]:
             yield manifest.folder / shard.file, shard, records.get(number, [])
 
 
-def frames_of_shard(path: Path, shard: Shard, records: Sequence[Record]) -> FrameTable:
+def spans_of_shard(path: Path, shard: Shard, records: Sequence[Record]) -> list[Spans]:
     """Finds the frames of a shard by reading all of it.
+
+    Returns:
+        The spans of each record.
 
     Raises:
         UserError: the shard cannot be read, has another SHA-256 than the manifest lists, or has other records.
     """
-    tables, digest = [], hashlib.sha256()
+    found, digest = [], hashlib.sha256()
     try:
         with path.open("rb") as file:
             for number, record in enumerate(records):
                 content = file.read(HEADER_BYTES + record.length + FOOTER_BYTES)
                 digest.update(content)
                 start = file.tell() - len(content) + HEADER_BYTES
+                require(start == record.offset, f"{path}: record {number}", f"be as {MANIFEST_NAME} lists it")
                 try:
                     data = content[HEADER_BYTES : HEADER_BYTES + record.length]
-                    table = frames_of(data, record.frames, record.offset)
+                    found.append(spans_of(data, record.frames, record.offset))
                 except ValueError as error:
                     rule = f"does not have the {record.frames} frames that {MANIFEST_NAME} lists"
                     raise UserError(f"{path}: record {number} {rule}: {error}") from error
-                same = start == record.offset and int(table.counts[0]) == record.frames
-                require(same, f"{path}: record {number}", f"be as {MANIFEST_NAME} lists it")
-                tables.append(table)
             digest.update(file.read())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -272,20 +345,4 @@ def frames_of_shard(path: Path, shard: Shard, records: Sequence[Record]) -> Fram
             f"{path} has another SHA-256 than {MANIFEST_NAME} lists. List all damaged records with: "
             f"python -m x3d_tf.build_records --output={path.parent} --verify"
         )
-    return join(tables)
-
-
-def frame_spans(record: bytes) -> Iterator[tuple[int, int]]:
-    """Yields the begin and the end of each frame: feature_lists > entry > list > feature > bytes_list > value.
-
-    Raises:
-        ValueError: the bytes are not a record with frames.
-    """
-    lists = inside(record, [(0, len(record))], 2)
-    for entry in inside(record, lists, 1):
-        if [record[slice(*key)] for key in fields(record, *entry, 1)] == [_FRAMES]:
-            for feature in inside(record, fields(record, *entry, 2), 1):
-                values = [*islice(inside(record, fields(record, *feature, 1), 1), 2)]
-                if len(values) != 1:
-                    raise ValueError(f"a frame must be one file, got {'several' if values else 'none'}")
-                yield values[0]
+    return found

@@ -1,11 +1,6 @@
-"""Verifies records by reading every byte; training checks only the records that it reads.
-
-Shards are untrusted. TensorFlow allocates as much memory as a record's header states, and crashes if that fails.
-Therefore each header is compared with the manifest before TensorFlow reads the record.
-"""
+"""Verifies records by reading every byte; training checks only the records that it reads."""
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +16,11 @@ from x3d_tf.data.records.format import (
     ParsedAnnotation,
     decode_frame,
     parse_annotation,
+    parse_frames,
     parse_record,
-    read_record,
-    read_record_length,
 )
-from x3d_tf.data.records.frames import FrameTable, frames_of, frames_path, join, read_frames_file
+from x3d_tf.data.records.frames import Spans, frames_path, read_frames_file, spans_of
+from x3d_tf.data.records.framing import RecordError, read_record
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.errors import UserError
@@ -108,17 +103,18 @@ def _unlisted(manifest: Manifest) -> dict[str, list[str]]:
     return problems
 
 
-def _verify_frames(path: Path, shard: Shard, records: list[Record], expected: FrameTable) -> list[str]:
+def _verify_frames(path: Path, shard: Shard, records: list[Record], expected: list[Spans]) -> list[str]:
     """Returns a line if the file of a shard's frames does not exist, is damaged, or differs from the shard."""
     try:
-        same = read_frames_file(path, shard, records).equals(expected)
+        found = read_frames_file(path, shard, records)
     except UserError as error:
         return [str(error)]
+    same = all(map(np.array_equal, found, expected))
     return [] if same else [f"{frames_path(path)} has other positions or checksums than the frames of its shard"]
 
 
-def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Manifest) -> FrameTable:
-    """Returns the frames of an intact shard; raises `UserError` or an error of TensorFlow otherwise."""
+def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Manifest) -> list[Spans]:
+    """Returns the spans of each record of an intact shard; raises `UserError` or an error of TensorFlow otherwise."""
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     size = path.stat().st_size
@@ -135,8 +131,8 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
             tables.append(_verify_record(where, path, record, manifest))
         except UserError:
             raise
-        except tf.errors.DataLossError as error:
-            raise UserError(f"{where} has a wrong checksum") from error
+        except RecordError as error:
+            raise UserError(f"{where} cannot be read: {error}") from error
         except (tf.errors.InvalidArgumentError, ValueError) as error:  # ValueError covers text that is not UTF-8
             raise UserError(f"{where} cannot be parsed or decoded") from error
         end = record.offset + record.length + FOOTER_BYTES
@@ -146,18 +142,15 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
         raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} lists")
-    return join(tables)
+    return tables
 
 
-def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> FrameTable:
-    length = read_record_length(path, record.offset)
-    if length != record.length:
-        raise UserError(f"{where} has length {length}, but {MANIFEST_NAME} lists {record.length}")
-    position = tf.constant([record.offset, record.length], tf.int64)
-    serialized = read_record(tf.constant(os.fsencode(path)), *position)
+def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> Spans:
+    serialized = read_record(path, record.offset, record.length)
+    frames = parse_frames(serialized)
     parsed = parse_record(serialized)
     found = {
-        "frames": len(parsed.frames),
+        "frames": len(frames),
         "fps": float(parsed.fps),
         "labels": tuple(parsed.labels.numpy().tolist()),
         "media_id": parsed.media_id.numpy().decode(),
@@ -169,10 +162,10 @@ def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -
     listed = [manifest.classes[label] for label in record.labels]
     if names != listed:
         raise UserError(f"{where} has the classes {names!r}, but {MANIFEST_NAME} lists {listed!r}")
-    decode_frame(parsed.frames[0])
+    decode_frame(frames[0])
     if manifest.task == "detection":
         _verify_annotation(where, parse_annotation(serialized), record)
-    return frames_of(serialized.numpy(), record.frames, record.offset)
+    return spans_of(serialized, record.frames, record.offset)
 
 
 def _verify_annotation(where: str, annotation: ParsedAnnotation, record: Record) -> None:

@@ -54,3 +54,12 @@ def varint(data: bytes, begin: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, begin
     raise ValueError("it is not a protocol buffer")
+
+
+def to_varint(value: int) -> bytes:
+    """Returns a number of at least 0 as a varint."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])
