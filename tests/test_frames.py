@@ -1,6 +1,7 @@
 """Files of frames: frames read through them, damage, and shards that have none."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,12 @@ from x3d_tf.data.records.frames import (
     spans_of,
     without_frames,
 )
+from x3d_tf.data.records.framing import read_record
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.reader import FrameReader, as_numbers, from_numbers
 from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.records.verify import verify_records
+from x3d_tf.data.records.wire import to_varint
 from x3d_tf.errors import UserError
 from x3d_tf.types import Annotation, ClipSpec, TimedLabel, ViewSpec
 
@@ -127,6 +130,8 @@ def test_bytes_that_are_not_a_record(record: bytes, message: str) -> None:
         ("lists twice", "its frames are not its first feature list"),
         ("context last", "its frames are not its first feature list"),
         ("context missing", "it does not begin with its context"),
+        ("context twice", "it does not begin with its context, followed by the feature lists"),
+        ("frames twice", "it has two lists of frames"),
     ],
 )
 def test_records_of_another_layout_are_errors(layout: str, message: str) -> None:
@@ -141,7 +146,15 @@ def test_records_of_another_layout_are_errors(layout: str, message: str) -> None
         example.feature_lists.feature_list["a"].CopyFrom(tf.train.FeatureList())
         record = example.SerializeToString(deterministic=True)
     else:
-        orders = {"lists twice": context + lists + first, "context last": lists + context, "context missing": lists}
+        again = lists[lists.index(b"\x0a") :]  # the entries
+        twice = again + again
+        orders = {
+            "lists twice": context + lists + first,
+            "context last": lists + context,
+            "context missing": lists,
+            "context twice": context + context + lists,
+            "frames twice": context + b"\x12" + to_varint(len(twice)) + twice,
+        }
         record = orders[layout]
     assert len(parse_frames(record)) == 3
     with pytest.raises(ValueError, match=message):
@@ -226,7 +239,7 @@ SIZE = FIRST + 16 * (7 + 2 * 2) + 32
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content[:-1], f"has {SIZE - 1} bytes, but its header states {SIZE}. Write it again with"),
+        (lambda content: content[:-1], f"has {SIZE - 1} bytes, but its header states {SIZE}, .*Write it again with"),
         (lambda content: content + b"x", f"has {SIZE + 1} bytes, but its header states {SIZE}"),
         (lambda content: b"", "has 0 bytes, fewer than a file of frames"),
         (lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:], "must match its own checksum"),
@@ -244,6 +257,7 @@ SIZE = FIRST + 16 * (7 + 2 * 2) + 32
         (patched(FIRST + 32, struct.pack("<q", 13)), "must have spans that lie inside the record"),
         (patched(FIRST + 24, struct.pack("<I", 0)), "must have spans that lie inside the record"),
         (patched(FIRST + 24, struct.pack("<I", 2**32 - 1)), "must have spans that lie inside the record"),
+        (patched(FIRST + 64, struct.pack("<q", 2**63 - 1)), "must have spans that lie inside the record"),
         (patched(FIRST + 64 + 8, struct.pack("<I", 2**32 - 1)), "must have spans that lie inside the record"),
     ],
 )
@@ -261,13 +275,31 @@ def test_a_file_of_frames_is_not_trusted(records: Manifest, change: Callable[[by
 def test_a_file_that_shrinks_while_it_is_used(records: Manifest) -> None:
     path, shard, members = next(shards_of(records))
     opened, content = open_frames(path, shard), frames_path(path).read_bytes()
-    for size, message in ((70, "record at byte 12 must be listed"), (FIRST + 20, "must have 5 spans, got 1")):
+    for size in (70, FIRST + 20):
         frames_path(path).write_bytes(content[:size])
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=r"was truncated\. Write it again with"):
             read_spans(opened, members[0])
     frames_path(path).unlink()
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_spans(opened, members[0])
+
+
+@pytest.mark.parametrize("what", ["frames", "shard"])
+def test_a_pipe_does_not_block(records: Manifest, what: str) -> None:
+    path, shard, members = next(shards_of(records))
+    reader, opened = FrameReader(records, "train"), open_frames(path, shard)
+    pipe = path if what == "shard" else frames_path(path)
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="it is not a regular file"):
+        reader.read(0)
+    if what == "shard":
+        with pytest.raises(OSError, match="it is not a regular file"):
+            read_record(path, members[0].offset, members[0].length)
+        return
+    for read in (lambda: open_frames(path, shard), lambda: read_spans(opened, members[0])):
+        with pytest.raises(UserError, match="it is not a regular file"):
+            read()
 
 
 def test_wrong_positions_and_checksums_are_found_by_verifying(records: Manifest) -> None:

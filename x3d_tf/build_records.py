@@ -33,7 +33,7 @@ TFRecord files that Model Garden, MediaSequence or DMVR wrote (docs/training.md)
 Other data sets by name, from an installed package or a module of your own:
   python -m x3d_tf.build_records --plugin=my_data --dataset=my_data --videos=my_videos --output=data/my_records
 
-Verify that existing records are intact, or add the files SHARD.frames, which locate single frames, to existing records:
+Verify that existing records are intact, or write their files SHARD.frames, without which shards cannot be read:
   python -m x3d_tf.build_records --verify --output=data/my_records
   python -m x3d_tf.build_records --index --output=data/my_records
 

@@ -4,6 +4,8 @@ Imports no TensorFlow.
 """
 
 import codecs
+import errno
+import io
 import os
 import stat
 import sys
@@ -80,6 +82,19 @@ def require_regular(path: Path) -> None:
     """Raises `UserError` for a folder, pipe or device, which may never end, and `OSError` for a missing file."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise UserError(f"{path} must be a regular file, not a folder, pipe or device")
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Opens an untrusted file for `os.pread`. A pipe is an error, where `open` would wait for a writer.
+
+    Raises:
+        OSError: the file does not exist, cannot be read, or is not a regular file.
+    """
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return file
 
 
 def read_limited(path: Path, limit: int) -> bytes:

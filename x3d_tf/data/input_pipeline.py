@@ -1,9 +1,9 @@
 """tf.data pipelines from records to clips.
 
 The order of training clips depends only on seed and step: batch n consists of the slots from (n mod S)·batch on in a
-permutation for epoch n div S, where S = floor(records / batch). Of each record only the frames of the clip are read, so
-a stream can start at any step, and each worker reads only its own share. Each read verifies the checksums of what it
-reads, and compares the record's labels and name with the manifest.
+permutation for epoch n div S, where S = floor(records / batch). Records are read at the positions in the manifest, so a
+stream can start at any step, and each worker reads only its own share. Only the frames of the clip are read. Each read
+verifies the checksums of what it reads, and compares the record's labels and name with the manifest.
 """
 
 from collections.abc import Callable

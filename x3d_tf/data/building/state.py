@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from x3d_tf import csv_files
 from x3d_tf.data.building.encoding import file_state
 from x3d_tf.data.building.sources import Sources
-from x3d_tf.data.records.frames import frames_path
+from x3d_tf.data.records.frames import open_frames
 from x3d_tf.data.records.index import Record, Shard, Split, plan_shards
 from x3d_tf.data.records.manifest import MANIFEST_NAME
 from x3d_tf.data.video.image_sequences import FileState
@@ -82,7 +82,7 @@ class BuildFolder:
             is_complete = all(
                 entry.file == shard
                 and (self.root / shard).stat().st_size == entry.bytes
-                and frames_path(self.root / shard).is_file()
+                and open_frames(self.root / shard, entry).records == len(records)
                 for entry in shards
             )
         except (OSError, ValueError, TypeError, KeyError):

@@ -462,7 +462,7 @@ def _diagnose_frames(path: Path, record: Record, content: bytes) -> str:
         return str(error)
     if not same:
         return f"{frames_path(path)} has other positions or checksums than the frames. {index_hint(path)}"
-    return "its labels, name or boxes differ from the manifest, or the read error was temporary"
+    return "its labels, name, boxes or number of frames differ from the manifest, or the read error was temporary"
 
 
 def _ints(values: Sequence[int]) -> tf.train.Feature:

@@ -22,22 +22,25 @@ the shard, so it can always be made again.
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from x3d_tf.data.records.framing import LARGEST_RECORD
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.records.wire import Span, fields, inside, to_varint, varint
 from x3d_tf.errors import UserError, require
-from x3d_tf.files import LARGE, atomic_write, read_limited
+from x3d_tf.files import LARGE, atomic_write, open_regular, read_limited
 
 _MAGIC, _VERSION = b"X3DFRAME", 2
 _HEADER = struct.Struct("<8sIIQQ32s")
@@ -46,6 +49,7 @@ SPAN = np.dtype([("offset", "<i8"), ("length", "<u4"), ("crc", "<u4")])
 _DIGEST_BYTES = 32
 _FRAMES = b"image/encoded"
 _CONTEXT, _LISTS = 1, 2  # fields of a SequenceExample
+_LISTS_TAG = bytes([_LISTS << 3 | 2])
 
 Spans = NDArray[np.void]  # of the type SPAN
 
@@ -114,15 +118,17 @@ def frame_spans(record: bytes) -> Iterator[Span]:
 def _frames_list(record: bytes) -> Span:
     """Returns the entry of the frames, which must be the first feature list."""
     lists = list(islice(fields(record, 0, len(record), _LISTS), 2))
-    entries = list(inside(record, lists, 1))
-    first = len(lists) == 1 and lists[0][1] == len(record) and bool(entries) and _has_frames(record, entries[0])
-    if not first:
+    entries = inside(record, lists, 1)
+    first = next(entries, None)
+    if len(lists) != 1 or lists[0][1] != len(record) or first is None or not _has_frames(record, first):
         raise ValueError("its frames are not its first feature list")
-    return entries[0]
+    if any(_has_frames(record, entry) for entry in entries):
+        raise ValueError("it has two lists of frames")
+    return first
 
 
 def _has_frames(record: bytes, entry: Span) -> bool:
-    return [record[slice(*key)] for key in fields(record, *entry, 1)] == [_FRAMES]
+    return [record[slice(*key)] for key in islice(fields(record, *entry, 1), 2)] == [_FRAMES]
 
 
 def _frames_in(record: bytes, entry: Span) -> Iterator[Span]:
@@ -145,9 +151,10 @@ def without_frames(before: bytes, after: bytes) -> bytes:
     """
     tag, begin = varint(before, 0, len(before))
     length, begin = varint(before, begin, len(before))
-    if tag != _CONTEXT << 3 | 2 or length > len(before) - begin:
-        raise ValueError("it does not begin with its context")
-    return before[: begin + length] + to_varint(_LISTS << 3 | 2) + to_varint(len(after)) + after
+    end = begin + length
+    if tag != _CONTEXT << 3 | 2 or before[end : end + 1] != _LISTS_TAG:
+        raise ValueError("it does not begin with its context, followed by the feature lists")
+    return before[:end] + _LISTS_TAG + to_varint(len(after)) + after
 
 
 def write_frames(shard_path: Path, shard: Shard, spans: Sequence[Spans]) -> None:
@@ -186,8 +193,8 @@ def open_frames(shard_path: Path, shard: Shard | None = None) -> FramesFile:
     """
     path = frames_path(shard_path)
     try:
-        with path.open("rb") as file:
-            header, size = file.read(_HEADER.size), path.stat().st_size
+        with open_regular(path) as file:
+            header, size = os.pread(file.fileno(), _HEADER.size, 0), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. {index_hint(shard_path)}") from error
     hint = index_hint(shard_path)
@@ -199,8 +206,8 @@ def open_frames(shard_path: Path, shard: Shard | None = None) -> FramesFile:
     if shard is not None and (shard_bytes, digest.hex()) != (shard.bytes, shard.sha256):
         raise UserError(f"{path} belongs to another shard than {MANIFEST_NAME} lists. {hint}")
     expected = _HEADER.size + _RECORD.itemsize * records + SPAN.itemsize * spans + _DIGEST_BYTES
-    if size != expected:
-        raise UserError(f"{path} has {size} bytes, but its header states {expected}. {hint}")
+    if size != expected or size > LARGE:
+        raise UserError(f"{path} has {size} bytes, but its header states {expected}, and it may have {LARGE}. {hint}")
     return FramesFile(path, records, spans)
 
 
@@ -211,39 +218,45 @@ def read_spans(file: FramesFile, record: Record) -> Spans:
         UserError: the file cannot be read, does not have the record, or a span does not lie inside the record, after
             the span before it. The message names the record by its position.
     """
-    where = f"{file.path}: record at byte {record.offset}"
     try:
-        with file.path.open("rb", buffering=0) as opened:
-            records = np.frombuffer(_pread(opened.fileno(), _RECORD.itemsize * file.records, _HEADER.size), _RECORD)
-            number = int(np.searchsorted(records["offset"], record.offset))
-            found = number < len(records) and int(records["offset"][number]) == record.offset
-            require(found, where, "be listed")
-            first, count = int(records["first"][number]), int(records["spans"][number])
-            rule = f"have {record.frames + 2} of {file.spans} spans"
-            require(count == record.frames + 2 and first + count <= file.spans, where, rule, (first, count))
-            begin = _HEADER.size + _RECORD.itemsize * file.records + SPAN.itemsize * first
-            spans = np.frombuffer(_pread(opened.fileno(), SPAN.itemsize * count, begin), SPAN)
+        with open_regular(file.path) as opened:
+            return _find_spans(file, record, partial(os.pread, opened.fileno()))
     except OSError as error:
         raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
-    require(len(spans) == count, where, f"have {count} spans", len(spans))
+
+
+def _find_spans(file: FramesFile, record: Record, read: Callable[[int, int], bytes]) -> Spans:
+    """Returns the checked spans of a record; `read` returns a number of bytes at a position of the file."""
+
+    def rows(dtype: np.dtype[Any], count: int, begin: int) -> NDArray[Any]:
+        content = read(dtype.itemsize * count, begin)
+        if len(content) < dtype.itemsize * count:
+            raise UserError(f"{file.path} was truncated. {index_hint(file.path)}")
+        return np.frombuffer(content, dtype)
+
+    def entry(number: int) -> NDArray[Any]:
+        return rows(_RECORD, 1, _HEADER.size + _RECORD.itemsize * number)[0]
+
+    where = f"{file.path}: record at byte {record.offset}"
+    number = bisect_left(range(file.records), record.offset, key=lambda number: int(entry(number)["offset"]))
+    found = number < file.records and int(entry(number)["offset"]) == record.offset
+    require(found, where, "be listed")
+    first, count = int(entry(number)["first"]), int(entry(number)["spans"])
+    rule = f"have {record.frames + 2} of {file.spans} spans"
+    require(count == record.frames + 2 and first + count <= file.spans, where, rule, (first, count))
+    spans = rows(SPAN, count, _HEADER.size + _RECORD.itemsize * file.records + SPAN.itemsize * first)
     _check_spans(where, spans, record)
     return spans
-
-
-def _pread(file: int, size: int, offset: int) -> bytes:
-    """Reads bytes of a file; the result is a whole number of 16-byte rows, also if the file ends before."""
-    content = os.pread(file, size, offset)
-    return content[: len(content) // SPAN.itemsize * SPAN.itemsize]
 
 
 def _check_spans(where: str, spans: Spans, record: Record) -> None:
     """Raises `UserError` unless the spans lie inside their record, one after the other, and reach from end to end."""
     begins, lengths, end = spans["offset"], spans["length"].astype(np.int64), record.offset + record.length
     contained = (begins >= record.offset) & (begins <= end) & (lengths <= end - np.minimum(begins, end))
-    ordered = (begins[1:] >= (begins + lengths)[:-1]).all() and (lengths[1:-1] > 0).all()
-    complete = begins[0] == record.offset and begins[-1] + lengths[-1] == end
     rule = "have spans that lie inside the record, each after the one before it"
-    require(bool(contained.all() and ordered and complete), where, rule)
+    require(record.length <= LARGEST_RECORD and bool(contained.all()), where, rule)
+    ordered = (begins[1:] >= (begins + lengths)[:-1]).all() and (lengths[1:-1] > 0).all()
+    require(bool(ordered) and begins[0] == record.offset and begins[-1] + lengths[-1] == end, where, rule)
 
 
 def read_frames_file(shard_path: Path, shard: Shard, records: Sequence[Record]) -> list[Spans]:
@@ -270,7 +283,7 @@ def read_frames_file(shard_path: Path, shard: Shard, records: Sequence[Record]) 
         raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
     same = hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
     require(same, str(file.path), "match its own checksum: it is damaged")
-    return [read_spans(file, record) for record in records]
+    return [_find_spans(file, record, lambda size, begin: content[begin : begin + size]) for record in records]
 
 
 @dataclass(frozen=True)

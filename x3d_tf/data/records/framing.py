@@ -6,7 +6,9 @@ from pathlib import Path
 import google_crc32c
 
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES
+from x3d_tf.files import open_regular
 
+LARGEST_RECORD = 2**31 - 1  # bytes of a protocol buffer
 LENGTH_BYTES = 8  # of a record's length field, which is followed by its checksum
 
 
@@ -35,10 +37,12 @@ def read_record(path: Path, offset: int, length: int) -> bytes:
         offset, length: position and number of the record's data bytes. No more memory than this is allocated.
 
     Raises:
-        RecordError: the record has another length, or does not match its checksums.
+        RecordError: the record has another length or 2 GiB, or does not match its checksums.
         OSError: the file cannot be read.
     """
-    with path.open("rb", buffering=0) as file:
+    if length > LARGEST_RECORD:
+        raise RecordError(f"it has {length} bytes, more than a record may have")
+    with open_regular(path) as file:
         content = os.pread(file.fileno(), HEADER_BYTES + length + FOOTER_BYTES, offset - HEADER_BYTES)
     stated = stated_length(content[:HEADER_BYTES])
     if stated is None:

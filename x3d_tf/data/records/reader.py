@@ -1,4 +1,4 @@
-"""Reads single frames of records, and what a record holds besides. Imports no TensorFlow."""
+"""Reads single frames and the metadata of records. Imports no TensorFlow."""
 
 import os
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from x3d_tf.data.records.frames import SPAN, Spans, open_frames, read_spans, without_frames
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.errors import UserError
+from x3d_tf.files import open_regular
 
 _THREADS = 16  # open files in parallel, which hides the latency of network disks
 _LARGEST_GAP = 64  # bytes between two frames that are read together; neighbours are about 10 bytes apart
@@ -81,7 +82,7 @@ def _read(path: Path, spans: Spans) -> list[bytes]:
     unique, places = np.unique(spans, return_inverse=True)  # sorted by offset
     found: list[bytes] = []
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             for group in _groups(unique):
                 begin, end = int(group["offset"][0]), int(group["offset"][-1]) + int(group["length"][-1])
                 content = os.pread(file.fileno(), end - begin, begin)

@@ -81,13 +81,29 @@ class StoredFrames(NamedTuple):
         return decode_frames(self.read(chosen))
 
 
+class _GraphReader:
+    """A reader for graphs. TensorFlow never releases functions of Python in graphs, so this must not hold the table."""
+
+    def __init__(self, reader: FrameReader) -> None:
+        self._reader = reader
+
+    def without_frames(self, record: np.int64) -> tuple[bytes, NDArray[np.int64]]:
+        serialized, spans = self._reader.read(int(record))
+        return serialized, as_numbers(spans)
+
+    def frames(self, record: np.int64, spans: NDArray[np.int64]) -> NDArray[np.object_]:
+        frames = np.empty(len(spans), object)  # strings would lose zeros at their end
+        frames[:] = self._reader.frames(int(record), from_numbers(spans))
+        return frames
+
+
 class RecordTable:
     """Index of a split's records, as tensors."""
 
     def __init__(self, manifest: Manifest, split: str) -> None:
         part = manifest.split(split)
         require(len(part.records) > 0, f"split {split!r} of {manifest.folder}", "contain records")
-        self._reader = FrameReader(manifest, split)
+        self._reader = _GraphReader(FrameReader(manifest, split))
         self.split, self._count = split, len(part.records)
         with tf.device("cpu"):  # tf.data runs on the CPU, but numeric constants are placed on a GPU by default
             self._paths = tf.constant([os.fsencode(manifest.folder / shard.file) for shard in part.shards])
@@ -130,9 +146,9 @@ class RecordTable:
         """
 
         def load(_: tf.Tensor) -> tuple[tf.Tensor, Any]:
-            serialized, spans = tf.numpy_function(self._without_frames, [record], (tf.string, tf.int64))
+            serialized, spans = tf.numpy_function(self._reader.without_frames, [record], (tf.string, tf.int64))
             parsed = parse_record(tf.ensure_shape(serialized, []))
-            frames = StoredFrames(record, tf.ensure_shape(spans, [None, 3]), self._read_frames)
+            frames = StoredFrames(record, tf.ensure_shape(spans, [None, 3]), self._reader.frames)
             with tf.control_dependencies(self._check_listed(record, parsed)):
                 return tf.constant(True), decode(parsed, frames)
 
@@ -149,15 +165,6 @@ class RecordTable:
         where = tf.strings.join([self._paths[shard], *description, ", ", bytes_, " bytes of ", size])
         with tf.control_dependencies([tf.debugging.Assert(readable, [where])]):
             return tf.nest.map_structure(tf.identity, content)
-
-    def _without_frames(self, record: np.int64) -> tuple[bytes, NDArray[np.int64]]:
-        serialized, spans = self._reader.read(int(record))
-        return serialized, as_numbers(spans)
-
-    def _read_frames(self, record: np.int64, spans: NDArray[np.int64]) -> NDArray[np.object_]:
-        frames = np.empty(len(spans), object)  # strings would lose zeros at their end
-        frames[:] = self._reader.frames(int(record), from_numbers(spans))
-        return frames
 
     def _check_listed(self, record: tf.Tensor, parsed: ParsedRecord) -> list[tf.Operation]:
         """Returns assertions that a record has the labels and the name in the manifest."""

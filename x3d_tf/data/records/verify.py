@@ -120,7 +120,7 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
     size = path.stat().st_size
     if size != shard.bytes:
         raise UserError(f"{path} has {size} bytes, but {MANIFEST_NAME} lists {shard.bytes}")
-    tables = []
+    spans = []
     end = 0  # of the previous record
     for number, record in enumerate(records):
         where = f"{path}, record {number} at byte {record.offset} ({record.media_id})"
@@ -128,7 +128,7 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
         if start != end:
             raise UserError(f"{path} has bytes {end} to {start} that no record listed in {MANIFEST_NAME} covers")
         try:
-            tables.append(_verify_record(where, path, record, manifest))
+            spans.append(_verify_record(where, path, record, manifest))
         except UserError:
             raise
         except RecordError as error:
@@ -142,7 +142,7 @@ def _verify_shard(path: Path, shard: Shard, records: list[Record], manifest: Man
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
         raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} lists")
-    return tables
+    return spans
 
 
 def _verify_record(where: str, path: Path, record: Record, manifest: Manifest) -> Spans:
