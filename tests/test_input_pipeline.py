@@ -266,9 +266,7 @@ def test_names_that_differ_from_the_manifest_are_errors(manifest: Manifest) -> N
     names = [record.media_id for record in records]
     swapped = [names[1], names[0], *names[2:]]
     of_others = manifest.with_records("train", [r._replace(video=name) for r, name in zip(records, swapped)])
-    cause = (
-        "cannot read or decode record 0 of split train, at byte 12: its labels, name, boxes or number of"
-    )
+    cause = "cannot read or decode record 0 of split train, at byte 12: its labels, name, boxes or number of"
     with pytest.raises(ValueError, match=cause), record_errors_as_user_errors():
         list(evaluation_dataset(of_others, "train", CLIP, VIEWS))
 
