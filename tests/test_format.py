@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tensorflow as tf
+from reading import bytes_read, counts_bytes
 from video_fixtures import noise_video, write_records
 
 from x3d_tf.data.records import format as record_format
@@ -135,12 +136,7 @@ def test_a_record_is_read_with_its_checksums(manifest: Manifest) -> None:
         stored(path, record)
 
 
-def bytes_read() -> int:
-    """Returns the bytes that this process has read so far."""
-    return int(Path("/proc/self/io").read_text().split()[1])
-
-
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count the bytes that are read")
+@counts_bytes
 def test_only_the_bytes_of_the_record_are_read(manifest: Manifest) -> None:
     split = manifest.splits["train"]
     path, record = manifest.folder / split.shards[0].file, split.records[1]

@@ -10,6 +10,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import tensorflow as tf
+from reading import bytes_read, counts_bytes
 from video_fixtures import noise_video, write_records, write_small_shards
 
 from x3d_tf import build_records
@@ -203,12 +204,7 @@ def test_a_damaged_context_is_an_error(records: Manifest) -> None:
             FrameReader(records, "train").read(0)
 
 
-def bytes_read() -> int:
-    """Returns the bytes that this process has read so far."""
-    return int(Path("/proc/self/io").read_text().split()[1])
-
-
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count the bytes that are read")
+@counts_bytes
 def test_only_the_chosen_frames_are_read(tmp_path: Path) -> None:
     """Neighbours are read together, with the few bytes between them."""
     records = write_records(tmp_path, {"train": [noise_video(seed, 60, 256, 320) for seed in range(2)]})

@@ -226,11 +226,6 @@ def parse_annotation(serialized: tf.Tensor) -> ParsedAnnotation:
     )
 
 
-def verify_hint(shard: Path) -> str:
-    """Returns a sentence with the command that verifies the records in a shard's folder."""
-    return f"List all damaged records with: python -m x3d_tf.build_records --output={shard.parent} --verify"
-
-
 def parse_record(serialized: tf.Tensor) -> ParsedRecord:
     """Parses a record, with or without its frames, in a graph or eagerly.
 

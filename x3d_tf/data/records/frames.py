@@ -77,6 +77,11 @@ def index_hint(shard: Path) -> str:
     return f"Write it again with: python -m x3d_tf.build_records --output={shard.parent} --index"
 
 
+def verify_hint(shard: Path) -> str:
+    """Returns a sentence with the command that verifies the records in a shard's folder."""
+    return f"List all damaged records with: python -m x3d_tf.build_records --output={shard.parent} --verify"
+
+
 def spans_of(record: bytes, listed: int, offset: int = 0) -> Spans:
     """Finds the frames of a serialized record.
 
@@ -234,14 +239,15 @@ def _find_spans(file: FramesFile, record: Record, read: Callable[[int, int], byt
             raise UserError(f"{file.path} was truncated. {index_hint(file.path)}")
         return np.frombuffer(content, dtype)
 
-    def entry(number: int) -> NDArray[Any]:
-        return rows(_RECORD, 1, _HEADER.size + _RECORD.itemsize * number)[0]
+    def entry(number: int) -> np.void:
+        row: np.void = rows(_RECORD, 1, _HEADER.size + _RECORD.itemsize * number)[0]
+        return row
 
     where = f"{file.path}: record at byte {record.offset}"
     number = bisect_left(range(file.records), record.offset, key=lambda number: int(entry(number)["offset"]))
-    found = number < file.records and int(entry(number)["offset"]) == record.offset
-    require(found, where, "be listed")
-    first, count = int(entry(number)["first"]), int(entry(number)["spans"])
+    require(number < file.records, where, "be listed")
+    listed, first, count = map(int, entry(number).tolist())
+    require(listed == record.offset, where, "be listed")
     rule = f"have {record.frames + 2} of {file.spans} spans"
     require(count == record.frames + 2 and first + count <= file.spans, where, rule, (first, count))
     spans = rows(SPAN, count, _HEADER.size + _RECORD.itemsize * file.records + SPAN.itemsize * first)
@@ -354,8 +360,5 @@ def spans_of_shard(path: Path, shard: Shard, records: Sequence[Record]) -> list[
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if digest.hexdigest() != shard.sha256:
-        raise UserError(
-            f"{path} has another SHA-256 than {MANIFEST_NAME} lists. List all damaged records with: "
-            f"python -m x3d_tf.build_records --output={path.parent} --verify"
-        )
+        raise UserError(f"{path} has another SHA-256 than {MANIFEST_NAME} lists. {verify_hint(path)}")
     return found

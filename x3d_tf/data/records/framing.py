@@ -37,7 +37,7 @@ def read_record(path: Path, offset: int, length: int) -> bytes:
         offset, length: position and number of the record's data bytes. No more memory than this is allocated.
 
     Raises:
-        RecordError: the record has another length or 2 GiB, or does not match its checksums.
+        RecordError: the record has another length or more than 2 GiB, or does not match its checksums.
         OSError: the file cannot be read.
     """
     if length > LARGEST_RECORD:

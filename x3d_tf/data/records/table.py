@@ -17,8 +17,8 @@ from x3d_tf.data.records.format import (
     decode_frame,
     diagnose_record,
     parse_record,
-    verify_hint,
 )
+from x3d_tf.data.records.frames import verify_hint
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.reader import FrameReader, as_numbers, from_numbers
 from x3d_tf.data.video.decode import TIME_TOLERANCE
