@@ -115,19 +115,23 @@ class Pages:
         self.written("something", partial(write_something, self.root, counts))
         self.link("x3d_s_kinetics400")
         build, train, *others = commands("small-sets.md")
-        lines = [build, train]
+        (evaluate,) = (line for line in others if "--crops=3" in line)
+        lines = [build, train, evaluate]
         for split in (2, 3):
             records = f"--gin_bindings='DatasetSpec.records=\"data/ucf101_{split}\"'"  # as the page says
             lines.append(build.replace("list01", f"list0{split}").replace("ucf101_1", f"ucf101_{split}"))
             lines.append(f"{train.replace('ucf101_1', f'ucf101_{split}')} {records}")
+            lines.append(evaluate.replace("ucf101_1", f"ucf101_{split}"))
         if problem := self.run([*lines, *others]):
             return problem
         mean = statistics.mean(self.results(f"runs/ucf101_{split}")["top1"] for split in (1, 2, 3))
         with (self.root / "reports" / "ucf101" / "comparison.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["report"] == "mean"]
-        if len(rows) != 1 or f"{100 * mean:.1f}" not in rows[0]["top-1"]:
-            return f"the table must have one row with the mean {100 * mean:.1f}, got {rows}"
-        return self.checked("UCF101, mean of three splits: top1", mean, 1 / len(CHARADES), UCF101_TOP1)
+            means = [row for row in csv.DictReader(file) if row["report"] == "mean"]
+        found = [row["top-1"] for row in means if row["views"] == VIEWS]
+        if len(means) != 2 or found != [f"{100 * mean:.1f}"]:  # one for the report of the training, with 10 views
+            return f"the table must have two means, that of 30 views {100 * mean:.1f}, got {means}"
+        name = "UCF101, mean of three splits, 30 views: top1"
+        return self.checked(name, mean, 1 / len(CHARADES), UCF101_TOP1)
 
     def scaled(self, full: int, least: int) -> int:
         """Returns a number of videos for --size."""
