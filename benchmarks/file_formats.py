@@ -11,9 +11,9 @@ import numpy as np
 from measuring import Case
 from numpy.typing import NDArray
 from synthetic_clips import normalized, softmax, squares
-from x3d_tf.export.runtimes import Artefact, open_artefact
 
 from x3d_tf.errors import require
+from x3d_tf.runtimes.runners import Artefact, open_artefact
 
 if TYPE_CHECKING:
     from x3d_tf.export.onnx import Runtime
@@ -74,7 +74,7 @@ def ours(case: Case, file: str, runtime: str) -> Call:
 
 def openvino(case: Case, file: str, precision: str, *, peer: bool = False) -> Call:
     """Runs an .xml or .onnx file, ours or pytorchvideo's, in OpenVINO with the precision "f32" or "bf16"."""
-    from x3d_tf.export.runtimes import import_openvino
+    from x3d_tf.runtimes.runners import import_openvino
 
     settings = {
         "INFERENCE_PRECISION_HINT": precision,

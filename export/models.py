@@ -16,8 +16,10 @@ from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.reports import RESULTS_NAME, read_results, stated_metrics
 from x3d_tf.modeling.archive import model_file
+from x3d_tf.modeling.cards import card_entry
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.keras_parts import MEAN, STD
+from x3d_tf.modeling.metadata import Metadata
 from x3d_tf.modeling.saving import load
 from x3d_tf.modeling.x3d import Network, cost_of
 from x3d_tf.runs.run_folder import RunFolder
@@ -92,6 +94,7 @@ class ExportableModel:
         """
         model, clip = self.model, self.model.clip
         cost = cost_of(model)
+        metadata = Metadata.from_model(model, class_names=self.class_names, form="exported", size=model.eval_size)
         return {
             "network": name_of(model.expansion, model.options.family),
             "created_by": f"x3d_tf {x3d_tf.__version__}",
@@ -108,6 +111,7 @@ class ExportableModel:
             "gmacs_per_clip": cost.macs / 1e9,
             "params": cost.params,
             "weights_sha256": self.weights_sha256,
+            **card_entry(metadata),
             "training": self._training(),
         }
 

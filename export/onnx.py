@@ -35,10 +35,9 @@ from x3d_tf import commands
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import commit_file, os_errors_as_write_error, temporary_path
 from x3d_tf.modeling.archive import describe
+from x3d_tf.runtimes.runners import import_openvino
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
-
-from .runtimes import import_openvino
 
 if TYPE_CHECKING:
     from .models import ExportableModel

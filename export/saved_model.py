@@ -27,6 +27,7 @@ from x3d_tf import commands
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import os_errors_as_write_error, temporary_path
 from x3d_tf.modeling.archive import describe
+from x3d_tf.modeling.cards import CARD
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import tell
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 
-LABELS, CARD, WARMUP = "labels.txt", "model_card.json", "tf_serving_warmup_requests"
+LABELS, WARMUP = "labels.txt", "tf_serving_warmup_requests"
 
 
 def define_flags() -> None:

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from x3d_tf.data import transforms
 from x3d_tf.data.input_pipeline import evaluation_dataset
-from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.sampling import decoded_short_side, view_indices
 from x3d_tf.data.video.clip_reader import VideoClips
-from x3d_tf.data.video.decode import VideoError
+from x3d_tf.data.video.decode import VideoError, as_stored
 from x3d_tf.data.video.listing import list_videos
 from x3d_tf.errors import UserError, require
 from x3d_tf.terminal import one_line

@@ -45,11 +45,11 @@ from x3d_tf import commands
 from x3d_tf.errors import UserError
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.archive import model_file, require_classifier
+from x3d_tf.runtimes.runners import Artefact, find_artefacts
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.terminal import progress_bar, tell
 from x3d_tf.text import counted
 
-from .runtimes import Artefact, find_artefacts
 from .workers import ArtefactError, ArtefactInfo, RuntimeNotInstalled, Workers
 
 if TYPE_CHECKING:

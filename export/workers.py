@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x3d_tf.processes import Worker, WorkerDied
+from x3d_tf.runtimes.runners import EXTRAS, Artefact, Runner, open_artefact, probabilities
 from x3d_tf.startup import Mode, kept_back, mode, set_mode
-
-from .runtimes import EXTRAS, Artefact, Runner, open_artefact, probabilities
 
 _CLIPS_PER_MESSAGE = 16
 

@@ -13,9 +13,8 @@ import x3d_tf
 from x3d_tf import predict
 from x3d_tf.data import transforms
 from x3d_tf.data.ava_files import read_boxes
-from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.sampling import key_frame_indices
-from x3d_tf.data.video.decode import VideoError, probe, read_frames
+from x3d_tf.data.video.decode import VideoError, as_stored, probe, read_frames
 from x3d_tf.errors import UserError
 from x3d_tf.inference.actions import (
     ActionScores,

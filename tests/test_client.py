@@ -35,10 +35,9 @@ from test_structure import loaded_by
 from video_fixtures import write_video
 from x3d_tf.export.serving import client
 
-from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.sampling import frame_indices, view_starts
 from x3d_tf.data.video import clip_reader
-from x3d_tf.data.video.decode import read_frames
+from x3d_tf.data.video.decode import as_stored, read_frames
 from x3d_tf.inference.prediction import Prediction, predict_videos
 from x3d_tf.types import Storage
 

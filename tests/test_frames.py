@@ -34,9 +34,9 @@ from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.reader import FrameReader, as_numbers, from_numbers
 from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.records.verify import verify_records
-from x3d_tf.data.records.wire import to_varint
 from x3d_tf.errors import UserError
 from x3d_tf.types import Annotation, ClipSpec, TimedLabel, ViewSpec
+from x3d_tf.wire import to_varint
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import pytest
 from exported_model import three_classes
 from x3d_tf.export import onnx as exporter
 from x3d_tf.export.models import ExportableModel
-from x3d_tf.export.runtimes import Artefact, import_openvino, open_artefact, probabilities
 
 import x3d_tf
 from x3d_tf.files import WriteError
+from x3d_tf.runtimes.runners import Artefact, import_openvino, open_artefact, probabilities
 
 NAMES = ("hug", "kick", "wave")
 
@@ -97,7 +97,7 @@ def onnx_facts(path: Path) -> dict:
 @NEEDS_OPENVINO
 def test_openvino_sends_no_usage_data(tmp_path: Path) -> None:
     """Its telemetry writes the identifier of the user into the home folder."""
-    code = "from x3d_tf.export.runtimes import import_openvino; import_openvino().Core()"
+    code = "from x3d_tf.runtimes.runners import import_openvino; import_openvino().Core()"
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     subprocess.run([sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, check=True)
     assert [*tmp_path.iterdir()] == []

@@ -19,7 +19,8 @@ from x3d_tf.modeling.layers import ChannelwiseConv3D, Conv3D, PointwiseConv3D
 
 onnx = pytest.importorskip("onnx")
 from x3d_tf.export import onnx_parts  # noqa: E402  # imports onnx
-from x3d_tf.export.runtimes import import_openvino  # noqa: E402
+
+from x3d_tf.runtimes.runners import import_openvino  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 

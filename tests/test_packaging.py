@@ -14,7 +14,9 @@ import pytest
 from built_wheel import PLACES, ROOT, built_wheel, copied_tree
 from packaging.requirements import Requirement
 from packaging.version import Version
-from x3d_tf.export import onnx, runtimes
+from x3d_tf.export import onnx
+
+from x3d_tf.runtimes import runners
 
 # The lowest releases without known vulnerabilities in the parts that this package uses.
 FLOORS = {
@@ -76,7 +78,7 @@ def test_extras_include_the_packages_of_their_exporters() -> None:
     for extra, packages in onnx.PACKAGES.items():
         for name in (extra, "bench"):  # the benchmarks export both
             assert set(packages) <= set(re.findall(r"^[\w-]+", settings["options.extras_require"][name], re.MULTILINE))
-    assert set(runtimes.EXTRAS.values()) <= set(settings["options.extras_require"])
+    assert set(runners.EXTRAS.values()) <= set(settings["options.extras_require"])
 
 
 @pytest.fixture(scope="module")

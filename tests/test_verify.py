@@ -16,11 +16,12 @@ from absl import flags
 from absl.testing import flagsaver
 from exported_model import three_classes
 from video_fixtures import noise_video, numbered_frames, write_records, write_video
-from x3d_tf.export import models, runtimes, verification_clips, verify, workers
+from x3d_tf.export import models, verification_clips, verify, workers
 
 import x3d_tf
 from x3d_tf.data.video.decode import encode_video
 from x3d_tf.modeling.folded import fold
+from x3d_tf.runtimes import runners
 from x3d_tf.types import Storage
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
@@ -84,7 +85,7 @@ def artefacts(source: models.ExportableModel, tmp_path_factory: pytest.TempPathF
 def rows(source: models.ExportableModel, artefacts: Path) -> dict[str, verify.Row]:
     pytest.importorskip("ai_edge_litert")
     clips = np.random.default_rng(1).integers(0, 256, (3, 4, 64, 64, 3), dtype=np.uint8)
-    found = verify.verify(source, runtimes.find_artefacts(artefacts), clips, threads=(1,), rounds=1)
+    found = verify.verify(source, runners.find_artefacts(artefacts), clips, threads=(1,), rounds=1)
     return {Path(row.name).name: row for row in found}
 
 
@@ -136,25 +137,25 @@ def test_only_artefacts_are_rows(rows: dict[str, verify.Row]) -> None:
 
 
 def test_missing_packages_and_runtime_errors_are_distinguished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    artefact = runtimes.Artefact(tmp_path / "a.tflite", "litert")
+    artefact = runners.Artefact(tmp_path / "a.tflite", "litert")
 
     def missing(path: Path, threads: int) -> Any:
         raise ModuleNotFoundError("No module named 'ai_edge_litert'")
 
-    monkeypatch.setitem(runtimes.RUNTIMES, "litert", missing)
+    monkeypatch.setitem(runners.RUNTIMES, "litert", missing)
     response = workers._respond({}, 1, artefact, "open")
     assert isinstance(response, workers.RuntimeNotInstalled) and "pip install 'x3d_tf[tflite]'" in str(response)
 
     def faulty(path: Path, threads: int) -> Any:
         raise RuntimeError("bad\nfile")
 
-    monkeypatch.setitem(runtimes.RUNTIMES, "litert", faulty)
+    monkeypatch.setitem(runners.RUNTIMES, "litert", faulty)
     response = workers._respond({}, 1, artefact, "open")
     assert isinstance(response, workers.ArtefactError) and str(response) == "RuntimeError: bad file"
 
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
-    artefact = runtimes.Artefact(tmp_path / "a.tflite", "litert")
+    artefact = runners.Artefact(tmp_path / "a.tflite", "litert")
     with workers.Workers() as pool:
         with pytest.raises((workers.ArtefactError, workers.RuntimeNotInstalled)):
             pool.open(artefact, 1)
@@ -175,7 +176,7 @@ class Doubling:
 
 def test_a_fixed_batch_is_padded() -> None:
     clips = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1, 1)
-    found = runtimes.probabilities(Doubling(), clips)  # type: ignore[arg-type]
+    found = runners.probabilities(Doubling(), clips)  # type: ignore[arg-type]
     assert found[:, 0].tolist() == [0, 2, 4, 6, 8]
 
 
@@ -187,7 +188,7 @@ def test_pixels_are_quantized() -> None:
         (np.int8, (1.0, -128), [-128, -1, 127]),
         (np.int8, (0.5, 0), [0, 127, 127]),
     ):
-        found = runtimes._quantize(clips, {"dtype": dtype, "quantization": quantization})
+        found = runners._quantize(clips, {"dtype": dtype, "quantization": quantization})
         assert found.dtype == dtype and found.tolist() == expected
 
 

@@ -5,8 +5,9 @@ Evaluate a run as it was evaluated after training, with more views per video, or
   python -m x3d_tf.evaluate --run=runs/x3d_s --views=10 --crops=3
   python -m x3d_tf.evaluate --run=runs/mine --records=data/other --split=test
 
-Evaluate a model file:
+Evaluate a model file, or an exported .tflite, .onnx or OpenVINO .xml file or SavedModel as it will be used:
   python -m x3d_tf.evaluate --model=model.keras --records=data/mine --split=test --output=reports/mine
+  python -m x3d_tf.evaluate --model=mine_int8.tflite --records=data/mine --split=test --output=reports/mine_int8
 
 Plot the main metric against cost for 1, 3, 5, 7 and 10 clips per video; resumes an interrupted sweep:
   python -m x3d_tf.evaluate --run=runs/x3d_s --sweep
@@ -67,7 +68,9 @@ _SETTINGS = {  # fields of EvalConfig, with the flags that set them
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("run", None, "Run folder to evaluate.")
-    flags.DEFINE_string("model", None, "A .keras file to evaluate. Requires --records, --split and --output.")
+    flags.DEFINE_string(
+        "model", None, "A .keras file or an exported file to evaluate. Requires --records, --split and --output."
+    )
     flags.DEFINE_multi_string(
         "compare", None, "Run folder whose existing reports are compared; repeat the flag for each run."
     )
@@ -156,9 +159,9 @@ def main() -> None:
         return
     task = _check_paths()
     with starting_tensorflow():
-        from x3d_tf.evaluation.multiview import CLIPS_A_CALL
         from x3d_tf.evaluation.running import evaluate_file, evaluate_run
         from x3d_tf.evaluation.sweep import sweep_file, sweep_run
+        from x3d_tf.evaluation.views import CLIPS_A_CALL
         from x3d_tf.evaluation.watch import watch_run
         from x3d_tf.parallel import use_single_threaded_ops
 

@@ -19,6 +19,7 @@ from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.metadata import copy_metadata
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.runtimes.exported import ExportedClassifier
 from x3d_tf.terminal import tell
 from x3d_tf.types import ClipStarts, Combine, Metric, ViewSpec, stored_to_json
 
@@ -28,7 +29,7 @@ class ClipEvaluation:
     """A classifier, the records to evaluate it on, and the settings: everything that determines the results.
 
     Attributes:
-        model: the network.
+        model: the network, or an exported file.
         weights: origin of the weights, for the report.
         manifest: the manifest of the records.
         classes: names of the classes of the targets; they are among the network's.
@@ -44,7 +45,7 @@ class ClipEvaluation:
         seed: seed of the run; None for a model file.
     """
 
-    model: X3D
+    model: X3D | ExportedClassifier
     weights: dict[str, Any]
     manifest: Manifest
     classes: tuple[str, ...]
@@ -73,8 +74,10 @@ class ClipEvaluation:
             num_classes=model.num_classes,
             options=model.options,
         )
+        exported = {"exported": model.runtime} if isinstance(model, ExportedClassifier) else {}
         return {
             "network": name_of(model.expansion, model.options.family),
+            **exported,
             **self.weights,
             "records": str(self.manifest.folder),
             "records_sha256": self.manifest.fingerprint(),

@@ -116,7 +116,10 @@ def _groups(report: Report) -> tuple[dict[Column, str], ...]:
         {Column(f"GMACs a {r['sample']}"): _cost(r)},
         {
             Column(name): cell
-            for name, cell in ({"M parameters": _parameters(r), "recipe": _recipe(r)} | _published_cells(r)).items()
+            for name, cell in (
+                {"M parameters": _parameters(r), "file": r.get("exported", _EMPTY), "recipe": _recipe(r)}
+                | _published_cells(r)
+            ).items()
         },
     )
 
@@ -211,9 +214,10 @@ def describe(report: Report) -> str:
     """
     r = report.results
     values, sample, count = _values(r), r["sample"], r["samples"]
+    file = f"{r['exported']}, " if "exported" in r else ""
     line = (
         f"{r['network']} on {one_line(r['records'])}, split {r['split']}: "
-        f"{', '.join(metric.labelled(value) for metric, value in values.items())} ({counted(count, sample)}, "
+        f"{', '.join(metric.labelled(value) for metric, value in values.items())} ({file}{counted(count, sample)}, "
         f"{counted(r['classes'], 'class')}, {r['views']}, {_cost(r)} GMACs per {sample}, "
         f"{_parameters(r)} M parameters)"
     )

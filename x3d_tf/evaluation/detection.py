@@ -28,8 +28,8 @@ from x3d_tf.evaluation.detection_reports import (
     write_detection_report,
 )
 from x3d_tf.evaluation.interfaces import Report
-from x3d_tf.evaluation.multiview import CLIPS_A_CALL
 from x3d_tf.evaluation.reports import locked_report_folder, settings_of
+from x3d_tf.evaluation.views import CLIPS_A_CALL
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.x3d import cost_of

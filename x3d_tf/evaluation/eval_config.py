@@ -14,6 +14,7 @@ from x3d_tf.types import BoxSource, ClipStarts, Combine, ViewSpec
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import X3D
+    from x3d_tf.runtimes.exported import ExportedClassifier
 
 HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
 CLIP_SETTINGS = ("temporal_views", "spatial_crops", "clip_starts", "frame_sampling", "combine", "head_pool")
@@ -77,7 +78,7 @@ class EvalConfig:
         rule = "be 1 for a network trained on stretched frames, because square frames have a single crop"
         require(distinct, "EvalConfig.spatial_crops", rule, self.spatial_crops)
 
-    def views_for(self, model: "X3D", temporal_views: int) -> ViewSpec:
+    def views_for(self, model: "X3D | ExportedClassifier", temporal_views: int) -> ViewSpec:
         """Returns the views of each video; `temporal_views` is used if the setting is None."""
         self.check_crops(model.stretch)
         test_size = model.expansion.test_size

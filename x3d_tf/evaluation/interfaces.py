@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from x3d_tf.evaluation.eval_config import EvalConfig
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
+    from x3d_tf.runtimes.exported import ExportedClassifier
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,16 @@ class Evaluator(Protocol):
         """
 
     def evaluation(
-        self, model: "Network", weights: dict[str, Any], settings: "EvalConfig", run: "RunFolder | None"
+        self,
+        model: "Network | ExportedClassifier",
+        weights: dict[str, Any],
+        settings: "EvalConfig",
+        run: "RunFolder | None",
     ) -> Evaluation:
         """Returns the evaluation of a network.
 
         Args:
-            model: the network.
+            model: the network, or an exported file.
             weights: origin of the weights, for the report.
             settings: the settings. None means: those of the run, or as stored in the model file.
             run: the run folder; None for a model file.

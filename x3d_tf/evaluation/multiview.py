@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from x3d_tf.data.input_pipeline import MakeExample, evaluation_dataset
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.sampling import FrameSampling
-from x3d_tf.errors import UserError
-from x3d_tf.evaluation.views import CombinedViews
+from x3d_tf.errors import UserError, require
+from x3d_tf.evaluation.views import CLIPS_A_CALL, CombinedViews
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.parallel import optimize_for_device
+from x3d_tf.runtimes.exported import ExportedClassifier
 from x3d_tf.terminal import progress_bar
 from x3d_tf.types import ClipStarts, Combine, ViewSpec
-
-CLIPS_A_CALL = 8  # batch size of the network
 
 
 class SplitPredictions(NamedTuple):
@@ -38,7 +38,7 @@ class SplitPredictions(NamedTuple):
 
 
 def predict_split(
-    model: X3D,
+    model: X3D | ExportedClassifier,
     manifest: Manifest,
     split: str,
     views: ViewSpec,
@@ -52,7 +52,7 @@ def predict_split(
     """Computes the class probabilities of each video, combined over its views in float32.
 
     Args:
-        model: a network that returns logits. Its `activation` turns them into probabilities.
+        model: a network that returns logits, whose `activation` turns them into probabilities; or an exported file.
         manifest: the manifest of the records.
         split: name of the split.
         views: the clips and crops of each video.
@@ -69,7 +69,7 @@ def predict_split(
         UserError: a setting is out of range, the split does not exist, the records are missing or damaged, or the
             probabilities are not finite.
     """
-    network = probabilities_of(model, views.crop)
+    network = classifier(model, views.crop)
     records = manifest.split(split).records
     combined = CombinedViews(combine, len(records), model.num_classes)
     targets: list[Any] = [None] * len(records)
@@ -89,7 +89,7 @@ def predict_split(
         progress_bar(total, "clip", "evaluating", leave=None, disable=not progress) as bar,
     ):
         for clips, target, video in batches:
-            probabilities = network(clips).numpy()
+            probabilities = network(clips.numpy())
             finite = np.isfinite(probabilities).all(axis=1)
             if not finite.all():
                 first = records[int(video[int(finite.argmin())])].media_id
@@ -104,7 +104,21 @@ def predict_split(
     return SplitPredictions(combined.result(), np.array(targets))
 
 
-def probabilities_of(model: X3D, crop: int) -> Callable[[Any], Any]:
+def classifier(model: X3D | ExportedClassifier, crop: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """Returns a function from clips, float32 (N, T, crop, crop, 3) in 0..255, to probabilities, (N, classes).
+
+    Raises:
+        UserError: an exported file has clips of another size.
+    """
+    if isinstance(model, ExportedClassifier):
+        size = model.clip.size
+        require(crop == size, "the crop", f"be {size} pixels, the size of the clips of {model.path}", crop)
+        return model
+    compiled = probabilities_of(model, crop)
+    return lambda clips: compiled(clips).numpy()
+
+
+def probabilities_of(model: X3D, crop: int) -> Any:
     """Returns a compiled function from clips to float32 probabilities, for any precision of the network.
 
     Args:
@@ -112,13 +126,13 @@ def probabilities_of(model: X3D, crop: int) -> Callable[[Any], Any]:
         crop: height and width of the clips in pixels.
 
     Returns:
-        The function from float32 (N, T, crop, crop, 3), RGB in 0..255, to float32 (N, classes), for any N.
+        The `tf.function` from float32 (N, T, crop, crop, 3), RGB in 0..255, to float32 (N, classes), for any N.
     """
     return _compiled(model, getattr(tf.nn, model.activation), crop)
 
 
 @functools.lru_cache(maxsize=1)  # compilation takes seconds, and one network is often evaluated several times
-def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Callable[[Any], Any]:
+def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Any:
     network = optimize_for_device(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32)))
     return tf.function(network, input_signature=[tf.TensorSpec((None, model.clip.frames, crop, crop, 3), tf.float32)])
 

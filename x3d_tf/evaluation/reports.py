@@ -177,6 +177,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     - samples, classes: integers of at least 1
     - gmacs_per_clip, gmacs_per_sample: numbers of at least 0; params, params_paper: optional, see `modeling.cost.Cost`
     - classes_without_positives: a list of names, optional
+    - exported: the format of the exported file that ran, such as "TFLite int8": a line of text; optional
     - official_split, official_splits: its number and how many there are, optional
     - training: an object with settings_sha256, init or null, and optionally records_sha256 and the names of
       `RECIPE_FIELDS`; optional
@@ -185,8 +186,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the field, the rule and the value.
     """
-    for name in _LINES:
-        value = settings.get(name)
+    for name in (*_LINES, "exported"):
+        value = settings.get(name, "network" if name == "exported" else None)
         valid = isinstance(value, str) and value.isprintable() and bool(value.strip())
         require(valid, name, "be one printable line", value)
     require(isinstance(settings.get("records"), str), "records", "be a string", settings.get("records"))

@@ -8,8 +8,11 @@ from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.interfaces import Evaluator, Report
 from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
 from x3d_tf.modeling.archive import weights_of
+from x3d_tf.modeling.cards import is_exported
 from x3d_tf.modeling.saving import load
+from x3d_tf.modeling.x3d import Network
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.runtimes.exported import ExportedClassifier
 
 
 def evaluate_run(
@@ -35,6 +38,11 @@ def evaluate_run(
     return _evaluate(run.root, task, Path(output) if output else folder, eval_config, run, overwrite)
 
 
+def load_any(path: Path) -> Network | ExportedClassifier:
+    """Loads a network, or opens an exported file."""
+    return ExportedClassifier(path) if is_exported(path) else load(path)
+
+
 def weights_of_run(run: RunFolder) -> dict[str, Any]:
     """Returns the origin of the weights of a finished run, for its reports: the file, its hash, and the training."""
     return {**weights_of(run.root), "training": run.training_record()}
@@ -43,7 +51,7 @@ def weights_of_run(run: RunFolder) -> dict[str, Any]:
 def evaluate_file(
     file: str | Path, task: Evaluator, *, output: str, overwrite: bool = False, **settings: Any
 ) -> Report:
-    """Evaluates a `.keras` file of this package and writes a report.
+    """Evaluates a `.keras` file of this package, or a file that it exported, and writes a report.
 
     Args:
         file: the model file.
@@ -64,6 +72,6 @@ def _evaluate(
 ) -> Report:
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
     weights = weights_of_run(run) if run else weights_of(path)
-    report = task.evaluation(load(path), weights, settings, run).report(folder)
+    report = task.evaluation(load_any(path), weights, settings, run).report(folder)
     print(describe(report))
     return report

@@ -10,7 +10,7 @@ from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.interfaces import Evaluation, Evaluator, Report
 from x3d_tf.evaluation.reports import RESULTS_NAME, differing_settings, read_report, settings_of, write_csv
-from x3d_tf.evaluation.running import weights_of_run
+from x3d_tf.evaluation.running import load_any, weights_of_run
 from x3d_tf.modeling.archive import weights_of
 from x3d_tf.modeling.saving import load
 from x3d_tf.runs.run_folder import RunFolder
@@ -58,8 +58,8 @@ def sweep_run(
 
 
 def sweep_file(file: str | Path, task: Evaluator, *, output: str, overwrite: bool = False, **settings: Any) -> Sweep:
-    """Evaluates a `.keras` file as `sweep_run` does a run. Requires `records` and `split`."""
-    evaluation = task.evaluation(load(file), weights_of(Path(file)), _without_views(settings), None)
+    """Evaluates a `.keras` or exported file as `sweep_run` does a run. Requires `records` and `split`."""
+    evaluation = task.evaluation(load_any(Path(file)), weights_of(Path(file)), _without_views(settings), None)
     return _sweep(evaluation, Path(output), {k: Path(output) / f"{k}clips" for k in CLIPS}, overwrite)
 
 

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from x3d_tf.data import transforms
 from x3d_tf.data.ava_files import BoxTable, KeyFrame, one_row_per_action, read_boxes
 from x3d_tf.data.boxes import is_nonempty
-from x3d_tf.data.records.format import as_stored
 from x3d_tf.data.sampling import decoded_short_side, key_frame_indices
 from x3d_tf.data.video.clip_reader import cut_clips
-from x3d_tf.data.video.decode import Pixels, frame_at, probe, read_frames
+from x3d_tf.data.video.decode import Pixels, as_stored, frame_at, probe, read_frames
 from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.terminal import progress_bar

@@ -2,13 +2,17 @@
 
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.inference.prediction import Prediction
+from x3d_tf.inference.writers import partial_output
 from x3d_tf.terminal import one_line
+from x3d_tf.text import counted
 
 
 def print_videos(results: Iterable[Prediction | VideoError], names: Sequence[str]) -> None:
@@ -46,3 +50,30 @@ def print_windows(results: Iterable[Prediction | VideoError], names: Sequence[st
 def top_lines(prediction: Prediction, names: Sequence[str], count: int) -> list[str]:
     """Returns the most probable classes of a prediction, one line each."""
     return [f"  {prediction.probabilities[index]:6.1%}  {one_line(names[index])}" for index in prediction.top(count)]
+
+
+@contextmanager
+def report_partial(done: Sized, videos: int, *outputs: str | None, windows: bool = False) -> Iterator[None]:
+    """Reports which output files keep the predictions made so far when the block is left early.
+
+    Args:
+        done: the videos with predictions; it grows within the block.
+        videos: the number of all videos.
+        outputs: the output files that were requested.
+        windows: whether the last video may lack some windows.
+    """
+    try:
+        yield
+    except BaseException:
+        kept = [str(partial) for path in outputs if path and (partial := partial_output(Path(path))).is_file()]
+        if kept and done:
+            last = ", the last one perhaps incomplete" if windows else ""
+            what = f"predictions for {len(done)} of {counted(videos, 'video')}{last}"
+            print(f"\nkept: {one_line(', '.join(kept))}, {what}", file=sys.stderr)
+        raise
+
+
+def print_written(outputs: Sequence[str]) -> None:
+    """Prints the names of the output files, if there are any."""
+    if outputs:
+        print(one_line(f"written: {', '.join(outputs)}"))

@@ -1,33 +1,39 @@
-"""Predicts the classes of video files. Videos are decoded as a stream, so memory does not grow with their length.
+"""Predicts the classes of video files. Imports TensorFlow only for networks that run in it.
+
+Videos are decoded as a stream, so memory does not grow with their length.
 
 Frames are scaled and compressed like the frames of the training records, and clips are sampled, scaled and cropped as
 in evaluation. A video therefore gets the probabilities that the evaluation of its record gives.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow as tf
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from x3d_tf.data import transforms
-from x3d_tf.data.records.format import as_stored
+from x3d_tf.data.numpy_transforms import resized_centre_crop
 from x3d_tf.data.sampling import FrameSampling, decoded_short_side, require_windows, view_indices
 from x3d_tf.data.video.clip_reader import Cut, VideoClips, cut_clips
-from x3d_tf.data.video.decode import Pixels, VideoError, first_from, probe, read_frames
+from x3d_tf.data.video.decode import Pixels, VideoError, as_stored, first_from, probe, read_frames
 from x3d_tf.data.video.listing import list_videos
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.multiview import CLIPS_A_CALL, probabilities_of
-from x3d_tf.evaluation.views import CombinedViews
-from x3d_tf.modeling.saving import load_classifier
-from x3d_tf.modeling.x3d import X3D
+from x3d_tf.evaluation.views import CLIPS_A_CALL, CombinedViews
+from x3d_tf.modeling.cards import is_exported
+from x3d_tf.runtimes.exported import ExportedClassifier, to_pixels
 from x3d_tf.text import counted, distinct_ends
 from x3d_tf.types import MAX_VIEWS, ClipSpec, Combine, Storage, ViewSpec
+
+if TYPE_CHECKING:
+    from x3d_tf.modeling.x3d import X3D
+
+Probabilities = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 _ONLY = np.zeros(1, np.int64)  # index of the only video
 _BAR = "{percentage:3.0f}% |{bar:20}| {whole} of {videos}, {remaining} left{postfix}"
@@ -59,7 +65,7 @@ class Prediction:
 
 
 def predict_videos(
-    model: X3D | str | Path,
+    model: "X3D | ExportedClassifier | str | Path",
     files: str | Path | Iterable[str | Path],
     *,
     temporal_views: int | None = None,
@@ -78,7 +84,8 @@ def predict_videos(
     `hop` seconds apart, and the last one ends with the video. A video shorter than a window is one window.
 
     Args:
-        model: a model from `x3d_tf.load` with its classifier, or the path of a run folder or `.keras` file.
+        model: a model from `x3d_tf.load` with its classifier, or the path of a run folder, of a `.keras` file or of an
+            exported file. An exported file needs TensorFlow only if it is a SavedModel.
         files: one or several files or folders. Folders are searched recursively, see `list_videos`.
         temporal_views: number of clips per prediction, K, 1..1000. Defaults to the number of the network's evaluation,
             `test_views`, and to 1 (the middle clip) for windows.
@@ -100,7 +107,7 @@ def predict_videos(
         ...     print(result.path, result.top(1) if isinstance(result, x3d_tf.Prediction) else result.reason)
     """
     paths = list_videos([files] if isinstance(files, str | Path) else files)
-    model = load_classifier(model) if isinstance(model, str | Path) else model
+    model = open_classifier(model) if isinstance(model, str | Path) else model
     require(model.include_top, "the network", "have its classifier (include_top)", model.include_top)
     clip = model.clip
     require_windows(clip, window, hop)
@@ -119,6 +126,23 @@ def predict_videos(
         model.combine,
     )
     return _predict(_Network(model, sampler.views), sampler, paths, thumbnails, progress)
+
+
+def open_classifier(path: str | Path, at_once: int | None = None) -> "X3D | ExportedClassifier":
+    """Opens a classifier for prediction.
+
+    Args:
+        path: run folder, `.keras` file, or exported file.
+        at_once: for an exported file, see `ExportedClassifier`.
+
+    Raises:
+        UserError: see `modeling.saving.load_classifier` and `ExportedClassifier`.
+    """
+    if is_exported(path):
+        return ExportedClassifier(path, at_once)
+    from x3d_tf.modeling.saving import load_classifier
+
+    return load_classifier(path)
 
 
 def spread_frames(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -193,27 +217,48 @@ class _Sampler:
 
 
 class _Network:
-    """A network and its preprocessing, each traced once."""
+    """A network with its preprocessing. It processes clips in threads while the next ones are decoded."""
 
-    def __init__(self, model: X3D, views: ViewSpec) -> None:
-        self.classes, self.crop = model.num_classes, views.crop
-        self.probabilities = probabilities_of(model, views.crop)
+    def __init__(self, model: "X3D | ExportedClassifier", views: ViewSpec) -> None:
+        self.classes, self.crop, self._views = model.num_classes, views.crop, views
+        if isinstance(model, ExportedClassifier):
+            run = model.probabilities
+            self._probabilities: Probabilities = lambda clips: run(to_pixels(clips))
+            self._pool, self._threads, self._batch = model.pool, model.at_once, model.batch
+            return
+        from x3d_tf.evaluation.multiview import probabilities_of
 
-        @tf.function(input_signature=[tf.TensorSpec((model.clip.frames, None, None, 3), tf.uint8)])
-        def prepare(clip: tf.Tensor) -> tf.Tensor:
-            with tf.device("cpu"):  # as in the input pipeline
-                return transforms.crops(transforms.resize(clip, views.resize, views.stretch), views.crop, 1)[0]
-
-        self.prepare = prepare
+        compiled = probabilities_of(model, views.crop)
+        self._probabilities = lambda clips: compiled(clips).numpy()
+        self._pool, self._threads, self._batch = ThreadPoolExecutor(1, "network"), 1, CLIPS_A_CALL
+        self._pool.submit(compiled.get_concrete_function)  # traces while the first video is decoded
 
     def __call__(self, cuts: Iterable[Cut], path: Path) -> Iterator[tuple[Cut, NDArray[np.float32]]]:
         """Yields each clip, its frames as the network receives them, float32 (T, S, S, 3), and its probabilities."""
-        prepared = (cut._replace(frames=self.prepare(np.stack(cut.frames))) for cut in cuts)
-        while batch := list(itertools.islice(prepared, CLIPS_A_CALL)):
-            found = self.probabilities(tf.stack([cut.frames for cut in batch])).numpy()
-            if not np.isfinite(found).all():
-                raise UserError(f"the network returns probabilities that are not finite for {path}")
-            yield from zip(batch, found, strict=True)
+        running: deque[Future[list[tuple[Cut, NDArray[np.float32]]]]] = deque()
+        cuts = iter(cuts)
+        try:
+            while batch := list(itertools.islice(cuts, self._batch)):
+                running.append(self._pool.submit(self._run, batch, path))
+                while running and (running[0].done() or len(running) > self._threads):
+                    yield from running.popleft().result()
+        except VideoError:  # the video is truncated: what precedes is predicted
+            while running:
+                yield from running.popleft().result()
+            raise
+        while running:
+            yield from running.popleft().result()
+
+    def _run(self, batch: Sequence[Cut], path: Path) -> list[tuple[Cut, NDArray[np.float32]]]:
+        views = self._views
+        clips = np.stack(
+            [resized_centre_crop(np.stack(cut.frames), views.resize, views.crop, views.stretch) for cut in batch]
+        )
+        found = self._probabilities(clips)
+        if not np.isfinite(found).all():
+            raise UserError(f"the network returns probabilities that are not finite for {path}")
+        prepared = (cut._replace(frames=list(frames)) for cut, frames in zip(batch, clips, strict=True))
+        return [*zip(prepared, found, strict=True)]
 
 
 class _VideoBar(tqdm):
@@ -325,7 +370,7 @@ class _Thumbnails:
         """Keeps the chosen frames of a clip, (T, S, S, 3)."""
         for number, frame in zip(cut.numbers, cut.frames):
             if number in self._pixels and self._pixels[number] is None:
-                self._pixels[number] = np.clip(frame.numpy().round(), 0, 255).astype(np.uint8)
+                self._pixels[number] = to_pixels(frame)
 
     def taken(self, side: int, fps: float, start: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
         """Returns the frames that were decoded, (n, side, side, 3), and their times in seconds, (n,)."""

@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 
 from x3d_tf.errors import UserError, first_line, require
+from x3d_tf.modeling.cards import files_of, is_exported, read_exported_metadata
 from x3d_tf.modeling.metadata import JSON_LIMIT, Metadata
 
 MEMBER = "x3d_tf.json"
@@ -34,6 +35,7 @@ UNREADABLE = (  # errors that zipfile and h5py raise for damaged files
     zlib.error,
 )
 _LIMITS = {MEMBER: JSON_LIMIT, "metadata.json": 1024 * 1024, "config.json": 64 * 1024 * 1024}  # bytes
+_BLOCK = 1 << 20  # bytes read at once
 _WEIGHT_BYTES = 4  # Keras stores float32 weights for every dtype policy
 _ENCRYPTED = 0x1  # flag bit of a zip member
 
@@ -60,13 +62,13 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def describe(path: str | Path) -> Metadata:
-    """Reads the metadata of a run folder or of a `.keras` file saved by this package.
+    """Reads the metadata of a run folder, of a `.keras` file saved by this package, or of a file that it exported.
 
     Raises:
-        UserError: the file does not exist, was not saved by this package, or is too small for the network in its
+        UserError: the file does not exist, was not written by this package, or is too small for the network in its
             metadata.
     """
-    return read_metadata(model_file(path))
+    return read_exported_metadata(path) if is_exported(path) else read_metadata(model_file(path))
 
 
 def require_classifier(path: str | Path) -> None:
@@ -91,10 +93,17 @@ def model_file(path: str | Path) -> Path:
 
 
 def weights_of(path: Path) -> dict[str, Any]:
-    """Returns the name and SHA-256 of a model file, for an evaluation report."""
-    file = model_file(path)
-    with file.open("rb") as content:
-        return {"weights": str(file), "weights_sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    """Returns the name and SHA-256 of a model file, for an evaluation report.
+
+    The hash of a SavedModel or an OpenVINO model is that of the contents of its files in the order of their names.
+    """
+    file = path if is_exported(path) else model_file(path)
+    digest = hashlib.sha256()
+    for part in files_of(file):
+        with part.open("rb") as content:
+            while block := content.read(_BLOCK):
+                digest.update(block)
+    return {"weights": str(file), "weights_sha256": digest.hexdigest()}
 
 
 def check_weights(path: Path, metadata: Metadata) -> None:
@@ -174,6 +183,8 @@ def _not_a_model_file(path: Path, error: Exception) -> str:
     if path.suffix in (".pyth", ".pth", ".pt"):
         advice = f"convert PyTorch weights with python -m x3d_tf.import_weights {path} --variant=..."
         return f"{path} is not a .keras file; {advice}"
+    if is_exported(path):
+        return f"{path} is an exported file, which only predict and evaluate accept; give a run folder or a .keras file"
     if isinstance(error, KeyError):
         advice = "Save it again with x3d_tf.save(model, path) where the model was created"
         return f"{path} has no {MEMBER}, the metadata of a model file. {advice}"

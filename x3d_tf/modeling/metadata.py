@@ -42,8 +42,9 @@ class Metadata:
         num_classes: number of outputs of the classifier.
         include_top: whether the network has a classifier.
         class_names: class names, one per output; empty without a classifier.
-        form: `trainable` (this package's layers, logits) or `portable` (stock Keras layers, probabilities).
-        size: side of the input clip in pixels for the portable form; the training crop for the trainable form.
+        form: `trainable` (this package's layers, logits), `portable` (stock Keras layers, probabilities), or `exported`
+            (a file for another runtime, probabilities).
+        size: side of the input clip in pixels; the training crop for the trainable form.
         task: name of the task. single_label requires a classifier with softmax, multi_label one with sigmoid, and
             detection a detector.
         activation: function from logits to probabilities; always "sigmoid" for a detector.
@@ -64,7 +65,7 @@ class Metadata:
     num_classes: int
     include_top: bool
     class_names: tuple[str, ...]
-    form: Literal["trainable", "portable"]
+    form: Literal["trainable", "portable", "exported"]
     size: int
     task: str = "single_label"
     activation: Activation = "softmax"
@@ -188,7 +189,12 @@ def class_names_or_numbers(class_names: Sequence[str] | None, count: int) -> tup
     return tuple(str(number) for number in range(count))
 
 
-def copy_metadata(source: "Network | Metadata", model: "Network") -> None:
-    """Copies what the weights do not hold into a network: its class names, and how clips are made from videos."""
+def copy_metadata(source: "Network | Metadata", model: Any) -> None:
+    """Copies what the weights do not hold into a network: its class names, and how clips are made from videos.
+
+    Args:
+        source: the network or the metadata.
+        model: a `Network`, or an object with its attributes.
+    """
     for name in ("class_names", "stretch", "stored", "frame_sampling", "test_views", "combine"):
         setattr(model, name, getattr(source, name))

@@ -1,7 +1,7 @@
 """The trainable classifier, one flat Keras graph, and the base class of all networks."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
@@ -70,6 +70,7 @@ class Network(keras.Model):
     Attributes:
         expansion, options, num_classes, include_top, activation, task, head: the arguments that the network was built
             from. Only detectors have a `head`.
+        form: always "trainable"; see `Metadata`.
         class_names: class names, one per output, if the network was loaded by `x3d_tf.load`; otherwise empty.
         stretch: whether training frames were resized to squares, ignoring the aspect ratio. Evaluation does the same.
         stored: size and JPEG quality of the stored training frames. Frames of videos are then resized and compressed
@@ -88,6 +89,7 @@ class Network(keras.Model):
     activation: Activation
     task: str
     head: DetectionHead | None = None
+    form: Literal["trainable"] = "trainable"
     class_names: tuple[str, ...] = ()
     stretch: bool = False
     stored: Storage | None = None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
+    from x3d_tf.runtimes.exported import ExportedClassifier
 
 
 class Loss(Protocol):
@@ -167,7 +168,7 @@ class Task(Evaluator, Protocol):
 
     def check_evaluation(
         self,
-        network: "Metadata | Network",
+        network: "Metadata | Network | ExportedClassifier",
         settings: "EvalConfig",
         manifest: "Manifest",
         run: "RunFolder | None" = None,
@@ -175,7 +176,7 @@ class Task(Evaluator, Protocol):
         """Checks the settings and the records of an evaluation before TensorFlow starts.
 
         Args:
-            network: the network or its metadata.
+            network: the network, an exported file, or the metadata of either.
             settings: the settings.
             manifest: the manifest of the records.
             run: the run folder; None for a model file.
@@ -195,7 +196,9 @@ class Task(Evaluator, Protocol):
         """Returns the job of the predict command; it may set the threads of TensorFlow."""
 
 
-def require_known_classes(network: "Metadata | Network", classes: Sequence[str], records: Path) -> None:
+def require_known_classes(
+    network: "Metadata | Network | ExportedClassifier", classes: Sequence[str], records: Path
+) -> None:
     """Raises `UserError` if records have classes that the network does not have."""
     known = set(network.class_names)
     unknown = [name for name in classes if name not in known]

@@ -12,6 +12,7 @@ from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import BOX_SETTINGS, folder_of
 from x3d_tf.evaluation.metrics import classification_metrics
 from x3d_tf.evaluation.reports import check_metrics, metrics_to_json
+from x3d_tf.modeling.cards import is_exported
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
 from x3d_tf.tasks.base import Suggestion, require_known_classes
 from x3d_tf.text import binding_flag
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import X3D, Network
     from x3d_tf.runs.run_folder import RunFolder
+    from x3d_tf.runtimes.exported import ExportedClassifier
     from x3d_tf.tasks.base import Task
     from x3d_tf.types import Activation
 
@@ -218,9 +220,14 @@ class ClipTask:
         return folder_of(run, settings, views)
 
     def evaluation(
-        self, model: "Network", weights: dict[str, Any], settings: "EvalConfig", run: "RunFolder | None"
+        self,
+        model: "Network | ExportedClassifier",
+        weights: dict[str, Any],
+        settings: "EvalConfig",
+        run: "RunFolder | None",
     ) -> "ClipEvaluation":
         from x3d_tf.evaluation.classification import ClipEvaluation, with_head_pool
+        from x3d_tf.runtimes.exported import ExportedClassifier
 
         config = run.read_config() if run else None
         dataset = settings.dataset_of(config)
@@ -230,7 +237,11 @@ class ClipTask:
             test_views, frame_sampling, combine = config.test_views, dataset.frame_sampling, config.combine
         manifest = open_dataset(dataset)
         self.check_evaluation(model, settings, manifest, run)
-        classifier = with_head_pool(self._classifier(model), settings.head_pool)
+        classifier = (
+            model
+            if isinstance(model, ExportedClassifier)
+            else with_head_pool(self._classifier(model), settings.head_pool)
+        )
         return ClipEvaluation(
             model=classifier,
             weights=weights,
@@ -257,11 +268,15 @@ class ClipTask:
 
     def check_evaluation(
         self,
-        network: "Metadata | Network",
+        network: "Metadata | Network | ExportedClassifier",
         settings: "EvalConfig",
         manifest: "Manifest",
         run: "RunFolder | None" = None,
     ) -> None:
+        if network.form == "exported":
+            settings.require_unset(
+                ("spatial_crops", "head_pool"), "for an exported file, whose clips have a fixed size"
+            )
         require_annotations(manifest, self.annotations)
         rule = f"be {self.activation!r} for the task {self.name}"
         require(network.activation == self.activation, "the activation of the network", rule, network.activation)
@@ -273,11 +288,13 @@ class ClipTask:
         require_windows(metadata.expansion.clip, options["window"], options["hop"])
 
     def prediction_job(self, options: Mapping[str, Any], paths: Sequence[Path]) -> "ClassifyJob":
-        from x3d_tf.evaluation.multiview import CLIPS_A_CALL
+        from x3d_tf.evaluation.views import CLIPS_A_CALL
         from x3d_tf.inference.jobs import ClassifyJob
-        from x3d_tf.parallel import use_single_threaded_ops
 
-        if options["views"] != 1 and options["window"] is None:  # a single clip is faster with all threads
+        several = options["views"] != 1 and options["window"] is None  # a single clip is faster with all threads
+        if several and not is_exported(options["model"]):
+            from x3d_tf.parallel import use_single_threaded_ops
+
             use_single_threaded_ops(CLIPS_A_CALL)
         return ClassifyJob(
             model=options["model"],

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from x3d_tf.evaluation.detection import DetectorEvaluation
     from x3d_tf.evaluation.eval_config import EvalConfig
     from x3d_tf.evaluation.validation import KeyFrameValidation
-    from x3d_tf.inference.jobs import DetectJob
+    from x3d_tf.inference.action_jobs import DetectJob
     from x3d_tf.losses import BoxLoss
     from x3d_tf.modeling.detection import Detector
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
+    from x3d_tf.runtimes.exported import ExportedClassifier
     from x3d_tf.tasks.base import Task
 
 
@@ -139,7 +140,11 @@ class Detection:
         return detector_report_folder(run, settings)
 
     def evaluation(
-        self, model: "Network", weights: dict[str, Any], settings: "EvalConfig", run: "RunFolder | None"
+        self,
+        model: "Network | ExportedClassifier",
+        weights: dict[str, Any],
+        settings: "EvalConfig",
+        run: "RunFolder | None",
     ) -> "DetectorEvaluation":
         from x3d_tf.evaluation.detection import DetectorEvaluation
 
@@ -152,7 +157,7 @@ class Detection:
 
     def check_evaluation(
         self,
-        network: "Metadata | Network",
+        network: "Metadata | Network | ExportedClassifier",
         settings: "EvalConfig",
         manifest: "Manifest",
         run: "RunFolder | None" = None,
@@ -179,7 +184,7 @@ class Detection:
         commands.require_path("--person_detector", options["person_detector"], "SavedModel")
 
     def prediction_job(self, options: Mapping[str, Any], paths: Sequence[Path]) -> "DetectJob":
-        from x3d_tf.inference.jobs import DetectJob
+        from x3d_tf.inference.action_jobs import DetectJob
 
         return DetectJob(
             model=options["model"],
@@ -199,7 +204,7 @@ def _drawings(options: Mapping[str, Any], paths: Sequence[Path]) -> dict[Path, P
     return {path: Path(folder) / f"{path.stem}.mp4" for path in paths} if folder else {}
 
 
-def _detector(model: "Network") -> "Detector":
+def _detector(model: "Network | ExportedClassifier") -> "Detector":
     from x3d_tf.modeling.detection import Detector
 
     if not isinstance(model, Detector):

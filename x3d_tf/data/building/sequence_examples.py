@@ -15,11 +15,11 @@ import numpy as np
 from x3d_tf.data.records.frames import frame_spans
 from x3d_tf.data.records.framing import RecordError, read_record, stated_length
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES
-from x3d_tf.data.records.wire import Span, fields, inside, varint
 from x3d_tf.data.video.decode import MAX_RECORD_BYTES, EncodedVideo, VideoError
 from x3d_tf.data.video.image_sequences import to_jpeg
 from x3d_tf.errors import UserError
 from x3d_tf.files import SMALL, require_regular
+from x3d_tf.wire import Span, fields, inside, varint
 
 LABELS, NAME, RATE = "clip/label/index", "clip/media_id", "image/frame_rate"
 LABEL_NAMES = ("clip/label/string", "clip/label/text")  # of MediaSequence and of DMVR

@@ -25,9 +25,9 @@ from x3d_tf.data.records.frames import (
 )
 from x3d_tf.data.records.framing import RecordError, read_record
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard, Split, media_id, plan_shards
-from x3d_tf.data.video.decode import EncodedVideo, Pixels, VideoError, encode_jpeg, frame_at
+from x3d_tf.data.video.decode import EncodedVideo, VideoError, frame_at
 from x3d_tf.files import os_errors_as_write_error, temporary_path
-from x3d_tf.types import Annotation, Box, Storage, TimedLabel
+from x3d_tf.types import Annotation, Box, TimedLabel
 
 _CONTEXT = {
     "clip/label/index": tf.io.RaggedFeature(tf.int64),
@@ -270,19 +270,6 @@ def decode_frame(jpeg: tf.Tensor) -> tf.Tensor:
 def _decode_jpeg(jpeg: tf.Tensor) -> tf.Tensor:
     # The accurate DCT is the default of other decoders.
     return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
-
-
-def as_stored(pixels: Pixels, stored: Storage | None) -> Pixels:
-    """Compresses a frame to JPEG and decodes it again, so that the network sees what it saw in training.
-
-    Args:
-        pixels: frame from `decode.read_frames` with the short side from `sampling.decoded_short_side`.
-        stored: storage format of the records that the network was trained on. None returns the frame unchanged.
-    """
-    if stored is None:
-        return pixels
-    decoded: Pixels = _decode_jpeg(encode_jpeg(pixels, stored.jpeg_quality)).numpy()
-    return decoded
 
 
 class ShardWriter:

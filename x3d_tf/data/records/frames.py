@@ -38,9 +38,9 @@ from tqdm import tqdm
 from x3d_tf.data.records.framing import LARGEST_RECORD
 from x3d_tf.data.records.index import FOOTER_BYTES, HEADER_BYTES, Record, Shard
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
-from x3d_tf.data.records.wire import Span, fields, inside, to_varint, varint
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import LARGE, atomic_write, open_regular, read_limited
+from x3d_tf.wire import Span, fields, inside, to_varint, varint
 
 _MAGIC, _VERSION = b"X3DFRAME", 2
 _HEADER = struct.Struct("<8sIIQQ32s")

@@ -17,6 +17,7 @@ from PIL import Image
 from x3d_tf.data.sampling import resized_shape
 from x3d_tf.data.video.containers import VideoError, decoding_errors_as_video_error, open_container, packets
 from x3d_tf.data.video.timeline import Timeline, check_complete, read_timeline
+from x3d_tf.types import Storage
 
 __all__ = (
     "EncodedVideo",
@@ -191,6 +192,19 @@ def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def as_stored(pixels: Pixels, stored: Storage | None) -> Pixels:
+    """Compresses a frame to JPEG and decodes it again, so that the network sees what it saw in training.
+
+    Args:
+        pixels: frame from `read_frames` with the short side from `sampling.decoded_short_side`.
+        stored: storage format of the records that the network was trained on. None returns the frame unchanged.
+    """
+    if stored is None:
+        return pixels
+    with Image.open(io.BytesIO(encode_jpeg(pixels, stored.jpeg_quality)), formats=["JPEG"]) as image:
+        return np.asarray(image)
 
 
 def _read_range(

@@ -1,12 +1,16 @@
 """Runtimes of exported artefacts: every format becomes a function from clips to probabilities.
 
 A runtime is imported when its first artefact is opened, so that a missing runtime raises an ImportError only then.
+Imports no TensorFlow.
 """
 
+import copy
+import functools
 import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x3d_tf.errors import UserError, require
+from x3d_tf.modeling.cards import CARD, SAVED_MODEL, card_in_zip, files_of
 
-CARD = "model_card.json"  # in the folder of a SavedModel and within a .tflite file
 SIGNATURE, OUTPUT = "serving_default", "probabilities"  # names in a SavedModel
 
 
@@ -40,6 +44,9 @@ class Runner(Protocol):
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Returns the probabilities (N, classes) of clips (N, T, H, W, 3)."""
 
+    def for_another_thread(self) -> "Runner":
+        """Returns a runner that may be called while this one is; it shares what the runtime can share."""
+
 
 @dataclass(frozen=True)
 class Artefact:
@@ -56,10 +63,7 @@ class Artefact:
     @property
     def bytes(self) -> int:
         """Size of the file, of all files in a folder, or of an OpenVINO .xml file with its .bin file."""
-        if self.path.is_dir():
-            return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-        files = [self.path, self.path.with_suffix(".bin")] if self.runtime == "openvino" else [self.path]
-        return sum(file.stat().st_size for file in files if file.is_file())
+        return sum(file.stat().st_size for file in files_of(self.path))
 
 
 def find_artefacts(folder: Path) -> list[Artefact]:
@@ -75,7 +79,7 @@ def find_artefacts(folder: Path) -> list[Artefact]:
     else:
         entries = (path for path in folder.rglob("*") if not path.relative_to(folder).as_posix().startswith("."))
         paths = sorted(path for path in entries if "/." not in path.relative_to(folder).as_posix())
-    found = [artefact for path in paths if (artefact := _artefact(path))]
+    found = [artefact for path in paths if (artefact := artefact_of(path))]
     if not found:
         raise UserError(
             f"--artefacts={folder} and its subfolders contain no artefact: "
@@ -84,8 +88,9 @@ def find_artefacts(folder: Path) -> list[Artefact]:
     return found
 
 
-def _artefact(path: Path) -> Artefact | None:
-    if path.name == "saved_model.pb":
+def artefact_of(path: Path) -> Artefact | None:
+    """Returns the artefact in a file, or the SavedModel that a file belongs to; None for any other file."""
+    if path.name == SAVED_MODEL:
         return Artefact(path.parent, "tensorflow")
     if path.suffix == ".xml" and not _is_openvino(path):  # XML of another program
         return None
@@ -120,7 +125,7 @@ class _TensorFlow:
         card = path / CARD
         self.card = card.read_text(encoding="utf-8") if card.is_file() else ""
         self._to_tensor = tf.constant
-        if (path / "saved_model.pb").is_file():
+        if (path / SAVED_MODEL).is_file():
             self.format = "SavedModel"
             self._module = tf.saved_model.load(str(path))  # keeps the variables of the signature alive
             require(SIGNATURE in self._module.signatures, str(path), f"have a signature named {SIGNATURE}")
@@ -135,16 +140,19 @@ class _TensorFlow:
         ((self._input, spec),) = {**named, **{spec.name: spec for spec in inputs}}.items()
         self.batch, *clip = spec.shape
         self.clip, self._dtype = tuple(clip), spec.dtype.as_numpy_dtype
-        self.operators = _graph_operators(concrete.graph.as_graph_def())
+        self.operators: Mapping[str, int] = _graph_operators(concrete.graph.as_graph_def())
 
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._function(**{self._input: self._to_tensor(clips.astype(self._dtype))})[OUTPUT].numpy()
+
+    def for_another_thread(self) -> "Runner":
+        return self
 
 
 def _limit_threads(threads: int) -> None:
     import tensorflow as tf
 
-    if tf.config.threading.get_intra_op_parallelism_threads() != threads:
+    with suppress(RuntimeError):  # a command has already set its threads
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
         tf.config.set_visible_devices([], "GPU")
@@ -174,10 +182,11 @@ class _LiteRT:
     def __init__(self, path: Path, threads: int) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-        self.card = _card_in_zip(path)
+        self.card = _zipped_card(path)
         plain = Interpreter(str(path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
-        self.operators = Counter(entry["op_name"] for entry in plain._get_ops_details())
+        self.operators: Mapping[str, int] = Counter(entry["op_name"] for entry in plain._get_ops_details())
         self.format = f"TFLite {_precision(plain)}"
+        self._again = functools.partial(_LiteRT, path, threads)
         self._interpreter = Interpreter(str(path), num_threads=threads)
         self._interpreter.allocate_tensors()
         (self._input,) = self._interpreter.get_input_details()
@@ -196,12 +205,16 @@ class _LiteRT:
         scale, zero = self._output["quantization"]
         return (output.astype(np.float32) - zero) * np.float32(scale) if scale else output
 
+    def for_another_thread(self) -> "Runner":
+        return self._again()
 
-def _card_in_zip(path: Path) -> str:
-    if not zipfile.is_zipfile(path):
+
+def _zipped_card(path: Path) -> str:
+    """Returns the card of a .tflite file; "" if it has none, as files of other programs."""
+    try:
+        return card_in_zip(path).decode()
+    except (KeyError, zipfile.BadZipFile):
         return ""
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(CARD).decode() if CARD in archive.namelist() else ""
 
 
 def _quantize(clips: NDArray[np.uint8], details: Mapping[str, Any]) -> NDArray[Any]:
@@ -247,11 +260,14 @@ class _OnnxRuntime:
         batch, *clip = (size if isinstance(size, int) else None for size in self._input.shape)
         self.batch, self.clip = batch, tuple(clip)
         self._dtype = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}[self._input.type]
-        self.operators = _onnx_operators(path)
+        self.operators: Mapping[str, int] = _onnx_operators(path)
         self.card = self._session.get_modelmeta().custom_metadata_map.get("card", "")
 
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._session.run(None, {self._input.name: clips.astype(self._dtype)})[0]
+
+    def for_another_thread(self) -> "Runner":
+        return self
 
 
 def _onnx_operators(path: Path) -> Counter[str]:
@@ -294,15 +310,21 @@ class _OpenVINO:
         require(len(names) == 1, str(path), "have one input, clips", names)
         has_card = model.has_rt_info(["x3d_tf", "card"])
         self.card = str(model.get_rt_info(["x3d_tf", "card"]).astype(str)) if has_card else ""
-        self.operators = Counter(node.get_type_name() for node in model.get_ordered_ops())
+        self.operators: Mapping[str, int] = Counter(node.get_type_name() for node in model.get_ordered_ops())
         self._model = core.compile_model(model, "CPU", settings)
+        self._request = self._model.create_infer_request()
         shape = self._model.input(0).get_partial_shape()
         batch, *clip = (None if size.is_dynamic else size.get_length() for size in shape)
         self.batch, self.clip = batch, tuple(clip)
         self._dtype = self._model.input(0).get_element_type().to_dtype()
 
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._model(clips.astype(self._dtype))[0]
+        return self._request.infer([clips.astype(self._dtype)])[0]
+
+    def for_another_thread(self) -> "Runner":
+        other = copy.copy(self)
+        other._request = self._model.create_infer_request()
+        return other
 
 
 RUNTIMES: dict[str, Any] = {

@@ -1,0 +1,158 @@
+"""Classifiers in exported files, called like the network that they were exported from. Imports no TensorFlow."""
+
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from x3d_tf.errors import UserError, first_line, require
+from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.modeling.cards import SAVED_MODEL, read_exported_metadata
+from x3d_tf.modeling.expansion import Expansion
+from x3d_tf.modeling.metadata import copy_metadata
+from x3d_tf.processes import available_cpus
+from x3d_tf.runtimes.runners import EXTRAS, Artefact, Runner, artefact_of, open_artefact, probabilities
+from x3d_tf.startup import kept_back
+from x3d_tf.types import Activation, ClipSpec, Combine, FrameSampling, Storage
+
+
+class ExportedClassifier:
+    """A classifier in an exported file.
+
+    Args:
+        path: `.tflite`, `.onnx` or OpenVINO `.xml` file, or folder of a SavedModel. A SavedModel can execute arbitrary
+            code: only load ones you trust.
+        at_once: number of clips that are processed at once, each on an equal share of the CPU cores. Defaults to the
+            number of cores, which is fastest for many clips.
+
+    Attributes:
+        path: the file.
+        runtime: runtime and precision, such as "TFLite int8" or "OpenVINO float32".
+        at_once: see above.
+        expansion, options, num_classes, activation, task, class_names, stretch, stored, frame_sampling, test_views,
+            combine, include_top: as those of the network; see `modeling.x3d.Network`.
+        form: always "exported"; see `Metadata`.
+
+    Raises:
+        UserError: the file does not exist, was not exported by this version of the package, is damaged, holds a
+            detector, or does not fit its model card; its runtime is not installed.
+    """
+
+    class_names: tuple[str, ...]
+    stretch: bool
+    stored: Storage | None
+    frame_sampling: FrameSampling
+    test_views: int
+    combine: Combine
+    include_top = True
+    form = "exported"
+
+    def __init__(self, path: str | Path, at_once: int | None = None) -> None:
+        self.path = Path(path)
+        metadata = read_exported_metadata(path)
+        self.expansion: Expansion = metadata.expansion
+        self.options: ModelOptions = metadata.options
+        self.num_classes, self.task = metadata.num_classes, metadata.task
+        self.activation: Activation = metadata.activation
+        copy_metadata(metadata, self)
+        artefact = artefact_of(self.path / SAVED_MODEL if self.path.is_dir() else self.path)
+        require(artefact is not None, str(path), "be an exported file")
+        assert artefact is not None
+        cores = available_cpus()
+        self.at_once = at_once or cores
+        self._first = _opened(artefact, max(1, cores // self.at_once))
+        self._check_shapes(self._first)
+        self.runtime = _with_precision(self._first.format)
+        self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
+        self._idle.put(self._first)
+        for _ in range(self.at_once - 1):
+            self._idle.put(self._first.for_another_thread())
+        self._pool = ThreadPoolExecutor(self.at_once, "clip")
+
+    @property
+    def clip(self) -> ClipSpec:
+        """The clip of the network: frames, stride and size."""
+        return self.expansion.clip
+
+    @property
+    def batch(self) -> int:
+        """Number of clips of a call of the file: its batch if that is fixed, otherwise 1."""
+        return self._first.batch or 1
+
+    @property
+    def pool(self) -> Executor:
+        """Threads, as many as clips are processed at once."""
+        return self._pool
+
+    def probabilities(self, clips: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Returns the probabilities of clips, computed in the calling thread.
+
+        Args:
+            clips: uint8 (N, T, S, S, 3), RGB.
+
+        Returns:
+            float32 (N, classes).
+
+        Raises:
+            UserError: the runtime fails, or returns another number of classes.
+        """
+        runner = self._idle.get()
+        try:
+            found = probabilities(runner, np.asarray(clips))
+        except Exception as error:  # runtimes raise errors of any type
+            raise UserError(f"{self.path} cannot be run: {type(error).__name__}: {first_line(error)}") from error
+        finally:
+            self._idle.put(runner)
+        shape = (len(clips), self.num_classes)
+        require(found.shape == shape, str(self.path), f"return probabilities of shape {shape}", found.shape)
+        return found
+
+    def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the probabilities of clips of unrounded pixels, computed in parallel.
+
+        The input of exported files is whole numbers, so pixels are rounded.
+
+        Args:
+            clips: float32 (N, T, S, S, 3), RGB in 0..255.
+        """
+        whole = to_pixels(clips)
+        parts = [whole[first : first + self.batch] for first in range(0, len(whole), self.batch)]
+        return np.concatenate([*self._pool.map(self.probabilities, parts)])
+
+    def _check_shapes(self, runner: Runner) -> None:
+        wanted = (self.clip.frames, self.clip.size, self.clip.size, 3)
+        fits = len(runner.clip) == 4 and all(size in (None, want) for size, want in zip(runner.clip, wanted))
+        rule = f"take clips of the shape that its model card states, {wanted}"
+        require(fits, str(self.path), rule, runner.clip)
+
+
+def to_pixels(clips: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Rounds pixels in 0..255 to whole numbers."""
+    return np.clip(np.rint(clips), 0, 255).astype(np.uint8)
+
+
+def needs_tensorflow(path: str | Path) -> bool:
+    """Returns whether an exported file runs in TensorFlow."""
+    return Path(path).is_dir()
+
+
+def _opened(artefact: Artefact, threads: int) -> Runner:
+    try:
+        with kept_back(show_on_failure=False):  # the error is reported below
+            return open_artefact(artefact, threads)
+    except ImportError as error:
+        extra = EXTRAS.get(artefact.runtime)
+        install = f": pip install 'x3d_tf[{extra}]'" if extra else ""
+        raise UserError(f"{artefact.path} requires {error.name or artefact.runtime}{install}") from error
+    except UserError:
+        raise
+    except Exception as error:  # runtimes raise errors of any type
+        raise UserError(f"{artefact.path} cannot be opened: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _with_precision(name: str) -> str:
+    """Returns the format of a runner with its precision; those without one in their name compute in float32."""
+    return name if name.startswith("TFLite") else f"{name} float32"
