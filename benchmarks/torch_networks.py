@@ -17,7 +17,7 @@ from measuring import Case
 from numpy.typing import NDArray
 from synthetic_clips import normalized, squares
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 import pytorchvideo_models
 
 from x3d_tf.errors import require
