@@ -118,17 +118,19 @@ def answer_in_torch(network: str, video: str) -> None:
     with av.open(video) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     starts = np.linspace(0, max(0, len(frames) - clip.frames * clip.stride), CLIPS).astype(int)
+    shape = (1, 3, clip.frames, clip.size, clip.size)
+    # Written into: with a batch of 1, `contiguous` leaves strides for which PyTorch's convolutions are slow.
+    pixels = torch.empty(shape, memory_format=torch.channels_last_3d)
     with torch.inference_mode():
         probabilities = torch.zeros(400)
         for start in starts:
             numbers = np.minimum(start + np.arange(clip.frames) * int(clip.stride), len(frames) - 1)
-            pixels = torch.from_numpy(np.stack([frames[number] for number in numbers])).permute(0, 3, 1, 2).float()
-            scale = size / min(pixels.shape[2:])
-            pixels = torch.nn.functional.interpolate(pixels, scale_factor=scale, mode="bilinear")
-            top, left = ((side - clip.size) // 2 for side in pixels.shape[2:])
-            crop = pixels[:, :, top : top + clip.size, left : left + clip.size].permute(1, 0, 2, 3)[None]
-            normal = ((crop / 255 - 0.45) / 0.225).contiguous(memory_format=torch.channels_last_3d)
-            probabilities += torch.softmax(model(normal), dim=1)[0] / CLIPS
+            taken = torch.from_numpy(np.stack([frames[number] for number in numbers])).permute(0, 3, 1, 2).float()
+            taken = torch.nn.functional.interpolate(taken, scale_factor=size / min(taken.shape[2:]), mode="bilinear")
+            top, left = ((side - clip.size) // 2 for side in taken.shape[2:])
+            crop = taken[:, :, top : top + clip.size, left : left + clip.size].permute(1, 0, 2, 3)
+            pixels[0].copy_((crop / 255 - 0.45) / 0.225)
+            probabilities += torch.softmax(model(pixels), dim=1)[0] / CLIPS
     values, classes = probabilities.topk(5)
     for value, number in zip(values.tolist(), classes.tolist()):
         print(f"{value:6.1%}  {number}")

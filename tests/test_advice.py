@@ -181,6 +181,12 @@ def test_a_high_rate_alone_is_reported() -> None:
     bindings = ("Recipe.batch=64", "Recipe.learning_rate=1.0", "Recipe.steps=80000")
     (text,) = advice_for(records([(5.0, 200_000)], stored=320), X3D_S, [320], bindings)
     assert "a learning rate of 8 for 10000 steps" in text
+    for bindings in (
+        ("Recipe.learning_rate=6.4", "Recipe.steps=2"),
+        ("Recipe.batch=1024", "Recipe.reference_batch=1024", "Recipe.learning_rate=6.4", "Recipe.steps=2"),
+    ):
+        (text,) = advice_for(records([(5.0, 200_000)], stored=320), X3D_S, [320], bindings)
+        assert text.startswith("the learning rate is 6.4 for a batch of ") and "and 2 steps" in text
 
 
 def test_one_class_is_reported() -> None:

@@ -94,11 +94,34 @@ def test_other_columns_are_an_error(tmp_path: Path) -> None:
 
 def test_an_annotation_longer_than_its_video_is_unusable(tmp_path: Path) -> None:
     write_video(tmp_path / "videos" / "AAAAA.mp4", numbered_frames(40), fps=10)
-    for end, usable in ((4.0, True), (4.9, True), (5.1, False)):
-        _, sources = charades(tmp_path, train=row("AAAAA", f"c000 0 {end}"))
+    for times, reason in (
+        ("0 4", ""),
+        ("3.9 5.9", ""),
+        ("0 6.1", "the end of an annotation, 6.1 s"),
+        ("4 5", "the start"),
+    ):
+        _, sources = charades(tmp_path, train=row("AAAAA", f"c000 {times}"))
         encoded = encode_or_error(sources.splits["train"][0], 32, 90)
-        assert isinstance(encoded, VideoError) != usable
-        assert usable or str(encoded).endswith("ends at 4.0 s, before the end of an annotation, 5.1 s")
+        assert isinstance(encoded, VideoError) == bool(reason)
+        assert not reason or f"ends at 4.0 s, before {reason}" in str(encoded)
+
+
+# Of the official Charades_v1_test.csv: an action, and the length of its video in seconds. The end is rounded up.
+OFFICIAL = {
+    "YSKX3": ("c077 12.10 18.00", 16.62),
+    "ZBBOO": ("c040 0.00 23.00", 21.67),
+    "AF8I2": ("c145 26.20 35.00", 33.96),
+}
+
+
+@pytest.mark.parametrize("video", OFFICIAL)
+def test_official_annotations_that_end_after_their_video(video: str, tmp_path: Path) -> None:
+    action, length = OFFICIAL[video]
+    write_video(tmp_path / "videos" / f"{video}.mp4", numbered_frames(round(5 * length)), fps=5)
+    classes = "".join(f"c{number:03d} action {number}\n" for number in range(157))
+    _, sources = charades(tmp_path, classes=classes, test=row(video, action))
+    encoded = encode_or_error(sources.splits["test"][0], 32, 90)
+    assert not isinstance(encoded, VideoError)
 
 
 @pytest.mark.parametrize("fps", [24.0, 30.0, 23.976])

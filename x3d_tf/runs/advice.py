@@ -79,13 +79,18 @@ def advice(manifest: Manifest, config: TrainConfig, sides: Sequence[int], task: 
 
 
 def _check_scaling(config: TrainConfig) -> str | None:
-    """Returns a warning if a recipe for small batches is scaled to one for which its schedule makes no sense."""
+    """Returns a warning if the learning rate is too high, or if scaling to a larger batch leaves too few steps."""
     recipe = config.recipe
     rate, steps = recipe.scaled_learning_rate, recipe.scaled_steps
     too_fast = rate > MAX_RATE * max(1, recipe.batch / 1024)
     too_short = steps < MIN_SCALED_STEPS <= recipe.steps
-    if recipe.batch <= recipe.reference_batch or not (too_fast or too_short):
+    if not (too_fast or too_short):
         return None
+    if recipe.batch <= recipe.reference_batch:
+        return (
+            f"the learning rate is {rate:g} for a batch of {counted(recipe.batch, 'clip')} and "
+            f"{counted(steps, 'step')}. The paper uses {MAX_RATE} for 1024 clips, and higher ones only for larger batches"
+        )
     return (
         f"Recipe.batch = {recipe.batch} scales Recipe.learning_rate = {recipe.learning_rate:g} and Recipe.steps = "
         f"{recipe.steps}, which are for {recipe.reference_batch} clips, to a learning rate of {rate:g} for "

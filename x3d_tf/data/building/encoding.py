@@ -27,6 +27,7 @@ from x3d_tf.processes import TimedOut, Worker, WorkerDied
 TIMEOUT = 600.0  # default time limit per video in seconds
 _START = 300.0  # time limit for starting a worker in seconds: importing from a cold network disk is slow
 _END_TOLERANCE = 1.0  # seconds: lists state times in whole seconds
+_LABEL_TOLERANCE = 2.0  # seconds: the official labels of Charades end up to 1.55 s after their video
 _TRIES = 2  # a worker may also die of a lack of memory that is not the video's fault
 
 Result = EncodedVideo | VideoError
@@ -72,9 +73,11 @@ def encode_or_error(video: Video, short_side: int, quality: int) -> Result:
     last = encoded.start + len(encoded.frames) / encoded.fps
     if video.must_cover_segment and video.end is not None and last < video.end - _END_TOLERANCE:
         return VideoError(video.path, f"ends at {last:.1f} s, before the end of its segment, {video.end:g} s")
-    annotated = max((label.end for label in video.timed), default=0.0)
-    if last < annotated - _END_TOLERANCE:
-        return VideoError(video.path, f"ends at {last:.1f} s, before the end of an annotation, {annotated:g} s")
+    for label in video.timed:
+        if last < label.end - _LABEL_TOLERANCE:
+            return VideoError(video.path, f"ends at {last:.1f} s, before the end of an annotation, {label.end:g} s")
+        if last <= label.start:
+            return VideoError(video.path, f"ends at {last:.1f} s, before the start of an annotation, {label.start:g} s")
     if video.annotation is not None:
         index = frame_at(video.annotation.second, encoded.start, encoded.fps)
         if index >= len(encoded.frames):
