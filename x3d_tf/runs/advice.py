@@ -89,7 +89,7 @@ def _check_scaling(config: TrainConfig) -> str | None:
     if recipe.batch <= recipe.reference_batch:
         return (
             f"the learning rate is {rate:g} for a batch of {counted(recipe.batch, 'clip')} and "
-            f"{counted(steps, 'step')}. The paper uses {MAX_RATE} for 1024 clips, and higher ones only for larger batches"
+            f"{counted(steps, 'step')}. The paper uses {MAX_RATE} for 1024 clips, and more for larger batches only"
         )
     return (
         f"Recipe.batch = {recipe.batch} scales Recipe.learning_rate = {recipe.learning_rate:g} and Recipe.steps = "
