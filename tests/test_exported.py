@@ -79,7 +79,16 @@ def test_predictions_are_those_of_the_network(name: str, files: Callable[[str], 
         expected = probabilities(model_file(), videos, **settings)
         found = probabilities(path, videos, **settings)
         np.testing.assert_allclose(found, expected, atol=BOUND)
-    assert np.ptp(expected, axis=0).max() > 10 * BOUND  # else the bound would mean nothing
+    assert np.ptp(expected) > 50 * BOUND  # else the bound would mean nothing
+
+
+def test_a_file_with_a_fixed_batch(tmp_path: Path, videos: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from x3d_tf.export.onnx import export_formats
+
+    (path,) = export_formats(opened_model(), tmp_path, ["onnx"], batch=4)  # 3 clips per video
+    np.testing.assert_allclose(probabilities(path, videos), probabilities(model_file(), videos), atol=BOUND)
 
 
 @pytest.mark.parametrize("name", ["tflite", "onnx", "openvino"])
@@ -225,7 +234,7 @@ def test_a_large_card_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_runtime_that_is_not_installed(files: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(path: Path, threads: int) -> Any:
+    def missing(path: Path, threads: int, at_once: int) -> Any:
         raise ModuleNotFoundError("No module named 'ai_edge_litert'", name="ai_edge_litert")
 
     monkeypatch.setitem(runners.RUNTIMES, "litert", missing)

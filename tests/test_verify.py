@@ -139,14 +139,14 @@ def test_only_artefacts_are_rows(rows: dict[str, verify.Row]) -> None:
 def test_missing_packages_and_runtime_errors_are_distinguished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     artefact = runners.Artefact(tmp_path / "a.tflite", "litert")
 
-    def missing(path: Path, threads: int) -> Any:
+    def missing(path: Path, threads: int, at_once: int) -> Any:
         raise ModuleNotFoundError("No module named 'ai_edge_litert'")
 
     monkeypatch.setitem(runners.RUNTIMES, "litert", missing)
     response = workers._respond({}, 1, artefact, "open")
     assert isinstance(response, workers.RuntimeNotInstalled) and "pip install 'x3d_tf[tflite]'" in str(response)
 
-    def faulty(path: Path, threads: int) -> Any:
+    def faulty(path: Path, threads: int, at_once: int) -> Any:
         raise RuntimeError("bad\nfile")
 
     monkeypatch.setitem(runners.RUNTIMES, "litert", faulty)

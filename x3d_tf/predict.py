@@ -41,8 +41,7 @@ from x3d_tf import commands
 from x3d_tf.data.video.listing import list_videos
 from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.archive import describe
-from x3d_tf.modeling.cards import is_exported
-from x3d_tf.runtimes.exported import needs_tensorflow
+from x3d_tf.modeling.cards import runs_in_tensorflow
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import find
 from x3d_tf.text import counted
@@ -108,8 +107,7 @@ def main(videos: list[str]) -> None:
     paths = list_videos(videos)
     options = {name: FLAGS[name].value for name in (*_OF_ALL_TASKS, *_OF_A_TASK)}
     task.check_prediction(metadata, options, paths)
-    exported = is_exported(FLAGS.model) and not needs_tensorflow(FLAGS.model)
-    with nullcontext() if exported else starting_tensorflow():
+    with starting_tensorflow() if runs_in_tensorflow(FLAGS.model) else nullcontext():
         job = task.prediction_job(options, paths)
     if failures := job.run(paths):
         sys.exit(f"{failures} of {counted(len(paths), 'file')} could not be predicted")

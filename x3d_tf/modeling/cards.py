@@ -28,6 +28,11 @@ def is_exported(path: str | Path) -> bool:
     return (path / SAVED_MODEL).exists() if path.is_dir() else path.suffix in _READERS
 
 
+def runs_in_tensorflow(path: str | Path) -> bool:
+    """Returns whether a model runs in TensorFlow: run folders, `.keras` files and SavedModels do."""
+    return not is_exported(path) or Path(path).is_dir()
+
+
 def files_of(path: Path) -> list[Path]:
     """Returns the files of a model: all files in a folder, an OpenVINO `.xml` file and its `.bin` file, or the file."""
     if path.is_dir():

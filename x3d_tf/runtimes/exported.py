@@ -18,6 +18,8 @@ from x3d_tf.runtimes.runners import EXTRAS, Artefact, Runner, artefact_of, open_
 from x3d_tf.startup import kept_back
 from x3d_tf.types import Activation, ClipSpec, Combine, FrameSampling, Storage
 
+_MOST_AT_ONCE = 8  # clips: LiteRT takes the memory of a network for each
+
 
 class ExportedClassifier:
     """A classifier in an exported file.
@@ -26,7 +28,7 @@ class ExportedClassifier:
         path: `.tflite`, `.onnx` or OpenVINO `.xml` file, or folder of a SavedModel. A SavedModel can execute arbitrary
             code: only load ones you trust.
         at_once: number of clips that are processed at once, each on an equal share of the CPU cores. Defaults to the
-            number of cores, which is fastest for many clips.
+            number of cores, at most 8, which is fastest for many clips.
 
     Attributes:
         path: the file.
@@ -62,8 +64,8 @@ class ExportedClassifier:
         require(artefact is not None, str(path), "be an exported file")
         assert artefact is not None
         cores = available_cpus()
-        self.at_once = at_once or cores
-        self._first = _opened(artefact, max(1, cores // self.at_once))
+        self.at_once = at_once or min(cores, _MOST_AT_ONCE)
+        self._first = _opened(artefact, max(1, cores // self.at_once), self.at_once)
         self._check_shapes(self._first)
         self.runtime = _with_precision(self._first.format)
         self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
@@ -134,15 +136,10 @@ def to_pixels(clips: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.clip(np.rint(clips), 0, 255).astype(np.uint8)
 
 
-def needs_tensorflow(path: str | Path) -> bool:
-    """Returns whether an exported file runs in TensorFlow."""
-    return Path(path).is_dir()
-
-
-def _opened(artefact: Artefact, threads: int) -> Runner:
+def _opened(artefact: Artefact, threads: int, at_once: int) -> Runner:
     try:
         with kept_back(show_on_failure=False):  # the error is reported below
-            return open_artefact(artefact, threads)
+            return open_artefact(artefact, threads, at_once)
     except ImportError as error:
         extra = EXTRAS.get(artefact.runtime)
         install = f": pip install 'x3d_tf[{extra}]'" if extra else ""

@@ -103,22 +103,27 @@ def _is_openvino(path: Path) -> bool:
         return b"<net" in file.read(1000)
 
 
-def open_artefact(artefact: Artefact, threads: int) -> Runner:
-    """Opens an artefact for inference on the given number of CPU threads.
+def open_artefact(artefact: Artefact, threads: int, at_once: int = 1) -> Runner:
+    """Opens an artefact for inference on the CPU.
 
     TensorFlow's thread count is per process, so that the first artefact of a process determines it.
+
+    Args:
+        artefact: the artefact.
+        threads: number of threads of a call.
+        at_once: number of runners that will be called at once; see `Runner.for_another_thread`.
 
     Raises:
         ImportError: the runtime is not installed.
         Exception: the runtime cannot read the file.
     """
-    return RUNTIMES[artefact.runtime](artefact.path, threads)
+    return RUNTIMES[artefact.runtime](artefact.path, threads, at_once)
 
 
 class _TensorFlow:
     """Runs the default signature of a SavedModel, or a `.keras` file of this package as applications run it."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, at_once: int = 1) -> None:
         import tensorflow as tf
 
         _limit_threads(threads)
@@ -179,7 +184,7 @@ def _graph_operators(graph: Any) -> Counter[str]:
 class _LiteRT:
     """Runs a .tflite file in LiteRT's interpreter with XNNPACK, its default on CPUs."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, at_once: int = 1) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
         self.card = _zipped_card(path)
@@ -249,7 +254,7 @@ class _OnnxRuntime:
 
     format = "ONNX"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, at_once: int = 1) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -299,9 +304,10 @@ class _OpenVINO:
 
     format = "OpenVINO"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, at_once: int = 1) -> None:
         openvino = import_openvino()
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads * at_once}
+        settings |= {"PERFORMANCE_HINT": "LATENCY"} if at_once == 1 else {"NUM_STREAMS": at_once}
         weights = path.with_suffix(".bin")
         require(weights.is_file(), str(path), f"have its weights file {weights.name} in the same folder")
         core = openvino.Core()
