@@ -260,7 +260,7 @@ class Dropout(keras.layers.Dropout):
     def call(self, x: Any, training: bool = False) -> Any:
         if not training or self.rate == 0:
             return x
-        seed = _PerReplicaSeeds(self.seed_generator)
+        seed = _seeds(self.seed_generator)
         if not isinstance(x, list):
             return keras.random.dropout(x, self.rate, noise_shape=self.noise_shape, seed=seed)
         shape = [noise or size for noise, size in zip(self.noise_shape, ops.shape(x[0]))]
@@ -268,19 +268,21 @@ class Dropout(keras.layers.Dropout):
         return [y * y_mask for y, y_mask in zip(x, ops.split(mask, len(x)))]
 
 
+def _seeds(generator: keras.random.SeedGenerator) -> keras.random.SeedGenerator:
+    """Returns a generator whose seeds differ between replicas; itself on other backends, which run on one device."""
+    return _PerReplicaSeeds(generator) if keras.backend.backend() == "tensorflow" else generator
+
+
 class _PerReplicaSeeds(keras.random.SeedGenerator):
-    """Wraps a seed generator so that its seeds differ between replicas."""
+    """Wraps a seed generator so that its seeds differ between the replicas of TensorFlow."""
 
     def __init__(self, source: keras.random.SeedGenerator) -> None:  # creates no state
         self.source = source
 
     def next(self, ordered: bool = True) -> Any:
-        seed = self.source.next(ordered)
-        if keras.backend.backend() != "tensorflow":
-            return seed  # other backends run on one device
         from x3d_tf.modeling.kernels.tensorflow import per_replica_seed
 
-        return per_replica_seed(seed)
+        return per_replica_seed(self.source.next(ordered))
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
