@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from synthetic_clips import normalized, softmax, squares
 
 from x3d_tf.errors import require
-from x3d_tf.runtimes.runners import Artefact, open_artefact
+from x3d_tf.runtimes.runners import Artefact, limit_tensorflow, open_artefact
 
 if TYPE_CHECKING:
     from x3d_tf.export.onnx import Runtime
@@ -66,6 +66,8 @@ def _open_source(case: Case) -> Any:
 
 def ours(case: Case, file: str, runtime: str) -> Call:
     """Runs an artefact as in `export.verify`. "{network}" in `file` is replaced by the name of the network."""
+    if runtime == "tensorflow":
+        limit_tensorflow(case.threads)
     runner = open_artefact(Artefact(_path(case, file), runtime), case.threads)
     require(runner.batch in (None, case.batch), f"the batch size of {file}", f"be {case.batch}", runner.batch)
     clips = squares(case.network, case.batch)

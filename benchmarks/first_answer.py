@@ -24,10 +24,11 @@ from reporting import markdown, median_ratio
 from tqdm import tqdm
 
 import x3d_tf
+from x3d_tf.errors import require
 
 PEER = "PyTorch and PyAV"
 CLIPS = 10
-_EXPORTS = {"onnx": "onnxruntime", "openvino": "openvino", "tflite": "ai_edge_litert"}
+_EXPORTS = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino"), "tflite": ("ai_edge_litert",)}
 
 
 def main() -> None:
@@ -36,13 +37,23 @@ def main() -> None:
     parser.add_argument("--video", type=Path, required=True, help="video of about 10 seconds")
     parser.add_argument("--network", default="x3d_s", choices=[*x3d_tf.VARIANTS], metavar="NAME")
     parser.add_argument("--rounds", type=positive, default=5, help="runs of each command. Defaults to 5")
+    parser.add_argument("--peer", action="store_true", help="only print the peer's answer")
     settings = parser.parse_args()
+    if settings.peer:
+        answer_in_torch(settings.network, str(settings.video))
+        return
     with tempfile.TemporaryDirectory() as folder:
         commands = {
             f"predict, {name}": predict(file, settings.video) for name, file in models(settings.network, folder)
         }
         if find_spec("torch") and find_spec("pytorchvideo"):
-            commands[PEER] = [sys.executable, __file__, settings.network, str(settings.video)]
+            commands[PEER] = [
+                sys.executable,
+                __file__,
+                "--peer",
+                f"--network={settings.network}",
+                f"--video={settings.video}",
+            ]
         times = measure(commands, settings.rounds)
     print("\n".join(table(times)))
 
@@ -57,7 +68,7 @@ def models(network: str, folder: str) -> list[tuple[str, Path]]:
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     found = [("Keras file", file)]
-    installed = [name for name, package in _EXPORTS.items() if find_spec(package)]
+    installed = [name for name, packages in _EXPORTS.items() if all(map(find_spec, packages))]
     for name in installed:
         module, formats = ("tflite", "float32") if name == "tflite" else ("onnx", name)
         command = [sys.executable, "-m", f"x3d_tf.export.{module}", f"--model={file}", f"--formats={formats}"]
@@ -75,7 +86,7 @@ def predict(model: Path, video: Path) -> list[str]:
 def measure(
     commands: dict[str, list[str]],
     rounds: int,
-    call: Callable[[list[str]], object] = lambda command: subprocess.run(command, check=True, capture_output=True),
+    call: Callable[[list[str]], object] | None = None,
 ) -> dict[str, list[float]]:
     """Returns the seconds of each command in each round, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in commands}
@@ -83,10 +94,15 @@ def measure(
         for number in range(rounds + 1):
             for name, command in commands.items():
                 started = time.perf_counter()
-                call(command)
+                (call or _call)(command)
                 times[name] += [time.perf_counter() - started] if number else []
                 bar.update()
     return times
+
+
+def _call(command: Sequence[str]) -> None:
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    require(ended.returncode == 0, " ".join(command), "succeed", ended.stderr)
 
 
 def table(times: dict[str, list[float]]) -> list[str]:
@@ -136,12 +152,5 @@ def answer_in_torch(network: str, video: str) -> None:
         print(f"{value:6.1%}  {number}")
 
 
-def _is_peer(arguments: Sequence[str]) -> bool:
-    return len(arguments) == 2 and not arguments[0].startswith("-")
-
-
 if __name__ == "__main__":
-    if _is_peer(sys.argv[1:]):
-        answer_in_torch(*sys.argv[1:])
-    else:
-        run(main)
+    run(main)

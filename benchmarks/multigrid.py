@@ -24,6 +24,7 @@ from command import positive, run
 
 from x3d_tf import gin_config
 from x3d_tf.data.datasets.spec import open_dataset
+from x3d_tf.errors import require
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.training.multigrid import phases_of
 
@@ -89,6 +90,7 @@ def train(bindings: Sequence[str], folder: Path) -> Training:
     if not [*run_folder.evaluations.glob("*/results.json")]:
         command = [sys.executable, "-m", "x3d_tf.train", "--gin_file=gin/x3d_s.gin", f"--workdir={folder}"]
         subprocess.run([*command, *(f"--gin_bindings={binding}" for binding in bindings)], check=True)
+    require(run_folder.read_config() == config, "--workdir", "have no trainings with other settings", folder)
     (results,) = run_folder.evaluations.glob("*/results.json")
     phases = phases_of(config)
     rows = run_folder.read_history(["top1"], [])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x3d_tf.processes import Worker, WorkerDied
-from x3d_tf.runtimes.runners import EXTRAS, Artefact, Runner, open_artefact, probabilities
+from x3d_tf.runtimes.runners import EXTRAS, Artefact, Runner, limit_tensorflow, open_artefact, probabilities
 from x3d_tf.startup import Mode, kept_back, mode, set_mode
 
 _CLIPS_PER_MESSAGE = 16
@@ -94,6 +94,8 @@ def _respond(runners: dict[Artefact, Runner], threads: int, artefact: Artefact, 
     try:
         if artefact not in runners:
             with kept_back(show_on_failure=False):  # the table shows the error
+                if artefact.runtime == "tensorflow":
+                    limit_tensorflow(threads)  # the first artefact of a process determines them
                 runners[artefact] = open_artefact(artefact, threads)
         return _HANDLERS[request](runners[artefact], *arguments)
     except ImportError as error:

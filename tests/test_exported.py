@@ -1,11 +1,15 @@
 """Exported files in predict and evaluate, against the network that they were exported from, and damaged ones."""
 
+import copy
+import csv
+import itertools
 import json
 import shutil
+import time
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,15 @@ from no_tensorflow import without_tensorflow
 from video_fixtures import smooth_frames, write_records, write_video
 
 import x3d_tf
-from x3d_tf.data.video.decode import encode_video
+from x3d_tf.data.video.decode import VideoError, encode_video, read_frames
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.running import evaluate_file
+from x3d_tf.inference import prediction
 from x3d_tf.inference.prediction import Prediction, predict_videos
-from x3d_tf.modeling.archive import describe
-from x3d_tf.modeling.cards import CARD, read_exported_metadata
+from x3d_tf.modeling.archive import describe, describe_any, weights_of
+from x3d_tf.modeling.cards import CARD, is_exported, read_exported_metadata
 from x3d_tf.runtimes import runners
-from x3d_tf.runtimes.exported import ExportedClassifier
+from x3d_tf.runtimes.exported import ExportedClassifier, shares
 from x3d_tf.tasks.base import find
 from x3d_tf.types import Storage
 
@@ -66,6 +71,14 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def probabilities_in(path: Path) -> list[list[float]]:
+    """Returns the probabilities of the classes in predictions.csv."""
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    first = header.index(f"p({NAMES[0]})")
+    return [[float(cell) for cell in row[first : first + len(NAMES)]] for row in rows]
+
+
 def probabilities(model: Any, videos: Path, **settings: Any) -> np.ndarray:
     results = [*predict_videos(model, videos, progress=False, **settings)]
     assert all(isinstance(result, Prediction) for result in results)
@@ -98,9 +111,10 @@ def test_the_command_needs_no_tensorflow(name: str, files: Callable[[str], Path]
     found = without_tensorflow("predict", f"--model={path}", f"--json={output}", videos)
     assert found.returncode == 0, found.stderr
     assert "running in" in found.stderr and "float32" in found.stderr
-    rows = [entry["probabilities"] for entry in json.loads(output.read_text())["predictions"]]
+    content = json.loads(output.read_text())
+    assert content["exported"].endswith("float32")
+    values = [entry["probabilities"] for entry in content["predictions"]]
     expected = probabilities(model_file(), videos)
-    values = [[row[name] for name in NAMES] if isinstance(row, dict) else row for row in rows]
     np.testing.assert_allclose(values, expected, atol=BOUND)
 
 
@@ -121,20 +135,20 @@ def test_evaluation_is_that_of_the_network(
     expected, found = (report.results for report in reports)
     formats = {"tflite": "TFLite", "onnx": "ONNX", "openvino": "OpenVINO", "saved_model": "SavedModel"}
     assert found["exported"] == f"{formats[name]} float32" and "exported" not in expected
-    assert found["top1"] == expected["top1"] and found["weights"] == str(path)
+    assert found["weights"] == str(path)
+    scores = [np.array(probabilities_in(tmp_path / label / "predictions.csv")) for label in ("network", "file")]
+    np.testing.assert_allclose(scores[1], scores[0], atol=BOUND)
     assert found["weights_sha256"] != expected["weights_sha256"]
     with pytest.raises(UserError, match=r"spatial_crops must not be set for an exported file"):
         evaluate_file(path, task, output=str(tmp_path / "x"), spatial_crops=3, **settings)
 
 
-def test_many_clips_at_once_are_those_of_one_thread(files: Callable[[str], Path]) -> None:
-    for name in ("tflite", "onnx", "openvino"):
-        if find_spec(PACKAGES[name]) is None:
-            continue
-        path = files(name)
-        clips = np.random.default_rng(0).uniform(0, 255, (9, 4, 48, 48, 3)).astype(np.float32)
-        together, alone = ExportedClassifier(path, at_once=4), ExportedClassifier(path, at_once=1)
-        np.testing.assert_allclose(together(clips), alone(clips), atol=1e-6)
+@pytest.mark.parametrize("name", PACKAGES)
+def test_many_clips_at_once_are_those_of_one_thread(name: str, files: Callable[[str], Path]) -> None:
+    path = files(name)
+    clips = np.random.default_rng(0).uniform(0, 255, (9, 4, 48, 48, 3)).astype(np.float32)
+    together, alone = ExportedClassifier(path, at_once=4), ExportedClassifier(path, at_once=1)
+    np.testing.assert_allclose(together(clips), alone(clips), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -171,6 +185,14 @@ CHANGES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     ),
     (lambda card: [card], r"no model card that can be read"),
     (
+        lambda card: card | {"network_metadata": card["network_metadata"] | {"include_top": False, "class_names": []}},
+        r"the model card of .*: include_top must be true: the file must have a classifier",
+    ),
+    (
+        lambda card: card | {"network_metadata": card["network_metadata"] | {"form": "trainable"}},
+        r"the model card of .*: form must be 'exported', got 'trainable'",
+    ),
+    (
         lambda card: card
         | {"network_metadata": card["network_metadata"] | {"detection_head": "full", "activation": "sigmoid",
                                                            "task": "detection"}},
@@ -206,6 +228,7 @@ def test_damaged_and_foreign_files(tmp_path: Path, files: Callable[[str], Path])
         "noise.tflite": (b"noise", "no model card"),
         "other.xml": (b"<project/>", "no model card"),
         "bomb.xml": (b'<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>', "no document type"),
+        "wide.xml": ('<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'.encode("utf-16"), "no model card"),
         "broken.xml": (b"<net", "no model card"),
     }
     for name, (content, message) in contents.items():
@@ -217,7 +240,7 @@ def test_damaged_and_foreign_files(tmp_path: Path, files: Callable[[str], Path])
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "saved_model.pb").write_bytes(b"")
     with pytest.raises(UserError, match=r"no model card that can be read: .*model_card\.json"):
-        describe(tmp_path / "saved")
+        describe_any(tmp_path / "saved")
     path = shutil.copy(files("tflite"), tmp_path / "cut.tflite")
     content = path.read_bytes()
     card = content[content.index(b"PK\x03\x04") :]
@@ -227,10 +250,97 @@ def test_damaged_and_foreign_files(tmp_path: Path, files: Callable[[str], Path])
 
 
 def test_a_large_card_is_not_read(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "large.tflite", "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(tmp_path / "large.tflite", "w") as archive:
         archive.writestr(CARD, b"0" * (17 * 1024 * 1024))
     with pytest.raises(UserError, match=r"model_card\.json must have at most 16777216 bytes, got 17825792"):
         read_exported_metadata(tmp_path / "large.tflite")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_card_is_not_read(method: int, tmp_path: Path) -> None:
+    """Its stated size may be wrong."""
+    with zipfile.ZipFile(tmp_path / "small.tflite", "w", method) as archive:
+        archive.writestr(CARD, b"0" * 100_000)
+    with pytest.raises(UserError, match=r"model_card\.json must be stored without compression"):
+        read_exported_metadata(tmp_path / "small.tflite")
+
+
+def test_many_fields_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "many.onnx").write_bytes(b"\x08\x01" * 1_000_000)
+    with pytest.raises(UserError, match="more than 10000 fields"):
+        read_exported_metadata(tmp_path / "many.onnx")
+
+
+def test_a_run_folder_is_never_a_saved_model(tmp_path: Path) -> None:
+    """Its content is untrusted, and SavedModels can execute code."""
+    shutil.copy(model_file(), tmp_path / "model.keras")
+    shutil.copy(served_folder() / CARD, tmp_path)
+    (tmp_path / "saved_model.pb").touch()
+    assert not is_exported(tmp_path) and describe_any(tmp_path).form == "trainable"
+    assert weights_of(tmp_path)["weights"] == str(tmp_path / "model.keras")
+
+
+def test_the_folder_of_the_versions(files: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match=r"no such model file .*accept a version of a SavedModel: .*/tiny/1"):
+        describe_any(served_folder().parent)
+
+
+@pytest.mark.parametrize(
+    ("cores", "expected"),
+    [(1, (1, 1)), (2, (2, 1)), (8, (8, 1)), (9, (4, 2)), (12, (6, 2)), (20, (6, 3)), (64, (8, 8))],
+)
+def test_shares_of_the_cores(cores: int, expected: tuple[int, int]) -> None:
+    assert shares(cores) == expected
+
+
+class Slow:
+    """Stands for a runner; the first clip takes longest."""
+
+    format, clip, batch, operators, card = "ONNX", (None, None, None, 3), None, Counter[str](), ""
+
+    def __init__(self) -> None:
+        self.inside, self.most = [0], [0]
+
+    def __call__(self, clips: np.ndarray) -> np.ndarray:
+        self.inside[0] += 1
+        self.most[0] = max(self.most[0], self.inside[0])
+        time.sleep(0.2 if clips.max() == 0 else 0.05)
+        self.inside[0] -= 1
+        return np.repeat(clips.reshape(len(clips), -1)[:, :1] / np.float32(255), len(NAMES), axis=1)
+
+    def for_another_thread(self) -> "Slow":
+        return copy.copy(self)
+
+
+def test_clips_run_at_once_and_keep_their_order(files: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow()
+    monkeypatch.setitem(runners.RUNTIMES, "litert", lambda path, threads, at_once: slow)
+    model = ExportedClassifier(files("tflite"), at_once=3)
+    clips = np.broadcast_to(np.arange(8, dtype=np.float32)[:, None, None, None, None], (8, 4, 48, 48, 3))
+    np.testing.assert_allclose(model(clips)[:, 0] * 255, np.arange(8), atol=1e-5)
+    assert 2 <= slow.most[0] <= 3
+    assert model(clips[:0]).shape == (0, len(NAMES))
+
+
+def test_windows_before_damaged_frames_are_predicted(
+    files: Callable[[str], Path], videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many by a network, which takes 8 clips at once, as by a file, which takes one."""
+
+    def damaged(path: Path, *arguments: Any) -> Iterator[Any]:
+        yield from itertools.islice(read_frames(path, *arguments), 31)
+        raise VideoError(path, "damaged")
+
+    for model in (model_file(), files("tflite")):
+        settings: dict[str, Any] = {"window": 0.3, "progress": False}
+        whole = [*predict_videos(model, videos / "wide.mp4", **settings)]
+        with monkeypatch.context() as patch:
+            patch.setattr(prediction, "read_frames", damaged)
+            *found, error = predict_videos(model, videos / "wide.mp4", **settings)
+        assert isinstance(error, VideoError) and (len(found), len(whole)) == (3, 5)
+        for one, other in zip(found, whole):
+            assert isinstance(one, Prediction) and isinstance(other, Prediction)
+            np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
 
 
 def test_a_runtime_that_is_not_installed(files: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from reading import bytes_read, counts_bytes
@@ -14,6 +15,7 @@ from x3d_tf.data.records import index
 from x3d_tf.data.records.format import (
     RecordSource,
     ShardWriter,
+    decode_frame,
     encode_record,
     parse_frames,
     parse_record,
@@ -21,7 +23,8 @@ from x3d_tf.data.records.format import (
 from x3d_tf.data.records.framing import RecordError, read_record
 from x3d_tf.data.records.index import Record, shard_name
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.data.video.decode import EncodedVideo, VideoError
+from x3d_tf.data.video.decode import EncodedVideo, VideoError, as_stored, encode_jpeg
+from x3d_tf.types import Storage
 
 
 @pytest.fixture
@@ -163,3 +166,11 @@ def test_no_more_memory_than_listed_is_used(manifest: Manifest) -> None:
     path.write_bytes(content[: record.offset - index.HEADER_BYTES] + HUGE + content[record.offset :])
     with pytest.raises(RecordError, match=f"its header states {2**46} bytes, but {record.length} are listed"):
         stored(path, record)
+
+
+@pytest.mark.parametrize("quality", [50, 80, 95])
+def test_a_frame_as_stored_is_that_of_its_record(quality: int) -> None:
+    """Pillow decodes as TensorFlow does."""
+    pixels = np.random.default_rng(quality).integers(0, 256, (37, 50, 3), np.uint8)
+    expected = decode_frame(encode_jpeg(pixels, quality)).numpy()
+    np.testing.assert_array_equal(as_stored(pixels, Storage(37, quality)), expected)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from x3d_tf.data import transforms
+from x3d_tf.data.numpy_transforms import resized_centre_crop
 
 
 def eagerly(function: Callable[..., tf.Tensor], *tensors: Any) -> np.ndarray:
@@ -95,3 +96,16 @@ def test_three_crops_and_the_centre(
     expected = np.stack([clip[:, y : y + 8, x : x + 8] for y, x in places])
     np.testing.assert_array_equal(run(lambda c: transforms.crops(c, 8, 3), clip), expected)
     np.testing.assert_array_equal(run(lambda c: transforms.crops(c, 8, 1), clip), expected[1:2])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "size", "stretch"),
+    [
+        *((24, 33, 17, 16, False), (33, 24, 17, 16, False), (20, 27, 31, 30, False), (20, 27, 20, 20, False)),
+        *((37, 91, 36, 32, True), (64, 128, 32, 28, False), (1, 1, 4, 4, False)),
+    ],
+)
+def test_the_numpy_transform_is_bit_equal(height: int, width: int, side: int, size: int, stretch: bool) -> None:
+    clip = random_clip(height, width)
+    expected = transforms.crops(transforms.resize(clip, side, stretch), size, 1)[0].numpy()
+    np.testing.assert_array_max_ulp(resized_centre_crop(clip, side, size, stretch), expected, maxulp=1)

@@ -43,7 +43,8 @@ from x3d_tf.data.datasets.spec import open_dataset
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
-from x3d_tf.modeling.archive import describe
+from x3d_tf.modeling.archive import describe_any
+from x3d_tf.modeling.cards import is_exported
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import Task, task_of_model, task_of_run
@@ -69,7 +70,10 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("run", None, "Run folder to evaluate.")
     flags.DEFINE_string(
-        "model", None, "A .keras file or an exported file to evaluate. Requires --records, --split and --output."
+        "model",
+        None,
+        "A .keras file or an exported file to evaluate. Requires --records, --split and --output. SavedModels can "
+        "execute arbitrary code: only load ones you trust.",
     )
     flags.DEFINE_multi_string(
         "compare", None, "Run folder whose existing reports are compared; repeat the flag for each run."
@@ -171,7 +175,10 @@ def main() -> None:
     if run and FLAGS.watch:
         watch_run(run, task, poll_seconds=FLAGS.poll_seconds, **options)
         return
-    tell(f"loading and compiling {FLAGS.run or FLAGS.model}: the first clips take longer")
+    if FLAGS.model and is_exported(FLAGS.model):
+        tell(f"opening {FLAGS.model}")
+    else:
+        tell(f"loading and compiling {FLAGS.run or FLAGS.model}: the first clips take longer")
     options["output"] = FLAGS.output
     if FLAGS.sweep:
         sweep = sweep_run(run, task, **options) if run else sweep_file(FLAGS.model, task, **options)
@@ -193,7 +200,7 @@ def _check_paths() -> Task:
     if dataset.synthetic is None:
         manifest = open_dataset(dataset)
         if not FLAGS.watch:
-            task.check_evaluation(describe(model), eval_config, manifest, run)
+            task.check_evaluation(describe_any(model), eval_config, manifest, run)
     if not (FLAGS.watch or FLAGS.sweep):  # they keep existing reports
         refuse_to_replace(report / RESULTS_NAME, FLAGS.overwrite)
     return task

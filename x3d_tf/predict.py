@@ -4,8 +4,8 @@ Print the five most probable classes of each file, also in subfolders. Write the
   python -m x3d_tf.predict --model=runs/mine party.mp4 holidays/
   python -m x3d_tf.predict --model=runs/mine --json=out.json --csv=out.csv --contact_sheet=out.png holidays/
 
-Predict with an exported .tflite, .onnx or OpenVINO .xml file, or a SavedModel: on a CPU that starts and runs faster.
-TensorFlow is needed for SavedModels only:
+Predict with an exported .tflite, .onnx or OpenVINO .xml file, or a SavedModel. The first three start without TensorFlow
+and run faster on CPUs:
   python -m x3d_tf.predict --model=exported/mine.onnx party.mp4
 
 Print a timeline of a long video: one prediction per 5 seconds, or per 5-second sliding window with a hop of 1 second:
@@ -40,7 +40,7 @@ from absl import flags
 from x3d_tf import commands
 from x3d_tf.data.video.listing import list_videos
 from x3d_tf.errors import UserError, require
-from x3d_tf.modeling.archive import describe
+from x3d_tf.modeling.archive import describe_any
 from x3d_tf.modeling.cards import runs_in_tensorflow
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import find
@@ -58,7 +58,10 @@ _OF_A_TASK = (  # each task lists those that apply to it
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    about_model = "Run folder, .keras file saved by this package, or exported file."
+    about_model = (
+        "Run folder, .keras file saved by this package, or exported file: .tflite, .onnx, OpenVINO .xml, or the folder "
+        "of a version of a SavedModel. SavedModels can execute arbitrary code: only load ones you trust."
+    )
     flags.DEFINE_string("model", None, about_model, required=True)
     flags.DEFINE_integer(
         "views",
@@ -99,7 +102,7 @@ def main(videos: list[str]) -> None:
     """Predicts classes, or detects actions."""
     require(bool(videos), "the command line", "name video files or folders")
     _check_outputs()
-    metadata = describe(FLAGS.model)
+    metadata = describe_any(FLAGS.model)
     task = find(metadata.task)
     unfit = [f"--{name}" for name in _OF_A_TASK if FLAGS[name].present and name not in task.prediction_flags]
     if unfit:

@@ -1,5 +1,6 @@
 """Fields of serialized protocol buffers, as spans of their bytes. For untrusted bytes. Imports no TensorFlow."""
 
+import sys
 from collections.abc import Iterable, Iterator
 
 _BYTES, _VARINT = 2, 0  # wire types
@@ -18,13 +19,23 @@ def inside(data: bytes, messages: Iterable[Span], wanted: int) -> Iterator[Span]
         yield from fields(data, begin, end, wanted)
 
 
-def fields(data: bytes, begin: int, end: int, wanted: int) -> Iterator[Span]:
+def fields(data: bytes, begin: int, end: int, wanted: int, limit: int = sys.maxsize) -> Iterator[Span]:
     """Yields each field of bytes with a number in the message `data[begin:end]`.
 
+    Args:
+        data: bytes with the message.
+        begin, end: where the message is.
+        wanted: number of the fields.
+        limit: maximum number of all fields of the message.
+
     Raises:
-        ValueError: the message is not a protocol buffer.
+        ValueError: the message is not a protocol buffer, or has more fields.
     """
+    count = 0
     while begin < end:
+        count += 1
+        if count > limit:
+            raise ValueError(f"it has more than {limit} fields")
         tag, begin = varint(data, begin, end)
         number, kind = tag >> 3, tag & 7
         if kind == _VARINT:

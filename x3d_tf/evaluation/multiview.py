@@ -82,14 +82,15 @@ def predict_split(
         frame_sampling=frame_sampling,
         make_example=make_example,
     )
-    batches = _clips(dataset, views)
+    clips_a_call = model.clips_a_call if isinstance(model, ExportedClassifier) else CLIPS_A_CALL
+    batches = _clips(dataset, views, clips_a_call)
     total = len(records) * views.views
     with (
         record_errors_as_user_errors(),
         progress_bar(total, "clip", "evaluating", leave=None, disable=not progress) as bar,
     ):
         for clips, target, video in batches:
-            probabilities = network(clips.numpy())
+            probabilities = network(clips)
             finite = np.isfinite(probabilities).all(axis=1)
             if not finite.all():
                 first = records[int(video[int(finite.argmin())])].media_id
@@ -104,8 +105,8 @@ def predict_split(
     return SplitPredictions(combined.result(), np.array(targets))
 
 
-def classifier(model: X3D | ExportedClassifier, crop: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Returns a function from clips, float32 (N, T, crop, crop, 3) in 0..255, to probabilities, (N, classes).
+def classifier(model: X3D | ExportedClassifier, crop: int) -> Callable[[tf.Tensor], NDArray[np.float32]]:
+    """Returns a function from clips, float32 (N, T, crop, crop, 3) in 0..255, to an array of probabilities.
 
     Raises:
         UserError: an exported file has clips of another size.
@@ -113,7 +114,7 @@ def classifier(model: X3D | ExportedClassifier, crop: int) -> Callable[[NDArray[
     if isinstance(model, ExportedClassifier):
         size = model.clip.size
         require(crop == size, "the crop", f"be {size} pixels, the size of the clips of {model.path}", crop)
-        return model
+        return lambda clips: model(clips.numpy())
     compiled = probabilities_of(model, crop)
     return lambda clips: compiled(clips).numpy()
 
@@ -137,11 +138,11 @@ def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Any:
     return tf.function(network, input_signature=[tf.TensorSpec((None, model.clip.frames, crop, crop, 3), tf.float32)])
 
 
-def _clips(dataset: tf.data.Dataset, views: ViewSpec) -> tf.data.Dataset:
+def _clips(dataset: tf.data.Dataset, views: ViewSpec, clips_a_call: int) -> tf.data.Dataset:
     """Returns batches of clips with the target and the index of each clip's video. Each video is decoded once."""
 
     def split_views(clips: Any, targets: Any, records: Any) -> tf.data.Dataset:
         repeated = (tf.repeat(part, views.views, axis=0) for part in (targets, records))
         return tf.data.Dataset.from_tensor_slices((clips[0], *repeated))
 
-    return dataset.flat_map(split_views).batch(CLIPS_A_CALL).prefetch(2)
+    return dataset.flat_map(split_views).batch(clips_a_call).prefetch(2)

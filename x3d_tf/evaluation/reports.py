@@ -186,8 +186,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the field, the rule and the value.
     """
-    for name in (*_LINES, "exported"):
-        value = settings.get(name, "network" if name == "exported" else None)
+    for name in (*_LINES, *({"exported"} & settings.keys())):
+        value = settings.get(name)
         valid = isinstance(value, str) and value.isprintable() and bool(value.strip())
         require(valid, name, "be one printable line", value)
     require(isinstance(settings.get("records"), str), "records", "be a string", settings.get("records"))

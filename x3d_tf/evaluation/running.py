@@ -72,6 +72,7 @@ def _evaluate(
 ) -> Report:
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
     weights = weights_of_run(run) if run else weights_of(path)
-    report = task.evaluation(load_any(path), weights, settings, run).report(folder)
+    model = load(path) if run else load_any(path)
+    report = task.evaluation(model, weights, settings, run).report(folder)
     print(describe(report))
     return report

@@ -17,6 +17,7 @@ from x3d_tf.data.video.decode import VideoError
 from x3d_tf.inference.console import print_videos, print_windows, print_written, report_partial, top_lines
 from x3d_tf.inference.prediction import Prediction, open_classifier, predict_videos
 from x3d_tf.inference.writers import csv_table, json_document
+from x3d_tf.modeling.archive import describe_any
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runtimes.exported import ExportedClassifier
 from x3d_tf.terminal import one_line, tell
@@ -56,8 +57,8 @@ class ClassifyJob:
             The number of files that could not be read.
         """
         tell(f"loading {self.model}")
-        single = (self.temporal_views or 0) == 1
-        model = open_classifier(self.model, at_once=1 if single else None)  # all cores for a single clip
+        single = self.window is None and (self.temporal_views or describe_any(self.model).test_views) == 1
+        model = open_classifier(self.model, at_once=1 if single else None)  # all cores for the only clip of a video
         if model.activation == "sigmoid":
             tqdm.write("Each class has a probability of its own: they do not add up to 1.")
         if isinstance(model, ExportedClassifier):
@@ -74,6 +75,8 @@ class ClassifyJob:
         )
         network = name_of(model.expansion, model.options.family)
         about = {"model": self.model, "network": network, "task": model.task, "window": self.window}
+        if isinstance(model, ExportedClassifier):
+            about["exported"] = model.runtime
         tally = _Tally(SHEET_ROWS if self.contact_sheet else 0)
         show = print_videos if self.window is None else print_windows
         with (

@@ -33,6 +33,7 @@ from x3d_tf.types import MAX_VIEWS, ClipSpec, Combine, Storage, ViewSpec
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import X3D
 
+_Predicted = tuple[Cut, NDArray[np.float32]]  # a clip, with its frames where they are shown, and its probabilities
 Probabilities = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 _ONLY = np.zeros(1, np.int64)  # index of the only video
@@ -125,7 +126,8 @@ def predict_videos(
         model.stored,
         model.combine,
     )
-    return _predict(_Network(model, sampler.views), sampler, paths, thumbnails, progress)
+    network = _Network(model, sampler.views, shows=thumbnails > 0)
+    return _predict(network, sampler, paths, thumbnails, progress)
 
 
 def open_classifier(path: str | Path, at_once: int | None = None) -> "X3D | ExportedClassifier":
@@ -217,10 +219,16 @@ class _Sampler:
 
 
 class _Network:
-    """A network with its preprocessing. It processes clips in threads while the next ones are decoded."""
+    """A network with its preprocessing. It processes clips in threads while the next ones are decoded.
 
-    def __init__(self, model: "X3D | ExportedClassifier", views: ViewSpec) -> None:
-        self.classes, self.crop, self._views = model.num_classes, views.crop, views
+    Args:
+        model: the network.
+        views: size and crop of the clips.
+        shows: whether the frames of the clips are wanted, which takes memory.
+    """
+
+    def __init__(self, model: "X3D | ExportedClassifier", views: ViewSpec, *, shows: bool) -> None:
+        self.classes, self.crop, self._views, self._shows = model.num_classes, views.crop, views, shows
         if isinstance(model, ExportedClassifier):
             run = model.probabilities
             self._probabilities: Probabilities = lambda clips: run(to_pixels(clips))
@@ -233,23 +241,28 @@ class _Network:
         self._pool, self._threads, self._batch = ThreadPoolExecutor(1, "network"), 1, CLIPS_A_CALL
         self._pool.submit(compiled.get_concrete_function)  # traces while the first video is decoded
 
-    def __call__(self, cuts: Iterable[Cut], path: Path) -> Iterator[tuple[Cut, NDArray[np.float32]]]:
-        """Yields each clip, its frames as the network receives them, float32 (T, S, S, 3), and its probabilities."""
-        running: deque[Future[list[tuple[Cut, NDArray[np.float32]]]]] = deque()
-        cuts = iter(cuts)
+    def __call__(self, cuts: Iterable[Cut], path: Path) -> Iterator[_Predicted]:
+        """Yields each clip and its probabilities; its frames are uint8 (S, S, 3), as the network receives them.
+
+        Raises:
+            VideoError: the video is truncated; raised after the clips before the damage.
+        """
+        running: deque[Future[list[_Predicted]]] = deque()
         try:
-            while batch := list(itertools.islice(cuts, self._batch)):
+            for batch in _batches(cuts, self._batch):
+                if isinstance(batch, VideoError):
+                    yield from itertools.chain.from_iterable(future.result() for future in running)
+                    raise batch
                 running.append(self._pool.submit(self._run, batch, path))
                 while running and (running[0].done() or len(running) > self._threads):
                     yield from running.popleft().result()
-        except VideoError:  # the video is truncated: what precedes is predicted
             while running:
                 yield from running.popleft().result()
-            raise
-        while running:
-            yield from running.popleft().result()
+        finally:  # after an error, or where the caller stops
+            for future in running:
+                future.cancel()
 
-    def _run(self, batch: Sequence[Cut], path: Path) -> list[tuple[Cut, NDArray[np.float32]]]:
+    def _run(self, batch: Sequence[Cut], path: Path) -> list[_Predicted]:
         views = self._views
         clips = np.stack(
             [resized_centre_crop(np.stack(cut.frames), views.resize, views.crop, views.stretch) for cut in batch]
@@ -257,8 +270,25 @@ class _Network:
         found = self._probabilities(clips)
         if not np.isfinite(found).all():
             raise UserError(f"the network returns probabilities that are not finite for {path}")
-        prepared = (cut._replace(frames=list(frames)) for cut, frames in zip(batch, clips, strict=True))
-        return [*zip(prepared, found, strict=True)]
+        shown = map(list, to_pixels(clips)) if self._shows else itertools.repeat([])
+        return [(cut._replace(frames=frames), row) for cut, frames, row in zip(batch, shown, found)]
+
+
+def _batches(cuts: Iterable[Cut], size: int) -> Iterator[list[Cut] | VideoError]:
+    """Yields the clips in batches. An error of the video is yielded after the clips that precede it."""
+    batch: list[Cut] = []
+    try:
+        for cut in cuts:
+            batch.append(cut)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except VideoError as error:
+        yield from [batch] if batch else []
+        yield error
+        return
+    if batch:
+        yield batch
 
 
 class _VideoBar(tqdm):
@@ -367,10 +397,10 @@ class _Thumbnails:
         self._pixels: dict[int, NDArray[np.uint8] | None] = dict.fromkeys(numbers.tolist())
 
     def take(self, cut: Cut) -> None:
-        """Keeps the chosen frames of a clip, (T, S, S, 3)."""
+        """Keeps the chosen frames of a clip, uint8 (S, S, 3), if it has any."""
         for number, frame in zip(cut.numbers, cut.frames):
             if number in self._pixels and self._pixels[number] is None:
-                self._pixels[number] = to_pixels(frame)
+                self._pixels[number] = frame
 
     def taken(self, side: int, fps: float, start: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
         """Returns the frames that were decoded, (n, side, side, 3), and their times in seconds, (n,)."""

@@ -9,7 +9,6 @@ import hashlib
 import io
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,15 @@ from typing import Any
 import h5py
 
 from x3d_tf.errors import UserError, first_line, require
-from x3d_tf.modeling.cards import files_of, is_exported, read_exported_metadata
+from x3d_tf.modeling.cards import SAVED_MODEL, UNREADABLE, files_of, is_exported, read_exported_metadata
 from x3d_tf.modeling.metadata import JSON_LIMIT, Metadata
 
 MEMBER = "x3d_tf.json"
 WEIGHTS = "model.weights.h5"
-UNREADABLE = (  # errors that zipfile and h5py raise for damaged files
-    ValueError,
-    TypeError,
-    LookupError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    NotImplementedError,
-    OverflowError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 _LIMITS = {MEMBER: JSON_LIMIT, "metadata.json": 1024 * 1024, "config.json": 64 * 1024 * 1024}  # bytes
 _BLOCK = 1 << 20  # bytes read at once
 _WEIGHT_BYTES = 4  # Keras stores float32 weights for every dtype policy
+_NETWORKS = "give a run folder or a .keras file"
 _ENCRYPTED = 0x1  # flag bit of a zip member
 
 
@@ -58,17 +46,27 @@ def read_metadata(path: Path) -> Metadata:
         raise UserError(_not_a_model_file(path, error)) from error
     capacity = members[WEIGHTS].file_size // _WEIGHT_BYTES
     metadata.require_capacity(f"{path}: {WEIGHTS}", capacity)
+    require(metadata.form != "exported", f"{path}: form", "be 'trainable' or 'portable'", metadata.form)
     return metadata
 
 
 def describe(path: str | Path) -> Metadata:
-    """Reads the metadata of a run folder, of a `.keras` file saved by this package, or of a file that it exported.
+    """Reads the metadata of a run folder or of a `.keras` file saved by this package.
 
     Raises:
-        UserError: the file does not exist, was not written by this package, or is too small for the network in its
+        UserError: the file does not exist, was not saved by this package, or is too small for the network in its
             metadata.
     """
-    return read_exported_metadata(path) if is_exported(path) else read_metadata(model_file(path))
+    return read_metadata(model_file(path))
+
+
+def describe_any(path: str | Path) -> Metadata:
+    """Reads the metadata of a model as `describe` does, or of a file that this package exported.
+
+    Raises:
+        UserError: see `describe` and `read_exported_metadata`.
+    """
+    return read_exported_metadata(path) if is_exported(path) else describe(path)
 
 
 def require_classifier(path: str | Path) -> None:
@@ -85,9 +83,13 @@ def model_file(path: str | Path) -> Path:
         UserError: the file does not exist.
     """
     path = Path(path)
+    if is_exported(path):
+        raise UserError(f"{path} is an exported file, which only predict and evaluate accept; {_NETWORKS}")
     file = path / "model.keras" if path.is_dir() else path
     if not file.is_file():
+        versions = sorted(path.glob(f"*/{SAVED_MODEL}"))
         hint = "; a run writes its model when it is finished" if path.is_dir() else ""
+        hint = f"; predict and evaluate accept a version of a SavedModel: {versions[-1].parent}" if versions else hint
         raise UserError(f"{file}: no such model file or run folder{hint}")
     return file
 
@@ -183,8 +185,6 @@ def _not_a_model_file(path: Path, error: Exception) -> str:
     if path.suffix in (".pyth", ".pth", ".pt"):
         advice = f"convert PyTorch weights with python -m x3d_tf.import_weights {path} --variant=..."
         return f"{path} is not a .keras file; {advice}"
-    if is_exported(path):
-        return f"{path} is an exported file, which only predict and evaluate accept; give a run folder or a .keras file"
     if isinstance(error, KeyError):
         advice = "Save it again with x3d_tf.save(model, path) where the model was created"
         return f"{path} has no {MEMBER}, the metadata of a model file. {advice}"

@@ -1,9 +1,13 @@
 """Classifiers in exported files, called like the network that they were exported from. Imports no TensorFlow."""
 
+import math
 import queue
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +25,12 @@ from x3d_tf.types import Activation, ClipSpec, Combine, FrameSampling, Storage
 _MOST_AT_ONCE = 8  # clips: LiteRT takes the memory of a network for each
 
 
+def shares(cores: int) -> tuple[int, int]:
+    """Returns the number of clips to process at once and the threads of each, for many clips."""
+    threads = math.ceil(cores / _MOST_AT_ONCE)
+    return cores // threads, threads
+
+
 class ExportedClassifier:
     """A classifier in an exported file.
 
@@ -28,7 +38,8 @@ class ExportedClassifier:
         path: `.tflite`, `.onnx` or OpenVINO `.xml` file, or folder of a SavedModel. A SavedModel can execute arbitrary
             code: only load ones you trust.
         at_once: number of clips that are processed at once, each on an equal share of the CPU cores. Defaults to the
-            number of cores, at most 8, which is fastest for many clips.
+            number of cores, at most 8, which is fastest for many clips. No effect on a SavedModel, which uses the
+            devices and threads of TensorFlow.
 
     Attributes:
         path: the file.
@@ -50,7 +61,7 @@ class ExportedClassifier:
     test_views: int
     combine: Combine
     include_top = True
-    form = "exported"
+    form: Literal["exported"] = "exported"
 
     def __init__(self, path: str | Path, at_once: int | None = None) -> None:
         self.path = Path(path)
@@ -61,17 +72,17 @@ class ExportedClassifier:
         self.activation: Activation = metadata.activation
         copy_metadata(metadata, self)
         artefact = artefact_of(self.path / SAVED_MODEL if self.path.is_dir() else self.path)
-        require(artefact is not None, str(path), "be an exported file")
-        assert artefact is not None
+        if artefact is None:
+            raise UserError(f"{path} is not an exported file")
         cores = available_cpus()
-        self.at_once = at_once or min(cores, _MOST_AT_ONCE)
-        self._first = _opened(artefact, max(1, cores // self.at_once), self.at_once)
+        self.at_once, threads = (at_once, max(1, cores // at_once)) if at_once else shares(cores)
+        self._first = _opened(artefact, threads, self.at_once)
         self._check_shapes(self._first)
         self.runtime = _with_precision(self._first.format)
         self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
         self._idle.put(self._first)
-        for _ in range(self.at_once - 1):
-            self._idle.put(self._first.for_another_thread())
+        self._running = 1  # runners that exist
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self.at_once, "clip")
 
     @property
@@ -83,6 +94,11 @@ class ExportedClassifier:
     def batch(self) -> int:
         """Number of clips of a call of the file: its batch if that is fixed, otherwise 1."""
         return self._first.batch or 1
+
+    @property
+    def clips_a_call(self) -> int:
+        """Number of clips that keep all threads busy."""
+        return self.batch * self.at_once
 
     @property
     def pool(self) -> Executor:
@@ -101,16 +117,27 @@ class ExportedClassifier:
         Raises:
             UserError: the runtime fails, or returns another number of classes.
         """
-        runner = self._idle.get()
         try:
-            found = probabilities(runner, np.asarray(clips))
+            runner = self._take()
+            try:
+                found = probabilities(runner, np.asarray(clips))
+            finally:
+                self._idle.put(runner)
         except Exception as error:  # runtimes raise errors of any type
             raise UserError(f"{self.path} cannot be run: {type(error).__name__}: {first_line(error)}") from error
-        finally:
-            self._idle.put(runner)
         shape = (len(clips), self.num_classes)
         require(found.shape == shape, str(self.path), f"return probabilities of shape {shape}", found.shape)
         return found
+
+    def _take(self) -> Runner:
+        """Returns a runner that no other thread uses: an idle one, or a new one while there are fewer than threads."""
+        with suppress(queue.Empty):
+            return self._idle.get_nowait()
+        with self._lock:
+            if self._running < self.at_once:
+                self._running += 1
+                return self._first.for_another_thread()
+        return self._idle.get()
 
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the probabilities of clips of unrounded pixels, computed in parallel.
@@ -120,6 +147,8 @@ class ExportedClassifier:
         Args:
             clips: float32 (N, T, S, S, 3), RGB in 0..255.
         """
+        if not len(clips):
+            return np.zeros((0, self.num_classes), np.float32)
         whole = to_pixels(clips)
         parts = [whole[first : first + self.batch] for first in range(0, len(whole), self.batch)]
         return np.concatenate([*self._pool.map(self.probabilities, parts)])

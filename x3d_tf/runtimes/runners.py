@@ -92,9 +92,9 @@ def artefact_of(path: Path) -> Artefact | None:
     """Returns the artefact in a file, or the SavedModel that a file belongs to; None for any other file."""
     if path.name == SAVED_MODEL:
         return Artefact(path.parent, "tensorflow")
-    if path.suffix == ".xml" and not _is_openvino(path):  # XML of another program
+    if path.suffix.lower() == ".xml" and not _is_openvino(path):  # XML of another program
         return None
-    runtime = {".tflite": "litert", ".onnx": "onnxruntime", ".xml": "openvino"}.get(path.suffix)
+    runtime = {".tflite": "litert", ".onnx": "onnxruntime", ".xml": "openvino"}.get(path.suffix.lower())
     return Artefact(path, runtime) if runtime else None
 
 
@@ -104,13 +104,11 @@ def _is_openvino(path: Path) -> bool:
 
 
 def open_artefact(artefact: Artefact, threads: int, at_once: int = 1) -> Runner:
-    """Opens an artefact for inference on the CPU.
-
-    TensorFlow's thread count is per process, so that the first artefact of a process determines it.
+    """Opens an artefact for inference: on the CPU, or for a SavedModel on the devices that TensorFlow uses.
 
     Args:
         artefact: the artefact.
-        threads: number of threads of a call.
+        threads: number of threads of a call; no effect in TensorFlow, see `limit_tensorflow`.
         at_once: number of runners that will be called at once; see `Runner.for_another_thread`.
 
     Raises:
@@ -126,11 +124,10 @@ class _TensorFlow:
     def __init__(self, path: Path, threads: int, at_once: int = 1) -> None:
         import tensorflow as tf
 
-        _limit_threads(threads)
         card = path / CARD
         self.card = card.read_text(encoding="utf-8") if card.is_file() else ""
         self._to_tensor = tf.constant
-        if (path / SAVED_MODEL).is_file():
+        if path.is_dir():
             self.format = "SavedModel"
             self._module = tf.saved_model.load(str(path))  # keeps the variables of the signature alive
             require(SIGNATURE in self._module.signatures, str(path), f"have a signature named {SIGNATURE}")
@@ -154,10 +151,11 @@ class _TensorFlow:
         return self
 
 
-def _limit_threads(threads: int) -> None:
+def limit_tensorflow(threads: int) -> None:
+    """Restricts TensorFlow, in the complete process, to the CPU and a number of threads, unless it has computed."""
     import tensorflow as tf
 
-    with suppress(RuntimeError):  # a command has already set its threads
+    with suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
         tf.config.set_visible_devices([], "GPU")
@@ -191,13 +189,16 @@ class _LiteRT:
         plain = Interpreter(str(path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
         self.operators: Mapping[str, int] = Counter(entry["op_name"] for entry in plain._get_ops_details())
         self.format = f"TFLite {_precision(plain)}"
-        self._again = functools.partial(_LiteRT, path, threads)
-        self._interpreter = Interpreter(str(path), num_threads=threads)
+        self._new_interpreter = functools.partial(Interpreter, str(path), num_threads=threads)
+        self._start()
+        batch, *clip = (None if size < 0 else int(size) for size in self._input["shape_signature"])
+        self.batch, self.clip = batch, tuple(clip)
+
+    def _start(self) -> None:
+        self._interpreter = self._new_interpreter()
         self._interpreter.allocate_tensors()
         (self._input,) = self._interpreter.get_input_details()
         (self._output,) = self._interpreter.get_output_details()
-        batch, *clip = (None if size < 0 else int(size) for size in self._input["shape_signature"])
-        self.batch, self.clip = batch, tuple(clip)
 
     def __call__(self, clips: NDArray[np.uint8]) -> NDArray[np.float32]:
         if self.batch is None and tuple(self._input["shape"]) != clips.shape:
@@ -211,7 +212,9 @@ class _LiteRT:
         return (output.astype(np.float32) - zero) * np.float32(scale) if scale else output
 
     def for_another_thread(self) -> "Runner":
-        return self._again()
+        other = copy.copy(self)
+        other._start()
+        return other
 
 
 def _zipped_card(path: Path) -> str:
@@ -258,7 +261,8 @@ class _OnnxRuntime:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        # The calling threads compute too, and share the other threads of the session.
+        options.intra_op_num_threads, options.inter_op_num_threads = 1 + at_once * (threads - 1), 1
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._input, *others = self._session.get_inputs()
         require(not others, str(path), "have one input, clips", [self._input.name, *(entry.name for entry in others)])

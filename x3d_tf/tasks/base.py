@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from x3d_tf.data.datasets.spec import open_dataset, require_annotations
 from x3d_tf.errors import UserError, first_few
 from x3d_tf.evaluation.interfaces import Evaluator, Validation
-from x3d_tf.modeling.archive import describe
+from x3d_tf.modeling.archive import describe_any
 from x3d_tf.registry import Registry
 from x3d_tf.text import counted
 from x3d_tf.types import Metric
@@ -234,12 +234,12 @@ def task_of_records(config: "TrainConfig", manifest: "Manifest") -> Task:
 
 
 def task_of_model(path: str | Path) -> Task:
-    """Returns the task of a run folder or of a `.keras` file.
+    """Returns the task of a run folder, a `.keras` file or an exported file.
 
     Raises:
-        UserError: the file does not exist or was not saved by this package; no task has the name.
+        UserError: the file does not exist or was not written by this package; no task has the name.
     """
-    return find(describe(path).task)
+    return find(describe_any(path).task)
 
 
 def task_of_run(run: "RunFolder") -> Task:
