@@ -165,10 +165,11 @@ def _check_splits(sources: Sources) -> None:
     found: dict[str, str] = {}
     for name, videos in sources.splits.items():
         for video in videos:
-            first = found.setdefault(video.media_id, name)
-            if first != name and video.key_frame is None:  # lists of boxes may share key frames: each has its own boxes
+            listed = video.media_id if video.key_frame is None else video.name  # near key frames show the same
+            first = found.setdefault(listed, name)
+            if first != name:
                 where = f"in the splits {first} and {name}"
-                raise UserError(f"{video.media_id} is listed {where}; a video, or a part of it, must be in one split")
+                raise UserError(f"{listed} is listed {where}; a video, or a part of it, must be in one split")
         twice = next((identity for identity, count in Counter(v.media_id for v in videos).items() if count > 1), None)
         require(twice is None, f"split {name}", "list each video, or part of it, once", twice)
 
