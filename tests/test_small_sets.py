@@ -164,6 +164,21 @@ def test_hmdb51(tmp_path: Path) -> None:
     assert (sources.official_split, second.official_split) == ((1, 3), (2, 3))
 
 
+def test_a_file_in_the_folder_of_another_class_is_another_video(tmp_path: Path) -> None:
+    touch(tmp_path / "videos", "clap/same_0.avi", "wave/b.avi", "all/flat_0.avi")
+    texts = {
+        "clap_test_split1.txt": "same_0.avi 1\nflat_0.avi 1\n",
+        "wave_test_split1.txt": "same_0.avi 2\nflat_0.avi 2\nb.avi 2\n",
+    }
+    sources = hmdb51(tmp_path, texts)
+    assert found(sources) == {"train": {"clap/same_0": "clap", "clap/flat_0": "clap"}, "test": {"wave/b": "wave"}}
+    clap, wave = (tmp_path / "lists" / name for name in texts)
+    assert [(Path(error.path).name, error.reason) for error in sources.unusable] == [
+        ("same_0", f"does not exist ({wave}, line 1, class wave)"),
+        ("flat_0.avi", f"is listed twice, with other names or classes: in {clap}, line 2 and in {wave}, line 2"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("texts", "split", "message"),
     [

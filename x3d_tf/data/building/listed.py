@@ -31,15 +31,17 @@ class VideoFiles:
     Args:
         folder: folder of the videos, with or without subfolders. Hidden files and files that are not videos by their
             extension are ignored.
+        classes: class names, if a video in the folder of another class is another video with the same name.
 
     Raises:
         UserError: the folder does not exist.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, classes: Sequence[str] = ()) -> None:
         if not folder.is_dir():
             raise UserError(f"videos: {folder} is not a folder")
         self.folder = Path(os.path.normpath(folder))
+        self._classes = {plain(name) for name in classes}
         self._by_stem: dict[str, list[Path]] = {}
         for path in _walk(self.folder):
             self._by_stem.setdefault(path.stem, []).append(path)
@@ -51,8 +53,10 @@ class VideoFiles:
             stem: the name without extension.
             class_name: class of the video. If one of several files is in the folder of this class, only it counts.
         """
-        found = self._by_stem.get(stem, [])
-        in_class = [path for path in found if len(found) > 1 and plain(path.parent.name) == plain(class_name)]
+        found, own = self._by_stem.get(stem, []), plain(class_name)
+        others = self._classes - {own} if self._classes else ()
+        found = [path for path in found if path.parent == self.folder or plain(path.parent.name) not in others]
+        in_class = [path for path in found if len(found) > 1 and plain(path.parent.name) == own]
         return tuple(in_class if len(in_class) == 1 else found)
 
     def at(self, path: str) -> tuple[Path, ...]:
@@ -196,8 +200,8 @@ def collect(
 ) -> Sources:
     """Returns the videos of the lists that exist, and prints how many are missing, by class.
 
-    Missing videos are unusable. So are a video that is listed before, in any split, and a segment of a recording of
-    which an earlier split has another segment.
+    Missing videos are unusable. So are a video or a file that is listed before, in any split, and a segment of a
+    recording of which an earlier split has another segment.
 
     Args:
         folder: folder of the videos.
@@ -212,7 +216,7 @@ def collect(
     """
     splits: dict[str, list[Video]] = {}
     unusable: list[VideoError] = []
-    first: dict[str, str] = {}  # where a name was listed first
+    first: dict[object, str] = {}  # where a name, or a segment of a file, was listed first
     split_of: dict[str, tuple[str, str]] = {}  # by recording: its split, and where it was listed first
     for split, entries in lists.items():
         require(bool(entries), f"the list of split {split}", "name at least one video")
@@ -229,6 +233,8 @@ def collect(
                 missing.update(entry.classes)
                 of_class = f", class {entry.classes[0]}" if len(entry.classes) == 1 else ""
                 reason = f"does not exist ({entry.where}{of_class})"
+            elif (listed := first.setdefault((entry.files, entry.start, entry.end), entry.where)) != entry.where:
+                reason = f"is listed twice, with other names or classes: in {listed} and in {entry.where}"
             else:
                 members.append(_video(folder, entry, frame_rate))
                 continue

@@ -41,7 +41,7 @@ class Hmdb51:
         ((split, folder),) = inputs.lists.items()
         tables = _tables(folder, split)
         classes = ClassNames(sorted(tables), f"the names of the lists in {folder}")
-        files = VideoFiles(inputs.path("videos"))
+        files = VideoFiles(inputs.path("videos"), classes.names)
         lists: dict[str, list[Entry]] = {"train": [], "test": []}
         for label in classes.names:
             _read_table(tables[label], label, files, lists)

@@ -37,7 +37,7 @@ class Ucf101:
         classes = ClassNames(
             read_numbered_classes(inputs.path("classes"), "{}", first=1), f"the classes in {inputs.classes}"
         )
-        files = VideoFiles(inputs.path("videos"))
+        files = VideoFiles(inputs.path("videos"), classes.names)
         lists = {split: _read_list(path, classes, files) for split, path in inputs.lists.items()}
         return replace(collect(files.folder, lists, classes.names, inputs.seed), official_split=official)
 
