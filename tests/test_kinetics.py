@@ -234,6 +234,7 @@ def test_records_of_kinetics(tmp_path: Path) -> None:
     """The manifest has what the comparison with the paper needs; missing and short videos are in failures.csv."""
     from x3d_tf.build_records import summary
     from x3d_tf.data.building.builder import build_records
+    from x3d_tf.data.records.manifest import Manifest
 
     root = tmp_path / "videos"
     write_video(root / "air_drumming" / f"{IDS[0]}_000010_000020.mp4", numbered_frames(20), fps=10)
@@ -251,6 +252,7 @@ def test_records_of_kinetics(tmp_path: Path) -> None:
     found = {record.media_id: (record.labels, record.frames) for record in manifest.splits["train"].records}
     drumming, zumba = manifest.classes.index("air drumming"), manifest.classes.index("zumba")
     assert found == {f"{IDS[0]}_000010_000020": ((drumming,), 20), f"{IDS[1]}_000001_000003#1.0-3.0": ((zumba,), 20)}
+    assert [record.recording for record in Manifest.load(tmp_path / "records").splits["val"].records] == [IDS[2]]
     reasons = {Path(path).name: reason for path, reason in list(rows_of(tmp_path / "records" / "failures.csv"))[1:]}
     assert reasons == {
         f"{IDS[4]}_000000_000010": f"does not exist ({tmp_path}/val.csv, line 4, class yoga)",

@@ -68,6 +68,11 @@ def test_ucf101(tmp_path: Path) -> None:
     assert sources.classes == ("Basketball", "HandstandPushups")
     assert sources.expected == {"train": 2, "test": 2} and len(sources.unusable) == 1
     assert sources.official_split == (1, 3)
+    assert {video.recording for videos in sources.splits.values() for video in videos} == {
+        "Basketball/v_Basketball_g01",
+        "HandstandPushups/v_HandStandPushups_g01",
+        "Basketball/v_Basketball_g02",
+    }
 
 
 @pytest.mark.parametrize(
@@ -162,6 +167,15 @@ def test_hmdb51(tmp_path: Path) -> None:
     second = hmdb51(tmp_path, {}, "split2")
     assert set(found(second)["test"]) == {"wave/#20_Rhythm_0"}
     assert (sources.official_split, second.official_split) == ((1, 3), (2, 3))
+
+
+def test_clips_of_a_film_of_hmdb51_state_it(tmp_path: Path) -> None:
+    """The official splits decide where they are, so a film may be in both."""
+    names = ("a_wave_tape_wave_u_cm_np1_fr_med_1", "a_wave_tape_wave_u_cm_np1_fr_med_2")
+    touch(tmp_path / "videos", *(f"{name}.avi" for name in names))
+    sources = hmdb51(tmp_path, {"wave_test_split1.txt": f"{names[0]}.avi 1\n{names[1]}.avi 2\n"})
+    recordings = {split: [video.recording for video in videos] for split, videos in sources.splits.items()}
+    assert recordings == {"train": ["a_wave_tape"], "test": ["a_wave_tape"]} and not sources.unusable
 
 
 def test_a_file_in_the_folder_of_another_class_is_another_video(tmp_path: Path) -> None:

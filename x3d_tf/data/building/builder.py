@@ -290,8 +290,9 @@ def _record_source(video: Video, labels: tuple[int, ...]) -> "RecordSource":
     from x3d_tf.data.records.format import RecordSource
 
     if video.key_frame is not None:  # names the record alone, because its segment follows from it
-        return RecordSource(video.name, labels, key_frame=video.key_frame, annotation=video.annotation)
-    return RecordSource(video.name, labels, video.start, video.end, timed=video.timed)
+        key_frame, annotation = video.key_frame, video.annotation
+        return RecordSource(video.name, labels, key_frame=key_frame, annotation=annotation, recording=video.recording)
+    return RecordSource(video.name, labels, video.start, video.end, timed=video.timed, recording=video.recording)
 
 
 class _Estimate:

@@ -176,7 +176,7 @@ class Entry(NamedTuple):
         where: file and line that list it, for messages.
         files: the files with its name: none if it is missing.
         start, end: segment of the file in seconds; an end of None means the end of the file.
-        source: name of the recording that it is a part of, which may be in one split only. Defaults to `name`.
+        source: name of the recording that it is a part of. Defaults to `name`.
         timed: its classes with their times; empty if they apply to the complete video.
     """
 
@@ -197,11 +197,12 @@ def collect(
     seed: int,
     task: AnnotationKind = "single_label",
     frame_rate: float = FOLDER_FPS,
+    exclusive: bool = True,
 ) -> Sources:
     """Returns the videos of the lists that exist, and prints how many are missing, by class.
 
-    Missing videos are unusable. So are a video or a file that is listed before, in any split, and a segment of a
-    recording of which an earlier split has another segment.
+    Missing videos are unusable. So are a video or a file that is listed before, in any split, and, if recordings are
+    exclusive, a segment of a recording of which an earlier split has another segment.
 
     Args:
         folder: folder of the videos.
@@ -210,6 +211,7 @@ def collect(
         seed: random seed for the order.
         task: kind of annotation.
         frame_rate: images per second, for folders of frames.
+        exclusive: a recording may be in one split only.
 
     Raises:
         UserError: a list is empty, no video of a split exists, or a video has two files.
@@ -222,7 +224,7 @@ def collect(
         require(bool(entries), f"the list of split {split}", "name at least one video")
         members, missing = splits.setdefault(split, []), Counter[str]()
         for entry in entries:
-            source = entry.source or entry.name
+            source = (entry.source if exclusive else "") or entry.name
             owner, place = split_of.setdefault(source, (split, entry.where))
             listed = first.setdefault(entry.name, entry.where)
             if listed != entry.where:
@@ -258,6 +260,7 @@ def _video(folder: Path, entry: Entry, frame_rate: float) -> Video:
         frame_rate=frame_rate,
         must_cover_segment=True,
         timed=entry.timed,
+        recording="" if entry.source == entry.name else entry.source,
     )
 
 

@@ -45,7 +45,7 @@ class Hmdb51:
         lists: dict[str, list[Entry]] = {"train": [], "test": []}
         for label in classes.names:
             _read_table(tables[label], label, files, lists)
-        found = collect(files.folder, lists, classes.names, inputs.seed)
+        found = collect(files.folder, lists, classes.names, inputs.seed, exclusive=False)
         return replace(found, official_split=OfficialSplit(_SPLITS.index(split) + 1, len(_SPLITS)))
 
 
@@ -76,4 +76,5 @@ def _read_table(path: Path, label: str, files: VideoFiles, lists: dict[str, list
         split = _PARTS[parts["part"]]
         if split:
             stem = Path(parts["video"]).stem
-            lists[split].append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label)))
+            film = stem.rpartition(f"_{label}_")[0]  # names are FILM_CLASS_PROPERTIES
+            lists[split].append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label), source=film))

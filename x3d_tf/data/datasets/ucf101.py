@@ -16,6 +16,7 @@ from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
 
 _LIST = re.compile(r"(?:train|test)list0([1-3])\.txt")
+_CLIP = re.compile(r"(?P<group>.+_g\d+)_c\d+", re.ASCII)  # the clips of a group were cut from one recording
 
 
 class Ucf101:
@@ -39,7 +40,8 @@ class Ucf101:
         )
         files = VideoFiles(inputs.path("videos"), classes.names)
         lists = {split: _read_list(path, classes, files) for split, path in inputs.lists.items()}
-        return replace(collect(files.folder, lists, classes.names, inputs.seed), official_split=official)
+        found = collect(files.folder, lists, classes.names, inputs.seed, exclusive=False)
+        return replace(found, official_split=official)
 
 
 DATASETS = (Ucf101(),)
@@ -69,5 +71,7 @@ def _read_list(path: Path, classes: ClassNames, files: VideoFiles) -> list[Entry
         if number:
             numbered = classes.at(number.strip(), f"{where}: the class number", first=1)
             require(numbered == label, f"{where}: the class number", f"be that of {label}", number)
-        entries.append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label)))
+        clip = _CLIP.fullmatch(stem)
+        group = f"{label}/{clip['group']}" if clip else ""
+        entries.append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label), source=group))
     return entries
