@@ -163,6 +163,7 @@ def test_kinetics_700_takes_its_classes_from_its_lists_or_a_file(tmp_path: Path)
         (HEADER + '"zumba,-00_abcdefg\n', "line 2 is not valid csv"),
         ("\na.mp4 400\n", r"line 2 must be a number in 0\.\.399, of the classes of kinetics400, got '400'"),
         ("a.mp4 zumba\n", r"line 1 must be a number in 0\.\.399"),
+        pytest.param(f"a{' ' * 10**6},;\n", r"line 1 must have a path .*\.\.\. \(1000005 characters\)", id="long line"),
         ("a.mp4\n", "line 1 must have a path and a class number, or the first line must name the columns label,"),
         (
             HEADER + "zumba,-00_abcdefg,0,10,train\n",

@@ -201,6 +201,11 @@ def test_a_file_in_the_folder_of_another_class_is_another_video(tmp_path: Path) 
             "split1",
             "wave_test_split1.txt, line 2 must be a file name and 0, 1",
         ),
+        (
+            {"wave_test_split1.txt": f"a{' ' * 10**6}\n"},
+            "split1",
+            r"line 1 must be a .* \.\.\. \(1000003 characters\)",
+        ),
         ({"wave_test_split1.txt": "a.avi\n"}, "split1", "wave_test_split1.txt, line 1 must be a file name and 0, 1"),
         ({"wave_test_split1.txt": "a.avi 1\n"}, "split2", r"lists must hold files CLASS_test_split2\.txt"),
         (

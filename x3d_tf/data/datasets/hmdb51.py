@@ -3,7 +3,6 @@
 Its lists are files `CLASS_test_splitN.txt`, one for each class and each of the three splits, in one folder.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,11 +69,11 @@ def _read_table(path: Path, label: str, files: VideoFiles, lists: dict[str, list
         if not text.strip():
             continue
         where = f"{path}, line {line}"
-        parts = re.fullmatch(r"\s*(?P<video>\S.*?)\s+(?P<part>\S+)\s*", text)
-        if parts is None or parts["part"] not in _PARTS:
-            raise UserError(f"{where} must be a file name and 0, 1 (training) or 2 (test), got {text!r}")
-        split = _PARTS[parts["part"]]
+        video, *parts = text.strip().rsplit(None, 1)
+        valid = len(parts) == 1 and parts[0] in _PARTS
+        require(valid, where, "be a file name and 0, 1 (training) or 2 (test)", text)
+        split = _PARTS[parts[0]]
         if split:
-            stem = Path(parts["video"]).stem
+            stem = Path(video).stem
             film = stem.rpartition(f"_{label}_")[0]  # names are FILM_CLASS_PROPERTIES
             lists[split].append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label), source=film))
