@@ -107,6 +107,28 @@ def test_the_manifest_states_the_official_split(tmp_path: Path, official: bool) 
         assert replace(manifest, settings=manifest.settings | wrong).official_split is None
 
 
+def test_official_lists_keep_their_split(tmp_path: Path) -> None:
+    lists = {"train": "testlist01.txt", "test": "trainlist01.txt"}
+    with pytest.raises(UserError, match=r"^--lists must give testlist01\.txt as the list of test, got 'train'"):
+        build(tmp_path, "ucf101", {}, lists, "classes")
+
+
+def test_a_build_is_of_one_official_split(tmp_path: Path) -> None:
+    """The finished build would keep the number that it has, or none."""
+    from x3d_tf.data.building.builder import build_records
+
+    texts = {"trainlist01.txt": "Basketball/a.avi 1\n", "mine.txt": "Basketball/a.avi 1\n", "classes": "1 Basketball\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    write_video(tmp_path / "videos" / "a.mp4", numbered_frames(3))
+    inputs = Inputs(videos=tmp_path / "videos", lists={"train": tmp_path / "mine.txt"}, classes=tmp_path / "classes")
+    settings: dict[str, Any] = {"dataset": "ucf101", "short_side": 32, "workers": 1, "progress": False}
+    build_records(inputs, tmp_path / "records", **settings)
+    official = replace(inputs, lists={"train": tmp_path / "trainlist01.txt"})
+    with pytest.raises(UserError, match=r"official_split = None, not \[1, 3\]"):
+        build_records(official, tmp_path / "records", **settings)
+
+
 def test_lists_of_different_official_splits_are_refused(tmp_path: Path) -> None:
     """Their training and test videos overlap."""
     lists = {"train": "trainlist01.txt", "test": "testlist02.txt"}
@@ -124,6 +146,7 @@ def test_lists_of_different_official_splits_are_refused(tmp_path: Path) -> None:
             r"trainlist01.txt, line 2: the class must be one of the classes in",
         ),
         ("Basketball/a.avi 2\n", None, "trainlist01.txt, line 1: the class number must be that of Basketball, got '2'"),
+        ("Basketball/a.avi\t2\n", None, "line 1: the class number must be that of Basketball, got '2'"),
         ("Basketball/a.avi 3\n", None, r"trainlist01.txt, line 1: the class number must be a number in 1\.\.2"),
         ("a.avi 1\n", None, "trainlist01.txt, line 1 must be CLASS/VIDEO"),
         ("Basketball/a.avi 1\n", "1 Basketball\n3 Skiing\n", "classInd.txt, line 2 must be 2 and a class name"),

@@ -141,6 +141,7 @@ def _identity(dataset: str, inputs: Inputs, encoding: _EncodingSettings, sources
         "split": inputs.split,
         "expected": dict(sources.expected),
         **key_frames,
+        "official_split": sources.official_split,
         "short_side": encoding.short_side,
         "quality": encoding.quality,
         "videos_per_shard": index.VIDEOS_PER_SHARD,
