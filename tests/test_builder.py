@@ -221,6 +221,7 @@ def test_file_names_of_all_kinds(tmp_path: Path) -> None:
 def test_a_csv_file_of_segments_with_several_classes(clips: Path, tmp_path: Path) -> None:
     table = tmp_path / "list.csv"
     rows = ["run/clip 3.mp4,run,0,0.1", "run/clip 3.mp4,run;turn,0.1,", "jump/clip 4.mp4,jump,5,", "jump/x,jump,,"]
+    rows.append("run/clip 2.mp4,run,0,1000000")
     table.write_text("path,label,start,end\n" + "\n".join([*rows, "run/broken.mp4,run,0,1", "run/broken.mp4,run,1,2"]))
     result = build_records(Inputs(videos=clips, csv=table), tmp_path / "out", workers=1, progress=False)
     manifest = Manifest.load(tmp_path / "out")
@@ -232,7 +233,8 @@ def test_a_csv_file_of_segments_with_several_classes(clips: Path, tmp_path: Path
         reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(failures)}
     assert reasons["x"] == f"does not exist ({table}, line 5)"
     assert reasons["clip 4.mp4"] == "ends before the start time 5.0 s"
-    assert result.failures == len(reasons) == 3  # the broken file once
+    assert reasons["clip 2.mp4"] == "ends at 0.3 s, before the end of its segment, 1e+06 s"
+    assert result.failures == len(reasons) == 4  # the broken file once
     lines = "\n".join(summary(result))
     assert "3 classes, task multi_label" in lines
     assert "train has no video for 1 class: jump" in lines

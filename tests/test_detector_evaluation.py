@@ -36,7 +36,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     root = tmp_path_factory.mktemp("ava")
     write_video(root / "videos" / "film.mp4", numbered_frames(240))
-    both = [f"film,{second:04d},{box},{n + 1},0\n" for second in (903, 904) for n, box in enumerate(BOXES)]
+    (root / "videos" / "clip.mp4").symlink_to("film.mp4")
+    both = [f"clip,{second:04d},{box},{n + 1},0\n" for second in (903, 904) for n, box in enumerate(BOXES)]
     (root / "train.csv").write_text("".join(both))
     one = [f"film,{second:04d},{BOXES[second % 2]},{second % 2 + 1},0\n" for second in (904, 905, 906)]
     (root / "test.csv").write_text("".join(one))

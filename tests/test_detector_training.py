@@ -224,11 +224,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     boxes = ("0.1,0.1,0.4,0.9", "0.5,0.2,0.9,0.8")
     rows = [f"film,{903 + n // 2:04d},{boxes[n % 2]},{n % 2 + 1},{n % 2}\n" for n in range(8)]
     (root / "truth.csv").write_text("".join(rows))
+    (root / "videos" / "clip.mp4").symlink_to("film.mp4")
+    (root / "train.csv").write_text("".join(rows).replace("film", "clip"))
     near = ["film,0903,0.1,0.1,0.4,0.88,,0.9\n", "film,0904,0.1,0.1,0.4,0.5,,0.9\n", "film,0905,0,0,1,1,,0.5\n"]
     (root / "found.csv").write_text("".join(near))
     (root / "actions.pbtxt").write_text('item { name: "sit" id: 1 }\nitem { name: "wave" id: 2 }\n')
     (root / "out.csv").write_text("film,0906\n")
-    truth = {"train": root / "truth.csv", "test": root / "truth.csv"}
+    truth = {"train": root / "train.csv", "test": root / "truth.csv"}
     out, found = {"test": root / "out.csv"}, {"test": root / "found.csv"}
     build_key_frames(
         root / "videos",
@@ -281,7 +283,7 @@ def test_previews_name_the_key_frame_and_the_labels_of_its_boxes(
         first, *boxes = caption.splitlines()
         video, _, second = first.partition(", second ")
         grey = numbered_frames(240)[30 * (int(second) - 900), -1, -1]  # of the key frame, the third of the clip
-        assert video == "film" and np.abs(np.median(pixels[2], axis=(0, 1)) - grey).max() < 8
+        assert video == "clip" and np.abs(np.median(pixels[2], axis=(0, 1)) - grey).max() < 8
         seconds.add(int(second))
         named |= {name for line in boxes for name in line.partition(": ")[2].split(", ")}
     assert len(seconds) > 1 and named >= {"sit", "wave"}
@@ -345,7 +347,7 @@ def test_a_report_counts_key_frames_without_a_record(folder: Path, run: Any, tmp
     built = build_key_frames(
         folder / "videos",
         tmp_path / "records",
-        {"train": folder / "truth.csv", "test": tmp_path / "truth.csv"},
+        {"train": folder / "train.csv", "test": tmp_path / "truth.csv"},
         label_map=folder / "actions.pbtxt",
         progress=False,
     )

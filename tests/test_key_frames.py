@@ -131,6 +131,15 @@ def test_proposals_of_other_splits_are_left_out(folder: Path, tmp_path: Path) ->
         sources("b.csv")
 
 
+def test_a_video_is_in_one_split(folder: Path, tmp_path: Path) -> None:
+    """Key frames near each other show nearly the same."""
+    boxes = {"train": folder / "train.csv", "val": tmp_path / "val.csv"}
+    boxes["val"].write_text(f"else,0902,{A},1,0\nclip,0903,{A},1,0\n")
+    rule = rf"name a video that is not in the split train \({boxes['train']}, line 5\), because a video may be in one"
+    with pytest.raises(UserError, match=rf"^{boxes['val']}, line 2 must {rule} split only, got 'clip'"):
+        find_key_frames(folder / "videos", boxes, label_map=folder / "actions.pbtxt")
+
+
 def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out.csv").write_text("film,0902\n")
     (tmp_path / "more.csv").write_text(TRUTH + f"gone,0902,{A},1,0\ngone,0903,{A},1,0\nclip,0950,{A},1,0\n")
@@ -143,7 +152,7 @@ def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_p
     )
     assert {record.media_id for record in made.manifest.splits["train"].records} == {"film,0904", "clip,0902"}
     failures = (tmp_path / "records" / "failures.csv").read_text()
-    assert f"does not exist (listed in {tmp_path / 'more.csv'})" in failures
+    assert f"does not exist (listed in {tmp_path / 'more.csv'}, line 6)" in failures
     assert made.failures == 2 and "clip.mkv" in failures
     split = made.manifest.splits["train"]
     assert (split.present, split.expected, key_frames_of(made.manifest).listed) == (2, 3, {"train": 5})

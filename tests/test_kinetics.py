@@ -163,6 +163,7 @@ def test_kinetics_700_takes_its_classes_from_its_lists_or_a_file(tmp_path: Path)
         (HEADER + '"zumba,-00_abcdefg\n', "line 2 is not valid csv"),
         ("\na.mp4 400\n", r"line 2 must be a number in 0\.\.399, of the classes of kinetics400, got '400'"),
         ("a.mp4 zumba\n", r"line 1 must be a number in 0\.\.399"),
+        pytest.param(f"a{' ' * 10**6},;\n", r"line 1 must have a path .*\.\.\. \(1000005 characters\)", id="long line"),
         ("a.mp4\n", "line 1 must have a path and a class number, or the first line must name the columns label,"),
         (
             HEADER + "zumba,-00_abcdefg,0,10,train\n",
@@ -234,6 +235,7 @@ def test_records_of_kinetics(tmp_path: Path) -> None:
     """The manifest has what the comparison with the paper needs; missing and short videos are in failures.csv."""
     from x3d_tf.build_records import summary
     from x3d_tf.data.building.builder import build_records
+    from x3d_tf.data.records.manifest import Manifest
 
     root = tmp_path / "videos"
     write_video(root / "air_drumming" / f"{IDS[0]}_000010_000020.mp4", numbered_frames(20), fps=10)
@@ -251,6 +253,7 @@ def test_records_of_kinetics(tmp_path: Path) -> None:
     found = {record.media_id: (record.labels, record.frames) for record in manifest.splits["train"].records}
     drumming, zumba = manifest.classes.index("air drumming"), manifest.classes.index("zumba")
     assert found == {f"{IDS[0]}_000010_000020": ((drumming,), 20), f"{IDS[1]}_000001_000003#1.0-3.0": ((zumba,), 20)}
+    assert [record.recording for record in Manifest.load(tmp_path / "records").splits["val"].records] == [IDS[2]]
     reasons = {Path(path).name: reason for path, reason in list(rows_of(tmp_path / "records" / "failures.csv"))[1:]}
     assert reasons == {
         f"{IDS[4]}_000000_000010": f"does not exist ({tmp_path}/val.csv, line 4, class yoga)",

@@ -47,7 +47,8 @@ def edited(manifest: Manifest, *path: Any, value: Any) -> Path:
 def test_segments_and_missing_videos_are_loaded_as_saved(manifest: Manifest) -> None:
     """Two of the three records are segments of one video; the list of the data set has four videos."""
     first, second, third = manifest.splits["train"].records
-    records = (first, second._replace(start=1.5), third._replace(video=second.video, start=1.5, end=2.0))
+    second = second._replace(start=1.5, recording="film")
+    records = (first, second, third._replace(video=second.video, start=1.5, end=2.0))
     split = replace(manifest.splits["train"], records=records, expected=4)
     replace(manifest, splits=manifest.splits | {"train": split}).save()
     loaded = Manifest.load(manifest.folder).splits["train"]
@@ -288,6 +289,12 @@ def test_a_manifest_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.
         ((*RECORDS, "video"), None, "video must be a list, got None"),
         ((*RECORDS, "video", 1), "", r"records\[1\].video must be a name of 1 to 4096 characters of valid Unicode"),
         ((*RECORDS, "video", 1), "a\ud800", r"records\[1\].video must be a name of 1 to 4096 characters"),
+        ((*RECORDS, "recording"), ["a", "", 1], r"recording\[2\] must be a str, got 1"),
+        (
+            (*RECORDS, "recording"),
+            ["", "", "a\ud800"],
+            r"records\[2\].recording must be a name of 0 to 4096 characters",
+        ),
         ((*RECORDS, "start"), [0.0, 1.0, -1.0], r"records\[2\].start must be at least 0 seconds, got -1.0"),
         ((*RECORDS, "start"), [0.0, math.nan, 1.0], r"records\[1\].start must be at least 0 seconds, got nan"),
         ((*RECORDS, "start"), [0.0, None, 1.0], r"start\[1\] must be a float, got None"),

@@ -68,6 +68,11 @@ def test_ucf101(tmp_path: Path) -> None:
     assert sources.classes == ("Basketball", "HandstandPushups")
     assert sources.expected == {"train": 2, "test": 2} and len(sources.unusable) == 1
     assert sources.official_split == (1, 3)
+    assert {video.recording for videos in sources.splits.values() for video in videos} == {
+        "Basketball/v_Basketball_g01",
+        "HandstandPushups/v_HandStandPushups_g01",
+        "Basketball/v_Basketball_g02",
+    }
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,28 @@ def test_the_manifest_states_the_official_split(tmp_path: Path, official: bool) 
         assert replace(manifest, settings=manifest.settings | wrong).official_split is None
 
 
+def test_official_lists_keep_their_split(tmp_path: Path) -> None:
+    lists = {"train": "testlist01.txt", "test": "trainlist01.txt"}
+    with pytest.raises(UserError, match=r"^--lists must give testlist01\.txt as the list of test, got 'train'"):
+        build(tmp_path, "ucf101", {}, lists, "classes")
+
+
+def test_a_build_is_of_one_official_split(tmp_path: Path) -> None:
+    """The finished build would keep the number that it has, or none."""
+    from x3d_tf.data.building.builder import build_records
+
+    texts = {"trainlist01.txt": "Basketball/a.avi 1\n", "mine.txt": "Basketball/a.avi 1\n", "classes": "1 Basketball\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    write_video(tmp_path / "videos" / "a.mp4", numbered_frames(3))
+    inputs = Inputs(videos=tmp_path / "videos", lists={"train": tmp_path / "mine.txt"}, classes=tmp_path / "classes")
+    settings: dict[str, Any] = {"dataset": "ucf101", "short_side": 32, "workers": 1, "progress": False}
+    build_records(inputs, tmp_path / "records", **settings)
+    official = replace(inputs, lists={"train": tmp_path / "trainlist01.txt"})
+    with pytest.raises(UserError, match=r"official_split = None, not \[1, 3\]"):
+        build_records(official, tmp_path / "records", **settings)
+
+
 def test_lists_of_different_official_splits_are_refused(tmp_path: Path) -> None:
     """Their training and test videos overlap."""
     lists = {"train": "trainlist01.txt", "test": "testlist02.txt"}
@@ -119,6 +146,7 @@ def test_lists_of_different_official_splits_are_refused(tmp_path: Path) -> None:
             r"trainlist01.txt, line 2: the class must be one of the classes in",
         ),
         ("Basketball/a.avi 2\n", None, "trainlist01.txt, line 1: the class number must be that of Basketball, got '2'"),
+        ("Basketball/a.avi\t2\n", None, "line 1: the class number must be that of Basketball, got '2'"),
         ("Basketball/a.avi 3\n", None, r"trainlist01.txt, line 1: the class number must be a number in 1\.\.2"),
         ("a.avi 1\n", None, "trainlist01.txt, line 1 must be CLASS/VIDEO"),
         ("Basketball/a.avi 1\n", "1 Basketball\n3 Skiing\n", "classInd.txt, line 2 must be 2 and a class name"),
@@ -164,6 +192,30 @@ def test_hmdb51(tmp_path: Path) -> None:
     assert (sources.official_split, second.official_split) == ((1, 3), (2, 3))
 
 
+def test_clips_of_a_film_of_hmdb51_state_it(tmp_path: Path) -> None:
+    """The official splits decide where they are, so a film may be in both."""
+    names = ("a_wave_tape_wave_u_cm_np1_fr_med_1", "a_wave_tape_wave_u_cm_np1_fr_med_2")
+    touch(tmp_path / "videos", *(f"{name}.avi" for name in names))
+    sources = hmdb51(tmp_path, {"wave_test_split1.txt": f"{names[0]}.avi 1\n{names[1]}.avi 2\n"})
+    recordings = {split: [video.recording for video in videos] for split, videos in sources.splits.items()}
+    assert recordings == {"train": ["a_wave_tape"], "test": ["a_wave_tape"]} and not sources.unusable
+
+
+def test_a_file_in_the_folder_of_another_class_is_another_video(tmp_path: Path) -> None:
+    touch(tmp_path / "videos", "clap/same_0.avi", "wave/b.avi", "all/flat_0.avi")
+    texts = {
+        "clap_test_split1.txt": "same_0.avi 1\nflat_0.avi 1\n",
+        "wave_test_split1.txt": "same_0.avi 2\nflat_0.avi 2\nb.avi 2\n",
+    }
+    sources = hmdb51(tmp_path, texts)
+    assert found(sources) == {"train": {"clap/same_0": "clap", "clap/flat_0": "clap"}, "test": {"wave/b": "wave"}}
+    clap, wave = (tmp_path / "lists" / name for name in texts)
+    assert [(Path(error.path).name, error.reason) for error in sources.unusable] == [
+        ("same_0", f"does not exist ({wave}, line 1, class wave)"),
+        ("flat_0.avi", f"is listed twice, with other names or classes: in {clap}, line 2 and in {wave}, line 2"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("texts", "split", "message"),
     [
@@ -171,6 +223,11 @@ def test_hmdb51(tmp_path: Path) -> None:
             {"wave_test_split1.txt": "a.avi 1\nb.avi 3\n"},
             "split1",
             "wave_test_split1.txt, line 2 must be a file name and 0, 1",
+        ),
+        (
+            {"wave_test_split1.txt": f"a{' ' * 10**6}\n"},
+            "split1",
+            r"line 1 must be a .* \.\.\. \(1000003 characters\)",
         ),
         ({"wave_test_split1.txt": "a.avi\n"}, "split1", "wave_test_split1.txt, line 1 must be a file name and 0, 1"),
         ({"wave_test_split1.txt": "a.avi 1\n"}, "split2", r"lists must hold files CLASS_test_split2\.txt"),
@@ -211,13 +268,24 @@ def test_something_something(tmp_path: Path) -> None:
             CLASSES,
             "train.json, entry 1: the template must be one of the templ",
         ),
-        ([PUSHED | {"id": 5}], CLASSES, "train.json, entry 1 must be an object with the id of a video, a text"),
+        (
+            [PUSHED | {"id": 5}],
+            CLASSES,
+            r"entry 1 must be an object with an id that is a text such as \"1\", got \{.*'id': 5",
+        ),
         (["78687"], CLASSES, "train.json, entry 1 must be an object"),
         ({}, CLASSES, "train.json must be an array of videos"),
         ("[\n{,}]", CLASSES, "train.json, line 2 is not JSON"),
         ("[" * 100_000, CLASSES, "train.json is not JSON: brackets"),
-        ([PUSHED], CLASSES | {"Other": "4"}, "labels.json must number the templates from 0 to 3"),
-        ([PUSHED], CLASSES | {"Other": 3}, "labels.json must number the templates from 0 to 3"),
+        ('[{"id": "1", "id": "2"}]', CLASSES, r"train.json must not repeat a key of an object, got \['id'\]"),
+        (f"[{'1' * 5000}]", CLASSES, "train.json must not have a number with thousands of digits"),
+        (
+            [PUSHED],
+            CLASSES | {"Other": "4"},
+            "the number of 'Other' must be a text with a number from 0 to 3, .*got '4'",
+        ),
+        ([PUSHED], CLASSES | {"Other": 3}, "the number of 'Other' must be a text with a number from 0 to 3, .*got 3"),
+        ([PUSHED], CLASSES | {"Other": "2"}, "the number of 'Other' must not be that of 'Turning the camera left'"),
         ([PUSHED], [], "labels.json must be an object of class numbers"),
     ],
 )

@@ -8,6 +8,7 @@ from x3d_tf.data.building.sources import Sources, Video
 from x3d_tf.data.class_lists import read_classes
 from x3d_tf.data.datasets.csv import read_csv
 from x3d_tf.data.datasets.folder import find_videos
+from x3d_tf.errors import UserError
 
 
 def touch(folder: Path, *files: str) -> Path:
@@ -59,6 +60,13 @@ def test_segments_of_a_video_have_distinct_names(tmp_path: Path) -> None:
         "a.mp4": (0.0, None),
         "a.mp4#0.0-1.0": (0.0, 1.0),
     }
+
+
+def test_links_to_a_file_are_in_its_split(tmp_path: Path) -> None:
+    table = write_csv(tmp_path, "path,label,split\na.mp4,run,train\nlink.mp4,run,test\n")
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    with pytest.raises(UserError, match=r"line 3, column split must be train, like line 2, .*got 'test'"):
+        read_csv(table)
 
 
 def test_names_with_quotes_commas_and_non_ascii_letters(tmp_path: Path) -> None:
@@ -145,6 +153,11 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
             "path,label,split,start\na.mp4,run,train,3\na.mp4,run,test,3.0\n",
             {},
             "line 3, column path must not be listed twice with the same times \\(first in line 2\\), got 'a.mp4'",
+        ),
+        (
+            "path,label,split,start,end\na.mp4,run,train,0,10\nb.mp4,run,test,,\n./a.mp4,run,test,5,15\n",
+            {},
+            r"line 4, column split must be train, like line 2, because a file may be in one split only, got 'test'",
         ),
         (
             "path,label\nx/a.mp4,run\ny.mp4,run\n",

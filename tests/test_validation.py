@@ -71,6 +71,19 @@ def test_segments_of_a_file_stay_together() -> None:
     assert files["train"] | files[HELD_OUT] == {f"{i}.mp4" for i in range(8)}
 
 
+def test_clips_of_a_recording_stay_together() -> None:
+    """They show nearly the same."""
+    whole = manifest_of({0: 40})
+    clips = tuple(
+        record._replace(video=f"{i:02d}", recording=f"film {i // 4}")
+        for i, record in enumerate(whole.splits["train"].records)
+    )
+    manifest = dataclasses.replace(whole, splits={"train": Split(whole.splits["train"].shards, clips)})
+    splits = hold_out(manifest, spec(0.2)).splits
+    films = {name: {record.recording for record in split.records} for name, split in splits.items()}
+    assert not films["train"] & films[HELD_OUT] and len(films[HELD_OUT]) == 2 and len(splits[HELD_OUT].records) == 8
+
+
 def test_the_choice_depends_on_names_alone() -> None:
     manifest = manifest_of({0: 20})
     split = manifest.splits["train"]

@@ -141,6 +141,7 @@ def _identity(dataset: str, inputs: Inputs, encoding: _EncodingSettings, sources
         "split": inputs.split,
         "expected": dict(sources.expected),
         **key_frames,
+        "official_split": sources.official_split,
         "short_side": encoding.short_side,
         "quality": encoding.quality,
         "videos_per_shard": index.VIDEOS_PER_SHARD,
@@ -165,10 +166,11 @@ def _check_splits(sources: Sources) -> None:
     found: dict[str, str] = {}
     for name, videos in sources.splits.items():
         for video in videos:
-            first = found.setdefault(video.media_id, name)
-            if first != name and video.key_frame is None:  # lists of boxes may share key frames: each has its own boxes
+            listed = video.media_id if video.key_frame is None else video.name  # near key frames show the same
+            first = found.setdefault(listed, name)
+            if first != name:
                 where = f"in the splits {first} and {name}"
-                raise UserError(f"{video.media_id} is listed {where}; a video, or a part of it, must be in one split")
+                raise UserError(f"{listed} is listed {where}; a video, or a part of it, must be in one split")
         twice = next((identity for identity, count in Counter(v.media_id for v in videos).items() if count > 1), None)
         require(twice is None, f"split {name}", "list each video, or part of it, once", twice)
 
@@ -289,8 +291,9 @@ def _record_source(video: Video, labels: tuple[int, ...]) -> "RecordSource":
     from x3d_tf.data.records.format import RecordSource
 
     if video.key_frame is not None:  # names the record alone, because its segment follows from it
-        return RecordSource(video.name, labels, key_frame=video.key_frame, annotation=video.annotation)
-    return RecordSource(video.name, labels, video.start, video.end, timed=video.timed)
+        key_frame, annotation = video.key_frame, video.annotation
+        return RecordSource(video.name, labels, key_frame=key_frame, annotation=annotation, recording=video.recording)
+    return RecordSource(video.name, labels, video.start, video.end, timed=video.timed, recording=video.recording)
 
 
 class _Estimate:

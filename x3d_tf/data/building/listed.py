@@ -31,15 +31,17 @@ class VideoFiles:
     Args:
         folder: folder of the videos, with or without subfolders. Hidden files and files that are not videos by their
             extension are ignored.
+        classes: class names, if a video in the folder of another class is another video with the same name.
 
     Raises:
         UserError: the folder does not exist.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, classes: Sequence[str] = ()) -> None:
         if not folder.is_dir():
             raise UserError(f"videos: {folder} is not a folder")
         self.folder = Path(os.path.normpath(folder))
+        self._classes = {plain(name) for name in classes}
         self._by_stem: dict[str, list[Path]] = {}
         for path in _walk(self.folder):
             self._by_stem.setdefault(path.stem, []).append(path)
@@ -51,8 +53,10 @@ class VideoFiles:
             stem: the name without extension.
             class_name: class of the video. If one of several files is in the folder of this class, only it counts.
         """
-        found = self._by_stem.get(stem, [])
-        in_class = [path for path in found if len(found) > 1 and plain(path.parent.name) == plain(class_name)]
+        found, own = self._by_stem.get(stem, []), plain(class_name)
+        others = self._classes - {own} if self._classes else ()
+        found = [path for path in found if path.parent == self.folder or plain(path.parent.name) not in others]
+        in_class = [path for path in found if len(found) > 1 and plain(path.parent.name) == own]
         return tuple(in_class if len(in_class) == 1 else found)
 
     def at(self, path: str) -> tuple[Path, ...]:
@@ -172,7 +176,7 @@ class Entry(NamedTuple):
         where: file and line that list it, for messages.
         files: the files with its name: none if it is missing.
         start, end: segment of the file in seconds; an end of None means the end of the file.
-        source: name of the recording that it is a part of, which may be in one split only. Defaults to `name`.
+        source: name of the recording that it is a part of. Defaults to `name`.
         timed: its classes with their times; empty if they apply to the complete video.
     """
 
@@ -193,11 +197,12 @@ def collect(
     seed: int,
     task: AnnotationKind = "single_label",
     frame_rate: float = FOLDER_FPS,
+    exclusive: bool = True,
 ) -> Sources:
     """Returns the videos of the lists that exist, and prints how many are missing, by class.
 
-    Missing videos are unusable. So are a video that is listed before, in any split, and a segment of a recording of
-    which an earlier split has another segment.
+    Missing videos are unusable. So are a video or a file that is listed before, in any split, and, if recordings are
+    exclusive, a segment of a recording of which an earlier split has another segment.
 
     Args:
         folder: folder of the videos.
@@ -206,19 +211,20 @@ def collect(
         seed: random seed for the order.
         task: kind of annotation.
         frame_rate: images per second, for folders of frames.
+        exclusive: a recording may be in one split only.
 
     Raises:
         UserError: a list is empty, no video of a split exists, or a video has two files.
     """
     splits: dict[str, list[Video]] = {}
     unusable: list[VideoError] = []
-    first: dict[str, str] = {}  # where a name was listed first
+    first: dict[object, str] = {}  # where a name, or a segment of a file, was listed first
     split_of: dict[str, tuple[str, str]] = {}  # by recording: its split, and where it was listed first
     for split, entries in lists.items():
         require(bool(entries), f"the list of split {split}", "name at least one video")
         members, missing = splits.setdefault(split, []), Counter[str]()
         for entry in entries:
-            source = entry.source or entry.name
+            source = (entry.source if exclusive else "") or entry.name
             owner, place = split_of.setdefault(source, (split, entry.where))
             listed = first.setdefault(entry.name, entry.where)
             if listed != entry.where:
@@ -229,6 +235,8 @@ def collect(
                 missing.update(entry.classes)
                 of_class = f", class {entry.classes[0]}" if len(entry.classes) == 1 else ""
                 reason = f"does not exist ({entry.where}{of_class})"
+            elif (listed := first.setdefault((entry.files, entry.start, entry.end), entry.where)) != entry.where:
+                reason = f"is listed twice, with other names or classes: in {listed} and in {entry.where}"
             else:
                 members.append(_video(folder, entry, frame_rate))
                 continue
@@ -252,6 +260,7 @@ def _video(folder: Path, entry: Entry, frame_rate: float) -> Video:
         frame_rate=frame_rate,
         must_cover_segment=True,
         timed=entry.timed,
+        recording="" if entry.source == entry.name else entry.source,
     )
 
 

@@ -40,6 +40,7 @@ class Video(NamedTuple):
         must_cover_segment: the file must last until `end`; otherwise the record may end earlier, with the file.
         timed: its classes with their times; empty if they apply to the complete video.
         example: the record of a TFRecord file; None for all others.
+        recording: name of the recording that it was cut from; empty if no other video was.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Video(NamedTuple):
     must_cover_segment: bool = False
     timed: tuple[TimedLabel, ...] = ()
     example: Example | None = None
+    recording: str = ""
 
     @property
     def media_id(self) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from x3d_tf.data.ava_files import (
     NO_ACTION,
     BoxTable,
@@ -102,8 +104,8 @@ def find_key_frames(
         Sources for the task "detection", where class k is action k + 1. Missing videos are unusable.
 
     Raises:
-        UserError: a file is malformed (the message names its line), a timestamp is before `starts_at`, a setting is out
-            of range, or no video exists.
+        UserError: a file is malformed or lists a video of another split (the message names the line), a timestamp is
+            before `starts_at`, a setting is out of range, or no video exists.
     """
     require(0 <= starts_at < math.inf, "starts_at", "be at least 0 seconds", starts_at)
     check_frame_rate(frame_rate, "frame_rate")
@@ -117,17 +119,21 @@ def find_key_frames(
     splits: dict[str, list[Video]] = {}
     unusable: dict[str, VideoError] = {}
     frames: dict[str, list[KeyFrame]] = {}
+    owners: dict[str, tuple[str, str]] = {}
     for split, path in boxes.items():
         truth, proposal_path = read_boxes(path, "ground truth", actions), (proposals or {}).get(split)
         # Proposals are boxes of people whatever their action column holds.
         found = read_boxes(proposal_path, "detections", None) if proposal_path else None
         excluded = read_exclusions(exclusions[split]) if exclusions and split in exclusions else set()
+        lines = _first_lines(truth)
+        _claim(owners, split, path, lines)
         members = splits.setdefault(split, [])
         annotations = _annotations(truth, found, starts_at, (path, proposal_path))
         frames[split] = [frame for frame in annotations if frame not in excluded]
         for frame in frames[split]:
             if frame.video not in files:
-                unusable.setdefault(frame.video, VideoError(videos / frame.video, f"does not exist (listed in {path})"))
+                reason = f"does not exist (listed in {path}, line {lines[frame.video]})"
+                unusable.setdefault(frame.video, VideoError(videos / frame.video, reason))
                 continue
             members.append(_video(files[frame.video], frame, annotations[frame], names, frame_rate))
     for split, path in boxes.items():
@@ -145,6 +151,23 @@ def find_key_frames(
     ordered = {split: _shuffle_films(members, seed) for split, members in splits.items()}
     expected = {split: len({frame.video for frame in members}) for split, members in frames.items()}
     return Sources(ordered, list(unusable.values()), names, "detection", expected, info)
+
+
+def _first_lines(table: BoxTable) -> dict[str, int]:
+    """Returns the line that lists each video first."""
+    lines: dict[str, int] = {}
+    for number, row in zip(*np.unique(table.frames, return_index=True)):
+        lines.setdefault(table.key_frames[number].video, int(table.lines[row]))
+    return lines
+
+
+def _claim(owners: dict[str, tuple[str, str]], split: str, path: Path, lines: Mapping[str, int]) -> None:
+    """Notes the split of videos and where they are listed; raises `UserError` if another split has one of them."""
+    for video, line in lines.items():
+        where = f"{path}, line {line}"
+        owner, first = owners.setdefault(video, (split, where))
+        rule = f"name a video that is not in the split {owner} ({first}), because a video may be in one split only"
+        require(owner == split, where, rule, video)
 
 
 def _shuffle_films(members: list[Video], seed: int) -> list[Video]:

@@ -69,8 +69,9 @@ def read_csv(
     Args:
         table: the csv file. UTF-8, delimited by commas, ";" or tabs. Required columns: `path` and `label`. Optional
             columns: `split` ("train", "val", "test", or the names in `splits`), `start` and `end` (seconds of the video
-            to keep; default to the complete video). A file may be listed several times with different times. Several
-            labels in any row, separated by ";" (in quotes if ";" is the delimiter), make the records multi-label.
+            to keep; default to the complete video). A file may be listed several times with different times, in one
+            split. Several labels in any row, separated by ";" (in quotes if ";" is the delimiter), make the records
+            multi-label.
         videos: folder that the paths are relative to; defaults to the folder of the csv file.
         splits: names of the splits in the csv file.
         split: fraction of the files for the split "test"; for single-label videos, of each class.
@@ -82,6 +83,7 @@ def read_csv(
     removed.
 
     Files that do not exist are unusable, not errors: public datasets list many videos that are no longer available.
+    Segments that end more than a second after their video cannot become records, either.
 
     Raises:
         UserError: a cell breaks its rule (the message names the file, line, column, rule and value), or none of the
@@ -97,6 +99,7 @@ def read_csv(
     found: dict[str, list[Video]] = {}
     listed: dict[str, set[str]] = {}
     lines: dict[tuple[Path, float, float | None], int] = {}
+    split_of: dict[str, tuple[str, int]] = {}  # by file: its split, and the line that lists it first
     unusable = []
     multi_label = False
     for row in rows:
@@ -109,6 +112,8 @@ def read_csv(
         name = row.values.get("split", "train")
         name = name if splits else parse_split_name(name) or name
         row.check(name in allowed, "split", f"be one of {', '.join(allowed)}; use --splits for other names")
+        owner, first = split_of.setdefault(os.path.realpath(video.path), (name, row.line))
+        row.check(owner == name, "split", f"be {owner}, like line {first}, because a file may be in one split only")
         members = found.setdefault(name, [])
         listed.setdefault(name, set()).add(video.name)
         if _is_file(video.path):
@@ -191,7 +196,7 @@ def _parse_video(row: _Row, base: Path, classes: ClassList | None) -> Video:
     start, end = _parse_seconds(row, "start") or 0.0, _parse_seconds(row, "end")
     row.check(end is None or end > start, "end", f"be greater than the start, {start} s")
     relative = path.relative_to(base) if path.is_relative_to(base) else path
-    return Video(path, relative.as_posix(), _parse_labels(row, classes), start, end)
+    return Video(path, relative.as_posix(), _parse_labels(row, classes), start, end, must_cover_segment=end is not None)
 
 
 def _parse_seconds(row: _Row, column: str) -> float | None:

@@ -3,7 +3,6 @@
 Its lists are files `CLASS_test_splitN.txt`, one for each class and each of the three splits, in one folder.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,11 +40,11 @@ class Hmdb51:
         ((split, folder),) = inputs.lists.items()
         tables = _tables(folder, split)
         classes = ClassNames(sorted(tables), f"the names of the lists in {folder}")
-        files = VideoFiles(inputs.path("videos"))
+        files = VideoFiles(inputs.path("videos"), classes.names)
         lists: dict[str, list[Entry]] = {"train": [], "test": []}
         for label in classes.names:
             _read_table(tables[label], label, files, lists)
-        found = collect(files.folder, lists, classes.names, inputs.seed)
+        found = collect(files.folder, lists, classes.names, inputs.seed, exclusive=False)
         return replace(found, official_split=OfficialSplit(_SPLITS.index(split) + 1, len(_SPLITS)))
 
 
@@ -70,10 +69,11 @@ def _read_table(path: Path, label: str, files: VideoFiles, lists: dict[str, list
         if not text.strip():
             continue
         where = f"{path}, line {line}"
-        parts = re.fullmatch(r"\s*(?P<video>\S.*?)\s+(?P<part>\S+)\s*", text)
-        if parts is None or parts["part"] not in _PARTS:
-            raise UserError(f"{where} must be a file name and 0, 1 (training) or 2 (test), got {text!r}")
-        split = _PARTS[parts["part"]]
+        video, *parts = text.strip().rsplit(None, 1)
+        valid = len(parts) == 1 and parts[0] in _PARTS
+        require(valid, where, "be a file name and 0, 1 (training) or 2 (test)", text)
+        split = _PARTS[parts[0]]
         if split:
-            stem = Path(parts["video"]).stem
-            lists[split].append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label)))
+            stem = Path(video).stem
+            film = stem.rpartition(f"_{label}_")[0]  # names are FILM_CLASS_PROPERTIES
+            lists[split].append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label), source=film))

@@ -21,7 +21,7 @@ from x3d_tf.text import check_class_name, decimal
 COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 _IGNORED = ("is_cc",)  # Creative Commons license, in the first edition's lists
 _MAX_SECONDS = 999_999  # file names have six digits
-_LINE = re.compile(r"(?P<path>.*?\S)\s*(?P<separator>[,;\s])\s*(?P<label>[^,;\s]+)\s*")
+_SEPARATOR = re.compile(r"[,;\s]")
 _CLIP = re.compile(r"(?P<id>[\w-]{11})(_\d{6}_\d{6})?", re.ASCII)  # name of an official clip
 
 
@@ -129,12 +129,25 @@ def _read_list(path: Path, split: str) -> "list[_Clip | _Line]":
         where = f"{path}, line {number}"
         if not line.strip():
             continue
-        parts = _LINE.fullmatch(line)
+        name, separator, label = _split_line(line)
         rule = f"have a path and a class number, or the first line must name the columns {','.join(COLUMNS)}"
-        if parts is None:
-            raise UserError(f"{where} must {rule}, got {line!r}. Videos without a class cannot be used")
-        rows.append(_Line(where, parts["path"], parts["separator"], parts["label"]))
+        require(bool(name and label), where, f"{rule}; videos without a class cannot be used", line)
+        rows.append(_Line(where, name, separator, label))
     return rows
+
+
+def _split_line(line: str) -> tuple[str, str, str]:
+    """Returns path, separator and class number of a line; a part that does not exist is empty.
+
+    The time is linear in the length of the line.
+    """
+    line = line.rstrip()
+    label = _SEPARATOR.split(line)[-1]
+    before = line.removesuffix(label)
+    path = before.rstrip()
+    if path.endswith((",", ";")):
+        return path[:-1].rstrip(), path[-1], label
+    return path, before[-1:], label
 
 
 def _read_csv(path: Path, text: str, split: str) -> "list[_Clip | _Line]":

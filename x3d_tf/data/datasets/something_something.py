@@ -4,6 +4,7 @@ Its lists are JSON files of videos with their templates; `--classes` is the JSON
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,20 @@ DATASETS = (SomethingSomething(),)
 
 
 def _read_json(path: Path, setting: str, kind: type, rule: str) -> Any:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        require(not repeated, str(path), "not repeat a key of an object", repeated[:1])
+        return dict(pairs)
+
     text = read_text(path, setting)
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=distinct)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno} is not JSON: {error.msg}") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} must not have a number with thousands of digits: {error}") from error
     except RecursionError as error:
         raise UserError(f"{path} is not JSON: brackets are nested too deep") from error
     require(isinstance(content, kind) and bool(content), str(path), rule)
@@ -53,12 +63,16 @@ def _read_json(path: Path, setting: str, kind: type, rule: str) -> Any:
 def _read_classes(path: Path) -> list[str]:
     """Reads an object of class numbers, as texts, by template."""
     content = _read_json(path, "classes", dict, "be an object of class numbers by template")
-    numbers = {name: whole(number) if isinstance(number, str) else None for name, number in content.items()}
-    for name in numbers:
+    names: dict[int, str] = {}
+    for name, text in content.items():
         check_class_name(name, f"{path}: a template")
-    rule = f"number the templates from 0 to {len(numbers) - 1}"
-    require(set(numbers.values()) == {*range(len(numbers))}, str(path), rule)
-    return sorted(numbers, key=lambda name: numbers[name] or 0)
+        number = whole(text) if isinstance(text, str) else None
+        if number is None or number >= len(content):
+            rule = f'be a text with a number from 0 to {len(content) - 1}, such as "0"'
+            require(False, f"{path}: the number of {name!r}", rule, text)
+        other = names.setdefault(number or 0, name)
+        require(other == name, f"{path}: the number of {name!r}", f"not be that of {other!r}", text)
+    return [names[number] for number in range(len(names))]
 
 
 def _read_list(path: Path, classes: ClassNames, files: VideoFiles) -> list[Entry]:
@@ -67,7 +81,9 @@ def _read_list(path: Path, classes: ClassNames, files: VideoFiles) -> list[Entry
     for number, item in enumerate(_read_json(path, "lists", list, "be an array of videos"), 1):
         where = f"{path}, entry {number}"
         video = item.get("id") if isinstance(item, dict) else None
-        require(isinstance(video, str) and bool(video), where, "be an object with the id of a video, a text", item)
+        require(
+            isinstance(video, str) and bool(video), where, 'be an object with an id that is a text such as "1"', item
+        )
         template = item.get("template")
         if not isinstance(template, str):
             raise UserError(f"{where} must have a template. The official test list has none: omit it")

@@ -37,7 +37,8 @@ class DatasetSpec:
         validation_split: name of the split for validation in training. Defaults to "val" or "validation" if the records
             have it and it is neither `train_split` nor `eval_split`, otherwise no validation.
         validation_fraction: fraction of each class's training videos, in (0, 1), held out for validation if the records
-            have no validation split. The videos do not depend on the seed. Their split has the name "validation".
+            have no validation split. The videos do not depend on the seed. Their split has the name "validation". Clips
+            of one recording stay together, where the records state it.
         name: "records" for the records of any data set; otherwise the name of the data set that the records must be of.
             A synthetic data set such as "moving_shapes" is created in the folder on first use.
 
@@ -162,8 +163,9 @@ def hold_out(manifest: Manifest, spec: DatasetSpec) -> Manifest:
     """Moves a fraction of the training videos to the split "validation", if `validation_fraction` is set.
 
     Videos are chosen by a hash of their names, independent of their order and of the seed of a run. All segments and
-    all key frames of a video stay together. The fraction applies to each class; videos with several classes form one
-    more group, as do all videos with key frames.
+    all key frames of a video stay together. So do all videos of a recording, which count as one: clips of a group of
+    UCF101, of a film of HMDB51, or of a YouTube video of Kinetics. The fraction applies to each class; videos with
+    several classes form one more group, as do all videos with key frames.
 
     Raises:
         UserError: the training split has too few videos, or a split "validation" already exists.
@@ -183,17 +185,22 @@ def hold_out(manifest: Manifest, spec: DatasetSpec) -> Manifest:
             f"{manifest.folder}"
         )
     parts = {
-        spec.train_split: replace(split, records=tuple(r for r in split.records if r.video not in held_out)),
-        HELD_OUT: Split(split.shards, tuple(r for r in split.records if r.video in held_out)),
+        spec.train_split: replace(split, records=tuple(r for r in split.records if _recording(r) not in held_out)),
+        HELD_OUT: Split(split.shards, tuple(r for r in split.records if _recording(r) in held_out)),
     }
     return replace(manifest, splits=manifest.splits | parts, original=manifest)
 
 
+def _recording(record: Record) -> str:
+    return record.recording or record.video
+
+
 def _choose_videos(records: tuple[Record, ...], fraction: float) -> set[str]:
+    """Returns the recordings to hold out."""
     labels: dict[str, set[int]] = defaultdict(set)
     has_key_frames = any(record.key_frame is not None for record in records)
     for record in records:
-        labels[record.video] |= set(record.labels)
+        labels[_recording(record)] |= set(record.labels)
     groups: dict[int | None, list[str]] = defaultdict(list)
     for name, video_labels in labels.items():
         single = len(video_labels) == 1 and not has_key_frames

@@ -12,10 +12,11 @@ from x3d_tf.data.building.listed import ClassNames, Entry, VideoFiles, collect, 
 from x3d_tf.data.building.sources import Sources
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.records.index import OfficialSplit
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import require
 from x3d_tf.files import read_text
 
-_LIST = re.compile(r"(?:train|test)list0([1-3])\.txt")
+_LIST = re.compile(r"(?P<split>train|test)list0(?P<number>[1-3])\.txt")
+_CLIP = re.compile(r"(?P<group>.+_g\d+)_c\d+", re.ASCII)  # the clips of a group were cut from one recording
 
 
 class Ucf101:
@@ -30,16 +31,17 @@ class Ucf101:
         """Returns the videos of the lists; the files are found by their names, in any folder.
 
         Raises:
-            UserError: the lists are of different official splits; a list cannot be read or a line breaks its rule, in
-                which case the message names file and line.
+            UserError: the lists are of different official splits, or an official one is given for the other split; a
+                list cannot be read or a line breaks its rule, in which case the message names file and line.
         """
         official = _official_split(inputs.lists)
         classes = ClassNames(
             read_numbered_classes(inputs.path("classes"), "{}", first=1), f"the classes in {inputs.classes}"
         )
-        files = VideoFiles(inputs.path("videos"))
+        files = VideoFiles(inputs.path("videos"), classes.names)
         lists = {split: _read_list(path, classes, files) for split, path in inputs.lists.items()}
-        return replace(collect(files.folder, lists, classes.names, inputs.seed), official_split=official)
+        found = collect(files.folder, lists, classes.names, inputs.seed, exclusive=False)
+        return replace(found, official_split=official)
 
 
 DATASETS = (Ucf101(),)
@@ -49,7 +51,10 @@ def _official_split(lists: Mapping[str, Path]) -> OfficialSplit | None:
     """Returns the official split that the names of the lists state; None if a list has another name."""
     names = [path.name for path in lists.values()]
     matches = [_LIST.fullmatch(name) for name in names]
-    numbers = {int(match[1]) for match in matches if match}
+    for split, match in zip(lists, matches, strict=True):
+        if match:
+            require(split == match["split"], "--lists", f"give {match[0]} as the list of {match['split']}", split)
+    numbers = {int(match["number"]) for match in matches if match}
     require(len(numbers) <= 1, "--lists", "be of one of the three official splits", names)
     return OfficialSplit(numbers.pop(), 3) if numbers and all(matches) else None
 
@@ -61,13 +66,15 @@ def _read_list(path: Path, classes: ClassNames, files: VideoFiles) -> list[Entry
         where = f"{path}, line {line}"
         if not text.strip():
             continue
-        video, _, number = text.strip().partition(" ")
+        video, *number = text.strip().split(None, 1)
         parts = PurePosixPath(video).parts
         if len(parts) != 2:
-            raise UserError(f"{where} must be CLASS/VIDEO, in training lists followed by a class number, got {text!r}")
+            require(False, where, "be CLASS/VIDEO, in training lists followed by a class number", text)
         label, stem = classes.find(parts[0], f"{where}: the class"), PurePosixPath(parts[1]).stem
         if number:
-            numbered = classes.at(number.strip(), f"{where}: the class number", first=1)
-            require(numbered == label, f"{where}: the class number", f"be that of {label}", number)
-        entries.append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label)))
+            numbered = classes.at(number[0], f"{where}: the class number", first=1)
+            require(numbered == label, f"{where}: the class number", f"be that of {label}", number[0])
+        clip = _CLIP.fullmatch(stem)
+        group = f"{label}/{clip['group']}" if clip else ""
+        entries.append(Entry(f"{label}/{stem}", (label,), where, files.named(stem, label), source=group))
     return entries

@@ -56,7 +56,7 @@ class RecordSource(NamedTuple):
     """Metadata of a record to write.
 
     Attributes:
-        video, labels, start, end, key_frame: see `index.Record`.
+        video, labels, start, end, key_frame, recording: see `index.Record`.
         annotation: annotation of the key frame, for action detection.
         timed: labels with their times; empty if `labels` apply to the complete record.
     """
@@ -68,6 +68,7 @@ class RecordSource(NamedTuple):
     key_frame: int | None = None
     annotation: Annotation | None = None
     timed: tuple[TimedLabel, ...] = ()
+    recording: str = ""
 
     @property
     def media_id(self) -> str:
@@ -374,7 +375,7 @@ def write_shard(
                 content = encode_record(video, source, classes)
                 offset, length = writer.write(content)
                 spans.append(spans_of(content, len(video.frames), offset))
-                identity = source.video, source.start, source.end, source.key_frame
+                identity = source.video, source.start, source.end, source.key_frame, source.recording
                 written.append(Record(0, offset, length, len(video.frames), video.fps, source.labels, *identity))
             on_result(video)
     if written:

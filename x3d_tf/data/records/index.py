@@ -50,6 +50,7 @@ class Record(NamedTuple):
         start: second of the video at which the record starts; 0 for key frames.
         end: second of the video at which the record ends; None for the end of the video, and for key frames.
         key_frame: second of the key frame, as annotated; None except for action detection.
+        recording: name of the recording that the video was cut from; empty if no other video was.
     """
 
     shard: int
@@ -62,6 +63,7 @@ class Record(NamedTuple):
     start: float = 0.0
     end: float | None = None
     key_frame: int | None = None
+    recording: str = ""
 
     @property
     def media_id(self) -> str:

@@ -321,7 +321,8 @@ class _Columns:
         fps = self._floats("fps")
         self._check((fps > 0) & (fps < math.inf), ".fps", lambda _: "be positive", fps)
         labels = self._labels(classes, task)
-        self._check_videos()
+        self._check_names("video", 1)
+        self._check_names("recording", 0)
         start, end = self._floats("start"), self._floats("end", missing=MAX_SECONDS)
         self._check((start >= 0) & (start < MAX_SECONDS), ".start", lambda _: "be at least 0 seconds", start)
         self._check((end > start) & (end <= MAX_SECONDS), ".end", lambda _: "be after the start", end)
@@ -378,16 +379,17 @@ class _Columns:
         self._check(valid, ".labels", lambda _: rule, column)
         return column
 
-    def _check_videos(self) -> None:
-        column = self._column("video", (str,))
-        rule = f"be a name of 1 to {_MAX_TEXT} characters of valid Unicode"
+    def _check_names(self, field: str, least: int) -> None:
+        """Checks a column of names of `least` or more characters."""
+        column = self._column(field, (str,))
+        rule = f"be a name of {least} to {_MAX_TEXT} characters of valid Unicode"
         lengths = np.array(list(map(len, column)), np.int64)
-        self._check((lengths >= 1) & (lengths <= _MAX_TEXT), ".video", lambda _: rule, column)
+        self._check((lengths >= least) & (lengths <= _MAX_TEXT), f".{field}", lambda _: rule, column)
         try:
             "".join(column).encode()
         except UnicodeEncodeError:
             valid = np.array([name.encode(errors="replace").decode() == name for name in column], bool)
-            self._check(valid, ".video", lambda _: rule, column)
+            self._check(valid, f".{field}", lambda _: rule, column)
 
     def _check(self, valid: NDArray[np.bool_], field: str, rule: Callable[[int], str], *values: Any) -> None:
         """Raises `UserError` with the first record that is not valid, and its value in each sequence of `values`."""
