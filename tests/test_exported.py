@@ -35,7 +35,7 @@ from x3d_tf.types import Storage
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
 
 PACKAGES = {"tflite": "ai_edge_litert", "onnx": "onnxruntime", "openvino": "openvino", "saved_model": "tensorflow"}
-BOUND = 2e-3  # of a probability: exported files take whole numbers as pixels
+BOUND = 2e-3  # of a probability: exported files take integers as pixels
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ class ExportedClassifier:
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the probabilities of clips of unrounded pixels, computed in parallel.
 
-        The input of exported files is whole numbers, so pixels are rounded.
+        Exported files take integers, so pixels are rounded.
 
         Args:
             clips: float32 (N, T, S, S, 3), RGB in 0..255.
@@ -161,7 +161,7 @@ class ExportedClassifier:
 
 
 def to_pixels(clips: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Rounds pixels in 0..255 to whole numbers."""
+    """Rounds pixels in 0..255 to integers."""
     return np.clip(np.rint(clips), 0, 255).astype(np.uint8)
 
 
