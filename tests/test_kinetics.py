@@ -1,6 +1,7 @@
 """The data sets of Kinetics: official csv files, PySlowFast's lists, spellings of classes, and errors in them."""
 
 import csv
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     files = VideoFiles(tmp_path / "videos")
     assert files.named("a") == (tmp_path / "videos" / "link" / "a.mp4",)
     assert files.named("b") == (tmp_path / "videos" / "link" / "deep" / "b.mp4",)
+
+
+def test_stray_links_are_ignored_and_unreadable_folders_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.mp4", "closed/b.mp4")
+    (tmp_path / "loop").symlink_to("loop")
+    assert VideoFiles(tmp_path).named("a") == (tmp_path / "a.mp4",)
+    scan = os.scandir
+
+    def scandir(folder: Path) -> Any:
+        if Path(folder).name == "closed":  # tests may run as root, who can read all folders
+            raise PermissionError(13, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=rf"^videos: the folder {tmp_path}/closed cannot be read: Permission denied"):
+        VideoFiles(tmp_path)
 
 
 @pytest.mark.parametrize("count", [400, 600])

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,18 +72,38 @@ def _walk(folder: Path) -> Iterator[Path]:
     waiting = [folder]
     while waiting:
         current = waiting.pop()
-        status = current.stat()
+        with _reading(current):
+            status = current.stat()
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(current) as entries:
-            visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
-        for entry in visible:
+        for entry in _visible(current):
             path = current / entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 waiting.append(path)
             elif _SUFFIX.fullmatch(path.suffix):
                 yield path
+
+
+def _visible(folder: Path) -> "list[os.DirEntry[str]]":
+    """Returns the entries of a folder that are not hidden, in alphabetical order."""
+    with _reading(folder), os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"videos: the folder {folder} cannot be read: {error.strerror}") from error
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def plain(name: str) -> str:
@@ -90,20 +111,30 @@ def plain(name: str) -> str:
     return _SEPARATORS.sub("", unicodedata.normalize("NFKC", name).casefold())
 
 
-def entries_by_name(videos: Path) -> dict[str, Path]:
-    """Returns the files directly in a folder by their names without extension, and the folders by their names.
+def entries_by_name(videos: Path) -> dict[str, tuple[Path, ...]]:
+    """Returns the video files directly in a folder by their names without extension, and the folders by their names.
 
     Raises:
-        UserError: two entries have the same name.
+        UserError: the folder cannot be read.
     """
-    found: dict[str, Path] = {}
-    for entry in sorted(videos.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        name = entry.name if entry.is_dir() else entry.stem
-        require(name not in found, f"videos: {videos}", "hold each video only once", [str(found.get(name)), str(entry)])
-        found[name] = entry
+    found: dict[str, tuple[Path, ...]] = {}
+    for entry in _visible(videos):
+        path = videos / entry.name
+        is_folder = _is_folder(entry)
+        if is_folder or _SUFFIX.fullmatch(path.suffix):
+            name = path.name if is_folder else path.stem
+            found[name] = (*found.get(name, ()), path)
     return found
+
+
+def require_one(files: tuple[Path, ...], folder: Path, name: str, where: str) -> Path:
+    """Returns the only file of a video; `where` is the line that lists it.
+
+    Raises:
+        UserError: there are several.
+    """
+    require(len(files) == 1, f"videos: {folder}", f"hold one file for {name} ({where})", list(map(str, files)))
+    return files[0]
 
 
 class ClassNames:
@@ -249,10 +280,8 @@ def collect(
 
 
 def _video(folder: Path, entry: Entry, frame_rate: float) -> Video:
-    files = list(map(str, entry.files))
-    require(len(files) == 1, f"videos: {folder}", f"hold one file for {entry.name} ({entry.where})", files)
     return Video(
-        entry.files[0],
+        require_one(entry.files, folder, entry.name, entry.where),
         entry.name,
         entry.classes,
         entry.start,
