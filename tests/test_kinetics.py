@@ -222,6 +222,15 @@ def test_a_video_that_is_listed_again_is_left_out(tmp_path: Path) -> None:
     assert found.expected == {"train": 3, "val": 3}
 
 
+def test_a_missing_segment_claims_no_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", f"{IDS[0]}_000020_000030.mp4", f"{IDS[1]}.mp4")
+    train = f"zumba,{IDS[0]},0,10,train\n" + f"zumba,{IDS[1]},0,10,train\n" * 2
+    found = sources(tmp_path, train=HEADER + train, val=HEADER + f"zumba,{IDS[0]},20,30,val\n")
+    assert names(found, "val") == [f"{IDS[0]}_000020_000030"]
+    printed = capsys.readouterr().out
+    assert "1 of the 3 listed videos of split train do not exist; by class: zumba 1 of 3\n" in printed
+
+
 @pytest.mark.parametrize(
     ("start", "end", "frames", "reason"),
     [

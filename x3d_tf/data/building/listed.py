@@ -253,10 +253,11 @@ def collect(
     split_of: dict[str, tuple[str, str]] = {}  # by recording: its split, and where it was listed first
     for split, entries in lists.items():
         require(bool(entries), f"the list of split {split}", "name at least one video")
-        members, missing = splits.setdefault(split, []), Counter[str]()
+        members, missing, absent = splits.setdefault(split, []), Counter[str](), 0
         for entry in entries:
             source = (entry.source if exclusive else "") or entry.name
-            owner, place = split_of.setdefault(source, (split, entry.where))
+            here = (split, entry.where)
+            owner, place = (split_of.setdefault if entry.files else split_of.get)(source, here)
             listed = first.setdefault(entry.name, entry.where)
             if listed != entry.where:
                 reason = f"is listed twice: in {listed} and in {entry.where}"
@@ -264,6 +265,7 @@ def collect(
                 reason = f"is in two splits: {source} is in {owner} ({place}) and in {split} ({entry.where})"
             elif not entry.files:
                 missing.update(entry.classes)
+                absent += 1
                 of_class = f", class {entry.classes[0]}" if len(entry.classes) == 1 else ""
                 reason = f"does not exist ({entry.where}{of_class})"
             elif (listed := first.setdefault((entry.files, entry.start, entry.end), entry.where)) != entry.where:
@@ -272,7 +274,7 @@ def collect(
                 members.append(_video(folder, entry, frame_rate))
                 continue
             unusable.append(VideoError(entry.files[0] if entry.files else folder / entry.name, reason))
-        _report_missing(split, entries, missing)
+        _report_missing(split, entries, missing, absent)
         _require_some(folder, split, entries, members, unusable)
     ordered = {split: shuffle_by_hash(members, seed) for split, members in splits.items()}
     expected = {split: len({entry.name for entry in entries}) for split, entries in lists.items()}
@@ -305,11 +307,10 @@ def _require_some(
         )
 
 
-def _report_missing(split: str, entries: Sequence[Entry], missing: Counter[str]) -> None:
+def _report_missing(split: str, entries: Sequence[Entry], missing: Counter[str], absent: int) -> None:
     """Prints how many videos of a list do not exist, and of which classes most are missing."""
-    absent = sum(not entry.files for entry in entries)
     if absent:
         listed = Counter(name for entry in entries for name in entry.classes)
         counts = [f"{name} {count} of {listed[name]}" for name, count in missing.most_common()]
         text = f"{absent} of the {counted(len(entries), 'listed video')} of split {split} do not exist"
-        print(f"{text}; by class: {first_few(counts)}")
+        print(f"{text}; by class: {first_few(counts)}" if counts else text)
