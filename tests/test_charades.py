@@ -83,6 +83,21 @@ def test_errors_in_lists_of_charades(tmp_path: Path, text: str, classes: str, me
         charades(tmp_path, classes=classes, train=text)
 
 
+def test_files_beside_the_videos_are_ignored(tmp_path: Path) -> None:
+    """Only a listed video must have one file."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("AAAAA.mp4", "AAAAA.json", "README.md", "README.txt", "other.mp4", "other.mkv"):
+        (videos / name).touch()
+    (videos / "loop").symlink_to("loop")
+    _, sources = charades(tmp_path, train=row("AAAAA", "c000 0 1"))
+    (video,) = sources.splits["train"]
+    assert video.path == videos / "AAAAA.mp4"
+    (videos / "AAAAA").mkdir()
+    with pytest.raises(UserError, match=r"videos must hold one file for AAAAA \(.*/train.csv, line 2\), got \["):
+        charades(tmp_path, train=row("AAAAA", "c000 0 1"))
+
+
 def test_other_columns_are_an_error(tmp_path: Path) -> None:
     for header in ("id,labels\n", "id,actions,label\n", "id,actions,id\n"):
         (tmp_path / "train.csv").write_text(header)

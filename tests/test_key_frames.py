@@ -140,6 +140,17 @@ def test_a_video_is_in_one_split(folder: Path, tmp_path: Path) -> None:
         find_key_frames(folder / "videos", boxes, label_map=folder / "actions.pbtxt")
 
 
+def test_a_listed_video_has_one_file(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.txt", "b.mp4", "b.mkv"):
+        (tmp_path / name).touch()
+    (tmp_path / "boxes.csv").write_text(f"a,0902,{A},1,0\n")
+    (video,) = find_key_frames(tmp_path, {"train": tmp_path / "boxes.csv"}).splits["train"]
+    assert video.path == tmp_path / "a.mp4"
+    (tmp_path / "boxes.csv").write_text(f"a,0902,{A},1,0\nb,0902,{A},1,0\n")
+    with pytest.raises(UserError, match=rf"must hold one file for b \({tmp_path}/boxes\.csv, line 2\), got \["):
+        find_key_frames(tmp_path, {"train": tmp_path / "boxes.csv"})
+
+
 def test_excluded_key_frames_and_missing_videos_are_left_out(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out.csv").write_text("film,0902\n")
     (tmp_path / "more.csv").write_text(TRUTH + f"gone,0902,{A},1,0\ngone,0903,{A},1,0\nclip,0950,{A},1,0\n")

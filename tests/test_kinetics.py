@@ -1,6 +1,7 @@
 """The data sets of Kinetics: official csv files, PySlowFast's lists, spellings of classes, and errors in them."""
 
 import csv
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     files = VideoFiles(tmp_path / "videos")
     assert files.named("a") == (tmp_path / "videos" / "link" / "a.mp4",)
     assert files.named("b") == (tmp_path / "videos" / "link" / "deep" / "b.mp4",)
+
+
+def test_stray_links_are_ignored_and_unreadable_folders_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.mp4", "closed/b.mp4")
+    (tmp_path / "loop").symlink_to("loop")
+    assert VideoFiles(tmp_path).named("a") == (tmp_path / "a.mp4",)
+    scan = os.scandir
+
+    def scandir(folder: Path) -> Any:
+        if Path(folder).name == "closed":  # tests may run as root, who can read all folders
+            raise PermissionError(13, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=rf"^videos: the folder {tmp_path}/closed cannot be read: Permission denied"):
+        VideoFiles(tmp_path)
 
 
 @pytest.mark.parametrize("count", [400, 600])
@@ -203,6 +220,15 @@ def test_a_video_that_is_listed_again_is_left_out(tmp_path: Path) -> None:
         f"is in two splits: {IDS[1]} is in train ({first}, line 3) and in val ({second}, line 3)",
     ]
     assert found.expected == {"train": 3, "val": 3}
+
+
+def test_a_missing_segment_claims_no_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", f"{IDS[0]}_000020_000030.mp4", f"{IDS[1]}.mp4")
+    train = f"zumba,{IDS[0]},0,10,train\n" + f"zumba,{IDS[1]},0,10,train\n" * 2
+    found = sources(tmp_path, train=HEADER + train, val=HEADER + f"zumba,{IDS[0]},20,30,val\n")
+    assert names(found, "val") == [f"{IDS[0]}_000020_000030"]
+    printed = capsys.readouterr().out
+    assert "1 of the 3 listed videos of split train do not exist; by class: zumba 1 of 3\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,13 @@ def test_clips_of_a_film_of_hmdb51_state_it(tmp_path: Path) -> None:
     assert recordings == {"train": ["a_wave_tape"], "test": ["a_wave_tape"]} and not sources.unusable
 
 
+def test_hidden_files_are_no_lists_of_hmdb51(tmp_path: Path) -> None:
+    """Such as those that macOS writes into archives."""
+    touch(tmp_path / "videos", "clap/a.avi", "clap/b.avi")
+    texts = {"clap_test_split1.txt": "a.avi 1\nb.avi 2\n", "._clap_test_split1.txt": "\0"}
+    assert hmdb51(tmp_path, texts).classes == ("clap",)
+
+
 def test_a_file_in_the_folder_of_another_class_is_another_video(tmp_path: Path) -> None:
     touch(tmp_path / "videos", "clap/same_0.avi", "wave/b.avi", "all/flat_0.avi")
     texts = {

@@ -80,7 +80,8 @@ class Detection:
     def suggestion(self, manifest: "Manifest") -> Suggestion:
         bindings = {"TrainConfig.init": "runs/x3d_m_kinetics"}
         note = " from Kinetics weights (TrainConfig.init; without it from random weights)"
-        return Suggestion(("gin/ava/x3d_m_v2.2.gin",), bindings, _LARGEST_BATCH, note)
+        version = "2.1" if manifest.dataset == "ava_v2.1" else "2.2"
+        return Suggestion((f"gin/ava/x3d_m_v{version}.gin",), bindings, _LARGEST_BATCH, note)
 
     def build_network(self, config: "TrainConfig", num_classes: int) -> "Detector":
         from x3d_tf.modeling.detection import Detector

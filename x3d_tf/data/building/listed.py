@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,18 +72,38 @@ def _walk(folder: Path) -> Iterator[Path]:
     waiting = [folder]
     while waiting:
         current = waiting.pop()
-        status = current.stat()
+        with _reading(current):
+            status = current.stat()
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(current) as entries:
-            visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
-        for entry in visible:
+        for entry in _visible(current):
             path = current / entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 waiting.append(path)
             elif _SUFFIX.fullmatch(path.suffix):
                 yield path
+
+
+def _visible(folder: Path) -> "list[os.DirEntry[str]]":
+    """Returns the entries of a folder that are not hidden, in alphabetical order."""
+    with _reading(folder), os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"videos: the folder {folder} cannot be read: {error.strerror}") from error
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def plain(name: str) -> str:
@@ -90,20 +111,30 @@ def plain(name: str) -> str:
     return _SEPARATORS.sub("", unicodedata.normalize("NFKC", name).casefold())
 
 
-def entries_by_name(videos: Path) -> dict[str, Path]:
-    """Returns the files directly in a folder by their names without extension, and the folders by their names.
+def entries_by_name(videos: Path) -> dict[str, tuple[Path, ...]]:
+    """Returns the video files directly in a folder by their names without extension, and the folders by their names.
 
     Raises:
-        UserError: two entries have the same name.
+        UserError: the folder cannot be read.
     """
-    found: dict[str, Path] = {}
-    for entry in sorted(videos.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        name = entry.name if entry.is_dir() else entry.stem
-        require(name not in found, f"videos: {videos}", "hold each video only once", [str(found.get(name)), str(entry)])
-        found[name] = entry
+    found: dict[str, tuple[Path, ...]] = {}
+    for entry in _visible(videos):
+        path = videos / entry.name
+        is_folder = _is_folder(entry)
+        if is_folder or _SUFFIX.fullmatch(path.suffix):
+            name = path.name if is_folder else path.stem
+            found[name] = (*found.get(name, ()), path)
     return found
+
+
+def require_one(files: tuple[Path, ...], folder: Path, name: str, where: str) -> Path:
+    """Returns the only file of a video; `where` is the line that lists it.
+
+    Raises:
+        UserError: there are several.
+    """
+    require(len(files) == 1, f"videos: {folder}", f"hold one file for {name} ({where})", list(map(str, files)))
+    return files[0]
 
 
 class ClassNames:
@@ -222,10 +253,11 @@ def collect(
     split_of: dict[str, tuple[str, str]] = {}  # by recording: its split, and where it was listed first
     for split, entries in lists.items():
         require(bool(entries), f"the list of split {split}", "name at least one video")
-        members, missing = splits.setdefault(split, []), Counter[str]()
+        members, missing, absent = splits.setdefault(split, []), Counter[str](), 0
         for entry in entries:
             source = (entry.source if exclusive else "") or entry.name
-            owner, place = split_of.setdefault(source, (split, entry.where))
+            here = (split, entry.where)
+            owner, place = (split_of.setdefault if entry.files else split_of.get)(source, here)
             listed = first.setdefault(entry.name, entry.where)
             if listed != entry.where:
                 reason = f"is listed twice: in {listed} and in {entry.where}"
@@ -233,6 +265,7 @@ def collect(
                 reason = f"is in two splits: {source} is in {owner} ({place}) and in {split} ({entry.where})"
             elif not entry.files:
                 missing.update(entry.classes)
+                absent += 1
                 of_class = f", class {entry.classes[0]}" if len(entry.classes) == 1 else ""
                 reason = f"does not exist ({entry.where}{of_class})"
             elif (listed := first.setdefault((entry.files, entry.start, entry.end), entry.where)) != entry.where:
@@ -241,7 +274,7 @@ def collect(
                 members.append(_video(folder, entry, frame_rate))
                 continue
             unusable.append(VideoError(entry.files[0] if entry.files else folder / entry.name, reason))
-        _report_missing(split, entries, missing)
+        _report_missing(split, entries, missing, absent)
         _require_some(folder, split, entries, members, unusable)
     ordered = {split: shuffle_by_hash(members, seed) for split, members in splits.items()}
     expected = {split: len({entry.name for entry in entries}) for split, entries in lists.items()}
@@ -249,10 +282,8 @@ def collect(
 
 
 def _video(folder: Path, entry: Entry, frame_rate: float) -> Video:
-    files = list(map(str, entry.files))
-    require(len(files) == 1, f"videos: {folder}", f"hold one file for {entry.name} ({entry.where})", files)
     return Video(
-        entry.files[0],
+        require_one(entry.files, folder, entry.name, entry.where),
         entry.name,
         entry.classes,
         entry.start,
@@ -276,11 +307,10 @@ def _require_some(
         )
 
 
-def _report_missing(split: str, entries: Sequence[Entry], missing: Counter[str]) -> None:
+def _report_missing(split: str, entries: Sequence[Entry], missing: Counter[str], absent: int) -> None:
     """Prints how many videos of a list do not exist, and of which classes most are missing."""
-    absent = sum(not entry.files for entry in entries)
     if absent:
         listed = Counter(name for entry in entries for name in entry.classes)
         counts = [f"{name} {count} of {listed[name]}" for name, count in missing.most_common()]
         text = f"{absent} of the {counted(len(entries), 'listed video')} of split {split} do not exist"
-        print(f"{text}; by class: {first_few(counts)}")
+        print(f"{text}; by class: {first_few(counts)}" if counts else text)

@@ -21,7 +21,7 @@ from x3d_tf.data.ava_files import (
     read_exclusions,
     read_label_map,
 )
-from x3d_tf.data.building.listed import entries_by_name
+from x3d_tf.data.building.listed import entries_by_name, require_one
 from x3d_tf.data.building.sources import Sources, Video, shuffle_by_hash
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.records.index import KeyFrameInfo
@@ -105,7 +105,7 @@ def find_key_frames(
 
     Raises:
         UserError: a file is malformed or lists a video of another split (the message names the line), a timestamp is
-            before `starts_at`, a setting is out of range, or no video exists.
+            before `starts_at`, a setting is out of range, a video has two files, or no video exists.
     """
     require(0 <= starts_at < math.inf, "starts_at", "be at least 0 seconds", starts_at)
     check_frame_rate(frame_rate, "frame_rate")
@@ -131,11 +131,13 @@ def find_key_frames(
         annotations = _annotations(truth, found, starts_at, (path, proposal_path))
         frames[split] = [frame for frame in annotations if frame not in excluded]
         for frame in frames[split]:
+            where = f"{path}, line {lines[frame.video]}"
             if frame.video not in files:
-                reason = f"does not exist (listed in {path}, line {lines[frame.video]})"
+                reason = f"does not exist (listed in {where})"
                 unusable.setdefault(frame.video, VideoError(videos / frame.video, reason))
                 continue
-            members.append(_video(files[frame.video], frame, annotations[frame], names, frame_rate))
+            file = require_one(files[frame.video], videos, frame.video, where)
+            members.append(_video(file, frame, annotations[frame], names, frame_rate))
     for split, path in boxes.items():
         rule = f"list key frames that are not excluded for split {split}"
         require(bool(frames[split]), str(path), rule)

@@ -55,7 +55,7 @@ class Charades:
 DATASETS = (Charades(),)
 
 
-def _read_list(path: Path, classes: ClassNames, files: dict[str, Path]) -> list[Entry]:
+def _read_list(path: Path, classes: ClassNames, files: dict[str, tuple[Path, ...]]) -> list[Entry]:
     lines = csv_files.numbered_rows(path, read_text(path, "lists"))
     header = [name.strip() for name in next(lines, (1, []))[1]]
     known = {"id", "actions"} <= set(header) <= set(COLUMNS) and len(set(header)) == len(header)
@@ -69,8 +69,7 @@ def _read_list(path: Path, classes: ClassNames, files: dict[str, Path]) -> list[
         require(bool(re.fullmatch(r"\w+", video, re.ASCII)), f"{where}, column id", "be letters and digits", video)
         timed = tuple(_action(text, classes, f"{where}, column actions") for text in row["actions"].split(";") if text)
         present = [classes.names[label] for label in sorted({action.label for action in timed})]
-        found = (files[video],) if video in files else ()
-        entries.append(Entry(video, tuple(present), where, found, timed=timed))
+        entries.append(Entry(video, tuple(present), where, files.get(video, ()), timed=timed))
     return entries
 
 

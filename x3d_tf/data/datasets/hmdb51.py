@@ -56,7 +56,8 @@ def _tables(folder: Path, split: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"--lists: {folder} is not a folder of files CLASS_test_{split}.txt")
     end = f"_test_{split}.txt"
-    found = {path.name.removesuffix(end): path for path in sorted(folder.iterdir()) if path.name.endswith(end)}
+    paths = [path for path in sorted(folder.iterdir()) if path.name.endswith(end) and not path.name.startswith(".")]
+    found = {path.name.removesuffix(end): path for path in paths}
     require(bool(found), f"--lists: {folder}", f"hold files CLASS{end}")
     for name, path in found.items():
         check_class_name(name, f"the name of {path}")
