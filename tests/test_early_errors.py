@@ -76,4 +76,23 @@ def test_several_crops_of_stretched_frames(model: Path, records: Path, tmp_path:
         "error: --crops must be 1 for a network trained on stretched frames, because square frames have a single crop, "
         "got 3\n"
     )
-    assert "import of tensorflow halted" in without_tensorflow("evaluate", *flags).stderr  # all checks passed
+    assert "import of keras halted" in without_tensorflow("evaluate", *flags).stderr  # all checks passed
+
+
+def test_exported_files_where_a_network_is_required(records: Path, tmp_path: Path) -> None:
+    """They cannot be trained or exported again."""
+    served = tmp_path / "served" / "1"
+    served.mkdir(parents=True)
+    for file in (tmp_path / "mine.onnx", served / "saved_model.pb"):
+        file.touch()
+    for path in (tmp_path / "mine.onnx", served):
+        expected = (
+            f"{path} is an exported file, which only predict and evaluate accept; give a run folder or a .keras file"
+        )
+        bindings = [f'TrainConfig.init="{path}"', f'DatasetSpec.records="{records}"', 'DatasetSpec.eval_split="train"']
+        flags = [f"--gin_bindings={binding}" for binding in bindings]
+        done = without_tensorflow("train", *RECIPE, *flags, f"--workdir={tmp_path / 'run'}", cwd=ROOT)
+        assert done.stderr == f"error: {expected}\n" and not (tmp_path / "run").exists()
+        for name in ("export.onnx", "export.saved_model"):
+            done = without_tensorflow(name, f"--model={path}", f"--output={tmp_path / 'out'}")
+            assert done.stderr == f"error: {expected}\n"
