@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from x3d_tf.text import counted, distinct_ends
+from x3d_tf.text import counted, distinct_ends, lines_of
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,7 @@ def test_paths_are_shortened_to_what_distinguishes_them() -> None:
     paths = [Path(path) for path in ends]
     assert distinct_ends([*paths, paths[0]]) == {Path(path): end for path, end in ends.items()}
     assert distinct_ends([]) == {}
+
+
+def test_lines_end_where_editors_end_them() -> None:
+    assert lines_of("a\r\nb\rc\n\u2028d\x0be\n") == ["a", "b", "c", "\u2028d\x0be", ""]

@@ -29,6 +29,14 @@ def decimal(text: str) -> float:
     return value if math.isfinite(value) else math.nan
 
 
+def lines_of(text: str) -> list[str]:
+    """Returns the lines of a file, without their ends: line feeds, carriage returns or both.
+
+    Unlike `str.splitlines`, it does not end lines at characters such as U+2028, so the numbers are those of editors.
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def binding_flag(name: str, value: str | float) -> str:
     """Returns a --gin_bindings flag for a setting, quoted so that the printed command can be copied into a shell."""
     if isinstance(value, bool):

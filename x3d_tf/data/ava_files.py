@@ -277,7 +277,7 @@ def _lines(path: Path, columns: str) -> Iterator["_Line"]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8: {error}") from error
+        raise UserError(f"{path}, after line {reader.line_num}, must be UTF-8: {error}") from error
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num} is not valid csv: {error}") from error
 

@@ -18,7 +18,7 @@ from x3d_tf.data.video.decode import VideoError
 from x3d_tf.data.video.image_sequences import FOLDER_FPS
 from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.files import read_text
-from x3d_tf.text import check_class_name, counted, did_you_mean, whole
+from x3d_tf.text import check_class_name, counted, did_you_mean, lines_of, whole
 from x3d_tf.types import AnnotationKind, TimedLabel
 
 # Files of other kinds, such as a downloader's ID.info.json or ID.mp4.part, are not videos.
@@ -184,7 +184,7 @@ def read_numbered_classes(path: Path, number: str, first: int = 0) -> list[str]:
         UserError: the file cannot be read or a line breaks its rule; the message names file and line.
     """
     names: list[str] = []
-    for line, text in enumerate(read_text(path, "classes").splitlines(), 1):
+    for line, text in enumerate(lines_of(read_text(path, "classes")), 1):
         if not text.strip():
             continue
         found, _, name = text.strip().partition(" ")

@@ -12,7 +12,7 @@ from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.records.index import OfficialSplit
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
-from x3d_tf.text import check_class_name
+from x3d_tf.text import check_class_name, lines_of
 
 _SPLITS = ("split1", "split2", "split3")
 _PARTS = {"1": "train", "2": "test", "0": None}  # 0: the video is not used in this split
@@ -66,7 +66,7 @@ def _tables(folder: Path, split: str) -> dict[str, Path]:
 
 def _read_table(path: Path, label: str, files: VideoFiles, lists: dict[str, list[Entry]]) -> None:
     """Appends the videos of a class to their splits; lines are VIDEO.avi and 0, 1 or 2."""
-    for line, text in enumerate(read_text(path, "lists").splitlines(), 1):
+    for line, text in enumerate(lines_of(read_text(path, "lists")), 1):
         if not text.strip():
             continue
         where = f"{path}, line {line}"

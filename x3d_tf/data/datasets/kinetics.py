@@ -16,7 +16,7 @@ from x3d_tf.data.class_lists import kinetics_classes, read_classes
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.errors import UserError, require
 from x3d_tf.files import read_text
-from x3d_tf.text import check_class_name, decimal
+from x3d_tf.text import check_class_name, decimal, lines_of
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 _IGNORED = ("is_cc",)  # Creative Commons license, in the first edition's lists
@@ -125,7 +125,7 @@ def _read_list(path: Path, split: str) -> "list[_Clip | _Line]":
     if "youtube_id" in first or "label" in first.split(","):
         return _read_csv(path, text, split)
     rows: list[_Clip | _Line] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(text), 1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue

@@ -14,6 +14,7 @@ from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.records.index import OfficialSplit
 from x3d_tf.errors import require
 from x3d_tf.files import read_text
+from x3d_tf.text import lines_of
 
 _LIST = re.compile(r"(?P<split>train|test)list0(?P<number>[1-3])\.txt")
 _CLIP = re.compile(r"(?P<group>.+_g\d+)_c\d+", re.ASCII)  # the clips of a group were cut from one recording
@@ -62,7 +63,7 @@ def _official_split(lists: Mapping[str, Path]) -> OfficialSplit | None:
 def _read_list(path: Path, classes: ClassNames, files: VideoFiles) -> list[Entry]:
     """Reads lines of CLASS/VIDEO.avi, in training lists followed by the number of the class."""
     entries = []
-    for line, text in enumerate(read_text(path, "lists").splitlines(), 1):
+    for line, text in enumerate(lines_of(read_text(path, "lists")), 1):
         where = f"{path}, line {line}"
         if not text.strip():
             continue
