@@ -356,3 +356,10 @@ def test_an_exported_file_is_opened_by_predict_videos_only(files: Callable[[str]
     """`x3d_tf.load` returns the trainable network, which an exported file does not have."""
     with pytest.raises(UserError, match=r"\.tflite is an exported file, which only predict and evaluate accept"):
         x3d_tf.load(files("tflite"))
+
+
+def test_properties_without_keys_come_before_the_card(files: Callable[[str], Path], tmp_path: Path) -> None:
+    """ONNX omits an empty key."""
+    content = files("onnx").read_bytes()
+    (tmp_path / "more.onnx").write_bytes(b"\x72\x03\x12\x01x" + content)  # metadata_props with a value only
+    assert read_exported_metadata(tmp_path / "more.onnx") == read_exported_metadata(files("onnx"))

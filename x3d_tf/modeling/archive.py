@@ -87,7 +87,7 @@ def model_file(path: str | Path) -> Path:
         raise UserError(f"{path} is an exported file, which only predict and evaluate accept; {_NETWORKS}")
     file = path / "model.keras" if path.is_dir() else path
     if not file.is_file():
-        versions = sorted(path.glob(f"*/{SAVED_MODEL}"))
+        versions = sorted(path.glob(f"*/{SAVED_MODEL}"), key=lambda file: (len(file.parent.name), file.parent.name))
         hint = "; a run writes its model when it is finished" if path.is_dir() else ""
         hint = f"; predict and evaluate accept a version of a SavedModel: {versions[-1].parent}" if versions else hint
         raise UserError(f"{file}: no such model file or run folder{hint}")

@@ -119,8 +119,8 @@ def card_in_zip(path: Path) -> bytes:
 def _card_in_onnx(path: Path) -> bytes:
     content = read_limited(path, _FILE_LIMIT)
     for begin, end in wire.fields(content, 0, len(content), _PROPERTIES, _FIELDS_LIMIT):
-        ((first, last), *_) = wire.fields(content, begin, end, _KEY, _FIELDS_LIMIT)
-        if content[first : min(last, first + 10)] == b"card":
+        keys = [*wire.fields(content, begin, end, _KEY, _FIELDS_LIMIT)]  # none for an empty key
+        if [content[first : min(last, first + 10)] for first, last in keys] == [b"card"]:
             ((first, last), *_) = wire.fields(content, begin, end, _VALUE, _FIELDS_LIMIT)
             require(last - first <= JSON_LIMIT, "the card", f"have at most {JSON_LIMIT} bytes", last - first)
             return content[first:last]

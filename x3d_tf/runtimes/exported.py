@@ -23,6 +23,7 @@ from x3d_tf.startup import kept_back
 from x3d_tf.types import Activation, ClipSpec, Combine, FrameSampling, Storage
 
 _MOST_AT_ONCE = 8  # clips: LiteRT takes the memory of a network for each
+_MOST_CLIPS = 64  # of a call: each takes 10 MB for X3D-M
 
 
 def shares(cores: int) -> tuple[int, int]:
@@ -37,9 +38,9 @@ class ExportedClassifier:
     Args:
         path: `.tflite`, `.onnx` or OpenVINO `.xml` file, or folder of a SavedModel. A SavedModel can execute arbitrary
             code: only load ones you trust.
-        at_once: number of clips that are processed at once, each on an equal share of the CPU cores. Defaults to the
-            number of cores, at most 8, which is fastest for many clips. No effect on a SavedModel, which uses the
-            devices and threads of TensorFlow.
+        at_once: number of clips that are processed at once, each on an equal share of the CPU cores. Defaults to one
+            per core on up to 8 cores, and to at most 8, each on several cores, on more. A SavedModel uses the devices
+            and threads of TensorFlow; its default is one clip per core.
 
     Attributes:
         path: the file.
@@ -75,6 +76,7 @@ class ExportedClassifier:
         if artefact is None:
             raise UserError(f"{path} is not an exported file")
         cores = available_cpus()
+        at_once = cores if at_once is None and artefact.runtime == "tensorflow" else at_once  # its threads are fixed
         self.at_once, threads = (at_once, max(1, cores // at_once)) if at_once else shares(cores)
         self._first = _opened(artefact, threads, self.at_once)
         self._check_shapes(self._first)
@@ -97,8 +99,8 @@ class ExportedClassifier:
 
     @property
     def clips_a_call(self) -> int:
-        """Number of clips that keep all threads busy."""
-        return self.batch * self.at_once
+        """Number of clips that keep the threads busy, unless they are too many for the memory."""
+        return self.batch * min(self.at_once, max(1, _MOST_CLIPS // self.batch))
 
     @property
     def pool(self) -> Executor:

@@ -12,6 +12,7 @@ from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import BOX_SETTINGS, folder_of
 from x3d_tf.evaluation.metrics import classification_metrics
 from x3d_tf.evaluation.reports import check_metrics, metrics_to_json
+from x3d_tf.modeling.archive import describe_any
 from x3d_tf.modeling.cards import runs_in_tensorflow
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
 from x3d_tf.tasks.base import Suggestion, require_known_classes
@@ -291,7 +292,8 @@ class ClipTask:
         from x3d_tf.evaluation.views import CLIPS_A_CALL
         from x3d_tf.inference.jobs import ClassifyJob
 
-        several = options["views"] != 1 and options["window"] is None  # a single clip is faster with all threads
+        views = options["views"] or describe_any(options["model"]).test_views
+        several = views != 1 and options["window"] is None  # a single clip is faster with all threads
         if several and runs_in_tensorflow(options["model"]):
             from x3d_tf.parallel import use_single_threaded_ops
 

@@ -226,7 +226,7 @@ def _stale_shards(folder: BuildFolder, sources: Sources, changed: set[tuple[str,
 
 
 def _describe(sources: Sources, states: Mapping[Path, FileState]) -> list[list[Any]]:
-    """Returns a row for each record: split, name, classes, times, file size and time, hash of annotations."""
+    """Returns a row for each record: split, name, classes, times, file size and time, annotations, recording."""
     rows = []
     for split, videos in sources.splits.items():
         for video in videos:
@@ -235,6 +235,8 @@ def _describe(sources: Sources, states: Mapping[Path, FileState]) -> list[list[A
                 row.append(hashlib.sha256(repr(video.annotation).encode()).hexdigest())
             if video.timed:
                 row.append(hashlib.sha256(repr(video.timed).encode()).hexdigest())
+            if video.recording:
+                row.append(video.recording)
             rows.append(row)
     return rows
 

@@ -38,7 +38,7 @@ class DatasetSpec:
             have it and it is neither `train_split` nor `eval_split`, otherwise no validation.
         validation_fraction: fraction of each class's training videos, in (0, 1), held out for validation if the records
             have no validation split. The videos do not depend on the seed. Their split has the name "validation". Clips
-            of one recording stay together, where the records state it.
+            of one recording stay together, where the records state it: the fraction is then that of the recordings.
         name: "records" for the records of any data set; otherwise the name of the data set that the records must be of.
             A synthetic data set such as "moving_shapes" is created in the folder on first use.
 
@@ -182,7 +182,7 @@ def hold_out(manifest: Manifest, spec: DatasetSpec) -> Manifest:
     if not held_out:
         raise UserError(
             f"DatasetSpec.validation_fraction requires at least two videos of a class in split {spec.train_split!r} of "
-            f"{manifest.folder}"
+            f"{manifest.folder}, from different recordings"
         )
     parts = {
         spec.train_split: replace(split, records=tuple(r for r in split.records if _recording(r) not in held_out)),
