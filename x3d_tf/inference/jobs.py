@@ -17,7 +17,6 @@ from x3d_tf.data.video.decode import VideoError
 from x3d_tf.inference.console import print_videos, print_windows, print_written, report_partial, top_lines
 from x3d_tf.inference.prediction import Prediction, open_classifier, predict_videos
 from x3d_tf.inference.writers import csv_table, json_document
-from x3d_tf.modeling.archive import describe_any
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runtimes.exported import ExportedClassifier
 from x3d_tf.terminal import one_line, tell
@@ -33,12 +32,14 @@ class ClassifyJob:
 
     Attributes:
         model: run folder, `.keras` file, or exported file.
+        at_once: for an exported file, the number of clips that are processed at once; see `ExportedClassifier`.
         temporal_views, window, hop: see `predict_videos`.
         csv, json, contact_sheet: paths of the output files, or None.
         overwrite: whether existing output files may be replaced.
     """
 
     model: str
+    at_once: int | None = None
     temporal_views: int | None = None
     window: float | None = None
     hop: float | None = None
@@ -57,8 +58,7 @@ class ClassifyJob:
             The number of files that could not be read.
         """
         tell(f"loading {self.model}")
-        single = self.window is None and (self.temporal_views or describe_any(self.model).test_views) == 1
-        model = open_classifier(self.model, at_once=1 if single else None)  # all cores for the only clip of a video
+        model = open_classifier(self.model, self.at_once)
         if model.activation == "sigmoid":
             tqdm.write("Each class has a probability of its own: they do not add up to 1.")
         if isinstance(model, ExportedClassifier):

@@ -24,7 +24,6 @@ WEIGHTS = "model.weights.h5"
 _LIMITS = {MEMBER: JSON_LIMIT, "metadata.json": 1024 * 1024, "config.json": 64 * 1024 * 1024}  # bytes
 _BLOCK = 1 << 20  # bytes read at once
 _WEIGHT_BYTES = 4  # Keras stores float32 weights for every dtype policy
-_NETWORKS = "give a run folder or a .keras file"
 _ENCRYPTED = 0x1  # flag bit of a zip member
 
 
@@ -84,7 +83,8 @@ def model_file(path: str | Path) -> Path:
     """
     path = Path(path)
     if is_exported(path):
-        raise UserError(f"{path} is an exported file, which only predict and evaluate accept; {_NETWORKS}")
+        advice = "give a run folder or a .keras file"
+        raise UserError(f"{path} is an exported file, which only predict and evaluate accept; {advice}")
     file = path / "model.keras" if path.is_dir() else path
     if not file.is_file():
         versions = sorted(path.glob(f"*/{SAVED_MODEL}"), key=lambda file: (len(file.parent.name), file.parent.name))

@@ -293,15 +293,16 @@ class ClipTask:
         from x3d_tf.inference.jobs import ClassifyJob
 
         views = options["views"] or describe_any(options["model"]).test_views
-        several = views != 1 and options["window"] is None  # a single clip is faster with all threads
-        if several and runs_in_tensorflow(options["model"]):
+        window = options["window"]
+        if views != 1 and window is None and runs_in_tensorflow(options["model"]):
             from x3d_tf.parallel import use_single_threaded_ops
 
             use_single_threaded_ops(CLIPS_A_CALL)
         return ClassifyJob(
             model=options["model"],
+            at_once=1 if views == 1 and window is None else None,  # a single clip is faster with all cores
             temporal_views=options["views"],
-            window=options["window"],
+            window=window,
             hop=options["hop"],
             csv=options["csv"],
             json=options["json"],
