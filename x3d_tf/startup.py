@@ -3,6 +3,7 @@
 Does not import TensorFlow at module level, and has no effect outside commands and their worker processes.
 """
 
+import importlib
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from x3d_tf.terminal import one_line, tell
 from x3d_tf.text import counted
 
 _STDERR = 2  # TensorFlow's C++ code writes to the file descriptor, not to `sys.stderr`
+_OPTIONAL = ("IPython", "matplotlib", "pandas", "sklearn")  # packages that Keras and TensorFlow import if installed
 _GPU_ERRORS = (  # messages of TensorFlow that explain why it does not use a GPU
     re.compile(r"Could not load dynamic library '[^'\n]+'"),
     re.compile(r"Could not find cuda drivers on your machine"),
@@ -66,6 +68,7 @@ def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
         return
     tell("starting TensorFlow")
     with kept_back() as messages:
+        _import_tensorflow()
         yield
         line = None
         if devices:
@@ -74,6 +77,22 @@ def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
             _hide_gpus()
     if line:
         tell(line)
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow and Keras without the optional packages, which take longer to import than Keras itself.
+
+    Only functions that commands do not use, such as those of `keras.visualization`, need them. Later imports are not
+    affected.
+    """
+    hidden = [name for name in _OPTIONAL if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # importing None raises an ImportError
+    try:
+        importlib.import_module("tensorflow")
+        importlib.import_module("keras")
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextmanager
