@@ -49,7 +49,7 @@ def onnx_model(model: Network, form: Form, *, size: int | None = None, batch: in
     require_batch(batch)
     size, options = size_and_options(model, size)
     has_boxes, batch_size = isinstance(model.input, dict), batch or "N"
-    parts = _FORMS[form](FoldedWeights(model), model.clip.frames, size, batch)
+    parts = _FORMS[form](FoldedWeights.of(model), model.clip.frames, size, batch)
     clips, boxes = Value("clips", 3, (size, size)), Value("boxes")
     output = model.apply_parts({"clip": clips, "boxes": boxes} if has_boxes else clips, parts, options)
     tensor, types = onnx.helper.make_tensor_value_info, onnx.TensorProto

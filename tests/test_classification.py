@@ -66,7 +66,7 @@ def saved(network: x3d_tf.X3D, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def loaded(network: x3d_tf.X3D, monkeypatch: pytest.MonkeyPatch) -> None:
     """Does not build the network of the file again, because the test replaces its predictions."""
-    monkeypatch.setattr(sweep_module, "load", lambda _: network)
+    monkeypatch.setattr(sweep_module, "load_any", lambda _: network)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_weights_that_are_not_finite_are_rejected(
 ) -> None:
     broken = classification.with_head_pool(network, "fixed_logits")  # a copy
     broken.get_layer("fc2").bias.assign([float("nan"), 0])
-    monkeypatch.setattr(running, "load", lambda _: broken)
+    monkeypatch.setattr(running, "load_any", lambda _: broken)
     with pytest.raises(UserError, match=r"probabilities for square/0 of .*square must be finite"):
         evaluate_run(run, temporal_views=1)
     assert not list(run.evaluations.glob("*/results.json"))
@@ -298,7 +298,7 @@ def test_multi_label_models_report_map(
     monkeypatch.setattr(classification, "predict_split", lambda *_, **__: SplitPredictions(scores, targets))
     model = x3d_tf.X3D(TINY, 3, x3d_tf.ModelOptions(), activation="sigmoid")
     model.class_names = ("a", "b", "c")
-    monkeypatch.setattr(running, "load", lambda _: model)
+    monkeypatch.setattr(running, "load_any", lambda _: model)
     monkeypatch.setattr(task_module, "open_dataset", lambda _: Several())
     file = tmp_path / "model.keras"
     file.write_bytes(b"weights")

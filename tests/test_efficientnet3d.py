@@ -25,6 +25,7 @@ from x3d_tf.modeling.folded import fold
 from x3d_tf.modeling.layers import GhostBatchNorm
 from x3d_tf.modeling.metadata import Metadata
 from x3d_tf.modeling.pytorch.convert import export_checkpoint
+from x3d_tf.runtimes.opening import open_classifier
 from x3d_tf.training.transfer import load_pretrained
 
 pytestmark = pytest.mark.usefixtures("uncompiled_module")
@@ -312,7 +313,7 @@ def test_training_lowers_the_loss() -> None:
 @pytest.mark.parametrize(
     "others", [{}, {"se": "all", "input": "difference", "swish_before": True, "drop_connect": 0.5}]
 )
-def test_portable_and_folded_forms_equal_the_network(family: str, others: dict[str, Any]) -> None:
+def test_portable_and_folded_forms_equal_the_network(family: str, others: dict[str, Any], tmp_path: Path) -> None:
     model, pixels = network(family, **others), clips(3)
     expected = softmax(model, pixels)
     assert np.ptp(expected, axis=0).max() > 1e-3  # clips differ, so mixing them up would fail
@@ -322,6 +323,9 @@ def test_portable_and_folded_forms_equal_the_network(family: str, others: dict[s
     for batch in (1, None):
         given = pixels[:batch]
         np.testing.assert_allclose(fold(model, batch=batch)(given), softmax(model, given), atol=1e-5)
+    x3d_tf.save(model, tmp_path / "a.keras", NAMES)
+    stored = open_classifier(tmp_path / "a.keras").for_crop(pixels.shape[2])
+    np.testing.assert_allclose(stored(np.float32(pixels)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["full", "simple"])

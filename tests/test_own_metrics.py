@@ -79,7 +79,7 @@ class Task:
 @pytest.fixture(autouse=True)
 def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (running, sweep):
-        monkeypatch.setattr(module, "load", lambda _: SimpleNamespace())
+        monkeypatch.setattr(module, "load_any", lambda _: SimpleNamespace())
         monkeypatch.setattr(module, "weights_of", lambda _: {})
 
 

@@ -165,9 +165,9 @@ def main() -> None:
     with starting_tensorflow():
         from x3d_tf.evaluation.running import evaluate_file, evaluate_run
         from x3d_tf.evaluation.sweep import sweep_file, sweep_run
-        from x3d_tf.evaluation.views import CLIPS_A_CALL
         from x3d_tf.evaluation.watch import watch_run
         from x3d_tf.parallel import use_single_threaded_ops
+        from x3d_tf.runtimes.classifier_file import CLIPS_A_CALL
 
         use_single_threaded_ops(CLIPS_A_CALL)
     options: dict[str, Any] = {"overwrite": FLAGS.overwrite, **_eval_settings()}

@@ -11,14 +11,15 @@ from x3d_tf.data.input_pipeline import MakeExample
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.evaluation.classification_reports import Predictions, write_report
-from x3d_tf.evaluation.eval_config import HeadPool
 from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.multiview import SplitPredictions, predict_split
 from x3d_tf.evaluation.reports import locked_report_folder, settings_of
+from x3d_tf.modeling.architecture import HeadPool
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.metadata import copy_metadata
 from x3d_tf.modeling.x3d import X3D
+from x3d_tf.runtimes.classifier_file import ClassifierFile
 from x3d_tf.runtimes.exported import ExportedClassifier
 from x3d_tf.terminal import tell
 from x3d_tf.types import ClipStarts, Combine, Metric, ViewSpec, stored_to_json
@@ -45,7 +46,7 @@ class ClipEvaluation:
         seed: seed of the run; None for a model file.
     """
 
-    model: X3D | ExportedClassifier
+    model: X3D | ClassifierFile
     weights: dict[str, Any]
     manifest: Manifest
     classes: tuple[str, ...]
@@ -153,10 +154,16 @@ class ClipEvaluation:
             return write_report(folder, settings, predictions, self.score(predictions))
 
 
-def with_head_pool(model: X3D, head_pool: HeadPool | None) -> X3D:
-    """Returns the network with another head pooling and the same weights; `model` itself if nothing changes."""
+def with_head_pool(model: X3D | ClassifierFile, head_pool: HeadPool | None) -> X3D | ClassifierFile:
+    """Returns the network with another head pooling and the same weights; `model` itself if nothing changes.
+
+    Raises:
+        UserError: an exported file, whose pooling is fixed.
+    """
     if head_pool is None or head_pool == model.options.head_pool:
         return model
+    if isinstance(model, ClassifierFile):
+        return model.with_head_pool(head_pool)
     options = replace(model.options, head_pool=head_pool)
     changed = X3D(model.expansion, model.num_classes, options, activation=model.activation, task=model.task)
     changed.set_weights(model.get_weights())  # pooling has no weights

@@ -29,11 +29,11 @@ from x3d_tf.evaluation.detection_reports import (
 )
 from x3d_tf.evaluation.interfaces import Report
 from x3d_tf.evaluation.reports import locked_report_folder, settings_of
-from x3d_tf.evaluation.views import CLIPS_A_CALL
 from x3d_tf.modeling.detection import Detector
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.modeling.x3d import cost_of
 from x3d_tf.parallel import optimize_for_device
+from x3d_tf.runtimes.classifier_file import CLIPS_A_CALL
 from x3d_tf.terminal import progress_bar
 from x3d_tf.text import counted
 

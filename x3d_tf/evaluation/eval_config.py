@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from x3d_tf.config import Detection, TrainConfig
 from x3d_tf.data.datasets.spec import ANY, DatasetSpec
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import check_field_types, require
+from x3d_tf.modeling.architecture import HeadPool
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.types import BoxSource, ClipStarts, Combine, ViewSpec
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import X3D
-    from x3d_tf.runtimes.exported import ExportedClassifier
+    from x3d_tf.runtimes.classifier_file import ClassifierFile
 
-HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
 CLIP_SETTINGS = ("temporal_views", "spatial_crops", "clip_starts", "frame_sampling", "combine", "head_pool")
 BOX_SETTINGS = ("eval_boxes", "box_score")
 
@@ -78,7 +78,7 @@ class EvalConfig:
         rule = "be 1 for a network trained on stretched frames, because square frames have a single crop"
         require(distinct, "EvalConfig.spatial_crops", rule, self.spatial_crops)
 
-    def views_for(self, model: "X3D | ExportedClassifier", temporal_views: int) -> ViewSpec:
+    def views_for(self, model: "X3D | ClassifierFile", temporal_views: int) -> ViewSpec:
         """Returns the views of each video; `temporal_views` is used if the setting is None."""
         self.check_crops(model.stretch)
         test_size = model.expansion.test_size

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from x3d_tf.evaluation.eval_config import EvalConfig
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
-    from x3d_tf.runtimes.exported import ExportedClassifier
+    from x3d_tf.runtimes.classifier_file import ClassifierFile
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Evaluator(Protocol):
 
     def evaluation(
         self,
-        model: "Network | ExportedClassifier",
+        model: "Network | ClassifierFile",
         weights: dict[str, Any],
         settings: "EvalConfig",
         run: "RunFolder | None",

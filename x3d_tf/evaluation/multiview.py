@@ -12,11 +12,11 @@ from x3d_tf.data.input_pipeline import MakeExample, evaluation_dataset
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.sampling import FrameSampling
-from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.views import CLIPS_A_CALL, CombinedViews
+from x3d_tf.errors import UserError
+from x3d_tf.evaluation.views import CombinedViews
 from x3d_tf.modeling.x3d import X3D
 from x3d_tf.parallel import optimize_for_device
-from x3d_tf.runtimes.exported import ExportedClassifier
+from x3d_tf.runtimes.classifier_file import CLIPS_A_CALL, ClassifierFile
 from x3d_tf.terminal import progress_bar
 from x3d_tf.types import ClipStarts, Combine, ViewSpec
 
@@ -38,7 +38,7 @@ class SplitPredictions(NamedTuple):
 
 
 def predict_split(
-    model: X3D | ExportedClassifier,
+    model: X3D | ClassifierFile,
     manifest: Manifest,
     split: str,
     views: ViewSpec,
@@ -52,7 +52,7 @@ def predict_split(
     """Computes the class probabilities of each video, combined over its views in float32.
 
     Args:
-        model: a network that returns logits, whose `activation` turns them into probabilities; or an exported file.
+        model: a network that returns logits, whose `activation` turns them into probabilities; or a file.
         manifest: the manifest of the records.
         split: name of the split.
         views: the clips and crops of each video.
@@ -82,7 +82,7 @@ def predict_split(
         frame_sampling=frame_sampling,
         make_example=make_example,
     )
-    clips_a_call = model.clips_a_call if isinstance(model, ExportedClassifier) else CLIPS_A_CALL
+    clips_a_call = model.clips_a_call if isinstance(model, ClassifierFile) else CLIPS_A_CALL
     batches = _clips(dataset, views, clips_a_call)
     total = len(records) * views.views
     with (
@@ -105,16 +105,14 @@ def predict_split(
     return SplitPredictions(combined.result(), np.array(targets))
 
 
-def classifier(model: X3D | ExportedClassifier, crop: int) -> Callable[[tf.Tensor], NDArray[np.float32]]:
+def classifier(model: X3D | ClassifierFile, crop: int) -> Callable[[tf.Tensor], NDArray[np.float32]]:
     """Returns a function from clips, float32 (N, T, crop, crop, 3) in 0..255, to an array of probabilities.
 
     Raises:
-        UserError: an exported file has clips of another size.
+        UserError: a file does not support clips of this size.
     """
-    if isinstance(model, ExportedClassifier):
-        size = model.clip.size
-        require(crop == size, "the crop", f"be {size} pixels, the size of the clips of {model.path}", crop)
-        return lambda clips: model(clips.numpy())
+    if isinstance(model, ClassifierFile):
+        return model.for_crop(crop)
     compiled = probabilities_of(model, crop)
     return lambda clips: compiled(clips).numpy()
 

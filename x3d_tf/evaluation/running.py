@@ -7,12 +7,12 @@ from x3d_tf.evaluation.comparison import describe
 from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.evaluation.interfaces import Evaluator, Report
 from x3d_tf.evaluation.reports import RESULTS_NAME, refuse_to_replace
-from x3d_tf.modeling.archive import weights_of
-from x3d_tf.modeling.cards import is_exported
-from x3d_tf.modeling.saving import load
-from x3d_tf.modeling.x3d import Network
+from x3d_tf.modeling.archive import describe_any, weights_of
+from x3d_tf.modeling.detection import Detector
+from x3d_tf.modeling.saving import load_detector
 from x3d_tf.runs.run_folder import RunFolder
-from x3d_tf.runtimes.exported import ExportedClassifier
+from x3d_tf.runtimes.classifier_file import ClassifierFile
+from x3d_tf.runtimes.opening import open_classifier
 
 
 def evaluate_run(
@@ -38,9 +38,9 @@ def evaluate_run(
     return _evaluate(run.root, task, Path(output) if output else folder, eval_config, run, overwrite)
 
 
-def load_any(path: Path) -> Network | ExportedClassifier:
-    """Loads a network, or opens an exported file."""
-    return ExportedClassifier(path) if is_exported(path) else load(path)
+def load_any(path: Path) -> Detector | ClassifierFile:
+    """Loads a detector, or opens a classifier in a file."""
+    return load_detector(path) if describe_any(path).detection_head else open_classifier(path)
 
 
 def weights_of_run(run: RunFolder) -> dict[str, Any]:
@@ -72,7 +72,6 @@ def _evaluate(
 ) -> Report:
     refuse_to_replace(folder / RESULTS_NAME, overwrite)
     weights = weights_of_run(run) if run else weights_of(path)
-    model = load(path) if run else load_any(path)
-    report = task.evaluation(model, weights, settings, run).report(folder)
+    report = task.evaluation(load_any(path), weights, settings, run).report(folder)
     print(describe(report))
     return report

@@ -12,7 +12,6 @@ from x3d_tf.evaluation.interfaces import Evaluation, Evaluator, Report
 from x3d_tf.evaluation.reports import RESULTS_NAME, differing_settings, read_report, settings_of, write_csv
 from x3d_tf.evaluation.running import load_any, weights_of_run
 from x3d_tf.modeling.archive import weights_of
-from x3d_tf.modeling.saving import load
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.text import counted
 
@@ -51,7 +50,7 @@ def sweep_run(
         UserError: as `evaluate_run`; a report folder has a report with other settings.
     """
     eval_config = _without_views(settings)
-    evaluation = task.evaluation(load(run.root), weights_of_run(run), eval_config, run)
+    evaluation = task.evaluation(load_any(run.root), weights_of_run(run), eval_config, run)
     folders = {k: Path(output) / f"{k}clips" if output else task.report_folder(run, eval_config, k) for k in CLIPS}
     folder = Path(output) if output else task.report_folder(run, eval_config, "sweep_")
     return _sweep(evaluation, folder, folders, overwrite)

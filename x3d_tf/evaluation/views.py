@@ -5,8 +5,6 @@ from numpy.typing import NDArray
 
 from x3d_tf.types import Combine
 
-CLIPS_A_CALL = 8  # batch size of networks in TensorFlow
-
 
 class CombinedViews:
     """The combined probabilities of several videos, to which views are added in any order.

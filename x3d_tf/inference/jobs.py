@@ -15,10 +15,11 @@ from tqdm import tqdm
 from x3d_tf import plots
 from x3d_tf.data.video.decode import VideoError
 from x3d_tf.inference.console import print_videos, print_windows, print_written, report_partial, top_lines
-from x3d_tf.inference.prediction import Prediction, open_classifier, predict_videos
+from x3d_tf.inference.prediction import Prediction, predict_videos
 from x3d_tf.inference.writers import csv_table, json_document
 from x3d_tf.modeling.expansion import name_of
 from x3d_tf.runtimes.exported import ExportedClassifier
+from x3d_tf.runtimes.opening import open_classifier
 from x3d_tf.terminal import one_line, tell
 from x3d_tf.text import counted, distinct_ends
 

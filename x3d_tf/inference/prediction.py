@@ -24,14 +24,17 @@ from x3d_tf.data.video.clip_reader import Cut, VideoClips, cut_clips
 from x3d_tf.data.video.decode import Pixels, VideoError, as_stored, first_from, probe, read_frames
 from x3d_tf.data.video.listing import list_videos
 from x3d_tf.errors import UserError, require
-from x3d_tf.evaluation.views import CLIPS_A_CALL, CombinedViews
-from x3d_tf.modeling.cards import is_exported
+from x3d_tf.evaluation.views import CombinedViews
+from x3d_tf.runtimes.classifier_file import CLIPS_A_CALL, ClassifierFile
 from x3d_tf.runtimes.exported import ExportedClassifier, to_pixels
+from x3d_tf.runtimes.opening import open_classifier
 from x3d_tf.text import counted, distinct_ends
 from x3d_tf.types import MAX_VIEWS, ClipSpec, Combine, Storage, ViewSpec
 
 if TYPE_CHECKING:
     from x3d_tf.modeling.x3d import X3D
+
+    Classifier = X3D | ClassifierFile
 
 _Predicted = tuple[Cut, NDArray[np.float32]]  # a clip, with its frames where they are shown, and its probabilities
 Probabilities = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -66,7 +69,7 @@ class Prediction:
 
 
 def predict_videos(
-    model: "X3D | ExportedClassifier | str | Path",
+    model: "Classifier | str | Path",
     files: str | Path | Iterable[str | Path],
     *,
     temporal_views: int | None = None,
@@ -128,23 +131,6 @@ def predict_videos(
     )
     network = _Network(model, sampler.views, shows=thumbnails > 0)
     return _predict(network, sampler, paths, thumbnails, progress)
-
-
-def open_classifier(path: str | Path, at_once: int | None = None) -> "X3D | ExportedClassifier":
-    """Opens a classifier for prediction.
-
-    Args:
-        path: run folder, `.keras` file, or exported file.
-        at_once: for an exported file, see `ExportedClassifier`.
-
-    Raises:
-        UserError: see `modeling.saving.load_classifier` and `ExportedClassifier`.
-    """
-    if is_exported(path):
-        return ExportedClassifier(path, at_once)
-    from x3d_tf.modeling.saving import load_classifier
-
-    return load_classifier(path)
 
 
 def spread_frames(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -227,16 +213,14 @@ class _Network:
         shows: whether the frames of the clips are wanted, which takes memory.
     """
 
-    def __init__(self, model: "X3D | ExportedClassifier", views: ViewSpec, *, shows: bool) -> None:
+    def __init__(self, model: "Classifier", views: ViewSpec, *, shows: bool) -> None:
         self.classes, self.crop, self._views, self._shows = model.num_classes, views.crop, views, shows
         if isinstance(model, ExportedClassifier):
             run = model.probabilities
             self._probabilities: Probabilities = lambda clips: run(to_pixels(clips))
             self._pool, self._threads, self._batch = model.pool, model.at_once, model.batch
             return
-        from x3d_tf.evaluation.multiview import probabilities_of
-
-        compiled = probabilities_of(model, views.crop)
+        compiled = _compiled(model, views.crop)
         self._probabilities = lambda clips: compiled(clips).numpy()
         self._pool, self._threads, self._batch = ThreadPoolExecutor(1, "network"), 1, CLIPS_A_CALL
         self._pool.submit(compiled.get_concrete_function)  # traces while the first video is decoded
@@ -272,6 +256,14 @@ class _Network:
             raise UserError(f"the network returns probabilities that are not finite for {path}")
         shown = map(list, to_pixels(clips)) if self._shows else itertools.repeat([])
         return [(cut._replace(frames=frames), row) for cut, frames, row in zip(batch, shown, found)]
+
+
+def _compiled(model: "Classifier", crop: int) -> Any:
+    """Returns the `tf.function` from clips to probabilities."""
+    from x3d_tf.evaluation.multiview import probabilities_of
+    from x3d_tf.runtimes.stored import StoredClassifier
+
+    return model.compiled(crop) if isinstance(model, StoredClassifier) else probabilities_of(model, crop)  # type: ignore[arg-type]
 
 
 def _batches(cuts: Iterable[Cut], size: int) -> Iterator[list[Cut] | VideoError]:

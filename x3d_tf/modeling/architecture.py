@@ -12,9 +12,12 @@ from typing import Literal, NamedTuple
 from x3d_tf.errors import SettingTypeError, check_field_types, require
 from x3d_tf.modeling.expansion import EFFICIENTNETS, VARIANTS, Expansion, Family, as_expansion
 
+HeadPool = Literal["global", "fixed_probabilities", "fixed_logits"]
+
 BASE_WIDTHS = (24, 48, 96, 192)  # res2..res5 of X2D, paper Table 1; conv1 has the width of res2
 BASE_DEPTHS = (1, 2, 5, 3)
 FC1_WIDTH = 2048
+NORM_EPSILON = 1e-5  # added to the variance in batch norms
 MAP_STRIDE = 32  # pixels of a clip per cell of the last feature maps, even if the last cell extends beyond the clip
 REGION_BINS = 7  # bins along each axis of a box (PySlowFast `DETECTION.ROI_XFORM_RESOLUTION`)
 STAGE_NAMES = tuple(f"res{number}" for number in range(2, 9))  # X3D has the first four, EfficientNet3D all
@@ -93,7 +96,7 @@ class ModelOptions:
     swish_before: bool = False
     separable: bool = True
     shortcut_norm: Literal["always", "on_width_change"] = "always"
-    head_pool: Literal["global", "fixed_probabilities", "fixed_logits"] = "global"
+    head_pool: HeadPool = "global"
     bn_group: int = 8
     drop_connect: float = 0.0
     dropout: float = 0.5

@@ -7,16 +7,21 @@ network in the metadata has no more parameters than the file has weights.
 
 import hashlib
 import io
+import itertools
 import math
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
+from numpy.typing import NDArray
 
 from x3d_tf.errors import UserError, first_line, require
 from x3d_tf.modeling.cards import SAVED_MODEL, UNREADABLE, files_of, is_exported, read_exported_metadata
+from x3d_tf.modeling.graph import norm_of
 from x3d_tf.modeling.metadata import JSON_LIMIT, Metadata
 
 MEMBER = "x3d_tf.json"
@@ -115,16 +120,70 @@ def check_weights(path: Path, metadata: Metadata) -> None:
         UserError: the weights have links, external or virtual arrays, arrays with fewer bytes than their shape
             requires, or too few arrays or parameters.
     """
+    with _checked_weights(path, metadata):
+        pass
+
+
+def read_layers(path: Path, metadata: Metadata) -> dict[str, list[NDArray[np.float32]]]:
+    """Reads the arrays of each layer of a `.keras` file, without building the network.
+
+    Args:
+        path: the file.
+        metadata: its metadata, from `read_metadata`.
+
+    Returns:
+        The arrays by the names of the layers of the trainable network, in the order of `Layer.get_weights`. Kernels of
+        a portable file may lack axes of length 1.
+
+    Raises:
+        UserError: see `check_weights`; or a layer of the network is missing or has another number of parameters.
+    """
+    with _checked_weights(path, metadata) as file:
+        found: dict[str, list[NDArray[np.float32]]] = {}
+
+        def visit(_: str, item: Any) -> None:
+            if isinstance(item, h5py.Group) and len(item) and isinstance(item.attrs.get("name"), str):
+                found[item.attrs["name"]] = [item[key][()] for key in sorted(item, key=int)]
+
+        file.visititems(visit)
+        for name, parameters in metadata.layers():
+            if metadata.form == "portable":
+                found[name] = _joined(name, found)
+            arrays = [*found.get(name, []), *found.get(norm_of(name), [])[:2]]  # scale and shift
+            rule = f"have the {parameters} parameters of the network in its metadata"
+            size = sum(array.size for array in arrays)
+            require(size == parameters, f"layer {name}", rule, size)
+    return found
+
+
+def _joined(name: str, layers: dict[str, list[NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+    """Returns the arrays of a layer of the portable form with the shapes of the trainable network."""
+    taps = [*itertools.takewhile(layers.__contains__, (f"{name}_{tap}" for tap in itertools.count()))]
+    if taps:  # a channel-wise kernel, (rows, columns, channels, 1) for each temporal tap
+        return [np.stack([layers[tap][0][..., 0] for tap in taps])]
+    kernel, *bias = layers[name]
+    if kernel.ndim != 4:
+        return [kernel, *bias]
+    if kernel.shape[-1] == 1:  # a temporal one, (frames, 1, channels, 1)
+        return [kernel[:, :, None, :, 0]]
+    return [kernel[0, 0] if kernel.shape[:2] == (1, 1) else kernel[None]]
+
+
+@contextmanager
+def _checked_weights(path: Path, metadata: Metadata) -> Iterator[h5py.File]:
+    """Opens the weights after the checks of `check_weights`, whose errors it raises."""
+    where = f"{path}: {WEIGHTS}"
     try:
         with zipfile.ZipFile(path) as archive:
             content = archive.read(WEIGHTS)
         with h5py.File(io.BytesIO(content), "r") as file:
             sizes = list(_iter_array_sizes(file, len(content)))
+            metadata.require_capacity(where, sum(sizes), len(sizes))
+            yield file
     except UserError as error:
-        raise UserError(f"{path}: {WEIGHTS}: {error}") from error
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
     except UNREADABLE as error:
-        raise UserError(f"{path}: {WEIGHTS} cannot be read: {first_line(error)}") from error
-    metadata.require_capacity(f"{path}: {WEIGHTS}", sum(sizes), len(sizes))
+        raise UserError(f"{where} cannot be read: {first_line(error)}") from error
 
 
 def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:

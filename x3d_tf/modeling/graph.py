@@ -6,7 +6,16 @@ A function gets its widths from the architecture and reads no attribute of a ten
 from typing import Literal, get_args
 
 from x3d_tf.errors import require
-from x3d_tf.modeling.architecture import FC1_WIDTH, Architecture, BlockPlan, ModelOptions, pool_window, se_width
+from x3d_tf.modeling.architecture import (
+    FC1_WIDTH,
+    Architecture,
+    BlockPlan,
+    ModelOptions,
+    plan,
+    pool_window,
+    se_width,
+)
+from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.modeling.parts import Parts, Tensor
 from x3d_tf.types import NAME_RULE, Activation, is_name
 
@@ -54,6 +63,21 @@ def graph(
     elif pool == "fixed_probabilities":
         x = parts.mean_probability(x, activation)
     return x
+
+
+def probabilities_graph(
+    clips: Tensor,
+    expansion: Expansion,
+    options: ModelOptions,
+    parts: Parts[Tensor],
+    *,
+    num_classes: int,
+    activation: Activation,
+) -> Tensor:
+    """Builds the complete classifier up to its probabilities (N, num_classes); the arguments are those of `graph`."""
+    architecture, train_size = plan(expansion, options), expansion.clip.size
+    logits = graph(clips, architecture, parts, train_size=train_size, num_classes=num_classes, activation=activation)
+    return parts.probabilities(logits, activation, "probabilities")
 
 
 def detection_graph(
@@ -143,8 +167,8 @@ def backbone(clips: Tensor, architecture: Architecture, parts: Parts[Tensor]) ->
     x = parts.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
     x = parts.channelwise(x, (options.stem_kernel, 1, 1), "conv1_t")
     x = parts.activation(parts.norm(x, "conv1_bn"), "relu", "conv1")
-    for plan in architecture.blocks():
-        x = block(x, plan, options, parts)
+    for block_plan in architecture.blocks():
+        x = block(x, block_plan, options, parts)
     return x
 
 
@@ -199,3 +223,8 @@ def fc1(x: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
 def fc2(x: Tensor, num_classes: int, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
     """Builds dropout and the last layer of the head, which returns logits."""
     return parts.dense(parts.dropout(x, architecture.options.dropout, "dropout"), num_classes, "fc2")
+
+
+def norm_of(name: str) -> str:
+    """Returns the name of the batch norm after a convolution."""
+    return {"conv1_t": "conv1_bn", "conv5_conv": "conv5_bn"}.get(name, f"{name}_bn")

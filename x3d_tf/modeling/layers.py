@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from x3d_tf.modeling.architecture import REGION_BINS, ModelOptions, require_window, window_rule
+from x3d_tf.modeling.architecture import NORM_EPSILON, REGION_BINS, ModelOptions, require_window, window_rule
 from x3d_tf.modeling.kernels import active_kernels
 from x3d_tf.modeling.roi_align import regions
 
@@ -162,7 +162,7 @@ class GhostBatchNorm(keras.layers.Layer):
         self,
         group: int = 8,
         momentum: float = 0.9,
-        epsilon: float = 1e-5,
+        epsilon: float = NORM_EPSILON,
         gamma_initializer: Any = "ones",
         **kwargs: Any,
     ) -> None:

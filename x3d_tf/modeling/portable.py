@@ -13,7 +13,7 @@ import numpy as np
 from keras import layers, ops
 
 from x3d_tf.errors import require
-from x3d_tf.modeling.architecture import require_window
+from x3d_tf.modeling.architecture import NORM_EPSILON, require_window
 from x3d_tf.modeling.keras_parts import ClipParts
 from x3d_tf.modeling.layers import ChannelwiseConv3D
 from x3d_tf.modeling.metadata import Metadata, class_names_or_numbers
@@ -125,7 +125,7 @@ class PortableParts(ClipParts):
 
     def norm(self, x: Any, name: str, *, ends_branch: bool = False) -> Any:
         gamma = "zeros" if ends_branch else "ones"
-        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=name)(x)
+        return layers.BatchNormalization(momentum=0.9, epsilon=NORM_EPSILON, gamma_initializer=gamma, name=name)(x)
 
 
 def _merge_frames(x: Any) -> Any:

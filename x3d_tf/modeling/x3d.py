@@ -9,7 +9,7 @@ from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, resolve
 from x3d_tf.modeling.cost import Cost, cost
 from x3d_tf.modeling.expansion import Expansion, Family, name_of
-from x3d_tf.modeling.graph import DetectionHead, graph, require_task, task_and_activation
+from x3d_tf.modeling.graph import DetectionHead, graph, probabilities_graph, require_task, task_and_activation
 from x3d_tf.modeling.keras_parts import TrainableParts
 from x3d_tf.modeling.layers import RequireWindow
 from x3d_tf.modeling.parts import Parts
@@ -183,15 +183,14 @@ class X3D(Network):
         self.activation, self.task = activation, task
 
     def apply_parts(self, inputs: Any, parts: Parts[Any], options: ModelOptions | None = None) -> Any:
-        logits = graph(
+        return probabilities_graph(
             inputs,
-            plan(self.expansion, options or self.options),
+            self.expansion,
+            options or self.options,
             parts,
-            train_size=self.clip.size,
             num_classes=self.num_classes,
             activation=self.activation,
         )
-        return parts.probabilities(logits, self.activation, "probabilities")
 
     def get_config(self) -> dict[str, Any]:
         return {

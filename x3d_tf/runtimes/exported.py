@@ -3,24 +3,21 @@
 import math
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from x3d_tf.errors import UserError, first_line, require
-from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.cards import SAVED_MODEL, read_exported_metadata
-from x3d_tf.modeling.expansion import Expansion
-from x3d_tf.modeling.metadata import copy_metadata
 from x3d_tf.processes import available_cpus
+from x3d_tf.runtimes.classifier_file import ClassifierFile
 from x3d_tf.runtimes.runners import EXTRAS, Artefact, Runner, artefact_of, open_artefact, probabilities
 from x3d_tf.startup import kept_back
-from x3d_tf.types import Activation, ClipSpec, Combine, FrameSampling, Storage
 
 _MOST_AT_ONCE = 8  # clips: LiteRT takes the memory of a network for each
 _MOST_CLIPS = 64  # of a call: each takes 10 MB for X3D-M
@@ -32,7 +29,7 @@ def shares(cores: int) -> tuple[int, int]:
     return cores // threads, threads
 
 
-class ExportedClassifier:
+class ExportedClassifier(ClassifierFile):
     """A classifier in an exported file.
 
     Args:
@@ -43,35 +40,16 @@ class ExportedClassifier:
             and threads of TensorFlow; its default is one clip per core.
 
     Attributes:
-        path: the file.
         runtime: runtime and precision, such as "TFLite int8" or "OpenVINO float32".
         at_once: see above.
-        expansion, options, num_classes, activation, task, class_names, stretch, stored, frame_sampling, test_views,
-            combine, include_top: as those of the network; see `modeling.x3d.Network`.
-        form: always "exported"; see `Metadata`.
 
     Raises:
         UserError: the file does not exist, was not exported by this version of the package, is damaged, holds a
             detector, or does not fit its model card; its runtime is not installed.
     """
 
-    class_names: tuple[str, ...]
-    stretch: bool
-    stored: Storage | None
-    frame_sampling: FrameSampling
-    test_views: int
-    combine: Combine
-    include_top = True
-    form: Literal["exported"] = "exported"
-
     def __init__(self, path: str | Path, at_once: int | None = None) -> None:
-        self.path = Path(path)
-        metadata = read_exported_metadata(path)
-        self.expansion: Expansion = metadata.expansion
-        self.options: ModelOptions = metadata.options
-        self.num_classes, self.task = metadata.num_classes, metadata.task
-        self.activation: Activation = metadata.activation
-        copy_metadata(metadata, self)
+        super().__init__(Path(path), read_exported_metadata(path))
         artefact = artefact_of(self.path / SAVED_MODEL if self.path.is_dir() else self.path)
         if artefact is None:
             raise UserError(f"{path} is not an exported file")
@@ -88,18 +66,13 @@ class ExportedClassifier:
         self._pool = ThreadPoolExecutor(self.at_once, "clip")
 
     @property
-    def clip(self) -> ClipSpec:
-        """The clip of the network: frames, stride and size."""
-        return self.expansion.clip
-
-    @property
     def batch(self) -> int:
         """Number of clips of a call of the file: its batch if that is fixed, otherwise 1."""
         return self._first.batch or 1
 
     @property
-    def clips_a_call(self) -> int:
-        """Number of clips that keep the threads busy, unless they are too many for the memory."""
+    def clips_a_call(self) -> int:  # type: ignore[override]  # the threads follow from the runtime
+        """See `ClassifierFile`."""
         return self.batch * min(self.at_once, max(1, _MOST_CLIPS // self.batch))
 
     @property
@@ -140,6 +113,16 @@ class ExportedClassifier:
                 self._running += 1
                 return self._first.for_another_thread()
         return self._idle.get()
+
+    def for_crop(self, crop: int) -> Callable[[Any], NDArray[np.float32]]:
+        """See `ClassifierFile`; the clips have a fixed size."""
+        require(
+            crop == self.clip.size,
+            "the crop",
+            f"be {self.clip.size} pixels, the size of the clips of {self.path}",
+            crop,
+        )
+        return lambda clips: self(np.asarray(clips))
 
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the probabilities of clips of unrounded pixels, computed in parallel.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
-    from x3d_tf.runtimes.exported import ExportedClassifier
+    from x3d_tf.runtimes.classifier_file import ClassifierFile
 
 
 class Loss(Protocol):
@@ -168,7 +168,7 @@ class Task(Evaluator, Protocol):
 
     def check_evaluation(
         self,
-        network: "Metadata | Network | ExportedClassifier",
+        network: "Metadata | Network | ClassifierFile",
         settings: "EvalConfig",
         manifest: "Manifest",
         run: "RunFolder | None" = None,
@@ -197,7 +197,7 @@ class Task(Evaluator, Protocol):
 
 
 def require_known_classes(
-    network: "Metadata | Network | ExportedClassifier", classes: Sequence[str], records: Path
+    network: "Metadata | Network | ClassifierFile", classes: Sequence[str], records: Path
 ) -> None:
     """Raises `UserError` if records have classes that the network does not have."""
     known = set(network.class_names)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import X3D, Network
     from x3d_tf.runs.run_folder import RunFolder
-    from x3d_tf.runtimes.exported import ExportedClassifier
+    from x3d_tf.runtimes.classifier_file import ClassifierFile
     from x3d_tf.tasks.base import Task
     from x3d_tf.types import Activation
 
@@ -222,13 +222,13 @@ class ClipTask:
 
     def evaluation(
         self,
-        model: "Network | ExportedClassifier",
+        model: "Network | ClassifierFile",
         weights: dict[str, Any],
         settings: "EvalConfig",
         run: "RunFolder | None",
     ) -> "ClipEvaluation":
         from x3d_tf.evaluation.classification import ClipEvaluation, with_head_pool
-        from x3d_tf.runtimes.exported import ExportedClassifier
+        from x3d_tf.runtimes.classifier_file import ClassifierFile
 
         config = run.read_config() if run else None
         dataset = settings.dataset_of(config)
@@ -238,11 +238,8 @@ class ClipTask:
             test_views, frame_sampling, combine = config.test_views, dataset.frame_sampling, config.combine
         manifest = open_dataset(dataset)
         self.check_evaluation(model, settings, manifest, run)
-        classifier = (
-            model
-            if isinstance(model, ExportedClassifier)
-            else with_head_pool(self._classifier(model), settings.head_pool)
-        )
+        network = model if isinstance(model, ClassifierFile) else self._classifier(model)
+        classifier = with_head_pool(network, settings.head_pool)
         return ClipEvaluation(
             model=classifier,
             weights=weights,
@@ -269,7 +266,7 @@ class ClipTask:
 
     def check_evaluation(
         self,
-        network: "Metadata | Network | ExportedClassifier",
+        network: "Metadata | Network | ClassifierFile",
         settings: "EvalConfig",
         manifest: "Manifest",
         run: "RunFolder | None" = None,
@@ -289,8 +286,8 @@ class ClipTask:
         require_windows(metadata.expansion.clip, options["window"], options["hop"])
 
     def prediction_job(self, options: Mapping[str, Any], paths: Sequence[Path]) -> "ClassifyJob":
-        from x3d_tf.evaluation.views import CLIPS_A_CALL
         from x3d_tf.inference.jobs import ClassifyJob
+        from x3d_tf.runtimes.classifier_file import CLIPS_A_CALL
 
         views = options["views"] or describe_any(options["model"]).test_views
         window = options["window"]

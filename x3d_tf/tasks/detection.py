@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from x3d_tf.modeling.metadata import Metadata
     from x3d_tf.modeling.x3d import Network
     from x3d_tf.runs.run_folder import RunFolder
-    from x3d_tf.runtimes.exported import ExportedClassifier
+    from x3d_tf.runtimes.classifier_file import ClassifierFile
     from x3d_tf.tasks.base import Task
 
 
@@ -142,7 +142,7 @@ class Detection:
 
     def evaluation(
         self,
-        model: "Network | ExportedClassifier",
+        model: "Network | ClassifierFile",
         weights: dict[str, Any],
         settings: "EvalConfig",
         run: "RunFolder | None",
@@ -158,7 +158,7 @@ class Detection:
 
     def check_evaluation(
         self,
-        network: "Metadata | Network | ExportedClassifier",
+        network: "Metadata | Network | ClassifierFile",
         settings: "EvalConfig",
         manifest: "Manifest",
         run: "RunFolder | None" = None,
@@ -205,7 +205,7 @@ def _drawings(options: Mapping[str, Any], paths: Sequence[Path]) -> dict[Path, P
     return {path: Path(folder) / f"{path.stem}.mp4" for path in paths} if folder else {}
 
 
-def _detector(model: "Network | ExportedClassifier") -> "Detector":
+def _detector(model: "Network | ClassifierFile") -> "Detector":
     from x3d_tf.modeling.detection import Detector
 
     if not isinstance(model, Detector):
