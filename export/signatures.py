@@ -234,7 +234,7 @@ def _decode_frame(file: tf.Tensor, name: tf.Tensor, views: ViewSpec) -> tf.Tenso
         file = tf.identity(file)
     pixels = tf.io.decode_jpeg(file, channels=3, dct_method="INTEGER_ACCURATE")  # also decodes PNG
     clip = transforms.resize(pixels[tf.newaxis], views.resize, views.stretch)
-    return transforms.crops(clip, views.crop, 1)[0, 0]
+    return transforms.view_crop(clip, views.crop)[0]
 
 
 def _frame_name(clips: tf.Tensor, frames: tf.Tensor) -> tf.Tensor:

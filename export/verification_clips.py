@@ -102,7 +102,7 @@ def _read_video(source: ExportableModel, path: Path) -> Any:
     frames_by_indices = {cut.numbers: cut.frames for cut in video}
     pixels = np.stack(frames_by_indices[video.chosen[0]])
     with tf.device("cpu"):
-        return transforms.crops(transforms.resize(pixels, views.resize, views.stretch), views.crop, 1)[0].numpy()
+        return transforms.view_crop(transforms.resize(pixels, views.resize, views.stretch), views.crop).numpy()
 
 
 def _sample_evenly(items: Sequence[Any], limit: int) -> list[Any]:

@@ -35,7 +35,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
     clips = np.ones((2, 3, 1, 8, 8, 3), "float32") * levels[:, :, None, None, None, None] * 100
 
     def dataset(*_: object, **__: object) -> tf.data.Dataset:
-        return tf.data.Dataset.from_tensor_slices((clips, [1, 0], [0, 1])).batch(1)
+        return tf.data.Dataset.from_tensor_slices((clips.reshape(6, 1, 8, 8, 3), [1] * 3 + [0] * 3, [0] * 3 + [1] * 3))
 
     class Video(NamedTuple):
         media_id: str
@@ -46,7 +46,7 @@ def test_probabilities_are_averaged_not_logits(monkeypatch: pytest.MonkeyPatch) 
         def split(self, _: str) -> object:
             return type("Split", (), {"records": (Video("a"), Video("b"))})
 
-    monkeypatch.setattr(module, "evaluation_dataset", dataset)
+    monkeypatch.setattr(module, "evaluation_clips", dataset)
     model = FixedLogits([(6, 0), (0, 2), (0, 2)], x3d_tf.ClipSpec(1, 1, 8))
     probabilities = module.predict_split(model, Folder(), "test", spec).probabilities  # type: ignore[arg-type]
     assert probabilities.dtype == np.float32

@@ -22,7 +22,7 @@ from x3d_tf.data.sampling import FrameSampling, frame_indices, last_start, view_
 from x3d_tf.errors import UserError, require
 from x3d_tf.types import ClipSpec, ClipStarts, ViewSpec
 
-PARALLEL_VIDEOS = 4  # in evaluation
+PARALLEL_VIDEOS, PARALLEL_VIEWS = 4, 4  # in evaluation
 
 # Makes the clip and the target of a task from a clip [T, S, S, 3], its serialized record without frames, and a seed for
 # the stateless random functions of TensorFlow, int64 [2]. Runs in the graph of the input pipeline. The target must
@@ -187,18 +187,9 @@ def evaluation_dataset(
 ) -> tf.data.Dataset:
     """Returns a dataset of all views of every video, once and in the order of the records.
 
-    Frames that several views share are decoded once.
-
     Args:
-        records: manifest, or folder of the records.
-        split: name of the split to evaluate on.
-        clip: the network's clip; `views.crop` replaces its `size`.
-        views: clips and crops per video.
+        records, split, clip, views, clip_starts, frame_sampling, make_example: see `evaluation_clips`.
         batch_videos: videos per element; the last element may have fewer.
-        clip_starts: see `sampling.view_starts`.
-        frame_sampling: see `sampling.frame_indices`.
-        make_example: makes the targets. All clips of a video get the same seed, which follows from the index of its
-            record. Defaults to the labels of the records.
 
     Returns:
         Dataset of (clips, targets, indices): float32 [videos, views, T, crop, crop, 3], RGB in 0..255; int32 [videos],
@@ -207,14 +198,61 @@ def evaluation_dataset(
 
     Raises:
         UserError: a setting is out of range, or the manifest is damaged.
+    """
+    require(batch_videos >= 1, "batch_videos", "be at least 1", batch_videos)
+    clips = evaluation_clips(
+        records,
+        split,
+        clip,
+        views,
+        clip_starts=clip_starts,
+        frame_sampling=frame_sampling,
+        make_example=make_example,
+    )
+    videos = clips.batch(views.views, drop_remainder=True).map(
+        lambda clips, targets, indices: (clips, targets[0], indices[0])  # the same for all views
+    )
+    return videos.batch(batch_videos).prefetch(1).with_options(deterministic(tuned=False))
+
+
+def evaluation_clips(
+    records: Manifest | str | Path,
+    split: str,
+    clip: ClipSpec,
+    views: ViewSpec,
+    *,
+    clip_starts: ClipStarts = "offset",
+    frame_sampling: FrameSampling = "slowfast",
+    make_example: MakeExample | None = None,
+) -> tf.data.Dataset:
+    """Returns a dataset of the views of every video, one after another, in the order of the records.
+
+    Frames that several views share are decoded once.
+
+    Args:
+        records: manifest, or folder of the records.
+        split: name of the split to evaluate on.
+        clip: the network's clip; `views.crop` replaces its `size`.
+        views: clips and crops per video.
+        clip_starts: see `sampling.view_starts`.
+        frame_sampling: see `sampling.frame_indices`.
+        make_example: makes the targets. All clips of a video get the same seed, which follows from the index of its
+            record. Defaults to the labels of the records.
+
+    Returns:
+        Dataset of (clip, target, index): float32 [T, crop, crop, 3], RGB in 0..255; int32 scalar, or for multi-label
+        records float32 [classes] of 0 and 1; int64 scalar, the index into `Manifest.splits[split].records`. View v of
+        a video is clip v // spatial_crops, crop v % spatial_crops.
+
+    Raises:
+        UserError: a setting is out of range, or the manifest is damaged.
 
     During iteration, an unreadable record raises tf.errors.InvalidArgumentError with the shard and the record.
     """
     table = RecordTable(_require_videos(as_manifest(records)), split)
-    require(batch_videos >= 1, "batch_videos", "be at least 1", batch_videos)
 
     @tf.autograph.experimental.do_not_convert  # plain graph code, whose errors should reach the caller as they are
-    def load(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def load(record: tf.Tensor) -> tuple[tf.Tensor, ...]:
         def decode(parsed: ParsedRecord, frames: StoredFrames) -> tuple[tf.Tensor, ...]:
             starts = view_starts(frames.count, parsed.fps, clip, views.temporal_views, clip_starts, xp=tnp)
             chosen = frame_indices(starts, frames.count, parsed.fps, clip, frame_sampling, xp=tnp)  # [clips, T]
@@ -223,22 +261,25 @@ def evaluation_dataset(
             positions = tf.reshape(positions, [views.temporal_views, clip.frames])
             return (pixels, positions) if make_example is None else (pixels, positions, parsed.serialized)
 
-        pixels, positions, *serialized = table.read(record, decode)
-        pixels = transforms.resize(pixels, views.resize, views.stretch)
-        pixels = transforms.crops(pixels, views.crop, views.spatial_crops)  # [crops, unique frames, crop, crop, 3]
-        pixels = tf.gather(pixels, positions, axis=1)  # [crops, clips, T, crop, crop, 3]
-        pixels = tf.transpose(pixels, [1, 0, 2, 3, 4, 5])
-        pixels = tf.reshape(pixels, [views.views, clip.frames, views.crop, views.crop, 3])
-        if make_example is None:
-            return pixels, table.target(record), record
-        seed = tf.random.fold_in(tf.zeros([2], tf.int64), record)
-        # the record and the seed of all views are the same, and so are their targets; see `MakeExample`
-        made = [make_example(view, serialized[0], seed) for view in tf.unstack(pixels)]
-        return tf.stack([view for view, _ in made]), made[0][1], record
+        pixels, *rest = table.read(record, decode)
+        return record, transforms.resize(pixels, views.resize, views.stretch), *rest
 
-    # 30 views of 16 frames at 356² pixels are 730 MB, so only a few videos are loaded in parallel.
+    @tf.autograph.experimental.do_not_convert
+    def cut(record: tf.Tensor, pixels: tf.Tensor, positions: tf.Tensor, *serialized: tf.Tensor) -> tf.data.Dataset:
+        def view(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            frames = tf.gather(pixels, positions[number // views.spatial_crops])
+            made = transforms.view_crop(frames, views.crop, views.spatial_crops, number % views.spatial_crops)
+            if make_example is None:
+                return made, table.target(record), record
+            seed = tf.random.fold_in(tf.zeros([2], tf.int64), record)  # the same for all views; see `MakeExample`
+            return *make_example(made, serialized[0], seed), record
+
+        return tf.data.Dataset.range(views.views).map(view, num_parallel_calls=PARALLEL_VIEWS)
+
+    # The frames of ten clips of 16 frames at 356 x 474 pixels are 320 MB, so only a few videos are loaded in parallel.
     videos = tf.data.Dataset.range(len(table)).map(load, num_parallel_calls=PARALLEL_VIDEOS)
-    return videos.batch(batch_videos).prefetch(1).with_options(deterministic(tuned=False))
+    counted = tf.data.experimental.assert_cardinality(len(table) * views.views)  # Keras' progress bars show it
+    return videos.flat_map(cut).apply(counted).with_options(deterministic(tuned=False))
 
 
 def short_sides(manifest: Manifest, split: str, records: int = 8) -> list[int]:

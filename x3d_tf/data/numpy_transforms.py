@@ -7,7 +7,7 @@ from x3d_tf.data.sampling import crop_offsets, resized_shape
 
 
 def resized_centre_crop(clip: NDArray[np.uint8], short_side: int, size: int, stretch: bool) -> NDArray[np.float32]:
-    """Scales a clip and crops the centre square, as `transforms.resize` and `transforms.crops` do.
+    """Scales a clip and crops the centre square, as `transforms.resize` and `transforms.view_crop` do.
 
     Only the pixels of the square are computed.
 

@@ -46,15 +46,21 @@ def flip(clip: tf.Tensor, flipped: tf.Tensor) -> tf.Tensor:
     return tf.cond(flipped, lambda: clip[:, :, ::-1], lambda: clip)
 
 
-def crops(clip: tf.Tensor, size: int, spatial_crops: int) -> tf.Tensor:
-    """Crops the centre square, or the left, centre and right squares (top, centre and bottom of upright clips).
+def view_crop(clip: tf.Tensor, size: int, spatial_crops: int = 1, number: int | tf.Tensor = 0) -> tf.Tensor:
+    """Crops one of `spatial_crops` squares: the centre, or the left, centre or right (top, ... of upright clips).
+
+    Args:
+        clip: clip whose sides are at least `size`.
+        size: side of the squares in pixels.
+        spatial_crops: number of squares, 1 or 3.
+        number: number of the square, from 0, an int scalar.
 
     Returns:
-        [spatial_crops, frames, size, size, 3]
+        [frames, size, size, 3]
     """
     shape = tf.shape(clip, tf.int64)
-    offsets = crop_offsets(shape[1], shape[2], size, spatial_crops, xp=tnp)
-    return tf.stack([crop(clip, top, left, size) for top, left in offsets])
+    offsets = tf.stack(crop_offsets(shape[1], shape[2], size, spatial_crops, xp=tnp))
+    return crop(clip, offsets[number, 0], offsets[number, 1], size)
 
 
 def crop(clip: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:

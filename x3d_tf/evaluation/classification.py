@@ -34,7 +34,7 @@ class ClipEvaluation:
         weights: origin of the weights, for the report.
         manifest: the manifest of the records.
         classes: names of the classes of the targets; they are among the network's.
-        make_example: makes the targets; see `input_pipeline.evaluation_dataset`.
+        make_example: makes the targets; see `input_pipeline.evaluation_clips`.
         metrics: the metrics, the main one first.
         score: computes the values of the metrics, and further results, by name.
         sample: noun for what a record is.

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from x3d_tf.data.input_pipeline import MakeExample, evaluation_dataset
+from x3d_tf.data.input_pipeline import MakeExample, evaluation_clips
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.table import record_errors_as_user_errors
 from x3d_tf.data.sampling import FrameSampling
@@ -59,7 +59,7 @@ def predict_split(
         clip_starts: the positions of the clips in a video; see `sampling.view_starts`.
         frame_sampling: the choice of the frames of a clip; see `sampling.frame_indices`.
         combine: how the views of a video are combined; see `views.CombinedViews`.
-        make_example: makes the targets; see `input_pipeline.evaluation_dataset`.
+        make_example: makes the targets; see `input_pipeline.evaluation_clips`.
         progress: whether to show a progress bar on stderr.
 
     Returns:
@@ -73,7 +73,7 @@ def predict_split(
     records = manifest.split(split).records
     combined = CombinedViews(combine, len(records), model.num_classes)
     targets: list[Any] = [None] * len(records)
-    dataset = evaluation_dataset(
+    dataset = evaluation_clips(
         manifest,
         split,
         model.clip,
@@ -83,7 +83,7 @@ def predict_split(
         make_example=make_example,
     )
     clips_a_call = model.clips_a_call if isinstance(model, ClassifierFile) else CLIPS_A_CALL
-    batches = _clips(dataset, views, clips_a_call)
+    batches = dataset.batch(clips_a_call).prefetch(2)
     total = len(records) * views.views
     with (
         record_errors_as_user_errors(),
@@ -134,13 +134,3 @@ def probabilities_of(model: X3D, crop: int) -> Any:
 def _compiled(model: X3D, activation: Callable[[Any], Any], crop: int) -> Any:
     network = optimize_for_device(lambda clips: activation(tf.cast(model(clips, training=False), tf.float32)))
     return tf.function(network, input_signature=[tf.TensorSpec((None, model.clip.frames, crop, crop, 3), tf.float32)])
-
-
-def _clips(dataset: tf.data.Dataset, views: ViewSpec, clips_a_call: int) -> tf.data.Dataset:
-    """Returns batches of clips with the target and the index of each clip's video. Each video is decoded once."""
-
-    def split_views(clips: Any, targets: Any, records: Any) -> tf.data.Dataset:
-        repeated = (tf.repeat(part, views.views, axis=0) for part in (targets, records))
-        return tf.data.Dataset.from_tensor_slices((clips[0], *repeated))
-
-    return dataset.flat_map(split_views).batch(clips_a_call).prefetch(2)

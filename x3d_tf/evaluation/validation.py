@@ -35,7 +35,7 @@ class ClipValidation:
         score: computes their values, by name.
         frame_sampling: see `sampling.frame_indices`.
         resize: short side in pixels to which frames are scaled.
-        make_example: makes the targets; see `input_pipeline.evaluation_dataset`.
+        make_example: makes the targets; see `input_pipeline.evaluation_clips`.
     """
 
     def __init__(
