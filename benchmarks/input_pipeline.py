@@ -8,7 +8,9 @@ cores, so a step with new batches is slower even if it never waits.
   python benchmarks/input_pipeline.py --records=data/my_records --flip --json=input_pipeline.json
 
 With --clips, it measures the cost of a clip without a network instead: CPU time (user and system) of all threads, and
-bytes read from disk or page cache. --full_shard first writes one shard of 64 synthetic videos (480 MB) to the folder of
+bytes read from disk or page cache, clips per second and the number of cores that were busy, and the number of cores
+that keep a GPU of a given speed busy (--gpu_speeds). Under `taskset -c 0` it shows whether the pipeline scales with the
+number of cores. --full_shard first writes one shard of 64 synthetic videos (480 MB) to the folder of
 --records if it is missing; each video has 300 frames of 256 x 340 pixels, a record of 7.5 MB.
 
   python benchmarks/input_pipeline.py --records=/tmp/full_shard --full_shard --clips=500 --networks x3d_s x3d_m
@@ -19,7 +21,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,8 @@ def measure_costs(settings: argparse.Namespace) -> None:
             seed=0,
         )
         figures[name] = cost_of(iter(dataset), -(-settings.clips // settings.batch), settings.batch)
-        rows += [f"  {name:8} {what:24} {value:9.3f}" for what, value in figures[name].items()]
+        figures[name] |= cores_needed(figures[name]["core-ms a clip"], settings.gpu_speeds)
+        rows += [f"  {name:8} {what:32} {value:9.3f}" for what, value in figures[name].items()]
     report(rows, figures, settings)
 
 
@@ -104,13 +107,29 @@ def cost_of(batches: Iterator[Any], count: int, batch: int) -> dict[str, float]:
     """Returns the cost of a clip, averaged over `count` batches after the first ones."""
     for _ in range(4):  # two are prefetched, and tf.data tunes its parallelism
         next(batches)
-    before, read = resource.getrusage(resource.RUSAGE_SELF), bytes_read()
+    before, read, start = resource.getrusage(resource.RUSAGE_SELF), bytes_read(), time.perf_counter()
     for _ in range(count):
         next(batches)
+    wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     clips = count * batch
-    return {"core-ms a clip": 1e3 * seconds / clips, "MB read a clip": (bytes_read() - read) / 1e6 / clips}
+    return {
+        "core-ms a clip": 1e3 * seconds / clips,
+        "MB read a clip": (bytes_read() - read) / 1e6 / clips,
+        "clips/s": clips / wall,
+        "cores busy": seconds / wall,
+    }
+
+
+def cores_needed(core_ms: float, speeds: Sequence[float]) -> dict[str, float]:
+    """Returns the number of cores that make as many clips per second as a GPU of each speed trains on.
+
+    Args:
+        core_ms: CPU time of a clip in milliseconds.
+        speeds: speeds of GPUs in clips per second.
+    """
+    return {f"cores for a GPU of {speed:g} clips/s": speed * core_ms / 1e3 for speed in speeds}
 
 
 def bytes_read() -> int:
@@ -165,6 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_model", action="store_true", help="measure the pipeline alone")
     parser.add_argument("--clips", type=int, default=0, help="measure the cost per clip over this number of clips")
     parser.add_argument("--networks", nargs="+", default=["x3d_s", "x3d_m"], help="networks whose clips to measure")
+    parser.add_argument("--gpu_speeds", nargs="+", type=float, default=[100, 300, 1000], help="clips per second")
     parser.add_argument("--full_shard", action="store_true", help="write synthetic records to --records first")
     parser.add_argument("--json", default="input_pipeline.json", help="JSON file to write")
     settings = parser.parse_args()
