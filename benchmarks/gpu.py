@@ -8,10 +8,10 @@ The rows of JAX differ in the channel-wise convolution, from which the package's
   grouped, gradients of multiply-adds
                  in training, the forward pass of one and the gradients of the other
 
-The command ends within --budget seconds. Each table has a share of them: about 70 % of it to compile, the remainder for
-rounds. Rows that would not be ready in time are skipped and say so. The processes compile in parallel, and are measured
-in turns: in each round, every row makes one warm-up call and then timed calls for at least 20 ms, each of which waits
-for the device. Float32 products are computed in TF32 by all frameworks, or in float32 with --full_float32; GPUs before
+The command ends after about --budget seconds. Each table has a share of them, most of it to compile. Rows that would
+not be ready in time are skipped and say so. The processes of a GPU compile in parallel. All are measured in turns: in
+each round, every row makes one warm-up call and then timed calls for at least 20 ms, each of which waits for the
+device. Float32 products on a GPU are computed in TF32 by all frameworks, or in float32 with --full_float32; GPUs before
 NVIDIA's Ampere have no TF32. A training step has no dropout, and all its clips share batch-norm statistics. Columns:
 
   ms/clip    median over the rounds of the time per clip, followed by the 10th and 90th percentile
@@ -51,7 +51,6 @@ PASSES = {"training": 3, "forward": 1}  # modes, with their operations relative 
 FORMS = ("taps", "grouped", "multiply-adds")  # keys of `jax_networks.FORMS`
 TRAINING_FORMS = (*FORMS, "grouped, gradients of multiply-adds")
 TF32_BOUND = 0.05  # TF32 has 3 bits more than bfloat16, whose probabilities differ by up to 0.1
-OPENING = 0.7  # share of a table's time in which rows may compile
 FRAMEWORKS = {"JAX": "jax_networks", "TensorFlow": "tensorflow_networks", "PyTorch": "torch_networks"}
 
 
@@ -64,14 +63,15 @@ class Defaults:
 
 
 DEFAULTS = {
-    "gpu": Defaults(("x3d_s", "x3d_m"), {"training": [16], "forward": [32]}),
+    "gpu": Defaults(("x3d_s", "x3d_m"), {"training": [8], "forward": [32]}),
     "cpu": Defaults(("x3d_xs",), {"training": [2], "forward": [1]}),
 }
 
 
 def jax(form: str, precision: str, mode: str) -> Implementation:
     """Returns a form of the channel-wise convolution on JAX, a key of `jax_networks.FORMS`."""
-    job = Job(f"JAX {precision}", f"jax_networks:{_function(mode)}", {"form": form, "precision": precision})
+    # A process for each form, because compilation takes most of the time. Its precisions share GPU memory.
+    job = Job(f"JAX {form}", f"jax_networks:{_function(mode)}", {"form": form, "precision": precision})
     return Implementation(f"JAX {form}{_suffix(precision)}", "ours", job, exact=precision == "float32")
 
 
@@ -130,9 +130,10 @@ def main() -> None:
     print("\n".join(machine), end="\n\n", flush=True)
     plan, tables = cases(settings, device), []
     for number, (mode, case) in enumerate(plan):
-        now, weights = time.monotonic(), [PASSES[other] for other, _ in plan[number:]]
-        share = max(start + settings.budget - now, 0) * weights[0] / sum(weights)
-        table = measure_table(mode, case, settings, Budget(now + OPENING * share, now + share))
+        weights = [PASSES[other] for other, _ in plan[number:]]
+        left = max(start + settings.budget - time.monotonic(), 0)
+        budget = Budget.starting_now(left * weights[0] / sum(weights))
+        table = measure_table(mode, case, settings, budget)
         tables.append(table | {"devices": machine})
         print("\n".join([*network_table(table), "", *table["conclusions"]]), end="\n\n", flush=True)
         write_json(settings.json, vars(settings), tables)
@@ -167,6 +168,7 @@ def cases(settings: argparse.Namespace, device: str) -> list[tuple[str, Case]]:
         (mode, replace(case, network=network, batch=batch))
         for network in settings.networks or defaults.networks
         for mode in settings.modes
+        if selected(mode, case, settings)
         for batch in batches[mode] or defaults.batches[mode]
     ]
 
@@ -178,31 +180,31 @@ def base_case(settings: argparse.Namespace, device: str) -> Case:
 
 
 def find_device(settings: argparse.Namespace, deadline: float) -> tuple[str, list[str]]:
-    """Returns the device to measure, "gpu" or "cpu", and lines that describe it, one for each framework.
+    """Returns the device to measure, "gpu" or "cpu", and lines that describe it, one for each framework selected.
 
     Raises:
         SystemExit: --device=gpu, and no framework sees a GPU.
     """
-    lines = []
-    for device in ("gpu", "cpu") if settings.device == "auto" else (settings.device,):
-        found, missing = describe(base_case(settings, device), deadline)
-        lines += [*found, *missing] if found else missing
+    modules = {row.run.function.partition(":")[0] for row in select(all_implementations(), settings.forms)}
+    frameworks = {name: module for name, module in FRAMEWORKS.items() if module in modules}
+    if settings.device != "cpu":
+        found, missing = describe(frameworks, base_case(settings, "gpu"), deadline)
         if found:
-            return device, [*driver(), *lines]
-        if device == "gpu":
-            lines = ["no framework sees a GPU; measuring the CPU"]
-    sys.exit(f"error: --device={settings.device} needs a framework that sees it; {'; '.join(missing)}")
+            return "gpu", [*driver(), *found, *missing]
+        if settings.device == "gpu":
+            sys.exit(f"error: --device=gpu needs a framework that sees a GPU; {'; '.join(missing)}")
+        print("no framework sees a GPU; measuring the CPU")
+    found, missing = describe(frameworks, base_case(settings, "cpu"), deadline)
+    return "cpu", [*found, *missing]
 
 
-def describe(case: Case, deadline: float) -> tuple[list[str], list[str]]:
+def describe(frameworks: dict[str, str], case: Case, deadline: float) -> tuple[list[str], list[str]]:
     """Returns descriptions of the device by the frameworks that see it, and the reasons why others do not."""
     found, missing = [], []
-    with Processes(case.threads, case.verbose, case.device, deadline) as processes:
-        for framework in FRAMEWORKS:
-            processes.start(framework)  # they import their frameworks at the same time
-        for framework, module in FRAMEWORKS.items():
+    with Processes(case.threads, case.verbose, case.device) as processes:
+        for framework, module in frameworks.items():
             try:
-                found.append(processes.run(Job(framework, f"{module}:describe"), case))
+                found.append(processes.run(Job(framework, f"{module}:describe"), case, deadline=deadline))
             except JobFailed as error:
                 missing.append(f"{framework}: {error}")
     return found, missing
@@ -218,16 +220,19 @@ def driver() -> list[str]:
     return [f"nvidia-smi: {line}" for line in done.stdout.splitlines()] if done.returncode == 0 else []
 
 
-def measure_table(mode: str, case: Case, settings: argparse.Namespace, budget: Budget) -> dict[str, Any]:
-    """Returns the figures of a network, a batch size and a mode, with the conclusions."""
-    selected = {row.name for row in select(all_implementations(), settings.forms)}
-    rows = [row for row in implementations(mode) if row.name in selected]
+def selected(mode: str, case: Case, settings: argparse.Namespace) -> list[Implementation]:
+    """Returns the rows of a mode that the flags select and the device can run."""
+    names = {row.name for row in select(all_implementations(), settings.forms)}
+    rows = [row for row in implementations(mode) if row.name in names]
     if case.device == "cpu":
         rows = [row for row in rows if "cuda_graphs" not in row.run.settings]
-    if case.tf32:
-        rows = [replace(row, bound=TF32_BOUND) for row in rows]
+    return [replace(row, bound=TF32_BOUND) for row in rows] if case.tf32 else rows
+
+
+def measure_table(mode: str, case: Case, settings: argparse.Namespace, budget: Budget) -> dict[str, Any]:
+    """Returns the figures of a network, a batch size and a mode, with the conclusions."""
     before = machine_info()
-    measurement = measure(rows, case, settings.rounds, budget)
+    measurement = measure(selected(mode, case, settings), case, settings.rounds, budget)
     macs = x3d_tf.cost(case.network, num_classes=CLASSES).macs
     table = figures(measurement, 2 * macs * PASSES[mode]) | {"mode": mode, "machine_before": before}
     return table | {"conclusions": [*conclusions(table)]}

@@ -66,12 +66,19 @@ class Budget:
     Attributes:
         opening: no implementation is created that would be ready later, if it takes as long as the slowest one before
             it in its process.
-        end: processes that have not created an implementation by then are stopped. No round starts that would end
-            later, if it takes as long as the longest one before it.
+        stop: processes that are still creating an implementation then are stopped, with all they have created.
+        end: no round starts that would end later, if it takes as long as the longest one before it.
     """
 
     opening: float = math.inf
+    stop: float = math.inf
     end: float = math.inf
+
+    @classmethod
+    def starting_now(cls, seconds: float) -> "Budget":
+        """Returns the limits of a table that may take a number of seconds from now on."""
+        now = time.monotonic()
+        return cls(now + 0.6 * seconds, now + 0.85 * seconds, now + seconds)
 
 
 UNLIMITED = Budget()
@@ -160,17 +167,17 @@ class JobFailed(Exception):
 class Processes:
     """Context manager for named worker processes, which start on first use and are stopped on exit.
 
-    The methods raise JobFailed if a job fails.
+    The methods raise JobFailed if a job fails, and stop its process if it has not replied at a deadline, a value of
+    `time.monotonic`.
 
     Args:
         threads: number of threads per process.
         verbose: whether to show the output of the frameworks on stderr.
         device: see `Case`.
-        deadline: time of `time.monotonic` at which processes that have not finished a job are stopped.
     """
 
-    def __init__(self, threads: int, verbose: bool = False, device: str = "cpu", deadline: float = math.inf) -> None:
-        self._threads, self._verbose, self._device, self._deadline = threads, verbose, device, deadline
+    def __init__(self, threads: int, verbose: bool = False, device: str = "cpu") -> None:
+        self._threads, self._verbose, self._device = threads, verbose, device
         self._processes: dict[str, Worker] = {}
 
     def __enter__(self) -> "Processes":
@@ -187,13 +194,13 @@ class Processes:
             os.environ.update(_environment(self._threads, self._device))
             self._processes[process] = Worker(_serve, self._verbose)
 
-    def run(self, job: Job, case: Any) -> Any:
+    def run(self, job: Job, case: Any, *, deadline: float = math.inf) -> Any:
         """Runs a job and returns its result."""
-        return self._request(job.process, "run", job.function, job.settings, case, deadline=self._deadline)
+        return self._request(job.process, "run", job.function, job.settings, case, deadline=deadline)
 
-    def open(self, name: str, job: Job, case: Any) -> Any:
+    def open(self, name: str, job: Job, case: Any, *, deadline: float = math.inf) -> Any:
         """Creates the function to measure, stores it under a name and calls it once. Returns its outputs, or None."""
-        return self._request(job.process, "open", name, job.function, job.settings, case, deadline=self._deadline)
+        return self._request(job.process, "open", name, job.function, job.settings, case, deadline=deadline)
 
     def peak_bytes(self, name: str, process: str) -> int | None:
         """Returns the peak of the device's memory in the first call of a stored function; None if it is not known."""
@@ -336,7 +343,7 @@ def measure(
     """
     with (
         tempfile.TemporaryDirectory() as folder,
-        Processes(case.threads, case.verbose, case.device, budget.end) as processes,
+        Processes(case.threads, case.verbose, case.device) as processes,
     ):
         return measure_in_processes(processes, implementations, replace(case, folder=folder), rounds, budget)
 
@@ -455,8 +462,9 @@ def _open_rows(processes: Processes, results: Sequence[Result], case: Case, budg
         if result.failure:
             continue
         try:
+            own_case = replace(case, batch=result.batch)
             outputs[implementation.name] = processes.open(
-                implementation.name, implementation.run, replace(case, batch=result.batch)
+                implementation.name, implementation.run, own_case, deadline=budget.stop
             )
             result.peak_bytes = processes.peak_bytes(implementation.name, process)
             result.start = time.monotonic() - start

@@ -23,59 +23,64 @@ def needs(*packages: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
+# Compilers that do less: the speed of the result does not matter here.
+QUICKLY = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+
+
 def run_code(code: str) -> None:
-    """Runs code in a process that finds the modules of the benchmarks, and no GPU."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]), "JAX_PLATFORMS": "cpu"}
+    """Runs code in a process that finds the modules of the benchmarks."""
+    environment = QUICKLY | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), "--threads=1", *flags], capture_output=True, text=True)
+    command = [sys.executable, str(SCRIPT), "--threads=1", *flags]
+    return subprocess.run(command, env=QUICKLY, capture_output=True, text=True)
 
 
-# The loops over the kernel are the independent version.
+# The loops over the positions are the independent version.
 CONVOLUTIONS = """
-import jax, jax.numpy as jnp, numpy as np
+import jax, numpy as np
 from jax_networks import FORMS
 draw = np.random.default_rng(0)
-for size, stride in (((3, 3, 3), 1), ((3, 3, 3), 2), ((5, 1, 1), 1)):
+for size, stride in (((3, 3, 3), 2), ((5, 1, 1), 1)):
     x, kernel = draw.normal(size=(2, 3, 5, 6, 4)), draw.normal(size=(*size, 4))
     padded = np.pad(x, [(0, 0), *((side // 2, side // 2) for side in size), (0, 0)])
-    rows, columns = range(0, 5, stride), range(0, 6, stride)
-    upstream = draw.normal(size=(2, 3, len(rows), len(columns), 4))
+    upstream = draw.normal(size=(2, 3, -(-5 // stride), -(-6 // stride), 4))
     output, to_padded, to_kernel = np.zeros_like(upstream), np.zeros_like(padded), np.zeros_like(kernel)
-    for frame in range(3):
-        for i, row in enumerate(rows):
-            for j, column in enumerate(columns):
-                window = np.s_[:, frame : frame + size[0], row : row + size[1], column : column + size[2]]
-                output[:, frame, i, j] = (padded[window] * kernel).sum((1, 2, 3))
-                to_padded[window] += kernel * upstream[:, frame, i, j][:, None, None, None]
-                to_kernel += (padded[window] * upstream[:, frame, i, j][:, None, None, None]).sum(0)
-    inner = np.s_[:, size[0] // 2 :, size[1] // 2 :, size[2] // 2 :]
-    to_x = to_padded[inner][:, :3, :5, :6]
+    for frame, i, j in np.ndindex(upstream.shape[1:4]):
+        row, column = i * stride, j * stride
+        window = np.s_[:, frame : frame + size[0], row : row + size[1], column : column + size[2]]
+        gradient = upstream[:, frame, i, j][:, None, None, None]
+        output[:, frame, i, j] = (padded[window] * kernel).sum((1, 2, 3))
+        to_padded[window] += kernel * gradient
+        to_kernel += (padded[window] * gradient).sum(0)
+    to_x = to_padded[:, size[0] // 2 :, size[1] // 2 :, size[2] // 2 :][:, :3, :5, :6]
     for name, form in FORMS.items():
-        found, gradients = jax.vjp(lambda x, kernel: form(x, kernel, stride), jnp.float32(x), jnp.float32(kernel))
-        for actual, expected in zip((found, *gradients(jnp.float32(upstream))), (output, to_x, to_kernel)):
+        @jax.jit
+        def run(x, kernel, upstream):
+            found, gradients = jax.vjp(lambda x, kernel: form(x, kernel, stride), x, kernel)
+            return found, *gradients(upstream)
+        found = run(*(value.astype(np.float32) for value in (x, kernel, upstream)))
+        for actual, expected in zip(found, (output, to_x, to_kernel), strict=True):
             np.testing.assert_allclose(actual, expected, atol=2e-5, err_msg=name)
 """
 
 # One block per stage; an expansion in place of a network's name.
 STEPS = """
 import numpy as np, x3d_tf
-from jax_networks import FORMS, describe, predict, train
+from jax_networks import describe, predict, train
 from measuring import Case
 tiny = x3d_tf.Expansion(gamma_tau=1, gamma_t=2, gamma_s=32 / 112, gamma_b=1, gamma_d=0.2)
 case = Case(tiny, 2, 1)
 assert describe(case).endswith("the CPU")
 expected = predict(case, "taps")()
 assert expected.shape == (2, 400) and np.abs(expected.sum(axis=1) - 1).max() < 1e-5
-assert np.abs(predict(case, "multiply-adds")() - expected).max() < 1e-5
-assert 1e-6 < np.abs(predict(case, "taps", "bfloat16")() - expected).max() < 0.1
-steps = [train(case, form) for form in ("taps", "grouped, gradients of multiply-adds")]
-first, second = ([step(), step()] for step in steps)
-np.testing.assert_allclose(first, second, rtol=1e-3)
-assert first[1] < first[0] and all(step.peak_bytes > 1e6 for step in steps)
+assert 1e-6 < np.abs(predict(case, "grouped", "bfloat16")() - expected).max() < 0.2
+step = train(case, "taps")
+first, second = step(), step()
+assert second < first and step.peak_bytes > 1e6
 """
 
 
@@ -99,11 +104,11 @@ def rows_of(done: subprocess.CompletedProcess[str], path: Path) -> list[dict]:
 @needs("jax")
 def test_the_command_on_a_cpu(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    forms = ("--forms", "JAX grouped", "JAX multiply-adds")
+    forms = ("--forms", "JAX grouped", "JAX grouped bf16")
     done = run_script("--networks", "x2d", "--modes", "forward", "--rounds=2", f"--json={path}", *forms)
-    first, second = rows_of(done, path)
-    assert [len(row["seconds_of_calls"]) for row in (first, second)] == [2, 2]
-    assert first["max_difference"] == 0 and 0 <= second["max_difference"] < measuring.BOUND
+    full, half = rows_of(done, path)
+    assert [len(row["seconds_of_calls"]) for row in (full, half)] == [2, 2]
+    assert full["max_difference"] == 0 < half["max_difference"] < 0.2
     assert "no framework sees a GPU; measuring the CPU" in done.stdout
     assert "x2d, forward, batch 1, float32: fastest form on JAX: " in done.stdout
     assert "they do not say which form is fastest on a GPU" in done.stdout
@@ -119,7 +124,8 @@ def test_torch_is_the_unit_of_speed(tmp_path: Path) -> None:
     assert all(row["max_difference"] < measuring.BOUND for row in rows)
 
 
-def test_rows_say_which_package_is_missing_or_that_no_gpu_is_seen() -> None:
+def test_rows_say_which_package_is_missing_or_that_no_gpu_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     (row,) = (row for row in gpu.implementations("forward") if row.name == "TensorFlow")
     with measuring.Processes(1, device="gpu") as processes, pytest.raises(measuring.JobFailed) as failed:
         processes.open(row.name, row.run, measuring.Case("x2d", 1, 1, device="gpu"))
@@ -141,11 +147,11 @@ def test_rows_that_exceed_the_budget_are_skipped_and_the_others_measured() -> No
         )
 
     rows = [row("first", "one", 0), row("slow", "two", 30), row("after it", "two", 0)]
-    now = time.monotonic()
-    budget = measuring.Budget(now + 4, now + 5)
+    start = time.monotonic()
+    budget = measuring.Budget(start + 4, start + 5, start + 6)
     found = measuring.measure(rows, measuring.Case("x2d", 1, 1, device="gpu"), 1000, budget)
     first, slow, after = found.results
-    assert time.monotonic() - now < 15
+    assert time.monotonic() - start < 20  # 30 s, and 20 s of rounds, without a limit
     assert slow.failure == after.failure == measuring.OVER_BUDGET
     assert not first.failure and first.seconds and not found.flops
 
