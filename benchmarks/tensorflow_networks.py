@@ -1,7 +1,7 @@
 """Our implementations in TensorFlow, for inference and training. `predict` and `train` return the call to measure."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -137,22 +137,21 @@ def with_grouped_convolutions(model: x3d_tf.X3D) -> x3d_tf.X3D:
     return grouped
 
 
-def train(
-    case: Case, *, grouped: bool = False, options: Mapping[str, Any] | None = None, **execution: Any
-) -> Callable[[], float]:
+def train(case: Case, *, grouped: bool = False, comparable: bool = False, **execution: Any) -> Callable[[], float]:
     """Returns the training step of a run, on one batch that stays in memory.
 
     Args:
         case: computation to perform.
         grouped: whether to use Keras' grouped convolution.
-        options: fields of `ModelOptions`.
+        comparable: whether the loss is to equal that of other implementations: without dropout, and all clips share
+            batch-norm statistics.
         **execution: fields of `Execution`.
     """
     in_slices = case.device == "cpu" and not grouped and case.batch >= case.threads
     limit_threads(case.threads, single_threaded_ops=in_slices)
     config = TrainConfig(
         expansion=x3d_tf.VARIANTS[case.network].expansion,
-        model=x3d_tf.ModelOptions(**(options or {})),
+        model=x3d_tf.ModelOptions(dropout=0.0, bn_group=case.batch) if comparable else x3d_tf.ModelOptions(),
         dataset=DatasetSpec(records="none"),
         recipe=Recipe(batch=case.batch, reference_batch=case.batch, learning_rate=1e-4, warmup_fraction=0),
         execution=Execution(**execution),
