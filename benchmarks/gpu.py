@@ -18,7 +18,7 @@ TensorFlow's step copies the batch to the GPU each time. Columns:
   ms/clip    median over the rounds of the time per clip, followed by the 10th and 90th percentile
   TFLOP/s    floating-point operations per second (two per multiply-add; a training step has three times those of a
              forward pass)
-  peak MB    peak of the GPU memory: what JAX's executable needs, or what PyTorch and TensorFlow have allocated
+  peak MB    peak of the GPU memory: what JAX's executable needs, or what PyTorch has allocated; not for TensorFlow
   speed      speed relative to the fastest mode of PyTorch, of any precision: the median of the ratios within each round
   diff.      maximum difference of a probability from the first float32 row in the group, ours or peers; in training,
              relative difference of the first loss. Float32 rows are marked if it exceeds 1e-5, or 0.02 in TF32, and the

@@ -76,7 +76,7 @@ class Budget:
 
     @classmethod
     def starting_now(cls, seconds: float) -> "Budget":
-        """Returns the limits of a table that may take a number of seconds from now on."""
+        """Returns the limits of a table that may take a number of seconds from now on: most of them to compile."""
         now = time.monotonic()
         return cls(now + 0.6 * seconds, now + 0.85 * seconds, now + seconds)
 
@@ -177,7 +177,7 @@ class Processes:
     """
 
     def __init__(self, threads: int, verbose: bool = False, device: str = "cpu") -> None:
-        self._threads, self._verbose, self._device = threads, verbose, device
+        self._threads, self._verbose, self._device, self._killed = threads, verbose, device, False
         self._processes: dict[str, Worker] = {}
 
     def __enter__(self) -> "Processes":
@@ -189,6 +189,8 @@ class Processes:
 
     def start(self, process: str) -> None:
         """Starts a process if it is not running."""
+        if self._killed:
+            raise JobFailed("interrupted")
         if process not in self._processes:
             # Inherited by the process, before it loads any library.
             os.environ.update(_environment(self._threads, self._device))
@@ -222,13 +224,19 @@ class Processes:
         if process in self._processes:
             self._processes.pop(process).end(grace=1)  # lets libraries clean up
 
+    def kill(self) -> None:
+        """Kills all processes. Requests of other threads, and all later ones, raise JobFailed."""
+        self._killed = True
+        for worker in list(self._processes.values()):
+            worker.kill(grace=1)
+
     def _request(self, process: str, *request: Any, deadline: float = math.inf) -> Any:
         self.start(process)
         timeout = max(deadline - time.monotonic(), 0) if math.isfinite(deadline) else None
         try:
             return self._processes[process].ask(*request, timeout=timeout)
         except WorkerDied as error:
-            del self._processes[process]
+            self._processes.pop(process, None)
             raise JobFailed(f"{error}; --verbose shows what it printed") from error
         except TimedOut as error:
             self._processes.pop(process).kill()
@@ -341,10 +349,7 @@ def measure(
 
     In a process that has compiled for another batch size, torch would compile for dynamic batch sizes.
     """
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Processes(case.threads, case.verbose, case.device) as processes,
-    ):
+    with tempfile.TemporaryDirectory() as folder, Processes(case.threads, case.verbose, case.device) as processes:
         return measure_in_processes(processes, implementations, replace(case, folder=folder), rounds, budget)
 
 
@@ -445,8 +450,7 @@ def _open_in_parallel(
         try:
             return [future.result() for future in opening]
         except KeyboardInterrupt:
-            for name in by_process:
-                processes.end(name)  # the threads wait for it
+            processes.kill()  # else the threads would wait for them
             raise
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,13 +142,14 @@ def sleep(case: measuring.Case, seconds: float) -> object:
     return lambda: None
 
 
-def test_rows_that_exceed_the_budget_are_skipped_and_the_others_measured() -> None:
-    def row(name: str, process: str, seconds: float) -> measuring.Implementation:
-        return measuring.Implementation(
-            name, "ours", measuring.Job(process, "test_gpu_benchmark:sleep", {"seconds": seconds})
-        )
+def sleeping(name: str, process: str, seconds: float) -> measuring.Implementation:
+    """Returns a row that takes a number of seconds to compile."""
+    job = measuring.Job(process, "test_gpu_benchmark:sleep", {"seconds": seconds})
+    return measuring.Implementation(name, "ours", job)
 
-    rows = [row("first", "one", 0), row("slow", "two", 30), row("after it", "two", 0)]
+
+def test_rows_that_exceed_the_budget_are_skipped_and_the_others_measured() -> None:
+    rows = [sleeping("first", "one", 0), sleeping("slow", "two", 30), sleeping("after it", "two", 0)]
     start = time.monotonic()
     budget = measuring.Budget(start + 4, start + 5, start + 6)
     found = measuring.measure(rows, measuring.Case("x2d", 1, 1, device="gpu"), 1000, budget)
@@ -154,6 +157,15 @@ def test_rows_that_exceed_the_budget_are_skipped_and_the_others_measured() -> No
     assert time.monotonic() - start < 20  # 30 s, and 20 s of rounds, without a limit
     assert slow.failure == after.failure == measuring.OVER_BUDGET
     assert not first.failure and first.seconds and not found.flops
+
+
+def test_ctrl_c_ends_the_compilation_in_parallel() -> None:
+    rows = [sleeping("slow", "one", 30), sleeping("after it", "one", 30), sleeping("slow, too", "two", 30)]
+    start = time.monotonic()
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        measuring.measure(rows, measuring.Case("x2d", 1, 1, device="gpu"), 1)
+    assert time.monotonic() - start < 20
 
 
 def table() -> dict:
