@@ -16,12 +16,27 @@ from x3d_tf.files import atomic_write
 from x3d_tf.processes import available_cpus
 
 PACKAGES = (
-    *("x3d-tf", "tensorflow", "keras", "numpy", "torch", "pytorchvideo"),
+    *("x3d-tf", "tensorflow", "keras", "numpy", "torch", "triton", "pytorchvideo"),
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin"),
     *("onnx", "onnxruntime", "openvino", "ai-edge-litert"),
 )
 # Prefixes of environment variables that affect the speed of frameworks.
 VARIABLES = (
-    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TF_", "TORCH", "XLA_"),
+    *(
+        "OMP_",
+        "GOMP_",
+        "KMP_",
+        "MKL_",
+        "OPENBLAS_",
+        "ONEDNN_",
+        "DNNL_",
+        "TF_",
+        "TORCH",
+        "XLA_",
+        "JAX_",
+        "CUDA_",
+        "NVIDIA_",
+    ),
     *("MALLOC_", "GLIBC_", "LD_PRELOAD"),
 )
 
@@ -51,13 +66,13 @@ def figures(measurement: Measurement, flop_per_clip: float) -> dict[str, Any]:
         measurement: measurements of the implementations.
         flop_per_clip: floating-point operations per clip, two per multiply-add.
     """
-    reference = find_reference(measurement.results)
+    reference, flops = find_reference(measurement.results), measurement.flops
     return {
         "network": measurement.case.network,
         "batch": measurement.case.batch,
         "reference": reference.implementation.name if reference else None,
-        "matmul_flops": percentiles(measurement.flops) | {"rounds": measurement.flops},
-        "forms": [_figures(row, measurement.flops, reference, flop_per_clip) for row in measurement.results],
+        **({"matmul_flops": percentiles(flops) | {"rounds": flops}} if flops else {}),
+        "forms": [_figures(row, flops, reference, flop_per_clip) for row in measurement.results],
     }
 
 
@@ -74,11 +89,17 @@ def _figures(row: Result, flops: list[float], reference: Result | None, flop_per
     return figures | {
         "ms_per_clip": percentiles([1000 * seconds for seconds in seconds_per_clip]),
         "clips_per_second": 1 / percentiles(seconds_per_clip)["median"],
-        "share_of_peak": median_ratio([flop_per_clip / seconds for seconds in seconds_per_clip], flops),
+        "flops": flop_per_clip / percentiles(seconds_per_clip)["median"],
+        **(
+            {"share_of_peak": median_ratio([flop_per_clip / seconds for seconds in seconds_per_clip], flops)}
+            if flops
+            else {}
+        ),
         "speed_over_reference": median_ratio(
             [seconds / reference.batch for seconds in reference.seconds], seconds_per_clip
         ),
         "max_difference": row.difference,
+        "peak_bytes": row.peak_bytes,
         "start_seconds": row.start,
         "seconds_of_calls": row.seconds,
     }

@@ -1,7 +1,7 @@
 """Our implementations in TensorFlow, for inference and training. `predict` and `train` return the call to measure."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from command import CLASSES
+from keras_networks import network, set_random_weights
 from measuring import Case
 from numpy.typing import NDArray
 from synthetic_clips import softmax, squares
@@ -21,7 +22,7 @@ from x3d_tf.losses import SoftmaxLoss
 from x3d_tf.modeling import x3d
 from x3d_tf.modeling.folded import fold
 from x3d_tf.modeling.keras_parts import TrainableParts
-from x3d_tf.modeling.layers import ChannelwiseConv3D, GhostBatchNorm, conv_initializer
+from x3d_tf.modeling.layers import ChannelwiseConv3D, conv_initializer
 from x3d_tf.parallel import map_clips_in_parallel
 from x3d_tf.training.step import TrainStep, precision_scope
 
@@ -40,28 +41,36 @@ def limit_threads(threads: int, *, single_threaded_ops: bool = False) -> None:
         tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
-def network(name: str) -> x3d_tf.X3D:
-    """Returns a network with random batch norms and classifier; it is the same for every call."""
-    keras.utils.set_random_seed(0)
-    model = x3d_tf.build_x3d(name, num_classes=CLASSES)
-    draw = np.random.default_rng(0)
-    for layer in model.layers:
-        if isinstance(layer, GhostBatchNorm):
-            shape = layer.gamma.shape
-            layer.set_weights([draw.random(shape) + 0.5, *draw.normal(0, 0.3, (2, *shape)), draw.random(shape) + 0.5])
-    model.get_layer("fc2").kernel.assign(draw.normal(0, 0.3, model.get_layer("fc2").kernel.shape))
-    return model
+def set_device(case: Case) -> str:
+    """Configures the device of a case and returns its name in TensorFlow."""
+    if case.device == "cpu":
+        return "CPU:0"
+    if not tf.config.list_physical_devices("GPU"):
+        raise RuntimeError("TensorFlow sees no GPU")
+    tf.config.experimental.enable_tensor_float_32_execution(case.tf32)
+    return "GPU:0"
 
 
-def predict(case: Case, name: str) -> Call:
+def describe(case: Case) -> str:
+    """Returns the version of TensorFlow, its device and how that computes float32 products."""
+    if set_device(case) == "CPU:0":
+        return f"TensorFlow {tf.__version__}: the CPU"
+    name = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0]).get("device_name")
+    products = "TF32" if tf.config.experimental.tensor_float_32_execution_enabled() else "float32"
+    return f"TensorFlow {tf.__version__}: {name}; float32 products in {products}"
+
+
+def predict(case: Case, name: str, precision: str = "float32") -> Call:
     """Returns the inference call of an implementation for uint8 clips, compiled except for "portable, not compiled".
 
     Args:
         case: computation to perform.
         name: key of `FORWARD`.
+        precision: key of `keras_networks.POLICIES`.
     """
     limit_threads(case.threads, single_threaded_ops="in parallel" in name)
-    model = network(case.network)
+    set_device(case)
+    model = network(case.network, precision=precision)
     function, to_probabilities = FORWARD[name](model, case.batch)
     clips = tf.constant(squares(case.network, case.batch))
     if name == "portable, not compiled":
@@ -128,30 +137,31 @@ def with_grouped_convolutions(model: x3d_tf.X3D) -> x3d_tf.X3D:
     return grouped
 
 
-def train(
-    case: Case, *, grouped: bool = False, options: Mapping[str, Any] | None = None, **execution: Any
-) -> Callable[[], float]:
+def train(case: Case, *, grouped: bool = False, comparable: bool = False, **execution: Any) -> Callable[[], float]:
     """Returns the training step of a run, on one batch that stays in memory.
 
     Args:
         case: computation to perform.
         grouped: whether to use Keras' grouped convolution.
-        options: fields of `ModelOptions`.
+        comparable: whether the loss is to equal that of other implementations: without dropout, and all clips share
+            batch-norm statistics.
         **execution: fields of `Execution`.
     """
-    limit_threads(case.threads, single_threaded_ops=not grouped and case.batch >= case.threads)
+    in_slices = case.device == "cpu" and not grouped and case.batch >= case.threads
+    limit_threads(case.threads, single_threaded_ops=in_slices)
     config = TrainConfig(
         expansion=x3d_tf.VARIANTS[case.network].expansion,
-        model=x3d_tf.ModelOptions(**(options or {})),
+        model=x3d_tf.ModelOptions(dropout=0.0, bn_group=case.batch) if comparable else x3d_tf.ModelOptions(),
         dataset=DatasetSpec(records="none"),
         recipe=Recipe(batch=case.batch, reference_batch=case.batch, learning_rate=1e-4, warmup_fraction=0),
         execution=Execution(**execution),
     )
-    strategy = tf.distribute.MirroredStrategy(["CPU:0"])  # the trainer's default without a GPU
+    strategy = tf.distribute.MirroredStrategy([set_device(case)])  # the trainer's default
     keras.utils.set_random_seed(0)
     with strategy.scope():
         with precision_scope(config.execution.precision):
             model = x3d_tf.X3D(config.expansion, CLASSES, config.model)
+            set_random_weights(model)
             model = with_grouped_convolutions(model) if grouped else model
         step = TrainStep(model, config, strategy, SoftmaxLoss(case.batch))
     batches = iter(strategy.distribute_datasets_from_function(lambda context: _one_batch(case, config)))
