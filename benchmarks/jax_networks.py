@@ -39,21 +39,6 @@ def grouped(x: Any, kernel: Any, stride: int) -> Any:
     )
 
 
-def multiply_adds(x: Any, kernel: Any, stride: int) -> Any:
-    """Convolves (N, T, H, W, C) with (kt, kh, kw, C) by one shifted multiply-add per element of the kernel.
-
-    XLA compiles them into one pass over memory. Sums of half-precision inputs are taken in float32.
-    """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    _, t, h, w, _ = x.shape
-    padded = jnp.pad(x, [(0, 0), *((size // 2, size // 2) for size in kernel.shape[:3]), (0, 0)])
-    total = jnp.zeros((), dtype)
-    for frame, row, column in np.ndindex(*kernel.shape[:3]):
-        shifted = padded[:, frame : frame + t, row : row + h : stride, column : column + w : stride]
-        total = total + shifted.astype(dtype) * kernel[frame, row, column].astype(dtype)
-    return total.astype(x.dtype)
-
-
 def with_gradients_of(other: Convolution, forward: Convolution) -> Convolution:
     """Returns a convolution that computes `forward`, and the gradients of `other`."""
 
@@ -70,10 +55,10 @@ def with_gradients_of(other: Convolution, forward: Convolution) -> Convolution:
 
 # By name. One that proves faster can become a kernel of the package as it is.
 FORMS: dict[str, Convolution] = {
-    "taps": layers.channelwise_conv3d,  # the package's: one depthwise 2-D convolution per temporal tap
+    "taps": layers.depthwise_taps,  # the package's on accelerators: one depthwise 2-D convolution per temporal tap
     "grouped": grouped,
-    "multiply-adds": multiply_adds,
-    "grouped, gradients of multiply-adds": with_gradients_of(multiply_adds, grouped),
+    "multiply-adds": layers.multiply_adds,  # the package's on CPUs
+    "grouped, gradients of multiply-adds": with_gradients_of(layers.multiply_adds, grouped),
 }
 
 

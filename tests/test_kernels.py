@@ -34,7 +34,9 @@ CASES = [  # T, H, W, kernel, stride
 @pytest.mark.parametrize(("t", "h", "w", "kernel_size", "stride"), CASES)
 @pytest.mark.parametrize("shapes", ["static", "open"])
 @pytest.mark.parametrize(
-    "form", [kernels.channelwise_conv3d, layers.channelwise_conv3d], ids=["tensorflow", "keras.ops"]
+    "form",
+    [kernels.channelwise_conv3d, layers.depthwise_taps, layers.multiply_adds],
+    ids=["tensorflow", "taps", "multiply-adds"],
 )
 def test_channelwise_convolution(
     t: int, h: int, w: int, kernel_size: tuple[int, int, int], stride: int, shapes: str, form: Any

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from x3d_tf.modeling.architecture import NORM_EPSILON, REGION_BINS, ModelOptions, require_window, window_rule
@@ -125,6 +126,20 @@ class ChannelwiseConv3D(keras.layers.Layer):
 
 
 def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
+    """Convolves (N, T, H, W, C) with (kt, kh, kw, C), in the form that suits the backend."""
+    return (multiply_adds if _compiles_for_cpu() else depthwise_taps)(x, kernel, stride)
+
+
+def _compiles_for_cpu() -> bool:
+    """Returns whether the backend is JAX on a CPU. Other devices have not been measured."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return bool(jax.default_backend() == "cpu")
+
+
+def depthwise_taps(x: Any, kernel: Any, stride: int) -> Any:
     """Convolves (N, T, H, W, C) with (kt, kh, kw, C) by one depthwise 2-D convolution per temporal tap."""
     n, t, h, w, c = ops.shape(x)
     taps = kernel.shape[0]
@@ -134,6 +149,20 @@ def channelwise_conv3d(x: Any, kernel: Any, stride: int) -> Any:
         frames = _pad(ops.reshape(padded[:, tap : tap + t], (-1, h, w, c)), kernel.shape[1:3])
         total = total + ops.depthwise_conv(frames, kernel[tap][..., None], strides=stride)
     return ops.reshape(total, (n, t, *ops.shape(total)[1:]))
+
+
+def multiply_adds(x: Any, kernel: Any, stride: int) -> Any:
+    """Convolves (N, T, H, W, C) with (kt, kh, kw, C) by one shifted multiply-add per element of the kernel.
+
+    XLA compiles them into one pass over memory. Sums of inputs in half precision are taken in float32.
+    """
+    _, t, h, w, _ = ops.shape(x)
+    padded = _pad(x, kernel.shape[:3])
+    total = 0.0
+    for frame, row, column in np.ndindex(*kernel.shape[:3]):
+        shifted = padded[:, frame : frame + t, row : row + h : stride, column : column + w : stride]
+        total = total + ops.cast(shifted, "float32") * ops.cast(kernel[frame, row, column], "float32")
+    return ops.cast(total, x.dtype)
 
 
 @keras.saving.register_keras_serializable("x3d_tf")
