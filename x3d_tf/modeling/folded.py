@@ -135,25 +135,21 @@ class FoldedParts(KerasParts):
 
     def pointwise(self, x: Any, filters: int, name: str, stride: int = 1) -> Any:
         kernel, bias = self.weights[name]
-        return _apply_with_weights(layers.Conv2D(filters, 1, strides=stride, name=name), x, kernel[None, None], bias)
+        return apply_with_weights(layers.Conv2D(filters, 1, strides=stride, name=name), x, kernel[None, None], bias)
 
     def conv(self, x: Any, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
         weights, bias = self.weights[name]
         if kernel[0] > 1:
             layer = layers.Conv2D(filters, (kernel[0], 1), padding="same", name=name)
-            return self._to_images(
-                _apply_with_weights(layer, self._to_time_rows(x), weights[:, :, 0], bias), x, filters
-            )
+            return self._to_images(apply_with_weights(layer, self._to_time_rows(x), weights[:, :, 0], bias), x, filters)
         x = _pad(x, kernel[1:], self.weights.padding(name))
-        return _apply_with_weights(layers.Conv2D(filters, kernel[1:], strides=stride, name=name), x, weights[0], bias)
+        return apply_with_weights(layers.Conv2D(filters, kernel[1:], strides=stride, name=name), x, weights[0], bias)
 
     def channelwise(self, x: Any, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Any:
         weights, bias = self.weights[name]
         if kernel[1:] == (1, 1):
             layer = layers.DepthwiseConv2D((kernel[0], 1), padding="same", name=name)
-            return self._to_images(
-                _apply_with_weights(layer, self._to_time_rows(x), weights[:, :, 0, :, None], bias), x
-            )
+            return self._to_images(apply_with_weights(layer, self._to_time_rows(x), weights[:, :, 0, :, None], bias), x)
         frames, padding = (x, "same") if stride == 1 else (_pad(x, kernel[1:], 0.0), "valid")
         terms = []
         for tap in range(kernel[0]):
@@ -163,7 +159,7 @@ class FoldedParts(KerasParts):
             layer = layers.DepthwiseConv2D(
                 kernel[1:], strides=stride, padding=padding, use_bias=shift == 0, name=f"{name}_{tap}"
             )
-            y = _apply_with_weights(layer, frames, weights[tap][..., None], bias if shift == 0 else None)
+            y = apply_with_weights(layer, frames, weights[tap][..., None], bias if shift == 0 else None)
             terms.append(self._shift_frames(y, shift))
         return layers.Add(name=f"{name}_sum")(terms) if len(terms) > 1 else terms[0]
 
@@ -225,7 +221,7 @@ def _pad(x: Any, kernel: tuple[int, ...], value: float) -> Any:
     return ops.pad(x, ((0, 0), *((size // 2, size // 2) for size in kernel), (0, 0)), constant_values=value)
 
 
-def _apply_with_weights(layer: keras.Layer, x: Any, kernel: np.ndarray, bias: np.ndarray | None) -> Any:
+def apply_with_weights(layer: keras.Layer, x: Any, kernel: np.ndarray, bias: np.ndarray | None) -> Any:
     """Applies a new layer to `x`, then sets its weights."""
     y = layer(x)
     layer.set_weights([kernel] if bias is None else [kernel, bias])
