@@ -56,8 +56,8 @@ def network(activation: Any = "softmax", **options: Any) -> x3d_tf.X3D:
 
 
 @functools.cache
-def gpu_file(**options: Any) -> bytes:
-    return tflite.convert(fold_for_gpu(network(**options)), "float32", target="gpu")
+def gpu_file(format_name: str = "float32", **options: Any) -> bytes:
+    return tflite.convert(fold_for_gpu(network(**options)), format_name, target="gpu")
 
 
 def interpreted(content: bytes, frames: np.ndarray) -> np.ndarray:
@@ -102,14 +102,15 @@ def test_the_delegate_refuses_the_file_for_cpus() -> None:
         require_gpu_operators(content)
 
 
-def test_the_gpu_accelerator_of_litert_runs_the_file() -> None:
+@pytest.mark.parametrize(("format_name", "bound"), [("float32", 1e-4), ("float16", 0.02)])
+def test_the_gpu_accelerator_of_litert_runs_the_file(format_name: str, bound: float) -> None:
     """Requires a driver for Vulkan, of a GPU or in software."""
     compiled = pytest.importorskip("ai_edge_litert.compiled_model")
     options = pytest.importorskip("ai_edge_litert.options").Options
     gpu = pytest.importorskip("ai_edge_litert.gpu_options").GpuOptions(enforce_f32=True)
     settings = options(hardware_accelerators=compiled.HardwareAccelerator.GPU, gpu_options=gpu)
     try:
-        runner = compiled.CompiledModel.from_buffer(gpu_file(), options=settings)
+        runner = compiled.CompiledModel.from_buffer(gpu_file(format_name), options=settings)
     except RuntimeError as error:
         if "Some ops are not accelerated" in str(error):
             raise
@@ -119,7 +120,7 @@ def test_the_gpu_accelerator_of_litert_runs_the_file() -> None:
     inputs[0].write(CLIP)
     runner.run_by_index(0, inputs, outputs)
     expected = fold(network(), batch=1)(CLIP[None]).numpy()
-    np.testing.assert_allclose(outputs[0].read(5, np.float32), expected[0], atol=1e-4)
+    np.testing.assert_allclose(outputs[0].read(5, np.float32), expected[0], atol=bound)
 
 
 @pytest.fixture(scope="module")
