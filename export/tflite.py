@@ -151,6 +151,7 @@ def _training_split(source: "ExportableModel") -> str:
 
 
 def _require_formats(formats: Sequence[str], target: str, batch: int, calibration: str | Path | None) -> None:
+    require(target in TARGETS, "--target", f"be one of {', '.join(TARGETS)}", target)
     known = TARGETS[target]
     rule = f"be a list of {', '.join(known)}{' for --target=gpu' if target == 'gpu' else ''}"
     require(bool(formats) and set(formats) <= set(known), "--formats", rule, ",".join(formats))
@@ -302,8 +303,8 @@ def convert(
     Args:
         network: inference network from `fold`, with a fixed batch size, or from `fold_for_gpu`.
         format_name: name from `FORMATS`.
-        target: key of `TARGETS`.
         clips: calibration clips from `calibration_clips`; for int8 only.
+        target: key of `TARGETS`.
         float_until: see `Calibration`; for int8 only.
 
     Raises:
@@ -377,7 +378,7 @@ def _frozen_function(network: "keras.Model", dtype: Any) -> Any:
 
     variables = (network.trainable_variables, network.non_trainable_variables)
     weights = [[tf.constant(value) for value in group] for group in variables]
-    name = "frames" if len(network.input_shape) == 4 else "clips"
+    name = "frames" if len(network.input_shape) == 4 else "clips"  # of one clip, for GPUs
 
     @tf.function(input_signature=[tf.TensorSpec(network.input_shape, dtype, name=name)])
     def probabilities(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
