@@ -14,11 +14,18 @@ NAME_FORMAT.json, which reports the operators, the quantization and the model ca
            layer's mean output matches the float model. For integer-only hardware,
            --float_until=none quantizes all layers, at a cost in accuracy.
 
-All formats have the same interface. Input: clips, uint8 (1, T, S, S, 3), RGB. Output: probabilities, float32
+All these files have the same interface. Input: clips, uint8 (1, T, S, S, 3), RGB. Output: probabilities, float32
 (1, classes). Normalization is part of the model. The batch size is fixed, because a dynamic one is slower; set it with
 --batch. Only builtin TFLite operators are used. Each file is also a ZIP archive that contains labels.txt and
 model_card.json, which Android's metadata library and `unzip` can read. The TFLite metadata schema is not used, because
 it does not cover video.
+
+  python -m export.tflite --model=runs/mine --output=exported/mine --target=gpu
+
+The third command writes NAME_gpu_float32.tflite and NAME_gpu_float16.tflite for LiteRT's GPU delegate. Their tensors
+have at most four dimensions, and their operators are those that the delegate's documentation lists. Input: the frames
+of one clip, float32 (T, S, S, 3), RGB in 0..255. Output as above. By default the delegate computes in float16 whatever
+the format, so float16 only halves the file. The 8-bit formats are not written, because the delegate computes in float.
 """
 
 import hashlib
@@ -56,6 +63,7 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 
 FORMATS = ("float32", "float16", "dynamic", "int8")
+TARGETS = {"cpu": FORMATS, "gpu": ("float32", "float16")}  # the formats of each target
 CALIBRATION_CLIPS = 100
 FLOAT_UNTIL = {"none": "", "stem": "conv1_", "res2": "res2"}  # name prefixes of the last layers kept in float
 CLASSIFIER = "fc2"
@@ -66,10 +74,12 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model", None, "Run folder, or .keras file saved by this package.", required=True)
     flags.DEFINE_string("output", None, "Folder to write to.", required=True)
+    flags.DEFINE_enum("target", "cpu", list(TARGETS), "Processor that the files are for. Defaults to cpu.")
     flags.DEFINE_list(
         "formats",
         None,
-        f"Comma-separated formats to write: {', '.join(FORMATS)}. Defaults to all; int8 only with --calibration.",
+        f"Comma-separated formats to write: {', '.join(FORMATS)}; {', '.join(TARGETS['gpu'])} with --target=gpu. "
+        "Defaults to all; int8 only with --calibration.",
     )
     flags.DEFINE_string("calibration", None, "Folder of records whose training clips calibrate the int8 quantization.")
     flags.DEFINE_string(
@@ -90,8 +100,8 @@ def main() -> None:
     """Runs the command."""
     formats = FLAGS.formats
     if formats is None:
-        formats = [name for name in FORMATS if name != "int8" or FLAGS.calibration]
-    _require_formats(formats, FLAGS.calibration)
+        formats = [name for name in TARGETS[FLAGS.target] if name != "int8" or FLAGS.calibration]
+    _require_formats(formats, FLAGS.target, FLAGS.batch, FLAGS.calibration)
     require_classifier(FLAGS.model)
     if FLAGS.calibration:
         Manifest.load(FLAGS.calibration)
@@ -103,7 +113,13 @@ def main() -> None:
     split = FLAGS.split or _training_split(source)
     calibration = Calibration(FLAGS.calibration, split, FLAGS.calibration_clips, FLAGS.float_until)
     for path in export_tflite(
-        source, Path(FLAGS.output), formats, batch=FLAGS.batch, calibration=calibration, overwrite=FLAGS.overwrite
+        source,
+        Path(FLAGS.output),
+        formats,
+        target=FLAGS.target,
+        batch=FLAGS.batch,
+        calibration=calibration,
+        overwrite=FLAGS.overwrite,
     ):
         print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)", flush=True)
     print(
@@ -134,9 +150,14 @@ def _training_split(source: "ExportableModel") -> str:
     return source.run.dataset.train_split if source.run else "train"
 
 
-def _require_formats(formats: Sequence[str], calibration: str | Path | None) -> None:
-    known = ", ".join(FORMATS)
-    require(bool(formats) and set(formats) <= set(FORMATS), "--formats", f"be a list of {known}", ",".join(formats))
+def _require_formats(formats: Sequence[str], target: str, batch: int, calibration: str | Path | None) -> None:
+    require(target in TARGETS, "--target", f"be one of {', '.join(TARGETS)}", target)
+    known = TARGETS[target]
+    rule = f"be a list of {', '.join(known)}{' for --target=gpu' if target == 'gpu' else ''}"
+    require(bool(formats) and set(formats) <= set(known), "--formats", rule, ",".join(formats))
+    if target == "gpu" and calibration is not None:
+        raise UserError("--calibration is for int8 files, which --target=gpu does not have; remove it")
+    require(target == "cpu" or batch == 1, "--batch", "be 1 for --target=gpu, whose input is one clip", batch)
     if "int8" in formats and calibration is None:
         raise UserError("--formats=int8 requires --calibration=RECORDS; set it, or remove int8 from --formats")
 
@@ -146,6 +167,7 @@ def export_tflite(
     folder: Path,
     formats: Sequence[str],
     *,
+    target: str = "cpu",
     batch: int = 1,
     calibration: Calibration | None = None,
     overwrite: bool = False,
@@ -155,19 +177,21 @@ def export_tflite(
     Args:
         source: the model, from `open_model`.
         folder: output folder, created if missing.
-        formats: names from `FORMATS`.
-        batch: batch size.
+        formats: names from `TARGETS[target]`.
+        target: key of `TARGETS`, the processor that the files are for.
+        batch: batch size; 1 for "gpu".
         calibration: settings of the int8 quantization; required for int8.
         overwrite: whether to replace existing files.
 
     Raises:
-        UserError: a format is unknown; int8 has no calibration records; the records lack the split or are damaged; a
-            file exists and `overwrite` is false.
+        UserError: the target does not have a format or the batch size; int8 has no calibration records; the records
+            lack the split or are damaged; a file exists and `overwrite` is false.
         WriteError: a file cannot be written.
     """
     calibration = calibration or Calibration(None)
-    _require_formats(formats, calibration.records)
-    paths = {name: folder / f"{source.name}_{name}.tflite" for name in formats}
+    _require_formats(formats, target, batch, calibration.records)
+    stem = source.name if target == "cpu" else f"{source.name}_{target}"
+    paths = {name: folder / f"{stem}_{name}.tflite" for name in formats}
     existing = [str(path) for path in paths.values() if path.exists()]
     if existing and not overwrite:
         raise UserError(f"already exists: {', '.join(existing)}; choose another --output, or replace with --overwrite")
@@ -175,19 +199,34 @@ def export_tflite(
     clips = calibration_clips(source, calibration, batch) if "int8" in formats else None
     with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    from x3d_tf.modeling.folded import fold
-
-    network = fold(source.model, batch=batch)
+    network = _fold(source, target, batch)
     for name, path in paths.items():
         tell(f"{'quantizing' if name in ('dynamic', 'int8') else 'converting to'} {path}")
-        content = convert(network, name, clips, float_until=calibration.float_until)
-        card = {**source.card(batch), "artefact": f"TFLite {name}"}
+        content = convert(network, name, clips, target=target, float_until=calibration.float_until)
+        card = _card(source, network, name, target)
         report = _report(content, name, card, calibration if name == "int8" else None)
         content = _with_metadata(content, source, card)
         report |= {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         atomic_write(path, content)
         atomic_write(path.with_suffix(".json"), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
         yield path
+
+
+def _fold(source: "ExportableModel", target: str, batch: int) -> "keras.Model":
+    if target == "gpu":
+        from .tflite_gpu import fold_for_gpu
+
+        return fold_for_gpu(source.model)
+    from x3d_tf.modeling.folded import fold
+
+    return fold(source.model, batch=batch)
+
+
+def _card(source: "ExportableModel", network: "keras.Model", format_name: str, target: str) -> dict[str, Any]:
+    """Returns the model card of a file, with the shape, the type and the range of its input."""
+    card = source.card()
+    tensor = {"shape": [*network.input_shape], "dtype": "float32" if target == "gpu" else "uint8", "range": [0, 255]}
+    return {**card, "artefact": f"TFLite {format_name}", "target": target, "input": card["input"] | tensor}
 
 
 def calibration_clips(source: "ExportableModel", calibration: Calibration, batch: int) -> NDArray[np.uint8]:
@@ -252,19 +291,25 @@ class Operator:
 
 
 def convert(
-    network: "keras.Model", format_name: str, clips: NDArray[np.uint8] | None = None, *, float_until: str = "res2"
+    network: "keras.Model",
+    format_name: str,
+    clips: NDArray[np.uint8] | None = None,
+    *,
+    target: str = "cpu",
+    float_until: str = "res2",
 ) -> bytes:
     """Converts a network to a TFLite file.
 
     Args:
-        network: inference network from `fold`, with a fixed batch size.
+        network: inference network from `fold`, with a fixed batch size, or from `fold_for_gpu`.
         format_name: name from `FORMATS`.
         clips: calibration clips from `calibration_clips`; for int8 only.
+        target: key of `TARGETS`.
         float_until: see `Calibration`; for int8 only.
 
     Raises:
-        RuntimeError: the converted file has an operator that is not builtin, or an int8 file has an unexpected float
-            operator.
+        RuntimeError: the converted file has an operator that is not builtin or, for "gpu", an operator or a tensor that
+            GPU delegates refuse; an int8 file has an unexpected float operator.
     """
     import tensorflow as tf
 
@@ -274,13 +319,17 @@ def convert(
             assert clips is not None
             content = _convert_int8(network, clips, float_until)
         else:
-            converter = _converter(network, tf.uint8)
+            converter = _converter(network, tf.float32 if target == "gpu" else tf.uint8)
             if format_name != "float32":
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
             if format_name == "float16":
                 converter.target_spec.supported_types = [tf.float16]
             content = converter.convert()
     _check(content, format_name, float_until)
+    if target == "gpu":
+        from .tflite_gpu import require_gpu_operators
+
+        require_gpu_operators(content)
     return content
 
 
@@ -329,10 +378,11 @@ def _frozen_function(network: "keras.Model", dtype: Any) -> Any:
 
     variables = (network.trainable_variables, network.non_trainable_variables)
     weights = [[tf.constant(value) for value in group] for group in variables]
+    name = "frames" if len(network.input_shape) == 4 else "clips"  # of one clip, for GPUs
 
-    @tf.function(input_signature=[tf.TensorSpec(network.input_shape, dtype, name="clips")])
-    def probabilities(clips: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs, _ = network.stateless_call(*weights, tf.cast(clips, tf.float32), training=False)
+    @tf.function(input_signature=[tf.TensorSpec(network.input_shape, dtype, name=name)])
+    def probabilities(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
+        outputs, _ = network.stateless_call(*weights, tf.cast(pixels, tf.float32), training=False)
         return {"probabilities": outputs}
 
     return probabilities.get_concrete_function()
@@ -382,6 +432,7 @@ def _report(
     in_float = left_in_float(content) if format_name == "int8" else []
     return {
         "format": format_name,
+        "target": card["target"],
         "operators": dict(Counter(operator.kind for operator in operators(content)).most_common()),
         "left_in_float": [{"operator": operator.kind, "name": operator.name} for operator in in_float],
         "calibration": calibration and {**asdict(calibration), "records": str(calibration.records)},

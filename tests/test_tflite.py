@@ -175,8 +175,10 @@ def test_metadata_and_report(files: dict[str, Path], source: ExportableModel) ->
             assert archive.read("labels.txt").decode() == "left\nright\nstörung\n"
             card = json.loads(archive.read("model_card.json"))
         report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        assert card == report["card"] == json.loads(json.dumps(source.card(1))) | {"artefact": f"TFLite {name}"}
-        assert card["input"]["shape"][0] == 1
+        stated = json.loads(json.dumps(source.card(1)))
+        stated["input"] |= {"dtype": "uint8", "range": [0, 255]}
+        assert card == report["card"] == stated | {"artefact": f"TFLite {name}", "target": "cpu"}
+        assert card["input"]["shape"] == [1, 4, 32, 32, 3]
         assert report["format"] == name
         assert report["file"] == path.name
         assert report["bytes"] == path.stat().st_size

@@ -127,7 +127,7 @@ class ExportedClassifier(ClassifierFile):
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the probabilities of clips of unrounded pixels, computed in parallel.
 
-        Exported files take integers, so pixels are rounded.
+        Pixels are rounded, because most exported files take integers.
 
         Args:
             clips: float32 (N, T, S, S, 3), RGB in 0..255.

@@ -191,8 +191,10 @@ class _LiteRT:
         self.format = f"TFLite {_precision(plain)}"
         self._new_interpreter = functools.partial(Interpreter, str(path), num_threads=threads)
         self._start()
-        batch, *clip = (None if size < 0 else int(size) for size in self._input["shape_signature"])
-        self.batch, self.clip = batch, tuple(clip)
+        shape = [None if size < 0 else int(size) for size in self._input["shape_signature"]]
+        self._takes_frames = len(shape) == 4  # of one clip, as files for GPUs
+        self.batch, *clip = [1, *shape] if self._takes_frames else shape
+        self.clip = tuple(clip)
 
     def _start(self) -> None:
         self._interpreter = self._new_interpreter()
@@ -205,7 +207,8 @@ class _LiteRT:
             self._interpreter.resize_tensor_input(self._input["index"], clips.shape)
             self._interpreter.allocate_tensors()
             (self._input,) = self._interpreter.get_input_details()
-        self._interpreter.set_tensor(self._input["index"], _quantize(clips, self._input))
+        pixels = clips[0] if self._takes_frames else clips
+        self._interpreter.set_tensor(self._input["index"], _quantize(pixels, self._input))
         self._interpreter.invoke()
         output = self._interpreter.get_tensor(self._output["index"])
         scale, zero = self._output["quantization"]
