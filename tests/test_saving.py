@@ -431,7 +431,7 @@ def _deep(archive: Any, array: str) -> None:
         (_second_name, "must have a single name"),
         (_cycle, "/layers/elsewhere must have a single name"),
         (_text, "/elsewhere must be an array of numbers"),
-        (_deep, "must have a single name"),
+        (_deep, "must have groups to a depth of at most 8"),
     ],
 )
 def test_weights_other_than_plain_arrays_are_rejected(change: Any, message: str, file: Path) -> None:

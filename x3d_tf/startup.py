@@ -82,8 +82,8 @@ def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
 def _import_tensorflow() -> None:
     """Imports TensorFlow and Keras without the optional packages, which take longer to import than Keras itself.
 
-    Only functions that commands do not use, such as those of `keras.visualization`, need them. Later imports are not
-    affected.
+    Only functions that commands do not use, such as those of `keras.visualization`, need them. Other modules can import
+    the packages later; Keras itself does not use them in this process.
     """
     hidden = [name for name in _OPTIONAL if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # importing None raises an ImportError

@@ -1,4 +1,4 @@
-"""Checks the zip archive of a model file before a network is built from it. Imports no TensorFlow.
+"""Checks the zip archive of a model file, and reads its weights. Imports no TensorFlow.
 
 The file may be untrusted. Nothing is allocated, counted or built beyond the limits set by the file size and by
 `Metadata`: members are stored without compression, each array has exactly the bytes that its shape requires, and the
@@ -7,7 +7,6 @@ network in the metadata has no more parameters than the file has weights.
 
 import hashlib
 import io
-import itertools
 import math
 import zipfile
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 
 from x3d_tf.errors import UserError, first_line, require
 from x3d_tf.modeling.cards import SAVED_MODEL, UNREADABLE, files_of, is_exported, read_exported_metadata
-from x3d_tf.modeling.graph import norm_of
 from x3d_tf.modeling.metadata import JSON_LIMIT, Metadata
 
 MEMBER = "x3d_tf.json"
@@ -30,6 +28,7 @@ _LIMITS = {MEMBER: JSON_LIMIT, "metadata.json": 1024 * 1024, "config.json": 64 *
 _BLOCK = 1 << 20  # bytes read at once
 _WEIGHT_BYTES = 4  # Keras stores float32 weights for every dtype policy
 _ENCRYPTED = 0x1  # flag bit of a zip member
+_DEPTH = 8  # of groups; Keras needs 3
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -132,54 +131,68 @@ def read_layers(path: Path, metadata: Metadata) -> dict[str, list[NDArray[np.flo
         metadata: its metadata, from `read_metadata`.
 
     Returns:
-        The arrays by the names of the layers of the trainable network, in the order of `Layer.get_weights`. Kernels of
-        a portable file may lack axes of length 1.
+        The arrays by the names of the layers of the trainable network, in the order of `Layer.get_weights`, with the
+        shapes of that network.
 
     Raises:
-        UserError: see `check_weights`; or a layer of the network is missing or has another number of parameters.
+        UserError: see `check_weights`; or a layer of the network is missing, occurs twice, or has arrays of other
+            shapes.
     """
-    with _checked_weights(path, metadata) as file:
-        found: dict[str, list[NDArray[np.float32]]] = {}
-
-        def visit(_: str, item: Any) -> None:
-            if isinstance(item, h5py.Group) and len(item) and isinstance(item.attrs.get("name"), str):
-                found[item.attrs["name"]] = [item[key][()] for key in sorted(item, key=int)]
-
-        file.visititems(visit)
-        for name, parameters in metadata.layers():
-            if metadata.form == "portable":
-                found[name] = _joined(name, found)
-            arrays = [*found.get(name, []), *found.get(norm_of(name), [])[:2]]  # scale and shift
-            rule = f"have the {parameters} parameters of the network in its metadata"
-            size = sum(array.size for array in arrays)
-            require(size == parameters, f"layer {name}", rule, size)
-    return found
+    with _checked_weights(path, metadata) as groups:
+        stored: dict[str, list[h5py.Dataset]] = {}
+        for group, arrays in groups:
+            name = group.attrs.get("name")
+            if isinstance(name, str) and arrays:
+                require(name not in stored, f"layer {name[:200]}", "occur once")
+                stored[name] = [arrays[key] for key in sorted(arrays, key=lambda key: (len(key), key))]
+        read = _portable_arrays if metadata.form == "portable" else _trainable_arrays
+        return {name: read(name, stored, shapes) for name, shapes in metadata.weight_shapes().items()}
 
 
-def _joined(name: str, layers: dict[str, list[NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
-    """Returns the arrays of a layer of the portable form with the shapes of the trainable network."""
-    taps = [*itertools.takewhile(layers.__contains__, (f"{name}_{tap}" for tap in itertools.count()))]
-    if taps:  # a channel-wise kernel, (rows, columns, channels, 1) for each temporal tap
-        return [np.stack([layers[tap][0][..., 0] for tap in taps])]
-    kernel, *bias = layers[name]
-    if kernel.ndim != 4:
-        return [kernel, *bias]
-    if kernel.shape[-1] == 1:  # a temporal one, (frames, 1, channels, 1)
-        return [kernel[:, :, None, :, 0]]
-    return [kernel[0, 0] if kernel.shape[:2] == (1, 1) else kernel[None]]
+def _trainable_arrays(
+    name: str, stored: dict[str, list[h5py.Dataset]], shapes: list[tuple[int, ...]]
+) -> list[NDArray[np.float32]]:
+    """Reads the arrays of a layer, which must have the given shapes."""
+    found = [array.shape for array in stored.get(name, [])]
+    require(found == shapes, f"layer {name}", f"have arrays of the shapes {shapes}, as in its metadata", found)
+    return [array[()] for array in stored[name]]
+
+
+def _portable_arrays(
+    name: str, stored: dict[str, list[h5py.Dataset]], shapes: list[tuple[int, ...]]
+) -> list[NDArray[np.float32]]:
+    """Reads the arrays of a layer of the portable form, and converts them to the given shapes.
+
+    A channel-wise kernel over space is stored by temporal taps, `NAME_0`, `NAME_1` and so on. Shapes may have other
+    axes of length 1.
+    """
+    taps = [stored[f"{name}_{tap}"][0] for tap in range(shapes[0][0]) if f"{name}_{tap}" in stored]
+    if name not in stored and len(taps) == shapes[0][0]:
+        arrays = [np.stack([tap[()] for tap in taps])]
+    else:
+        arrays = [array[()] for array in stored.get(name, [])]
+    found = [array.shape for array in arrays]
+    fits = [_without_ones(shape) for shape in found] == [_without_ones(shape) for shape in shapes]
+    require(fits, f"layer {name}", f"have arrays of the shapes {shapes}, except for axes of length 1", found)
+    return [array.reshape(shape) for array, shape in zip(arrays, shapes)]
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 @contextmanager
-def _checked_weights(path: Path, metadata: Metadata) -> Iterator[h5py.File]:
-    """Opens the weights after the checks of `check_weights`, whose errors it raises."""
+def _checked_weights(path: Path, metadata: Metadata) -> Iterator[list[tuple[h5py.Group, dict[str, h5py.Dataset]]]]:
+    """Opens the weights: all groups and their arrays, after the checks of `check_weights`, whose errors it raises."""
     where = f"{path}: {WEIGHTS}"
     try:
         with zipfile.ZipFile(path) as archive:
             content = archive.read(WEIGHTS)
         with h5py.File(io.BytesIO(content), "r") as file:
-            sizes = list(_iter_array_sizes(file, len(content)))
+            groups = list(_iter_groups(file, len(content)))
+            sizes = [array.size for _, arrays in groups for array in arrays.values()]
             metadata.require_capacity(where, sum(sizes), len(sizes))
-            yield file
+            yield groups
     except UserError as error:
         raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
     except UNREADABLE as error:
@@ -203,11 +216,14 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
     return members
 
 
-def _iter_array_sizes(file: h5py.File, limit: int) -> Iterator[int]:
-    """Yields the number of elements of each array of an HDF5 file that has `limit` bytes."""
-    groups, visited, total = [file["/"]], set(), 0
+def _iter_groups(file: h5py.File, limit: int) -> Iterator[tuple[h5py.Group, dict[str, h5py.Dataset]]]:
+    """Yields the groups of an HDF5 file that has `limit` bytes, each with its arrays by name, after checking them."""
+    groups, visited, total = [(file["/"], 0)], set(), 0
     while groups:
-        group = groups.pop()
+        group, depth = groups.pop()
+        require(depth <= _DEPTH, "the weights", f"have groups to a depth of at most {_DEPTH}", f"{group.name[:100]}...")
+        _check_attributes(group)
+        arrays: dict[str, h5py.Dataset] = {}
         for name in group:
             array_name = f"{group.name}/{name}"[:200]
             link = group.get(name, getlink=True)
@@ -220,12 +236,20 @@ def _iter_array_sizes(file: h5py.File, limit: int) -> Iterator[int]:
                 raise UserError(f"{array_name} must have a single name, but the file links to it several times")
             visited.add(address)
             if isinstance(item, h5py.Group):
-                groups.append(item)
+                groups.append((item, depth + 1))
                 continue
-            size = _checked_num_bytes(item, array_name)
-            total += size
+            total += _checked_num_bytes(item, array_name)
             require(total <= limit, "the arrays", f"have at most {limit} bytes in total", total)
-            yield size // item.dtype.itemsize
+            _check_attributes(item)
+            arrays[name] = item
+        yield group, arrays
+
+
+def _check_attributes(item: h5py.Group | h5py.Dataset) -> None:
+    """Raises `UserError` unless all attributes are scalars; arrays of texts can be much larger than the file."""
+    for name in item.attrs:
+        shape = item.attrs.get_id(name).shape
+        require(shape == (), f"attribute {name[:100]} of {item.name[:100]}", "be a scalar", shape)
 
 
 def _checked_num_bytes(item: Any, array_name: str) -> int:

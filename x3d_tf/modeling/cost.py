@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from x3d_tf.modeling.architecture import REGION_BINS, ModelOptions, plan, require_classes, resolve
 from x3d_tf.modeling.expansion import Expansion
-from x3d_tf.modeling.graph import DetectionHead, detection_graph, graph, require_head
+from x3d_tf.modeling.graph import DetectionHead, detection_graph, graph, norm_of, require_head
 from x3d_tf.modeling.parts import Function
 from x3d_tf.types import ClipSpec
 
@@ -39,11 +39,19 @@ class LayerCost:
     """A row of the per-layer table: name, output shape (T, H, W, C) and cost of a layer.
 
     The row of a convolution includes its batch norm.
+
+    Attributes:
+        kernel: shape of the kernel in the trainable network.
+        bias: whether the layer has a bias.
+        norm: whether a batch norm follows.
     """
 
     name: str
     shape: tuple[int, int, int, int]
     cost: Cost
+    kernel: Shape
+    bias: bool = False
+    norm: bool = False
 
 
 def cost(
@@ -96,6 +104,22 @@ def parameters(
     return [(row.name, row.cost.params) for row in _rows(expansion, None, num_classes, options, head)]
 
 
+def weight_shapes(
+    expansion: Expansion, num_classes: int | None, options: ModelOptions, head: DetectionHead | None = None
+) -> dict[str, list[Shape]]:
+    """Returns the shapes of the arrays of each layer with weights, in the order of `Layer.get_weights`, by its name.
+
+    The arguments are those of `parameters`.
+    """
+    shapes: dict[str, list[Shape]] = {}
+    for row in _rows(expansion, None, num_classes, options, head):
+        channels = row.kernel[-1:]
+        shapes[row.name] = [row.kernel, channels] if row.bias else [row.kernel]
+        if row.norm:
+            shapes[norm_of(row.name)] = [channels] * 4  # scale, shift, moving mean and variance
+    return shapes
+
+
 def _rows(
     expansion: Expansion,
     clip: ClipSpec | None,
@@ -126,13 +150,15 @@ class CountingParts:
     def __init__(self) -> None:
         self.rows: list[LayerCost] = []
 
-    def _count(self, name: str, shape: Shape, inputs: int, *, bias: bool = False, paper_bias: bool = False) -> Shape:
-        """Counts a convolution or dense layer with `inputs` weights per output channel, and returns its shape."""
+    def _count(self, name: str, shape: Shape, kernel: Shape, *, bias: bool = False, paper_bias: bool = False) -> Shape:
+        """Counts a convolution or dense layer with a kernel (..., output channels), and returns its output shape."""
         outputs, channels = math.prod(shape), shape[-1]
-        weights = inputs * channels
+        weights, inputs = math.prod(kernel), math.prod(kernel[:-1])
         params, params_paper = weights + bias * channels, weights + paper_bias * channels
         frames, height, width = (1, 1, 1, *shape[:-1])[-3:]
-        row = LayerCost(name, (frames, height, width, channels), Cost(outputs * inputs, params, params_paper, outputs))
+        row = LayerCost(
+            name, (frames, height, width, channels), Cost(outputs * inputs, params, params_paper, outputs), kernel, bias
+        )
         self.rows.append(row)
         return shape
 
@@ -143,17 +169,17 @@ class CountingParts:
         return (x[0] - 1, *x[1:])
 
     def conv(self, x: Shape, filters: int, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Shape:
-        return self._count(name, _strided(x, stride, filters), math.prod(kernel) * x[-1])
+        return self._count(name, _strided(x, stride, filters), (*kernel, x[-1], filters))
 
     def pointwise(self, x: Shape, filters: int, name: str, stride: int = 1) -> Shape:
-        return self._count(name, _strided(x, stride, filters), x[-1])
+        return self._count(name, _strided(x, stride, filters), (x[-1], filters))
 
     def channelwise(self, x: Shape, kernel: tuple[int, int, int], name: str, stride: int = 1) -> Shape:
-        return self._count(name, _strided(x, stride, x[-1]), math.prod(kernel))
+        return self._count(name, _strided(x, stride, x[-1]), (*kernel, x[-1]))
 
     def norm(self, x: Shape, name: str, *, ends_branch: bool = False) -> Shape:
         convolution = self.rows[-1]  # the paper does not count batch norm
-        self.rows[-1] = replace(convolution, cost=convolution.cost + Cost(params=2 * x[-1]))
+        self.rows[-1] = replace(convolution, cost=convolution.cost + Cost(params=2 * x[-1]), norm=True)
         return x
 
     def activation(self, x: Shape, function: Function, name: str) -> Shape:
@@ -169,7 +195,7 @@ class CountingParts:
         return (1, 1, 1, x[-1])
 
     def excitation(self, x: Shape, units: int, function: Function, name: str) -> Shape:
-        return self._count(name, (*x[:-1], units), x[-1], bias=True)
+        return self._count(name, (*x[:-1], units), (x[-1], units), bias=True)
 
     def scale(self, x: Shape, factors: Shape, name: str) -> Shape:
         return x
@@ -199,7 +225,7 @@ class CountingParts:
         return (boxes[0], x[-1])
 
     def dense(self, x: Shape, units: int, name: str, *, function: Function | None = None, bias: bool = True) -> Shape:
-        return self._count(name, (*x[:-1], units), x[-1], bias=bias, paper_bias=True)
+        return self._count(name, (*x[:-1], units), (x[-1], units), bias=bias, paper_bias=True)
 
     def dropout(self, x: Shape, rate: float, name: str) -> Shape:
         return x

@@ -148,8 +148,9 @@ class FoldedWeights:
             gamma, beta, mean, variance = self._arrays(norm)
             for array in (gamma, beta, mean, variance):
                 require(array.shape == outputs, norm, f"have arrays of shape {outputs}", array.shape)
-            scale = gamma / np.sqrt(variance + NORM_EPSILON)
-            kernel, bias = kernel * scale, beta - mean * scale
+            with np.errstate(all="ignore"):  # predictions report values that are not finite
+                scale = gamma / np.sqrt(variance + NORM_EPSILON)
+                kernel, bias = kernel * scale, beta - mean * scale
         require(bias.shape == outputs, name, f"have a bias of shape {outputs}", bias.shape)
         if name == "conv1_xy":
             kernel = kernel / STD
@@ -230,8 +231,12 @@ class FoldedParts(KerasParts):
         return self._to_images(ops.multiply(rows, factors), x)
 
     def head_input(self, x: Any) -> Any:
+        return super().head_input(self._to_clips(x))
+
+    def _to_clips(self, x: Any) -> Any:
+        """Reorders (T N, H, W, C) to (N, T, H, W, C)."""
         x = ops.reshape(x, (self.frames, self._batch_times(), *x.shape[1:]))
-        return super().head_input(ops.transpose(x, (1, 0, 2, 3, 4)))
+        return ops.transpose(x, (1, 0, 2, 3, 4))
 
     def _conv(
         self, x: Any, kernel: np.ndarray, bias: np.ndarray, name: str, stride: int = 1, padding: str = "valid"
@@ -291,6 +296,14 @@ class FoldedOperations(FoldedParts):
     def mean(self, x: Any, name: str) -> Any:
         frames = ops.mean(x, axis=(1, 2))
         return ops.mean(ops.reshape(frames, (self.frames, self._batch_times(), x.shape[-1])), axis=0)
+
+    def difference(self, x: Any, name: str) -> Any:
+        rows = self._to_rows(x)
+        self.frames -= 1
+        return self._to_images(ops.subtract(rows[1:, :], rows[:-1, :]), x)
+
+    def head_input(self, x: Any) -> Any:
+        return self._to_clips(x)
 
     def global_pool(self, x: Any, name: str) -> Any:
         return ops.mean(x, axis=(1, 2, 3))

@@ -166,7 +166,7 @@ def backbone(clips: Tensor, architecture: Architecture, parts: Parts[Tensor]) ->
         x = parts.difference(x, "difference")
     x = parts.conv(x, architecture.stem_width, (1, 3, 3), "conv1_xy", stride=2)
     x = parts.channelwise(x, (options.stem_kernel, 1, 1), "conv1_t")
-    x = parts.activation(parts.norm(x, "conv1_bn"), "relu", "conv1")
+    x = parts.activation(parts.norm(x, norm_of("conv1_t")), "relu", "conv1")
     for block_plan in architecture.blocks():
         x = block(x, block_plan, options, parts)
     return x
@@ -178,24 +178,24 @@ def block(x: Tensor, plan: BlockPlan, options: ModelOptions, parts: Parts[Tensor
     if plan.shortcut == "projection":
         shortcut = parts.pointwise(x, plan.width, f"{name}_shortcut", plan.stride)
         if plan.shortcut_norm:
-            shortcut = parts.norm(shortcut, f"{name}_shortcut_bn")
+            shortcut = parts.norm(shortcut, norm_of(f"{name}_shortcut"))
     if plan.expands:
         if options.separable:
             x = parts.pointwise(x, plan.inner_width, f"{name}_conv_a")
         else:
             x = parts.conv(x, plan.inner_width, (3, 1, 1), f"{name}_conv_a")
-        x = parts.norm(x, f"{name}_conv_a_bn")
+        x = parts.norm(x, norm_of(f"{name}_conv_a"))
         x = parts.activation(x, "silu" if options.swish_before else "relu", f"{name}_conv_a_act")
     if options.separable:
         x = parts.channelwise(x, plan.kernel, f"{name}_conv_b", plan.stride)
     else:
         x = parts.conv(x, plan.inner_width, (1, 3, 3), f"{name}_conv_b", plan.stride)
-    x = parts.norm(x, f"{name}_conv_b_bn")
+    x = parts.norm(x, norm_of(f"{name}_conv_b"))
     if plan.se:
         x = squeeze_excitation(x, plan.inner_width, f"{name}_se", parts)
     x = parts.activation(x, "silu" if options.swish else "relu", f"{name}_conv_b_act")
     x = parts.pointwise(x, plan.width, f"{name}_conv_c")
-    x = parts.norm(x, f"{name}_conv_c_bn", ends_branch=plan.shortcut is not None)
+    x = parts.norm(x, norm_of(f"{name}_conv_c"), ends_branch=plan.shortcut is not None)
     if plan.shortcut is not None:
         x = parts.add(shortcut, parts.drop_branch(x, plan.drop_rate, f"{name}_drop"), f"{name}_add")
     return parts.activation(x, "relu", plan.end)
@@ -212,7 +212,7 @@ def squeeze_excitation(x: Tensor, width: int, name: str, parts: Parts[Tensor]) -
 def conv5(x: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
     """Builds the last convolution, 1x1x1, to the width of the head."""
     x = parts.pointwise(x, architecture.head_width, "conv5_conv")
-    return parts.activation(parts.norm(x, "conv5_bn"), "relu", "conv5")
+    return parts.activation(parts.norm(x, norm_of("conv5_conv")), "relu", "conv5")
 
 
 def fc1(x: Tensor, architecture: Architecture, parts: Parts[Tensor]) -> Tensor:
@@ -226,5 +226,5 @@ def fc2(x: Tensor, num_classes: int, architecture: Architecture, parts: Parts[Te
 
 
 def norm_of(name: str) -> str:
-    """Returns the name of the batch norm after a convolution."""
+    """Returns the name of the batch norm after a convolution, given that of the convolution."""
     return {"conv1_t": "conv1_bn", "conv5_conv": "conv5_bn"}.get(name, f"{name}_bn")

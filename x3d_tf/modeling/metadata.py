@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from x3d_tf.errors import UserError, check_field_types, require
 from x3d_tf.modeling.architecture import ModelOptions, plan, require_classes, require_window
-from x3d_tf.modeling.cost import parameters
+from x3d_tf.modeling.cost import parameters, weight_shapes
 from x3d_tf.modeling.expansion import MAX_SIDE, Expansion
 from x3d_tf.modeling.graph import DetectionHead, require_task
 from x3d_tf.text import check_class_name, counted
@@ -125,6 +125,11 @@ class Metadata:
         """Returns the name and the number of trainable parameters of each layer."""
         num_classes = self.num_classes if self.include_top else None
         return parameters(self.expansion, num_classes, self.options, self.detection_head)
+
+    def weight_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Returns the shapes of the arrays of each layer of the trainable network by name; see `cost.weight_shapes`."""
+        num_classes = self.num_classes if self.include_top else None
+        return weight_shapes(self.expansion, num_classes, self.options, self.detection_head)
 
     def require_capacity(self, where: str, weights: int, arrays: int | None = None) -> None:
         """Checks, before the network is built, that a file is large enough to hold its weights.

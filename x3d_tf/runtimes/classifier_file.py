@@ -1,4 +1,4 @@
-"""What all classifiers in files have in common. Imports no TensorFlow."""
+"""Attributes and methods of all classifiers in files. Imports no TensorFlow."""
 
 from collections.abc import Callable
 from pathlib import Path

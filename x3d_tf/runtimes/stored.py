@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from x3d_tf.errors import UserError, first_line
+from x3d_tf.errors import UserError, require
 from x3d_tf.modeling.architecture import HeadPool
-from x3d_tf.modeling.archive import model_file, read_layers, read_metadata, require_classifier
+from x3d_tf.modeling.archive import model_file, read_layers, read_metadata
 from x3d_tf.modeling.folded import FoldedWeights, folded_function
 from x3d_tf.modeling.kernels import active_kernels
 from x3d_tf.parallel import map_clips_in_parallel
@@ -33,14 +34,18 @@ class StoredClassifier(ClassifierFile):
             match its metadata.
     """
 
+    clips_a_call = CLIPS_A_CALL
+
     def __init__(self, path: str | Path) -> None:
-        require_classifier(path)
+        backend = keras.backend.backend()
+        require(backend == "tensorflow", "Keras' backend", "be tensorflow to predict with a .keras file", backend)
         file = model_file(path)
-        super().__init__(file, read_metadata(file))
+        metadata = read_metadata(file)
+        if metadata.detection_head is not None:
+            raise UserError(f"{file} is a detector, which scores boxes; a network that classifies clips is required")
+        super().__init__(file, metadata)
         self._compiled: dict[int, Any] = {}  # by crop: compilation takes seconds
         self._weights = FoldedWeights(read_layers(file, self.metadata), self.options)
-
-    clips_a_call = CLIPS_A_CALL
 
     def for_crop(self, crop: int) -> Callable[[Any], NDArray[np.float32]]:
         """See `ClassifierFile`."""
@@ -63,7 +68,6 @@ class StoredClassifier(ClassifierFile):
 
         Returns:
             The `tf.function` from float32 (N, T, crop, crop, 3), RGB in 0..255, to float32 (N, classes), for any N.
-            Tracing it raises a `UserError` if the weights do not match the metadata.
         """
         if crop not in self._compiled:
             self._compiled[crop] = self._compile(crop)
@@ -73,14 +77,8 @@ class StoredClassifier(ClassifierFile):
         on_cpu = active_kernels() == "cpu"
         network = folded_function(self._weights, self.metadata, crop, batch=1 if on_cpu else None)
 
-        def probabilities(clips: tf.Tensor) -> tf.Tensor:
-            try:
-                return network(clips)
-            except ValueError as error:
-                raise UserError(f"the weights of {self.path} do not match its metadata: {first_line(error)}") from error
-
         return tf.function(
-            map_clips_in_parallel(probabilities) if on_cpu else probabilities,
+            map_clips_in_parallel(network) if on_cpu else network,
             input_signature=[tf.TensorSpec((None, self.clip.frames, crop, crop, 3), tf.float32)],
             autograph=False,
         )
