@@ -41,12 +41,19 @@ def write_tflite(case: Case, file: str, format_name: str) -> None:
     (Path(case.folder) / file).write_bytes(content)
 
 
-def write_exported(case: Case, format_name: str, runtime: "Runtime") -> None:
-    """Writes `for_RUNTIME/NETWORK.onnx` or `for_RUNTIME/NETWORK.xml` with the case's batch size."""
+def write_exported(case: Case, format_name: str, runtime: "Runtime", batch: int | None = None) -> None:
+    """Writes `for_RUNTIME/NETWORK.onnx` or `for_RUNTIME/NETWORK.xml`.
+
+    Args:
+        case: the computation, whose batch size the file has by default.
+        format_name: "onnx" or "openvino".
+        runtime: the runtime that the file is intended for.
+        batch: another batch size, which is then part of the folder's name: `for_RUNTIME_BATCH`.
+    """
     from x3d_tf.export.onnx import export_formats
 
-    folder = Path(case.folder) / f"for_{runtime}"
-    export_formats(_open_source(case), folder, [format_name], runtime=runtime, batch=case.batch)
+    folder = Path(case.folder) / (f"for_{runtime}_{batch}" if batch else f"for_{runtime}")
+    export_formats(_open_source(case), folder, [format_name], runtime=runtime, batch=batch or case.batch)
 
 
 def _open_source(case: Case) -> Any:
@@ -89,6 +96,43 @@ def openvino(case: Case, file: str, precision: str, *, peer: bool = False) -> Ca
         return lambda: model(clips, share_inputs=True)[0]
     normalized_clips = normalized(clips)
     return lambda: softmax(model(normalized_clips, share_inputs=True)[0])
+
+
+def openvino_throughput(case: Case, file: str, precision: str, *, peer: bool = False) -> Call:
+    """Runs the clips of the case one by one in the throughput mode of OpenVINO, which computes several at a time.
+
+    Args:
+        case: the computation.
+        file: .xml or .onnx file with a batch size of 1, ours or pytorchvideo's.
+        precision: "f32" or "bf16".
+        peer: whether the file is pytorchvideo's.
+    """
+    from x3d_tf.runtimes.runners import import_openvino
+
+    openvino = import_openvino()
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": case.threads,
+        "PERFORMANCE_HINT": "THROUGHPUT",
+    }
+    queue = openvino.AsyncInferQueue(openvino.Core().compile_model(str(_path(case, file)), "CPU", settings))
+    outputs: list[Any] = [None] * case.batch
+
+    def keep(request: Any, number: int) -> None:
+        outputs[number] = request.get_output_tensor(0).data.copy()
+
+    queue.set_callback(keep)
+    clips = squares(case.network, case.batch)
+    inputs = normalized(clips) if peer else clips
+
+    def call() -> NDArray[np.float32]:
+        for number in range(case.batch):
+            queue.start_async([inputs[number : number + 1]], number, share_inputs=True)
+        queue.wait_all()
+        found = np.concatenate(outputs)
+        return softmax(found) if peer else found
+
+    return call
 
 
 def onnxruntime(case: Case, file: str) -> Call:

@@ -75,6 +75,20 @@ def peer_file(name: str, process: str, function: str, *, exact: bool = True, **s
     return Implementation(name, "peers", run, write, exact=exact)
 
 
+def throughput(precision: str, *, peer: bool) -> Implementation:
+    """Returns the clips of a batch one by one in OpenVINO's throughput mode, from our file or pytorchvideo's."""
+    file = f"single_{PEER_ONNX}" if peer else "for_openvino_1/{network}.xml"
+    options = {"file": file, "precision": precision, "peer": peer}
+    run = Job("OpenVINO", "file_formats:openvino_throughput", options)
+    if peer:
+        write = Job("PyTorch export", "torch_networks:export_onnx", {"file": file, "batch": 1})
+    else:
+        settings = {"format_name": "openvino", "runtime": "openvino", "batch": 1}
+        write = Job("export", "file_formats:write_exported", settings)
+    name = f"{'torch ONNX in OpenVINO' if peer else 'OpenVINO'} throughput {precision}"
+    return Implementation(name, "peers" if peer else "ours", run, write, exact=precision == "f32")
+
+
 IMPLEMENTATIONS = (
     ours("trainable"),
     ours("portable"),
@@ -109,6 +123,10 @@ IMPLEMENTATIONS = (
     peer_file("torch ONNX in ONNX Runtime", "ONNX Runtime", "onnxruntime"),
     peer_file("torch ONNX in OpenVINO float32", "OpenVINO", "openvino", precision="f32", peer=True),
     peer_file("torch ONNX in OpenVINO bf16", "OpenVINO", "openvino", exact=False, precision="bf16", peer=True),
+    throughput("f32", peer=False),
+    throughput("bf16", peer=False),
+    throughput("f32", peer=True),
+    throughput("bf16", peer=True),
     # In a separate process, because it is compiled by XLA and slow.
     Implementation(
         "Keras Conv3D(groups=C)", "ours", Job("Keras", "tensorflow_networks:predict", {"name": "grouped"}), slow=True

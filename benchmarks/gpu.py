@@ -2,19 +2,19 @@
 
 The rows of JAX differ in the channel-wise convolution, from which the package's kernels for GPUs are to be chosen:
 
-  taps           one depthwise 2-D convolution per temporal tap: what the package computes on JAX
+  taps           one depthwise 2-D convolution per temporal tap: what the package computes on JAX, except on a CPU
   grouped        one grouped 3-D convolution, `lax.conv_general_dilated`
   multiply-adds  one shifted multiply-add per element of the kernel, compiled into one pass
   grouped, gradients of multiply-adds
                  in training, the forward pass of one and the gradients of the other
 
 By default a GPU is measured with X3D-S and X3D-M, 8 clips per training step and 32 per forward pass. The command ends
-after about --budget seconds. Each table has a share of them, most of it to compile. Rows that would
-not be ready in time are skipped and say so. The processes of a GPU compile in parallel. All are measured in turns: in
-each round, every row makes one warm-up call and then timed calls for at least 20 ms, each of which waits for the
-device. Float32 products on a GPU are computed in TF32 by all frameworks, or in float32 with --full_float32; GPUs before
-NVIDIA's Ampere have no TF32. A training step has no dropout, and all its clips share batch-norm statistics. Only
-TensorFlow's step copies the batch to the GPU each time. Columns:
+after about --budget seconds. Each table has a share of them, most of it to compile. Rows that would not be ready in
+time are skipped and say so. The processes of a GPU compile in parallel. All are measured in turns: in each round, every
+row makes one warm-up call and then timed calls for at least 20 ms, each of which waits for the device. Float32 products
+on a GPU are computed in TF32 by all frameworks, or in float32 with --full_float32; GPUs before NVIDIA's Ampere have no
+TF32. A training step has no dropout, and all its clips share batch-norm statistics. Only TensorFlow's step copies the
+batch to the GPU each time. Columns:
 
   ms/clip    median over the rounds of the time per clip, followed by the 10th and 90th percentile
   TFLOP/s    floating-point operations per second (two per multiply-add; a training step has three times those of a

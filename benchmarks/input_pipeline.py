@@ -7,11 +7,11 @@ cores, so a step with new batches is slower even if it never waits.
   python benchmarks/input_pipeline.py
   python benchmarks/input_pipeline.py --records=data/my_records --flip --json=input_pipeline.json
 
-With --clips, it measures the cost of a clip without a network instead: CPU time (user and system) of all threads, and
-bytes read from disk or page cache, clips per second and the number of cores that were busy, and the number of cores
-that keep a GPU of a given speed busy (--gpu_speeds). Under `taskset -c 0` it shows whether the pipeline scales with the
-number of cores. --full_shard first writes one shard of 64 synthetic videos (480 MB) to the folder of
---records if it is missing; each video has 300 frames of 256 x 340 pixels, a record of 7.5 MB.
+With --clips, it measures the cost of a clip without a network instead: the CPU time (user and system) of all threads,
+the bytes read from disk or page cache, the clips per second, the mean number of busy cores, and the number of cores
+that a GPU of a given speed needs (--gpu_speeds). Compare with `taskset -c 0` to see whether the pipeline scales with
+the number of cores. --full_shard first writes one shard of 64 synthetic videos (480 MB) to the folder of --records if
+it is missing; each video has 300 frames of 256 x 340 pixels, a record of 7.5 MB.
 
   python benchmarks/input_pipeline.py --records=/tmp/full_shard --full_shard --clips=500 --networks x3d_s x3d_m
 """
@@ -184,7 +184,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_model", action="store_true", help="measure the pipeline alone")
     parser.add_argument("--clips", type=int, default=0, help="measure the cost per clip over this number of clips")
     parser.add_argument("--networks", nargs="+", default=["x3d_s", "x3d_m"], help="networks whose clips to measure")
-    parser.add_argument("--gpu_speeds", nargs="+", type=float, default=[100, 300, 1000], help="clips per second")
+    parser.add_argument(
+        "--gpu_speeds",
+        nargs="+",
+        type=float,
+        default=[100, 300, 1000],
+        help="speeds of GPUs in clips per second. Defaults to 100 300 1000",
+    )
     parser.add_argument("--full_shard", action="store_true", help="write synthetic records to --records first")
     parser.add_argument("--json", default="input_pipeline.json", help="JSON file to write")
     settings = parser.parse_args()

@@ -87,9 +87,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--full_shard", action="store_true", help="write synthetic records to --records first")
     parser.add_argument("--network", default="x3d_m", help="network. Defaults to x3d_m")
     parser.add_argument("--videos", type=positive, default=4, help="number of videos. Defaults to 4")
-    parser.add_argument("--clips", type=positive, default=10, help="clips per video, with three crops each")
+    parser.add_argument("--clips", type=positive, default=10, help="clips per video, in three crops. Defaults to 10")
     parser.add_argument("--rounds", type=positive, default=5, help="number of rounds. Defaults to 5")
-    parser.add_argument("--json", default="multi_view.json", help="JSON file to write")
+    parser.add_argument("--json", default="multi_view.json", help="JSON file to write. Defaults to multi_view.json")
     return parser.parse_args()
 
 

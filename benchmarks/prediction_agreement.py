@@ -30,9 +30,9 @@ from x3d_tf.evaluation.eval_config import EvalConfig
 from x3d_tf.inference import prediction
 from x3d_tf.inference.prediction import Prediction, predict_videos
 from x3d_tf.modeling.archive import weights_of
-from x3d_tf.modeling.saving import load_classifier
-from x3d_tf.modeling.x3d import X3D
 from x3d_tf.runs.run_folder import RunFolder
+from x3d_tf.runtimes.classifier_file import ClassifierFile
+from x3d_tf.runtimes.opening import open_classifier
 from x3d_tf.tasks.classification import SingleLabel
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 def compare(folder: RunFolder, videos: Path) -> None:
     """Prints the rows of one run."""
-    model = load_classifier(folder.root)
+    model = open_classifier(folder.root)
     evaluation = SingleLabel().evaluation(model, weights_of(folder.root), EvalConfig(), folder)
     expected = evaluation.predict()
     report = float((expected.probabilities.argmax(axis=1) == expected.labels).mean())
@@ -75,7 +75,7 @@ def compare(folder: RunFolder, videos: Path) -> None:
 
 
 @contextmanager
-def preprocessing(model: X3D, *, scaled: bool, compressed: bool) -> Iterator[None]:
+def preprocessing(model: ClassifierFile, *, scaled: bool, compressed: bool) -> Iterator[None]:
     """Context manager in which predictions scale and compress frames like the records only if requested."""
     stored = model.stored
     try:
@@ -87,7 +87,7 @@ def preprocessing(model: X3D, *, scaled: bool, compressed: bool) -> Iterator[Non
         model.stored = stored
 
 
-def predict(model: X3D, files: list[Path], evaluation: ClipEvaluation) -> np.ndarray:
+def predict(model: ClassifierFile, files: list[Path], evaluation: ClipEvaluation) -> np.ndarray:
     """Returns the probabilities [videos, classes]."""
     rows = []
     for result in predict_videos(model, files, temporal_views=evaluation.views.temporal_views):

@@ -167,12 +167,18 @@ def train(
     return _Call(call, before)
 
 
-def export_onnx(case: Case, file: str) -> None:
-    """Writes the network, which computes logits of float32 clips (batch, 3, T, S, S), as an ONNX file."""
+def export_onnx(case: Case, file: str, batch: int | None = None) -> None:
+    """Writes the network, which computes logits of float32 clips (batch, 3, T, S, S), as an ONNX file.
+
+    Args:
+        case: the computation, whose batch size the file has by default.
+        file: name of the file.
+        batch: another batch size.
+    """
     import onnx  # required by the exporter; imported first, so that a missing package is reported clearly
 
     path = Path(case.folder) / file
-    clips = torch.from_numpy(normalized(squares(case.network, case.batch)))
+    clips = torch.from_numpy(normalized(squares(case.network, batch or case.batch)))
     with torch.inference_mode():  # dynamo=False: the newer exporter requires another package
         torch.onnx.export(network(case.network), (clips,), str(path), dynamo=False, input_names=["clips"])
     onnx.checker.check_model(str(path))

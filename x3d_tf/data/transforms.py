@@ -47,7 +47,9 @@ def flip(clip: tf.Tensor, flipped: tf.Tensor) -> tf.Tensor:
 
 
 def view_crop(clip: tf.Tensor, size: int, spatial_crops: int = 1, number: int | tf.Tensor = 0) -> tf.Tensor:
-    """Crops one of `spatial_crops` squares: the centre, or the left, centre or right (top, ... of upright clips).
+    """Crops one of `spatial_crops` squares: the centre, or the left, centre or right one.
+
+    Of upright clips the three squares are top, centre and bottom.
 
     Args:
         clip: clip whose sides are at least `size`.

@@ -99,7 +99,7 @@ class Evaluator(Protocol):
         """Returns the evaluation of a network.
 
         Args:
-            model: the network, or an exported file.
+            model: a detector, or a classifier in a file, which is no Keras model.
             weights: origin of the weights, for the report.
             settings: the settings. None means: those of the run, or as stored in the model file.
             run: the run folder; None for a model file.

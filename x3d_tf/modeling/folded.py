@@ -1,4 +1,4 @@
-"""The inference form of a network, built from stock Keras layers, from which models are exported.
+"""The inference form of a network, from stock Keras layers for exports, or from operations for predictions.
 
 It has the graph of the trainable network, a fixed clip size, and probabilities as its output. Three optimizations make
 it faster and change no probability by more than 1e-5:

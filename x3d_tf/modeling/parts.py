@@ -2,7 +2,7 @@
 
 `graph` defines the networks as calls of these methods. Each form of a network is a class that implements them for
 tensors of its own kind: `keras_parts.TrainableParts`, `portable.PortableParts`, `folded.FoldedParts`,
-`cost.CountingParts`, `export/tflite_gpu.GpuParts`, and the two of `export/onnx_parts.py`.
+`folded.FoldedOperations`, `cost.CountingParts`, `export/tflite_gpu.GpuParts`, and the two of `export/onnx_parts.py`.
 """
 
 from typing import Literal, Protocol, TypeVar

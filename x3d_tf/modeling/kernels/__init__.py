@@ -15,6 +15,7 @@ def set_kernels(name: Kernels) -> None:
     """Selects the kernels that layers use from now on in this process.
 
     All kernels compute the same results from the same weights. Functions that are already traced do not change.
+    Predictions and evaluations of files do not use the layers' math.
 
     Args:
         name: "ops" for the portable implementation in `keras.ops`, which supports any backend; "cpu" or "gpu" for
