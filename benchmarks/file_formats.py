@@ -83,14 +83,7 @@ def ours(case: Case, file: str, runtime: str) -> Call:
 
 def openvino(case: Case, file: str, precision: str, *, peer: bool = False) -> Call:
     """Runs an .xml or .onnx file, ours or pytorchvideo's, in OpenVINO with the precision "f32" or "bf16"."""
-    from x3d_tf.runtimes.runners import import_openvino
-
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": case.threads,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    model = import_openvino().Core().compile_model(str(_path(case, file)), "CPU", settings)
+    model = _compile_openvino(case, file, precision, "LATENCY")
     clips = squares(case.network, case.batch)
     if not peer:
         return lambda: model(clips, share_inputs=True)[0]
@@ -109,13 +102,7 @@ def openvino_throughput(case: Case, file: str, precision: str, *, peer: bool = F
     """
     from x3d_tf.runtimes.runners import import_openvino
 
-    openvino = import_openvino()
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": case.threads,
-        "PERFORMANCE_HINT": "THROUGHPUT",
-    }
-    queue = openvino.AsyncInferQueue(openvino.Core().compile_model(str(_path(case, file)), "CPU", settings))
+    queue = import_openvino().AsyncInferQueue(_compile_openvino(case, file, precision, "THROUGHPUT"))
     outputs: list[Any] = [None] * case.batch
 
     def keep(request: Any, number: int) -> None:
@@ -133,6 +120,18 @@ def openvino_throughput(case: Case, file: str, precision: str, *, peer: bool = F
         return softmax(found) if peer else found
 
     return call
+
+
+def _compile_openvino(case: Case, file: str, precision: str, hint: str) -> Any:
+    """Compiles a file for the CPU, with a value of OpenVINO's PERFORMANCE_HINT."""
+    from x3d_tf.runtimes.runners import import_openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": case.threads,
+        "PERFORMANCE_HINT": hint,
+    }
+    return import_openvino().Core().compile_model(str(_path(case, file)), "CPU", settings)
 
 
 def onnxruntime(case: Case, file: str) -> Call:

@@ -74,9 +74,16 @@ def describe_any(path: str | Path) -> Metadata:
 
 def require_classifier(path: str | Path) -> None:
     """Raises `UserError` unless a run folder or `.keras` file holds a classifier; see also `describe`."""
+    read_classifier_metadata(path)
+
+
+def read_classifier_metadata(path: str | Path) -> tuple[Path, Metadata]:
+    """Returns the `.keras` file and its metadata; raises `UserError` as `require_classifier` does."""
     file = model_file(path)
-    if read_metadata(file).detection_head is not None:
+    metadata = read_metadata(file)
+    if metadata.detection_head is not None:
         raise UserError(f"{file} is a detector, which scores boxes; a network that classifies clips is required")
+    return file, metadata
 
 
 def model_file(path: str | Path) -> Path:

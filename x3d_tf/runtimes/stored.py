@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import require
 from x3d_tf.modeling.architecture import HeadPool
-from x3d_tf.modeling.archive import model_file, read_layers, read_metadata
+from x3d_tf.modeling.archive import read_classifier_metadata, read_layers
 from x3d_tf.modeling.folded import FoldedWeights, folded_function
 from x3d_tf.modeling.kernels import active_kernels
 from x3d_tf.parallel import map_clips_in_parallel
@@ -39,13 +39,10 @@ class StoredClassifier(ClassifierFile):
     def __init__(self, path: str | Path) -> None:
         backend = keras.backend.backend()
         require(backend == "tensorflow", "Keras' backend", "be tensorflow to predict with a .keras file", backend)
-        file = model_file(path)
-        metadata = read_metadata(file)
-        if metadata.detection_head is not None:
-            raise UserError(f"{file} is a detector, which scores boxes; a network that classifies clips is required")
+        file, metadata = read_classifier_metadata(path)
         super().__init__(file, metadata)
         self._compiled: dict[int, Any] = {}  # by crop: compilation takes seconds
-        self._weights = FoldedWeights(read_layers(file, self.metadata), self.options)
+        self._weights = FoldedWeights(read_layers(file, metadata), self.options)
 
     def for_crop(self, crop: int) -> Callable[[Any], NDArray[np.float32]]:
         """See `ClassifierFile`."""
