@@ -23,6 +23,7 @@ from x3d_tf.training.loop import Trainer, train
 from x3d_tf.training.multigrid import LossByBatch, phases_of
 from x3d_tf.training.schedule import schedule_of
 from x3d_tf.training.step import TrainStep
+from x3d_tf.training.workers import Workers
 from x3d_tf.types import ClipSpec
 
 LONG = Recipe(
@@ -138,7 +139,7 @@ def test_the_loss_of_each_batch() -> None:
 def test_a_large_batch_has_the_clips_of_plain_batches(records: Path) -> None:
     config = config_of(records, replace(SHORT, decay_fractions=(30 / 33,)))  # two steps of each shape
     manifest, _ = open_for_training(config.dataset)
-    trainer = Trainer(config, manifest, tf.distribute.MirroredStrategy(), find("single_label"))
+    trainer = Trainer(config, manifest, Workers(tf.distribute.MirroredStrategy()), find("single_label"))
     plain = iter(find("single_label").training_clips(config, manifest))
     labels = [label for _ in range(33) for label in next(plain)[1].numpy()]
     eighth, quarter, half, full = (16, 1, 22), (8, 2, 22), (4, 2, 32), (2, 4, 32)

@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -63,6 +64,40 @@ def held_back() -> Iterator[None]:
             signal.signal(number, handler)
     for first, frame in received[:1]:
         handlers[signal.Signals(first)](first, frame)
+
+
+@contextmanager
+def recorded() -> Iterator[list[int]]:
+    """Records the numbers of received Ctrl-C and SIGTERM in the yielded list within the block, and raises nothing.
+
+    Only has an effect in the main thread, where Python handles signals. Ignored signals stay ignored.
+    """
+    received: list[int] = []
+    with _handled_by(lambda number, _: received.append(number)):
+        yield received
+
+
+@contextmanager
+def default_actions() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end the process at once within the block, which a library call may not let Python do."""
+    with _handled_by(signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> Iterator[None]:
+    """Handles the signals that are not ignored in another way within the block."""
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    changed = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    if threading.current_thread() is not threading.main_thread():
+        changed = {}
+    try:
+        for number in changed:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in changed.items():
+            signal.signal(number, old)
 
 
 def _count_signals(pipe: int) -> None:

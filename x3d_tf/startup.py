@@ -54,14 +54,15 @@ def mode() -> Mode:
 
 
 @contextmanager
-def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
+def starting_tensorflow(*, devices: bool | None = True) -> Iterator[None]:
     """Context in which a command imports TensorFlow and configures its threads and visible devices.
 
     When the block succeeds, TensorFlow initialises its devices, and one line on standard error names them. Has no
     effect in "plain" mode or if TensorFlow was imported before.
 
     Args:
-        devices: False for commands that compute nothing with TensorFlow: GPUs stay unused and no line is printed.
+        devices: False for commands that compute nothing with TensorFlow: GPUs stay unused and no line is printed. None
+            leaves the devices to a distribution strategy that must be created before they are initialised.
     """
     if _mode == "plain" or "tensorflow" in sys.modules:
         yield
@@ -73,7 +74,7 @@ def starting_tensorflow(*, devices: bool = True) -> Iterator[None]:
         line = None
         if devices:
             line = _initialize_devices(messages)
-        else:
+        elif devices is not None:
             _hide_gpus()
     if line:
         tell(line)

@@ -10,6 +10,11 @@ Train on your own videos, after build_records has converted them to records:
 Later files override earlier ones, and bindings override files. The run folder holds the configuration, checkpoints,
 history.csv, curves.png and TensorBoard logs and, once training has finished, model.keras and evaluation/.
 Run the same command again to resume a run from its last checkpoint.
+
+On several machines, set TF_CONFIG on each to the list of all workers and its own place in it, and start the same
+command on all of them. The first worker writes the run folder. See docs/cluster.md.
+  TF_CONFIG='{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}' \\
+      python -m x3d_tf.train --gin_file=gin/x3d_s.gin --workdir=runs/x3d_s
 """
 
 from dataclasses import replace
@@ -25,6 +30,7 @@ from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.tasks.base import task_of_model
 from x3d_tf.training.checks import check_settings, open_records
+from x3d_tf.training.cluster import Cluster, cluster_from_environment
 
 FLAGS = flags.FLAGS
 
@@ -45,6 +51,21 @@ def main() -> None:
     """Trains and evaluates the network that the flags configure."""
     parsed = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or [])
     config, run = parsed.config, RunFolder(FLAGS.workdir or f"runs/{Path(FLAGS.gin_file[0]).stem}")
+    texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
+    texts[run.recipe.name] = parsed.recipe_json()
+    cluster = cluster_from_environment()
+    if cluster is None:
+        finished = _train(config, run, texts)
+    else:
+        finished = cluster.is_chief and run.is_finished(config)
+        _train_in_cluster(config, run, texts, cluster)
+        if not cluster.is_chief:
+            return
+    _evaluate(config, run, finished)
+
+
+def _train(config: TrainConfig, run: RunFolder, texts: dict[str, str]) -> bool:
+    """Trains on this machine. Returns True if the run was already finished."""
     finished = run.is_finished(config)
     if not finished:
         check_settings(config, run)
@@ -52,15 +73,33 @@ def main() -> None:
             _start_tensorflow(config)
         checked = open_records(config)  # otherwise before TensorFlow, which takes seconds
     _start_tensorflow(config)
-    from x3d_tf.evaluation.running import evaluate_run
     from x3d_tf.training.loop import train_checked
 
     if finished:
         print(f"{run.root} is already finished ({run.model} exists)")
     else:
-        texts = {"config.gin": parsed.text, "operative_config.gin": parsed.operative_text}
-        texts[run.recipe.name] = parsed.recipe_json()
         train_checked(checked, run, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
+    return finished
+
+
+def _train_in_cluster(config: TrainConfig, run: RunFolder, texts: dict[str, str], cluster: Cluster) -> None:
+    """Trains together with the other workers."""
+    if cluster.is_chief and not run.is_finished(config):
+        check_settings(config, run)  # before waiting for the others
+    _start_tensorflow(config, devices=None)
+    from x3d_tf.training.loop import train
+    from x3d_tf.training.workers import start_workers
+
+    strategy = start_workers(cluster)
+    train(config, run.root, strategy=strategy, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
+    if not cluster.is_chief:
+        print(f"training has ended; {cluster.name(0)} saves and evaluates the network")
+
+
+def _evaluate(config: TrainConfig, run: RunFolder, finished: bool) -> None:
+    """Evaluates the network of a run unless its report exists, and prints what the run holds."""
+    from x3d_tf.evaluation.running import evaluate_run
+
     task = task_of_model(run.root)
     report = task.report_folder(run, EvalConfig())
     if not (report / "results.json").is_file():
@@ -81,9 +120,9 @@ def _find_records(config: TrainConfig, run: RunFolder) -> None:
     run.update_config(replace(config, dataset=dataset))
 
 
-def _start_tensorflow(config: TrainConfig) -> None:
+def _start_tensorflow(config: TrainConfig, devices: bool | None = True) -> None:
     """Imports TensorFlow and sets its threads, which has no effect a second time."""
-    with starting_tensorflow():
+    with starting_tensorflow(devices=devices):
         import x3d_tf.training.loop  # noqa: F401  takes seconds
         from x3d_tf.parallel import num_batch_slices, use_single_threaded_ops
 

@@ -76,10 +76,7 @@ class Checkpoints:
 
     def __init__(self, run: RunFolder, model: Network, others: Mapping[str, list[Any]], origin: Origin) -> None:
         self.folder, self._run, self._origin = run.checkpoints, run, origin
-        weights = [weight.value for weight in model.weights]
-        # Listed explicitly, because Keras' own tracking omits the states of seed generators.
-        seeds = [variable.value for variable in model.variables if "seed_generator" in variable.path]
-        roles = {"weights": weights, "seeds": seeds, **others}
+        roles = state_of(model, others)
         description = Metadata.from_model(model, class_names=model.class_names, form="trainable")
         self._texts = {"origin": json.dumps(asdict(origin)), "description": description.to_json()}
         self._variables = {name: tf.Variable(text, trainable=False) for name, text in self._texts.items()}
@@ -204,6 +201,14 @@ class Checkpoints:
             match = _DATA.fullmatch(path.name)
             if match and int(match[1]) not in steps and not (path.is_dir() and not path.is_symlink()):
                 path.unlink(missing_ok=True)
+
+
+def state_of(model: Network, others: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Returns the variables of the training state by role: those of the network, and the others."""
+    weights = [weight.value for weight in model.weights]
+    # Listed explicitly, because Keras' own tracking omits the states of seed generators.
+    seeds = [variable.value for variable in model.variables if "seed_generator" in variable.path]
+    return {"weights": weights, "seeds": seeds, **others}
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

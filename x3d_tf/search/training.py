@@ -236,10 +236,11 @@ class CandidateTraining:
         import tensorflow as tf
 
         from x3d_tf.training.loop import Trainer
+        from x3d_tf.training.workers import Workers
 
         config = candidate_config(self.config, candidate)
         records, _ = open_for_training(config.dataset)
-        trainer = Trainer(config, records, tf.distribute.MirroredStrategy(), task_of_records(config, records))
+        trainer = Trainer(config, records, Workers(tf.distribute.MirroredStrategy()), task_of_records(config, records))
         batches = iter(trainer.batches())
         times = [started]
         for _ in range(1 + _SPEED_STEPS):

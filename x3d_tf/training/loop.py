@@ -1,10 +1,13 @@
-"""The training loop, for one or several devices of a machine."""
+"""The training loop, for the devices of one machine or of several, whose processes take the same steps.
+
+One process, the chief, writes the run folder, validates and prints. See `Workers`.
+"""
 
 import json
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,12 @@ import keras
 import tensorflow as tf
 from tqdm import tqdm
 
+import x3d_tf
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.datasets.spec import validation_split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.records.table import record_errors_as_user_errors
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import require
 from x3d_tf.files import atomic_write
 from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
@@ -24,7 +28,7 @@ from x3d_tf.modeling.portable import portable
 from x3d_tf.modeling.saving import load, save
 from x3d_tf.parallel import num_batch_slices
 from x3d_tf.runs.advice import print_advice
-from x3d_tf.runs.checkpoints import Checkpoints, Origin
+from x3d_tf.runs.checkpoints import Checkpoints, Origin, state_of
 from x3d_tf.runs.run_folder import RunFolder
 from x3d_tf.signals import held_back
 from x3d_tf.tasks.base import Loss, Task
@@ -37,8 +41,10 @@ from x3d_tf.training.precise_bn import PreciseStatistics
 from x3d_tf.training.schedule import PlateauWithWarmup
 from x3d_tf.training.step import TrainStep, precision_scope
 from x3d_tf.training.transfer import load_pretrained
+from x3d_tf.training.workers import Workers, workers_of
 
 _LOG_STEPS = 10  # steps between two rows of history.csv
+_START_AGAIN = "Start all workers again with the same command: training resumes from its last checkpoint"
 
 
 def train(
@@ -55,8 +61,9 @@ def train(
     Args:
         config: the settings that determine the result.
         workdir: the run folder, created if it does not exist.
-        strategy: the distribution strategy. Defaults to all GPUs of the machine, or its CPU. Strategies with several
-            workers are not supported, because the workers would write the same files.
+        strategy: the distribution strategy. Defaults to all GPUs of the machine, or its CPU. With a
+            `MultiWorkerMirroredStrategy`, call this function in all workers: `Recipe.batch` is divided among them, and
+            only the chief uses `workdir`.
         texts: contents of additional files, by name, written to the run folder before the first step.
         allow_other_groups: whether to resume even if another number of devices or another `Execution.accumulation`
             changes the batch-norm groups, and therefore the result.
@@ -69,55 +76,74 @@ def train(
     Raises:
         UserError: the folder belongs to a run with other settings, has lost its checkpoints, or is in use by another
             process; the batch cannot be divided among the devices; the records are missing or too few; the initial
-            weights are missing or belong to a different architecture; the loss is not finite.
+            weights are missing or belong to a different architecture; the loss is not finite; the workers have other
+            settings, records or versions, or one of them has ended.
     """
-    run = RunFolder(workdir)
-    if run.is_finished(config):
-        print(f"{run.root} is already finished ({run.model} exists)")
-        return run
-    check_settings(config, run)
     rule = 'be True if Recipe.patience is set or Recipe.schedule is "plateau"'
     require(validates or not config.recipe.needs_validation, "validates", rule, validates)
-    train_checked(
-        open_records(config),
-        run,
-        strategy=strategy,
-        texts=texts,
-        allow_other_groups=allow_other_groups,
-        validates=validates,
-    )
+    run, workers = RunFolder(workdir), workers_of(strategy or tf.distribute.MirroredStrategy())
+    with workers.peer_errors_as_user_errors(_START_AGAIN):
+        if workers.number_of_chief(workers.is_chief and run.is_finished(config)):
+            print(f"{run.root} is already finished ({run.model} exists)")
+            return run
+        if workers.is_chief:
+            check_settings(config, run)
+        train_checked(
+            workers.chief_first(lambda: open_records(config)),
+            run,
+            workers,
+            texts=texts,
+            allow_other_groups=allow_other_groups,
+            validates=validates,
+        )
     return run
 
 
 def train_checked(
     checked: CheckedRun,
     run: RunFolder,
+    workers: Workers | None = None,
     *,
-    strategy: tf.distribute.Strategy | None = None,
     texts: Mapping[str, str] | None = None,
     allow_other_groups: bool = False,
     validates: bool = True,
 ) -> None:
     """Trains as `train` does, after `check_settings` and `open_records`, which need no TensorFlow."""
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        raise UserError("strategy must use the devices of a single machine, got a MultiWorkerMirroredStrategy")
-    strategy = strategy or tf.distribute.MirroredStrategy()
-    check_batch(checked.config, strategy.num_replicas_in_sync)
+    workers = workers or Workers(tf.distribute.MirroredStrategy())
+    check_batch(checked.config, workers.strategy.num_replicas_in_sync)
     fingerprint = checked.records.fingerprint()  # takes a second for the records of Kinetics
-    with run.training():
-        run.open(checked.config, {run.fingerprint.name: fingerprint, **(texts or {})})
-        if not run.model.is_file():  # another process may have finished the run in the meantime
-            _train(checked, fingerprint, run, strategy, allow_other_groups, validates)
+    workers.require_equal(lambda: _identity(checked, fingerprint, workers, allow_other_groups))
+    with run.training() if workers.is_chief else nullcontext():
+        if workers.is_chief:
+            run.open(checked.config, {run.fingerprint.name: fingerprint, **(texts or {})})
+        # another process may have finished the run in the meantime
+        if workers.number_of_chief(workers.is_chief and run.model.is_file()):
+            return
+        if workers.is_chief:
+            _prepare(checked, run)
+        tell("building the network")
+        trainer = Trainer(checked.config, checked.records, workers, checked.task, validates=validates)
+        trainer.fit(run, fingerprint, allow_other_groups=allow_other_groups)
+        if workers.is_chief:
+            _save(trainer, run)
 
 
-def _train(
-    checked: CheckedRun,
-    fingerprint: str,
-    run: RunFolder,
-    strategy: tf.distribute.Strategy,
-    allow_other_groups: bool,
-    validates: bool,
-) -> None:
+def _identity(checked: CheckedRun, fingerprint: str, workers: Workers, allow_other_groups: bool) -> dict[str, Any]:
+    """Returns what must be the same on all workers, by name."""
+    return {
+        "the version of x3d_tf": x3d_tf.__version__,
+        "the version of TensorFlow": tf.__version__,
+        "the version of Keras": keras.__version__,
+        **checked.config.outcome_settings(),
+        "Execution.accumulation": checked.config.execution.accumulation,
+        "the fingerprint of DatasetSpec.records": fingerprint,
+        "the number of devices": len(workers.strategy.extended.worker_devices),
+        "allow_other_groups": allow_other_groups,
+    }
+
+
+def _prepare(checked: CheckedRun, run: RunFolder) -> None:
+    """Prints advice about a run, and saves the preview of its clips."""
     config, records, task = checked.config, checked.records, checked.task
     print(_describe_splits(records, config))
     if not run.has_checkpoint:  # settings can no longer be changed after the first checkpoint
@@ -125,12 +151,13 @@ def _train(
     if not run.preview.is_file():
         tell(f"saving a preview of the first training clips: {run.preview}")
         task.save_preview(config, records, run.preview)
-    tell("building the network")
-    trainer = Trainer(config, records, strategy, task, validates=validates)
-    trainer.fit(run, fingerprint, allow_other_groups=allow_other_groups)
+
+
+def _save(trainer: "Trainer", run: RunFolder) -> None:
+    """Saves the trained network and the files beside it."""
     print("Saving the model.")
     atomic_write(run.labels, "".join(f"{name}\n" for name in trainer.classes).encode())
-    atomic_write(run.input, json.dumps(task.input_contract(trainer.model), indent=1).encode())
+    atomic_write(run.input, json.dumps(trainer.task.input_contract(trainer.model), indent=1).encode())
     trainer.save_result(run)
 
 
@@ -142,7 +169,7 @@ class Trainer:
     Args:
         config: the configuration of the run, checked with `checks.check_records` and `checks.check_batch`.
         manifest: the manifest of the records, including the split held out for validation.
-        strategy: the distribution strategy.
+        workers: the workers, with the distribution strategy.
         task: the task of the run.
         validates: see `train`.
     """
@@ -151,12 +178,13 @@ class Trainer:
         self,
         config: TrainConfig,
         manifest: Manifest,
-        strategy: tf.distribute.Strategy,
+        workers: Workers,
         task: Task,
         *,
         validates: bool = True,
     ) -> None:
-        self.config, self.manifest, self.strategy, self.task = config, manifest, strategy, task
+        self.config, self.manifest, self.workers, self.task = config, manifest, workers, task
+        self.strategy = strategy = workers.strategy
         self.phases, self.batch = phases_of(config), config.recipe.batch
         self.steps = self.phases.steps
         self.classes = task.classes(manifest)
@@ -170,7 +198,7 @@ class Trainer:
             self.step = TrainStep(self.model, config, strategy, self._loss())
         precise = config.recipe.precise_bn_batches
         self.statistics = PreciseStatistics(self.model, strategy) if precise else None
-        split = validation_split(config.dataset) if validates else None
+        split = validation_split(config.dataset) if validates and workers.is_chief else None
         self.validation = task.validation(self.model, config, manifest, split) if split else None
 
     def fit(self, run: RunFolder, records: str, *, allow_other_groups: bool = False) -> None:
@@ -181,6 +209,23 @@ class Trainer:
             records: fingerprint of the manifest. The checkpoints must have been written with the same records.
             allow_other_groups: see `train`.
         """
+        log = self._open_log(run, records, allow_other_groups=allow_other_groups) if self.workers.is_chief else None
+        first = self.workers.number_of_chief(log.first if log else 0)
+        self.workers.broadcast([variable for part in self._state().values() for variable in part])
+        try:
+            with record_errors_as_user_errors(), self.workers.stopping_together(), log.bar if log else nullcontext():
+                self._loop(log, first)
+        except KeyboardInterrupt:
+            if log:
+                self._save_interrupted(log)
+            raise
+        if log:
+            log.history.save_plots()  # a run killed after its last checkpoint may not have drawn them
+            for line in log.history.totals():
+                print(line)
+
+    def _open_log(self, run: RunFolder, records: str, *, allow_other_groups: bool) -> "_Log":
+        """Restores the newest checkpoint, or loads the initial weights, and opens the logs of the run."""
         origin = Origin(self.config.fingerprint(), records, *self._batch_norm_groups())
         checkpoints = Checkpoints(run, self.model, self.step.variables, origin)
         first = checkpoints.restore(allow_other_groups=allow_other_groups)
@@ -195,42 +240,38 @@ class Trainer:
         print(self._describe(run) + (f", resuming from the checkpoint of step {first}" if first else ""))
         self._warn_about_small_groups(origin)
         tell("compiling the training step: on a slow machine the first step may take a minute or two")
-        try:
-            with (
-                record_errors_as_user_errors(),
-                tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0) as bar,
-            ):
-                self._loop(run, checkpoints, history, first, bar)
-        except KeyboardInterrupt:
-            self._save_interrupted(checkpoints, history)
-            raise
-        history.save_plots()  # the run may have been killed after its last checkpoint, before the plots were drawn
-        for line in history.totals():
-            print(line)
+        bar = tqdm(total=self.steps, initial=first, bar_format=_BAR, mininterval=1.0)
+        return _Log(run, checkpoints, history, bar, first)
 
-    def _loop(self, run: RunFolder, checkpoints: Checkpoints, history: History, first: int, bar: Any) -> None:
+    def _state(self) -> dict[str, list[Any]]:
+        return state_of(self.model, self.step.variables)
+
+    def _loop(self, log: "_Log | None", first: int) -> None:
+        """Takes the steps after `first`. The chief has a log, and does what is written or printed."""
         if first and self._is_checkpoint(first):  # the validation may have been interrupted; repeating it is harmless
             self._refresh_statistics(first)
-            self._validate(run, history, first)
+            self._validate(log, first)
         step, end = first, first
-        while step < self.steps and not self._is_patience_exhausted(history):
+        while step < self.steps and not self._is_patience_exhausted(log):
             if step == end:
                 batches, end = iter(self.batches(step)), self.phases.at(step).end
                 self.step.trace(batches)  # outside of `held_back`, because it takes long and may be interrupted
             count = self._steps_until_pause(step)
+            pauses = self._is_checkpoint(step + count) or step // _LOG_STEPS != (step + count) // _LOG_STEPS
             with held_back():  # the history must contain every step taken
-                history.add(self.step(batches, count))
+                metrics = self.step(batches, count)
                 step += count
-                _advance(bar, step, first)
-                if self._is_checkpoint(step) or step // _LOG_STEPS != (step - count) // _LOG_STEPS:
-                    bar.set_postfix_str(history.end_row(step))
+                if log:
+                    log.add(metrics, step, ends_row=pauses)
             if self._is_checkpoint(step):
                 self._refresh_statistics(step)
-                checkpoints.save(step)  # before the validation, which may take long or fail
-                self._validate(run, history, step)
-                history.save_plots()
-                history.restart_clock()
-        if step < self.steps:
+                if log:
+                    log.checkpoints.save(step)  # before the validation, which may take long or fail
+            if pauses:
+                self.workers.stop_if_asked()
+            if self._is_checkpoint(step):
+                self._validate(log, step)
+        if step < self.steps and log:
             patience = self.config.recipe.patience
             tqdm.write(f"early stopping at step {step}: no improvement in {counted(patience, 'validation')}")
 
@@ -245,20 +286,28 @@ class Trainer:
             if self.step.average is not None:
                 self.step.average.copy_statistics()
 
-    def _validate(self, run: RunFolder, history: History, step: int) -> None:
-        """Evaluates the network on the validation split.
+    def _validate(self, log: "_Log | None", step: int) -> None:
+        """Evaluates the network on the validation split, on the chief.
 
         With early stopping, saves it if it is the best so far. The schedule "plateau" may divide the learning rate.
         """
+        if log:
+            self._validate_on_chief(log, step)
+            log.history.save_plots()
+            log.history.restart_clock()
+        if isinstance(self.step.schedule, PlateauWithWarmup):
+            self.workers.broadcast(self.step.schedule.variables)
+
+    def _validate_on_chief(self, log: "_Log", step: int) -> None:
         if self.validation is None:
             return
         with self._eval_weights():
             scores = self.validation()
             measured = (f"validation_{metric.text(scores[metric.name])}" for metric in self.validation.metrics)
             tqdm.write(f"step {step}: {', '.join(measured)}")
-            improved = history.add_validation(step, scores)
+            improved = log.history.add_validation(step, scores)
             if improved and self.config.recipe.patience:
-                save(self.model, run.best, self.classes, overwrite=True)
+                save(self.model, log.run.best, self.classes, overwrite=True)
         # last, so that a validation that is interrupted and repeated counts once
         schedule = self.step.schedule
         if isinstance(schedule, PlateauWithWarmup) and schedule.count(step, improved=improved) and step < self.steps:
@@ -278,9 +327,11 @@ class Trainer:
         """Returns a context in which the network holds the EMA of its weights, if EMA is enabled."""
         return self.step.average.swapped() if self.step.average is not None else nullcontext()
 
-    def _is_patience_exhausted(self, history: History) -> bool:
+    def _is_patience_exhausted(self, log: "_Log | None") -> bool:
         patience = self.config.recipe.patience
-        return bool(patience) and history.best()[1] >= patience
+        if not patience:
+            return False
+        return bool(self.workers.number_of_chief(log is not None and log.history.best()[1] >= patience))
 
     def save_result(self, run: RunFolder) -> None:
         """Saves the portable form of the network; with early stopping, the network with the best validation score."""
@@ -297,14 +348,14 @@ class Trainer:
             if self.step.average is not None:
                 self.step.average.reset()
 
-    def _save_interrupted(self, checkpoints: Checkpoints, history: History) -> None:
+    def _save_interrupted(self, log: "_Log") -> None:
         """Saves a checkpoint of the last step that the optimizer completed, and the history up to it."""
         step = self.step.completed_steps
-        if history.pending:
-            history.end_row(step)  # before the checkpoint: raises if the loss is not finite
+        if log.history.pending:
+            log.history.end_row(step)  # before the checkpoint: raises if the loss is not finite
         if step:
-            checkpoints.save(step)
-        history.writer.flush()  # last, because flushing may fail
+            log.checkpoints.save(step)
+        log.history.writer.flush()  # last, because flushing may fail
         print(f"\nstopped after step {step}; run the same command again to resume", file=sys.stderr)
 
     def batches(self, first: int = 0, *, full: bool = False) -> tf.distribute.DistributedDataset:
@@ -352,12 +403,13 @@ class Trainer:
         clips = self.batch // devices // config.execution.accumulation
         slices = num_batch_slices(clips, config.model.bn_group)
         in_parallel = f" ({slices} batch slices in parallel)" if slices > 1 else ""
+        of_workers = f" of {counted(self.workers.count, 'worker')}" if self.workers.count > 1 else ""
         network = name_of(config.expansion, config.model.family)
         largest = self.batch * max(self.phases.clips)
         batch = counted(self.batch, "clip") if largest == self.batch else f"{self.batch} to {largest} clips"
         return (
             f"Training {network} ({macs / 1e9:.3f} GMACs per clip) in {run.root} on "
-            f"{counted(devices, 'device')}{in_parallel}: {counted(self.steps, 'step')} with a batch of "
+            f"{counted(devices, 'device')}{of_workers}{in_parallel}: {counted(self.steps, 'step')} with a batch of "
             f"{batch}{scaled}, {self._describe_groups()}{self._describe_shapes()}"
         )
 
@@ -401,22 +453,35 @@ class Trainer:
             )
 
 
-def _advance(bar: "tqdm[Any]", done: int, first: int) -> None:
-    """Moves the bar to `done` steps.
+@dataclass(frozen=True)
+class _Log:
+    """What the chief writes and prints between the steps.
 
-    The first call restarts the clock, so that the time left does not include compilation.
-
-    Args:
-        bar: the progress bar, which started at step `first`.
-        done: number of steps taken, more than before.
+    Attributes:
+        run: the run folder.
+        checkpoints: its checkpoints.
+        history: its history.
+        bar: the progress bar.
         first: number of steps taken before this process.
     """
-    if bar.initial == first:
-        bar.initial = bar.n = done
-        bar.unpause()
-        bar.refresh()
-    else:
-        bar.update(done - bar.n)
+
+    run: RunFolder
+    checkpoints: Checkpoints
+    history: History
+    bar: "tqdm[Any]"
+    first: int
+
+    def add(self, metrics: dict[str, Any], step: int, *, ends_row: bool) -> None:
+        """Adds the metrics of the steps up to `step`, and writes a row if `ends_row`."""
+        self.history.add(metrics)
+        if self.bar.initial == self.first:  # the time left must not include compilation
+            self.bar.initial = self.bar.n = step
+            self.bar.unpause()
+            self.bar.refresh()
+        else:
+            self.bar.update(step - self.bar.n)
+        if ends_row:
+            self.bar.set_postfix_str(self.history.end_row(step))
 
 
 _BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
