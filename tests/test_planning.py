@@ -188,7 +188,7 @@ def test_the_two_speeds_agree(plan: Callable[..., str]) -> None:
         for flag in ("--clips_per_second=150", f"--device_tflops={150 * 6 * macs / 1e12}")
     )
     for name in ("duration", "all devices", "one device"):
-        assert row(by_clips, name) == row(by_tflops, name)
+        assert row(by_clips, name).partition(" [")[0] == row(by_tflops, name).partition(" [")[0]
     assert "(your figure, --device_tflops)" in by_tflops and "(your figure, --clips_per_second)" in by_clips
 
 
