@@ -9,7 +9,7 @@ import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from absl import flags, logging
 
 from x3d_tf import registry, signals, startup
 from x3d_tf.errors import UserError
+from x3d_tf.files import require_local
 from x3d_tf.terminal import OutputClosed, Terminal, one_line
 from x3d_tf.text import did_you_mean
 
@@ -28,7 +29,13 @@ _HELP_WIDTH = 110  # characters
 _COMMON_FLAGS = ("plugin", "verbose")
 
 
-def run(main: Callable[..., None], *, positional: bool = False, settings: Mapping[str, str] | None = None) -> None:
+def run(
+    main: Callable[..., None],
+    *,
+    positional: bool = False,
+    settings: Mapping[str, str] | None = None,
+    addresses: Collection[str] = (),
+) -> None:
     """Parses the flags and calls `main`.
 
     `--help` prints the command's docstring and flags and exits with status 0.
@@ -42,13 +49,15 @@ def run(main: Callable[..., None], *, positional: bool = False, settings: Mappin
         positional: whether the command accepts positional arguments, which may be mixed with flags.
         settings: settings of the library that flags of another name set, with the names of the flags. Error messages
             that begin with a setting name its flag instead.
+        addresses: names of the flags whose values may be addresses, such as http://HOST:PORT. Values of all others, and
+            positional arguments, are refused if they are: no command reads or writes object storage.
     """
     _escape_output()
     _enable_crash_traceback()
     signals.install_stop_handlers()
     try:
         try:
-            _run(main, positional)
+            _run(main, positional, addresses)
         finally:
             sys.stdout.flush()  # here, so that a full disk is still reported
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
@@ -71,7 +80,7 @@ def _exit_quickly() -> NoReturn:
     _exit_now(0)
 
 
-def _run(main: Callable[..., None], positional: bool) -> None:
+def _run(main: Callable[..., None], positional: bool, addresses: Collection[str]) -> None:
     flags.DEFINE_bool("verbose", False, "Show all messages that TensorFlow prints while it starts.")
     flags.DEFINE_multi_string(
         "plugin",
@@ -86,6 +95,7 @@ def _run(main: Callable[..., None], positional: bool) -> None:
     arguments = _parse_flags(sys.argv)
     if arguments and not positional:
         raise UserError(f"unexpected argument {arguments[0]!r}; this command only accepts flags, see --help")
+    _require_local_paths(arguments, addresses)
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # TensorFlow's Python logger is verbose at INFO
     startup.set_mode("verbose" if FLAGS.verbose else "quiet")
@@ -172,6 +182,17 @@ def _rule(parser: Any) -> str:
         + (f", at least {lower}" if lower is not None else "")
         + (f", at most {upper}" if upper is not None else "")
     )
+
+
+def _require_local_paths(arguments: list[str], addresses: Collection[str]) -> None:
+    """Raises `UserError` if a flag or a positional argument is the address of an object store."""
+    for name, flag in _command_flags().items():
+        values = flag.value if isinstance(flag.value, list) else [flag.value]
+        for value in values if name not in addresses else ():
+            if isinstance(value, str):
+                require_local(re.sub(r"^\w+=", "", value), f"--{name}")  # SPLIT=FILE
+    for argument in arguments:
+        require_local(argument, "the path of a file or folder")
 
 
 def _asks_for_help(arguments: list[str]) -> bool:

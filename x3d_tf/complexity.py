@@ -9,6 +9,10 @@ One network, with a table of its layers; bindings change any setting:
 The paper's tables, with our costs beside the printed ones, and the steps of its expansion:
   python -m x3d_tf.complexity --paper
 
+What a training run will need: size of the records, steps, reads per second, decoder cores and hours, each figure with
+its source. The speed of a device is your own measurement, such as the column clips_per_second in history.csv:
+  python -m x3d_tf.complexity --plan --gin_file=gin/kinetics400/x3d_m.gin --devices=8 --clips_per_second=150
+
 One GMAC is 1e9 multiply-accumulates. Counted per clip are convolutions, squeeze-excitation and fully connected layers;
 batch norm and activations are not. Parameters are counted in two ways: all trainable ones, and the paper's convention,
 which excludes batch norm and the biases of squeeze-excitation and adds a bias to fc1."""
@@ -25,9 +29,11 @@ from x3d_tf.modeling.architecture import ModelOptions
 from x3d_tf.modeling.cost import Cost, cost, layer_costs
 from x3d_tf.modeling.expansion import EFFICIENTNETS, VARIANTS, Expansion, Variant, name_of
 from x3d_tf.search.replay import path_table
+from x3d_tf.training.planning import Needs, Speed, plan_lines
 
 FLAGS = flags.FLAGS
 _VARIANTS = VARIANTS | EFFICIENTNETS
+_OF_PLAN = ("devices", "clips_per_second", "device_tflops")
 
 
 def define_flags() -> None:
@@ -37,13 +43,39 @@ def define_flags() -> None:
         "paper", False, "Print the paper's tables and expansion path instead, with the costs counted here."
     )
     flags.DEFINE_bool("layers", False, "Also print a table of the layers of each network.")
-    flags.DEFINE_integer("num_classes", 400, "Number of classifier outputs.", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_classes",
+        None,
+        "Number of classifier outputs. Defaults to 400, or with --plan to that of the records if they exist.",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool(
+        "plan", False, "Print what the training run of --gin_file needs instead, with the source of each figure."
+    )
+    flags.DEFINE_integer("devices", 1, "For --plan: number of GPUs over all machines.", lower_bound=1)
+    flags.DEFINE_float(
+        "clips_per_second", None, "For --plan: training clips per second of one device, measured with this network."
+    )
+    flags.DEFINE_float(
+        "device_tflops",
+        None,
+        "For --plan, instead of --clips_per_second: 1e12 floating-point operations per second that one device sustains "
+        "in training steps of such a network, as benchmarks/gpu.py prints them. Not the peak of a data sheet, which "
+        "these networks do not reach.",
+    )
 
 
 def main() -> None:
     """Prints the tables that the flags select."""
     if FLAGS.gin_bindings and not FLAGS.gin_file:
         raise UserError("--gin_bindings requires --gin_file, the configuration to change")
+    if FLAGS.plan:
+        _print_plan()
+        return
+    given = [f"--{name}" for name in _OF_PLAN if FLAGS[name].present]
+    if given:
+        raise UserError(f"{', '.join(given)} must not be given without --plan")
+    num_classes = FLAGS.num_classes or 400
     if FLAGS.paper:
         if FLAGS.gin_file or FLAGS.layers:
             raise UserError("--paper prints fixed tables; omit --gin_file and --layers")
@@ -54,10 +86,20 @@ def main() -> None:
         networks = [(parsed.config.expansion, parsed.config.model)]
     else:
         networks = [(row.expansion, ModelOptions(family=row.family)) for row in _VARIANTS.values()]
-    print("\n".join(variant_table(networks, FLAGS.num_classes)))
+    print("\n".join(variant_table(networks, num_classes)))
     if FLAGS.layers:
         for expansion, options in networks:
-            print("\n" + "\n".join(layer_table(expansion, options, FLAGS.num_classes)))
+            print("\n" + "\n".join(layer_table(expansion, options, num_classes)))
+
+
+def _print_plan() -> None:
+    if not FLAGS.gin_file:
+        raise UserError("--plan requires --gin_file, the configuration of the training run")
+    if FLAGS.paper or FLAGS.layers:
+        raise UserError("--plan prints no tables of networks; omit --paper and --layers")
+    speed = Speed(FLAGS.clips_per_second, FLAGS.device_tflops)
+    config = gin_config.parse(FLAGS.gin_file, FLAGS.gin_bindings or []).config
+    print("\n".join(plan_lines(Needs(config, FLAGS.devices, FLAGS.num_classes), speed)))
 
 
 def variant_table(networks: Sequence[tuple[Expansion, ModelOptions]], num_classes: int) -> list[str]:

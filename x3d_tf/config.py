@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from x3d_tf.data.datasets.spec import DatasetSpec
 from x3d_tf.errors import UserError, check_field_types, require
+from x3d_tf.files import require_local
 from x3d_tf.modeling.architecture import ModelOptions, plan
 from x3d_tf.modeling.expansion import Expansion
 from x3d_tf.modeling.graph import DetectionHead
@@ -246,6 +247,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_field_types(self)
         plan(self.expansion, self.model)  # checks the bounds of the network before records are read
+        require_local(self.init or "", "TrainConfig.init")
         require(self.task is None or is_name(self.task), "TrainConfig.task", NAME_RULE, self.task)
         inside = 1 <= self.test_views <= MAX_VIEWS
         require(inside, "TrainConfig.test_views", f"be in 1..{MAX_VIEWS}", self.test_views)

@@ -7,6 +7,7 @@ import codecs
 import errno
 import io
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from x3d_tf.errors import UserError, require
 
 SMALL = 16 * 2**20  # bytes: limit for settings; parsed JSON takes about 24 times as much memory
 LARGE = 2**30  # bytes: limit for the tables of a dataset
+
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.ASCII | re.IGNORECASE)
 
 
 class WriteError(UserError):
@@ -36,6 +40,15 @@ def os_errors_as_write_error(path: Path) -> Iterator[None]:
             raise
         reason = error.message.partition("\n")[0].rpartition("; ")[2].partition(" [Op:")[0]
         raise WriteError(f"{path} cannot be written: {reason}") from error
+
+
+def require_local(path: str, setting: str) -> None:
+    """Raises `UserError` for an address such as `gs://bucket/run`, which `Path` would take for a local folder `gs:`."""
+    rule = (
+        "be a path of a mounted file system, because object storage has neither locks nor atomic renames: copy the "
+        "files, or mount the bucket to read from it (docs/cluster.md)"
+    )
+    require(not _ADDRESS.match(path), setting, rule, path)
 
 
 def temporary_path(path: Path) -> Path:

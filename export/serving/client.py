@@ -313,4 +313,4 @@ def top_lines(probabilities: NDArray[np.float32], names: Sequence[str]) -> list[
 
 if __name__ == "__main__":
     define_flags()
-    commands.run(main, positional=True)
+    commands.run(main, positional=True, addresses=("rest",))

@@ -14,6 +14,7 @@ from x3d_tf.data.records.index import Record, Split
 from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.sampling import FrameSampling
 from x3d_tf.errors import UserError, check_field_types, require
+from x3d_tf.files import require_local
 
 ANY = "records"  # name that stands for the records of any data set
 HELD_OUT = "validation"  # split for the videos held out of training
@@ -60,6 +61,7 @@ class DatasetSpec:
         check_field_types(self)
         for field in ("records", "train_split", "eval_split"):
             require(bool(getattr(self, field)), f"DatasetSpec.{field}", "not be empty", getattr(self, field))
+        require_local(self.records, "DatasetSpec.records")
         require(self.validation_split != "", "DatasetSpec.validation_split", "not be empty", self.validation_split)
         for field in ("train_split", "eval_split", "validation_split"):  # they become part of folder names
             is_plain = not set("/\\\0") & set(getattr(self, field) or "")
