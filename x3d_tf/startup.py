@@ -68,6 +68,8 @@ def starting_tensorflow(*, devices: bool | None = True) -> Iterator[None]:
         yield
         return
     tell("starting TensorFlow")
+    if devices is None and _mode == "quiet":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # several messages about each worker that ends; our error names it
     with kept_back() as messages:
         _import_tensorflow()
         yield

@@ -109,7 +109,7 @@ def _task_of(task: Any, jobs: dict[str, Any]) -> tuple[str, int]:
     where = f'"task" of {TF_CONFIG}'
     require(isinstance(task, dict), where, 'be an object such as {"type": "worker", "index": 0}', task)
     job, index = task.get("type"), task.get("index")
-    require(job in jobs, where, f'have a "type" of the "cluster", one of {", ".join(jobs)}', job)
+    require(job in [*jobs], where, f'have a "type" of the "cluster", one of {", ".join(jobs)}', job)
     if isinstance(index, str) and index.isdecimal():
         index = int(index)  # some schedulers write it as text
     count = len(jobs[job])

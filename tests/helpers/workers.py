@@ -1,0 +1,74 @@
+"""Runs training commands of several workers on this machine."""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 300.0  # limit of a command
+
+
+def free_ports(count: int) -> list[int]:
+    """Returns ports of the loopback interface that nobody uses at this moment."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def tf_config(ports: list[int], index: int) -> str:
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    return json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})
+
+
+class TrainingWorkers:
+    """The commands `python -m x3d_tf.train` of all workers of a run, as processes.
+
+    Args:
+        flags: the flags of each worker.
+        environments: further environment variables of each worker.
+    """
+
+    def __init__(self, *flags: list[str], environments: list[dict[str, str]] | None = None) -> None:
+        ports = free_ports(len(flags))
+        self._files: list[tuple[Any, Any]] = []  # not pipes: a full one would stop a worker
+        self.processes = []
+        for index, own in enumerate(flags):
+            further = environments[index] if environments else {}
+            self._files.append((tempfile.TemporaryFile(), tempfile.TemporaryFile()))  # noqa: SIM115
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "x3d_tf.train", *own],
+                    env={**os.environ, "TF_CONFIG": tf_config(ports, index), **further},
+                    stdout=self._files[-1][0],
+                    stderr=self._files[-1][1],
+                    cwd=ROOT,
+                )
+            )
+
+    def __enter__(self) -> "TrainingWorkers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for file in itertools.chain(*self._files):
+            file.close()
+
+    def wait(self) -> list[tuple[int, str, str]]:
+        """Waits for all processes; returns their exit statuses, outputs and error outputs."""
+        return [(process.wait(SECONDS), *map(_content, files)) for process, files in zip(self.processes, self._files)]
+
+
+def _content(file: Any) -> str:
+    file.seek(0)
+    return str(file.read().decode())
