@@ -250,6 +250,11 @@ class Command:
         self.process.send_signal(number)
         return running
 
+    def errors_so_far(self) -> str:
+        """Returns what the command has written to standard error until now."""
+        descriptor = self._err.fileno()  # read without a seek, because the command shares the position
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="backslashreplace")
+
     def wait(self) -> Ended:
         """Waits for the command, and kills its process group if it exceeds a limit."""
         broke, peak = "", 0
