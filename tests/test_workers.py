@@ -46,10 +46,13 @@ PLATEAU: dict[str, Any] = {
     "DatasetSpec.validation_split": "val",
     "Recipe.schedule": "plateau",
     "Recipe.plateau_validations": 1,
+    "Recipe.steps": 12,
+}
+ACCUMULATION: dict[str, Any] = {
+    "Recipe.batch": 8,
+    "Recipe.reference_batch": 8,
     "Execution.accumulation": 2,
     "Execution.steps_per_execution": 2,
-    "ModelOptions.bn_group": 1,
-    "Recipe.steps": 12,
 }
 
 
@@ -97,28 +100,33 @@ def train_together(words: list[str]) -> list[tuple[int, str, str]]:
     [
         VALIDATION,
         pytest.param(PLATEAU, marks=pytest.mark.slow),
-        pytest.param({"Recipe.ema": 0.5}, marks=pytest.mark.slow),
+        pytest.param(ACCUMULATION, marks=pytest.mark.slow),
     ],
-    ids=["early stopping, EMA and precise batch norm", "plateau and accumulation", "EMA"],
+    ids=["early stopping, EMA and precise batch norm", "plateau", "accumulation"],
 )
 def test_two_workers_equal_one(records: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for status, _, errors in train_together(flags(tmp_path, records, two, **changes)):
         assert status == 0, errors
     train(config_of(flags(tmp_path, records, one, **changes)), one)
-    for actual, expected in zip(weights(two), weights(one), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)  # another order of sums
+    assert_equal_weights(two, one, statistics="Execution.accumulation" not in changes)
+    names = ("step", "epoch", "learning_rate", "loss", "top1")
     for row, other in zip(rows(two), rows(one), strict=True):
         assert row.keys() == other.keys()
-        np.testing.assert_allclose(
-            [float(text or -1) for text in row.values()], [float(text or -1) for text in other.values()], rtol=1e-5
-        )
-    assert {path.name for path in two.iterdir()} - {
-        "evaluation",
-        "config.gin",
-        "operative_config.gin",
-        "recipe.json",
-    } == {path.name for path in one.iterdir()}
+        np.testing.assert_allclose([float(row[n]) for n in names], [float(other[n]) for n in names], rtol=1e-5)
+    of_command = {"evaluation", "config.gin", "operative_config.gin", "recipe.json"}
+    assert {path.name for path in two.iterdir()} - of_command == {path.name for path in one.iterdir()}
+
+
+def assert_equal_weights(actual: Path, expected: Path, *, statistics: bool) -> None:
+    """Compares the networks of two runs up to another order of sums.
+
+    The statistics of batch norm depend on the order in which the micro-batches of a step are processed.
+    """
+    ours, theirs = x3d_tf.load(actual), x3d_tf.load(expected)
+    for weight, other in zip(ours.weights, theirs.weights, strict=True):
+        if statistics or weight.trainable:
+            np.testing.assert_allclose(weight.numpy(), other.numpy(), rtol=1e-5, atol=2e-5, err_msg=weight.path)
 
 
 @pytest.mark.parametrize(
