@@ -45,10 +45,10 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
     path, lock = tmp_path / "lock", locks._lock
     removals = [path, path]
 
-    def removed_first(descriptor: int, lock_path: Path) -> bool:
+    def removed_first(descriptor: int, lock_path: Path, shared: bool) -> bool:
         if removals:
             removals.pop().unlink()
-        return lock(descriptor, lock_path)
+        return lock(descriptor, lock_path, shared)
 
     monkeypatch.setattr(locks, "_lock", removed_first)
     with (

@@ -140,15 +140,15 @@ def test_a_shard_without_its_frames_is_built_again(videos: Path, decoding: list[
 def test_finished_shards_are_not_decoded_again(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = builder._Build._write_shard
+    write = builder.write_shard
     calls = itertools.count()
 
-    def stopping(self: Any, *arguments: Any) -> Any:
+    def stopping(*arguments: Any) -> Any:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return write(self, *arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(builder._Build, "_write_shard", stopping)
+    monkeypatch.setattr(builder, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         build(videos, tmp_path / "out")
     first = list(decoding)
@@ -308,7 +308,7 @@ def test_a_build_without_a_finished_shard_is_replaced(
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(builder._Build, "_write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(builder, "write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         build(videos, output, quality=80)
     (output / ".train-00000-of-00009.tfrecord.partial").touch()  # left by a killed process
     build(videos, output)
@@ -317,7 +317,7 @@ def test_a_build_without_a_finished_shard_is_replaced(
 
 
 def test_one_process_at_a_time(videos: Path, decoding: list[str], tmp_path: Path) -> None:
-    with open_build(tmp_path / "out", {"quality": 80}, find_videos(videos)):
+    with open_build(tmp_path / "out", {"quality": 80}, find_videos(videos), []):
         (tmp_path / "out" / ".train-00000-of-00003.tfrecord.partial").touch()
         before = content(tmp_path / "out")
         with pytest.raises(ValueError, match="another process is building into"):
