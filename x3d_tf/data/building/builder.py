@@ -231,7 +231,7 @@ class Build:
 
     def begin(self) -> "tqdm[Any]":
         """Tells which shards exist and returns a progress bar over the videos."""
-        if (self.finished or self.title) and self.plan.progress:
+        if self.finished and self.plan.progress:
             print(f"{self.progress} exist already")
         total = sum(len(shard.videos) for shard in self.shards)
         done = sum(len(shard.videos) for shard in self.shards if shard.file in self.finished)
