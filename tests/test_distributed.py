@@ -202,6 +202,10 @@ def test_ctrl_c_and_killed_processes(cluster: Any, tmp_path: Path) -> None:
     assert driver.returncode == 130, errors
     assert "Run the same command again to resume after the last finished shard." in errors
     assert "Traceback" not in errors
+    deadline = time.monotonic() + 30
+    while running_tasks() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running_tasks() == [] and not [*output.glob(".build/work-*")]
     notes = {path: path.stat().st_mtime_ns for path in output.glob(".build/*.json")}
     assert not (output / "manifest.json").exists()
     resumed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)

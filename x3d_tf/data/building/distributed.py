@@ -9,7 +9,7 @@ import os
 import socket
 import tempfile
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -117,8 +117,8 @@ def _write_missing(ray: Any, build: Build) -> None:
     task = _Task(root, work, cwd, plan.sources.classes, encoding)
     _check_nodes(ray, task, shards)
     videos = written = 0
-    with closing(_results(ray, task, shards)) as results, build.begin() as bar:
-        for shard, finished in results:
+    with build.begin() as bar:
+        for shard, finished in _results(ray, task, shards):
             if isinstance(finished, WriteError):
                 raise build.cannot_write(finished)
             if isinstance(finished, UserError):
@@ -198,8 +198,11 @@ def _versions() -> dict[str, str]:
 
 def _results(
     ray: Any, task: _Task, shards: Sequence[PlannedShard]
-) -> Generator[tuple[PlannedShard, FinishedShard | UserError], None, None]:
-    """Builds shards in tasks and yields each with its result, in the order in which they end; cancels all at its end.
+) -> Iterator[tuple[PlannedShard, FinishedShard | UserError]]:
+    """Builds shards in tasks and yields each with its result, in the order in which they end.
+
+    Ray cancels the tasks of a driver that disconnects. `ray.cancel(force=True)` can end the driver in a failed check of
+    Ray if a task ends at that moment (measured with Ray 2.60).
 
     Raises:
         UserError: a task was lost too often.
@@ -208,20 +211,16 @@ def _results(
     remote = ray.remote(_build_shard).options(num_cpus=workers, max_retries=_RETRIES)
     shared, waiting = ray.put(task), deque(shards)
     running: dict[Any, PlannedShard] = {}
-    try:
-        while waiting or running:
-            cpus = int(ray.cluster_resources().get("CPU", 0))
-            if cpus < workers:
-                tell("the cluster has no node with free CPUs now; waiting for one")
-            while waiting and len(running) < 2 * max(cpus // workers, 1):  # so that nodes have a next task
-                shard = waiting.popleft()
-                running[remote.remote(shared, shard)] = shard
-            for reference in ray.wait([*running], timeout=_POLL_SECONDS)[0]:
-                shard = running.pop(reference)
-                yield shard, _result(ray, reference, shard)
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+    while waiting or running:
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if cpus < workers:
+            tell("the cluster has no node with enough CPUs now; waiting for one")
+        while waiting and len(running) < 2 * max(cpus // workers, 1):  # so that nodes have a next task
+            shard = waiting.popleft()
+            running[remote.remote(shared, shard)] = shard
+        for reference in ray.wait([*running], timeout=_POLL_SECONDS)[0]:
+            shard = running.pop(reference)
+            yield shard, _result(ray, reference, shard)
 
 
 def _result(ray: Any, reference: Any, shard: PlannedShard) -> FinishedShard | UserError:

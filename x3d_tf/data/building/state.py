@@ -12,7 +12,7 @@ there, and then renamed. So two processes that build the same shard cannot damag
 systems whose locks do not reach other machines.
 
 A complete build, and one that finishes a build, locks `.build/lock` for itself. Parts share it, and each locks a file
-of its own. Parts that start wait for each other at `.build/opening`: the first one writes build.json.
+of its own. Parts that start wait for each other at `.build/opening.lock`: the first one writes build.json.
 """
 
 import hashlib
@@ -330,7 +330,9 @@ def _as_part(root: Path, part: Part, open_folder: Callable[[bool], BuildFolder])
                     f"time must be parts of {other.total}, not of {part.total}. Wait for it, or use its number of parts"
                 )
             conflict = f"output: another process is building {part} into {root}"
-            stack.enter_context(locked(state / f"{part.id}.lock", conflict, "wait for it, or build another part"))
+            advice = "wait for it, or build another part"
+            # waits because a process that looks for running parts holds the lock for an instant
+            stack.enter_context(locked(state / f"{part.id}.lock", conflict, advice, wait=1.0))
             for left in state.glob(_work_prefix(part) + "*"):
                 shutil.rmtree(left, ignore_errors=True)
             opened = open_folder(not running)
