@@ -1,10 +1,10 @@
 """Kills parts of a record build at random moments and starts them again: all bytes must equal those of one process.
 
-The videos are synthetic: 12 splits of 8 videos, one shard per split. Three parts run at the same time, each in a
+The videos are synthetic: 12 splits of 60 videos, one shard per split. Three parts run at the same time, each in a
 process. At a random moment, one of them, or in every third trial all, receive SIGKILL, SIGTERM or SIGINT: in every
-other trial any time after the first file exists, otherwise within half a second after a random shard. Those that were
-killed start again while the others still run, and --finish follows. No shard that was finished may be built again,
-worker processes must exit with the command, and no partial file may remain.
+other trial any time after the first file exists, otherwise within half a second after a random shard that is not the
+last of its part. Those that were killed start again while the others still run, and --finish follows. No shard that was
+finished may be built again, worker processes must exit with the command, and no partial file may remain.
 
   python tests/trials/kill_parts.py --count=10 --seed=0
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness import Command, Ended, Report, arguments, contents, half_written, make_videos, scratch, succeeded
 
-SPLITS, VIDEOS, PARTS = 12, 8, 3
+SPLITS, VIDEOS, PARTS = 12, 60, 3
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)  # in turn
 STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -122,8 +122,8 @@ def main() -> None:
 
         def attempt(number: int) -> str | None:
             rng = random.Random(f"{report.chosen.seed}/{number}")
-            shards = sorted(name for name in expected if name.endswith(".tfrecord"))
-            moments = (("build.json", rng.uniform(0, length)), (rng.choice(shards), rng.uniform(0, 0.5)))
+            shard = f"split{rng.randrange(SPLITS - PARTS)}-00000-of-00001.tfrecord"
+            moments = (("build.json", rng.uniform(0, length)), (shard, rng.uniform(0, 0.5)))
             killed = [rng.randint(1, PARTS)] if number % 3 else [*range(1, PARTS + 1)]
             sent, moment = SIGNALS[number // 2 % len(SIGNALS)], moments[number % 2]
             return "; ".join(trial(videos, folder / f"build{number}", killed, sent, moment, expected, report)) or None
