@@ -229,10 +229,13 @@ class Build:
         """The number of finished shards, as text."""
         return f"{self.title}{len(self.finished)} of {counted(len(self.shards), 'shard')}"
 
-    def begin(self) -> "tqdm[Any]":
-        """Tells which shards exist and returns a progress bar over the videos."""
+    def tell_existing(self) -> None:
+        """Prints the number of shards that an earlier run has finished, if any."""
         if self.finished and self.plan.progress:
             print(f"{self.progress} exist already")
+
+    def bar(self) -> "tqdm[Any]":
+        """Returns a progress bar over the videos."""
         total = sum(len(shard.videos) for shard in self.shards)
         done = sum(len(shard.videos) for shard in self.shards if shard.file in self.finished)
         return tqdm(total=total, initial=done, unit="video", disable=not self.plan.progress, smoothing=0)
@@ -293,14 +296,17 @@ def write_missing(build: Build, on_shard: Callable[["tqdm[Any]"], object]) -> No
         build: the build.
         on_shard: called after each shard, with the progress bar.
     """
+    build.tell_existing()
+    shards, settings = build.missing, build.plan.encoding
+    if not shards:
+        return
     with starting_tensorflow(devices=False):
         import x3d_tf.data.records.format  # noqa: F401  # takes seconds, in which the workers would be idle
 
-    shards, settings = build.missing, build.plan.encoding
     pending = [video for shard in shards for video in shard.videos]
     estimate = _Estimate([*pending, *_pending_elsewhere(build)])
     encoded = encode_all(pending, encoder(settings), settings.workers or available_cpus(), settings.timeout)
-    with closing(encoded), build.begin() as bar:
+    with closing(encoded), build.bar() as bar:
 
         def take(result: EncodedVideo | VideoError) -> None:
             bar.update()

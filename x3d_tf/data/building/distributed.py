@@ -109,6 +109,7 @@ def build_on_ray(inputs: Inputs, output: str | Path, address: str, **options: Un
 
 def _write_missing(ray: Any, build: Build) -> None:
     """Writes the shards of a build that are not finished, and adds them to it."""
+    build.tell_existing()
     shards, plan = build.missing, build.plan
     encoding = replace(plan.encoding, workers=plan.encoding.workers or 1)
     paths = [video.path for shard in shards for video in shard.videos]
@@ -117,7 +118,7 @@ def _write_missing(ray: Any, build: Build) -> None:
     task = _Task(root, work, cwd, plan.sources.classes, encoding)
     _check_nodes(ray, task, shards)
     videos = written = 0
-    with build.begin() as bar:
+    with build.bar() as bar:
         for shard, finished in _results(ray, task, shards):
             if isinstance(finished, WriteError):
                 raise build.cannot_write(finished)
