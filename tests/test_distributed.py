@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +120,97 @@ def test_a_node_that_sees_other_folders_or_videos(tmp_path: Path, monkeypatch: p
     assert f"none cannot be entered on {host} (No such file or directory)" in problem(elsewhere)
     task.work.rmdir()
     assert f"out is not the same folder on all nodes: {host} does not see" in problem()
+
+
+class RayError(Exception):
+    pass
+
+
+class RayTaskError(RayError):
+    cause = ModuleNotFoundError("No module named 'x3d_tf'")
+
+
+class GetTimeoutError(RayError):
+    pass
+
+
+class OneProcess:
+    """A cluster that runs tasks when their results are asked for, or whose tasks all fail with an error."""
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, GetTimeoutError=GetTimeoutError)
+
+    def __init__(self, *cpus: int, error: type[RayError] | None = None) -> None:
+        self.cpus, self.error, self.pending, self.most = [*cpus], error, list[Any](), 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        found = enumerate(self.cpus)
+        host = {"NodeManagerHostname": "one"}
+        return [
+            {"NodeID": f"{i + 1:056x}", "Alive": True, "Resources": {"CPU": float(cpus)}, **host} for i, cpus in found
+        ]
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def remote(self, function: Any) -> Any:
+        def start(*arguments: Any) -> Any:
+            self.pending.append(lambda: function(*arguments))
+            self.most = max(self.most, len(self.pending))
+            return self.pending[-1]
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+
+    def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return references[-1:], references[:-1]
+
+    def get(self, reference: Any, timeout: float | None = None) -> Any:
+        self.pending.remove(reference)
+        if self.error is not None:
+            raise self.error("lost\nwith details")
+        return reference()
+
+
+def test_tasks_are_sent_to_busy_nodes_in_small_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, _ = task_of(tmp_path / "out", write_class_folders(tmp_path / "in"))
+    shards = [PlannedShard("train", str(number), []) for number in range(20)]
+    monkeypatch.setattr(distributed, "_build_shard", lambda task, shard: f"built {shard.file}")
+    cluster = OneProcess(1, 0, 2)
+    results = list(distributed._results(cluster, task, shards))
+    assert sorted(results) == sorted((shard, f"built {shard.file}") for shard in shards)
+    assert cluster.most == 6
+    assert "waiting" not in capsys.readouterr().err
+    assert len(list(distributed._results(OneProcess(0), task, shards))) == 20  # a node may come later
+    assert capsys.readouterr().err == "the cluster has no node with 1 CPU now; waiting for one\n"
+    lost = distributed._results(OneProcess(1, error=RayError), task, shards)
+    with pytest.raises(
+        UserError, match=r"ray: the task of 1 was lost 11 times: lost Finished shards stay; run the same"
+    ):
+        next(lost)
+    with pytest.raises(RayTaskError):  # a bug keeps its traceback
+        next(distributed._results(OneProcess(1, error=RayTaskError), task, shards))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "message"),
+    [
+        (OneProcess(0), 1, "ray must be a cluster that has a node with CPUs"),
+        (OneProcess(4, 2), 5, "workers must be at most 4, the most CPUs of a node of the cluster, got 5"),
+        (OneProcess(4, error=GetTimeoutError), 1, "ray: node one does not run a task within 300 s"),
+        (
+            OneProcess(4, error=RayTaskError),
+            1,
+            "ray: a task fails on node one: No module named 'x3d_tf'. Every node needs this package and its plugins",
+        ),
+    ],
+)
+def test_clusters_that_cannot_build(tmp_path: Path, cluster: OneProcess, workers: int, message: str) -> None:
+    pytest.importorskip("ray")
+    task, shards = task_of(tmp_path / "out", write_class_folders(tmp_path / "in"))
+    task = replace(task, encoding=replace(task.encoding, workers=workers))
+    with pytest.raises(UserError, match=f"^{message}$"):
+        distributed._check_nodes(cluster, task, shards)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "", "host:port", "ray://host:1", "a:1:2"])

@@ -27,6 +27,7 @@ from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.errors import UserError, first_line, require
 from x3d_tf.files import WriteError, os_errors_as_write_error
 from x3d_tf.terminal import tell
+from x3d_tf.text import counted
 
 _RETRIES = 10  # of a task whose process or machine was lost; more would repeat a task that always crashes
 _CHECK_SECONDS = 300.0  # for starting a task on each node, which imports this package from a cold disk
@@ -138,18 +139,19 @@ def _check_nodes(ray: Any, task: _Task, shards: Sequence[PlannedShard]) -> None:
     """Raises `UserError` unless each node sees the folders and the videos of the driver, and one has enough CPUs."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1}
-    most = max((int(node["Resources"]["CPU"]) for node in nodes.values()), default=0)
+    cpus = _cpus(ray)
+    most = max(cpus.values(), default=0)
     require(most > 0, "ray", "be a cluster that has a node with CPUs")
     workers = task.encoding.workers or 1
     require(workers <= most, "workers", f"be at most {most}, the most CPUs of a node of the cluster", workers)
     samples = [next(shard.videos[0] for shard in shards if shard.split == split) for split in {s.split for s in shards}]
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
     checks = {}
-    for identity in nodes:
+    for identity in cpus:
         strategy = NodeAffinitySchedulingStrategy(identity, soft=False)
         check = ray.remote(_check_node).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
-        checks[check.remote(task, samples, _versions())] = f"{nodes[identity]['NodeManagerHostname']}"
-    tell(f"checking that {len(nodes)} nodes see the folder and the videos")
+        checks[check.remote(task, samples, _versions())] = hosts[identity]
+    tell(f"checking that {counted(len(checks), 'node')} can read the videos and write the records")
     for reference, host in checks.items():
         try:
             problem = ray.get(reference, timeout=_CHECK_SECONDS)
@@ -162,6 +164,12 @@ def _check_nodes(ray: Any, task: _Task, shards: Sequence[PlannedShard]) -> None:
             ) from error
         if problem is not None:
             raise problem
+
+
+def _cpus(ray: Any) -> dict[str, int]:
+    """Returns the number of CPUs of each node that has any, by the node's identity."""
+    nodes = ((node["NodeID"], int(node["Resources"].get("CPU", 0))) for node in ray.nodes() if node["Alive"])
+    return {identity: cpus for identity, cpus in nodes if cpus}
 
 
 def _check_node(task: _Task, samples: Sequence[Video], versions: dict[str, str]) -> UserError | None:
@@ -212,11 +220,13 @@ def _results(
     remote = ray.remote(_build_shard).options(num_cpus=workers, max_retries=_RETRIES)
     shared, waiting = ray.put(task), deque(shards)
     running: dict[Any, PlannedShard] = {}
+    was_idle = False
     while waiting or running:
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        if cpus < workers:
-            tell("the cluster has no node with enough CPUs now; waiting for one")
-        while waiting and len(running) < 2 * max(cpus // workers, 1):  # so that nodes have a next task
+        at_once = sum(cpus // workers for cpus in _cpus(ray).values())
+        if at_once == 0 and not was_idle:
+            tell(f"the cluster has no node with {counted(workers, 'CPU')} now; waiting for one")
+        was_idle = at_once == 0
+        while waiting and len(running) < 2 * max(at_once, 1):  # so that each node has a next task
             shard = waiting.popleft()
             running[remote.remote(shared, shard)] = shard
         for reference in ray.wait([*running], timeout=_POLL_SECONDS)[0]:
