@@ -37,7 +37,7 @@ _PACKAGES = ("x3d-tf", "av", "pillow")  # their versions determine the bytes of 
 
 @dataclass(frozen=True)
 class _Task:
-    """What all tasks of a build share; it is sent to the nodes.
+    """Settings that all tasks of a build share; they are sent to the nodes.
 
     Attributes:
         root: absolute path of the output folder.
