@@ -60,3 +60,47 @@ def test_the_command(
     assert train.endswith("; none damaged")
     assert test.endswith("; 1 damaged")
     assert damaged.startswith(f"  {shard} has ")
+
+
+def test_parts_and_finish(
+    clips: Path, tmp_path: Path, in_process: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (f"--videos={clips}", f"--output={tmp_path / 'out'}", "--split=0.3")
+    in_process(build_records, *flags, "--part=1/2")
+    printed = capsys.readouterr().out
+    assert "part 1 of 2: 1 of 1 shard" in printed
+    assert printed.endswith("When all parts are finished, run the same command with --finish instead of --part.\n")
+    with pytest.raises(UserError, match=r"lacks 1 shard of 2: .*with --part=2/2 instead of --finish"):
+        in_process(build_records, *flags, "--finish")
+    in_process(build_records, *flags, "--part=2/2")
+    capsys.readouterr()
+    in_process(build_records, *flags, "--finish")
+    assert "python -m x3d_tf.train --gin_file=gin/x3d_s.gin" in capsys.readouterr().out
+    in_process(build_records, *flags, "--part=2/2")
+    assert capsys.readouterr().out == "part 2 of 2: the build was already complete\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--part=5/4"], r"part must be K/N with 1 <= K <= N, such as 3/16, got '5/4'"),
+        (["--part=0/4"], r"part must be K/N with 1 <= K <= N, such as 3/16, got '0/4'"),
+        (["--part=x"], "--part must be K/N, such as 3/16 for the third of 16 parts, got 'x'"),
+        (["--part="], "--part must be K/N, such as 3/16 for the third of 16 parts, got ''"),
+        (["--part=-1/4"], "--part must be K/N, such as 3/16 for the third of 16 parts, got '-1/4'"),
+        (["--part=1/4/2"], "--part must be K/N, .*, got '1/4/2'"),
+        (["--part=1/4", "--finish"], "--part and --finish must not be given together"),
+        (["--part=1/4", "--ray=a:1"], "--part and --ray must not be given together"),
+        (["--finish", "--ray=a:1"], "--finish and --ray must not be given together"),
+        (["--part=1/4", "--verify"], "--part.* must not be given with --verify or --index"),
+        (["--finish", "--index"], "--finish.* must not be given with --verify or --index"),
+        (["--ray=a:1", "--verify"], "--ray.* must not be given with --verify or --index"),
+        (["--ray=nonsense"], "ray must be HOST:PORT, the address of the cluster's head node, got 'nonsense'"),
+    ],
+)
+def test_flags_that_exclude_each_other(
+    clips: Path, tmp_path: Path, in_process: Callable[..., None], flags: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        in_process(build_records, f"--videos={clips}", f"--output={tmp_path / 'out'}", *flags)
+    assert not (tmp_path / "out").exists()

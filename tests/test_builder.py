@@ -11,7 +11,7 @@ import pytest
 from video_fixtures import hang_where_marked, numbered_frames, write_class_folders, write_video
 
 from x3d_tf.build_records import summary
-from x3d_tf.data.building import builder
+from x3d_tf.data.building import builder, plan
 from x3d_tf.data.building.builder import build_records
 from x3d_tf.data.building.sources import Sources, Video
 from x3d_tf.data.datasets.base import Inputs
@@ -154,7 +154,7 @@ def test_a_data_set_lists_a_record_once(
     listed = Sources(
         {name: [videos[i] for i in chosen] for name, chosen in splits.items()}, [], ("run",), "single_label"
     )
-    monkeypatch.setattr(builder, "choose", lambda *_: SimpleNamespace(name="mine", sources=lambda _: listed))
+    monkeypatch.setattr(plan, "choose", lambda *_: SimpleNamespace(name="mine", sources=lambda _: listed))
     with pytest.raises(UserError, match=message):
         build_records(Inputs(videos=clips), tmp_path / "out", workers=1, progress=False)
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from video_fixtures import DiesAtStart, die_on_three, trouble_by_name
@@ -84,3 +85,18 @@ def test_changed_folders_of_frames_are_detected(tmp_path: Path) -> None:
     image_sequences._scan_once.cache_clear()
     assert not image_sequences.is_unchanged(tmp_path, state, 0.0, 1.0)  # a process that lists the folder now
     assert not image_sequences.is_unchanged(tmp_path / "gone", state, 0.0, None)
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, BrokenPipeError])
+@pytest.mark.parametrize("call", ["recv", "send"])
+def test_a_worker_whose_parent_was_killed_ends_without_a_message(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], call: str
+) -> None:
+    monkeypatch.setattr(encoding.signal, "signal", lambda *_: None)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    pipe = SimpleNamespace(recv=lambda: (Video(Path("1"), "", ()),), send=lambda _: None)
+    setattr(pipe, call, fail)
+    encoding._serve(pipe, die_on_three)

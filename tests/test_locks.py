@@ -1,6 +1,7 @@
 """Lock files: one process at a time, links, and file systems without locks."""
 
 import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,10 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
     path, lock = tmp_path / "lock", locks._lock
     removals = [path, path]
 
-    def removed_first(descriptor: int, lock_path: Path) -> bool:
+    def removed_first(descriptor: int, lock_path: Path, shared: bool) -> bool:
         if removals:
             removals.pop().unlink()
-        return lock(descriptor, lock_path)
+        return lock(descriptor, lock_path, shared)
 
     monkeypatch.setattr(locks, "_lock", removed_first)
     with (
@@ -57,3 +58,34 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
         locks.locked(path, "taken", "wait"),
     ):
         pass
+
+
+def test_a_shared_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locks.locked(path, "taken", "wait", shared=True), locks.locked(path, "taken", "wait", shared=True):
+        assert not locks.is_locked(path)  # such a process does not exclude others
+        with pytest.raises(UserError, match=r"^taken; wait$"), locks.locked(path, "taken", "wait"):
+            pass
+    assert path.exists()  # another process may hold it
+    with locks.locked(path, "taken", "wait"):
+        assert locks.is_locked(path)
+        with pytest.raises(UserError, match="taken"), locks.locked(path, "taken", "wait", shared=True):
+            pass
+    assert not path.exists() and not locks.is_locked(path)
+
+
+def test_waiting_for_a_lock(tmp_path: Path) -> None:
+    path, order = tmp_path / "lock", []
+
+    def second() -> None:
+        with locks.locked(path, "taken", "wait", wait=60):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with locks.locked(path, "taken", "wait"):
+        thread.start()
+        with pytest.raises(UserError, match="taken"), locks.locked(path, "taken", "wait", wait=0.1):
+            pass
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

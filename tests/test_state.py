@@ -6,87 +6,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tensorflow as tf
-from video_fixtures import noise_video, numbered_frames, write_video
+from counted_decoding import SLOW, build, content, count_decoding, stop_at, write_texts
+from video_fixtures import numbered_frames, write_video
 
 from x3d_tf.build_records import summary
 from x3d_tf.data.building import builder
-from x3d_tf.data.building.builder import BuildResult, build_records
-from x3d_tf.data.building.encoding import Retryable
-from x3d_tf.data.building.sources import Video
+from x3d_tf.data.building.builder import build_records
 from x3d_tf.data.building.state import open_build
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.datasets.folder import find_videos
 from x3d_tf.data.records import index
 from x3d_tf.data.records.manifest import Manifest
-from x3d_tf.data.video.decode import EncodedVideo, VideoError
-
-SLOW: set[str] = set()  # names of videos that take too long
 
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    """Two splits of text files; `decoding` replaces their decoder."""
-    for name in ("train/run/0", "train/run/1", "train/jump/2", "train/jump/bad 3", "train/jump/4", "test/run/5"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_text(name)
-    (tmp_path / "in" / "test" / "stray").touch()
-    return tmp_path / "in"
+    return write_texts(tmp_path / "in")
 
 
 @pytest.fixture
 def decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Sets two videos per shard and replaces worker processes by a loop; returns the names of decoded videos."""
-    decoded: list[str] = []
-    pictures = noise_video(0, 9)
-
-    def encode_all(videos: Sequence[Video], *_: object) -> Iterator[EncodedVideo | VideoError]:
-        for video in videos:
-            decoded.append(video.path.name)
-            number = int(video.path.name[-1])
-            if video.path.name in SLOW:
-                yield Retryable(video.path, "is slow")
-            elif "bad" in video.path.read_text():
-                yield VideoError(video.path, "is bad")
-            else:
-                yield EncodedVideo(pictures.frames[: number + 1], 30.0)
-
-    SLOW.clear()
-    monkeypatch.setattr(builder, "encode_all", encode_all)
-    monkeypatch.setattr(index, "VIDEOS_PER_SHARD", 2)
-    return decoded
-
-
-def build(videos: Path, output: Path, **settings: Any) -> BuildResult:
-    inputs = {name: settings.pop(name) for name in [*settings] if name in Inputs.__dataclass_fields__}
-    return build_records(Inputs(videos=videos, **inputs), output, progress=False, **settings)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Returns the bytes of all files directly in a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Callable[[], None]:
-    """Raises before or after the `count`th file gets its final name; returns a function that undoes this."""
-    replace, calls = Path.replace, itertools.count()
-
-    def stopping(self: Path, target: Path) -> Path:
-        number = next(calls)
-        if number == count and before:
-            raise KeyboardInterrupt
-        result = replace(self, target)
-        if number == count:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(Path, "replace", stopping)
-    return lambda: monkeypatch.setattr(Path, "replace", replace)
+    return count_decoding(monkeypatch)
 
 
 def test_a_build_interrupted_anywhere_gives_the_same_result(
@@ -140,15 +85,15 @@ def test_a_shard_without_its_frames_is_built_again(videos: Path, decoding: list[
 def test_finished_shards_are_not_decoded_again(
     videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = builder._Build._write_shard
+    write = builder.write_shard
     calls = itertools.count()
 
-    def stopping(self: Any, *arguments: Any) -> Any:
+    def stopping(*arguments: Any) -> Any:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return write(self, *arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(builder._Build, "_write_shard", stopping)
+    monkeypatch.setattr(builder, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         build(videos, tmp_path / "out")
     first = list(decoding)
@@ -308,7 +253,7 @@ def test_a_build_without_a_finished_shard_is_replaced(
 ) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(builder._Build, "_write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(builder, "write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         build(videos, output, quality=80)
     (output / ".train-00000-of-00009.tfrecord.partial").touch()  # left by a killed process
     build(videos, output)
@@ -317,7 +262,7 @@ def test_a_build_without_a_finished_shard_is_replaced(
 
 
 def test_one_process_at_a_time(videos: Path, decoding: list[str], tmp_path: Path) -> None:
-    with open_build(tmp_path / "out", {"quality": 80}, find_videos(videos)):
+    with open_build(tmp_path / "out", {"quality": 80}, find_videos(videos), []):
         (tmp_path / "out" / ".train-00000-of-00003.tfrecord.partial").touch()
         before = content(tmp_path / "out")
         with pytest.raises(ValueError, match="another process is building into"):

@@ -33,13 +33,22 @@ TFRecord files that Model Garden, MediaSequence or DMVR wrote (docs/training.md)
 Other data sets by name, from an installed package or a module of your own:
   python -m x3d_tf.build_records --plugin=my_data --dataset=my_data --videos=my_videos --output=data/my_records
 
+On many machines that share the folders, such as the jobs of a SLURM array: any number of parts, each built by a command
+of its own, at the same time and in any order. When all have ended, the same command with --finish writes the manifest:
+  python -m x3d_tf.build_records --videos=my_videos --output=data/my_records --split=0.2 --part=3/16
+  python -m x3d_tf.build_records --videos=my_videos --output=data/my_records --split=0.2 --finish
+
+On all nodes of a Ray cluster, pip install 'x3d_tf[cluster]':
+  python -m x3d_tf.build_records --videos=/data/videos --output=/data/my_records --split=0.2 --ray=head.example:6379
+
 Verify that existing records are intact, or write their files SHARD.frames, without which shards cannot be read:
   python -m x3d_tf.build_records --verify --output=data/my_records
   python -m x3d_tf.build_records --index --output=data/my_records
 
 All formats that FFmpeg decodes are supported. Files that cannot be decoded are listed in failures.csv in the output
 folder. To resume an interrupted build (Ctrl-C, SIGTERM or a crash), run the same command again. It also retries videos
-that exceeded --timeout or changed while they were read, and failed videos that have changed since.
+that exceeded --timeout or changed while they were read, and failed videos that have changed since. Parts do the same
+when they are run again; then run --finish again. The records are the same bytes, however they are built.
 
 In --csv, a leading ' before text that begins with = + - or @ is removed. The csv files that this package writes have it
 to keep spreadsheets from reading the text as a formula. --output holds a build.json that identifies the build.
@@ -62,7 +71,8 @@ from tqdm import tqdm
 
 from x3d_tf import commands, gin_config
 from x3d_tf.config import TrainConfig
-from x3d_tf.data.building.builder import BuildResult, build_records
+from x3d_tf.data.building.builder import BuildResult, PartResult, build_part, build_records, finish_records
+from x3d_tf.data.building.distributed import build_on_ray
 from x3d_tf.data.building.encoding import TIMEOUT
 from x3d_tf.data.building.state import FAILURES_NAME
 from x3d_tf.data.datasets.base import DATA_SETS, Inputs
@@ -80,6 +90,8 @@ FLAGS = flags.FLAGS
 
 _PATHS = ("videos", "csv", "label_map", "classes")
 _FILES_BY_SPLIT = ("lists", "boxes", "proposals", "exclusions")
+_EXCLUSIVE = ("part", "finish", "ray")
+_PART = re.compile(r"([0-9]{1,9})/([0-9]{1,9})", re.ASCII)
 _NUMBERS = ("starts_at", "frame_rate", "split", "seed")
 
 
@@ -161,8 +173,23 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("quality", 95, "JPEG quality of the stored frames, 1 to 95.")
     flags.DEFINE_integer("seed", 0, "Random seed for the order of the videos and for choosing the test split.")
-    flags.DEFINE_integer("workers", None, "Number of decoder processes. Defaults to the number of CPUs.")
+    flags.DEFINE_integer(
+        "workers",
+        None,
+        "Number of decoder processes. Defaults to the number of CPUs; with --ray, number for each task, which reserves "
+        "as many CPUs. Defaults to 1 then.",
+    )
     flags.DEFINE_float("timeout", TIMEOUT, "Time limit for decoding one video, in seconds. Defaults to 600.")
+    flags.DEFINE_string(
+        "part",
+        None,
+        "K/N: part of the records to build, such as 3/16 for the third of 16 parts: every 16th shard. Parts may be "
+        "built at the same time, on machines that share --output.",
+    )
+    flags.DEFINE_bool("finish", False, "Check that the shards of all parts exist, and write the manifest.")
+    flags.DEFINE_string(
+        "ray", None, "HOST:PORT of the head node of a Ray cluster, whose nodes build the records. They share --output."
+    )
     flags.DEFINE_bool(
         "index",
         False,
@@ -180,13 +207,37 @@ def main() -> None:
     if FLAGS.verify or FLAGS.index:
         _check_records()
         return
-    settings = {name: FLAGS[name].value for name in ("dataset", "short_side", "quality", "workers", "timeout")}
+    given = [f"--{name}" for name in _EXCLUSIVE if FLAGS[name].value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} must not be given together; each builds the records in another way")
     try:
-        result = build_records(_inputs(), FLAGS.output, **settings)
+        print("\n".join(_build()))
     except KeyboardInterrupt:
         print("\nRun the same command again to resume after the last finished shard.", file=sys.stderr)
         raise
-    print("\n".join(summary(result)))
+
+
+def _build() -> list[str]:
+    """Builds what the flags select; returns lines that describe it."""
+    options: Any = {name: FLAGS[name].value for name in ("dataset", "short_side", "quality", "workers", "timeout")}
+    part, output = _part(), FLAGS.output
+    if part is not None:
+        return part_summary(build_part(_inputs(), output, part, **options))
+    if FLAGS.finish:
+        return summary(finish_records(_inputs(), output, **options), "build the parts and --finish again")
+    if FLAGS.ray is not None:
+        return summary(build_on_ray(_inputs(), output, FLAGS.ray, **options))
+    return summary(build_records(_inputs(), output, **options))
+
+
+def _part() -> tuple[int, int] | None:
+    """Returns the number of the part to build and the number of parts, from --part=K/N."""
+    if FLAGS.part is None:
+        return None
+    match = _PART.fullmatch(FLAGS.part)
+    if match is None:
+        raise UserError(f"--part must be K/N, such as 3/16 for the third of 16 parts, got {FLAGS.part!r}")
+    return int(match[1]), int(match[2])
 
 
 def _inputs() -> Inputs:
@@ -210,7 +261,7 @@ def _by_split(name: str) -> dict[str, Path]:
 
 def _check_records() -> None:
     """Verifies or indexes existing records."""
-    given = [f"--{name}" for name in ("dataset", *_inputs().given()) if FLAGS[name].present]
+    given = [f"--{name}" for name in ("dataset", *_EXCLUSIVE, *_inputs().given()) if FLAGS[name].present]
     if given:
         raise UserError(f"{', '.join(given)} must not be given with --verify or --index; they only need --output")
     if FLAGS.index:
@@ -243,8 +294,26 @@ def _verify() -> None:
         )
 
 
-def summary(result: BuildResult) -> list[str]:
-    """Returns lines that list what a build wrote, problems with it, and the command to run next."""
+def part_summary(result: PartResult) -> list[str]:
+    """Returns lines that state what a part wrote, and the command to run next."""
+    if result.was_finished:
+        return [f"{result.part}: the build was already complete"]
+    lines = [f"{result.part}: all of its {counted(result.shards, 'shard')} are finished"]
+    if result.failures:
+        lines.append(f"  skipped: {counted(result.failures, 'video')}; --finish lists the reasons in {FAILURES_NAME}")
+    if result.to_retry:
+        why = "exceeded --timeout or changed while being read; run the same command again to retry"
+        lines.append(f"  of these, {counted(result.to_retry, 'video')} {why}")
+    return [*lines, "When all parts are finished, run the same command with --finish instead of --part."]
+
+
+def summary(result: BuildResult, retry: str = "run the same command again") -> list[str]:
+    """Returns lines that list what a build wrote, problems with it, and the command to run next.
+
+    Args:
+        result: the build.
+        retry: what to do to retry videos, without "to retry".
+    """
     manifest, task = result.manifest, find(result.manifest.task)
     done = "; the build was already complete" if result.was_finished else ""
     lines = [f"{manifest.folder}: {counted(len(manifest.classes), 'class')}, task {task.name}{done}"]
@@ -264,7 +333,7 @@ def summary(result: BuildResult) -> list[str]:
         where = manifest.folder / FAILURES_NAME
         lines.append(f"  skipped: {counted(result.failures, 'source')}; {where} lists the reasons")
     if result.to_retry:
-        why = "exceeded --timeout or changed while being read; run the same command again to retry"
+        why = f"exceeded --timeout or changed while being read; {retry} to retry"
         lines.append(f"  of these, {counted(result.to_retry, 'video')} {why}")
     return [*lines, *_training_command(manifest, task)]
 

@@ -6,18 +6,22 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from x3d_tf.errors import UserError
 from x3d_tf.files import os_errors_as_write_error
 
 _OWNER = re.compile(r"process [0-9]{1,19} on [\w.-]{1,255}", re.ASCII)
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_POLL = 0.05  # seconds between attempts to take a lock
 
 
 @contextmanager
-def locked(path: Path, conflict: str, advice: str) -> Iterator[None]:
+def locked(path: Path, conflict: str, advice: str, *, shared: bool = False, wait: float = 0.0) -> Iterator[None]:
     """Locks a file for the duration of the block and removes it at the end.
 
     Uses flock, so that the lock of a killed process is released. The text of the file only names the owner. If the file
@@ -27,13 +31,18 @@ def locked(path: Path, conflict: str, advice: str) -> Iterator[None]:
         path: lock file in an existing folder. A symbolic link is rejected because it could point to another file.
         conflict: first part of the message if another process holds the lock: "another process is ... RUN".
         advice: second part of the message.
+        shared: any number of processes may hold the lock at the same time, but none together with a process that locks
+            the file without `shared`. The file is not removed at the end and names no owner.
+        wait: seconds to wait for another process to release the lock.
 
     Raises:
         UserError: another process holds the lock.
         WriteError: the file cannot be written.
     """
+    until = time.monotonic() + wait
     with os_errors_as_write_error(path):
-        descriptor = _acquire(path)
+        while (descriptor := _acquire(path, shared)) is None and time.monotonic() < until:
+            time.sleep(_POLL)
     if descriptor is None:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             owner = _OWNER.fullmatch(path.read_text(encoding="utf-8").strip())
@@ -42,20 +51,33 @@ def locked(path: Path, conflict: str, advice: str) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # on a full disk the lock works without the text
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            if not shared:
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()  # before the lock is released: later the file may belong to another process
+        if not shared:
+            with contextlib.suppress(OSError):
+                path.unlink()  # before the lock is released: later the file may belong to another process
         os.close(descriptor)
 
 
-def _acquire(path: Path) -> int | None:
+def is_locked(path: Path) -> bool:
+    """Returns True if a process holds the lock of a file that it does not share; False if the file does not exist."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | _FLAGS)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor, path, shared=True)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(path: Path, shared: bool) -> int | None:
     """Returns the descriptor of the locked file, or None if another process holds the lock."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
-        descriptor = os.open(path, flags, 0o644)
-        if not _lock(descriptor, path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o644)
+        if not _lock(descriptor, path, shared):
             os.close(descriptor)
             return None
         try:
@@ -66,20 +88,25 @@ def _acquire(path: Path) -> int | None:
         os.close(descriptor)  # removed by its owner between opening and locking: retry with a new file
 
 
-def _lock(descriptor: int, path: Path) -> bool:
+def _lock(descriptor: int, path: Path, shared: bool) -> bool:
     """Tries to take the lock; returns True if this process may write."""
     try:
         import fcntl
     except ImportError:  # not available on Windows
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        print(
-            f"warning: the file system of {path.parent} does not support locks ({error.strerror}); make sure that no "
-            "other process writes to this folder",
-            file=sys.stderr,
-        )
+        _warn(path.parent, error.strerror)
     return True
+
+
+@cache  # a folder may have several locks
+def _warn(folder: Path, reason: str) -> None:
+    print(
+        f"warning: the file system of {folder} does not support locks ({reason}); make sure that no other process "
+        "writes to this folder",
+        file=sys.stderr,
+    )

@@ -1,61 +1,42 @@
 """Builds records from videos: decodes in parallel, writes shards and the manifest, resumes an interrupted build.
 
+The shards of a build are a plan that follows from its videos and settings. `build_records` builds all of them,
+`build_part` those of one machine, and `finish_records` writes the manifest once all shards exist. `distributed` builds
+them on a Ray cluster. The files are the same in all cases.
+
 Imports no TensorFlow at the top: commands that only read settings import this module.
 """
 
 import math
 import shutil
-import warnings
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tqdm import tqdm
 
-from x3d_tf.data.building import class_names
-from x3d_tf.data.building.encoding import TIMEOUT, Encode, Retryable, encode_all, encode_or_error
-from x3d_tf.data.building.sources import Sources, Video
-from x3d_tf.data.building.state import BuildFolder, Failure, FinishedShard, open_build
-from x3d_tf.data.datasets.base import Inputs, choose
-from x3d_tf.data.records import index
-from x3d_tf.data.records.manifest import Manifest, check_dataset_name
+from x3d_tf.data.building.encoding import Encode, Retryable, encode_all, encode_or_error
+from x3d_tf.data.building.plan import BuildOptions, EncodingSettings, Plan, PlannedShard, plan_build
+from x3d_tf.data.building.sources import Video
+from x3d_tf.data.building.state import BuildFolder, Failure, FinishedShard, Part, open_build
+from x3d_tf.data.datasets.base import Inputs
+from x3d_tf.data.records.manifest import Manifest
 from x3d_tf.data.video.decode import EncodedVideo, VideoError
-from x3d_tf.errors import UserError, require
+from x3d_tf.errors import UserError, first_few, require
 from x3d_tf.files import WriteError
 from x3d_tf.processes import available_cpus
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.text import counted
-from x3d_tf.types import Storage
 
 if TYPE_CHECKING:
     from x3d_tf.data.records.format import RecordSource
 
 ESTIMATE_AFTER = 16  # number of videos after which the total size is estimated
-
-
-@dataclass(frozen=True)
-class _EncodingSettings:
-    """Encoding settings: short side in pixels, JPEG quality, number of worker processes, seconds allowed per video."""
-
-    short_side: int
-    quality: int
-    workers: int | None
-    timeout: float
-
-    def __post_init__(self) -> None:
-        require(self.short_side >= 1, "short_side", "be at least 1 pixel", self.short_side)
-        require(1 <= self.quality <= 95, "quality", "be in 1..95", self.quality)
-        require(self.workers is None or self.workers >= 1, "workers", "be at least 1", self.workers)
-        require(0 < self.timeout <= 1e6, "timeout", "be above 0 and at most 1,000,000 seconds", self.timeout)
-        self.storage()  # checks the upper bound of short_side
-
-    def storage(self) -> Storage:
-        """Returns the manifest's entry on how frames are stored."""
-        return Storage(self.short_side, self.quality)
+AGAIN = "run the same command again"
+_PARTS_AGAIN = "build the parts again, then finish"
 
 
 @dataclass(frozen=True)
@@ -75,17 +56,26 @@ class BuildResult:
     to_retry: int = 0
 
 
-def build_records(
-    inputs: Inputs,
-    output: str | Path,
-    *,
-    dataset: str | None = None,
-    short_side: int = 256,
-    quality: int = 95,
-    workers: int | None = None,
-    timeout: float = TIMEOUT,
-    progress: bool = True,
-) -> BuildResult:
+@dataclass(frozen=True)
+class PartResult:
+    """Result of `build_part`.
+
+    Attributes:
+        part: the part.
+        shards: number of its shards, all of which are finished.
+        failures: number of its videos that were left out; `finish_records` lists them.
+        to_retry: number of them that took too long or changed during the build; the next run of the part retries them.
+        was_finished: True if the complete build was finished, so that this run did nothing.
+    """
+
+    part: Part
+    shards: int
+    failures: int
+    to_retry: int
+    was_finished: bool = False
+
+
+def build_records(inputs: Inputs, output: str | Path, **options: Unpack[BuildOptions]) -> BuildResult:
     """Builds the records of a data set.
 
     The same videos and settings always give the same bytes, for any number of workers. An interrupted build resumes
@@ -99,192 +89,304 @@ def build_records(
     Args:
         inputs: what the data set is read from.
         output: folder for the records: new, empty, or from the same build.
-        dataset: name of the data set; see `datasets.base.choose`.
-        short_side: short side of the stored frames in pixels; smaller videos are not upscaled.
-        quality: JPEG quality of the stored frames, 1..95.
-        workers: number of decoder processes. Defaults to the number of CPUs.
-        timeout: seconds that decoding a video may take.
-        progress: shows a progress bar and the estimated size.
+        **options: see `BuildOptions`.
 
     Raises:
         UserError: a setting is out of range; there is no such data set, or its files differ from their description;
-            `output` holds another build or other files; a split has no readable video; workers cannot start; or the
-            disk is too small, full or not writable, in which case finished shards stay.
+            `output` holds another build or other files, or another process builds into it; a split has no readable
+            video; workers cannot start; or the disk is too small, full or not writable, in which case finished shards
+            stay.
     """
-    encoding = _EncodingSettings(short_side, quality, workers, timeout)
-    data_set = choose(dataset, inputs)
-    check_dataset_name(data_set.name, "the name of a data set")
-    sources = data_set.sources(inputs)
-    for warning in class_names.suspicious_names(sources.classes):
-        warnings.warn(warning, stacklevel=2)
-    _check_splits(sources)
-    if progress and [*sources.splits] == ["train"]:
-        print('All videos get the split "train". Training also requires a test split.')
-    identity = _identity(data_set.name, inputs, encoding, sources)
-    with open_build(Path(output), identity, sources) as folder:
+    plan = plan_build(inputs, **options)
+    shards = plan.shards
+    with open_build(Path(output), plan.identity, plan.sources, names_of(shards)) as folder:
         if folder.is_finished:
-            result = BuildResult(_load_manifest(folder), folder.count_failures(), was_finished=True)
+            result = already_finished(folder)
         else:
-            result = _Build(folder, sources, encoding, progress).run(data_set.name, _settings(inputs, sources))
+            build = Build(folder, plan, shards)
+            build.write_failures()
+            write_missing(build, build.write_failures)
+            result = build.conclude(AGAIN)
         folder.clean()
     return result
 
 
-def _identity(dataset: str, inputs: Inputs, encoding: _EncodingSettings, sources: Sources) -> dict[str, Any]:
-    """Returns the settings that identify a build, besides its videos and classes."""
-    key_frames = {} if sources.key_frames is None else asdict(sources.key_frames)
-    settings = {
-        "dataset": dataset,
-        "seed": inputs.seed,
-        "frame_rate": inputs.frame_rate,
-        "splits": inputs.splits,
-        "split": inputs.split,
-        "expected": dict(sources.expected),
-        **key_frames,
-        "official_split": sources.official_split,
-        "short_side": encoding.short_side,
-        "quality": encoding.quality,
-        "videos_per_shard": index.VIDEOS_PER_SHARD,
-    }
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}  # as in JSON
+def build_part(
+    inputs: Inputs, output: str | Path, part: tuple[int, int], **options: Unpack[BuildOptions]
+) -> PartResult:
+    """Builds the shards of one part of a data set's records, for a machine.
+
+    Parts may be built at the same time, on machines that share the output folder, and in any order. Each machine must
+    see the same videos. An interrupted part resumes after its last finished shard when it is started again. Once all
+    parts are built, `finish_records` completes the records. Everything else is as for `build_records`.
+
+    Args:
+        inputs: what the data set is read from; the same for all parts.
+        output: folder for the records, shared by all parts.
+        part: number of the part and number of parts: (3, 16) builds the third of sixteen parts. Parts that are built
+            at the same time must have the same number of parts.
+        **options: see `BuildOptions`. Only `workers`, `timeout` and `progress` may differ between parts.
+
+    Raises:
+        UserError: as for `build_records`. Also if another process builds the same part, a part of another number of
+            parts, or all shards; or if the parts that are being built have other videos or settings.
+    """
+    part = Part(*part)
+    require(
+        1 <= part.number <= part.total, "part", "be K/N with 1 <= K <= N, such as 3/16", f"{part.number}/{part.total}"
+    )
+    plan = plan_build(inputs, **options)
+    shards = plan.shards[part.number - 1 :: part.total]
+    with open_build(Path(output), plan.identity, plan.sources, names_of(shards), part=part) as folder:
+        if folder.is_finished:
+            return PartResult(part, len(shards), 0, 0, was_finished=True)
+        build = Build(folder, plan, shards, f"{part}: ")
+        write_missing(build, build.tell_progress)
+        failures = [failure for note in build.finished.values() for failure in note.failures]
+        return PartResult(part, len(shards), len(failures), sum(failure.retry for failure in failures))
 
 
-def _settings(inputs: Inputs, sources: Sources) -> dict[str, int | float | str]:
-    """Returns the settings that the manifest states."""
-    official = sources.official_split
-    splits = {} if official is None else {"official_split": official.number, "official_splits": official.total}
-    return {"seed": inputs.seed, **splits}
+def finish_records(inputs: Inputs, output: str | Path, **options: Unpack[BuildOptions]) -> BuildResult:
+    """Writes the manifest and `failures.csv` of records whose parts are built, see `build_part`.
+
+    Builds nothing, and retries no video.
+
+    Args:
+        inputs, output, **options: as for `build_part`.
+
+    Raises:
+        UserError: a shard is missing (the message lists the parts to build), a split has no readable video, a part is
+            being built, or the folder holds another build.
+    """
+    plan = plan_build(inputs, **options)
+    shards = plan.shards
+    with open_build(Path(output), plan.identity, plan.sources, names_of(shards), finish=True) as folder:
+        build = Build(folder, plan, shards)
+        if folder.is_finished and not folder.stale:
+            result = already_finished(folder)
+        else:
+            _require_all(folder, build)
+            result = build.conclude(_PARTS_AGAIN)
+        folder.clean()
+    return result
 
 
-def _check_splits(sources: Sources) -> None:
-    """Raises if a split is empty, which training would report much later, or if a record is listed twice."""
-    for name, videos in sources.splits.items():
-        if not videos:
-            unusable = sources.unusable
-            why = f" ({counted(len(unusable), 'unusable entry')}; the first: {unusable[0]})" if unusable else ""
-            raise UserError(f"split {name} has no videos{why}. Add videos to it, or leave it out of --splits")
-    found: dict[str, str] = {}
-    for name, videos in sources.splits.items():
-        for video in videos:
-            listed = video.media_id if video.key_frame is None else video.name  # near key frames show the same
-            first = found.setdefault(listed, name)
-            if first != name:
-                where = f"in the splits {first} and {name}"
-                raise UserError(f"{listed} is listed {where}; a video, or a part of it, must be in one split")
-        twice = next((identity for identity, count in Counter(v.media_id for v in videos).items() if count > 1), None)
-        require(twice is None, f"split {name}", "list each video, or part of it, once", twice)
+def _require_all(folder: BuildFolder, build: "Build") -> None:
+    """Raises `UserError` unless all shards are finished."""
+    names = names_of(build.shards)
+    missing = [number for number, name in enumerate(names) if name in folder.stale or name not in build.finished]
+    if not missing:
+        return
+    listed, count = first_few([names[number] for number in missing]), folder.parts()
+    parts = sorted({number % count + 1 for number in missing}) if count else []
+    flags = first_few([Part(number, count).flag for number in parts]) if count else "--part, or without it"
+    raise UserError(
+        f"output: {folder.root} lacks {counted(len(missing), 'shard')} of {len(names)}: {listed}. Run the same command "
+        f"with {flags} instead of --finish, then with --finish again"
+    )
 
 
-class _Shard(NamedTuple):
-    """A planned shard: its split, its file name and its videos."""
+def already_finished(folder: BuildFolder) -> BuildResult:
+    """Returns the result of a build that an earlier run has finished."""
+    manifest = Manifest.load(folder.root)
+    for name in manifest.splits:
+        manifest.split(name)  # raises if a shard is missing
+    return BuildResult(manifest, folder.count_failures(), was_finished=True)
 
-    split: str
-    file: str
-    videos: list[Video]
+
+def names_of(shards: Sequence[PlannedShard]) -> list[str]:
+    """Returns the file names of shards."""
+    return [shard.file for shard in shards]
 
 
-class _Build:
-    """A run that writes the shards that are not finished yet."""
+class Build:
+    """State of a build: its shards, and those that are finished.
 
-    def __init__(self, folder: BuildFolder, sources: Sources, encoding: _EncodingSettings, progress: bool) -> None:
-        self.folder, self.sources, self.encoding, self.progress = folder, sources, encoding, progress
-        self.shards = [
-            _Shard(split, file, videos[part])
-            for split, videos in sources.splits.items()
-            for file, part in index.plan_shards(split, len(videos))
-        ]
-        found = {shard.file: folder.load_finished(shard.file) for shard in self.shards}
+    Attributes:
+        folder: the opened output folder.
+        plan: what is built.
+        shards: the shards that this process builds.
+        finished: those of them that are finished, by file name.
+        title: begin of the lines about progress.
+    """
+
+    def __init__(self, folder: BuildFolder, plan: Plan, shards: list[PlannedShard], title: str = "") -> None:
+        self.folder, self.plan, self.shards, self.title = folder, plan, shards, title
+        found = {shard.file: folder.load_finished(shard.file) for shard in shards}
         self.finished = {file: finished for file, finished in found.items() if finished is not None}
-        pending = [video for shard in self.shards if shard.file not in self.finished for video in shard.videos]
-        self.pending = [video._replace(state=folder.states[video.path]) for video in pending]
-        encode: Encode = partial(encode_or_error, short_side=encoding.short_side, quality=encoding.quality)
-        self.encoded = encode_all(self.pending, encode, encoding.workers or available_cpus(), encoding.timeout)
-        self.estimate = _Estimate(self.pending)
 
-    def run(self, dataset: str, settings: dict[str, int | float | str]) -> BuildResult:
-        """Writes the missing shards, then the manifest."""
+    @property
+    def missing(self) -> list[PlannedShard]:
+        """The shards that are not finished, with the states of their videos when the build began."""
+        return [
+            shard._replace(videos=[video._replace(state=self.folder.states[video.path]) for video in shard.videos])
+            for shard in self.shards
+            if shard.file not in self.finished
+        ]
+
+    @property
+    def progress(self) -> str:
+        """The number of finished shards, as text."""
+        return f"{self.title}{len(self.finished)} of {counted(len(self.shards), 'shard')}"
+
+    def tell_existing(self) -> None:
+        """Prints the number of shards that an earlier run has finished, if any."""
+        if self.finished and self.plan.progress:
+            print(f"{self.progress} exist already")
+
+    def bar(self) -> "tqdm[Any]":
+        """Returns a progress bar over the videos."""
+        total = sum(len(shard.videos) for shard in self.shards)
+        done = sum(len(shard.videos) for shard in self.shards if shard.file in self.finished)
+        return tqdm(total=total, initial=done, unit="video", disable=not self.plan.progress, smoothing=0)
+
+    def tell_progress(self, bar: "tqdm[Any]") -> None:
+        """Prints the number of finished shards."""
+        if self.plan.progress:
+            bar.write(self.progress)
+
+    def write_failures(self, _: object = None) -> int:
+        """Writes the failures so far, in the order of the videos; returns their number."""
+        unusable = [Failure(error.path, error.reason) for error in self.plan.sources.unusable]
+        finished = [self.finished[shard.file] for shard in self.shards if shard.file in self.finished]
+        return self.folder.write_failures([*unusable, *(failure for shard in finished for failure in shard.failures)])
+
+    def cannot_write(self, error: WriteError) -> UserError:
+        """Returns the error for a full disk or a missing permission."""
+        return UserError(f"{error}. {self.progress} are finished; {AGAIN} to resume")
+
+    def conclude(self, again: str) -> BuildResult:
+        """Writes the failures and the manifest of a build whose shards are all finished.
+
+        Args:
+            again: what to do to build the shards of repaired videos again.
+        """
         with starting_tensorflow(devices=False):
             from x3d_tf.data.records.format import join_shards
 
-        total = sum(len(videos) for videos in self.sources.splits.values())
-        if self.finished and self.progress:
-            print(f"{len(self.finished)} of {counted(len(self.shards), 'shard')} exist already")
-        failures = self._write_failures()
-        done = total - len(self.pending)
-        bar = tqdm(total=total, initial=done, unit="video", disable=not self.progress, smoothing=0)
-        with closing(self.encoded), bar:
-            for shard in self.shards:
-                if shard.file not in self.finished:
-                    try:
-                        self.finished[shard.file] = self._write_shard(shard, bar)
-                        failures = self._write_failures()
-                    except WriteError as error:
-                        raise UserError(
-                            f"{error}. {len(self.finished)} of {counted(len(self.shards), 'shard')} are finished; "
-                            "run the same command again to resume"
-                        ) from error
+        failures, sources = self.write_failures(), self.plan.sources
         splits = {
             name: join_shards([self.finished[shard.file].part for shard in self.shards if shard.split == name])
-            for name in self.sources.splits
+            for name in sources.splits
         }
+        total = sum(map(len, sources.splits.values()))
         if not any(part.records for part in splits.values()):
             self.folder.clear()  # so that another build may use the folder
             raise UserError(f"no video can be read ({total} tried); see {self.folder.failures} for the reasons")
         for name, part in splits.items():
-            count = len(self.sources.splits[name])
+            count = len(sources.splits[name])
             if not part.records:
                 raise UserError(
                     f"no video of split {name} can be read ({count} tried); see {self.folder.failures} for the "
-                    "reasons. Repair or replace them and run the same command again"
+                    f"reasons. Repair or replace them and {again}"
                 )
-        sources, stored = self.sources, self.encoding.storage()
         splits = {name: replace(part, expected=sources.expected.get(name)) for name, part in splits.items()}
-        root, task, key_frames = self.folder.root, sources.task, sources.key_frames
-        manifest = Manifest(root, dataset, sources.classes, splits, settings, stored, task, key_frames)
+        plan, root, stored = self.plan, self.folder.root, self.plan.encoding.storage()
+        task, key_frames = sources.task, sources.key_frames
+        manifest = Manifest(root, plan.dataset, sources.classes, splits, plan.settings, stored, task, key_frames)
         manifest.save()
         to_retry = sum(failure.retry for shard in self.finished.values() for failure in shard.failures)
         return BuildResult(manifest, failures, to_retry=to_retry)
 
-    def _write_shard(self, shard: _Shard, bar: "tqdm[Any]") -> FinishedShard:
-        from x3d_tf.data.records.format import write_shard
 
-        labels = {name: label for label, name in enumerate(self.sources.classes)}
-        sources = [
-            _record_source(video, tuple(sorted(labels[name] for name in video.classes))) for video in shard.videos
-        ]
-        failed: list[Failure] = []
+def write_missing(build: Build, on_shard: Callable[["tqdm[Any]"], object]) -> None:
+    """Writes the shards of a build that are not finished, and adds them to it.
+
+    Args:
+        build: the build.
+        on_shard: called after each shard, with the progress bar.
+    """
+    build.tell_existing()
+    shards, settings = build.missing, build.plan.encoding
+    if not shards:
+        return
+    with starting_tensorflow(devices=False):
+        import x3d_tf.data.records.format  # noqa: F401  # takes seconds, in which the workers would be idle
+
+    pending = [video for shard in shards for video in shard.videos]
+    estimate = _Estimate([*pending, *_pending_elsewhere(build)])
+    encoded = encode_all(pending, encoder(settings), settings.workers or available_cpus(), settings.timeout)
+    with closing(encoded), build.bar() as bar:
 
         def take(result: EncodedVideo | VideoError) -> None:
             bar.update()
-            if isinstance(result, VideoError):
-                failed.append(Failure(result.path, result.reason, isinstance(result, Retryable)))
-            if self.estimate.add(result):
-                self._check_disk(bar)
+            if estimate.add(result):
+                check_disk(build.folder.root, estimate.rest, estimate.bytes, bar)
 
-        part = write_shard(self.folder.root / shard.file, sources, self.encoded, self.sources.classes, take)
-        finished = FinishedShard(part, tuple(failed))
-        self.folder.save_finished(shard.file, finished)
-        return finished
+        for shard in shards:
+            try:
+                classes = build.plan.sources.classes
+                build.finished[shard.file] = write_shard(build.folder, shard, classes, encoded, take)
+                on_shard(bar)
+            except WriteError as error:
+                raise build.cannot_write(error) from error
 
-    def _check_disk(self, bar: "tqdm[Any]") -> None:
-        """Prints the estimated size; raises if it exceeds the free disk space."""
-        rest, free = self.estimate.rest, shutil.disk_usage(self.folder.root).free
-        if self.progress:
-            bar.write(
-                f"estimated size: {_format_size(rest + self.estimate.bytes)} ({_format_size(free)} free on the disk)"
-            )
-        if rest > free:
-            raise UserError(
-                f"output: {self.folder.root} needs about {_format_size(rest)} more, estimated from the first "
-                f"{ESTIMATE_AFTER} videos, but its disk has {_format_size(free)} free. Free disk space, use another "
-                "disk, or lower --quality or --short_side"
-            )
 
-    def _write_failures(self) -> int:
-        """Writes the failures so far, in the order of the videos; returns their number."""
-        unusable = [Failure(error.path, error.reason) for error in self.sources.unusable]
-        finished = [self.finished[shard.file] for shard in self.shards if shard.file in self.finished]
-        return self.folder.write_failures([*unusable, *(failure for shard in finished for failure in shard.failures)])
+def encoder(settings: EncodingSettings) -> Encode:
+    """Returns the function that encodes a video."""
+    return partial(encode_or_error, short_side=settings.short_side, quality=settings.quality)
+
+
+def write_shard(
+    folder: BuildFolder,
+    shard: PlannedShard,
+    classes: Sequence[str],
+    encoded: Iterator[EncodedVideo | VideoError],
+    on_result: Callable[[EncodedVideo | VideoError], object],
+) -> FinishedShard:
+    """Writes a shard, the file of its frames and its note.
+
+    Args:
+        folder: the opened output folder.
+        shard: the shard.
+        classes: names of all classes.
+        encoded: encoded video or error of each video, in their order; further elements are left.
+        on_result: called with each of them.
+
+    Raises:
+        WriteError: a file cannot be written.
+    """
+    from x3d_tf.data.records import format as record_format
+
+    labels = {name: label for label, name in enumerate(classes)}
+    sources = [_record_source(video, tuple(sorted(labels[name] for name in video.classes))) for video in shard.videos]
+    failed: list[Failure] = []
+
+    def take(result: EncodedVideo | VideoError) -> None:
+        if isinstance(result, VideoError):
+            failed.append(Failure(result.path, result.reason, isinstance(result, Retryable)))
+        on_result(result)
+
+    part = record_format.write_shard(folder.work / shard.file, sources, encoded, classes, take)
+    finished = FinishedShard(part, tuple(failed))
+    folder.save_finished(shard.file, finished)
+    return finished
+
+
+def check_disk(root: Path, rest: float, written: float, bar: "tqdm[Any]") -> None:
+    """Prints the estimated size; raises if it exceeds the free disk space.
+
+    Args:
+        root: folder of the records.
+        rest: bytes still to write.
+        written: bytes of the videos that the estimate is made from.
+        bar: the progress bar.
+    """
+    free = shutil.disk_usage(root).free
+    if not bar.disable:
+        bar.write(f"estimated size: {_format_size(rest + written)} ({_format_size(free)} free on the disk)")
+    if rest > free:
+        raise UserError(
+            f"output: {root} needs about {_format_size(rest)} more, estimated from the first "
+            f"{ESTIMATE_AFTER} videos, but its disk has {_format_size(free)} free. Free disk space, use another "
+            "disk, or lower --quality or --short_side"
+        )
+
+
+def _pending_elsewhere(build: Build) -> list[Video]:
+    """Returns the videos of the shards that other parts have not finished."""
+    done = {*names_of(build.shards), *build.folder.noted()}
+    return [video for shard in build.plan.shards if shard.file not in done for video in shard.videos]
 
 
 def _record_source(video: Video, labels: tuple[int, ...]) -> "RecordSource":
@@ -325,13 +427,6 @@ class _Estimate:
         """Bytes still to write."""
         seen, rest = math.fsum(self._weights[: self._count]), math.fsum(self._weights[self._count :])
         return self.bytes * rest / seen if seen else 0.0
-
-
-def _load_manifest(folder: BuildFolder) -> Manifest:
-    manifest = Manifest.load(folder.root)
-    for name in manifest.splits:
-        manifest.split(name)  # raises if a shard is missing
-    return manifest
 
 
 def _stored_size(video: Video) -> float:

@@ -11,6 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -206,12 +207,10 @@ def _serve(pipe: Any, encode: Encode) -> None:
     parent = parent_process()
     if parent is not None:  # a killed parent cannot stop its workers, so they watch it
         threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # the parent has exited; killed in between, it resets the connection
+        while True:
             request = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_handle(encode, *request) if request else None)  # an empty request checks that the worker is ready
+            pipe.send(_handle(encode, *request) if request else None)  # an empty request checks that it is ready
 
 
 def _handle(encode: Encode, video: Video) -> Result | Exception:
