@@ -29,7 +29,7 @@ MANIFESTS = sorted(FOLDER.glob("*.yaml"))
 SHOW_CONFIG = ("python3", "-c", "import os; print(os.environ['TF_CONFIG'])")
 
 # Flags that are documented before the commands have them.
-PENDING = {"part", "finish", "ray", "ray_cpus", "ray_gpus", "array"}
+PENDING = {"ray", "ray_cpus", "ray_gpus", "array"}
 
 
 @pytest.fixture

@@ -78,6 +78,29 @@ def serving(fresh: Fresh) -> None:
     assert printed.splitlines()[1] == f"   50.0%  {NAMES[0]}"
 
 
+# Ray rewrites 127.0.0.1 to the machine's own address.
+CLUSTER = """
+import subprocess, sys
+from ray.cluster_utils import Cluster
+settings = {"object_store_memory": 80 * 2**20, "node_ip_address": "127.0.0.2"}
+cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, **settings})
+cluster.add_node(num_cpus=1, **settings)
+flags = ["--videos=classes", "--output=records", "--short_side=32", f"--ray={cluster.address}"]
+done = subprocess.run([sys.executable, "-m", "x3d_tf.build_records", *flags])
+cluster.shutdown()
+sys.exit(done.returncode)
+"""
+
+
+def cluster(fresh: Fresh) -> None:
+    """Builds records on a Ray cluster of one node."""
+    for name in ("one", "two"):
+        (fresh.folder / "classes" / name).mkdir(parents=True)
+        shutil.copy(fresh.folder / "videos" / "a.mp4", fresh.folder / "classes" / name / f"{name}.mp4")
+    fresh.run("-c", CLUSTER)
+    assert len(json.loads((fresh.folder / "records" / "manifest.json").read_text("utf-8"))["classes"]) == 2
+
+
 def benchmarks(fresh: Fresh) -> None:
     """Runs one round of all forms except torch.compile, which takes minutes; no package may be missing."""
     forms = ("--forms", "@ours", "torch eager", "torch ONNX*")
@@ -102,6 +125,7 @@ def linters_and_fast_tests(fresh: Fresh) -> None:
 
 TRIALS: dict[str, Trial | str] = {
     "bench": benchmarks,
+    "cluster": cluster,
     "cuda": "needs many GB and a GPU",
     "onnx": exports("onnx", "onnx", "ONNX"),
     "openvino": exports("onnx", "openvino", "OpenVINO"),

@@ -455,7 +455,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Log:
-    """What the chief writes and prints between the steps.
+    """Logs of a run, which the chief writes and prints between the steps.
 
     Attributes:
         run: the run folder.

@@ -1,4 +1,4 @@
-"""What the workers of a training run agree on: settings before the first step, values of the chief, and when to stop.
+"""Agreement between the workers of a training run: settings before the first step, the chief's values, when to stop.
 
 The workers take the same steps. Everything else, such as files and validations, is the work of the chief.
 """
