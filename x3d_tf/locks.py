@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from x3d_tf.errors import UserError
+from x3d_tf.errors import UserError, require
 from x3d_tf.files import os_errors_as_write_error
 
 _OWNER = re.compile(r"process [0-9]{1,19} on [\w.-]{1,255}", re.ASCII)
 
 
+class Locked(UserError):
+    """Raised when another process holds a lock."""
+
+
 @contextmanager
-def locked(path: Path, conflict: str, advice: str) -> Iterator[None]:
+def locked(path: Path, conflict: str, advice: str, *, required: bool = False) -> Iterator[None]:
     """Locks a file for the duration of the block and removes it at the end.
 
     Uses flock, so that the lock of a killed process is released. The text of the file only names the owner. If the file
@@ -27,18 +31,20 @@ def locked(path: Path, conflict: str, advice: str) -> Iterator[None]:
         path: lock file in an existing folder. A symbolic link is rejected because it could point to another file.
         conflict: first part of the message if another process holds the lock: "another process is ... RUN".
         advice: second part of the message.
+        required: a file system without locks is an error, for processes that divide work by locks.
 
     Raises:
-        UserError: another process holds the lock.
+        Locked: another process holds the lock.
+        UserError: the file system does not support locks, and they are required.
         WriteError: the file cannot be written.
     """
     with os_errors_as_write_error(path):
-        descriptor = _acquire(path)
+        descriptor = _acquire(path, required)
     if descriptor is None:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             owner = _OWNER.fullmatch(path.read_text(encoding="utf-8").strip())
             conflict += f" ({owner.group()})" if owner else ""
-        raise UserError(f"{conflict}; {advice}")
+        raise Locked(f"{conflict}; {advice}")
     try:
         with contextlib.suppress(OSError):  # on a full disk the lock works without the text
             os.ftruncate(descriptor, 0)
@@ -50,12 +56,17 @@ def locked(path: Path, conflict: str, advice: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: Path) -> int | None:
+def _acquire(path: Path, required: bool) -> int | None:
     """Returns the descriptor of the locked file, or None if another process holds the lock."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
         descriptor = os.open(path, flags, 0o644)
-        if not _lock(descriptor, path):
+        try:
+            taken = _lock(descriptor, path, required)
+        except UserError:
+            os.close(descriptor)
+            raise
+        if not taken:
             os.close(descriptor)
             return None
         try:
@@ -66,17 +77,20 @@ def _acquire(path: Path) -> int | None:
         os.close(descriptor)  # removed by its owner between opening and locking: retry with a new file
 
 
-def _lock(descriptor: int, path: Path) -> bool:
+def _lock(descriptor: int, path: Path, required: bool) -> bool:
     """Tries to take the lock; returns True if this process may write."""
     try:
         import fcntl
     except ImportError:  # not available on Windows
+        require(not required, "the operating system", "support locks of files")
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
+        rule = "support locks (flock) that all machines see"
+        require(not required, f"the file system of {path.parent}", rule, error.strerror)
         print(
             f"warning: the file system of {path.parent} does not support locks ({error.strerror}); make sure that no "
             "other process writes to this folder",
