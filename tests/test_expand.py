@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_cluster import local_cluster
 from moving_square import write_records
 
 import x3d_tf
@@ -193,7 +194,16 @@ def test_missing_files_of_a_finished_search_are_written_again(run: Call, finishe
     before = (finished / "report.md").read_text()
     for name in ("report.md", "staircase.png", "family/step01.gin"):
         (finished / name).unlink()
+    names = (
+        "step02_depth_seed0_0",
+        "step03_depth_seed0_0",
+    )  # finished, and trained by another process
+    for name in names:
+        (finished / "candidates" / name / "checkpoints").mkdir(parents=True)
     run(finished)
+    assert [(finished / "candidates" / name / "checkpoints").exists() for name in names] == [False, True]
+    for name in names:
+        shutil.rmtree(finished / "candidates" / name)
     assert (finished / "report.md").read_text() == before
     assert (finished / "family" / "step01.gin").is_file() and (finished / "staircase.png").is_file()
 
@@ -323,6 +333,43 @@ def test_flags_that_do_not_go_together(in_process: Call, settings: Path) -> None
         in_process(expand, f"--gin_file={settings}", "--replay=paper")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--ray=nonsense"], "ray must be HOST:PORT, the address of the cluster's head node, got 'nonsense'"),
+        (["--ray="], "ray must be HOST:PORT"),
+        (
+            ["--ray=a:1", "--parallel=2"],
+            "at most one of --parallel, --array, --ray may be given, got --parallel and --ray",
+        ),
+        (["--ray=a:1", "--array"], "got --array and --ray"),
+        (["--array", "--parallel=2"], "got --parallel and --array"),
+        (["--array", "--dry_run"], "--dry_run measures this machine and cannot be combined with --array"),
+        (["--ray=a:1", "--dry_run"], "cannot be combined with --ray"),
+        (["--gpus=1"], "--gpus requires --ray"),
+    ],
+)
+def test_processes_are_checked_first(in_process: Call, tmp_path: Path, given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        in_process(expand, f"--gin_file={tmp_path / 'absent.gin'}", *given)
+
+
+def test_other_numbers_of_threads_are_refused(run: Call, finished: Path) -> None:
+    """They round differently."""
+    with pytest.raises(UserError, match=r"line 1 must have the settings of this search, cpus = 2 .*, got None"):
+        run(finished, flags=("--cpus=2",))
+    with pytest.raises(UserError, match=r"cpus = 4 .*, got None"):
+        run(finished, flags=("--array",))
+
+
+@pytest.mark.slow
+def test_an_address_without_a_cluster(run: Call, tmp_path: Path) -> None:
+    """A port that nobody listens on."""
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=r"ray: no Ray cluster answers at 127\.0\.0\.1:1 within"):
+        run(tmp_path / "search", flags=("--ray=127.0.0.1:1",))
+
+
 def test_a_candidate_trains_with_its_phase_share_and_seed(settings: Path) -> None:
     config = open_setup(
         gin_config.parse_expand([str(settings)], ["Recipe.steps=100", "TrainConfig.seed=5"])[0]
@@ -365,6 +412,95 @@ def test_a_stopped_command_continues(settings: Path, tmp_path: Path, number: int
     done = subprocess.run(command, cwd=ROOT, **options)
     assert done.returncode == 0, done.stdout
     assert len(lines_of(folder)) == 4 and all(line["reason"] is None for line in lines_of(folder))
+
+
+def cluster_search(settings: Path, folder: Path, *flags: str) -> "subprocess.Popen[str]":
+    """Starts a search whose candidates train for some seconds with a checkpoint after each step."""
+    bindings = ("Recipe.steps=24", "TrainConfig.checkpoint_steps=1", "ExpandConfig.budget_gmacs=0.0027")  # one step
+    given = [f"--gin_bindings={binding}" for binding in bindings]
+    command = [sys.executable, "-m", "x3d_tf.expand", f"--gin_file={settings}", f"--workdir={folder}", *given, *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The scores of a search on this machine, with one thread for each candidate."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "search"
+    process = cluster_search(settings, folder, "--cpus=1", "--parallel=2")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return in_order(lines_of(folder))
+
+
+def in_order(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(lines, key=lambda line: (line["step"], line["axis"]))
+
+
+def wait_for_checkpoint(folder: Path, process: "subprocess.Popen[str]") -> None:
+    while not [*folder.glob("candidates/*/checkpoints/ckpt-2.index")]:
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster_that_loses_a_node(
+    settings: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    folder = tmp_path / "search"
+    with local_cluster(nodes=2) as (cluster, nodes):
+        process = cluster_search(settings, folder, f"--ray={cluster.address}", "--cpus=1")
+        wait_for_checkpoint(folder, process)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "was lost and starts again from its last checkpoint" in output
+    assert any("resuming from the checkpoint of step" in path.read_text() for path in folder.glob("candidates/*.log"))
+    assert in_order(lines_of(folder)) == undisturbed
+    assert (folder / "found" / "model.keras").is_file()
+
+
+@pytest.mark.slow
+def test_a_stopped_search_on_a_cluster_continues(
+    settings: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    folder = tmp_path / "search"
+    with local_cluster(nodes=2) as (cluster, _):
+        process = cluster_search(settings, folder, f"--ray={cluster.address}", "--cpus=1")
+        wait_for_checkpoint(folder, process)
+        process.terminate()
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 143 and "Traceback" not in output, output
+        assert f"stopped; run the same command again to continue the search in {folder}" in output
+        assert not [*folder.glob("candidates/*.starts")]  # the trainings have saved their checkpoints
+        process = cluster_search(settings, folder, f"--ray={cluster.address}", "--cpus=1")
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    assert in_order(lines_of(folder)) == undisturbed
+
+
+@pytest.mark.slow
+def test_an_array_that_loses_a_process(settings: Path, undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The process that coordinates is killed; the other one takes its place, and a third one joins."""
+    folder = tmp_path / "search"
+    processes = [cluster_search(settings, folder, "--array", "--cpus=1") for _ in range(2)]
+    wait_for_checkpoint(folder, processes[0])
+    first = int((folder / ".search.lock").read_text().split()[1])
+    (killed,) = [process for process in processes if process.pid == first]
+    killed.kill()
+    killed.communicate()
+    (left,) = [process for process in processes if process.pid != first]
+    other = cluster_search(settings, folder, "--array", "--cpus=1")
+    refused = cluster_search(settings, folder, "--array", "--cpus=2")
+    assert (
+        "must have the settings of this search, cpus = 2 (continue it with its settings), got 1"
+        in (refused.communicate()[0])
+    )
+    outputs = [process.communicate()[0] for process in (left, other)]
+    assert [process.returncode for process in (left, other, refused)] == [0, 0, 1], outputs
+    assert in_order(lines_of(folder)) == undisturbed
+    assert (folder / "report.md").is_file() and (folder / "found" / "model.keras").is_file()
 
 
 @pytest.mark.slow

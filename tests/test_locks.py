@@ -15,7 +15,7 @@ def test_the_text_of_a_lock_is_not_repeated_unseen(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locks.locked(path, "taken", "wait"):
         path.write_text("\x1b[2Jprocess 1 on evil")
-        with pytest.raises(UserError, match=r"^taken; wait$"), locks.locked(path, "taken", "wait"):
+        with pytest.raises(locks.Locked, match=r"^taken; wait$"), locks.locked(path, "taken", "wait"):
             pass
 
 
@@ -38,6 +38,9 @@ def test_a_file_system_without_locks_is_reported(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locks.locked(tmp_path / "lock", "taken", "wait"):
         assert f"the file system of {tmp_path} does not support locks (No locks available)" in capsys.readouterr().err
+    rule = f"the file system of {tmp_path} must support locks .*, got 'No locks available'"
+    with pytest.raises(UserError, match=rule), locks.locked(tmp_path / "lock", "taken", "wait", required=True):
+        pass
 
 
 def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
@@ -46,10 +49,10 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_again(
     path, lock = tmp_path / "lock", locks._lock
     removals = [path, path]
 
-    def removed_first(descriptor: int, lock_path: Path, shared: bool) -> bool:
+    def removed_first(descriptor: int, lock_path: Path, shared: bool, required: bool) -> bool:
         if removals:
             removals.pop().unlink()
-        return lock(descriptor, lock_path, shared)
+        return lock(descriptor, lock_path, shared, required)
 
     monkeypatch.setattr(locks, "_lock", removed_first)
     with (

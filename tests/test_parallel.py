@@ -77,3 +77,8 @@ def test_processes_share_cores_and_gpus(
     parallel.divide_devices(number, processes)
     assert calls["growth"] == visible
     assert (calls["threads"], calls["visible"]) == (([cores] * 2, [visible]) if cores else ([], []))
+    for found in calls.values():
+        found.clear()
+    parallel.divide_devices(number, processes, 3)  # whatever the machine has
+    assert (calls["growth"], calls["threads"]) == (visible, [3, 3])
+    assert calls["visible"] == ([visible] if processes > 1 else [])

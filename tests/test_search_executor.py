@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_search_trace import CONFIG, TINY, noise, search_in
+from stub_trainings import TINY, noise
+from test_search_trace import CONFIG, search_in
 
 from x3d_tf import registry
 from x3d_tf.errors import UserError

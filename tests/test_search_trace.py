@@ -1,7 +1,6 @@
 """The trace of a search: exact resumption, damage, other settings, full disks. No TensorFlow."""
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stub_trainings import TINY, noise
 
 from x3d_tf.errors import UserError
 from x3d_tf.files import WriteError
@@ -23,19 +23,9 @@ from x3d_tf.search.executor import SerialExecutor
 from x3d_tf.search.loop import drive, load_search, run_search
 from x3d_tf.search.reports import family_table, pareto_table
 from x3d_tf.search.search import Search
-from x3d_tf.search.trace import TRACE_NAME, open_trace
+from x3d_tf.search.trace import TRACE_NAME, NotMeasured, follow_trace, open_trace, require_search_folder
 
-TINY = Expansion(gamma_tau=1.0, gamma_t=1, gamma_s=32 / 112, gamma_d=0.2)
 CONFIG = ExpandConfig(budget_gmacs=0.03, seeds=2, halving=0.5, keep=2, contraction="all")
-
-
-def noise(candidate: Candidate) -> Score:
-    """Returns a score that only depends on the candidate; one in eight fails."""
-    identity = repr((candidate.network, candidate.seed, candidate.share))
-    value = int(hashlib.sha256(identity.encode()).hexdigest()[:8], 16) / 2**32
-    if value < 1 / 8:
-        return Score(None, seconds=0.5, reason=f"no memory for {candidate.axis} \ud800 'é'\n")
-    return Score(value, standard_error=0.01, seconds=1 / 3, training=value / 3)
 
 
 def search_in(folder: Path, score: Callable[[Candidate], Score] = noise, **arguments: Any) -> Search:
@@ -132,10 +122,11 @@ def test_an_executor_must_score_something(tmp_path: Path) -> None:
         run_search(tmp_path, CONFIG, Idle(), TINY)
 
 
+PATHS = (Path(__file__).parent, Path(__file__).parent / "helpers")
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_search_trace import noise, search_in
 from x3d_tf.search.config import ExpandConfig
 
@@ -153,7 +144,7 @@ search_in(Path(sys.argv[1]), score, config=ExpandConfig(budget_gmacs=0.03))
 def test_a_search_killed_in_candidate_4_of_step_3_continues_there(tmp_path: Path) -> None:
     config = ExpandConfig(budget_gmacs=0.03)
     uninterrupted = search_in(tmp_path / "complete", config=config)
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), *map(str, PATHS)]
     assert subprocess.run(command).returncode == -signal.SIGKILL
     asked: list[tuple[int, int]] = []
 
@@ -447,3 +438,37 @@ def test_random_damage_is_never_another_exception(tmp_path: Path) -> None:
             assert str(error).startswith(f"{tmp_path / TRACE_NAME}, line ")
             outcomes.add("rejected")
     assert outcomes == {"loaded", "rejected"}
+
+
+def test_a_trace_is_followed_while_it_is_written(
+    complete: tuple[Search, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert follow_trace(tmp_path, {}) is None
+    header = json.loads(complete[1].splitlines()[0])["settings"]
+    lines = complete[1].splitlines(keepends=True)
+    folder = written(tmp_path, b"".join(lines[:4]) + lines[4][:-20])
+    trace = follow_trace(folder, header)
+    assert trace is not None and trace.scores == 3
+    assert capsys.readouterr().err == "" and (folder / TRACE_NAME).read_bytes().endswith(lines[4][:-20])
+    with pytest.raises(UserError, match=r"line 1 must have the settings of this search, num_classes = 5 .*, got 4"):
+        follow_trace(folder, {**header, "num_classes": 5})
+    with pytest.raises(NotMeasured):
+        trace.known(TINY)
+
+
+def test_a_folder_whose_trace_is_being_created_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process creates it after the first look, and then the folder of candidates."""
+    list_folder = Path.iterdir
+
+    def creating(folder: Path) -> Iterator[Path]:
+        found = list(list_folder(folder))
+        (folder / TRACE_NAME).touch()
+        (folder / "candidates").mkdir()
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", creating)
+    require_search_folder(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / TRACE_NAME).unlink()
+    with pytest.raises(UserError, match="is not the folder of a search"):
+        require_search_folder(tmp_path)

@@ -6,6 +6,12 @@ Each step trains the network, expanded to twice its cost along each of six axes,
 The start network is Expansion.* of the configuration, and its data set and recipe train every candidate. The candidates
 are compared on the validation split. Run the same command again to continue an interrupted search.
 
+Train the candidates on the nodes of a Ray cluster, four CPU cores and one GPU for each:
+  python -m x3d_tf.expand --gin_file=expand.gin --workdir=/shared/expand --ray=HOST:PORT --cpus=4 --gpus=1
+
+Train them in the tasks of a SLURM array, or other processes over a shared folder, which all run the same command:
+  srun python -m x3d_tf.expand --gin_file=expand.gin --workdir=/shared/expand --array --cpus=$SLURM_CPUS_PER_TASK
+
 Print the candidates of the first step and the expected duration, and train nothing:
   python -m x3d_tf.expand --gin_file=gin/expand.gin --gin_bindings='ExpandConfig.budget_gmacs=0.6' --dry_run
 
@@ -25,11 +31,14 @@ each step), staircase.png, and at the end found.gin, found/ (the run folder of t
 import functools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from x3d_tf import commands, gin_config
+from x3d_tf import commands, gin_config, ray_cluster
 from x3d_tf.config import TrainConfig
 from x3d_tf.errors import UserError
 from x3d_tf.evaluation.inference_cost import INFERENCE_COST_NAME, save_inference_cost
@@ -37,21 +46,27 @@ from x3d_tf.evaluation.metrics import TOP1
 from x3d_tf.evaluation.paper_points import FIGURE_2_POINTS
 from x3d_tf.files import WriteError
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.search.array_executor import ArrayExecutor, Follower, take_part
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import Executor, ProcessExecutor, Remote
-from x3d_tf.search.loop import run_search, search_of
+from x3d_tf.search.loop import identity_of, run_search, search_of
 from x3d_tf.search.outputs import STAIRCASE_NAME, SearchFolder
 from x3d_tf.search.planning import plan_lines
+from x3d_tf.search.ray_executor import RayExecutor
 from x3d_tf.search.replay import path_table
 from x3d_tf.search.reports import candidate_table, family_table, save_staircase, step_table
-from x3d_tf.search.search import Search
-from x3d_tf.search.trace import TRACE_NAME, read_trace, require_search_folder
+from x3d_tf.search.search import Latency, Search
+from x3d_tf.search.shared import SharedTraining
+from x3d_tf.search.trace import TRACE_NAME, digest_of, read_trace, require_search_folder
 from x3d_tf.search.training import CandidateTraining, SearchSetup, check_settings, open_setup
 from x3d_tf.startup import starting_tensorflow
 from x3d_tf.text import counted
 
 FLAGS = flags.FLAGS
+
+_Executor = ProcessExecutor | RayExecutor | ArrayExecutor
+_CLUSTER_CPUS = 4  # of a candidate on several machines: a constant, because rounding depends on it
 
 
 def define_flags() -> None:
@@ -64,6 +79,32 @@ def define_flags() -> None:
         "Number of processes that train candidates, among which CPU cores and GPUs are divided. Other numbers of cores "
         "round differently, so keep it when you continue a search. Defaults to 1.",
         lower_bound=1,
+    )
+    flags.DEFINE_string(
+        "ray",
+        None,
+        "Address of the head node of a Ray cluster, HOST:PORT, whose nodes train the candidates. All of them must see "
+        "the work folder and the records under the same paths. Defaults to this machine only.",
+    )
+    flags.DEFINE_bool(
+        "array",
+        False,
+        "Share the search with all processes that run this command with the same work folder, such as the tasks of a "
+        "SLURM array. They may start and end at any time.",
+    )
+    flags.DEFINE_integer(
+        "cpus",
+        None,
+        "Number of CPU cores of a candidate: of TensorFlow's threads, on which rounding depends, and with --ray of the "
+        "cores to reserve. A search continues with the same number only. Defaults to 4 with --ray and --array, "
+        "otherwise to the cores of this machine.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "gpus",
+        None,
+        "Number of GPUs of a candidate with --ray. Defaults to 1 if the cluster has GPUs, otherwise to 0.",
+        lower_bound=0,
     )
     flags.DEFINE_bool("dry_run", False, "Print the first candidates and an estimate of the duration; train nothing.")
     flags.DEFINE_enum("replay", None, ["paper"], "Print the published expansion path and its costs.")
@@ -83,6 +124,7 @@ def main() -> None:
         raise UserError(f"one of --gin_file, --replay and --plot is required, got {' and '.join(modes) or 'none'}")
     if FLAGS.paper and not FLAGS.plot:
         raise UserError("--paper requires --plot, the folder to draw pictures of")
+    _check_processes()
     if FLAGS.replay:
         print("\n".join(path_table()))
     elif FLAGS.plot:
@@ -98,6 +140,20 @@ def main() -> None:
             _print_plan(setup, expand, folder)
         else:
             _search(setup, expand, folder)
+
+
+def _check_processes() -> None:
+    """Raises `UserError` if the flags for the processes of a search exclude each other, or no address is given."""
+    chosen = {"--parallel": FLAGS.parallel > 1, "--array": FLAGS.array, "--ray": FLAGS.ray is not None}
+    given = [name for name, value in chosen.items() if value]
+    if len(given) > 1:
+        raise UserError(f"at most one of {', '.join(chosen)} may be given, got {' and '.join(given)}")
+    if FLAGS.dry_run and (FLAGS.array or FLAGS.ray is not None):
+        raise UserError(f"--dry_run measures this machine and cannot be combined with {given[0]}")
+    if FLAGS.gpus is not None and FLAGS.ray is None:
+        raise UserError("--gpus requires --ray; otherwise CUDA_VISIBLE_DEVICES selects GPUs")
+    if FLAGS.ray is not None:
+        ray_cluster.check_address(FLAGS.ray)
 
 
 def _plot(folder: Path, *, paper: bool) -> None:
@@ -140,7 +196,12 @@ def _create_records(config: TrainConfig) -> None:
 
 
 def _training(setup: SearchSetup, folder: Path, worker: int = 0, processes: int = 1) -> CandidateTraining:
-    return CandidateTraining(setup.training, setup.num_classes, setup.metric, folder, (worker, processes))
+    cores = FLAGS.cpus or (_CLUSTER_CPUS if FLAGS.array or FLAGS.ray else None)
+    config = setup.training
+    if FLAGS.ray:  # the processes of the nodes have other working folders
+        records = str(Path(config.dataset.records).absolute())
+        config, folder = replace(config, dataset=replace(config.dataset, records=records)), folder.absolute()
+    return CandidateTraining(config, setup.num_classes, setup.metric, folder, (worker, processes), cores)
 
 
 def _print_plan(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
@@ -156,41 +217,118 @@ def _print_plan(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
 
 
 def _search(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
-    files, processes = SearchFolder(folder, setup), FLAGS.parallel
-    measuring = Remote(_training(setup, folder))
+    run = Run(setup, expand, folder)
     try:
-        with ProcessExecutor([_training(setup, folder, number, processes) for number in range(processes)]) as executor:
-            printing = Printing(executor, files, setup.metric.label)
-            search = run_search(
-                folder,
-                expand,
-                printing,
-                setup.config.expansion,
-                options=setup.config.model,
-                num_classes=setup.num_classes,
-                latency=functools.partial(measuring.call, "latency"),
-                settings=setup.identity,
-                on_score=printing.end_step,
-                on_scored=executor.end,
-            )
-        if not printing.scored and files.report.is_file():
-            print(f"{folder} is already finished ({files.report} exists)")
-            return
-        result = files.write_end(search)
+        with _executor(run) as executor:
+            if isinstance(executor, ArrayExecutor):
+                ended = run.together(executor)
+            else:
+                ended = run.coordinate(executor, shared=isinstance(executor, RayExecutor))
     except KeyboardInterrupt:
         print(f"\nstopped; run the same command again to continue the search in {folder}", file=sys.stderr)
         raise
     except WriteError as error:
         raise WriteError(f"{error}. Run the same command again to continue the search in {folder}") from error
     finally:
-        measuring.stop()
-    print("\n".join(family_table(search)))
-    print(
-        f"found:      {name_of(result.network.expansion)}: {files.found_gin} and its run folder {files.found.root}\n"
-        f"family:     {files.family}: a gin file for each step\n"
-        f"report:     {files.report} and {files.staircase}\n"
-        f"candidates: {files.candidates}: histories, and model.keras of the chosen networks; no checkpoints"
-    )
+        run.measuring.stop()
+    print(ended)
+
+
+@contextmanager
+def _executor(run: "Run") -> Iterator[_Executor]:
+    """Starts the executor that the flags select, within the block."""
+    if FLAGS.ray:
+        folder, records = run.folder.absolute(), Path(run.setup.training.dataset.records).absolute()
+        with ray_cluster.connected(FLAGS.ray) as ray:
+            cpus = FLAGS.cpus or _CLUSTER_CPUS
+            yield RayExecutor(ray, run.shared_training(), folder, [records], cpus=cpus, gpus=FLAGS.gpus)
+    elif FLAGS.array:
+        with ArrayExecutor(run.shared_training()) as executor:
+            yield executor
+    else:
+        count = FLAGS.parallel
+        trainings = [_training(run.setup, run.folder, number, count) for number in range(count)]
+        with ProcessExecutor(trainings) as processes:
+            yield processes
+
+
+class Run:
+    """A search that the flags configure.
+
+    Args:
+        setup: settings of the trainings.
+        expand: settings of the search.
+        folder: the work folder.
+
+    Attributes:
+        measuring: process that measures latencies.
+    """
+
+    def __init__(self, setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
+        self.setup, self.expand, self.folder = setup, expand, folder
+        self.files = SearchFolder(folder, setup)
+        training = _training(setup, folder)
+        self.measuring = Remote(training)
+        # The number of threads is part of a search that may run on machines of several kinds.
+        self.settings = setup.identity | ({"cpus": training.cores} if training.cores else {})
+
+    def shared_training(self) -> SharedTraining:
+        """Returns the training of candidates by processes on several machines."""
+        return SharedTraining(_training(self.setup, self.folder), digest_of(self._identity()))
+
+    def coordinate(self, executor: _Executor, *, shared: bool, repeats_failures: bool = True) -> str:
+        """Runs the search, and returns what to print at its end."""
+        ended: list[str] = []
+        printing = Printing(executor, self.files, self.setup.metric.label)
+
+        def end(search: Search) -> None:
+            if not printing.scored and self.files.report.is_file():
+                ended.append(f"{self.folder} is already finished ({self.files.report} exists)")
+            else:
+                ended.append(self._end(search))
+
+        run_search(
+            self.folder,
+            self.expand,
+            printing,
+            self.setup.config.expansion,
+            options=self.setup.config.model,
+            num_classes=self.setup.num_classes,
+            latency=functools.partial(self.measuring.call, "latency"),
+            settings=self.settings,
+            on_score=printing.end_step,
+            on_scored=executor.end,
+            on_end=end,
+            shared=shared,
+            repeats_failures=repeats_failures,
+        )
+        return ended[0]
+
+    def together(self, executor: ArrayExecutor) -> str:
+        """Runs the search together with other processes, and returns what to print at its end."""
+        ended = take_part(
+            lambda repeats: self.coordinate(executor, shared=True, repeats_failures=repeats),
+            lambda: Follower(self.folder, self._identity(), self._new_search, executor),
+        )
+        return ended or f"the search in {self.folder} is finished; the process that coordinates it writes its reports"
+
+    def _identity(self) -> dict[str, Any]:
+        start, options = self.setup.config.expansion, self.setup.config.model
+        return identity_of(self.expand, start, options, self.setup.num_classes, self.settings)
+
+    def _new_search(self, latency: Latency) -> Search:
+        start, options = self.setup.config.expansion, self.setup.config.model
+        return Search(self.expand, start, options=options, num_classes=self.setup.num_classes, latency=latency)
+
+    def _end(self, search: Search) -> str:
+        files, found = self.files, name_of(self.files.write_end(search).network.expansion)
+        return (
+            "\n".join(family_table(search)) + "\n"
+            f"found:      {found}: {files.found_gin} and its run folder {files.found.root}\n"
+            f"family:     {files.family}: a gin file for each step\n"
+            f"report:     {files.report} and {files.staircase}\n"
+            f"candidates: {files.candidates}: histories, and model.keras of the chosen networks; no checkpoints"
+        )
 
 
 class Printing:

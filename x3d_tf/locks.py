@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from x3d_tf.errors import UserError
+from x3d_tf.errors import UserError, require
 from x3d_tf.files import os_errors_as_write_error
 
 _OWNER = re.compile(r"process [0-9]{1,19} on [\w.-]{1,255}", re.ASCII)
@@ -20,8 +20,14 @@ _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _POLL = 0.05  # seconds between attempts to take a lock
 
 
+class Locked(UserError):
+    """Raised when another process holds a lock."""
+
+
 @contextmanager
-def locked(path: Path, conflict: str, advice: str, *, shared: bool = False, wait: float = 0.0) -> Iterator[None]:
+def locked(
+    path: Path, conflict: str, advice: str, *, shared: bool = False, wait: float = 0.0, required: bool = False
+) -> Iterator[None]:
     """Locks a file for the duration of the block and removes it at the end.
 
     Uses flock, so that the lock of a killed process is released. The text of the file only names the owner. If the file
@@ -34,20 +40,22 @@ def locked(path: Path, conflict: str, advice: str, *, shared: bool = False, wait
         shared: any number of processes may hold the lock at the same time, but none together with a process that locks
             the file without `shared`. The file is not removed at the end and names no owner.
         wait: seconds to wait for another process to release the lock.
+        required: a file system without locks is an error, for processes that divide work by locks.
 
     Raises:
-        UserError: another process holds the lock.
+        Locked: another process holds the lock.
+        UserError: the file system does not support locks, and they are required.
         WriteError: the file cannot be written.
     """
     until = time.monotonic() + wait
     with os_errors_as_write_error(path):
-        while (descriptor := _acquire(path, shared)) is None and time.monotonic() < until:
+        while (descriptor := _acquire(path, shared, required)) is None and time.monotonic() < until:
             time.sleep(_POLL)
     if descriptor is None:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             owner = _OWNER.fullmatch(path.read_text(encoding="utf-8").strip())
             conflict += f" ({owner.group()})" if owner else ""
-        raise UserError(f"{conflict}; {advice}")
+        raise Locked(f"{conflict}; {advice}")
     try:
         with contextlib.suppress(OSError):  # on a full disk the lock works without the text
             os.ftruncate(descriptor, 0)
@@ -73,11 +81,16 @@ def is_locked(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _acquire(path: Path, shared: bool) -> int | None:
+def _acquire(path: Path, shared: bool, required: bool) -> int | None:
     """Returns the descriptor of the locked file, or None if another process holds the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o644)
-        if not _lock(descriptor, path, shared):
+        try:
+            taken = _lock(descriptor, path, shared, required)
+        except UserError:
+            os.close(descriptor)
+            raise
+        if not taken:
             os.close(descriptor)
             return None
         try:
@@ -88,17 +101,20 @@ def _acquire(path: Path, shared: bool) -> int | None:
         os.close(descriptor)  # removed by its owner between opening and locking: retry with a new file
 
 
-def _lock(descriptor: int, path: Path, shared: bool) -> bool:
+def _lock(descriptor: int, path: Path, shared: bool, required: bool = False) -> bool:
     """Tries to take the lock; returns True if this process may write."""
     try:
         import fcntl
     except ImportError:  # not available on Windows
+        require(not required, "the operating system", "support locks of files")
         return True
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
+        rule = "support locks (flock) that all machines see"
+        require(not required, f"the file system of {path.parent}", rule, error.strerror)
         _warn(path.parent, error.strerror)
     return True
 

@@ -67,7 +67,7 @@ def use_single_threaded_ops(num_parallel: int) -> None:
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
-def divide_devices(number: int, processes: int) -> None:
+def divide_devices(number: int, processes: int, cores: int | None = None) -> None:
     """Gives this process its share of the CPU cores, and one GPU if there are several processes.
 
     GPU memory is allocated as needed, because processes may share a GPU. Must be called before TensorFlow computes
@@ -76,13 +76,16 @@ def divide_devices(number: int, processes: int) -> None:
     Args:
         number: number of this process, from 0.
         processes: number of processes.
+        cores: number of threads, for results that do not depend on the number of cores of the machine. Defaults to an
+            equal share of the cores if there are several processes, and to all of them for a single one.
     """
     gpus = tf.config.list_physical_devices("GPU")
     with contextlib.suppress(RuntimeError):  # TensorFlow is already initialised
-        if processes > 1:
-            cores = max(1, available_cpus() // processes)
+        if processes > 1 or cores:
+            cores = cores or max(1, available_cpus() // processes)
             tf.config.threading.set_inter_op_parallelism_threads(cores)
             tf.config.threading.set_intra_op_parallelism_threads(cores)
+        if processes > 1:
             gpus = gpus[number % len(gpus) :][:1] if gpus else []
             tf.config.set_visible_devices(gpus, "GPU")
         for gpu in gpus:

@@ -247,8 +247,16 @@ class RunFolder:
     @property
     def has_checkpoint(self) -> bool:
         """True if the folder has a checkpoint, intact or damaged."""
+        return bool(self._checkpoint_steps())
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last checkpoint, intact or damaged; 0 if there is none."""
+        return max(self._checkpoint_steps(), default=0)
+
+    def _checkpoint_steps(self) -> list[int]:
         listed = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return any(checkpoint_step(path.name) is not None for path in listed)
+        return [step for path in listed if (step := checkpoint_step(path.name)) is not None]
 
     def _require_no_lost_checkpoints(self) -> None:
         """Raises `UserError` if the run has written a checkpoint but none exists any more.

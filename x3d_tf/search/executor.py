@@ -22,6 +22,7 @@ from tqdm import tqdm
 from x3d_tf import registry, signals, startup
 from x3d_tf.errors import UserError, first_line
 from x3d_tf.files import WriteError
+from x3d_tf.locks import Locked
 from x3d_tf.processes import Worker, WorkerDied
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.terminal import Terminal
@@ -30,6 +31,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TRAININGS_PER_PROCESS = 10  # TensorFlow keeps about 180 MB of each training (measured) until its process ends
 _GRACE = 5.0  # seconds that an idle process may take to exit
 _STOPPED = 143  # exit status of a worker that was asked to stop by SIGTERM
+STOPPED_STATUSES = (_STOPPED, -signal.SIGTERM)
 
 
 class Executor(Protocol):
@@ -47,6 +49,9 @@ class Training(Protocol):
 
     def log(self, candidate: Candidate) -> Path:
         """Returns the file, in an existing folder, that gets the output of the process during the training."""
+
+    def progress(self, candidate: Candidate) -> int:
+        """Returns a number that grows with each checkpoint of the training; 0 without one."""
 
 
 class SerialExecutor:
@@ -67,11 +72,16 @@ class SerialExecutor:
 
 
 def scored(score: Callable[[Candidate], Score], candidate: Candidate) -> Score:
-    """Returns the score of a candidate; that of a failure if `score` raises an exception other than `WriteError`."""
+    """Returns the score of a candidate; that of a failure if `score` raises an exception.
+
+    Raises:
+        WriteError: a file cannot be written.
+        Locked: another process trains the candidate.
+    """
     started = time.monotonic()
     try:
         return score(candidate)
-    except WriteError:
+    except (WriteError, Locked):
         raise
     except Exception as error:  # training can raise anything, such as errors of the device's memory
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
@@ -130,10 +140,9 @@ class ProcessExecutor:
     def _score(self, candidate: Candidate) -> Score:
         remote, started = self._free.get(), time.monotonic()
         try:
-            score: Score = remote.ask(candidate)
-            return score
+            return remote.ask(candidate)
         except WorkerDied as error:
-            if error.status in (_STOPPED, -signal.SIGTERM):
+            if error.status in STOPPED_STATUSES:
                 raise signals.Terminated from error
             hint = " (out of memory?)" if error.status == -signal.SIGKILL else ""
             return Score(None, seconds=time.monotonic() - started, reason=f"{error}{hint}")
@@ -159,6 +168,7 @@ class Remote:
 
         Raises:
             WriteError: a file of the training cannot be written.
+            Locked: another process trains the candidate.
             WorkerDied: the process has died.
         """
         if self._trainings == TRAININGS_PER_PROCESS:

@@ -32,6 +32,9 @@ def run_search(
     settings: Mapping[str, Any] | None = None,
     on_score: OnScore | None = None,
     on_scored: Callable[[], None] | None = None,
+    on_end: Callable[[Search], None] | None = None,
+    shared: bool = False,
+    repeats_failures: bool = True,
 ) -> Search:
     """Runs a search, or continues the one that the trace in a folder holds, and returns it finished.
 
@@ -48,25 +51,45 @@ def run_search(
             others is not continued.
         on_score: called after each score is recorded, for example to print `search.steps`.
         on_scored: called after the last score, before latencies are measured, for example to free devices.
+        on_end: called with the finished search while the folder is still locked, for example to write reports.
+        shared: processes on several machines take part; see `open_trace`.
+        repeats_failures: if all networks of the last round in the trace failed, score them again; otherwise an error.
 
     Raises:
+        Locked: another process is searching in the folder.
         UserError: the trace is damaged or of another search (see `open_trace`), or all networks of a round failed.
         WriteError: the trace cannot be written.
     """
     start, options = start or Expansion(), options or ModelOptions()
-    identity = {"num_classes": num_classes, **(settings or {})}
-    for part in (config, start, options):
-        identity |= {f"{type(part).__name__}.{name}": value for name, value in vars(part).items()}
-    with open_trace(folder, identity) as trace:
+    identity = identity_of(config, start, options, num_classes, settings)
+    with open_trace(folder, identity, shared=shared) as trace:
         measured = trace.memoised(latency) if latency else None
         search = Search(config, start, options=options, num_classes=num_classes, latency=measured)
         trace.resume(search)
+        if not repeats_failures:
+            require_successes(search)
         drive(search, executor, trace, on_score)
         if on_scored:
             on_scored()
         if measured:
             measure_reported(search, measured)
+        if on_end:
+            on_end(search)
     return search
+
+
+def identity_of(
+    config: ExpandConfig,
+    start: Expansion,
+    options: ModelOptions,
+    num_classes: int,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns the settings of a search by name, which the trace holds; see `run_search`."""
+    identity = {"num_classes": num_classes, **(settings or {})}
+    for part in (config, start, options):
+        identity |= {f"{type(part).__name__}.{name}": value for name, value in vars(part).items()}
+    return identity
 
 
 def measure_reported(search: Search, latency: Latency) -> None:
@@ -129,9 +152,14 @@ def drive(search: Search, executor: Executor, trace: Trace, on_score: OnScore | 
                 on_score(search, candidate, score)
         if search.pending() == pending and not search.failures:
             raise RuntimeError("the executor scored no candidate")
-        if search.failures:
-            reasons = "; ".join(f"{axis}: {reason}" for axis, reason in search.failures.items())
-            raise UserError(
-                f"every candidate of step {pending[0].step} failed ({reasons}). Correct the cause and repeat the "
-                "command, which scores them again"
-            )
+        require_successes(search)
+
+
+def require_successes(search: Search) -> None:
+    """Raises `UserError` with the reasons if all networks of the last round failed."""
+    if search.failures:
+        reasons = "; ".join(f"{axis}: {reason}" for axis, reason in search.failures.items())
+        raise UserError(
+            f"every candidate of step {search.pending()[0].step} failed ({reasons}). Correct the cause and repeat the "
+            "command, which scores them again"
+        )

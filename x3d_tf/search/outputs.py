@@ -4,7 +4,7 @@ All of them follow from the trace and the settings, and are written again if the
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from x3d_tf.config import TrainConfig
@@ -82,14 +82,16 @@ class SearchFolder:
         """Returns a training of a network with the complete schedule."""
         return Candidate(result.network, seed, 1.0, step.phase)
 
-    def _delete_weights(self, steps: Iterable[Step]) -> None:
+    def _delete_weights(self, steps: Sequence[Step]) -> None:
         kept = {
             candidate_run(self.root, self._setup.training, self._candidate(step, step.best, seed)).root
             for step in steps
             for seed in range(len(step.best.scores))
         }
+        # Other processes may already train candidates of the next step.
+        finished = tuple(f"step{step.number:02}{'c' if step.contracts else ''}_" for step in steps)
         for folder in self.candidates.iterdir() if self.candidates.is_dir() else ():
-            if folder.is_dir() and not folder.is_symlink() and folder not in kept:
+            if folder.name.startswith(finished) and folder.is_dir() and not folder.is_symlink() and folder not in kept:
                 run = RunFolder(folder)
                 for path in (run.model, run.best):
                     path.unlink(missing_ok=True)

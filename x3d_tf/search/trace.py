@@ -4,11 +4,13 @@ The first line holds the settings of the search; every other line holds the scor
 as JSON. Lines are only appended. The file is untrusted when it is read back.
 """
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,16 @@ from x3d_tf.search.search import Latency, Search
 from x3d_tf.terminal import tell
 
 TRACE_NAME = "trace.jsonl"
+LOCK_NAME = ".search.lock"
 
-_LOCK_NAME = ".search.lock"
 _FORMAT = "x3d_tf expansion search, version 1"
+_LONGEST_REASON = 10_000  # characters
+_LARGEST_RESULT = 2**20  # bytes
 _SCORE_COLUMNS = ("score", "standard_error", "seconds", "training_score", "reason")
+
+
+class NotMeasured(Exception):
+    """Raised when a trace does not hold the latency of a network (yet)."""
 
 
 class Trace:
@@ -62,6 +70,17 @@ class Trace:
         """Returns the recorded latency of a network in milliseconds; inf if it was not measured."""
         return self._latencies.get(expansion, math.inf)
 
+    def known(self, expansion: Expansion) -> float:
+        """Returns the recorded latency of a network in milliseconds; raises `NotMeasured` if there is none."""
+        if expansion not in self._latencies:
+            raise NotMeasured
+        return self._latencies[expansion]
+
+    @property
+    def scores(self) -> int:
+        """Number of scores that the file held when it was read."""
+        return len(self._scores)
+
     def resume(self, search: Search) -> None:
         """Records the scores of the trace in a new search.
 
@@ -82,8 +101,7 @@ class Trace:
         Raises:
             WriteError: the disk is full, or the file cannot be written. Earlier lines stay intact.
         """
-        values = (score.value, score.standard_error, score.seconds, score.training, score.reason)
-        self._append({**_columns(candidate), **dict(zip(_SCORE_COLUMNS, values))})
+        self._append(_score_line(candidate, score))
 
     def _append(self, line: Mapping[str, Any]) -> None:
         content = memoryview(_encoded(line))
@@ -105,15 +123,17 @@ class Trace:
 def require_search_folder(folder: Path) -> None:
     """Raises `UserError` if a folder holds files, but not those of a search. It need not exist."""
     path = folder / TRACE_NAME
-    ours = {temporary_path(path), folder / _LOCK_NAME}  # of a search that was killed at once
+    ours = {temporary_path(path), folder / LOCK_NAME}  # of a search that was killed at once
+    found = (
+        set(folder.iterdir()) if folder.is_dir() else set()
+    )  # listed once: another process may be creating the trace
     foreign = folder.exists() and not folder.is_dir()
-    foreign = foreign or (folder.is_dir() and not path.is_file() and bool(set(folder.iterdir()) - ours))
-    if foreign:
+    if foreign or (found - ours and not (path in found and path.is_file())):
         raise UserError(f"{folder} exists and is not the folder of a search, with {TRACE_NAME}; choose another folder")
 
 
 @contextmanager
-def open_trace(folder: Path, settings: Mapping[str, Any]) -> Iterator[Trace]:
+def open_trace(folder: Path, settings: Mapping[str, Any], *, shared: bool = False) -> Iterator[Trace]:
     """Opens the trace of a search in its work folder, and locks the folder within the block.
 
     A trace without scores is replaced if its settings differ.
@@ -121,18 +141,21 @@ def open_trace(folder: Path, settings: Mapping[str, Any]) -> Iterator[Trace]:
     Args:
         folder: the work folder, which is created if it does not exist.
         settings: everything that determines the result, as values that JSON can represent.
+        shared: processes on several machines take part, so that the file system must support locks.
 
     Raises:
+        Locked: another process is searching in the folder.
         UserError: the trace is of a search with other settings, a line other than the last is damaged (names the file,
-            the line and the rule), the folder is not that of a search, or another process is searching in it. A damaged
-            last line, which an interruption leaves, is removed with a warning, so that its candidate is scored again.
+            the line and the rule), or the folder is not that of a search. A damaged last line, which an interruption
+            leaves, is removed with a warning, so that its candidate is scored again.
         WriteError: the folder cannot be written.
     """
     path = folder / TRACE_NAME
     require_search_folder(folder)
     with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / _LOCK_NAME, f"another process is searching in {folder}", "wait for it, or use another folder"):
+    conflict, advice = f"another process is searching in {folder}", "wait for it, or use another folder"
+    with locked(folder / LOCK_NAME, conflict, advice, required=shared):
         first, wanted = _encoded({"format": _FORMAT, "settings": settings}), json.loads(json.dumps(settings))
         if not path.exists():
             atomic_write(path, first)
@@ -140,12 +163,28 @@ def open_trace(folder: Path, settings: Mapping[str, Any]) -> Iterator[Trace]:
         if before != wanted and all("latency_ms" in line for line in lines.values()):
             atomic_write(path, first)  # nothing was scored: a setting may have been corrected
             before, lines, intact = _read(path)
-        for name in (*wanted, *before):
-            rule = f"have the settings of this search, {name} = {wanted.get(name)!r} (continue it with its settings)"
-            require(before.get(name) == wanted.get(name), f"{path}, line 1", rule, before.get(name))
+        _require_settings(path, before, wanted)
         if intact < path.stat().st_size:
             _truncate(path, intact)
         yield Trace(path, lines)
+
+
+def follow_trace(folder: Path, settings: Mapping[str, Any]) -> Trace | None:
+    """Returns the trace of the search that another process runs in a folder; None if it does not exist yet.
+
+    Args:
+        folder: the work folder.
+        settings: see `open_trace`.
+
+    Raises:
+        UserError: the trace is damaged, or of a search with other settings.
+    """
+    path = folder / TRACE_NAME
+    if not path.exists():
+        return None
+    before, lines, _ = _read(path, warns=False)  # the last line may be incomplete because it is being written
+    _require_settings(path, before, json.loads(json.dumps(settings)))
+    return Trace(path, lines)
 
 
 def read_trace(folder: Path) -> tuple[dict[str, Any], Trace]:
@@ -161,7 +200,50 @@ def read_trace(folder: Path) -> tuple[dict[str, Any], Trace]:
     return settings, Trace(path, lines)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int]:
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """Returns a hash of the settings of a search."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def write_result(path: Path, search: str, candidate: Candidate, score: Score) -> None:
+    """Writes the score of a candidate to a file, atomically, for the process that appends it to the trace.
+
+    Args:
+        path: the file.
+        search: hash of the settings of the search, see `digest_of`.
+        candidate: the candidate.
+        score: its score. A long reason is shortened.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    if score.reason:
+        score = replace(score, reason=score.reason[:_LONGEST_REASON])
+    atomic_write(path, _encoded({"search": search, **_score_line(candidate, score)}))
+
+
+def read_result(path: Path, search: str, candidate: Candidate) -> Score:
+    """Reads the score of a candidate that another process has written. The file is untrusted.
+
+    Raises:
+        UserError: the file is damaged, or of another search or candidate.
+        OSError: the file does not exist or cannot be read.
+    """
+    line = _parsed(read_limited(path, _LARGEST_RESULT))
+    require("latency_ms" not in line, "it", "hold a score")
+    require(line.pop("search", None) == search, "it", "be of this search")
+    require({**_columns(candidate), **_scores_of(line)} == line, "it", "be of the candidate")
+    return _score(line)
+
+
+def _require_settings(path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises `UserError` unless the settings in a trace are those wanted. Names the setting and both values."""
+    for name in (*wanted, *before):
+        rule = f"have the settings of this search, {name} = {wanted.get(name)!r} (continue it with its settings)"
+        require(before.get(name) == wanted.get(name), f"{path}, line 1", rule, before.get(name))
+
+
+def _read(path: Path, *, warns: bool = True) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int]:
     """Returns the settings of a trace, its other lines by their numbers, and the size without a damaged last line."""
     content = read_limited(path, SMALL)
     complete, _, torn = content.rpartition(b"\n")
@@ -176,7 +258,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int]:
             place = f"{path}, line {number}"
             if not is_last:
                 raise UserError(f"{place} is damaged: {error}; restore the file, or use another folder") from None
-            tell(f"warning: {place}, the last one, is damaged: {error}; it is dropped, and its candidate scored again")
+            if warns:
+                again = "it is dropped, and its candidate scored again"
+                tell(f"warning: {place}, the last one, is damaged: {error}; {again}")
             intact -= len(text) + (not torn)
     return settings, lines, intact
 
@@ -235,6 +319,15 @@ def _check_latency(line: Mapping[str, Any]) -> None:
 
 def _score(line: Mapping[str, Any]) -> Score:
     return Score(*(line[name] for name in _SCORE_COLUMNS))
+
+
+def _scores_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in _SCORE_COLUMNS}
+
+
+def _score_line(candidate: Candidate, score: Score) -> dict[str, Any]:
+    values = (score.value, score.standard_error, score.seconds, score.training, score.reason)
+    return {**_columns(candidate), **dict(zip(_SCORE_COLUMNS, values))}
 
 
 def _columns(candidate: Candidate) -> dict[str, Any]:

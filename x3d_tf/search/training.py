@@ -163,6 +163,7 @@ class CandidateTraining:
         metric: the metric of the evaluation that is the score.
         folder: the work folder of the search.
         worker: number of this process, from 0, and number of processes, among which CPU cores and GPUs are divided.
+        cores: number of threads of TensorFlow, on which rounding depends. Defaults to the share of this process.
     """
 
     config: TrainConfig
@@ -170,6 +171,7 @@ class CandidateTraining:
     metric: Metric
     folder: Path
     worker: tuple[int, int] = (0, 1)
+    cores: int | None = None
 
     def __call__(self, candidate: Candidate) -> Score:
         """Returns the score of a candidate. An interrupted training resumes from its last checkpoint.
@@ -203,6 +205,10 @@ class CandidateTraining:
         with os_errors_as_write_error(root.parent):
             root.parent.mkdir(parents=True, exist_ok=True)
         return root.with_name(f"{root.name}.log")
+
+    def progress(self, candidate: Candidate) -> int:
+        """Returns the step of the last checkpoint of a candidate; 0 if there is none."""
+        return candidate_run(self.folder, self.config, candidate).last_step
 
     def latency(self, expansion: Expansion) -> float:
         """Returns the median time in milliseconds of the folded inference form for one clip, after warm-up."""
@@ -255,7 +261,7 @@ class CandidateTraining:
             import x3d_tf.training.loop  # noqa: F401  takes seconds
             from x3d_tf.parallel import divide_devices, num_batch_slices, use_single_threaded_ops
 
-            divide_devices(*self.worker)
+            divide_devices(*self.worker, self.cores)
             # The same threads for all phases: scores must not depend on the candidate at which a search continues.
             configs = [regularised(self.config, phase) for phase in PHASES]
             clips = [config.recipe.batch // config.execution.accumulation for config in configs]

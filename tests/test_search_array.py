@@ -1,0 +1,165 @@
+"""The expansion search by several processes over a shared folder. No TensorFlow but in the slow test."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stub_trainings import SMALL_SEARCH, TINY, Steps, noise
+
+from x3d_tf.modeling.architecture import ModelOptions
+from x3d_tf.search.array_executor import ArrayExecutor, Follower
+from x3d_tf.search.candidates import Candidate
+from x3d_tf.search.config import ExpandConfig
+from x3d_tf.search.executor import SerialExecutor
+from x3d_tf.search.loop import identity_of, load_search, run_search
+from x3d_tf.search.search import Latency, Search
+from x3d_tf.search.shared import SharedTraining
+from x3d_tf.search.trace import open_trace
+
+HELPERS = Path(__file__).parent / "helpers"
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Returns a function that starts a process of the array."""
+    processes: list[subprocess.Popen[str]] = []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])}
+
+    def call(*failing: str, seconds: float = 0.2) -> "subprocess.Popen[str]":
+        command = [sys.executable, str(HELPERS / "array_process.py"), str(tmp_path / "search"), str(seconds), *failing]
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, **options))
+        return processes[-1]
+
+    yield call
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def owner(path: Path) -> int:
+    """Returns the id of the process that holds a lock file; 0 without one."""
+    try:
+        return int(path.read_text().split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+def coordinator(folder: Path) -> int:
+    return owner(folder / ".search.lock")
+
+
+def require_undisturbed(folder: Path, tmp_path: Path) -> list[list[str]]:
+    """Checks the result of a search; returns the processes that took the steps of each candidate."""
+    search = load_search(folder)
+    expected = run_search(tmp_path / "undisturbed", SMALL_SEARCH, SerialExecutor(noise), TINY, num_classes=4)
+    assert (search.steps, search.family) == (expected.steps, expected.family)
+    steps = [path.read_text().split() for path in folder.rglob("*.steps")]
+    assert len(steps) == 4 and {len(processes) for processes in steps} == {5}  # nothing was done twice
+    assert {path.suffix for path in (folder / "candidates").iterdir()} == {".steps", ".log", ".json"}
+    return steps
+
+
+def test_processes_divide_the_candidates(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    processes = [start(), start()]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    steps = require_undisturbed(folder, tmp_path)
+    assert len({process for taken in steps for process in taken}) == 2
+    ends = sorted(output.splitlines()[-1] for output in outputs)
+    assert ends[0] == "coordinated"
+    assert "another process is searching in" in "".join(outputs)
+    assert "waiting for 1 training of other processes" in "".join(outputs)
+
+
+@pytest.mark.parametrize("killed", ["coordinator", "follower"])
+def test_a_killed_process_loses_its_claim(killed: str, start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    processes = {process.pid: process for process in (start(), start())}
+    wait_for(lambda: len([path for path in folder.rglob("*.steps") if path.read_text()]) == 2)
+    first = coordinator(folder)
+    (victim,) = [pid for pid in processes if (pid == first) == (killed == "coordinator")]
+    os.kill(victim, signal.SIGKILL)
+    (left,) = [process for pid, process in processes.items() if pid != victim]
+    output = left.communicate(timeout=60)[0]
+    assert left.returncode == 0 and output.splitlines()[-1] == "coordinated", output
+    steps = require_undisturbed(folder, tmp_path)
+    assert sorted(len(set(taken)) for taken in steps) == [1, 1, 1, 2]  # one candidate changed its process
+
+
+def test_a_stopped_process_saves_its_work(start: Start, tmp_path: Path) -> None:
+    """The other one continues the candidate at once, and a third one may join."""
+    processes = [start(seconds=0.3), start(seconds=0.3)]
+    folder = tmp_path / "search"
+    wait_for(lambda: len([path for path in folder.rglob("*.steps") if path.read_text()]) == 2)
+    processes[0].send_signal(signal.SIGTERM)
+    output = processes[0].communicate(timeout=60)[0]
+    assert processes[0].returncode == 143 and "Traceback" not in output, output
+    assert len([*folder.rglob("*.starts")]) <= 1  # only that of the other process
+    processes.append(start())
+    for process in processes[1:]:
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, output
+    require_undisturbed(folder, tmp_path)
+
+
+def test_all_processes_end_if_a_round_fails(start: Start, tmp_path: Path) -> None:
+    failing = ("depth=raise", "width=SIGKILL")
+    processes = [start(*failing), start(*failing)]
+    for process in processes:
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == 1, output
+        assert "error: every candidate of step 1 failed" in output and "depth: ValueError: no depth" in output
+        assert "width: 5 processes were killed in a row" in output
+    lines = (tmp_path / "search" / "trace.jsonl").read_text().splitlines()
+    assert len(lines) == 3  # the process that took over has not repeated the failures
+    repeated = [start(), start()]
+    for process in repeated:
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, output
+    require_undisturbed(tmp_path / "search", tmp_path)
+
+
+def test_candidates_wait_for_latencies_of_the_coordinator(tmp_path: Path) -> None:
+    """Without one, other candidates would follow from the trace."""
+    config = ExpandConfig(budget=100.0, cost="latency", axes=("depth", "width"), max_steps=1)
+    settings = identity_of(config, TINY, ModelOptions(), 4)
+    offered: list[Sequence[Candidate]] = []
+
+    class Recording(ArrayExecutor):
+        def offer(self, candidates: Sequence[Candidate]) -> None:
+            offered.append(candidates)
+
+        def wait(self) -> None:
+            pass
+
+    def new_search(latency: Latency) -> Search:
+        return Search(config, TINY, num_classes=4, latency=latency)
+
+    follower = Follower(tmp_path, settings, new_search, Recording(SharedTraining(Steps(tmp_path), "")))
+    assert not follower.is_finished()  # there is no trace
+    with open_trace(tmp_path, settings) as trace:
+        assert not follower.is_finished() and offered[-1] == ()
+        latency = trace.memoised(lambda expansion: 5.0 + expansion.gamma_d)
+        latency(TINY)
+        assert not follower.is_finished() and offered[-1] == ()
+        search = new_search(latency)
+        assert not follower.is_finished() and offered[-1] == search.pending() != ()
+        for candidate in search.pending():
+            trace.append(candidate, noise(candidate))
+        assert follower.is_finished()
