@@ -2,7 +2,7 @@
 
 import json
 import socket
-import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from workers import free_ports
 
 from x3d_tf.errors import UserError
 from x3d_tf.training import cluster
-from x3d_tf.training.cluster import Cluster, cluster_from_environment, naming_absent_workers, require_free_port
+from x3d_tf.training.cluster import Cluster, cluster_from_environment, wait_for_workers
 
 TWO = {"worker": ["one:1000", "two:1000"]}
 
@@ -61,6 +61,8 @@ def test_a_single_worker(monkeypatch: pytest.MonkeyPatch, content: Any) -> None:
         ({"cluster": {"worker": "one:1000"}}, "\"worker\" of TF_CONFIG must be a list of HOST:PORT, got 'one:1000'"),
         ({"cluster": {"worker": ["one"]}}, "an address of TF_CONFIG must be HOST:PORT, got 'one'"),
         ({"cluster": {"worker": ["one:99999"]}}, "an address of TF_CONFIG must be HOST:PORT, got 'one:99999'"),
+        ({"cluster": {"worker": ["one:0"]}}, "an address of TF_CONFIG must be HOST:PORT, got 'one:0'"),
+        ("[" * 100_000, "TF_CONFIG must be a JSON object, got '[[["),
         ({"cluster": {"worker": [["one:1"]]}}, "an address of TF_CONFIG must be HOST:PORT"),
         ({"cluster": {"worker": ["one:1", "one:1"]}}, "must list 1 to 10000 workers, each once"),
         ({"cluster": {"worker": []}}, "must list 1 to 10000 workers"),
@@ -74,24 +76,38 @@ def test_errors_name_what_is_wrong(monkeypatch: pytest.MonkeyPatch, content: Any
 
 
 def test_a_port_in_use() -> None:
-    (port,) = free_ports(1)
-    require_free_port(Cluster((f"127.0.0.1:{port}", "b:1"), 0))
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", port))
-        server.listen()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} of worker 0 \(127\.0\.0\.1:{port}\) cannot be used"):
-            require_free_port(Cluster((f"127.0.0.1:{port}", "b:1"), 0))
+            wait_for_workers(Cluster((f"127.0.0.1:{port}", "127.0.0.1:1"), 0))
 
 
-def test_absent_workers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cluster, "_REMINDER_SECONDS", 0.05)
-    (absent,) = free_ports(1)
-    lines, started = [], time.monotonic()
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        present = server.getsockname()[1]
-        with naming_absent_workers(Cluster((f"127.0.0.1:{present}", f"127.0.0.1:{absent}"), 0)):
-            while not lines and time.monotonic() < started + 30:
-                lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"still waiting: worker 1 (127.0.0.1:{absent}) cannot be reached"
+def test_a_worker_waits_for_the_others_and_names_who_is_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "_REMINDER_SECONDS", 0.0)
+    monkeypatch.setattr(cluster, "_POLL_SECONDS", 0.01)
+    own, port = free_ports(2)
+    addresses = (f"127.0.0.1:{own}", f"127.0.0.1:{port}")
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(wait_for_workers, Cluster(addresses, 0))
+        lines: list[str] = []
+        while not lines and not waiting.done():
+            lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == f"still waiting for worker 1 ({addresses[1]})"
+        assert cluster._answers(addresses[0])  # so that the others find this worker
+        with socket.create_server(("127.0.0.1", port)):
+            waiting.result(30)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+def test_an_impossible_host_does_not_answer(host: str) -> None:
+    assert not cluster._answers(f"{host}:1000")
+
+
+def test_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    (port,) = free_ports(1)
+    with cluster._listening(Cluster((f"127.0.0.1:{port}", "b:1"), 0)) as server:
+        assert server.family == socket.AF_INET and server.getsockname()[1] == port
+        assert cluster._answers(f"127.0.0.1:{port}")

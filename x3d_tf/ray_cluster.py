@@ -7,19 +7,18 @@ folders.
 import importlib.util
 import logging
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from x3d_tf import signals
 from x3d_tf.errors import UserError, first_line, require
 from x3d_tf.terminal import tell
 
 CONNECT_SECONDS = 30.0  # Ray itself retries for minutes
 _ADDRESS = re.compile(r"[\w.-]+:[0-9]{1,5}", re.ASCII)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def check_address(address: str) -> None:
@@ -47,16 +46,13 @@ def connected(address: str) -> Iterator[Any]:
     check_address(address)
     tell(f"connecting to the Ray cluster at {address}")
     _require_answer(address)
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with signals.restored():  # Ray replaces the handler of SIGTERM
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise UserError(f"ray: the cluster at {address} cannot be used: {first_line(error)}") from error
-    finally:
-        for number, handler in before.items():  # Ray replaces that of SIGTERM
-            signal.signal(number, handler)
     try:
         yield ray
     finally:

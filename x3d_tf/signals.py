@@ -1,17 +1,14 @@
 """Handling of Ctrl-C and SIGTERM, which schedulers and containers send before SIGKILL. Imports no TensorFlow."""
 
-import ctypes
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_REPEAT_SECONDS = 0.2
 
 
 class Terminated(KeyboardInterrupt):
@@ -75,49 +72,23 @@ def recorded() -> Iterator[list[int]]:
     Only has an effect in the main thread, where Python handles signals. Ignored signals stay ignored.
     """
     received: list[int] = []
-    with _handled_by(lambda number, _: received.append(number)):
+    with restored():
+        for number in _STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: received.append(number))
         yield received
 
 
 @contextmanager
-def default_actions() -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM end the process at once within the block, which a library call may not let Python do.
-
-    A thread repeats the setting, because TensorFlow replaces the action of SIGTERM while it connects to other workers.
-    """
-    done = threading.Event()
-    with _handled_by(signal.SIG_DFL) as numbers:
-        thread = threading.Thread(target=_repeat_default_actions, args=(numbers, done), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-
-def _repeat_default_actions(numbers: Iterable[int], done: threading.Event) -> None:
-    c_library = ctypes.CDLL(None)  # Python sets actions in the main thread only, which may be in a library call
-    c_library.signal.argtypes = ctypes.c_int, ctypes.c_void_p
-    while not done.wait(_REPEAT_SECONDS):
-        for number in numbers:
-            c_library.signal(number, None)  # SIG_DFL
-
-
-@contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> Iterator[list[int]]:
-    """Handles the signals that are not ignored in another way within the block; yields their numbers."""
+def restored() -> Iterator[None]:
+    """Restores the handlers of Ctrl-C and SIGTERM after the block, in which a library may replace them."""
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    changed = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
-    if threading.current_thread() is not threading.main_thread():
-        changed = {}
     try:
-        for number in changed:
-            signal.signal(number, handler)
-        yield [*changed]
+        yield
     finally:
-        for number, old in changed.items():
-            signal.signal(number, old)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _count_signals(pipe: int) -> None:

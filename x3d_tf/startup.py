@@ -68,8 +68,8 @@ def starting_tensorflow(*, devices: bool | None = True) -> Iterator[None]:
         yield
         return
     tell("starting TensorFlow")
-    if devices is None and _mode == "quiet":
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # several messages about each worker that ends; our error names it
+    if devices is None and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "2":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # hides the messages about a worker that ends; our error names it
     with kept_back() as messages:
         _import_tensorflow()
         yield
@@ -162,6 +162,12 @@ def _initialize_devices(messages: Any) -> str:
         return f"using {cores}"
     reason = why_no_gpu(_read_messages(messages) if messages else "", tf.test.is_built_with_cuda(), _nvidia_devices())
     return f"no GPU found{f' ({reason})' if reason else ''}: using {cores}"
+
+
+def tell_devices() -> None:
+    """Prints the devices that TensorFlow uses, for a process that left them to its distribution strategy."""
+    if _mode != "plain":
+        tell(_initialize_devices(None))
 
 
 def _hide_gpus() -> None:

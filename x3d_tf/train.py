@@ -57,10 +57,8 @@ def main() -> None:
     if cluster is None:
         finished = _train(config, run, texts)
     else:
-        finished = cluster.is_chief and run.is_finished(config)
         _train_in_cluster(config, run, texts, cluster)
-        if not cluster.is_chief:
-            return
+        return
     _evaluate(config, run, finished)
 
 
@@ -83,17 +81,23 @@ def _train(config: TrainConfig, run: RunFolder, texts: dict[str, str]) -> bool:
 
 
 def _train_in_cluster(config: TrainConfig, run: RunFolder, texts: dict[str, str], cluster: Cluster) -> None:
-    """Trains together with the other workers."""
-    if cluster.is_chief and not run.is_finished(config):
+    """Trains together with the other workers. The chief then evaluates, and all end together."""
+    finished = cluster.is_chief and run.is_finished(config)
+    if cluster.is_chief and not finished:
         check_settings(config, run)  # before waiting for the others
     _start_tensorflow(config, devices=None)
-    from x3d_tf.training.loop import train
-    from x3d_tf.training.workers import start_workers
+    from x3d_tf.training.loop import START_AGAIN, train
+    from x3d_tf.training.workers import start_workers, workers_of
 
     strategy = start_workers(cluster)
     train(config, run.root, strategy=strategy, texts=texts, allow_other_groups=FLAGS.allow_other_groups)
-    if not cluster.is_chief:
-        print(f"training has ended; {cluster.name(0)} saves and evaluates the network")
+    workers = workers_of(strategy)
+    if cluster.is_chief:
+        _evaluate(config, run, finished)
+    else:
+        print(f"training has ended; {cluster.name(0)} evaluates the network", flush=True)
+    with workers.peer_errors_as_user_errors(START_AGAIN):
+        workers.leave_together()
 
 
 def _evaluate(config: TrainConfig, run: RunFolder, finished: bool) -> None:

@@ -4,10 +4,13 @@ import contextlib
 import itertools
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,16 @@ SECONDS = 300.0  # limit of a command
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports of the loopback interface that nobody uses at this moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Returns ports of the loopback interface that nobody uses at this moment.
+
+    The system gives none of them to other programs, because they are below its range for clients.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found += [port] if port not in found else []
+    return found
 
 
 def tf_config(ports: list[int], index: int) -> str:
@@ -65,8 +72,18 @@ class TrainingWorkers:
             file.close()
 
     def wait(self) -> list[tuple[int, str, str]]:
-        """Waits for all processes; returns their exit statuses, outputs and error outputs."""
-        return [(process.wait(SECONDS), *map(_content, files)) for process, files in zip(self.processes, self._files)]
+        """Waits for all processes; returns their exit statuses, outputs and error outputs.
+
+        Processes that take longer than `SECONDS` are aborted, so that their stacks are in the error output.
+        """
+        until = time.monotonic() + SECONDS
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(until - time.monotonic(), 1))
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGABRT)
+        return [(process.wait(10), *map(_content, files)) for process, files in zip(self.processes, self._files)]
 
 
 def _content(file: Any) -> str:

@@ -1,12 +1,13 @@
 """Kills training with two workers at random moments and resumes it: the result must equal an uninterrupted run.
 
 Each trial is a tiny run of two workers on this machine, of 45 steps with a checkpoint every 3 steps. One of them gets
-SIGKILL, SIGTERM or SIGINT at a random moment: in one of three trials any time after its start, also while the workers
-wait for each other, otherwise within a second after a random checkpoint. Both must end by themselves: after SIGKILL the
-other one with status 1 and an error that names the killed worker. The same commands then run again. All arrays of
-model.keras must be bit-equal to those of the uninterrupted run, and so must the rows of history.csv except for the
-throughput (after SIGTERM and SIGINT see kill_training). The run must resume from the last checkpoint that was complete
-when the signal was sent, or from a later one. No partial file and at most two checkpoints may remain.
+SIGKILL, SIGTERM or SIGINT at a random moment: in one of three trials any time after both began to start TensorFlow,
+also while one waits for the other or the chief evaluates, otherwise within a second after a random checkpoint. Both
+must end by themselves: after SIGKILL the other one with status 1 and an error that names the killed worker. The same
+commands then run again. All arrays of model.keras must be bit-equal to those of the uninterrupted run, and so must the
+rows of history.csv except for the throughput (after SIGTERM and SIGINT see kill_training). The run must resume from the
+last checkpoint that was complete when the signal was sent, or from a later one. No partial file and at most two
+checkpoints may remain.
 
   python tests/trials/kill_workers.py --count=10 --seed=0
 """
@@ -64,27 +65,31 @@ def newest(workdir: Path) -> int:
     return max((int(path.stem.partition("-")[2]) for path in workdir.glob("checkpoints/ckpt-*.index")), default=0)
 
 
-def moment(rng: random.Random, seconds: float, anywhere: bool, workdir: Path) -> tuple[str, Callable[[], bool]]:
+def moment(
+    rng: random.Random, seconds: float, anywhere: bool, workdir: Path, commands: list[Command]
+) -> tuple[str, Callable[[], bool]]:
     """Returns a random moment as text, and a function that returns True from that moment on."""
     delay = rng.uniform(0, seconds) if anywhere else rng.uniform(0, 1)
     checkpoint = 0 if anywhere else rng.randrange(EVERY, STEPS + 1, EVERY)
+    name = "the start of TensorFlow" if anywhere else f"checkpoint {checkpoint}"
     index = workdir / "checkpoints" / f"ckpt-{checkpoint}.index"
     since: list[float] = []
 
     def ready() -> bool:
-        if not since and (anywhere or index.exists()):
+        started = all("starting TensorFlow" in command.errors_so_far() for command in commands)
+        if not since and (started if anywhere else index.exists()):
             since.append(time.monotonic())
         return bool(since) and time.monotonic() >= since[0] + delay
 
-    return f"{delay:.2f} s after {'the start' if anywhere else f'checkpoint {checkpoint}'}", ready
+    return f"{delay:.2f} s after {name}", ready
 
 
 def end_if_waiting(command: Command, report: Report) -> None:
-    """Ends a worker that waits for the other one to connect, as it should, until that is started again."""
-    until = time.monotonic() + 60
-    while command.process.poll() is None and "are connected" not in command.errors_so_far():
+    """Ends a worker that waits for the other one to arrive, as it should, until that is started again."""
+    until = time.monotonic() + 30
+    while command.process.poll() is None and "connecting" not in command.errors_so_far():
         if time.monotonic() > until:
-            report.note("killed while the workers connected")
+            report.note("killed while the other worker waited for it")
             command.signal(signal.SIGTERM)
             return
         time.sleep(0.1)
@@ -98,14 +103,12 @@ def problems_of_end(ended: list[Ended], victim: int, sent: signal.Signals) -> It
         if "Traceback (most recent call last)" in worker.err:
             yield f"worker {index} ended in a traceback: {worker.last[:200]}"
     other = ended[1 - victim]
-    allowed = {STATUS[sent], -sent}  # a process that waits for the others is ended by the signal itself
-    if ended[victim].status not in allowed:
+    if ended[victim].status != STATUS[sent]:
         status = ended[victim].status
         yield f"worker {victim} ended with status {status}, not {STATUS[sent]}: {ended[victim].last[:200]}"
-    if other.status == 1 and f"worker {victim} (" not in other.last and "are connected" in other.err:
+    if other.status == 1 and f"worker {victim} (" not in other.last:
         yield f"worker {1 - victim} does not name worker {victim}: {other.last[:200]}"
-    waiting = "are connected" not in other.err
-    expected = {1} | ({143} if sent != signal.SIGKILL else set()) | ({-signal.SIGTERM} if waiting else set())
+    expected = {1} | ({143} if sent != signal.SIGKILL or "connecting" not in other.err else set())
     if other.status not in expected:
         yield f"worker {1 - victim} ended with status {other.status}: {other.last[:200]}"
 
@@ -115,18 +118,17 @@ def trial(
 ) -> Iterator[str]:
     """Kills one worker of a run and resumes the run; yields the problems."""
     workdir, sent, victim = config.parent / f"run{number}", SIGNALS[number % len(SIGNALS)], rng.randrange(2)
-    words, ready = moment(rng, length, number % 3 == 0, workdir)
-    where = f"{sent.name} to worker {victim} {words}"
     commands = start(config, workdir, report.chosen.seconds)
+    words, ready = moment(rng, length, number % 3 == 0, workdir, commands)
+    where = f"{sent.name} to worker {victim} {words}"
     wait_until(ready, commands)
     before = newest(workdir)
     was_running = commands[victim].signal(sent)
     end_if_waiting(commands[1 - victim], report)
     ended = wait(commands)
     print(f"       run{number}: {where}: exit statuses {[worker.status for worker in ended]}", flush=True)
-    finished = "results:" in ended[0].out or "training has ended" in ended[1].out
-    if not was_running or finished:
-        report.note("signals after the end of training")
+    if not was_running or ended[victim].status == 0:  # Python may no longer handle signals at its end
+        report.note("signals after the end")
     else:
         yield from problems_of_end(ended, victim, sent)
     again = wait(start(config, workdir, report.chosen.seconds))
@@ -150,7 +152,7 @@ def trial(
 
 def main() -> None:
     """Runs the trials."""
-    chosen = arguments(__doc__ or "", count=10, seconds=300)
+    chosen = arguments(__doc__ or "", count=10, seconds=400)
     chosen.jobs = 1  # a run has two processes
     report = Report("kill_workers", chosen)
     with scratch() as folder:

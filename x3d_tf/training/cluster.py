@@ -1,6 +1,6 @@
 """The workers of a training run as the environment variable TF_CONFIG lists them. Imports no TensorFlow.
 
-TF_CONFIG is TensorFlow's convention, which Kubeflow's trainers set and scripts of a scheduler can write:
+TF_CONFIG is TensorFlow's convention, which the TFJob of Kubeflow's operator sets and scripts of a scheduler can write:
 
     {"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}
 """
@@ -9,10 +9,7 @@ import json
 import os
 import re
 import socket
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +21,10 @@ TF_CONFIG = "TF_CONFIG"
 _JOBS = ("chief", "worker")  # in the order in which TensorFlow numbers the tasks
 _ADDRESS = re.compile(r"[\w.\-\[\]:]{1,255}:[0-9]{1,5}", re.ASCII)
 _MOST_WORKERS = 10_000
-_REMINDER_SECONDS = 30.0  # between two lines that name the workers waited for
+_REMINDER_SECONDS = 30.0  # between two lines that name the absent workers
+_MOST_NAMED = 5
 _CONNECT_SECONDS = 2.0
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def cluster_from_environment() -> Cluster | None:
         return None
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{TF_CONFIG} must be a JSON object, got {text[:100]!r} ({error})") from error
     jobs = content.get("cluster") if isinstance(content, dict) else None
     if content == {} or jobs == {}:
@@ -99,7 +98,8 @@ def _list_of(jobs: dict[str, Any], job: str) -> list[Any]:
 
 
 def _check_address(address: Any) -> str:
-    valid = isinstance(address, str) and bool(_ADDRESS.fullmatch(address)) and int(address.rpartition(":")[2]) < 65536
+    valid = isinstance(address, str) and bool(_ADDRESS.fullmatch(address))
+    valid = valid and 0 < int(address.rpartition(":")[2]) < 65536
     require(valid, f"an address of {TF_CONFIG}", "be HOST:PORT", address)
     return str(address)
 
@@ -118,39 +118,41 @@ def _task_of(task: Any, jobs: dict[str, Any]) -> tuple[str, int]:
     return str(job), int(index)
 
 
-def require_free_port(cluster: Cluster) -> None:
-    """Raises `UserError` if the port of this worker is in use, which TensorFlow's own error does not say."""
+def wait_for_workers(cluster: Cluster) -> None:
+    """Waits until all workers have arrived here, and prints every 30 seconds who is absent.
+
+    Each worker listens on its port, on which TensorFlow listens afterwards, and is present once its port has answered
+    the others. TensorFlow itself waits in a call that neither prints nor lets Python handle signals.
+
+    Raises:
+        UserError: the port of this worker is in use.
+    """
+    absent = [index for index in range(cluster.count) if index != cluster.index]
+    with _listening(cluster):
+        reminder = time.monotonic() + _REMINDER_SECONDS
+        while absent:
+            absent = [index for index in absent if not _answers(cluster.addresses[index])]
+            if absent and time.monotonic() > reminder:
+                first = ", ".join(cluster.name(index) for index in absent[:_MOST_NAMED])
+                more = f" and {len(absent) - _MOST_NAMED} more" if len(absent) > _MOST_NAMED else ""
+                tell(f"still waiting for {first}{more}")
+                reminder = time.monotonic() + _REMINDER_SECONDS
+            if absent:
+                time.sleep(_POLL_SECONDS)
+
+
+def _listening(cluster: Cluster) -> socket.socket:
+    """Returns a socket that listens on the port of this worker. A context manager."""
     port = int(cluster.addresses[cluster.index].rpartition(":")[2])
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind(("", port))
-        except OSError as error:
-            raise UserError(
-                f"{TF_CONFIG}: port {port} of {cluster.name(cluster.index)} cannot be used ({error.strerror}). Is a "
-                "worker of this run, or another program, still running on this machine? End it, or choose another port"
-            ) from error
-
-
-@contextmanager
-def naming_absent_workers(cluster: Cluster) -> Iterator[None]:
-    """Prints every 30 seconds within the block which workers do not answer yet."""
-    done = threading.Event()
-    thread = threading.Thread(target=_name_absent_workers, args=(cluster, done), daemon=True)
-    thread.start()
     try:
-        yield
-    finally:
-        done.set()
-
-
-def _name_absent_workers(cluster: Cluster, done: threading.Event) -> None:
-    while not done.wait(_REMINDER_SECONDS):
-        absent = [index for index in range(cluster.count) if not _answers(cluster.addresses[index])]
-        if absent and not done.is_set():
-            first = ", ".join(cluster.name(index) for index in absent[:5])
-            tell(f"still waiting: {first}{', ...' if len(absent) > 5 else ''} cannot be reached")
-            sys.stderr.flush()
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=cluster.count)
+        return socket.create_server(("", port), backlog=cluster.count)
+    except OSError as error:
+        raise UserError(
+            f"{TF_CONFIG}: port {port} of {cluster.name(cluster.index)} cannot be used ({error.strerror}). Is a worker "
+            "of this run, or another program, still running on this machine? End it, or choose another port"
+        ) from error
 
 
 def _answers(address: str) -> bool:
@@ -158,5 +160,5 @@ def _answers(address: str) -> bool:
     try:
         with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
             return True
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: what no host can be called
         return False

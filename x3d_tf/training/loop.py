@@ -44,7 +44,7 @@ from x3d_tf.training.transfer import load_pretrained
 from x3d_tf.training.workers import Workers, workers_of
 
 _LOG_STEPS = 10  # steps between two rows of history.csv
-_START_AGAIN = "Start all workers again with the same command: training resumes from its last checkpoint"
+START_AGAIN = "Start all workers again with the same command: training resumes from its last checkpoint"
 
 
 def train(
@@ -82,8 +82,9 @@ def train(
     rule = 'be True if Recipe.patience is set or Recipe.schedule is "plateau"'
     require(validates or not config.recipe.needs_validation, "validates", rule, validates)
     run, workers = RunFolder(workdir), workers_of(strategy or tf.distribute.MirroredStrategy())
-    with workers.peer_errors_as_user_errors(_START_AGAIN):
-        if workers.number_of_chief(workers.is_chief and run.is_finished(config)):
+    with workers.peer_errors_as_user_errors(START_AGAIN):
+        workers.require_equal(lambda: _identity(config, allow_other_groups, validates))
+        if workers.of_chief(workers.is_chief and run.is_finished(config)):
             print(f"{run.root} is already finished ({run.model} exists)")
             return run
         if workers.is_chief:
@@ -110,14 +111,14 @@ def train_checked(
 ) -> None:
     """Trains as `train` does, after `check_settings` and `open_records`, which need no TensorFlow."""
     workers = workers or Workers(tf.distribute.MirroredStrategy())
-    check_batch(checked.config, workers.strategy.num_replicas_in_sync)
     fingerprint = checked.records.fingerprint()  # takes a second for the records of Kinetics
-    workers.require_equal(lambda: _identity(checked, fingerprint, workers, allow_other_groups))
+    workers.require_equal(lambda: {"the fingerprint of DatasetSpec.records": fingerprint})
+    check_batch(checked.config, workers.strategy.num_replicas_in_sync)
     with run.training() if workers.is_chief else nullcontext():
         if workers.is_chief:
             run.open(checked.config, {run.fingerprint.name: fingerprint, **(texts or {})})
         # another process may have finished the run in the meantime
-        if workers.number_of_chief(workers.is_chief and run.model.is_file()):
+        if workers.of_chief(workers.is_chief and run.model.is_file()):
             return
         if workers.is_chief:
             _prepare(checked, run)
@@ -126,19 +127,19 @@ def train_checked(
         trainer.fit(run, fingerprint, allow_other_groups=allow_other_groups)
         if workers.is_chief:
             _save(trainer, run)
+        workers.wait()
 
 
-def _identity(checked: CheckedRun, fingerprint: str, workers: Workers, allow_other_groups: bool) -> dict[str, Any]:
+def _identity(config: TrainConfig, allow_other_groups: bool, validates: bool) -> dict[str, Any]:
     """Returns what must be the same on all workers, by name."""
     return {
         "the version of x3d_tf": x3d_tf.__version__,
         "the version of TensorFlow": tf.__version__,
         "the version of Keras": keras.__version__,
-        **checked.config.outcome_settings(),
-        "Execution.accumulation": checked.config.execution.accumulation,
-        "the fingerprint of DatasetSpec.records": fingerprint,
-        "the number of devices": len(workers.strategy.extended.worker_devices),
+        **config.outcome_settings(),
+        "Execution.accumulation": config.execution.accumulation,
         "allow_other_groups": allow_other_groups,
+        "validates": validates,
     }
 
 
@@ -210,7 +211,7 @@ class Trainer:
             allow_other_groups: see `train`.
         """
         log = self._open_log(run, records, allow_other_groups=allow_other_groups) if self.workers.is_chief else None
-        first = self.workers.number_of_chief(log.first if log else 0)
+        first = self.workers.of_chief(log.first if log else 0)
         self.workers.broadcast([variable for part in self._state().values() for variable in part])
         try:
             with record_errors_as_user_errors(), self.workers.stopping_together(), log.bar if log else nullcontext():
@@ -218,6 +219,7 @@ class Trainer:
         except KeyboardInterrupt:
             if log:
                 self._save_interrupted(log)
+            self.workers.wait()  # schedulers end all workers when the first one ends
             raise
         if log:
             log.history.save_plots()  # a run killed after its last checkpoint may not have drawn them
@@ -251,11 +253,11 @@ class Trainer:
         if first and self._is_checkpoint(first):  # the validation may have been interrupted; repeating it is harmless
             self._refresh_statistics(first)
             self._validate(log, first)
-        step, end = first, first
-        while step < self.steps and not self._is_patience_exhausted(log):
+        step, end, exhausted = first, first, self._is_patience_exhausted(log)
+        while step < self.steps and not exhausted:
             if step == end:
                 batches, end = iter(self.batches(step)), self.phases.at(step).end
-                self.step.trace(batches)  # outside of `held_back`, because it takes long and may be interrupted
+                self.step.trace(batches)  # outside of `held_back`: takes long, and one worker may be interrupted
             count = self._steps_until_pause(step)
             pauses = self._is_checkpoint(step + count) or step // _LOG_STEPS != (step + count) // _LOG_STEPS
             with held_back():  # the history must contain every step taken
@@ -271,6 +273,7 @@ class Trainer:
                 self.workers.stop_if_asked()
             if self._is_checkpoint(step):
                 self._validate(log, step)
+                exhausted = self._is_patience_exhausted(log)
         if step < self.steps and log:
             patience = self.config.recipe.patience
             tqdm.write(f"early stopping at step {step}: no improvement in {counted(patience, 'validation')}")
@@ -296,7 +299,9 @@ class Trainer:
             log.history.save_plots()
             log.history.restart_clock()
         if isinstance(self.step.schedule, PlateauWithWarmup):
-            self.workers.broadcast(self.step.schedule.variables)
+            variables = self.step.schedule.variables
+            for variable, value in zip(variables, self.workers.of_chief([each.numpy().item() for each in variables])):
+                variable.assign(value)
 
     def _validate_on_chief(self, log: "_Log", step: int) -> None:
         if self.validation is None:
@@ -331,7 +336,7 @@ class Trainer:
         patience = self.config.recipe.patience
         if not patience:
             return False
-        return bool(self.workers.number_of_chief(log is not None and log.history.best()[1] >= patience))
+        return bool(self.workers.of_chief(log is not None and log.history.best()[1] >= patience))
 
     def save_result(self, run: RunFolder) -> None:
         """Saves the portable form of the network; with early stopping, the network with the best validation score."""

@@ -3,26 +3,31 @@
 The workers take the same steps. Everything else, such as files and validations, is the work of the chief.
 """
 
-import functools
+import itertools
 import json
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context as tf_context
 
 from x3d_tf.errors import UserError, first_line
-from x3d_tf.signals import Terminated, default_actions, recorded
+from x3d_tf.signals import Terminated, recorded, restored
+from x3d_tf.startup import tell_devices
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
-from x3d_tf.training.cluster import TF_CONFIG, Cluster, naming_absent_workers, require_free_port
+from x3d_tf.training.cluster import TF_CONFIG, Cluster, wait_for_workers
 
 _T = TypeVar("_T")
 _SUM = tf.distribute.ReduceOp.SUM
-_EXACT = {tf.uint32: tf.int64, tf.bool: tf.int32, tf.uint8: tf.int32}  # types that a sum over workers does not support
+_BITS = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int64}  # by the size of a type in bytes
+_CONNECT_SECONDS = 300  # for TensorFlow to connect workers that are all present
+_LEAVE_SECONDS = 10.0  # for the others to notice that the chief has ended
+_POLL_MILLISECONDS = 500
 _TASK = re.compile(r"/job:(chief|worker)(?:/replica:0)?/task:([0-9]{1,5})")
 _PEER_ERRORS = (
     tf.errors.UnavailableError,
@@ -33,12 +38,14 @@ _PEER_ERRORS = (
     tf.errors.InternalError,
 )
 _OF_PEERS = ("ollective", "unhealthy", "heartbeat", "/job:worker", "/job:chief", "oordination service")
+_exchanges = itertools.count()  # all workers make the same exchanges in the same order
 
 
 class Workers:
     """The processes that train a network together, each on the devices of its machine.
 
-    All methods that exchange something must be called by all workers, in the same order.
+    All methods that exchange something must be called by all workers, in the same order. With a single worker they do
+    nothing.
 
     Args:
         strategy: the distribution strategy; one for a single machine has one worker.
@@ -51,55 +58,41 @@ class Workers:
     def __init__(self, strategy: tf.distribute.Strategy, cluster: Cluster | None = None) -> None:
         self.strategy, self._cluster = strategy, cluster
         self.is_chief = cluster is None or cluster.is_chief
-        self._stop: Callable[[], None] | None = None
+        self._received: list[int] = []
 
     @property
     def count(self) -> int:
         """Number of workers."""
         return self._cluster.count if self._cluster else 1
 
-    def broadcast(self, variables: Sequence[Any]) -> None:
-        """Gives variables of the strategy the values that they have on the chief."""
-        if self._cluster is None:
-            return
-        by_type: dict[Any, list[Any]] = {}
-        for variable in variables:
-            by_type.setdefault(tf.as_dtype(variable.dtype), []).append(variable)
-        for dtype, members in by_type.items():
-            exchanged = _EXACT.get(dtype, dtype)
-            parts = [tf.cast(tf.reshape(variable.read_value(), [-1]), exchanged) for variable in members]
-            values = tf.cast(self._value_of_chief(tf.concat(parts, 0)), dtype)
-            for variable, value in zip(members, tf.split(values, [int(tf.size(part)) for part in parts])):
-                variable.assign(tf.reshape(value, variable.shape))
-
-    def _value_of_chief(self, value: Any) -> Any:
-        """Returns a tensor of the chief on all workers, bit-equal: the others add zeros."""
-        return self.strategy.reduce(_SUM, value if self.is_chief else tf.zeros_like(value), axis=None)
-
-    def number_of_chief(self, number: int) -> int:
-        """Returns an integer of the chief on all workers."""
-        return number if self._cluster is None else int(self._sum(int(number) if self.is_chief else 0))
+    # Exchanges of values that JSON can hold, through the store of TensorFlow's coordination service.
 
     def gather(self, content: Any) -> list[Any]:
-        """Returns what each worker contributes, in their order; contents are values that JSON can hold."""
+        """Returns what each worker contributes, in their order, when all have contributed."""
         if self._cluster is None:
             return [content]
-        encoded = np.frombuffer(json.dumps(content).encode(), np.uint8)
-        lengths = self._sum(self._own_row(len(encoded)))
-        # one row for each worker, to which the others add zeros
-        rows = self._sum(self._own_row(np.pad(encoded.astype(np.int32), (0, lengths.max() - len(encoded)))))
-        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths)]
+        number = next(_exchanges)
+        _put(f"{number}/{self._cluster.index}", content)
+        return [_get(f"{number}/{index}") for index in range(self.count)]
 
-    def _own_row(self, value: Any) -> Any:
-        """Returns zeros, [workers, ...], with the row of this worker set to a value."""
-        assert self._cluster is not None
-        rows = np.zeros((self.count, *np.shape(value)), np.int32)
-        rows[self._cluster.index] = value
-        return rows
+    def of_chief(self, content: Any) -> Any:
+        """Returns what the chief contributes."""
+        if self._cluster is None:
+            return content
+        number = next(_exchanges)
+        if self.is_chief:
+            _put(f"{number}/0", content)
+        return _get(f"{number}/0")
 
-    def _sum(self, value: Any) -> Any:
-        """Returns the sum of a tensor over the workers, as an array."""
-        return self.strategy.reduce(_SUM, tf.constant(value), axis=None).numpy()
+    def wait(self) -> None:
+        """Returns when all workers have arrived here."""
+        self.gather(None)
+
+    def chief_first(self, function: Callable[[], _T]) -> _T:
+        """Calls a function on the chief, which may create files, and then on the other workers; returns its result."""
+        result = [function()] if self.is_chief else []
+        self.wait()
+        return result[0] if self.is_chief else function()
 
     def require_equal(self, settings: Callable[[], dict[str, Any]]) -> None:
         """Checks that all workers have the same settings, which a function returns; one worker does not call it.
@@ -119,11 +112,43 @@ class Workers:
                         "command, records and versions"
                     )
 
-    def chief_first(self, function: Callable[[], _T]) -> _T:
-        """Calls a function on the chief, which may create files, and then on the other workers; returns its result."""
-        result = [function()] if self.is_chief else []
-        self.gather(None)
-        return result[0] if self.is_chief else function()
+    def leave_together(self) -> None:
+        """Waits until the chief has done all of its work, before this process ends.
+
+        A worker that ended earlier would not fail if the chief does, and its supervisor would not start it again.
+        """
+        if self._cluster is None:
+            return
+        self.of_chief(None)
+        number = next(_exchanges)
+        if not self.is_chief:
+            _put(f"{number}/{self._cluster.index}", None)
+            return
+        with suppress(*_PEER_ERRORS):  # the chief has the store, so it ends last
+            for index in range(1, self.count):
+                _get(f"{number}/{index}", _LEAVE_SECONDS)
+
+    # Collective operations of the strategy.
+
+    def broadcast(self, variables: Sequence[Any]) -> None:
+        """Gives variables of the strategy the values that they have on the chief, bit-equal."""
+        if self._cluster is None:
+            return
+        by_type: dict[Any, list[Any]] = {}
+        for variable in variables:
+            by_type.setdefault(tf.as_dtype(variable.dtype), []).append(variable)
+        for dtype, members in by_type.items():
+            parts = [tf.reshape(variable.read_value(), [-1]) for variable in members]
+            values = self._of_chief_by_sum(tf.concat(parts, 0), dtype)
+            for variable, value in zip(members, tf.split(values, [int(tf.size(part)) for part in parts])):
+                variable.assign(tf.reshape(value, variable.shape))
+
+    def _of_chief_by_sum(self, values: Any, dtype: Any) -> Any:
+        """Returns a tensor of the chief on all workers. The others add zeros to its bits, taken as integers."""
+        kind = _BITS[dtype.size]
+        bits = tf.cast(tf.bitcast(values, kind), tf.int64)
+        total = self.strategy.reduce(_SUM, bits if self.is_chief else tf.zeros_like(bits), axis=None)
+        return tf.bitcast(tf.cast(total, kind), dtype)
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
@@ -131,18 +156,16 @@ class Workers:
         if self._cluster is None:
             yield
             return
-        with recorded() as received:
-            self._stop = functools.partial(self._stop_if_any, received)
+        with recorded() as self._received:
             yield
 
     def stop_if_asked(self) -> None:
         """Raises `KeyboardInterrupt` on all workers if one of them received Ctrl-C or SIGTERM, after the same step."""
-        if self._stop is not None:
-            self._stop()
-
-    def _stop_if_any(self, received: list[int]) -> None:
-        if self._sum(len(received)):
-            raise KeyboardInterrupt if received[:1] == [signal.SIGINT] else Terminated
+        if self._cluster is None:
+            return
+        asked = self.strategy.reduce(_SUM, tf.constant(len(self._received), tf.int64), axis=None)
+        if int(asked):
+            raise KeyboardInterrupt if self._received[:1] == [signal.SIGINT] else Terminated
 
     @contextmanager
     def peer_errors_as_user_errors(self, advice: str) -> Iterator[None]:
@@ -156,15 +179,36 @@ class Workers:
         except _PEER_ERRORS as error:
             if self._cluster is None or not any(words in str(error) for words in _OF_PEERS):
                 raise
-            raise UserError(f"{self._describe(str(error))}. {advice}") from error
+            raise UserError(f"{self._cause(str(error))}. {advice}") from error
 
-    def _describe(self, message: str) -> str:
+    def _cause(self, message: str) -> str:
         """Returns a sentence that names the worker which a message of TensorFlow is about."""
         assert self._cluster is not None
         found = (self._cluster.number_of(job, int(task)) for job, task in _TASK.findall(message))
         others = [number for number in found if number != self._cluster.index and number < self.count]
-        who = self._cluster.name(others[0]) if others else "another worker"
-        return f"{who} of {TF_CONFIG} has ended or cannot be reached"
+        if others:
+            return f"{self._cluster.name(others[0])} of {TF_CONFIG} has ended or cannot be reached; see its own error"
+        detail = first_line(Exception(re.sub(r"\{\{.*?\}\}", "", message).strip()))[:200]
+        return f"another worker of {TF_CONFIG} has ended or cannot be reached ({detail}); see its own error"
+
+
+def _put(key: str, content: Any) -> None:
+    tf_context.context().set_config_key_value(f"x3d_tf/{key}", json.dumps(content))
+
+
+def _get(key: str, seconds: float | None = None) -> Any:
+    """Waits for the value of a key, at most a number of seconds. Python handles signals while it waits.
+
+    Raises:
+        DeadlineExceededError: it was not set in time.
+    """
+    until = time.monotonic() + seconds if seconds is not None else None
+    while True:
+        try:
+            return json.loads(tf_context.context().get_config_key_value(f"x3d_tf/{key}", _POLL_MILLISECONDS))
+        except tf.errors.DeadlineExceededError:
+            if until is not None and time.monotonic() > until:
+                raise
 
 
 def workers_of(strategy: tf.distribute.Strategy) -> Workers:
@@ -180,22 +224,28 @@ def workers_of(strategy: tf.distribute.Strategy) -> Workers:
 
 
 def start_workers(cluster: Cluster) -> tf.distribute.Strategy:
-    """Connects this process to the other workers, waits for them, and returns the strategy for `train`.
+    """Waits for the other workers, connects this process to them, and returns the strategy for `train`.
 
-    Must be called before TensorFlow computes anything or initialises its devices. Ctrl-C and SIGTERM end the process
-    while it waits: TensorFlow cannot be interrupted there.
+    Must be called before TensorFlow computes anything or initialises its devices.
 
     Raises:
-        UserError: the port of this worker is in use, or the workers cannot connect.
+        UserError: the port of this worker is in use, the workers cannot connect, or they differ in the number of
+            devices.
     """
-    require_free_port(cluster)
     tell(f"{cluster.name(cluster.index)} of {TF_CONFIG}: waiting for all {counted(cluster.count, 'worker')}")
+    wait_for_workers(cluster)
+    tell(f"connecting; SIGALRM ends this process if that takes over {_CONNECT_SECONDS} s")
     try:
-        with default_actions(), naming_absent_workers(cluster):
+        with restored():  # TensorFlow replaces the handler of SIGTERM
+            signal.alarm(_CONNECT_SECONDS)  # TensorFlow may wait forever, and lets Python do nothing meanwhile
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
-            Workers(strategy, cluster).gather(None)  # returns when all workers have arrived
+            signal.alarm(0)
+        workers = Workers(strategy, cluster)
+        # before any collective operation, which would wait forever if the numbers differ
+        workers.require_equal(lambda: {"the number of devices": len(strategy.extended.worker_devices)})
     except (tf.errors.OpError, RuntimeError) as error:
         raise UserError(f"{TF_CONFIG}: the workers cannot connect: {first_line(error)}") from error
-    devices = strategy.num_replicas_in_sync
-    tell(f"all {counted(cluster.count, 'worker')} are connected, with {counted(devices, 'device')} in total")
+    tell_devices()
+    devices = counted(strategy.num_replicas_in_sync, "device")
+    tell(f"all {counted(cluster.count, 'worker')} are connected, with {devices} in total")
     return strategy
