@@ -133,7 +133,7 @@ def assert_equal_weights(actual: Path, expected: Path, *, statistics: bool) -> N
     ("change", "name", "values"),
     [
         ({"Recipe.learning_rate": 0.02}, "Recipe.learning_rate", (0.01, 0.02)),
-        pytest.param({"ModelOptions.bn_group": 1}, "ModelOptions.bn_group", (2, 1), marks=pytest.mark.slow),
+        pytest.param({"Recipe.batch": 3}, "Recipe.batch", (4, 3), marks=pytest.mark.slow),
     ],
 )
 def test_workers_with_other_settings_are_refused(
@@ -164,6 +164,51 @@ def test_workers_with_other_records_are_refused(records: Path, tmp_path: Path) -
             assert status == 1 and "the fingerprint of DatasetSpec.records must be the same on all workers" in errors
 
 
+# TensorFlow itself takes a single device of a CPU.
+DEVICES = """
+import sys
+import tensorflow as tf
+from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+from x3d_tf.errors import UserError
+from x3d_tf.training.cluster import cluster_from_environment
+from x3d_tf.training.workers import start_workers
+count = int(sys.argv[1])
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+CollectiveAllReduceExtended._initialize_local_devices = lambda self, resolver, worker: (
+    tuple(f"{worker}/device:CPU:{number}" for number in range(count)), "CPU"
+)
+try:
+    start_workers(cluster_from_environment())
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_workers_with_other_numbers_of_devices_are_refused() -> None:
+    """Their collective operations would wait for each other forever."""
+    with TrainingWorkers(["1"], ["2"], program=("-c", DEVICES)) as workers:
+        for _, out, _ in workers.wait():
+            assert out.startswith("the number of devices must be the same on all workers: worker 0 (127.0.0.1:")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_worker_that_waits_for_the_others_can_be_stopped(
+    records: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    words = flags(tmp_path, records, tmp_path / "run")
+    with TrainingWorkers(words, words) as workers:
+        workers.processes[1].kill()
+        while "waiting for all 2 workers" not in workers.errors(0):
+            assert workers.processes[0].poll() is None
+            time.sleep(0.05)
+        time.sleep(1)  # the line is printed before the first attempt to reach the others
+        workers.processes[0].send_signal(number)
+        assert workers.wait()[0][0] == status
+
+
 @pytest.mark.slow
 def test_a_batch_that_the_workers_do_not_divide(records: Path, tmp_path: Path) -> None:
     for status, _, errors in train_together(flags(tmp_path, records, tmp_path / "run", **{"Recipe.batch": 3})):
@@ -192,8 +237,8 @@ def test_a_killed_worker_ends_all_and_they_resume_exactly(records: Path, tmp_pat
     status, _, errors = ended[1 - victim]
     assert ended[victim][0] == -signal.SIGKILL and status == 1
     assert re.fullmatch(
-        rf"error: worker {victim} \(127.0.0.1:[0-9]+\) of TF_CONFIG has ended or cannot be reached\. Start all "
-        "workers again with the same command: training resumes from its last checkpoint",
+        rf"error: worker {victim} \(127.0.0.1:[0-9]+\) of TF_CONFIG has ended or cannot be reached; see its "
+        r"own error\. Start all workers again with the same command: training resumes from its last checkpoint",
         errors.splitlines()[-1],
     )
     ended = train_together(words)

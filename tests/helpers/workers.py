@@ -37,24 +37,23 @@ def tf_config(ports: list[int], index: int) -> str:
 
 
 class TrainingWorkers:
-    """The commands `python -m x3d_tf.train` of all workers of a run, as processes.
+    """The processes of all workers of a run.
 
     Args:
         flags: the flags of each worker.
-        environments: further environment variables of each worker.
+        program: what Python runs with the flags. Defaults to the command.
     """
 
-    def __init__(self, *flags: list[str], environments: list[dict[str, str]] | None = None) -> None:
+    def __init__(self, *flags: list[str], program: tuple[str, str] = ("-m", "x3d_tf.train")) -> None:
         ports = free_ports(len(flags))
         self._files: list[tuple[Any, Any]] = []  # not pipes: a full one would stop a worker
         self.processes = []
         for index, own in enumerate(flags):
-            further = environments[index] if environments else {}
             self._files.append((tempfile.TemporaryFile(), tempfile.TemporaryFile()))  # noqa: SIM115
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "x3d_tf.train", *own],
-                    env={**os.environ, "TF_CONFIG": tf_config(ports, index), **further},
+                    [sys.executable, *program, *own],
+                    env={**os.environ, "TF_CONFIG": tf_config(ports, index)},
                     stdout=self._files[-1][0],
                     stderr=self._files[-1][1],
                     cwd=ROOT,
@@ -70,6 +69,10 @@ class TrainingWorkers:
             process.wait()
         for file in itertools.chain(*self._files):
             file.close()
+
+    def errors(self, index: int) -> str:
+        """Returns what a process has written to standard error until now."""
+        return _content(self._files[index][1])
 
     def wait(self) -> list[tuple[int, str, str]]:
         """Waits for all processes; returns their exit statuses, outputs and error outputs.
@@ -87,5 +90,5 @@ class TrainingWorkers:
 
 
 def _content(file: Any) -> str:
-    file.seek(0)
-    return str(file.read().decode())
+    descriptor = file.fileno()  # read without a seek, because the process shares the position
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()
