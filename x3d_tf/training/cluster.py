@@ -51,6 +51,11 @@ class Cluster:
         """Number of workers."""
         return len(self.addresses)
 
+    @property
+    def jobs(self) -> list[tuple[str, int]]:
+        """Names of the jobs that TF_CONFIG lists, with their numbers of workers."""
+        return [job for job in (("chief", self.chiefs), ("worker", self.count - self.chiefs)) if job[1]]
+
     def name(self, index: int) -> str:
         """Returns the name of a worker for messages, such as "worker 1 (host1:12345)"."""
         return f"worker {index} ({self.addresses[index]})"

@@ -5,6 +5,7 @@ The workers take the same steps. Everything else, such as files and validations,
 
 import itertools
 import json
+import math
 import re
 import signal
 import time
@@ -73,7 +74,7 @@ class Workers:
             return [content]
         number = next(_exchanges)
         _put(f"{number}/{self._cluster.index}", content)
-        return [_get(f"{number}/{index}") for index in range(self.count)]
+        return [self._get(f"{number}/{index}") for index in range(self.count)]
 
     def of_chief(self, content: Any) -> Any:
         """Returns what the chief contributes."""
@@ -82,7 +83,7 @@ class Workers:
         number = next(_exchanges)
         if self.is_chief:
             _put(f"{number}/0", content)
-        return _get(f"{number}/0")
+        return self._get(f"{number}/0")
 
     def wait(self) -> None:
         """Returns when all workers have arrived here."""
@@ -126,7 +127,26 @@ class Workers:
             return
         with suppress(*_PEER_ERRORS):  # the chief has the store, so it ends last
             for index in range(1, self.count):
-                _get(f"{number}/{index}", _LEAVE_SECONDS)
+                self._get(f"{number}/{index}", _LEAVE_SECONDS)
+
+    def _get(self, key: str, seconds: float = math.inf) -> Any:
+        """Waits for the value of a key, at most a number of seconds. Python handles signals while it waits.
+
+        Raises:
+            DeadlineExceededError: it was not set in time.
+            UnavailableError: a worker has ended.
+        """
+        assert self._cluster is not None
+        until, context = time.monotonic() + seconds, tf_context.context()
+        while True:
+            try:
+                return json.loads(context.get_config_key_value(f"x3d_tf/{key}", _POLL_MILLISECONDS))
+            except tf.errors.DeadlineExceededError:
+                if time.monotonic() > until:
+                    raise
+            # a call that waits for a key does not notice the end of a worker
+            for error in filter(None, context.get_task_states(self._cluster.jobs)):
+                raise error
 
     # Collective operations of the strategy.
 
@@ -194,21 +214,6 @@ class Workers:
 
 def _put(key: str, content: Any) -> None:
     tf_context.context().set_config_key_value(f"x3d_tf/{key}", json.dumps(content))
-
-
-def _get(key: str, seconds: float | None = None) -> Any:
-    """Waits for the value of a key, at most a number of seconds. Python handles signals while it waits.
-
-    Raises:
-        DeadlineExceededError: it was not set in time.
-    """
-    until = time.monotonic() + seconds if seconds is not None else None
-    while True:
-        try:
-            return json.loads(tf_context.context().get_config_key_value(f"x3d_tf/{key}", _POLL_MILLISECONDS))
-        except tf.errors.DeadlineExceededError:
-            if until is not None and time.monotonic() > until:
-                raise
 
 
 def workers_of(strategy: tf.distribute.Strategy) -> Workers:
