@@ -10,14 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from video_fixtures import noise_video, write_records
 from workers import TrainingWorkers
 
 import x3d_tf
 from x3d_tf.config import TrainConfig
+from x3d_tf.errors import UserError
 from x3d_tf.gin_config import parse
 from x3d_tf.runs.checkpoints import checkpoint_steps
+from x3d_tf.training import loop
+from x3d_tf.training.cluster import Cluster
 from x3d_tf.training.loop import train
+from x3d_tf.training.workers import Workers
 
 # one block per stage; a step has two batch-norm groups, one for each worker
 SETTINGS: dict[str, Any] = {
@@ -150,6 +155,19 @@ def test_workers_with_other_settings_are_refused(
             errors.splitlines()[-1],
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_workers_with_other_versions_are_refused(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(flags(tmp_path, records, tmp_path / "run"))
+    ours = loop._identity(config, allow_other_groups=False, validates=True)
+    theirs = {**ours, "the version of TensorFlow": "2.20.0"}
+    workers = Workers(tf.distribute.get_strategy(), Cluster(("one:1", "two:1"), 0))
+    monkeypatch.setattr(workers, "gather", lambda content: [content, theirs])
+    message = rf"the version of TensorFlow must be .* worker 0 \(one:1\) has '{tf.__version__}', .* has '2\.20\.0'"
+    with pytest.raises(UserError, match=message):
+        workers.require_equal(lambda: ours)
 
 
 @pytest.mark.slow
