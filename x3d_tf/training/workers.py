@@ -5,10 +5,8 @@ The workers take the same steps. Everything else, such as files and validations,
 
 import itertools
 import json
-import math
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -27,7 +25,6 @@ _T = TypeVar("_T")
 _SUM = tf.distribute.ReduceOp.SUM
 _BITS = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int64}  # by the size of a type in bytes
 _CONNECT_SECONDS = 300  # for TensorFlow to connect workers that are all present
-_LEAVE_SECONDS = 10.0  # for the others to notice that the chief has ended
 _POLL_MILLISECONDS = 500
 _TASK = re.compile(r"/job:(chief|worker)(?:/replica:0)?/task:([0-9]{1,5})")
 _PEER_ERRORS = (
@@ -114,9 +111,9 @@ class Workers:
                     )
 
     def leave_together(self) -> None:
-        """Waits until the chief has done all of its work, before this process ends.
+        """Waits until the chief has done all of its work and all others know, before this process ends.
 
-        A worker that ended earlier would not fail if the chief does, and its supervisor would not start it again.
+        If one worker fails before, all do: otherwise its supervisor would start it again without the others.
         """
         if self._cluster is None:
             return
@@ -125,27 +122,23 @@ class Workers:
         if not self.is_chief:
             _put(f"{number}/{self._cluster.index}", None)
             return
-        with suppress(*_PEER_ERRORS):  # the chief has the store, so it ends last
-            for index in range(1, self.count):
-                self._get(f"{number}/{index}", _LEAVE_SECONDS)
+        for index in range(1, self.count):  # the chief has the store, so it ends last
+            self._get(f"{number}/{index}", of=index)
 
-    def _get(self, key: str, seconds: float = math.inf) -> Any:
-        """Waits for the value of a key, at most a number of seconds. Python handles signals while it waits.
+    def _get(self, key: str, of: int | None = None) -> Any:
+        """Waits for the value of a key. Python handles signals while it waits.
 
         Raises:
-            DeadlineExceededError: it was not set in time.
-            UnavailableError: a worker has ended.
+            UnavailableError: a worker has ended, or the worker `of`, if it is given.
         """
         assert self._cluster is not None
-        until, context = time.monotonic() + seconds, tf_context.context()
+        context = tf_context.context()
         while True:
-            try:
+            with suppress(tf.errors.DeadlineExceededError):
                 return json.loads(context.get_config_key_value(f"x3d_tf/{key}", _POLL_MILLISECONDS))
-            except tf.errors.DeadlineExceededError:
-                if time.monotonic() > until:
-                    raise
             # a call that waits for a key does not notice the end of a worker
-            for error in filter(None, context.get_task_states(self._cluster.jobs)):
+            errors = context.get_task_states(self._cluster.jobs)
+            for error in filter(None, errors if of is None else [errors[of]]):
                 raise error
 
     # Collective operations of the strategy.
