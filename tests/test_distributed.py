@@ -64,7 +64,9 @@ def task_of(folder: Path, videos: Path, **encoding: Any) -> tuple[_Task, list[Pl
     work = folder / ".build" / "work-all-1"
     work.mkdir(parents=True)
     plan = plan_build(Inputs(videos=videos), progress=False, **encoding)
-    return _Task(folder, work, None, plan.sources.classes, EncodingSettings(workers=1, **encoding)), plan.shards
+    return _Task(
+        folder, work, None, plan.sources.classes, plan.sources.task, EncodingSettings(workers=1, **encoding)
+    ), plan.shards
 
 
 def test_a_task_survives_a_video_that_crashes_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +118,7 @@ def test_a_node_that_sees_other_folders_or_videos(tmp_path: Path, monkeypatch: p
     host = socket.gethostname()
     assert f"clip 0.mp4 does not exist on {host}, or is another file there" in problem(samples=(video,))
     assert f"on {host}, but 1.2.3 here. Install the same versions" in problem(pillow="1.2.3")
-    elsewhere = _Task(task.root, task.work, tmp_path / "none", (), task.encoding)
+    elsewhere = replace(task, folder=tmp_path / "none")
     assert f"none cannot be entered on {host} (No such file or directory)" in problem(elsewhere)
     task.work.rmdir()
     assert f"out is not the same folder on all nodes: {host} does not see" in problem()
