@@ -62,7 +62,11 @@ class _Task:
         Raises:
             UserError: it does not exist, or the output folder is not that of the driver.
         """
-        if not self.work.is_dir():
+        try:
+            is_same = self.work.is_dir()
+        except PermissionError:  # to look into the output folder
+            is_same = False
+        if not is_same:
             raise UserError(
                 f"output: {self.root} is not the same folder on all nodes: {socket.gethostname()} does not see the "
                 "files of this build in it. Use a folder on a file system that all nodes have under the same path"
