@@ -285,7 +285,7 @@ def open_build(
 
     Raises:
         UserError: the folder is a file, holds other files or another build (the message names the setting or video that
-            differs), or another process builds into it.
+            differs), its `.build` is a symbolic link, or another process builds into it.
         WriteError: the folder cannot be written.
     """
     states = _states(sources)
@@ -313,7 +313,7 @@ class _Opening:
         sources: its videos.
         shards: the shards that this process builds.
         part: the part that they are, or None.
-        finish: whether the process only finishes the build.
+        finish: True for a process that only finishes the build.
     """
 
     folder: BuildFolder
