@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -64,7 +65,9 @@ def task_of(folder: Path, videos: Path, **encoding: Any) -> tuple[_Task, list[Pl
     work = folder / ".build" / "work-all-1"
     work.mkdir(parents=True)
     plan = plan_build(Inputs(videos=videos), progress=False, **encoding)
-    return _Task(folder, work, None, plan.sources.classes, EncodingSettings(workers=1, **encoding)), plan.shards
+    return _Task(
+        folder, work, None, plan.sources.classes, plan.sources.task, EncodingSettings(workers=1, **encoding)
+    ), plan.shards
 
 
 def test_a_task_survives_a_video_that_crashes_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +119,33 @@ def test_a_node_that_sees_other_folders_or_videos(tmp_path: Path, monkeypatch: p
     host = socket.gethostname()
     assert f"clip 0.mp4 does not exist on {host}, or is another file there" in problem(samples=(video,))
     assert f"on {host}, but 1.2.3 here. Install the same versions" in problem(pillow="1.2.3")
-    elsewhere = _Task(task.root, task.work, tmp_path / "none", (), task.encoding)
+    elsewhere = replace(task, folder=tmp_path / "none")
     assert f"none cannot be entered on {host} (No such file or directory)" in problem(elsewhere)
     task.work.rmdir()
     assert f"out is not the same folder on all nodes: {host} does not see" in problem()
+
+
+def test_a_node_whose_user_may_not_write(tmp_path: Path) -> None:
+    """The work folder of the driver is closed to other users, and so may be the output folder."""
+    with tempfile.TemporaryDirectory() as name:  # unlike the parents of tmp_path, it can be opened to other users
+        task, _ = task_of(Path(name) / "out", write_class_folders(tmp_path / "in"))
+        Path(name).chmod(0o755)
+        user = os.geteuid()
+        for folder, message in (
+            (task.work, f"out cannot be written on {socket.gethostname()}: Permission denied. Run Ray as the user who"),
+            (task.root, "is not the same folder on all nodes"),
+        ):
+            folder.chmod(0o700 if user == 0 else 0o500 if folder == task.work else 0)
+            try:
+                if user == 0:
+                    os.seteuid(65534)
+                problem = distributed._check_node(task, (), distributed._versions())
+            finally:
+                os.seteuid(user)
+                folder.chmod(0o755)
+            assert isinstance(problem, UserError) and message in str(problem)
+        assert distributed._check_node(task, (), distributed._versions()) is None
+        assert [*task.work.iterdir()] == []
 
 
 class RayError(Exception):
@@ -231,6 +257,24 @@ def test_an_address_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match=f"ray: no Ray cluster answers at {address} within 4 s"):
             build_on_ray(Inputs(videos=tmp_path / "in"), tmp_path / "out", address, progress=False)
     assert not [*(tmp_path / "out").glob(".build/*")]
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("echo Traceback >&2; echo 'ImportError: no grpc' >&2; echo >&2; exit 1", "ImportError: no grpc"),
+        ("exit 3", "exit status 3"),
+    ],
+)
+def test_a_health_check_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, reason: str) -> None:
+    """Such as by a broken installation of Ray, where waiting for the cluster would not help."""
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{command}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    message = f"^ray: the health check of the cluster at host:1 fails: {reason}. Check that it is the address"
+    with pytest.raises(UserError, match=message):
+        ray_cluster._require_answer("host:1")
 
 
 @pytest.mark.slow

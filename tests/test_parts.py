@@ -15,12 +15,14 @@ from counted_decoding import SLOW, build, content, count_decoding, stop_at, writ
 from video_fixtures import numbered_frames, write_video
 
 from x3d_tf.build_records import part_summary, summary
-from x3d_tf.data.building import builder
+from x3d_tf.data.building import builder, state
 from x3d_tf.data.building.builder import BuildResult, PartResult, build_part, build_records, finish_records
 from x3d_tf.data.building.state import BuildFolder, Part, open_build
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.datasets.folder import find_videos
 from x3d_tf.errors import UserError
+from x3d_tf.files import read_limited
+from x3d_tf.locks import is_locked
 
 SHARDS = [f"train-0000{number}-of-00003.tfrecord" for number in range(3)] + ["test-00000-of-00001.tfrecord"]
 
@@ -337,6 +339,120 @@ def test_a_repaired_video(
     finish(videos, output)
     build(videos, tmp_path / "one")
     assert all_files(output) == all_files(tmp_path / "one")
+
+
+def part_with(video: str, output: Path, total: int = 2) -> tuple[int, Path]:
+    """Returns the part that has a failed video, and the note of its shard."""
+    notes = [output / ".build" / f"{shard}.json" for shard in SHARDS]
+    (number,) = [number for number, note in enumerate(notes) if note.is_file() and video in note.read_text()]
+    return number % total + 1, notes[number]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_part_keeps_the_notes_of_others(videos: Path, decoding: list[str], tmp_path: Path, finished: bool) -> None:
+    """Another part that runs has reported, or will report, that its shards are finished."""
+    output = tmp_path / "out"
+    for number in (1, 2):
+        part_of(videos, output, number, 2)
+    if finished:
+        finish(videos, output)
+    owner, note = part_with("bad 3", output)
+    before, description = note.read_bytes(), (output / "build.json").read_bytes()
+    (videos / "train" / "jump" / "bad 3").write_text("repaired")
+    decoding.clear()
+    for _ in range(2):
+        assert part_of(videos, output, 3 - owner, 2).was_finished == finished
+        assert note.read_bytes() == before and (output / "build.json").read_bytes() == description
+        with pytest.raises(UserError, match=f"lacks 1 shard of 4: {note.stem}"):
+            finish(videos, output)
+    assert decoding == []
+    assert not part_of(videos, output, owner, 2).was_finished
+    assert "bad 3" in decoding and note.read_bytes() != before
+    finish(videos, output)
+    build(videos, tmp_path / "one")
+    assert all_files(output) == all_files(tmp_path / "one")
+
+
+def test_changed_videos_of_several_parts(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    """Each part records the new state of its own videos."""
+    output, names = tmp_path / "out", ("train/jump/bad 3", "test/run/5")
+    (videos / names[1]).write_text("bad")
+    for number in range(1, 5):
+        part_of(videos, output, number, 4)
+    owners = [part_with(name, output, 4)[0] for name in names]
+    assert owners[0] != owners[1]
+    for name in names:
+        (videos / name).write_text("repaired now")
+    decoding.clear()
+    for owner in owners:
+        part_of(videos, output, owner, 4)
+    assert {"bad 3", "5"} <= set(decoding)
+    finish(videos, output)
+    build(videos, tmp_path / "one")
+    assert all_files(output) == all_files(tmp_path / "one")
+
+
+def test_a_part_of_a_finished_build_leaves_no_file(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    build(videos, output)  # whose notes stay, because a video failed
+    before = all_files(output)
+    assert part_of(videos, output, 1, 2).was_finished
+    assert all_files(output) == before
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_a_folder_that_a_process_removes_as_it_ends(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    locked, removed = state.locked, list[Path]()
+
+    def locked_after_another_has_ended(path: Path, *arguments: Any, **options: Any) -> Any:
+        if not removed:
+            path.parent.rmdir()
+            removed.append(path.parent)
+        return locked(path, *arguments, **options)
+
+    monkeypatch.setattr(state, "locked", locked_after_another_has_ended)
+    if number:
+        part_of(videos, tmp_path / "out", number, 1)
+        finish(videos, tmp_path / "out")
+    else:
+        build(videos, tmp_path / "out")
+    assert removed == [tmp_path / "out" / ".build"]
+    build(videos, tmp_path / "one")
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("quality", [95, 80])
+def test_build_json_is_compared_before_the_lock(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quality: int
+) -> None:
+    """Otherwise parts that start at the same time wait for as many comparisons."""
+    output, read = tmp_path / "out", list[Path]()
+
+    def read_without_lock(path: Path, limit: int) -> bytes:
+        if path.name == "build.json":
+            assert not is_locked(output / ".build" / "opening.lock")
+            read.append(path)
+        return read_limited(path, limit)
+
+    monkeypatch.setattr(state, "read_limited", read_without_lock)
+    as_part = state._Opening.as_part
+
+    def as_part_after_another(*arguments: Any) -> Any:
+        monkeypatch.setattr(state._Opening, "as_part", as_part)
+        part_of(videos, output, 2, 2)  # which writes build.json
+        assert read == []
+        return as_part(*arguments)
+
+    monkeypatch.setattr(state._Opening, "as_part", as_part_after_another)
+    if quality == 95:
+        part_of(videos, output, 1, 2)
+        assert len(read) == 1
+        finish(videos, output)
+    else:
+        with pytest.raises(UserError, match="holds a build with quality = 95, not 80"):
+            part_of(videos, output, 1, 2, quality=80)
 
 
 def test_a_split_without_readable_videos(videos: Path, decoding: list[str], tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from stub_trainings import TINY, noise
 from test_search_trace import CONFIG, search_in
 
-from x3d_tf import registry
+from x3d_tf import registry, startup
 from x3d_tf.errors import UserError
 from x3d_tf.files import WriteError
 from x3d_tf.search import executor as executor_module
@@ -201,6 +202,22 @@ def test_processes_end_with_their_parent(tmp_path: Path) -> None:
     while Path(f"/proc/{started.stem}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{started.stem}").exists()
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, BrokenPipeError])
+@pytest.mark.parametrize("call", ["recv", "send"])
+def test_a_process_whose_parent_was_killed_ends_without_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], call: str
+) -> None:
+    monkeypatch.setattr(executor_module.signals, "install_stop_handlers", lambda: None)
+    monkeypatch.setattr(executor_module.tqdm, "set_lock", lambda _: None)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    pipe = SimpleNamespace(recv=lambda: ("double", 2), send=lambda _: None)
+    setattr(pipe, call, fail)
+    executor_module._serve(pipe, Fake(tmp_path), startup.mode(), ())
 
 
 def test_a_failure_names_the_exception_unless_the_message_is_ours() -> None:

@@ -1,6 +1,7 @@
 """Interrupted builds, full disks, and folders of other builds."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -16,12 +17,15 @@ from video_fixtures import numbered_frames, write_video
 
 from x3d_tf.build_records import summary
 from x3d_tf.data.building import builder
-from x3d_tf.data.building.builder import build_records
-from x3d_tf.data.building.state import open_build
+from x3d_tf.data.building.builder import build_part, build_records, finish_records
+from x3d_tf.data.building.state import BuildFolder, Failure, FinishedShard, open_build
 from x3d_tf.data.datasets.base import Inputs
 from x3d_tf.data.datasets.folder import find_videos
 from x3d_tf.data.records import index
-from x3d_tf.data.records.manifest import Manifest
+from x3d_tf.data.records.index import Record, Shard, Split
+from x3d_tf.data.records.manifest import Manifest, split_to_json
+from x3d_tf.errors import UserError
+from x3d_tf.files import SMALL
 
 
 @pytest.fixture
@@ -126,6 +130,214 @@ def test_notes_that_are_damaged_or_without_a_shard_are_ignored(
     build(videos, output)
     assert len(decoding) == 1 + 2 + 2  # the test split comes first
     assert content(output) == content(tmp_path / "complete")
+
+
+def interrupted(videos: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Builds all shards without the manifest; returns their notes."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Manifest, "save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        build(videos, output)
+    return sorted(output.glob(".build/*.json"))
+
+
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ((), NESTED),
+        ((), '{"part": ' + NESTED),
+        ((), " " * SMALL + "{}"),
+        ((), "[1, 2]"),
+        (("part",), []),
+        (("part", "shards"), []),
+        (("part", "records"), {}),
+        (("part", "records", "fps"), ["fast"]),
+        (("part", "records", "labels"), [[7]]),
+        (("part", "records", "labels"), [["a"]]),
+        (("part", "records", "video"), ["\ud800"]),
+        (("part", "records", "offset"), [10**400]),
+        (("part", "records", "frames"), [True]),
+        (("part", "shards", 0, "bytes"), "100"),
+        (("part", "shards", 0, "file"), "../elsewhere"),
+        (("failures",), "abc"),
+        (("failures",), [["a", "b"]]),
+        (("failures",), [["a", {}, False]]),
+        (("failures",), [["a", "b", 1]]),
+        (("failures",), {"abc": 1}),
+    ],
+)
+def test_hostile_notes(
+    videos: Path,
+    decoding: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: tuple[Any, ...],
+    value: Any,
+) -> None:
+    output = tmp_path / "out"
+    note = interrupted(videos, output, monkeypatch)[0]  # of one record
+    expected = note.read_bytes()
+    if where:
+        content = json.loads(expected)
+        entry = content
+        for name in where[:-1]:
+            entry = entry[name]
+        entry[where[-1]] = value
+        value = json.dumps(content)
+    note.write_text(value)
+    decoding.clear()
+    build(videos, output)
+    assert len(decoding) == 1 and note.read_bytes() == expected
+
+
+def test_a_note_without_records_and_failures(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    """It would drop the videos of the shard."""
+    with open_build(tmp_path / "out", {}, find_videos(videos), []) as folder:
+        folder.save_finished("a.tfrecord", FinishedShard(Split((), ()), ()))
+        assert folder.load_finished("a.tfrecord") is None
+        failed = FinishedShard(Split((), ()), (Failure("a", "b", True),))
+        folder.save_finished("a.tfrecord", failed)
+        assert folder.load_finished("a.tfrecord") == failed
+
+
+def test_the_largest_note_is_within_the_limit(tmp_path: Path) -> None:
+    name = 4096 * chr(0x1F600)  # twelve bytes each in JSON
+    records = tuple(
+        Record(0, 2**62, 2**62, 2**62, 30.0, tuple(range(1000)), name, 1e8 / 3, 1e9 / 3, 10**9, name)
+        for _ in range(index.VIDEOS_PER_SHARD)
+    )
+    part = Split((Shard("a.tfrecord", 2**62, 64 * "f"),), records)
+    folder = BuildFolder(tmp_path, tmp_path / "work", {}, 1000, "detection")
+    for path in (folder.work, tmp_path / ".build"):
+        path.mkdir()
+    (folder.work / "a.tfrecord").touch()
+    (folder.work / "a.tfrecord.frames").touch()
+    folder.save_finished("a.tfrecord", FinishedShard(part, ()))
+    size = (tmp_path / ".build" / "a.tfrecord.json").stat().st_size
+    assert len(json.dumps(split_to_json(part))) <= size < SMALL / 2  # leaves room for the reasons of failures
+
+
+@pytest.mark.parametrize(
+    ("row", "value"),
+    [
+        (None, NESTED),
+        (None, "[]"),
+        (None, "{"),
+        (None, '{"settings": [], "videos": [], "classes": []}'),
+        (0, [{}, {}]),
+        (0, None),
+        ((0, 5), "1"),
+        ((0, 6), [[[]]]),
+    ],
+)
+def test_a_hostile_build_json(videos: Path, decoding: list[str], tmp_path: Path, row: Any, value: Any) -> None:
+    build(videos, tmp_path / "out")
+    file = tmp_path / "out" / "build.json"
+    if row is not None:
+        content = json.loads(file.read_bytes())
+        if isinstance(row, tuple):
+            content["videos"][row[0]][row[1]] = value
+        else:
+            content["videos"][row] = value
+        value = json.dumps(content)
+    file.write_text(value)
+    before = content_with_state(tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds a build whose build\.json is damaged\. Use its settings"):
+        build(videos, tmp_path / "out")
+    assert content_with_state(tmp_path / "out") == before
+
+
+def test_a_long_value_in_build_json(videos: Path, decoding: list[str], tmp_path: Path) -> None:
+    build(videos, tmp_path / "out")
+    file = tmp_path / "out" / "build.json"
+    content = json.loads(file.read_bytes())
+    content["settings"]["quality"] = 10**6 * "9"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"with quality = '9{199}\.\.\., not 95\. Use its"):
+        build(videos, tmp_path / "out")
+
+
+def content_with_state(folder: Path) -> dict[str, bytes]:
+    return content(folder) | {f".build/{name}": data for name, data in content(folder / ".build").items()}
+
+
+def write_foreign(folder: Path) -> dict[str, bytes]:
+    """Writes files of other tools, some with names like those of a build; returns their bytes."""
+    names = ("poetry.lock", "work-mine/a", "workspace.json", "part-a-of-b.lock", "part-1-of-2.lock.d/a", "work-all/a")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return foreign_in(folder)
+
+
+def foreign_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["all", "part", "finish"])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_state_folder_that_is_a_link(
+    videos: Path, decoding: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, started: bool
+) -> None:
+    """Files of other tools would be deleted through it."""
+    output, victim = tmp_path / "out", tmp_path / "victim"
+    if started:
+        interrupted(videos, output, monkeypatch)
+        (output / ".build").rename(victim)
+    else:
+        output.mkdir()
+    foreign = write_foreign(victim)
+    for name in ("work-all-killed/a", "part-1-of-2.lock", "opening.lock"):
+        (victim / name).parent.mkdir(exist_ok=True)
+        (victim / name).touch()
+    (output / ".build").symlink_to(victim)
+    if command == "finish" and not started:
+        (output / "build.json").write_text("{}")
+    before = foreign_in(victim)
+    assert foreign.items() <= before.items()
+    message = r"^output: .*out holds a build|^output: .*\.build must be a folder, not a symbolic link; remove the link$"
+    with pytest.raises(UserError, match=message):
+        if command == "part":
+            build_part(Inputs(videos=videos), output, (1, 2), progress=False)
+        elif command == "finish":
+            finish_records(Inputs(videos=videos), output, progress=False)
+        else:
+            build(videos, output)
+    assert foreign_in(victim) == before
+
+
+@pytest.mark.parametrize("command", ["all", "part"])
+def test_files_of_other_tools_stay(videos: Path, decoding: list[str], tmp_path: Path, command: str) -> None:
+    (videos / "train" / "jump" / "bad 3").unlink()  # so that the notes are deleted
+    output, victim = tmp_path / "out", tmp_path / "victim"
+    foreign, targets = write_foreign(output / ".build"), write_foreign(victim)
+    (output / ".build" / "work-all-1").symlink_to(victim)
+    (output / ".build" / "work-part-1-of-1-1").symlink_to(victim)
+    (output / ".build" / "train-00000-of-00003.tfrecord.json").symlink_to(victim / "workspace.json")
+    (output / ".movie.mp4.partial").write_text("mine")
+    (output / ".manifest.json.partial").write_text("of a killed process")
+    if command == "part":
+        build_part(Inputs(videos=videos), output, (1, 1), progress=False)
+        finish_records(Inputs(videos=videos), output, progress=False)
+    else:
+        build(videos, output)
+    assert foreign_in(victim) == targets
+    assert foreign.items() <= foreign_in(output / ".build").items()
+    assert (output / ".movie.mp4.partial").read_text() == "mine"
+    assert not (output / ".manifest.json.partial").exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    build(videos, tmp_path / "link")  # an output folder may be a link
+    assert Manifest.load(tmp_path / "elsewhere") and not (tmp_path / "elsewhere" / ".build").exists()
+
+
+@pytest.mark.parametrize("name", ["parts", "part-1-of-2.lock", "train-00000-of-00003.tfrecord.json"])
+def test_folders_in_place_of_state_files(videos: Path, decoding: list[str], tmp_path: Path, name: str) -> None:
+    (tmp_path / "out" / ".build" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        build(videos, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

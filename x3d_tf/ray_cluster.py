@@ -19,6 +19,7 @@ from x3d_tf.terminal import tell
 
 CONNECT_SECONDS = 30.0  # Ray itself retries for minutes
 _ADDRESS = re.compile(r"[\w.-]+:[0-9]{1,5}", re.ASCII)
+_MAX_REASON = 300  # characters
 
 
 def check_address(address: str) -> None:
@@ -62,12 +63,12 @@ def connected(address: str) -> Iterator[Any]:
 def _require_answer(address: str) -> None:
     """Raises `UserError` unless a cluster answers. In a process of its own, because Ray's client cannot be stopped."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", f"--address={address}"]
+    check = "Check that it is the address of the head node and that its port is reachable"
     try:
-        answers = subprocess.run(command, capture_output=True, timeout=CONNECT_SECONDS).returncode == 0
-    except subprocess.TimeoutExpired:
-        answers = False
-    if not answers:
-        raise UserError(
-            f"ray: no Ray cluster answers at {address} within {CONNECT_SECONDS:.0f} s. Check that it is the address of "
-            "the head node and that its port is reachable"
-        )
+        ended = subprocess.run(command, capture_output=True, timeout=CONNECT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"ray: no Ray cluster answers at {address} within {CONNECT_SECONDS:.0f} s. {check}") from error
+    if ended.returncode != 0:
+        lines = ended.stderr.decode(errors="replace").split("\n")
+        reason = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {ended.returncode}")
+        raise UserError(f"ray: the health check of the cluster at {address} fails: {reason[:_MAX_REASON]}. {check}")

@@ -228,7 +228,7 @@ def _serve(pipe: Any, training: Training, mode: startup.Mode, plugins: Sequence[
         while True:
             method, *arguments = pipe.recv()
             pipe.send(_reply(training, method, arguments))
-    except EOFError:
+    except (EOFError, ConnectionError):  # the parent has exited; killed in between, it resets the connection
         return
     except KeyboardInterrupt:
         os._exit(_STOPPED)  # without waiting for TensorFlow's threads

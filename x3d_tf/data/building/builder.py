@@ -103,7 +103,7 @@ def build_records(inputs: Inputs, output: str | Path, **options: Unpack[BuildOpt
         if folder.is_finished:
             result = already_finished(folder)
         else:
-            build = Build(folder, plan, shards)
+            build = Build(folder, plan, shards, progress=options.get("progress", True))
             build.write_failures()
             write_missing(build, build.write_failures)
             result = build.conclude(AGAIN)
@@ -140,7 +140,7 @@ def build_part(
     with open_build(Path(output), plan.identity, plan.sources, names_of(shards), part=part) as folder:
         if folder.is_finished:
             return PartResult(part, len(shards), 0, 0, was_finished=True)
-        build = Build(folder, plan, shards, f"{part}: ")
+        build = Build(folder, plan, shards, f"{part}: ", progress=options.get("progress", True))
         write_missing(build, build.tell_progress)
         failures = [failure for note in build.finished.values() for failure in note.failures]
         return PartResult(part, len(shards), len(failures), sum(failure.retry for failure in failures))
@@ -208,10 +208,13 @@ class Build:
         shards: the shards that this process builds.
         finished: those of them that are finished, by file name.
         title: begin of the lines about progress.
+        shows_progress: shows a progress bar and the estimated size.
     """
 
-    def __init__(self, folder: BuildFolder, plan: Plan, shards: list[PlannedShard], title: str = "") -> None:
-        self.folder, self.plan, self.shards, self.title = folder, plan, shards, title
+    def __init__(
+        self, folder: BuildFolder, plan: Plan, shards: list[PlannedShard], title: str = "", *, progress: bool = False
+    ) -> None:
+        self.folder, self.plan, self.shards, self.title, self.shows_progress = folder, plan, shards, title, progress
         found = {shard.file: folder.load_finished(shard.file) for shard in shards}
         self.finished = {file: finished for file, finished in found.items() if finished is not None}
 
@@ -231,18 +234,18 @@ class Build:
 
     def tell_existing(self) -> None:
         """Prints the number of shards that an earlier run has finished, if any."""
-        if self.finished and self.plan.progress:
+        if self.finished and self.shows_progress:
             print(f"{self.progress} exist already")
 
     def bar(self) -> "tqdm[Any]":
         """Returns a progress bar over the videos."""
         total = sum(len(shard.videos) for shard in self.shards)
         done = sum(len(shard.videos) for shard in self.shards if shard.file in self.finished)
-        return tqdm(total=total, initial=done, unit="video", disable=not self.plan.progress, smoothing=0)
+        return tqdm(total=total, initial=done, unit="video", disable=not self.shows_progress, smoothing=0)
 
     def tell_progress(self, bar: "tqdm[Any]") -> None:
         """Prints the number of finished shards."""
-        if self.plan.progress:
+        if self.shows_progress:
             bar.write(self.progress)
 
     def write_failures(self, _: object = None) -> int:

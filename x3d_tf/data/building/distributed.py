@@ -28,6 +28,7 @@ from x3d_tf.errors import UserError, first_line, require
 from x3d_tf.files import WriteError, os_errors_as_write_error
 from x3d_tf.terminal import tell
 from x3d_tf.text import counted
+from x3d_tf.types import AnnotationKind
 
 _RETRIES = 10  # of a task whose process or machine was lost; more would repeat a task that always crashes
 _CHECK_SECONDS = 300.0  # for starting a task on each node, which imports this package from a cold disk
@@ -44,6 +45,7 @@ class _Task:
         work: the driver's folder in it, which exists while the driver runs.
         folder: the driver's working folder, to which the paths of videos are relative; None if they are absolute.
         classes: names of all classes.
+        annotations: kind of annotation.
         encoding: how videos are encoded.
     """
 
@@ -51,6 +53,7 @@ class _Task:
     work: Path
     folder: Path | None
     classes: tuple[str, ...]
+    annotations: AnnotationKind
     encoding: EncodingSettings
 
     def enter(self) -> None:
@@ -59,7 +62,11 @@ class _Task:
         Raises:
             UserError: it does not exist, or the output folder is not that of the driver.
         """
-        if not self.work.is_dir():
+        try:
+            is_same = self.work.is_dir()
+        except PermissionError:  # to look into the output folder
+            is_same = False
+        if not is_same:
             raise UserError(
                 f"output: {self.root} is not the same folder on all nodes: {socket.gethostname()} does not see the "
                 "files of this build in it. Use a folder on a file system that all nodes have under the same path"
@@ -98,7 +105,7 @@ def build_on_ray(inputs: Inputs, output: str | Path, address: str, **options: Un
         if folder.is_finished:
             result = builder.already_finished(folder)
         else:
-            build = Build(folder, plan, shards)
+            build = Build(folder, plan, shards, progress=options.get("progress", True))
             build.write_failures()
             if build.missing:
                 with ray_cluster.connected(address) as ray:
@@ -116,7 +123,7 @@ def _write_missing(ray: Any, build: Build) -> None:
     paths = [video.path for shard in shards for video in shard.videos]
     cwd = None if all(path.is_absolute() for path in paths) else Path.cwd()
     root, work = build.folder.root.absolute(), build.folder.work.absolute()
-    task = _Task(root, work, cwd, plan.sources.classes, encoding)
+    task = _Task(root, work, cwd, plan.sources.classes, plan.sources.task, encoding)
     _check_nodes(ray, task, shards)
     videos = written = 0
     with build.bar() as bar:
@@ -179,6 +186,14 @@ def _check_node(task: _Task, samples: Sequence[Video], versions: dict[str, str])
         task.enter()
     except UserError as error:
         return error
+    try:
+        with tempfile.NamedTemporaryFile(prefix="check-", dir=task.work):
+            pass
+    except OSError as error:
+        return UserError(
+            f"output: {task.root} cannot be written on {host}: {error.strerror}. Run Ray as the user who builds the "
+            "records, on nodes that may write to the folder"
+        )
     for video in samples:
         if file_state(video.path) != video.state:
             return UserError(
@@ -255,7 +270,7 @@ def _build_shard(task: _Task, shard: PlannedShard) -> FinishedShard | UserError:
         with os_errors_as_write_error(task.work):
             work = tempfile.TemporaryDirectory(prefix="task-", dir=task.work, ignore_cleanup_errors=True)
         with work as name:
-            folder = BuildFolder(task.root, Path(name), {})
+            folder = BuildFolder(task.root, Path(name), {}, len(task.classes), task.annotations)
             finished = folder.load_finished(shard.file)  # by an attempt whose node was lost after its end
             if finished is None:
                 settings = task.encoding

@@ -70,7 +70,7 @@ class PlannedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A build that was not begun.
+    """A planned build.
 
     Attributes:
         dataset: name of the data set.
@@ -78,7 +78,6 @@ class Plan:
         encoding: how they are encoded.
         identity: settings that identify the build, besides its videos and classes.
         settings: settings that the manifest states.
-        progress: shows a progress bar and the estimated size.
     """
 
     dataset: str
@@ -86,7 +85,6 @@ class Plan:
     encoding: EncodingSettings
     identity: dict[str, Any]
     settings: dict[str, int | float | str]
-    progress: bool
 
     @property
     def shards(self) -> list[PlannedShard]:
@@ -119,7 +117,7 @@ def plan_build(inputs: Inputs, *, dataset: str | None = None, progress: bool = T
     if progress and [*sources.splits] == ["train"]:
         print('All videos get the split "train". Training also requires a test split.')
     identity = _identity(data_set.name, inputs, encoding, sources)
-    return Plan(data_set.name, sources, encoding, identity, _settings(inputs, sources), progress)
+    return Plan(data_set.name, sources, encoding, identity, _settings(inputs, sources))
 
 
 def _identity(dataset: str, inputs: Inputs, encoding: EncodingSettings, sources: Sources) -> dict[str, Any]:

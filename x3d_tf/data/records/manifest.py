@@ -134,7 +134,7 @@ class Manifest:
             "settings": self.settings,
             "stored": stored_to_json(self.stored),
             "classes": self.classes,
-            "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
+            "splits": {name: split_to_json(split) for name, split in self.splits.items()},
         }
 
     @classmethod
@@ -163,7 +163,9 @@ class Manifest:
         for i, name in enumerate(classes):
             check_class_name(name, f"{path}: classes[{i}]")
         parts = reader.of_type(content.get("splits"), dict, "splits")
-        splits = {name: _split_from_json(reader, name, part, len(classes), task) for name, part in parts.items()}
+        splits = {
+            name: _split_from_json(reader, f"splits.{name}", part, len(classes), task) for name, part in parts.items()
+        }
         key_frames = _key_frames_from_json(reader, content.get("key_frames"), task, splits)
         return cls(Path(folder), dataset, classes, splits, settings, stored, task, key_frames)
 
@@ -246,7 +248,8 @@ def _key_frames_from_json(
     return info
 
 
-def _split_to_json(split: Split) -> dict[str, Any]:
+def split_to_json(split: Split) -> dict[str, Any]:
+    """Returns the entry of a split, for `split_from_json`."""
     columns = dict(zip(Record._fields, zip(*split.records, strict=True))) if split.records else {}
     needed = {
         name: column
@@ -261,8 +264,23 @@ def _split_to_json(split: Split) -> dict[str, Any]:
     }
 
 
-def _split_from_json(reader: "_Reader", name: str, content: Any, classes: int, task: AnnotationKind) -> Split:
-    where = f"splits.{name}"
+def split_from_json(path: Path, where: str, content: Any, classes: int, task: AnnotationKind) -> Split:
+    """Returns a split from an entry of an untrusted JSON file.
+
+    Args:
+        path: the file.
+        where: name of the entry.
+        content: the entry.
+        classes: number of classes.
+        task: kind of annotation.
+
+    Raises:
+        UserError: a value breaks its rule (the message names the file, entry, rule and value).
+    """
+    return _split_from_json(_Reader(str(path)), where, content, classes, task)
+
+
+def _split_from_json(reader: "_Reader", where: str, content: Any, classes: int, task: AnnotationKind) -> Split:
     content = reader.of_type(content, dict, where)
     expected = content.get("expected")
     valid = expected is None or (type(expected) is int and 0 <= expected <= LARGEST)
