@@ -127,7 +127,7 @@ def train_checked(
         trainer.fit(run, fingerprint, allow_other_groups=allow_other_groups)
         if workers.is_chief:
             _save(trainer, run)
-        workers.wait()
+        workers.leave_together()
 
 
 def _identity(config: TrainConfig, allow_other_groups: bool, validates: bool) -> dict[str, Any]:
@@ -219,7 +219,7 @@ class Trainer:
         except KeyboardInterrupt:
             if log:
                 self._save_interrupted(log)
-            self.workers.wait()  # schedulers end all workers when the first one ends
+            self.workers.leave_together()  # schedulers end all workers when the first one ends
             raise
         if log:
             log.history.save_plots()  # a run killed after its last checkpoint may not have drawn them
