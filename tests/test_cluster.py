@@ -94,7 +94,7 @@ def test_a_worker_waits_for_the_others_and_names_who_is_absent(
         lines: list[str] = []
         while not lines and not waiting.done():
             lines = capsys.readouterr().err.splitlines()
-        assert lines[0] == f"still waiting for worker 1 ({addresses[1]})"
+        assert lines[0] == f"still waiting for worker 1 ({addresses[1]}); see the output there"
         assert cluster._answers(addresses[0])  # so that the others find this worker
         with socket.create_server(("127.0.0.1", port)):
             waiting.result(30)

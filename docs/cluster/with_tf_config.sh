@@ -3,7 +3,7 @@
 #   srun --kill-on-bad-exit=1 docs/cluster/with_tf_config.sh python -m x3d_tf.train --gin_file=... --workdir=...
 #
 # The workers are the machines of a SLURM job with one task each. Without SLURM, WORKER_HOSTS lists them, and
-# WORKER_INDEX (in Kubernetes: JOB_COMPLETION_INDEX) is the position of this one, from 0:
+# WORKER_INDEX (in Kubernetes: JOB_COMPLETION_INDEX) is the position of this one, from 0. WORKER_PORT sets the port:
 #   WORKER_HOSTS="host0 host1" WORKER_INDEX=0 docs/cluster/with_tf_config.sh python -m x3d_tf.train ...
 set -euo pipefail
 
@@ -29,7 +29,8 @@ if ! [[ $index =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((index >= ${#hosts[@]})); then
     fail "the index of the worker must be in 0..$((${#hosts[@]} - 1)), got '$index'"
 fi
 
-port=$((12000 + ${SLURM_JOB_ID:-345} % 20000)) # two jobs on a machine need different ports
+port=${WORKER_PORT:-$((12000 + ${SLURM_JOB_ID:-345} % 20000))} # two jobs on a machine need different ports
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "WORKER_PORT must be a port, got '$port'"
 workers=""
 for host in "${hosts[@]}"; do
     [[ $host =~ ^[A-Za-z0-9._-]+$ ]] ||

@@ -140,7 +140,7 @@ def wait_for_workers(cluster: Cluster) -> None:
             if absent and time.monotonic() > reminder:
                 first = ", ".join(cluster.name(index) for index in absent[:_MOST_NAMED])
                 more = f" and {len(absent) - _MOST_NAMED} more" if len(absent) > _MOST_NAMED else ""
-                tell(f"still waiting for {first}{more}")
+                tell(f"still waiting for {first}{more}; see the output there")
                 reminder = time.monotonic() + _REMINDER_SECONDS
             if absent:
                 time.sleep(_POLL_SECONDS)

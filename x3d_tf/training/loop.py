@@ -212,6 +212,8 @@ class Trainer:
         """
         log = self._open_log(run, records, allow_other_groups=allow_other_groups) if self.workers.is_chief else None
         first = self.workers.of_chief(log.first if log else 0)
+        if not log:
+            tell(f"training from step {first}; worker 0 prints the progress")
         self.workers.broadcast([variable for part in self._state().values() for variable in part])
         try:
             with record_errors_as_user_errors(), self.workers.stopping_together(), log.bar if log else nullcontext():

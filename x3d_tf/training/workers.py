@@ -24,7 +24,7 @@ from x3d_tf.training.cluster import TF_CONFIG, Cluster, wait_for_workers
 _T = TypeVar("_T")
 _SUM = tf.distribute.ReduceOp.SUM
 _BITS = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int64}  # by the size of a type in bytes
-_CONNECT_SECONDS = 300  # for TensorFlow to connect workers that are all present
+_CONNECT_SECONDS = 120  # for TensorFlow to connect workers that are all present
 _POLL_MILLISECONDS = 500
 _TASK = re.compile(r"/job:(chief|worker)(?:/replica:0)?/task:([0-9]{1,5})")
 _PEER_ERRORS = (
@@ -178,6 +178,8 @@ class Workers:
             return
         asked = self.strategy.reduce(_SUM, tf.constant(len(self._received), tf.int64), axis=None)
         if int(asked):
+            if not self._received:
+                tell("stopping, because another worker received Ctrl-C or SIGTERM")
             raise KeyboardInterrupt if self._received[:1] == [signal.SIGINT] else Terminated
 
     @contextmanager
@@ -192,17 +194,17 @@ class Workers:
         except _PEER_ERRORS as error:
             if self._cluster is None or not any(words in str(error) for words in _OF_PEERS):
                 raise
-            raise UserError(f"{self._cause(str(error))}. {advice}") from error
+            raise UserError(f"{_cause(self._cluster, str(error))}. {advice}") from error
 
-    def _cause(self, message: str) -> str:
-        """Returns a sentence that names the worker which a message of TensorFlow is about."""
-        assert self._cluster is not None
-        found = (self._cluster.number_of(job, int(task)) for job, task in _TASK.findall(message))
-        others = [number for number in found if number != self._cluster.index and number < self.count]
-        if others:
-            return f"{self._cluster.name(others[0])} of {TF_CONFIG} has ended or cannot be reached; see its own error"
-        detail = first_line(Exception(re.sub(r"\{\{.*?\}\}", "", message).strip()))[:200]
-        return f"another worker of {TF_CONFIG} has ended or cannot be reached ({detail}); see its own error"
+
+def _cause(cluster: Cluster, message: str) -> str:
+    """Returns a sentence that names the worker which a message of TensorFlow is about."""
+    found = (cluster.number_of(job, int(task)) for job, task in _TASK.findall(message))
+    others = [number for number in found if number != cluster.index and number < cluster.count]
+    if others:
+        return f"{cluster.name(others[0])} of {TF_CONFIG} has ended or cannot be reached; see its own error"
+    detail = first_line(Exception(re.sub(r"\{\{.*?\}\}", "", message).strip()))[:200]
+    return f"another worker of {TF_CONFIG} has ended or cannot be reached ({detail}); see its own error"
 
 
 def _put(key: str, content: Any) -> None:
@@ -232,7 +234,7 @@ def start_workers(cluster: Cluster) -> tf.distribute.Strategy:
     """
     tell(f"{cluster.name(cluster.index)} of {TF_CONFIG}: waiting for all {counted(cluster.count, 'worker')}")
     wait_for_workers(cluster)
-    tell(f"connecting; SIGALRM ends this process if that takes over {_CONNECT_SECONDS} s")
+    tell(f"connecting; gives up after {_CONNECT_SECONDS} s, with the signal SIGALRM")
     try:
         with restored():  # TensorFlow replaces the handler of SIGTERM
             signal.alarm(_CONNECT_SECONDS)  # TensorFlow may wait forever, and lets Python do nothing meanwhile
@@ -242,7 +244,7 @@ def start_workers(cluster: Cluster) -> tf.distribute.Strategy:
         # before any collective operation, which would wait forever if the numbers differ
         workers.require_equal(lambda: {"the number of devices": len(strategy.extended.worker_devices)})
     except (tf.errors.OpError, RuntimeError) as error:
-        raise UserError(f"{TF_CONFIG}: the workers cannot connect: {first_line(error)}") from error
+        raise UserError(f"the workers cannot connect: {_cause(cluster, str(error))}") from error
     tell_devices()
     devices = counted(strategy.num_replicas_in_sync, "device")
     tell(f"all {counted(cluster.count, 'worker')} are connected, with {devices} in total")
