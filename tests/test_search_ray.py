@@ -42,7 +42,7 @@ def ray(cluster: tuple[Any, list[Any]]) -> Iterator[Any]:
 
 def search_on(ray: Any, training: Steps, paths: tuple[Path, ...] = (), **options: Any) -> Search:
     executor = RayExecutor(ray, SharedTraining(training, "search"), training.folder, paths, **{"cpus": 1, **options})
-    return run_search(training.folder, SMALL_SEARCH, executor, TINY, num_classes=4, shared=True)
+    return run_search(training.folder, SMALL_SEARCH, executor, TINY, num_classes=4, shared=executor._training)
 
 
 def undisturbed(folder: Path) -> Search:
