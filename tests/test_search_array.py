@@ -1,4 +1,4 @@
-"""The expansion search by several processes over a shared folder. No TensorFlow but in the slow test."""
+"""The expansion search by several processes over a shared folder. No TensorFlow."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield call
     for process in processes:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -62,9 +62,11 @@ def owner(path: Path) -> int:
         return 0
 
 
-def processes_of(folder: Path) -> set[str]:
-    """Returns the processes that have taken steps."""
-    return {process for path in folder.rglob("*.steps") for process in path.read_text().split()}
+def both_train(folder: Path) -> bool:
+    """Returns True if two processes train candidates and have taken steps."""
+    owners = {owner(path) for path in folder.rglob("*.claim")} - {0}
+    taken = {int(process) for path in folder.rglob("*.steps") for process in path.read_text().split()}
+    return len(owners) == 2 and owners <= taken
 
 
 def coordinator(folder: Path) -> int:
@@ -85,7 +87,7 @@ def require_undisturbed(folder: Path, tmp_path: Path) -> list[list[str]]:
 def test_processes_divide_the_candidates(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "search"
     processes = [start(), start()]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     steps = require_undisturbed(folder, tmp_path)
     assert len({process for taken in steps for process in taken}) == 2
@@ -95,11 +97,11 @@ def test_processes_divide_the_candidates(start: Start, tmp_path: Path) -> None:
     assert re.search(waiting, "".join(outputs))
 
 
-@pytest.mark.parametrize("killed", ["coordinator", "follower"])
+@pytest.mark.parametrize("killed", ["coordinator", pytest.param("follower", marks=pytest.mark.slow)])
 def test_a_killed_process_loses_its_claim(killed: str, start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "search"
     processes = {process.pid: process for process in (start(), start())}
-    wait_for(lambda: len(processes_of(folder)) == 2)
+    wait_for(lambda: both_train(folder))
     first = coordinator(folder)
     (victim,) = [pid for pid in processes if (pid == first) == (killed == "coordinator")]
     os.kill(victim, signal.SIGKILL)
@@ -114,13 +116,13 @@ def test_a_stopped_process_saves_its_work(start: Start, tmp_path: Path) -> None:
     """The other one continues the candidate at once, and a third one may join."""
     processes = [start(seconds=0.3), start(seconds=0.3)]
     folder = tmp_path / "search"
-    wait_for(lambda: len(processes_of(folder)) == 2)
+    wait_for(lambda: both_train(folder))
     processes[0].send_signal(signal.SIGTERM)
     output = processes[0].communicate(timeout=60)[0]
     assert processes[0].returncode == 143 and "Traceback" not in output, output
     processes.append(start())
     for process in processes[1:]:
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
     require_undisturbed(folder, tmp_path)
 
@@ -135,9 +137,15 @@ def test_all_processes_end_if_a_round_fails(start: Start, tmp_path: Path) -> Non
         assert "width: 5 processes were killed in a row" in output
     lines = (tmp_path / "search" / "trace.jsonl").read_text().splitlines()
     assert len(lines) == 3  # the process that took over has not repeated the failures
+
+
+@pytest.mark.slow
+def test_processes_repeat_the_failures_of_a_round(start: Start, tmp_path: Path) -> None:
+    failing = ("depth=raise", "width=raise")
+    assert start(*failing).communicate(timeout=100) and len(load_search(tmp_path / "search").failures) == 2
     repeated = [start(), start()]
     for process in repeated:
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
     require_undisturbed(tmp_path / "search", tmp_path)
 
@@ -145,7 +153,7 @@ def test_all_processes_end_if_a_round_fails(start: Start, tmp_path: Path) -> Non
 def test_another_process_writes_the_reports(start: Start, tmp_path: Path) -> None:
     """The coordinator dies between the last score and the reports."""
     processes = [start("end=SIGKILL", seconds=0.05), start("end=SIGKILL", seconds=0.05)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert sorted(process.returncode for process in processes) == [-signal.SIGKILL, 0], outputs
     assert (tmp_path / "search" / "report.md").exists()
 
