@@ -473,7 +473,7 @@ def test_a_stopped_search_on_a_cluster_continues(
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 143 and "Traceback" not in output, output
         assert f"stopped; run the same command again to continue the search in {folder}" in output
-        assert not [*folder.glob("candidates/*.starts")]  # the trainings have saved their checkpoints
+        assert not [*folder.glob("candidates/*.kills")]  # the trainings have saved their checkpoints
         process = cluster_search(settings, folder, f"--ray={cluster.address}", "--cpus=1")
         output = process.communicate()[0]
         assert process.returncode == 0, output

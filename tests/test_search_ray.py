@@ -77,7 +77,7 @@ def test_a_folder_that_a_node_does_not_see(ray: Any, tmp_path: Path) -> None:
         UserError, match=r"the node 127\.0\.0\.2 does not see /absent/records: .* the same path on all nodes"
     ):
         search_on(ray, Steps(tmp_path / "search"), (Path("/absent/records"),))
-    assert not (tmp_path / "search" / "candidates").exists()
+    assert not [*tmp_path.rglob("*.log"), *tmp_path.rglob("*.steps")]
 
 
 def test_a_folder_of_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ class FakeRay:
         self.replies = [*replies]
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"NodeID": "0", "NodeManagerAddress": "host", "Alive": True, "Resources": {"CPU": 1.0}}]
+        return [{"NodeID": "ab" * 28, "NodeManagerAddress": "host", "Alive": True, "Resources": {"CPU": 1.0}}]
 
     def remote(self, **_: object) -> Any:
         task = SimpleNamespace(remote=lambda *_: object())
@@ -213,8 +213,9 @@ def test_a_node_that_dies_during_the_check_is_ignored(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_candidates_that_fail(ray: Any, tmp_path: Path) -> None:
+def test_candidates_that_fail(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One raises an exception, another one is killed each time, as by the system without memory."""
+    monkeypatch.setattr(ray_executor, "_LONGEST_DELAY", 0.5)
     training = Steps(tmp_path / "search", failing=(("depth", "SIGKILL"), ("width", "raise")))
     with pytest.raises(UserError, match="every candidate of step 1 failed") as error:
         search_on(ray, training)

@@ -19,7 +19,7 @@ from x3d_tf.search.trace import digest_of
 def main(arguments: list[str]) -> None:
     folder, seconds, *failing = arguments
     actions = tuple((axis, action) for axis, _, action in (text.partition("=") for text in failing))
-    training = Steps(Path(folder), steps=5, seconds=float(seconds), failing=actions)
+    training = Steps(Path(folder), steps=int(dict(actions).get("steps", 5)), seconds=float(seconds), failing=actions)
     identity = identity_of(SMALL_SEARCH, TINY, ModelOptions(), 4)
     array_executor.POLL = 0.2
 
