@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -440,6 +442,24 @@ def wait_for_checkpoint(folder: Path, process: "subprocess.Popen[str]") -> None:
     while not [*folder.glob("candidates/*/checkpoints/ckpt-2.index")]:
         assert process.poll() is None
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "flag", "settings"),
+    [(0, None, {}), (2, None, {"gpus": 1}), (2, 2, {"gpus": 2}), (2, 0, {})],
+)
+def test_the_number_of_gpus_is_a_setting(
+    nodes: int, flag: int | None, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    node = {"NodeID": "0", "Alive": True, "Resources": {"CPU": 4.0, "GPU": float(nodes)}}
+    ray = SimpleNamespace(nodes=lambda: [node], remote=lambda **_: lambda function: function)
+    monkeypatch.setattr(expand.ray_cluster, "connected", lambda _: nullcontext(ray))
+    monkeypatch.setattr(expand, "FLAGS", SimpleNamespace(ray="host:1", array=False, cpus=1, gpus=flag))
+    records = SimpleNamespace(records=str(tmp_path))
+    run: Any = SimpleNamespace(folder=tmp_path, settings={"cpus": 1}, shared_training=lambda: None)
+    run.setup = SimpleNamespace(training=SimpleNamespace(dataset=records))
+    with expand._executor(run) as executor:
+        assert run.settings == {"cpus": 1, **settings} and executor._gpus == settings.get("gpus", 0)
 
 
 @pytest.mark.slow

@@ -103,16 +103,22 @@ def array_trial(kind: str, length: float, rng: random.Random, folder: Path, repo
     """Runs and disturbs a search by processes over a shared folder; yields the problems."""
     import signal
 
+    from x3d_tf.locks import owner_of
+
     def begin() -> Command:
         words = (str(ROOT / "tests" / "helpers" / "array_process.py"), str(folder), str(PAUSE), f"steps={STEPS}")
         return Command(*words, folder=folder.parent, seconds=report.chosen.seconds)
 
-    commands = [begin() for _ in range(1 if kind == "ten times" else 2)]
-    killed, before = commands[-1], 0.0
-    moments = sorted(rng.uniform(0, length) for _ in range(KILLS if kind == "ten times" else 1))
+    def owners() -> set[str]:
+        return {owner_of(path) for path in folder.glob("candidates/*.claim")}
+
+    repeated = kind == "ten times"
+    commands, known = [begin() for _ in range(1 if repeated else 2)], set[str]()
+    killed = commands[-1]
+    moments = [rng.uniform(0, 3 * PAUSE if repeated else length) for _ in range(KILLS if repeated else 1)]
     for moment in moments:
-        wait_until(moment - before, lambda: [*folder.glob("candidates/*.claim")], killed)
-        before = moment
+        wait_until(moment, lambda: owners() - known, killed)  # after a training began
+        known.update(owners())
         if not killed.signal(signal.SIGKILL):
             report.note("kills after the end")
         killed.wait()
