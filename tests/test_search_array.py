@@ -100,11 +100,13 @@ def test_processes_divide_the_candidates(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("killed", ["coordinator", pytest.param("follower", marks=pytest.mark.slow)])
 def test_a_killed_process_loses_its_claim(killed: str, start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "search"
+    (tmp_path / "hold").touch()
     processes = {process.pid: process for process in (start(), start())}
     wait_for(lambda: both_train(folder))
     first = coordinator(folder)
     (victim,) = [pid for pid in processes if (pid == first) == (killed == "coordinator")]
     os.kill(victim, signal.SIGKILL)
+    (tmp_path / "hold").unlink()
     (left,) = [process for pid, process in processes.items() if pid != victim]
     output = left.communicate(timeout=60)[0]
     assert left.returncode == 0 and output.splitlines()[-1] == "finished", output
@@ -114,10 +116,12 @@ def test_a_killed_process_loses_its_claim(killed: str, start: Start, tmp_path: P
 
 def test_a_stopped_process_saves_its_work(start: Start, tmp_path: Path) -> None:
     """The other one continues the candidate at once, and a third one may join."""
-    processes = [start(seconds=0.3), start(seconds=0.3)]
+    (tmp_path / "hold").touch()
+    processes = [start(), start()]
     folder = tmp_path / "search"
     wait_for(lambda: both_train(folder))
     processes[0].send_signal(signal.SIGTERM)
+    (tmp_path / "hold").unlink()
     output = processes[0].communicate(timeout=60)[0]
     assert processes[0].returncode == 143 and "Traceback" not in output, output
     processes.append(start())
