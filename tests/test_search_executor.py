@@ -136,7 +136,7 @@ def test_a_full_disk_stops_the_search(action: str, message: str, tmp_path: Path)
         [*SerialExecutor(training).scores(candidates())]
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "pipe with a reader"])
 def test_output_only_goes_to_regular_files(kind: str, tmp_path: Path) -> None:
     """A pipe would wait for a reader."""
     path, target = tmp_path / "spatial.log", tmp_path / "precious"
@@ -145,6 +145,8 @@ def test_output_only_goes_to_regular_files(kind: str, tmp_path: Path) -> None:
         path.symlink_to(target)
     else:
         os.mkfifo(path)
+    if kind == "pipe with a reader":
+        os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with (
         pytest.raises(WriteError, match=r"spatial\.log cannot be written"),
         ProcessExecutor([Fake(tmp_path)]) as executor,
