@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -442,6 +444,24 @@ def wait_for_checkpoint(folder: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "flag", "settings"),
+    [(0, None, {}), (2, None, {"gpus": 1}), (2, 2, {"gpus": 2}), (2, 0, {})],
+)
+def test_the_number_of_gpus_is_a_setting(
+    nodes: int, flag: int | None, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    node = {"NodeID": "0", "Alive": True, "Resources": {"CPU": 4.0, "GPU": float(nodes)}}
+    ray = SimpleNamespace(nodes=lambda: [node], remote=lambda **_: lambda function: function)
+    monkeypatch.setattr(expand.ray_cluster, "connected", lambda _: nullcontext(ray))
+    monkeypatch.setattr(expand, "FLAGS", SimpleNamespace(ray="host:1", array=False, cpus=1, gpus=flag))
+    records = SimpleNamespace(records=str(tmp_path))
+    run: Any = SimpleNamespace(folder=tmp_path, settings={"cpus": 1}, shared_training=lambda: None)
+    run.setup = SimpleNamespace(training=SimpleNamespace(dataset=records))
+    with expand._executor(run) as executor:
+        assert run.settings == {"cpus": 1, **settings} and executor._gpus == settings.get("gpus", 0)
+
+
 @pytest.mark.slow
 def test_a_search_on_a_cluster_that_loses_a_node(
     settings: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
@@ -473,7 +493,7 @@ def test_a_stopped_search_on_a_cluster_continues(
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 143 and "Traceback" not in output, output
         assert f"stopped; run the same command again to continue the search in {folder}" in output
-        assert not [*folder.glob("candidates/*.starts")]  # the trainings have saved their checkpoints
+        assert not [*folder.glob("candidates/*.kills")]  # the trainings have saved their checkpoints
         process = cluster_search(settings, folder, f"--ray={cluster.address}", "--cpus=1")
         output = process.communicate()[0]
         assert process.returncode == 0, output

@@ -1,6 +1,8 @@
 """Lock files: one process at a time, links, and file systems without locks."""
 
 import errno
+import os
+import socket
 import threading
 from pathlib import Path
 
@@ -25,6 +27,35 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="lock cannot be written"), locks.locked(tmp_path / "lock", "taken", "wait"):
         pass
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_pipe_is_no_lock_file(tmp_path: Path) -> None:
+    """Reading its owner would wait for a writer."""
+    path = tmp_path / "lock"
+    os.mkfifo(path)
+    with (
+        pytest.raises(WriteError, match="lock cannot be written: it is not a regular file"),
+        locks.locked(path, "", ""),
+    ):
+        pass
+    assert locks.owner_of(path) == ""
+
+
+def test_the_owner_of_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locks.locked(path, "taken", "wait"):
+        assert locks.owner_of(path) == f"process {os.getpid()} on {socket.gethostname()}"
+        path.write_text(" " * 1000 + "process 1 on host")
+        assert locks.owner_of(path) == ""
+    assert locks.owner_of(path) == ""
+
+
+def test_other_machines_see_the_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS sends the text of an open file when it is flushed."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.pread(descriptor, 100, 0)))
+    with locks.locked(tmp_path / "lock", "taken", "wait"):
+        assert flushed == [(tmp_path / "lock").read_bytes()]
 
 
 def test_a_file_system_without_locks_is_reported(

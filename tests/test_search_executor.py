@@ -126,7 +126,8 @@ def test_a_killed_process_is_a_failure_of_its_candidate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "message"), [("write", "checkpoint cannot be written"), ("full", "events cannot be written: No space")]
+    ("action", "message"),
+    [("write", "checkpoint cannot be written"), ("full", "events cannot be read or written: No space")],
 )
 def test_a_full_disk_stops_the_search(action: str, message: str, tmp_path: Path) -> None:
     training = Fake(tmp_path, (("spatial", action),))
@@ -134,6 +135,25 @@ def test_a_full_disk_stops_the_search(action: str, message: str, tmp_path: Path)
         scores(executor)
     with pytest.raises(WriteError, match=message):
         [*SerialExecutor(training).scores(candidates())]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "pipe with a reader"])
+def test_output_only_goes_to_regular_files(kind: str, tmp_path: Path) -> None:
+    """A pipe would wait for a reader."""
+    path, target = tmp_path / "spatial.log", tmp_path / "precious"
+    target.write_text("precious")
+    if kind == "link":
+        path.symlink_to(target)
+    else:
+        os.mkfifo(path)
+    if kind == "pipe with a reader":
+        os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with (
+        pytest.raises(WriteError, match=r"spatial\.log cannot be written"),
+        ProcessExecutor([Fake(tmp_path)]) as executor,
+    ):
+        scores(executor)
+    assert target.read_text() == "precious"
 
 
 def test_a_stopped_process_stops_the_search(tmp_path: Path) -> None:

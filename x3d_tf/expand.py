@@ -53,7 +53,7 @@ from x3d_tf.search.executor import Executor, ProcessExecutor, Remote
 from x3d_tf.search.loop import identity_of, run_search, search_of
 from x3d_tf.search.outputs import STAIRCASE_NAME, SearchFolder
 from x3d_tf.search.planning import plan_lines
-from x3d_tf.search.ray_executor import RayExecutor
+from x3d_tf.search.ray_executor import RayExecutor, default_gpus
 from x3d_tf.search.replay import path_table
 from x3d_tf.search.reports import candidate_table, family_table, save_staircase, step_table
 from x3d_tf.search.search import Latency, Search
@@ -223,7 +223,7 @@ def _search(setup: SearchSetup, expand: ExpandConfig, folder: Path) -> None:
             if isinstance(executor, ArrayExecutor):
                 ended = run.together(executor)
             else:
-                ended = run.coordinate(executor, shared=isinstance(executor, RayExecutor))
+                ended = run.coordinate(executor, run.shared_training() if isinstance(executor, RayExecutor) else None)
     except KeyboardInterrupt:
         print(f"\nstopped; run the same command again to continue the search in {folder}", file=sys.stderr)
         raise
@@ -241,7 +241,9 @@ def _executor(run: "Run") -> Iterator[_Executor]:
         folder, records = run.folder.absolute(), Path(run.setup.training.dataset.records).absolute()
         with ray_cluster.connected(FLAGS.ray) as ray:
             cpus = FLAGS.cpus or _CLUSTER_CPUS
-            yield RayExecutor(ray, run.shared_training(), folder, [records], cpus=cpus, gpus=FLAGS.gpus)
+            gpus = default_gpus(ray) if FLAGS.gpus is None else FLAGS.gpus
+            run.settings |= {"gpus": gpus} if gpus else {}  # rounding depends on them too
+            yield RayExecutor(ray, run.shared_training(), folder, [records], cpus=cpus, gpus=gpus)
     elif FLAGS.array:
         with ArrayExecutor(run.shared_training()) as executor:
             yield executor
@@ -276,7 +278,7 @@ class Run:
         """Returns the training of candidates by processes on several machines."""
         return SharedTraining(_training(self.setup, self.folder), digest_of(self._identity()))
 
-    def coordinate(self, executor: _Executor, *, shared: bool, repeats_failures: bool = True) -> str:
+    def coordinate(self, executor: _Executor, shared: SharedTraining | None, followed: int | None = None) -> str:
         """Runs the search, and returns what to print at its end."""
         ended: list[str] = []
         printing = Printing(executor, self.files, self.setup.metric.label)
@@ -300,17 +302,17 @@ class Run:
             on_scored=executor.end,
             on_end=end,
             shared=shared,
-            repeats_failures=repeats_failures,
+            followed=followed,
         )
         return ended[0]
 
     def together(self, executor: ArrayExecutor) -> str:
         """Runs the search together with other processes, and returns what to print at its end."""
-        ended = take_part(
-            lambda repeats: self.coordinate(executor, shared=True, repeats_failures=repeats),
+        shared = self.shared_training()
+        return take_part(
+            lambda followed: self.coordinate(executor, shared, followed),
             lambda: Follower(self.folder, self._identity(), self._new_search, executor),
         )
-        return ended or f"the search in {self.folder} is finished; the process that coordinates it writes its reports"
 
     def _identity(self) -> dict[str, Any]:
         start, options = self.setup.config.expansion, self.setup.config.model

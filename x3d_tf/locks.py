@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from functools import cache
 from pathlib import Path
 
 from x3d_tf.errors import UserError, require
-from x3d_tf.files import os_errors_as_write_error
+from x3d_tf.files import os_errors_as_write_error, read_limited
 
 _OWNER = re.compile(r"process [0-9]{1,19} on [\w.-]{1,255}", re.ASCII)
-_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_OWNER_BYTES = 1000  # limit of the text that is read
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _POLL = 0.05  # seconds between attempts to take a lock
 
 
@@ -34,7 +36,7 @@ def locked(
     system does not support locks, a warning is printed and the block runs without one.
 
     Args:
-        path: lock file in an existing folder. A symbolic link is rejected because it could point to another file.
+        path: lock file in an existing folder. Symbolic links, which may point to another file, and pipes are rejected.
         conflict: first part of the message if another process holds the lock: "another process is ... RUN".
         advice: second part of the message.
         shared: any number of processes may hold the lock at the same time, but none together with a process that locks
@@ -52,21 +54,29 @@ def locked(
         while (descriptor := _acquire(path, shared, required)) is None and time.monotonic() < until:
             time.sleep(_POLL)
     if descriptor is None:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            owner = _OWNER.fullmatch(path.read_text(encoding="utf-8").strip())
-            conflict += f" ({owner.group()})" if owner else ""
-        raise Locked(f"{conflict}; {advice}")
+        owner = owner_of(path)
+        raise Locked(f"{conflict}{f' ({owner})' if owner else ''}; {advice}")
     try:
         with contextlib.suppress(OSError):  # on a full disk the lock works without the text
             os.ftruncate(descriptor, 0)
             if not shared:
                 os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                os.fsync(descriptor)  # other machines read it
         yield
     finally:
         if not shared:
             with contextlib.suppress(OSError):
                 path.unlink()  # before the lock is released: later the file may belong to another process
         os.close(descriptor)
+
+
+def owner_of(path: Path) -> str:
+    """Returns "process ID on HOST" of the process that holds a lock; "" if there is no file with such a text."""
+    try:
+        owner = _OWNER.fullmatch(read_limited(path, _OWNER_BYTES).decode("utf-8", "replace").strip())
+    except (OSError, UserError):
+        return ""
+    return owner.group() if owner else ""
 
 
 def is_locked(path: Path) -> bool:
@@ -86,8 +96,10 @@ def _acquire(path: Path, shared: bool, required: bool) -> int | None:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o644)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
             taken = _lock(descriptor, path, shared, required)
-        except UserError:
+        except (OSError, UserError):
             os.close(descriptor)
             raise
         if not taken:

@@ -25,11 +25,13 @@ class WorkerDied(Exception):
 
     Attributes:
         status: exit status of the process; the negative signal number if a signal ended it.
+        is_kill: True if a signal ended it, such as SIGKILL of a system without memory.
     """
 
     def __init__(self, status: int | None) -> None:
         super().__init__(f"its process ended with status {status}")
         self.status = status
+        self.is_kill = status is not None and status < 0
 
 
 class TimedOut(Exception):

@@ -1,5 +1,7 @@
 """A process of an array that searches with stub trainings: array_process.py FOLDER [SECONDS] [AXIS=ACTION ...]."""
 
+import os
+import signal
 from pathlib import Path
 
 from stub_trainings import SMALL_SEARCH, TINY, Steps
@@ -17,21 +19,29 @@ from x3d_tf.search.trace import digest_of
 def main(arguments: list[str]) -> None:
     folder, seconds, *failing = arguments
     actions = tuple((axis, action) for axis, _, action in (text.partition("=") for text in failing))
-    training = Steps(Path(folder), steps=5, seconds=float(seconds), failing=actions)
+    training = Steps(Path(folder), steps=int(dict(actions).get("steps", 5)), seconds=float(seconds), failing=actions)
     identity = identity_of(SMALL_SEARCH, TINY, ModelOptions(), 4)
     array_executor.POLL = 0.2
 
     def new_search(latency: Latency) -> Search:
         return Search(SMALL_SEARCH, TINY, num_classes=4, latency=latency)
 
-    with ArrayExecutor(SharedTraining(training, digest_of(identity))) as executor:
+    def end(_: Search) -> None:
+        report, fails = Path(folder, "report.md"), Path(folder, "fails")
+        if "end=SIGKILL" in failing and not fails.exists():
+            fails.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("already finished" if report.exists() else "finished")
+        report.touch()
 
-        def coordinate(repeats: bool) -> Search:
-            options = {"shared": True, "repeats_failures": repeats, "on_scored": executor.end}
+    shared = SharedTraining(training, digest_of(identity))
+    with ArrayExecutor(shared) as executor:
+
+        def coordinate(followed: int | None) -> Search:
+            options = {"shared": shared, "followed": followed, "on_scored": executor.end, "on_end": end}
             return run_search(Path(folder), SMALL_SEARCH, executor, TINY, num_classes=4, **options)
 
-        found = take_part(coordinate, lambda: Follower(Path(folder), identity, new_search, executor))
-    print("coordinated" if found else "followed")
+        take_part(coordinate, lambda: Follower(Path(folder), identity, new_search, executor))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> None:
     training = SharedTraining(Steps(Path(folder), int(steps), float(seconds)), "stub search")
     with ray_cluster.connected(address) as ray:
         executor = RayExecutor(ray, training, Path(folder), cpus=1)
-        run_search(Path(folder), SMALL_SEARCH, executor, TINY, num_classes=4, shared=True)
+        run_search(Path(folder), SMALL_SEARCH, executor, TINY, num_classes=4, shared=training)
 
 
 if __name__ == "__main__":

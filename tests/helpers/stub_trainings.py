@@ -29,6 +29,8 @@ def noise(candidate: Candidate) -> Score:
 class Steps:
     """A training of a few steps with a checkpoint after each: a line, with the process id, in a file `NAME.steps`.
 
+    While there is a file `hold` beside the work folder, no training goes beyond its first step.
+
     Attributes:
         folder: the work folder.
         steps: number of steps.
@@ -51,7 +53,9 @@ class Steps:
             raise WriteError("checkpoint cannot be written: No space left on device")
         if action == "raise":
             raise ValueError(f"no {candidate.axis}")
-        while self.progress(candidate) < self.steps:
+        while (done := self.progress(candidate)) < self.steps:
+            while done and (self.folder.parent / "hold").exists():
+                time.sleep(0.02)
             time.sleep(self.seconds)
             with self._file(candidate).open("a") as file:
                 file.write(f"{os.getpid()}\n")

@@ -1,12 +1,14 @@
-"""Kills nodes and drivers of expansion searches on a Ray cluster: the scores must equal those of an undisturbed search.
+"""Kills the processes of expansion searches: the scores must equal those of an undisturbed search.
 
-Each trial is a search on a cluster of two worker nodes on this machine, with one CPU each. At a random moment one node
-is killed, or the driver (the command), or the node and then the driver. A driver that was killed is started again.
+The trials are searches on a Ray cluster of two worker nodes on this machine, with one CPU each. At a random moment one
+node is killed, or the driver (the command), or the node and then the driver. A driver that was killed is started again.
+Two kinds need no Ray: "array" kills one of two processes over a shared folder and starts it again, and "ten times"
+kills the only process of an array ten times in turn, with its training, before it lets the search end.
 
 The first trials (--count) train nothing: a stub takes 8 steps of 0.2 seconds for each of four candidates, with a
 checkpoint after each step. No step may be taken twice. The last ones (--real) are tiny trainings of two candidates,
-with a checkpoint after each of 12 steps. Their trace must equal, except for durations, that of a search in processes on
-this machine, and the weights of the found network must be bit-equal. Requires Ray; the trials run one after another.
+with a checkpoint after each of 12 steps, on Ray. Their trace must equal, except for durations, that of a search in
+processes on this machine, and the weights of the found network must be bit-equal. The trials run one after another.
 
   python tests/trials/kill_search.py --count=10 --real=3 --seed=0
 """
@@ -25,6 +27,8 @@ from harness import succeeded as problem_of
 STEPS, PAUSE = 8, 0.2
 CANDIDATES = 4
 KINDS = ("node", "driver", "node", "node and driver")  # in turn
+STUB_KINDS = ("node", "array", "driver", "ten times", "node and driver", "array")  # in turn
+KILLS = 10
 SETTINGS = {
     "Expansion.gamma_tau": 1.0,
     "Expansion.gamma_t": 1,
@@ -46,7 +50,8 @@ Start = Callable[[str, Path], Command]  # of a driver, with the address of the c
 
 def scores(folder: Path) -> list[dict[str, Any]]:
     """Returns the scores in a trace without durations, in the order of steps and axes."""
-    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()[1:]]
+    complete = (folder / "trace.jsonl").read_text().rpartition("\n")[0]  # the last line may be incomplete
+    lines = [json.loads(line) for line in complete.splitlines()[1:]]
     lines = [{name: value for name, value in line.items() if name != "seconds"} for line in lines if "score" in line]
     return sorted(lines, key=lambda line: (line["step"], line["axis"]))
 
@@ -90,26 +95,81 @@ def trial(
         report.note("searches that lost a training")
     if names := [name for name in half_written(folder) if "events" not in name]:
         yield f"{kind}: {names} were left behind"
-    if names := [path.name for path in folder.rglob("*.starts")]:
+    if names := [path.name for path in folder.rglob("*.kills")]:
         yield f"{kind}: {names} were left behind"
 
 
-def stub_trial(number: int, folder: Path, expected: list[dict[str, Any]], report: Report) -> Iterator[str]:
-    """Runs a search without trainings; yields the problems."""
+def array_trial(kind: str, length: float, rng: random.Random, folder: Path, report: Report) -> Iterator[str]:
+    """Runs and disturbs a search by processes over a shared folder; yields the problems."""
+    import signal
+
+    from x3d_tf.locks import owner_of
+
+    def begin() -> Command:
+        words = (str(ROOT / "tests" / "helpers" / "array_process.py"), str(folder), str(PAUSE), f"steps={STEPS}")
+        return Command(*words, folder=folder.parent, seconds=report.chosen.seconds)
+
+    def owners() -> set[str]:
+        return {owner_of(path) for path in folder.glob("candidates/*.claim")}
+
+    repeated = kind == "ten times"
+    commands, known = [begin() for _ in range(1 if repeated else 2)], set[str]()
+    killed = commands[-1]
+    moments = [rng.uniform(0, 3 * PAUSE if repeated else length) for _ in range(KILLS if repeated else 1)]
+    for moment in moments:
+        wait_until(moment, lambda: owners() - known, killed)  # after a training began
+        known.update(owners())
+        if not killed.signal(signal.SIGKILL):
+            report.note("kills after the end")
+        killed.wait()
+        killed.end()
+        commands.remove(killed)
+        commands.append(killed := begin())
+    for command in commands:
+        if problem := problem_of(command.wait()):
+            yield f"{kind}: {problem}"
+    print(f"       {folder.name}: {kind}, kills {', '.join(f'{moment:.1f}' for moment in moments)} s", flush=True)
+    if names := half_written(folder) + [path.name for path in folder.rglob("*.kills")]:
+        yield f"{kind}: {names} were left behind"
+
+
+def stub_trial(
+    number: int, length: float, folder: Path, expected: list[dict[str, Any]], report: Report
+) -> Iterator[str]:
+    """Runs a search without trainings, which takes `length` seconds undisturbed; yields the problems."""
 
     def start(address: str, workdir: Path) -> Command:
         words = (str(ROOT / "tests" / "helpers" / "ray_process.py"), address, str(workdir), str(STEPS), str(PAUSE))
         return Command(*words, folder=folder.parent, seconds=report.chosen.seconds)
 
     rng = random.Random(f"{report.chosen.seed}/{number}")
-    moments = (rng.uniform(0, CANDIDATES / 2 * STEPS * PAUSE), rng.uniform(0, 4))
-    yield from trial(KINDS[number % len(KINDS)], moments, folder, "candidates/*.steps", start, report)
+    kind = STUB_KINDS[number % len(STUB_KINDS)]
+    if kind in ("array", "ten times"):
+        yield from array_trial(kind, CANDIDATES / 2 * STEPS * PAUSE, rng, folder, report)
+    else:
+        moments = (rng.uniform(0, length), rng.uniform(0, 4))
+        yield from trial(kind, moments, folder, "candidates/*.steps", start, report)
     if scores(folder) != expected:
         yield "the scores differ"
     taken = [path.read_text().split() for path in folder.rglob("*.steps")]
     if [len(processes) for processes in taken] != CANDIDATES * [STEPS]:
         yield f"steps were lost: {[len(processes) for processes in taken]}"
     report.note("candidates that resumed", sum(len(set(processes)) > 1 for processes in taken))
+
+
+def stub_length(folder: Path, report: Report) -> float:
+    """Returns the seconds from the first step to the end of a search without trainings that nothing disturbs."""
+    from local_cluster import local_cluster
+
+    words = (str(ROOT / "tests" / "helpers" / "ray_process.py"), str(folder), str(STEPS), str(PAUSE))
+    with local_cluster(nodes=2) as (cluster, _):
+        words = (words[0], cluster.address, *words[1:])
+        command = Command(*words, folder=folder.parent, seconds=report.chosen.seconds)
+        wait_until(0, lambda: [*folder.glob("candidates/*.steps")], command)
+        begun = time.monotonic()
+        if problem := problem_of(command.wait()):
+            raise SystemExit(f"the undisturbed search: {problem}")
+    return time.monotonic() - begun
 
 
 def real_trial(number: int, config: Path, reference: Path, length: float, report: Report) -> Iterator[str]:
@@ -140,9 +200,12 @@ def main() -> None:
         from x3d_tf.search.loop import run_search
 
         run_search(folder / "stub", SMALL_SEARCH, SerialExecutor(noise), TINY, num_classes=4)
-        expected = scores(folder / "stub")
+        expected, length = scores(folder / "stub"), 0.0
+        if report.chosen.count:
+            length = stub_length(folder / "measured", report)
+            print(f"an undisturbed search on Ray takes {length:.1f} s after its first step", flush=True)
         for number in range(report.chosen.count):
-            problems = [*stub_trial(number, folder / f"search{number}", expected, report)]
+            problems = [*stub_trial(number, length, folder / f"search{number}", expected, report)]
             report.add(f"search{number}", "; ".join(problems) or None)
             shutil.rmtree(folder / f"search{number}", ignore_errors=True)
         if report.chosen.real:

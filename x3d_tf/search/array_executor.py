@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from x3d_tf import signals
-from x3d_tf.errors import UserError
-from x3d_tf.locks import Locked
+from x3d_tf.errors import UserError, first_few
+from x3d_tf.locks import Locked, owner_of
 from x3d_tf.processes import WorkerDied
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.search.executor import STOPPED_STATUSES, Remote
@@ -43,9 +43,8 @@ class ArrayExecutor:
         self._offered: tuple[Candidate, ...] = ()
         self._error: BaseException | None = None
         self._changed, self._idle, self._stops = threading.Event(), threading.Event(), threading.Event()
-        self._deaths: dict[Candidate, int] = {}
+        self._deaths: dict[tuple[Candidate, int], int] = {}
         self._waiting: tuple[Candidate, ...] = ()  # those that other processes were seen to train
-        self._collects = False
         self._thread = threading.Thread(target=self._train, daemon=True)
 
     def __enter__(self) -> "ArrayExecutor":
@@ -65,9 +64,6 @@ class ArrayExecutor:
             WriteError: a file of a training cannot be written.
             Terminated: the training process got SIGTERM, which schedulers send to all processes.
         """
-        if not self._collects:
-            self._training.forget_failures(candidates)
-            self._collects = True
         left = [*candidates]
         while left:
             self.offer(left)
@@ -120,51 +116,63 @@ class ArrayExecutor:
             if self._ask(candidate) or self._changed.is_set():
                 return True
         if left and left != self._waiting:
-            tell(f"waiting for {counted(len(left), 'training')} of other processes")
+            claims = [self._training.claim(candidate) for candidate in left]
+            owners = first_few([f"{claim} ({owner_of(claim) or 'not locked any more'})" for claim in claims])
+            tell(f"waiting for {counted(len(left), 'training')} of other processes: {owners}")
             self._waiting = left
         return False
 
     def _ask(self, candidate: Candidate) -> bool:
-        """Trains a candidate in the child process; returns False if another process trains it."""
+        """Trains a candidate in the child process; returns False if it has no score afterwards."""
         name = self._training.log(candidate).stem
         try:
             score = self._remote.ask(candidate)
         except WorkerDied as error:
             if self._stops.is_set() or error.status in STOPPED_STATUSES:
                 raise signals.Terminated from error
-            # SharedTraining makes the candidate a failure, unless processes die before they begin it.
-            self._deaths[candidate] = self._deaths.get(candidate, 0) + 1
-            if self._deaths[candidate] > MOST_KILLS:
-                raise UserError(f"the process that trains {name} cannot be started: {error}") from error
+            if error.is_kill:
+                self._training.count_kill(candidate)
+            else:
+                self._count_death(candidate, error)
             tell(f"the training of {name} starts again from its last checkpoint: {error}")
             return False
         except Locked:
             return False
         tell(f"{name}: {f'failed: {score.reason}' if score.reason else 'trained'}")
-        return True
+        return self._training.result(candidate) is not None  # else waits: the file system may have an error
+
+    def _count_death(self, candidate: Candidate, error: WorkerDied) -> None:
+        """Raises `UserError` if too many processes exited by themselves since the last checkpoint of a candidate."""
+        key = candidate, self._training.progress(candidate)
+        self._deaths[key] = self._deaths.get(key, 0) + 1
+        if self._deaths[key] > MOST_KILLS:
+            name = self._training.log(candidate).stem
+            raise UserError(f"the process that trains {name} cannot be started: {error}") from error
 
 
-def take_part(coordinate: Callable[[bool], _T], follow: Callable[[], "Follower"]) -> _T | None:
-    """Coordinates a search as long as no other process does, and otherwise follows it until it is finished.
+def take_part(coordinate: Callable[[int | None], _T], follow: Callable[[], "Follower"]) -> _T:
+    """Coordinates a search as soon as no other process does, and follows it until then.
+
+    A process that followed a search to its end also coordinates it, because the one before may have died before it
+    wrote the reports.
 
     Args:
         coordinate: runs the search to its end, or raises `Locked` if another process coordinates it. It receives
-            `repeats_failures` of `run_search`: False if failures in the trace arose while this process followed.
+            `followed` of `run_search`.
         follow: returns the follower.
 
     Returns:
-        The result of `coordinate`, or None if another process has finished the search.
+        The result of `coordinate`.
     """
     follower = None
     while True:
         try:
-            return coordinate(follower is None)
+            return coordinate(follower.first_scores if follower else None)
         except Locked as error:
             if follower is None:
                 tell(f"{str(error).partition(';')[0]} and coordinates the search; this process trains candidates")
                 follower = follow()
-        if follower.is_finished():
-            return None
+        follower.follow()
 
 
 class Follower:
@@ -175,6 +183,9 @@ class Follower:
         settings: the settings of the search; see `open_trace`.
         new_search: returns the search before its first score, with a function that tells latencies.
         executor: trains the candidates.
+
+    Attributes:
+        first_scores: number of scores in the trace when it was first read; None before.
     """
 
     def __init__(
@@ -186,39 +197,38 @@ class Follower:
     ) -> None:
         self._path, self._settings = folder / TRACE_NAME, settings
         self._new_search, self._executor = new_search, executor
-        self._size, self._first_scores = -1, -1
+        self._size = -1
+        self.first_scores: int | None = None
 
-    def is_finished(self) -> bool:
-        """Offers the candidates that follow from the trace to the executor, and returns True if there are none.
-
-        Waits for some seconds otherwise.
+    def follow(self) -> None:
+        """Offers the candidates that follow from the trace to the executor, and waits for some seconds.
 
         Raises:
             UserError: the trace is damaged or of a search with other settings, a training in this process found an
                 error, or all networks of a round failed since this object was created.
         """
-        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            size = 0
         if size != self._size:
-            pending = self._pending()
-            if pending == ():
-                return True
+            self._executor.offer(self._pending())
             self._size = size
-            self._executor.offer(pending or ())
         self._executor.wait()
-        return False
 
-    def _pending(self) -> tuple[Candidate, ...] | None:
-        """Returns the candidates of the round; None if they do not follow from the trace yet."""
+    def _pending(self) -> tuple[Candidate, ...]:
+        """Returns the candidates of the round; none if they do not follow from the trace yet, or after the last one."""
         trace = follow_trace(self._path.parent, self._settings)
+        scores = trace.scores if trace else 0
+        if self.first_scores is None:
+            self.first_scores = scores
         if trace is None:
-            return None
+            return ()
         try:
             search = self._new_search(trace.known)
             trace.resume(search)
         except NotMeasured:
-            return None
-        if self._first_scores < 0:
-            self._first_scores = trace.scores
-        if trace.scores > self._first_scores:  # earlier failures are those that the repeated command scores again
+            return ()
+        if scores > self.first_scores:  # earlier failures are those that the repeated command scores again
             require_successes(search)
         return search.pending()

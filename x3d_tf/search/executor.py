@@ -7,12 +7,14 @@ import errno
 import os
 import queue
 import signal
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +23,14 @@ from tqdm import tqdm
 
 from x3d_tf import registry, signals, startup
 from x3d_tf.errors import UserError, first_line
-from x3d_tf.files import WriteError
+from x3d_tf.files import WriteError, os_errors_as_write_error
 from x3d_tf.locks import Locked
 from x3d_tf.processes import Worker, WorkerDied
 from x3d_tf.search.candidates import Candidate, Score
 from x3d_tf.terminal import Terminal
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOLCK)
+_LONGEST_REASON = 1000  # characters, so that the trace stays below its size limit
 TRAININGS_PER_PROCESS = 10  # TensorFlow keeps about 180 MB of each training (measured) until its process ends
 _GRACE = 5.0  # seconds that an idle process may take to exit
 _STOPPED = 143  # exit status of a worker that was asked to stop by SIGTERM
@@ -74,20 +77,46 @@ class SerialExecutor:
 def scored(score: Callable[[Candidate], Score], candidate: Candidate) -> Score:
     """Returns the score of a candidate; that of a failure if `score` raises an exception.
 
+    Long reasons of failures are shortened.
+
     Raises:
-        WriteError: a file cannot be written.
+        WriteError: a file cannot be written, or the file system has an error, which the other candidates would get too.
         Locked: another process trains the candidate.
     """
     started = time.monotonic()
     try:
-        return score(candidate)
+        found = score(candidate)
     except (WriteError, Locked):
         raise
     except Exception as error:  # training can raise anything, such as errors of the device's memory
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise WriteError(f"{error.filename or 'a file'} cannot be written: {error.strerror}") from error
+        if isinstance(error, OSError) and error.errno in _OF_STORAGE:
+            raise WriteError(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}") from error
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        return Score(None, seconds=time.monotonic() - started, reason=f"{kind}{first_line(error)}")
+        found = Score(None, seconds=time.monotonic() - started, reason=f"{kind}{first_line(error)}")
+    return replace(found, reason=found.reason[:_LONGEST_REASON]) if found.reason else found
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A training whose exceptions are failures of the candidate, except those that `scored` raises; picklable.
+
+    Attributes:
+        training: the training.
+    """
+
+    training: Training
+
+    def __call__(self, candidate: Candidate) -> Score:
+        """Returns the score of a candidate; see `scored`."""
+        return scored(self.training, candidate)
+
+    def log(self, candidate: Candidate) -> Path:
+        """Returns the file for the output of the training."""
+        return self.training.log(candidate)
+
+    def progress(self, candidate: Candidate) -> int:
+        """Returns a number that grows with each checkpoint of the training."""
+        return self.training.progress(candidate)
 
 
 class ProcessExecutor:
@@ -102,7 +131,7 @@ class ProcessExecutor:
     """
 
     def __init__(self, trainings: Sequence[Training]) -> None:
-        self._remotes = [Remote(training) for training in trainings]
+        self._remotes = [Remote(Scored(training)) for training in trainings]
         self._free: queue.SimpleQueue[Remote] = queue.SimpleQueue()
         for remote in self._remotes:
             self._free.put(remote)
@@ -154,7 +183,7 @@ class Remote:
     """A training in a worker process, which starts on first use and again after it has died.
 
     Args:
-        training: the training.
+        training: the training. Its exceptions are raised in this process, those that are not ours as `UserError`.
     """
 
     def __init__(self, training: Training) -> None:
@@ -167,8 +196,7 @@ class Remote:
         """Returns the score of a candidate.
 
         Raises:
-            WriteError: a file of the training cannot be written.
-            Locked: another process trains the candidate.
+            UserError: the training raised an exception, such as `WriteError` and `Locked`.
             WorkerDied: the process has died.
         """
         if self._trainings == TRAININGS_PER_PROCESS:
@@ -239,7 +267,7 @@ def _reply(training: Training, method: str, arguments: Sequence[Any]) -> Any:
     try:
         if not method:
             with _output_to(training.log(arguments[0])):
-                return scored(training, arguments[0])
+                return training(arguments[0])
         with _output_to(Path(os.devnull)):
             return getattr(training, method)(*arguments)
     except UserError as error:
@@ -252,7 +280,7 @@ def _reply(training: Training, method: str, arguments: Sequence[Any]) -> Any:
 def _output_to(path: Path) -> Iterator[None]:
     """Appends the output of this process to a file within the block, also that of TensorFlow's C++ code."""
     before = sys.stdout, sys.stderr
-    with path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+    with open(_opened(path), "a", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
         # A full disk is noticed where checkpoints are written, not where messages are.
@@ -263,6 +291,21 @@ def _output_to(path: Path) -> Iterator[None]:
             sys.stdout, sys.stderr = before
             with suppress(OSError):
                 file.flush()
+
+
+def _opened(path: Path) -> int:
+    """Returns the descriptor of a log file, or of the null device, for appending.
+
+    Raises:
+        WriteError: it cannot be written. A symbolic link, which could point to another file, and a pipe are rejected.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with os_errors_as_write_error(path):
+        descriptor = os.open(path, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode) and path != Path(os.devnull):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is not a regular file")
+    return descriptor
 
 
 def _exit_with_parent() -> None:

@@ -12,6 +12,7 @@ from x3d_tf.search.config import ExpandConfig
 from x3d_tf.search.executor import Executor
 from x3d_tf.search.reports import reported
 from x3d_tf.search.search import Latency, Search
+from x3d_tf.search.shared import SharedTraining
 from x3d_tf.search.trace import Trace, open_trace, read_trace
 from x3d_tf.signals import held_back
 from x3d_tf.terminal import tell
@@ -33,8 +34,8 @@ def run_search(
     on_score: OnScore | None = None,
     on_scored: Callable[[], None] | None = None,
     on_end: Callable[[Search], None] | None = None,
-    shared: bool = False,
-    repeats_failures: bool = True,
+    shared: SharedTraining | None = None,
+    followed: int | None = None,
 ) -> Search:
     """Runs a search, or continues the one that the trace in a folder holds, and returns it finished.
 
@@ -52,8 +53,9 @@ def run_search(
         on_score: called after each score is recorded, for example to print `search.steps`.
         on_scored: called after the last score, before latencies are measured, for example to free devices.
         on_end: called with the finished search while the folder is still locked, for example to write reports.
-        shared: processes on several machines take part; see `open_trace`.
-        repeats_failures: if all networks of the last round in the trace failed, score them again; otherwise an error.
+        shared: the training that processes on several machines share. The file system must support locks.
+        followed: number of scores in the trace when this process began to follow the search of another one. Failures
+            in later ones are not repeated: if all networks of the last round failed, it is an error.
 
     Raises:
         Locked: another process is searching in the folder.
@@ -62,12 +64,14 @@ def run_search(
     """
     start, options = start or Expansion(), options or ModelOptions()
     identity = identity_of(config, start, options, num_classes, settings)
-    with open_trace(folder, identity, shared=shared) as trace:
+    with open_trace(folder, identity, shared=shared is not None) as trace:
         measured = trace.memoised(latency) if latency else None
         search = Search(config, start, options=options, num_classes=num_classes, latency=measured)
         trace.resume(search)
-        if not repeats_failures:
+        if followed is not None and trace.scores > followed:
             require_successes(search)
+        elif shared:
+            shared.forget_failures(search.pending())
         drive(search, executor, trace, on_score)
         if on_scored:
             on_scored()

@@ -5,16 +5,16 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from x3d_tf import registry, startup
 from x3d_tf.errors import UserError, first_line
-from x3d_tf.files import read_limited
-from x3d_tf.locks import Locked, locked
+from x3d_tf.locks import Locked, is_locked, owner_of
 from x3d_tf.processes import WorkerDied
 from x3d_tf.search.candidates import Candidate, Score
-from x3d_tf.search.executor import Remote
+from x3d_tf.search.executor import STOPPED_STATUSES, Remote
 from x3d_tf.search.shared import SharedTraining
 from x3d_tf.search.trace import LOCK_NAME
 from x3d_tf.signals import held_back
@@ -25,8 +25,10 @@ _POLL = 0.5  # seconds
 _CHECK_SECONDS = 120.0  # for a node to start a process that looks for the folders
 _BUSY_SECONDS = 600.0  # that a training may wait for another process with the same candidate to end
 _STOP_SECONDS = 300.0  # for trainings to save their checkpoints
-_MOST_LOSSES = 20  # of the tasks of one candidate
-_OWNER_BYTES = 1000  # limit of the text in a lock file
+_MOST_LOSSES = 20  # of the tasks of one candidate since its last checkpoint
+_LONGEST_DELAY = 60.0  # seconds before a task that was lost is submitted again
+_BAD_NODE_DELAY = 15.0  # seconds before a task that a node refused is submitted again
+_SEES_SECONDS = 10.0  # after which a node must see the lock of the driver; NFS keeps attributes for some seconds
 
 
 class RayExecutor:
@@ -43,7 +45,7 @@ class RayExecutor:
         folder: the work folder, absolute.
         paths: other folders that each node must see, absolute, such as that of the records.
         cpus: CPU cores of a task.
-        gpus: GPUs of a task. Defaults to 1 if the cluster has GPUs, else 0.
+        gpus: GPUs of a task.
 
     Raises:
         UserError: no node has these resources. Names the flags.
@@ -57,13 +59,13 @@ class RayExecutor:
         paths: Sequence[Path] = (),
         *,
         cpus: int,
-        gpus: int | None = None,
+        gpus: int = 0,
     ) -> None:
         self._ray, self._training, self._folder, self._paths = ray, training, folder, [folder, *paths]
-        default = 1 if any(node.get("GPU", 0) >= 1 for node in _resources(ray).values()) else 0
-        self._cpus, self._gpus = cpus, default if gpus is None else gpus
+        self._cpus, self._gpus = cpus, gpus
         self._checked = self._warned = False
-        self._losses: dict[Candidate, int] = {}
+        self._losses: dict[tuple[Candidate, int], int] = {}  # by candidate and checkpoint
+        self._bad_nodes: set[str] = set()
         self._require_node()
         # A worker process of Ray has no TensorFlow. It is not used again, because the task changes its environment.
         self._task = ray.remote(max_calls=1, max_retries=0)(_score)
@@ -73,25 +75,26 @@ class RayExecutor:
 
         Raises:
             WriteError: a file of a training cannot be written.
-            UserError: a node does not see the folders or cannot run tasks, or too many tasks of a candidate were lost.
+            UserError: a node does not see the folders or cannot run tasks at the beginning, or too many tasks of a
+                candidate were lost.
         """
         if not self._checked:
             self._check_nodes()
-            self._training.forget_failures(candidates)
             self._checked = True
-        tasks: dict[Any, Candidate] = {}
+        tasks, waiting = dict[Any, Candidate](), dict.fromkeys(candidates, 0.0)  # with the times to submit them
         try:
-            for candidate in candidates:
-                tasks[self._submitted(candidate)] = candidate
-            while tasks:
+            while tasks or waiting:
+                for candidate in [candidate for candidate, start in waiting.items() if start <= time.monotonic()]:
+                    del waiting[candidate]
+                    tasks[self._submitted(candidate)] = candidate
                 done = self._finished([*tasks])
                 for task in done:
                     candidate = tasks.pop(task)
-                    score = self._result(task, candidate)
-                    if score is None:
-                        tasks[self._submitted(candidate)] = candidate
+                    result = self._result(task, candidate)
+                    if isinstance(result, Score):
+                        yield candidate, result
                     else:
-                        yield candidate, score
+                        waiting[candidate] = time.monotonic() + result
                 if not done:
                     self._warn_without_nodes()
         except BaseException:
@@ -104,11 +107,11 @@ class RayExecutor:
     def _submitted(self, candidate: Candidate) -> Any:
         task = self._task.options(num_cpus=self._cpus, num_gpus=self._gpus, name=self._training.log(candidate).stem)
         hides_gpus = self._gpus == 0
-        node = (self._paths, _read_owner(self._folder) or "")
+        node = (self._paths, owner_of(self._folder / LOCK_NAME))
         return task.remote(self._training, candidate, node, startup.mode(), registry.plugins(), hides_gpus)
 
-    def _result(self, task: Any, candidate: Candidate) -> Score | None:
-        """Returns the score that a task has returned, or None if the task was lost.
+    def _result(self, task: Any, candidate: Candidate) -> Score | float:
+        """Returns the score that a task has returned, or the seconds after which a task that was lost starts again.
 
         Raises:
             UserError: the task found an error that is not one of its candidate, or it was lost too often.
@@ -122,16 +125,27 @@ class RayExecutor:
             raise UserError(f"ray: a task failed: {first_line(error.cause or error)}") from error
         except exceptions.RayError as error:  # the node or Ray's process died, or is out of memory
             reply = first_line(error).partition(". ")[0]
+            if isinstance(error, exceptions.OutOfMemoryError):  # Ray has killed the task before the system would
+                self._training.count_kill(candidate)
         if isinstance(reply, Score):
             return reply
         if isinstance(reply, UserError):
             raise reply
-        self._losses[candidate] = self._losses.get(candidate, 0) + 1
-        name = self._training.log(candidate).stem
-        if self._losses[candidate] > _MOST_LOSSES:
-            raise UserError(f"ray: the training of {name} was lost {_MOST_LOSSES + 1} times; the last time: {reply}")
-        tell(f"the training of {name} was lost and starts again from its last checkpoint: {str(reply)[:200]}")
-        return None
+        if isinstance(reply, _BadNode):
+            if reply.name not in self._bad_nodes:
+                tell(f"warning: ray: the node {reply.name} {reply.problem}. Its trainings are submitted again")
+            self._bad_nodes.add(reply.name)
+            return _BAD_NODE_DELAY
+        return self._delay(candidate, str(reply))
+
+    def _delay(self, candidate: Candidate, reason: str) -> float:
+        """Counts a loss of a task, and returns the seconds after which it starts again."""
+        key, name = (candidate, self._training.progress(candidate)), self._training.log(candidate).stem
+        losses = self._losses[key] = self._losses.get(key, 0) + 1
+        if losses > _MOST_LOSSES:
+            raise UserError(f"ray: the training of {name} was lost {losses} times; the last time: {reason}")
+        tell(f"the training of {name} was lost and starts again from its last checkpoint: {reason[:200]}")
+        return min(_LONGEST_DELAY, 0.5 * 2**losses)
 
     def _cancel(self, tasks: Sequence[Any]) -> None:
         """Cancels tasks and waits until their processes have saved their checkpoints."""
@@ -144,11 +158,13 @@ class RayExecutor:
         while tasks and time.monotonic() < until:
             done = self._finished(tasks)
             tasks = [task for task in tasks if task not in done]
+        if tasks:
+            tell(f"warning: {counted(len(tasks), 'training')} did not stop within {_STOP_SECONDS:.0f} s")
 
     def _finished(self, tasks: Sequence[Any]) -> list[Any]:
         """Returns those of some tasks that have ended. Waits for a moment if there are none."""
         with held_back():  # Ray makes a plain KeyboardInterrupt of the exceptions of signal handlers
-            done = self._ray.wait([*tasks], num_returns=len(tasks), timeout=0)[0]
+            done = self._ray.wait([*tasks], num_returns=len(tasks), timeout=0)[0] if tasks else []
         if not done:
             time.sleep(_POLL)
         return list(done)
@@ -186,7 +202,7 @@ class RayExecutor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         check, found = self._ray.remote(num_cpus=0, max_retries=0)(_problem), {}
-        owner = _read_owner(self._folder) or ""
+        owner = owner_of(self._folder / LOCK_NAME)
         for key in self._fitting():
             strategy = NodeAffinitySchedulingStrategy(key, soft=False)
             found[key] = check.options(scheduling_strategy=strategy).remote(self._paths, owner)
@@ -200,7 +216,7 @@ class RayExecutor:
                 problem = self._ray.get(task) if done else problem
             except RayError as error:
                 problem = f"cannot run tasks: {first_line(getattr(error, 'cause', None) or error)}"
-            if problem:
+            if problem and key in _resources(self._ray):  # not if the node has died meanwhile
                 raise UserError(f"ray: the node {addresses.get(key, key)} {problem}")
 
 
@@ -209,12 +225,17 @@ def _resources(ray: Any) -> Mapping[str, Mapping[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def _read_owner(folder: Path) -> str | None:
-    """Returns the text of the lock of a work folder; None without one."""
-    try:
-        return read_limited(folder / LOCK_NAME, _OWNER_BYTES).decode("utf-8", "replace")
-    except (UserError, OSError):
-        return None
+def default_gpus(ray: Any) -> int:
+    """Returns the number of GPUs of a task: 1 if the cluster has GPUs, else 0."""
+    return 1 if any(node.get("GPU", 0) >= 1 for node in _resources(ray).values()) else 0
+
+
+@dataclass(frozen=True)
+class _BadNode:
+    """Reply of a node that cannot train for the driver."""
+
+    name: str
+    problem: str
 
 
 def _problem(paths: Sequence[Path], owner: str) -> str | None:
@@ -222,21 +243,20 @@ def _problem(paths: Sequence[Path], owner: str) -> str | None:
 
     Args:
         paths: the work folder, and other folders.
-        owner: text of the lock.
+        owner: owner of the lock.
     """
     rule = "the work folder and the records must have the same path on all nodes, on a file system that they share"
     for path in paths:
         if not path.is_dir():
             return f"does not see {path}: {rule}"
-    if _read_owner(paths[0]) != owner:
-        return f"sees another {paths[0]}: {rule}"
-    try:
-        with locked(paths[0] / LOCK_NAME, "held", "as it should be", required=True):
-            return f"does not see the locks of other nodes in {paths[0]}: mount it with locks (flock) that nodes share"
-    except Locked:
-        return None
-    except UserError as error:
-        return f"cannot use {paths[0]}: {error}"
+    lock, until = paths[0] / LOCK_NAME, time.monotonic() + _SEES_SECONDS
+    while owner_of(lock) != owner:
+        if time.monotonic() > until:
+            return f"sees another {paths[0]}: {rule}"
+        time.sleep(_POLL)
+    if not is_locked(lock):
+        return f"does not see the locks of other nodes in {paths[0]}: mount it with locks (flock) that nodes share"
+    return None
 
 
 def _score(
@@ -246,7 +266,7 @@ def _score(
     mode: startup.Mode,
     plugins: Sequence[str],
     hides_gpus: bool,
-) -> Score | UserError | str:
+) -> Score | UserError | _BadNode | str:
     """Trains a candidate in a child process; the task of a node.
 
     Args:
@@ -260,7 +280,7 @@ def _score(
         The score, or an error that stops the search, or the reason why the training was lost.
     """
     if problem := _problem(*node):
-        return UserError(f"ray: the node {socket.gethostname()} {problem}")
+        return _BadNode(socket.gethostname(), problem)
     startup.set_mode(mode)
     for plugin in plugins:
         registry.load_plugin(plugin)
@@ -276,6 +296,8 @@ def _score(
         except UserError as error:
             return error
         except WorkerDied as error:
+            if error.is_kill and error.status not in STOPPED_STATUSES:
+                training.count_kill(candidate)
             return str(error)
         finally:  # cancelled: the child process saves its checkpoint
             remote.stop()

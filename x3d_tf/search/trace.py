@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from x3d_tf.terminal import tell
 TRACE_NAME = "trace.jsonl"
 LOCK_NAME = ".search.lock"
 
+_LOCK_SECONDS = 1.0
+
 _FORMAT = "x3d_tf expansion search, version 1"
-_LONGEST_REASON = 10_000  # characters
 _LARGEST_RESULT = 2**20  # bytes
 _SCORE_COLUMNS = ("score", "standard_error", "seconds", "training_score", "reason")
 
@@ -155,7 +155,8 @@ def open_trace(folder: Path, settings: Mapping[str, Any], *, shared: bool = Fals
     with os_errors_as_write_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     conflict, advice = f"another process is searching in {folder}", "wait for it, or use another folder"
-    with locked(folder / LOCK_NAME, conflict, advice, required=shared):
+    # A node that looks whether it sees a lock holds it for a moment.
+    with locked(folder / LOCK_NAME, conflict, advice, wait=_LOCK_SECONDS, required=shared):
         first, wanted = _encoded({"format": _FORMAT, "settings": settings}), json.loads(json.dumps(settings))
         if not path.exists():
             atomic_write(path, first)
@@ -212,13 +213,11 @@ def write_result(path: Path, search: str, candidate: Candidate, score: Score) ->
         path: the file.
         search: hash of the settings of the search, see `digest_of`.
         candidate: the candidate.
-        score: its score. A long reason is shortened.
+        score: its score.
 
     Raises:
         WriteError: the file cannot be written.
     """
-    if score.reason:
-        score = replace(score, reason=score.reason[:_LONGEST_REASON])
     atomic_write(path, _encoded({"search": search, **_score_line(candidate, score)}))
 
 
