@@ -97,7 +97,8 @@ def test_processes_divide_the_candidates(start: Start, tmp_path: Path) -> None:
     assert re.search(waiting, "".join(outputs))
 
 
-@pytest.mark.parametrize("killed", ["coordinator", pytest.param("follower", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["coordinator", "follower"])
 def test_a_killed_process_loses_its_claim(killed: str, start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "search"
     (tmp_path / "hold").touch()
@@ -114,6 +115,7 @@ def test_a_killed_process_loses_its_claim(killed: str, start: Start, tmp_path: P
     assert sorted(len(set(taken)) for taken in steps) == [1, 1, 1, 2]  # one candidate changed its process
 
 
+@pytest.mark.slow
 def test_a_stopped_process_saves_its_work(start: Start, tmp_path: Path) -> None:
     """The other one continues the candidate at once, and a third one may join."""
     (tmp_path / "hold").touch()
@@ -131,6 +133,7 @@ def test_a_stopped_process_saves_its_work(start: Start, tmp_path: Path) -> None:
     require_undisturbed(folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_all_processes_end_if_a_round_fails(start: Start, tmp_path: Path) -> None:
     failing = ("depth=raise", "width=SIGKILL")
     processes = [start(*failing), start(*failing)]

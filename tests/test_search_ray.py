@@ -228,6 +228,7 @@ def test_a_full_disk_stops_the_search(ray: Any, tmp_path: Path) -> None:
         search_on(ray, Steps(tmp_path / "search", failing=(("depth", "write"),)))
 
 
+@pytest.mark.slow
 def test_a_stopped_search_continues(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainings are asked to stop and waited for; otherwise they would count as killed."""
     training = Steps(tmp_path / "search", steps=3, seconds=0.3)
@@ -250,9 +251,8 @@ def test_a_stopped_search_continues(ray: Any, tmp_path: Path, monkeypatch: pytes
     assert {len(path.read_text().split()) for path in tmp_path.rglob("*.steps")} == {3}
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_reach_the_driver(
     cluster: tuple[Any, list[Any]], tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
@@ -277,6 +277,7 @@ def test_signals_reach_the_driver(
     assert not [*tmp_path.rglob("*.kills")]
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_changes_nothing(
     cluster: tuple[Any, list[Any]], ray: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
