@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -120,7 +121,7 @@ def test_the_records_are_opened_once(records: Path, tmp_path: Path, monkeypatch:
     opened = []
     load = Manifest.load
     monkeypatch.setattr(Manifest, "load", lambda folder: opened.append(folder) or load(folder))
-    monkeypatch.setattr(loop, "_train", lambda *_: None)
+    monkeypatch.setattr(loop, "train_checked", lambda *_, **__: None)
     train(config_of(records), tmp_path / "run")
     assert opened == [str(records)]
 
@@ -490,10 +491,11 @@ def test_the_time_left_does_not_count_compiling() -> None:
     bar = tqdm(total=10, initial=2, file=io.StringIO())
     bar.start_t -= 100  # the first step compiles
     bar.last_print_t -= 100
-    loop._advance(bar, 3, 2)
+    log: Any = loop._Log(None, None, SimpleNamespace(add=lambda metrics: None), bar, 2)  # type: ignore[arg-type]
+    log.add({}, 3, ends_row=False)
     for done in (4, 5, 6):
         bar.start_t -= 1
-        loop._advance(bar, done, 2)
+        log.add({}, done, ends_row=False)
     state = bar.format_dict
     assert (bar.n, state["initial"]) == (6, 3)
     assert 3 <= state["elapsed"] < 50
