@@ -511,6 +511,9 @@ def test_an_array_that_loses_a_process(settings: Path, undisturbed: list[dict[st
     killed.kill()
     killed.communicate()
     (left,) = [process for process in processes if process.pid != first]
+    while f"process {left.pid} " not in (folder / ".search.lock").read_text():  # else a later one may coordinate
+        assert left.poll() is None
+        time.sleep(0.02)
     other = cluster_search(settings, folder, "--array", "--cpus=1")
     refused = cluster_search(settings, folder, "--array", "--cpus=2")
     assert (
