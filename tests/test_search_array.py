@@ -84,6 +84,7 @@ def require_undisturbed(folder: Path, tmp_path: Path) -> list[list[str]]:
     return steps
 
 
+@pytest.mark.slow
 def test_processes_divide_the_candidates(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "search"
     processes = [start(), start()]

@@ -135,6 +135,9 @@ class Task(Evaluator, Protocol):
     def build_network(self, config: "TrainConfig", num_classes: int) -> "Network":
         """Builds the network with randomly initialized weights."""
 
+    def macs(self, config: "TrainConfig", num_classes: int) -> int:
+        """Returns the multiply-adds of the network's forward pass for one clip; see `modeling.cost`."""
+
     def input_contract(self, model: "Network") -> dict[str, Any]:
         """Returns the input format of a network and the steps from a video to it; see `data.sampling`."""
 

@@ -14,6 +14,7 @@ from x3d_tf.evaluation.metrics import classification_metrics
 from x3d_tf.evaluation.reports import check_metrics, metrics_to_json
 from x3d_tf.modeling.archive import describe_any
 from x3d_tf.modeling.cards import runs_in_tensorflow
+from x3d_tf.modeling.cost import cost
 from x3d_tf.runs.advice import check_class_balance, check_clip_length
 from x3d_tf.tasks.base import Suggestion, require_known_classes
 from x3d_tf.text import binding_flag
@@ -128,6 +129,9 @@ class ClipTask:
         from x3d_tf.modeling.x3d import X3D
 
         return X3D(config.expansion, num_classes, config.model, activation=self.activation, task=self.name)
+
+    def macs(self, config: "TrainConfig", num_classes: int) -> int:
+        return cost(config.expansion, num_classes=num_classes, options=config.model).macs
 
     def input_contract(self, model: "Network") -> dict[str, Any]:
         return clip_contract(model)

@@ -12,6 +12,7 @@ from x3d_tf.data.sampling import key_frame_contract
 from x3d_tf.errors import UserError, require
 from x3d_tf.evaluation.eval_config import CLIP_SETTINGS, detector_report_folder
 from x3d_tf.evaluation.metrics import MAP
+from x3d_tf.modeling.cost import cost
 from x3d_tf.tasks.base import Suggestion, require_known_classes
 from x3d_tf.types import Metric
 
@@ -87,6 +88,10 @@ class Detection:
         from x3d_tf.modeling.detection import Detector
 
         return Detector(config.expansion, num_classes, config.model, head=config.detection.head)
+
+    def macs(self, config: "TrainConfig", num_classes: int) -> int:
+        head = config.detection.head
+        return cost(config.expansion, num_classes=num_classes, options=config.model, head=head).macs
 
     def input_contract(self, model: "Network") -> dict[str, Any]:
         return key_frame_contract(model)

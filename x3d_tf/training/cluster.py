@@ -60,9 +60,9 @@ class Cluster:
         """Returns the name of a worker for messages, such as "worker 1 (host1:12345)"."""
         return f"worker {index} ({self.addresses[index]})"
 
-    def number_of(self, job: str, task: int) -> int:
-        """Returns the number of a worker from the job and the task that TensorFlow's messages name."""
-        return task + (self.chiefs if job == "worker" else 0)
+    def number_of(self, job: str, position: int) -> int:
+        """Returns the number of a worker from its job and its position there, which TensorFlow's messages name."""
+        return position + (self.chiefs if job == "worker" else 0)
 
 
 def cluster_from_environment() -> Cluster | None:

@@ -6,15 +6,15 @@ sources. Where no figure was measured, the plan says which one is missing and ho
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from x3d_tf.config import TrainConfig
 from x3d_tf.data.records.index import Record
 from x3d_tf.data.records.manifest import MANIFEST_NAME, Manifest
 from x3d_tf.errors import require
-from x3d_tf.modeling.cost import cost
 from x3d_tf.modeling.expansion import name_of
+from x3d_tf.tasks.base import find
 from x3d_tf.text import counted
 from x3d_tf.training.checks import CheckedRun, check_batch, open_records
 from x3d_tf.training.multigrid import Phase, phases_of
@@ -189,8 +189,7 @@ class Needs:
         check_batch(config, devices)
         self.devices, self.manifest = devices, checked.records if checked else None
         self._records = _training_records(checked) if checked else None
-        task = checked.task.name if checked else config.task
-        self._head = config.detection.head if task == "detection" else None
+        self._task = checked.task if checked else find(config.task or "single_label")
         self._classes = num_classes or (len(self.manifest.classes) if self.manifest else 400)
         self.phases = phases_of(config).phases
         self._clips = {phase.factor: self._clip(phase) for phase in self.phases}
@@ -232,8 +231,8 @@ class Needs:
         return self._clips[phase.factor]
 
     def _clip(self, phase: Phase) -> Clip:
-        clip, options = phase.expansion.clip, self.config.model
-        macs = cost(phase.expansion, num_classes=self._classes, options=options, head=self._head).macs
+        clip = phase.expansion.clip
+        macs = self._task.macs(replace(self.config, expansion=phase.expansion), self._classes)
         return Clip(clip, macs, clip.frames + int(REST_READS.value), self._bytes(clip), self._core_ms(clip))
 
     def _bytes(self, clip: ClipSpec) -> float:

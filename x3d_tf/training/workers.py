@@ -199,7 +199,7 @@ class Workers:
 
 def _cause(cluster: Cluster, message: str) -> str:
     """Returns a sentence that names the worker which a message of TensorFlow is about."""
-    found = (cluster.number_of(job, int(task)) for job, task in _TASK.findall(message))
+    found = (cluster.number_of(job, int(position)) for job, position in _TASK.findall(message))
     others = [number for number in found if number != cluster.index and number < cluster.count]
     if others:
         return f"{cluster.name(others[0])} of {TF_CONFIG} has ended or cannot be reached; see its own error"
