@@ -210,6 +210,7 @@ def test_missing_files_of_a_finished_search_are_written_again(run: Call, finishe
     assert (finished / "family" / "step01.gin").is_file() and (finished / "staircase.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 def test_an_interrupted_search_gives_the_same_scores(
     run: Call, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

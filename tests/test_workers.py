@@ -103,11 +103,12 @@ def train_together(words: list[str]) -> list[tuple[int, str, str]]:
 @pytest.mark.parametrize(
     "changes",
     [
-        VALIDATION,
+        {"Recipe.ema": 0.9},
+        pytest.param(VALIDATION, marks=pytest.mark.slow),
         pytest.param(PLATEAU, marks=pytest.mark.slow),
         pytest.param(ACCUMULATION, marks=pytest.mark.slow),
     ],
-    ids=["early stopping, EMA and precise batch norm", "plateau", "accumulation"],
+    ids=["EMA", "early stopping, EMA and precise batch norm", "plateau", "accumulation"],
 )
 def test_two_workers_equal_one(records: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
