@@ -61,6 +61,7 @@ def undisturbed(folder: Path) -> Search:
     return run_search(folder, SMALL_SEARCH, SerialExecutor(noise), TINY, num_classes=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "named"),
     [({"cpus": 64}, "64 CPUs and 0 GPUs"), ({"cpus": 1, "gpus": 2}, "1 CPU and 2 GPUs")],
@@ -72,6 +73,7 @@ def test_resources_that_no_node_has(ray: Any, asked: dict[str, int], named: str,
         search_on(ray, Steps(tmp_path / "search"), **asked)
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_node_does_not_see(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"the node 127\.0\.0\.2 does not see /absent/records: .* the same path on all nodes"
@@ -223,6 +225,7 @@ def test_candidates_that_fail(ray: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert reason in str(error.value) and "width: ValueError: no width" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_search(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="checkpoint cannot be written: No space left on device"):
         search_on(ray, Steps(tmp_path / "search", failing=(("depth", "write"),)))
