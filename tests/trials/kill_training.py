@@ -90,6 +90,18 @@ def difference_of_history(actual: list[dict[str, str]], expected: list[dict[str,
     return None
 
 
+def differences(workdir: Path, reference: Path, *, exact: bool) -> Iterator[str]:
+    """Yields how a resumed run differs from an uninterrupted one; `exact` as for `difference_of_history`."""
+    for problem in (
+        difference_of_weights(workdir / "model.keras", reference / "model.keras"),
+        difference_of_history(rows(workdir), rows(reference), exact),
+        f"{left} were left behind" if (left := half_written(workdir)) else None,
+        f"{count} checkpoints are left" if (count := len([*workdir.glob("checkpoints/*.index")])) > 2 else None,
+    ):
+        if problem:
+            yield problem
+
+
 def trial(
     config: Path, reference: Path, number: int, rng: random.Random, length: float, report: Report
 ) -> Iterator[str]:
@@ -114,14 +126,8 @@ def trial(
         return
     if "from the checkpoint of step" in again.out:
         report.note("resumed from a checkpoint")
-    for problem in (
-        difference_of_weights(workdir / "model.keras", reference / "model.keras"),
-        difference_of_history(rows(workdir), rows(reference), sent == signal.SIGKILL),
-        f"{left} were left behind" if (left := half_written(workdir)) else None,
-        f"{count} checkpoints are left" if (count := len([*workdir.glob("checkpoints/*.index")])) > 2 else None,
-    ):
-        if problem:
-            yield f"{sent.name} {words}: {problem}"
+    for problem in differences(workdir, reference, exact=sent == signal.SIGKILL):
+        yield f"{sent.name} {words}: {problem}"
 
 
 def main() -> None:

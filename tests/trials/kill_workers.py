@@ -24,14 +24,12 @@ from harness import (
     Ended,
     Report,
     arguments,
-    difference_of_weights,
-    half_written,
     make_records,
     recipe,
     scratch,
     succeeded,
 )
-from kill_training import EVERY, SIGNALS, STATUS, STEPS, difference_of_history, rows
+from kill_training import EVERY, SIGNALS, STATUS, STEPS, differences
 from workers import free_ports, tf_config
 
 RESUMED = "from the checkpoint of step "
@@ -140,14 +138,8 @@ def trial(
     report.note("resumed from a checkpoint", step > 0)
     if step < before and "already finished" not in again[0].out:
         yield f"{where}: checkpoint {before} was complete, but training resumed from step {step}"
-    for problem in (
-        difference_of_weights(workdir / "model.keras", reference / "model.keras"),
-        difference_of_history(rows(workdir), rows(reference), sent == signal.SIGKILL),
-        f"{left} were left behind" if (left := half_written(workdir)) else None,
-        f"{count} checkpoints are left" if (count := len([*workdir.glob("checkpoints/*.index")])) > 2 else None,
-    ):
-        if problem:
-            yield f"{where}: {problem}"
+    for problem in differences(workdir, reference, exact=sent == signal.SIGKILL):
+        yield f"{where}: {problem}"
 
 
 def main() -> None:

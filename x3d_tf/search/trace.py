@@ -124,9 +124,8 @@ def require_search_folder(folder: Path) -> None:
     """Raises `UserError` if a folder holds files, but not those of a search. It need not exist."""
     path = folder / TRACE_NAME
     ours = {temporary_path(path), folder / LOCK_NAME}  # of a search that was killed at once
-    found = (
-        set(folder.iterdir()) if folder.is_dir() else set()
-    )  # listed once: another process may be creating the trace
+    # listed once: another process may be creating the trace
+    found = set(folder.iterdir()) if folder.is_dir() else set()
     foreign = folder.exists() and not folder.is_dir()
     if foreign or (found - ours and not (path in found and path.is_file())):
         raise UserError(f"{folder} exists and is not the folder of a search, with {TRACE_NAME}; choose another folder")
